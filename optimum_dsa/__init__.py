@@ -1,0 +1,47 @@
+"""Prune transformers models: discovered sparsity allocations, exact budgets, ordinary checkpoints."""
+
+from __future__ import annotations
+
+import importlib
+
+
+__version__ = "0.1.0"
+
+# Public name -> module. Nothing is imported before it is used: `optimum-cli --help` imports this package.
+_PUBLIC = {
+    "ALLOCATIONS": "allocation",
+    "Allocation": "allocation",
+    "AllocationFunction": "allocation",
+    "DSAConfig": "configuration",
+    "DSAPruner": "pruner",
+    "METHODS": "methods",
+    "METRICS": "metrics",
+    "POST_PROCESS": "allocation",
+    "PRE_PROCESS": "allocation",
+    "PruningReport": "report",
+    "REDUCTION": "allocation",
+    "TRANSFORM": "allocation",
+    "UPDATES": "reconstruction",
+    "allocate": "pruning",
+    "find_architecture": "architecture",
+    "fit_to_budget": "allocation",
+    "load_tokens": "data",
+    "perplexity": "evaluation",
+    "prune": "pruning",
+    "split_windows": "data",
+    "walk_blocks": "calibration",
+}
+
+__all__ = sorted(_PUBLIC)
+
+
+def __getattr__(name: str):
+    if name not in _PUBLIC:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f".{_PUBLIC[name]}", __name__), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_PUBLIC})

@@ -1,0 +1,24 @@
+"""How much to prune where: operations, allocation functions, named allocators, exact budgets."""
+
+from .budget import Allocation, fit_to_budget, fit_to_levels, split_count
+from .function import AllocationFunction
+from .heuristics import ALLOCATIONS, Allocator, Heuristic
+from .operations import POST_PROCESS, PRE_PROCESS, REDUCTION, TRANSFORM
+from .unit import Unit
+
+
+__all__ = [
+    "ALLOCATIONS",
+    "POST_PROCESS",
+    "PRE_PROCESS",
+    "REDUCTION",
+    "TRANSFORM",
+    "Allocation",
+    "AllocationFunction",
+    "Allocator",
+    "Heuristic",
+    "Unit",
+    "fit_to_budget",
+    "fit_to_levels",
+    "split_count",
+]

@@ -1,0 +1,169 @@
+"""Budgets: wished-for sparsities -> an `Allocation` that meets the target exactly."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Allocation:
+    """The sparsity of every unit, exact to one weight.
+
+    Attributes:
+        sparsity: unit name -> share of its weights removed, `count / size` for a whole number `count`.
+        sizes: unit name -> prunable weights in it.
+        name: what made it, such as "owl" or an allocation function.
+
+    A unit is a block or a single matrix; its name is a prefix of the names of the weights in it.
+    """
+
+    sparsity: dict[str, float]
+    sizes: dict[str, int]
+    name: str = "custom"
+
+    def __post_init__(self):
+        if self.sparsity.keys() != self.sizes.keys():
+            odd = sorted(self.sparsity.keys() ^ self.sizes.keys())
+            raise ValueError(f"The allocation names units that lack a size or a sparsity: {', '.join(odd[:5])}.")
+        for unit, value in self.sparsity.items():
+            if not isinstance(value, (int, float)) or not 0 <= value <= 1:
+                raise ValueError(f"The allocation gives {unit} a sparsity of {value!r}; expected a number in [0, 1].")
+
+    @property
+    def overall(self) -> float:
+        """The parameter-weighted mean sparsity."""
+        return sum(self.counts().values()) / max(sum(self.sizes.values()), 1)
+
+    def counts(self) -> dict[str, int]:
+        """Weights to remove, per unit."""
+        return {unit: round(self.sparsity[unit] * size) for unit, size in self.sizes.items()}
+
+    def to_dict(self) -> dict:
+        return {"name": self.name, "sparsity": dict(self.sparsity), "sizes": dict(self.sizes)}
+
+    @classmethod
+    def from_dict(cls, data: Mapping) -> Allocation:
+        """An allocation from `to_dict`'s form, or from a plain {unit: sparsity} whose sizes the model will give."""
+        if "sparsity" not in data or not isinstance(data["sparsity"], Mapping):
+            data = {"sparsity": data}
+        sparsity = dict(data["sparsity"])
+        sizes = data.get("sizes") or dict.fromkeys(sparsity, 0)
+        return cls(sparsity, dict(sizes), data.get("name", "custom"))
+
+    def save(self, path: str | Path) -> None:
+        Path(path).write_text(json.dumps(self.to_dict(), indent=2) + "\n")
+
+    @classmethod
+    def load(cls, path: str | Path) -> Allocation:
+        """The allocation in a JSON file, or in the `dsa_config.json` of a pruned model's folder."""
+        path = Path(path)
+        path = path / "dsa_config.json" if path.is_dir() else path
+        try:
+            data = json.loads(path.read_text())
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path} is not JSON: {error}.") from None
+        if not isinstance(data, Mapping):
+            raise ValueError(f"{path} holds no allocation: expected {{unit: sparsity}}.")
+        return cls.from_dict(data.get("allocation", data))
+
+
+def fit_to_budget(
+    wanted: Mapping[str, float],
+    sizes: Mapping[str, int],
+    target: float,
+    low: float = 0.0,
+    high: float = 1.0,
+    name: str = "custom",
+) -> Allocation:
+    """The `Allocation` nearest to `wanted` whose parameter-weighted mean is `target`, to one weight.
+
+    Water-filling: all units are shifted by one constant and clipped to [low, high]; then every unit gets a whole number
+    of weights, largest remainders first, so that the numbers add up to round(target · Σ sizes).
+
+    Raises:
+        ValueError: a value of `wanted` is not finite, or no allocation within the bounds has this mean.
+    """
+    if not low <= target <= high:
+        raise ValueError(
+            f"A mean sparsity of {target} cannot be met with every unit in [{low}, {high}]; "
+            "widen min_sparsity / max_sparsity or change the target."
+        )
+    values = torch.tensor([float(wanted[unit]) for unit in sizes], dtype=torch.float64)
+    if not values.isfinite().all():
+        bad = [unit for unit, value in zip(sizes, values.tolist()) if value - value != 0]
+        raise ValueError(f"Allocation {name} is not finite for {', '.join(bad[:5])}.")
+    weights = torch.tensor(list(sizes.values()), dtype=torch.float64)
+    exact = _shift_to_mean(values, weights, target, low, high)
+    counts = _round_to_total(exact * weights, weights, round(target * int(weights.sum())))
+    sparsity = {unit: count / max(size, 1) for (unit, size), count in zip(sizes.items(), counts)}
+    return Allocation(sparsity, dict(sizes), name)
+
+
+def _shift_to_mean(values: Tensor, weights: Tensor, target: float, low: float, high: float) -> Tensor:
+    """clip(values + c, low, high) with the c that makes the weighted mean `target`: exact, from the sorted kinks."""
+    kinks = torch.cat([low - values, high - values]).sort().values
+
+    def total(shift: Tensor) -> Tensor:
+        return ((values + shift).clamp(low, high) * weights).sum()
+
+    goal = target * weights.sum()
+    first, last = 0, len(kinks) - 1
+    while last - first > 1:
+        middle = (first + last) // 2
+        first, last = (middle, last) if total(kinks[middle]) <= goal else (first, middle)
+    below, above = total(kinks[first]), total(kinks[last])
+    share = (goal - below) / (above - below) if above > below else 0.0
+    return (values + kinks[first] + share * (kinks[last] - kinks[first])).clamp(low, high)
+
+
+def _round_to_total(amounts: Tensor, limits: Tensor, total: int) -> list[int]:
+    """Whole numbers near `amounts`, at most `limits`, that add up to `total`; the largest remainders are rounded up."""
+    floor = (amounts + 1e-9).floor().clamp(min=0)
+    missing = total - int(floor.sum())
+    room = (limits - floor) > 0 if missing > 0 else floor > 0
+    remainder = torch.where(room, amounts - floor, -torch.inf if missing > 0 else torch.inf)
+    order = remainder.argsort(descending=missing > 0, stable=True)[: abs(missing)]
+    floor[order] += 1 if missing > 0 else -1
+    return [int(count) for count in floor.tolist()]
+
+
+def split_count(count: int, sizes: Mapping[str, int]) -> dict[str, int]:
+    """`count` weights divided over matrices in proportion to their sizes, to one weight each."""
+    limits = torch.tensor(list(sizes.values()), dtype=torch.float64)
+    return dict(zip(sizes, _round_to_total(limits * (count / max(int(limits.sum()), 1)), limits, count)))
+
+
+def fit_to_levels(allocation: Allocation, levels: int) -> Allocation:
+    """The allocation with every unit's sparsity rounded to k / `levels`, for mixed N:M.
+
+    The whole numbers k are chosen so that the weights removed are as near to the allocation's total as any choice of
+    rounding each unit up or down can come: exactly that total whenever it can be met.
+    """
+    units = list(allocation.sizes)
+    exact = {unit: allocation.sparsity[unit] * levels for unit in units}
+    level = {unit: min(int(exact[unit] + 1e-9), levels) for unit in units}
+    quantum = {unit: allocation.sizes[unit] / levels for unit in units}
+    goal = sum(allocation.counts().values()) - sum(level[unit] * quantum[unit] for unit in units)
+    by_quantum: dict[float, list[str]] = {}
+    for unit in sorted(units, key=lambda unit: level[unit] - exact[unit]):
+        if level[unit] < levels:
+            by_quantum.setdefault(quantum[unit], []).append(unit)
+    reachable = {0.0: ()}  # sum of quanta -> how many units of each size are rounded up
+    for size, group in by_quantum.items():
+        grown = {}
+        for total, taken in reachable.items():
+            for number in range(len(group) + 1):
+                if total + number * size <= goal + size:
+                    grown.setdefault(total + number * size, (*taken, number))
+        reachable = grown
+    taken = reachable[min(reachable, key=lambda total: abs(total - goal))]
+    for group, number in zip(by_quantum.values(), taken):
+        for unit in group[:number]:
+            level[unit] += 1
+    return Allocation({unit: level[unit] / levels for unit in units}, dict(allocation.sizes), allocation.name)

@@ -1,0 +1,243 @@
+"""The four operation tables of an allocation function.
+
+    scores of a unit ─► pre-process ─► reduction ─► (one number per unit) ─► transform ─► post-process
+
+Operations are pure: out of place, on the device of their input. A value outside the domain of an operation becomes NaN
+or an infinity as in the published code; `AllocationFunction` turns those into the published constants.
+
+DSA (Li et al., NeurIPS 2024); the table of the published code, https://github.com/lliai/DSA, except where said.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from ..registry import Registry
+
+
+DSA = "https://github.com/lliai/DSA"
+OWL = "https://arxiv.org/abs/2310.05175"
+
+PRE_PROCESS = Registry("pre-process operation")
+REDUCTION = Registry("reduction")
+TRANSFORM = Registry("transform")
+POST_PROCESS = Registry("post-process operation")
+
+# Reductions of a matrix rather than of a set of scores: they take the list of a unit's 2-D score matrices, and a
+# unit's value is the mean over its matrices, weighted by their size.
+MATRIX_REDUCTIONS: set[str] = set()
+
+
+# -- pre-process: scores of one unit, any shape -> the same shape
+
+
+@PRE_PROCESS.register(reference=DSA)
+def no_op(x: Tensor) -> Tensor:
+    """x itself."""
+    return x
+
+
+@PRE_PROCESS.register(reference=DSA)
+def log(x: Tensor) -> Tensor:
+    """ln(x + 10⁻⁶), where x ≤ 0 counts as 1."""
+    return torch.where(x <= 0, 1.0, x).add_(1e-6).log_()
+
+
+@PRE_PROCESS.register(reference=DSA)
+def abslog(x: Tensor) -> Tensor:
+    """ln|x|, where x = 0 counts as 1."""
+    return torch.where(x == 0, 1.0, x).abs_().log_()
+
+
+@PRE_PROCESS.register("pow", reference=DSA)
+def square(x: Tensor) -> Tensor:
+    """x²."""
+    return x.square()
+
+
+@PRE_PROCESS.register(reference=DSA)
+def normalize(x: Tensor) -> Tensor:
+    """(x − mean) / standard deviation; zero where the deviation is zero."""
+    return (x - x.mean()).div_(x.std()).nan_to_num_(nan=0.0)
+
+
+@PRE_PROCESS.register(reference=DSA)
+def mms(x: Tensor) -> Tensor:
+    """Min-max scaling, (x − min) / (max − min + 10⁻⁹)."""
+    low, high = x.aminmax()
+    return (x - low).div_(high - low + 1e-9)
+
+
+for _name in ("abs", "exp", "sigmoid", "tanh"):
+    PRE_PROCESS.add(_name, getattr(torch, _name), reference=DSA)
+
+
+# -- reduction: scores of one unit, 1-D -> a number
+
+
+@REDUCTION.register(reference=DSA)
+def mean(x: Tensor) -> Tensor:
+    """Mean."""
+    return x.mean(dtype=torch.float64)
+
+
+# The published code carries an unreduced tensor on through the transforms and takes the mean at the very end; a function
+# of the mean is what is left of it once heavy and light half are separate.
+REDUCTION.add("no_op", mean, reference=DSA)
+
+
+@REDUCTION.register(reference=DSA)
+def var(x: Tensor) -> Tensor:
+    """Unbiased variance."""
+    return x.var().double()
+
+
+@REDUCTION.register(reference=DSA)
+def std(x: Tensor) -> Tensor:
+    """Unbiased standard deviation."""
+    return x.std().double()
+
+
+@REDUCTION.register(reference=DSA)
+def l1_norm(x: Tensor) -> Tensor:
+    """Mean of |x|."""
+    return x.abs().mean(dtype=torch.float64)
+
+
+@REDUCTION.register(reference=DSA)
+def frobenius_norm(x: Tensor) -> Tensor:
+    """√Σ x²."""
+    return torch.linalg.vector_norm(x, dtype=torch.float64)
+
+
+@REDUCTION.register(reference=DSA)
+def geometric_mean(x: Tensor) -> Tensor:
+    """(Π |x_i|)^(1/n), summed as logarithms; the published product under- and overflows. Zeros count as 10⁻³⁸."""
+    return x.abs().clamp_min_(torch.finfo(x.dtype).tiny).log_().mean(dtype=torch.float64).exp()
+
+
+@REDUCTION.register(reference=DSA)
+def entropy(x: Tensor) -> Tensor:
+    """−Σ p ln p in nats of p = x⁺ / Σ x⁺, the positive part taken as a distribution; 0 when nothing is positive."""
+    positive = x.clamp_min(0)
+    total = positive.sum(dtype=torch.float64)
+    share = positive.div_(total)
+    return torch.where(total > 0, -torch.xlogy(share, share).sum(dtype=torch.float64), 0.0)
+
+
+@REDUCTION.register(reference=OWL)
+def outlier_share(x: Tensor) -> Tensor:
+    """Percentage of scores above 5 times their mean.
+
+    Yin et al., 2024, OWL, https://arxiv.org/abs/2310.05175, eq. 1, M = 5. Not in DSA's space.
+    """
+    return 100 * (x > 5 * x.mean()).mean(dtype=torch.float64)
+
+
+@REDUCTION.register(reference="https://arxiv.org/abs/2505.23807")
+def median(x: Tensor) -> Tensor:
+    """Median (the lower of the two in the middle). Not in DSA's space: DLP's signal as its paper gives it."""
+    return x.median().double()
+
+
+def matrix_reduction(operation: Callable[[Tensor], Tensor]) -> Callable[[Sequence[Tensor]], Tensor]:
+    """`operation`, (rows, columns) -> number, as a registered reduction of a unit's list of matrices.
+
+    The published code flattens the scores first, so that each of these raises there.
+    """
+
+    def reduction(matrices: Sequence[Tensor]) -> Tensor:
+        sizes = torch.tensor([m.numel() for m in matrices], dtype=torch.float64)
+        values = torch.stack([operation(m).double().cpu() for m in matrices])
+        return (values * sizes).sum() / sizes.sum()
+
+    reduction.__name__, reduction.__doc__ = operation.__name__, operation.__doc__
+    MATRIX_REDUCTIONS.add(operation.__name__)
+    return REDUCTION.add(operation.__name__, reduction, reference=DSA)
+
+
+@matrix_reduction
+def gram(x: Tensor) -> Tensor:
+    """Mean entry of X Xᵀ, which is ‖Σ_i x_i‖² / rows²."""
+    return x.sum(dim=0, dtype=torch.float64).square().sum() / x.shape[0] ** 2
+
+
+@matrix_reduction
+def corref(x: Tensor) -> Tensor:
+    """Mean correlation coefficient of two rows (a constant row correlates with none)."""
+    centred = x.double() - x.mean(dim=1, keepdim=True, dtype=torch.float64)
+    norm = torch.linalg.vector_norm(centred, dim=1, keepdim=True)
+    return torch.where(norm > 0, centred / norm, 0.0).sum(dim=0).square().sum() / x.shape[0] ** 2
+
+
+@matrix_reduction
+def diagonal(x: Tensor) -> Tensor:
+    """Mean of the main diagonal."""
+    return x.diagonal().mean(dtype=torch.float64)
+
+
+@matrix_reduction
+def rank(x: Tensor) -> Tensor:
+    """Numerical rank: singular values above 10⁻³ of the largest."""
+    singular = _singular_values(x)
+    return (singular > 1e-3 * singular.max()).sum()
+
+
+@matrix_reduction
+def slogdet(x: Tensor) -> Tensor:
+    """Mean logarithm of the singular values, ln det(X Xᵀ) / 2n, those under 10⁻⁶ of the largest counting as that."""
+    singular = _singular_values(x)
+    floor = (1e-6 * singular.max()).clamp_min(torch.finfo(torch.float64).tiny)
+    return singular.clamp_min(floor).log().mean()
+
+
+@matrix_reduction
+def determinant(x: Tensor) -> Tensor:
+    """Geometric mean of the singular values, det(X Xᵀ)^(1/2n): a determinant per dimension, for any shape and scale."""
+    return REDUCTION["slogdet"]([x]).exp()
+
+
+def _singular_values(x: Tensor) -> Tensor:
+    """Singular values of x through the eigenvalues of its smaller Gram matrix, float64."""
+    if not x.isfinite().all():
+        return torch.full((1,), math.nan, dtype=torch.float64)
+    x = (x if x.shape[0] <= x.shape[1] else x.t()).double()
+    return torch.linalg.eigvalsh(x @ x.t()).clamp_min_(0).sqrt_()
+
+
+# -- transform: (units,) -> (units,), each on its own
+
+
+for _name in ("sin", "cos", "tan", "asin", "acos", "atan", "exp", "log", "abs", "sigmoid", "tanh"):
+    TRANSFORM.add(_name, getattr(torch, _name), reference=DSA)
+TRANSFORM.add("no_op", no_op, reference=DSA)
+TRANSFORM.add("softplus", torch.nn.functional.softplus, reference=DSA)
+
+
+# -- post-process: (units,) -> (units,), may look at all of them
+
+
+for _name in ("no_op", "exp", "log", "sigmoid", "tanh", "abs", "sin", "cos"):
+    POST_PROCESS.add(_name, TRANSFORM[_name], reference=DSA)
+
+
+@POST_PROCESS.register(reference=DSA)
+def softmax(x: Tensor) -> Tensor:
+    """exp(x) / Σ exp(x) over the units."""
+    return x.softmax(dim=0)
+
+
+@POST_PROCESS.register("normalize", reference=DSA)
+def standardize(x: Tensor) -> Tensor:
+    """(x − mean) / standard deviation over the units, clipped to ±2; zero when they are all equal."""
+    return ((x - x.mean()) / x.std()).nan_to_num(nan=0.0).clamp(-2, 2)
+
+
+@POST_PROCESS.register("rank")
+def ordinal(x: Tensor) -> Tensor:
+    """The number of units below each one: only the order is left (equal values share the lower number). Ours."""
+    return (x[:, None] > x[None, :]).sum(dim=1).to(x.dtype)

@@ -1,0 +1,321 @@
+"""The blocks and the prunable weights of any transformers model, found by structure and not by name.
+
+A *stack* is a list of composite modules that the model runs one after the other; its elements are *blocks*. A *weight*
+is a matrix of a block that multiplies activations. Everything of two or more dimensions in a block is a weight, stays
+dense for a stated reason, or is refused by name.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import logging
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from .registry import near
+
+
+logger = logging.getLogger(__name__)
+
+
+class UnprunableError(ValueError):
+    """The model has a weight, or as a whole a structure, that cannot be pruned."""
+
+
+@dataclass(frozen=True)
+class Weight:
+    """One prunable matrix.
+
+    Attributes:
+        name: the parameter's full name, with `[e]` for expert e of a fused parameter.
+        module: full name of the module that owns the parameter.
+        attribute: the parameter's name in that module.
+        shape: (out_features, in_features).
+        transposed: whether the parameter is stored as (in_features, out_features).
+        expert: index into the first dimension of a 3-D parameter.
+    """
+
+    name: str
+    module: str
+    attribute: str
+    shape: tuple[int, int]
+    transposed: bool = False
+    expert: int | None = None
+
+    @property
+    def size(self) -> int:
+        return self.shape[0] * self.shape[1]
+
+    def tensor(self, model: nn.Module) -> Tensor:
+        """The live weight as (out_features, in_features): a view that writes through to the parameter."""
+        parameter = getattr(model.get_submodule(self.module), self.attribute).data
+        matrix = parameter if self.expert is None else parameter[self.expert]
+        return matrix.t() if self.transposed else matrix
+
+
+@dataclass(frozen=True)
+class Block:
+    """A block of the model and its prunable weights. `depth` runs from 0 (first of its stack) to 1 (last)."""
+
+    name: str
+    weights: tuple[Weight, ...]
+    depth: float = 0.0
+
+    @property
+    def size(self) -> int:
+        return sum(weight.size for weight in self.weights)
+
+
+@dataclass(frozen=True)
+class Stack:
+    """Blocks that run one after the other; `name` is that of the list that holds them."""
+
+    name: str
+    blocks: tuple[Block, ...]
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """Everything that can be pruned in a model.
+
+    Attributes:
+        stacks: in the order in which the model runs them.
+        head: weights outside the blocks that were asked for with `include`, as one more block; or `None`.
+        dense: names of matrices in the blocks that are left dense -> why.
+    """
+
+    stacks: tuple[Stack, ...]
+    head: Block | None = None
+    dense: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def blocks(self) -> list[Block]:
+        found = [block for stack in self.stacks for block in stack.blocks]
+        return found + ([self.head] if self.head else [])
+
+    @property
+    def weights(self) -> list[Weight]:
+        return [weight for block in self.blocks for weight in block.weights]
+
+    def units(self, granularity: str) -> dict[str, tuple[Weight, ...]]:
+        """Unit name -> its weights, at granularity "block" or "matrix"; blocks without weights are left out."""
+        if granularity == "matrix":
+            return {weight.name: (weight,) for weight in self.weights}
+        return {block.name: block.weights for block in self.blocks if block.weights}
+
+
+def find_architecture(
+    model: nn.Module,
+    blocks: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+    include: Sequence[str] = (),
+    skip_unprunable: bool = False,
+) -> Architecture:
+    """The stacks, blocks and prunable weights of `model`.
+
+    Args:
+        model: any transformers model; of a model with several towers, the language tower is taken.
+        blocks: names of the module lists to prune instead, such as `vision_tower.encoder.layers`.
+        exclude: names or glob patterns of weights or modules to leave dense; parts of a dotted name match too
+            (`down_proj`, `layers.0`).
+        include: names or patterns of matrices outside the blocks to prune as well (`lm_head`, `embed_tokens`).
+        skip_unprunable: leave dense, with a warning, what would otherwise be refused.
+
+    Raises:
+        UnprunableError: no blocks, or a matrix of a block that no rule can prune; it says what to exclude.
+        ValueError: a name in `blocks`, `exclude` or `include` that matches nothing.
+    """
+    names = _named_stacks(model, blocks) if blocks else find_stacks(model)
+    tied = _tied_parameters(model, names)
+    dense: dict[str, str] = {}
+    refused: dict[str, str] = {}
+    used: set[str] = set()
+    stacks = []
+    for stack_name in names:
+        modules = model.get_submodule(stack_name)
+        found = []
+        for index, (child, module) in enumerate(modules.named_children()):
+            name = f"{stack_name}.{child}"
+            weights = tuple(_block_weights(name, module, tied, exclude, used, dense, refused))
+            found.append(Block(name, weights, index / max(len(modules) - 1, 1)))
+        stacks.append(Stack(stack_name, tuple(found)))
+    if refused and not skip_unprunable:
+        listed = "; ".join(f"{name} ({why})" for name, why in list(refused.items())[:5])
+        raise UnprunableError(
+            f"{type(model).__name__} has {len(refused)} weights that cannot be pruned: {listed}. "
+            f"Leave them dense with exclude={sorted(refused)[:3]} or all of them with skip_unprunable=True."
+        )
+    if refused:
+        logger.warning("Left dense, because they cannot be pruned: %s.", ", ".join(sorted(refused)))
+        dense.update(refused)
+    head = _head(model, names, include, used) if include else None
+    unused = [pattern for pattern in (*exclude, *include) if pattern not in used]
+    if unused:
+        known = [name for name, p in model.named_parameters() if p.dim() >= 2]
+        parts = {part for name in known for part in name.split(".")}
+        raise ValueError(f"Nothing in {type(model).__name__} is named {unused[0]!r}.{near(unused[0], parts)}")
+    architecture = Architecture(tuple(stacks), head, dense)
+    if not architecture.weights:
+        raise UnprunableError(f"{type(model).__name__} has blocks ({', '.join(names)}) but no weight left to prune.")
+    return architecture
+
+
+def find_stacks(model: nn.Module) -> list[str]:
+    """Names of the module lists that hold the model's blocks.
+
+    Lists of composite modules that own matrices, the outermost of each branch. In a model with a text tower (a
+    submodule that carries the model's text configuration) only that tower counts; in an encoder-decoder both stacks do;
+    elsewhere the list with the most weights.
+
+    Raises:
+        UnprunableError: there is none.
+    """
+    tower = _text_tower(model)
+    found = list(_outermost_stacks(model.get_submodule(tower), tower))
+    if not found:
+        raise UnprunableError(
+            f"{type(model).__name__} has no list of transformer blocks; name one with blocks=['...'] if there is."
+        )
+    if len(found) == 1 or getattr(model.config, "is_encoder_decoder", False):
+        return found
+    largest = max(found, key=lambda name: sum(p.numel() for p in model.get_submodule(name).parameters()))
+    others = [name for name in found if name != largest]
+    logger.info("Pruning %s; left dense: %s (choose with blocks=[...]).", largest, ", ".join(others))
+    return [largest]
+
+
+def _text_tower(model: nn.Module) -> str:
+    """Name of the outermost submodule whose configuration is the model's text configuration; "" for the model."""
+    config = getattr(model, "config", None)
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    if text is None or text is config:
+        return ""
+    return next((name for name, module in model.named_modules() if getattr(module, "config", None) is text), "")
+
+
+def _outermost_stacks(module: nn.Module, name: str) -> Iterator[str]:
+    for child_name, child in module.named_children():
+        full = f"{name}.{child_name}" if name else child_name
+        if _is_stack(child):
+            yield full
+        else:
+            yield from _outermost_stacks(child, full)
+
+
+def _is_stack(module: nn.Module) -> bool:
+    """A list of modules, each of which has parts and owns a linear map or a fused parameter."""
+    if not isinstance(module, nn.ModuleList) or len(module) == 0:
+        return False
+    return all(
+        len(list(block.children())) > 0
+        and any(isinstance(part, (nn.Linear, Conv1D)) or _is_experts(part) for part in block.modules())
+        for block in module
+    )
+
+
+def _named_stacks(model: nn.Module, names: Iterable[str]) -> list[str]:
+    lists = [name for name, module in model.named_modules() if isinstance(module, nn.ModuleList)]
+    for name in names:
+        if name not in lists:
+            raise ValueError(f"{type(model).__name__} has no module list {name!r}.{near(name, lists)}")
+    return list(names)
+
+
+def _tied_parameters(model: nn.Module, stacks: Sequence[str]) -> set[str]:
+    """Names of block parameters that another part of the model shares."""
+    seen: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        seen.setdefault(id(parameter), []).append(name)
+    tied = {name for group in seen.values() if len(group) > 1 for name in group}
+    for target, source in (getattr(model, "all_tied_weights_keys", None) or {}).items():
+        tied |= {target, source}
+    return {name for name in tied if any(name.startswith(f"{stack}.") for stack in stacks)}
+
+
+def _block_weights(
+    block: str,
+    module: nn.Module,
+    tied: set[str],
+    exclude: Sequence[str],
+    used: set[str],
+    dense: dict[str, str],
+    refused: dict[str, str],
+) -> Iterator[Weight]:
+    """The prunable weights of a block; fills `dense` and `refused` with the reasons for the others."""
+    # where experts live -> how many; a matrix beside them with as many rows scores the experts
+    routed = {path.rpartition(".")[0]: len(getattr(m, a)) for path, m in module.named_modules() for a in _fused(m)}
+    for path, owner in module.named_modules():
+        owner_name = f"{block}.{path}" if path else block
+        for attribute, parameter in owner.named_parameters(recurse=False):
+            name = f"{owner_name}.{attribute}"
+            if parameter.dim() < 2:
+                continue
+            if _matches(name, owner_name, exclude, used):
+                dense[name] = "excluded"
+            elif name in tied:
+                dense[name] = "shared with another part of the model"
+            elif isinstance(owner, nn.Embedding):
+                dense[name] = "embedding"
+            elif parameter.dim() == 2 and routed.get(path.rpartition(".")[0]) == parameter.shape[0]:
+                dense[name] = "router of experts"
+            elif not parameter.is_floating_point():
+                refused[name] = f"quantised, {parameter.dtype}"
+            elif isinstance(owner, (nn.Linear, Conv1D)) and attribute == "weight" and parameter.dim() == 2:
+                yield _weight(name, owner_name, attribute, parameter.shape, isinstance(owner, Conv1D))
+            elif attribute in _fused(owner):
+                for expert in range(parameter.shape[0]):
+                    transposed = bool(getattr(owner, "is_transposed", False))
+                    label = f"{name}[{expert}]"
+                    yield _weight(label, owner_name, attribute, parameter.shape[1:], transposed, expert)
+            else:
+                refused[name] = f"{type(owner).__name__}, shape {tuple(parameter.shape)}"
+
+
+def _weight(name, module, attribute, shape, transposed, expert=None) -> Weight:
+    rows, columns = reversed(shape) if transposed else shape
+    return Weight(name, module, attribute, (int(rows), int(columns)), transposed, expert)
+
+
+def _is_experts(module: nn.Module) -> bool:
+    return bool(_fused(module))
+
+
+def _fused(module: nn.Module) -> list[str]:
+    """Names of a module's 3-D parameters (experts, rows, columns), if it says how many experts it has."""
+    experts = getattr(module, "num_experts", None)
+    if not isinstance(experts, int):
+        return []
+    own = module.named_parameters(recurse=False)
+    return [name for name, parameter in own if parameter.dim() == 3 and parameter.shape[0] == experts]
+
+
+def _head(model: nn.Module, stacks: Sequence[str], include: Sequence[str], used: set[str]) -> Block | None:
+    """The matrices outside the blocks that `include` names, each shared parameter once."""
+    weights, seen = [], set()
+    for path, owner in model.named_modules():
+        if any(path == stack or path.startswith(f"{stack}.") for stack in stacks):
+            continue
+        for attribute, parameter in owner.named_parameters(recurse=False):
+            name = f"{path}.{attribute}" if path else attribute
+            if parameter.dim() != 2 or not _matches(name, path, include, used):
+                continue
+            if not isinstance(owner, (nn.Linear, Conv1D, nn.Embedding)):
+                raise UnprunableError(f"{name} ({type(owner).__name__}) cannot be pruned; take it out of include.")
+            if id(parameter) not in seen:
+                seen.add(id(parameter))
+                weights.append(_weight(name, path, attribute, parameter.shape, isinstance(owner, Conv1D)))
+    return Block("outside the blocks", tuple(weights), 1.0) if weights else None
+
+
+def _matches(name: str, module: str, patterns: Sequence[str], used: set[str]) -> bool:
+    """Whether a pattern names the weight, its module, or a run of parts of its dotted name; notes which did."""
+    hits = [
+        pattern
+        for pattern in patterns
+        if fnmatch.fnmatchcase(name, pattern) or fnmatch.fnmatchcase(module, pattern) or f".{pattern}." in f".{name}."
+    ]
+    used.update(hits)
+    return bool(hits)

@@ -1,0 +1,1 @@
+"""`optimum-cli dsa`: nothing here imports torch or transformers before a command runs."""

@@ -1,0 +1,80 @@
+"""What the commands share."""
+
+from __future__ import annotations
+
+import sys
+from argparse import ArgumentParser, RawDescriptionHelpFormatter
+
+from optimum.commands.base import BaseOptimumCLICommand
+
+
+class LeafCommand(BaseOptimumCLICommand):
+    """A command of ours: teaches in its help, and ends with one line and exit code 2 when its input is wrong."""
+
+    DESCRIPTION = ""
+    EXAMPLES = ""
+
+    @classmethod
+    def describe(cls, parser: ArgumentParser, name: str) -> None:
+        """Give `parser` the command's description and examples."""
+        parser.prog = f"optimum-cli dsa {name}"
+        parser.usage = None
+        parser.description, parser.epilog = cls.DESCRIPTION, f"examples:\n{cls.EXAMPLES}" if cls.EXAMPLES else None
+        parser.formatter_class = RawDescriptionHelpFormatter
+
+    def execute(self) -> None:
+        """What the command does; errors in what the user gave are `ValueError`, `OSError` or `UnknownNameError`."""
+        raise NotImplementedError
+
+    def run(self) -> None:
+        from ..registry import UnknownNameError
+
+        try:
+            self.execute()
+        except (ValueError, OSError, UnknownNameError) as error:
+            message = " ".join(str(error).split()) or type(error).__name__
+            print(f"optimum-cli dsa {self.COMMAND.name}: error: {message}", file=sys.stderr)
+            sys.exit(2)
+        except KeyboardInterrupt:
+            print(f"optimum-cli dsa {self.COMMAND.name}: interrupted, nothing was written", file=sys.stderr)
+            sys.exit(130)
+
+
+def add_loading_options(parser: ArgumentParser) -> None:
+    """Options that say how a model is loaded."""
+    group = parser.add_argument_group("loading the model")
+    group.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, ...; auto takes a GPU if there is one")
+    group.add_argument(
+        "--dtype", default="auto", help="float32, bfloat16, float16; auto keeps the checkpoint's own (default)"
+    )
+    group.add_argument("--device-map", help="auto, or disk / cpu to keep weights there and load block by block")
+    group.add_argument("--offload-folder", help="where changed weights go when they do not fit in memory")
+    group.add_argument("--revision", help="branch, tag or commit of a Hub model")
+    group.add_argument("--trust-remote-code", action="store_true", help="run the code that a Hub model brings along")
+
+
+def loading_options(args) -> dict:
+    """The `from_pretrained` arguments that `add_loading_options` asked for."""
+    import torch
+
+    options: dict = {"dtype": args.dtype}
+    if args.dtype != "auto" and not isinstance(getattr(torch, args.dtype, None), torch.dtype):
+        raise ValueError(f"Unknown dtype {args.dtype!r}: expected auto, float32, bfloat16 or float16.")
+    if args.device_map:
+        options["device_map"] = {"": args.device_map} if args.device_map in ("cpu", "disk") else args.device_map
+        options["offload_folder"] = args.offload_folder
+    else:
+        device = args.device
+        if device == "auto":
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+        try:
+            torch.empty(0, device=device)
+        except (RuntimeError, AssertionError) as error:
+            raise ValueError(f"Device {device!r} cannot be used: {str(error).splitlines()[0]}") from None
+        if device != "cpu":
+            options["device_map"] = device
+    if args.revision:
+        options["revision"] = args.revision
+    if args.trust_remote_code:
+        options["trust_remote_code"] = True
+    return options

@@ -1,0 +1,20 @@
+"""The command group `optimum-cli dsa`."""
+
+from optimum.commands.base import BaseOptimumCLICommand, CommandInfo
+
+from .demo import DemoCommand
+from .env import EnvCommand
+from .evaluate import EvaluateCommand
+from .prune import PruneCommand
+
+
+class DSACommand(BaseOptimumCLICommand):
+    """Prints its help; the work is in its subcommands."""
+
+    COMMAND = CommandInfo("dsa", "Prune transformers models with discovered sparsity allocations.")
+    SUBCOMMANDS = (
+        CommandInfo("prune", "Prune a model to an exact budget and save it.", PruneCommand),
+        CommandInfo("evaluate", "Measure a model's perplexity and its sparsity.", EvaluateCommand),
+        CommandInfo("demo", "Prune the embedded model in three ways and compare them.", DemoCommand),
+        CommandInfo("env", "Print the versions that a bug report needs.", EnvCommand),
+    )

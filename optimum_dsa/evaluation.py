@@ -1,0 +1,59 @@
+"""How good a model is."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from huggingface_hub.utils import tqdm
+from torch import Tensor, nn
+
+
+@torch.no_grad()
+def perplexity(model: nn.Module, tokens: Tensor, batch_size: int = 8) -> float:
+    """exp of the mean negative log-likelihood per predicted token, over non-overlapping windows.
+
+    Args:
+        model: a causal language model.
+        tokens: LongTensor (samples, length), length ≥ 2; each row is a window of its own, its first token given.
+        batch_size: windows per forward pass.
+
+    Raises:
+        ValueError: `tokens` are not such a tensor, or lie outside the model's vocabulary.
+    """
+    check_tokens(tokens, model)
+    if tokens.shape[1] < 2:
+        raise ValueError(f"Perplexity needs windows of at least 2 tokens, got {tuple(tokens.shape)}.")
+    training = model.training
+    model.eval()
+    device = torch.device("cpu") if hasattr(model, "hf_device_map") else model.device
+    total = torch.zeros((), dtype=torch.float64)
+    try:
+        for batch in tqdm(tokens.split(batch_size), desc="Perplexity", name="optimum_dsa.evaluate", leave=False):
+            batch = batch.to(device)
+            logits = model(input_ids=batch, use_cache=False).logits
+            # one window at a time: float32 log-probabilities of a whole batch would dwarf the activations
+            for row, targets in zip(logits, batch):
+                total += (
+                    nn.functional.cross_entropy(row[:-1].float(), targets[1:].to(row.device), reduction="sum")
+                    .double()
+                    .cpu()
+                )
+    finally:
+        model.train(training)
+    return math.exp(min(total.item() / (tokens.shape[0] * (tokens.shape[1] - 1)), 700))
+
+
+def check_tokens(tokens: Tensor, model: nn.Module) -> None:
+    """Raise `ValueError` unless `tokens` are (samples, length) whole numbers within the model's vocabulary."""
+    if not isinstance(tokens, Tensor) or tokens.dim() != 2 or tokens.numel() == 0 or tokens.is_floating_point():
+        got = f"{tuple(tokens.shape)} {tokens.dtype}" if isinstance(tokens, Tensor) else type(tokens).__name__
+        raise ValueError(f"Tokens are a LongTensor (samples, length), not empty; got {got}.")
+    embeddings = model.get_input_embeddings()
+    vocabulary = getattr(embeddings, "num_embeddings", None)
+    low, high = int(tokens.min()), int(tokens.max())
+    if low < 0 or (vocabulary is not None and high >= vocabulary):
+        raise ValueError(
+            f"Tokens run from {low} to {high}, but {type(model).__name__} knows 0 to {(vocabulary or 0) - 1}: "
+            "were they made with another tokenizer?"
+        )

@@ -1,0 +1,84 @@
+"""Element-wise importance: (weight, statistics) -> scores of the weight's shape; the lowest are pruned first.
+
+Every metric takes `weight`, (out_features, in_features) of any floating dtype, and the `LayerStatistics` of its input,
+and returns float32 scores, non-negative, on the weight's device. None of them changes its arguments.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from .registry import Registry
+
+
+if TYPE_CHECKING:
+    from .statistics import LayerStatistics
+
+METRICS = Registry("metric")
+
+# What a metric reads of the statistics; a metric that is not listed reads `input_norm`.
+NO_INPUTS = {"magnitude"}
+GRAM = {"obs"}
+
+
+@METRICS.register(reference="https://arxiv.org/abs/1506.02626")
+def magnitude(weight: Tensor, statistics: LayerStatistics | None = None) -> Tensor:
+    """The weight's absolute value, |W_ij|.
+
+    Han et al., 2015, https://arxiv.org/abs/1506.02626.
+    """
+    return weight.float().abs()
+
+
+@METRICS.register(reference="https://arxiv.org/abs/2306.11695")
+def wanda(weight: Tensor, statistics: LayerStatistics) -> Tensor:
+    """Weight magnitude times the norm of the input it multiplies, |W_ij| · ‖x_j‖.
+
+    `statistics.input_norm`, (in_features,): √(Σ x² over tokens ÷ number of sequences).
+
+    Sun et al., 2023, https://arxiv.org/abs/2306.11695, eq. 1.
+    """
+    return weight.float().abs().mul_(statistics.input_norm)
+
+
+@METRICS.register(reference="https://arxiv.org/abs/2306.11695")
+def wanda_variant(weight: Tensor, statistics: LayerStatistics) -> Tensor:
+    """Share of its row's total Wanda score that lies at or below each weight.
+
+    One threshold α on this share over the whole matrix removes from every row the weights that together hold less than
+    α of the row's score: rows with a few strong weights lose more. The published code finds α by bisection; counted
+    over the matrix (pattern "matrix") it is met exactly.
+
+    Sun et al., 2023, https://arxiv.org/abs/2306.11695, `use_variant` in the published code.
+    """
+    ordered, order = wanda(weight, statistics).sort(dim=1, stable=True)
+    shares = ordered.cumsum(dim=1).div_(ordered.sum(dim=1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny))
+    return torch.empty_like(shares).scatter_(1, order, shares)
+
+
+@METRICS.register(reference="https://github.com/biomedical-cybernetics/Relative-importance-and-activation-pruning")
+def ria(weight: Tensor, statistics: LayerStatistics) -> Tensor:
+    """Importance relative to row and column, (|W_ij| / Σ_i |W_ij| + |W_ij| / Σ_j |W_ij|) · ‖x_j‖^½.
+
+    Zhang et al., "Plug-and-Play", ICLR 2024, Relative Importance and Activations with a = ½,
+    https://github.com/biomedical-cybernetics/Relative-importance-and-activation-pruning.
+    """
+    size = weight.float().abs()
+    tiny = torch.finfo(torch.float32).tiny
+    relative = size / size.sum(0, keepdim=True).clamp_min(tiny) + size / size.sum(1, keepdim=True).clamp_min(tiny)
+    return relative.mul_(statistics.input_norm.sqrt())
+
+
+@METRICS.register(reference="https://arxiv.org/abs/2301.00774")
+def obs(weight: Tensor, statistics: LayerStatistics) -> Tensor:
+    """Optimal Brain Surgeon's error of removing one weight, W_ij² / [(X Xᵀ + damping)⁻¹]_jj.
+
+    Needs `statistics.gram`. The update "sparsegpt" evaluates it along its own elimination order instead.
+
+    Hassibi & Stork, 1993; Frantar & Alistarh, 2023, https://arxiv.org/abs/2301.00774, eq. 3.
+    """
+    inverse_diagonal = statistics.inverse_factor().factor.square().sum(dim=0)
+    return weight.float().square() / inverse_diagonal

@@ -1,0 +1,222 @@
+"""The straight line: model + inputs -> allocation -> masks -> pruned model."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+
+import torch
+from huggingface_hub.utils import tqdm
+from torch import Tensor, nn
+
+from .allocation import Allocation, Unit, fit_to_budget, fit_to_levels, split_count
+from .architecture import Architecture, Weight, find_architecture
+from .calibration import WalkedBlock, walk_blocks
+from .capture import feed
+from .configuration import DSAConfig
+from .data import Calibration
+from .masks import Pattern
+from .metrics import GRAM, METRICS, NO_INPUTS
+from .reconstruction import NEEDS_GRAM, UPDATES, Choice
+from .report import PruningReport
+from .statistics import LayerStatistics
+
+
+def architecture_for(model: nn.Module, config: DSAConfig) -> Architecture:
+    """What `config` prunes in `model`; raises where its pattern does not fit a weight."""
+    found = find_architecture(model, config.blocks, config.exclude, config.include, config.skip_unprunable)
+    pattern = Pattern.parse(config.recipe.pattern)
+    for weight in found.weights:
+        pattern.check(weight.name, weight.shape[1])
+    return found
+
+
+def allocation_needs_inputs(config: DSAConfig) -> bool:
+    """Whether the allocation is computed from calibration data."""
+    reads = "nothing" if config.allocator is None else config.allocator.reads
+    return reads == "gram" or (reads == "scores" and config.allocation_metric not in NO_INPUTS)
+
+
+def pruning_needs_inputs(config: DSAConfig) -> bool:
+    """Whether scores or updates are computed from calibration data."""
+    return config.recipe.metric not in NO_INPUTS or config.recipe.update in NEEDS_GRAM
+
+
+@torch.no_grad()
+def allocate(
+    model: nn.Module, calibration: Calibration | None, config: DSAConfig, architecture: Architecture | None = None
+) -> Allocation:
+    """The sparsity of every unit of `model`, from its weights as they are; nothing is changed.
+
+    Raises:
+        ValueError: calibration data are needed and missing, or the budget cannot be met.
+    """
+    architecture = architecture or architecture_for(model, config)
+    units = architecture.units(config.granularity)
+    sizes = {name: sum(weight.size for weight in weights) for name, weights in units.items()}
+    if config.allocator is None:
+        allocation = _given(config, architecture)
+    else:
+        measured = _measure(model, architecture, calibration, config)
+        wanted = config.allocator.wish({name: measured[name] for name in units}, config.sparsity, config.spread)
+        bounds = (config.min_sparsity, config.max_sparsity)
+        allocation = fit_to_budget(wanted, sizes, config.sparsity, *bounds, name=str(config.allocation))
+    pattern = Pattern.parse(config.recipe.pattern)
+    return fit_to_levels(allocation, pattern.width) if pattern.kind in ("mixed", "n:m") else allocation
+
+
+def _measure(
+    model: nn.Module, architecture: Architecture, calibration: Calibration | None, config: DSAConfig
+) -> dict[str, object]:
+    """The allocator's heavy half, for every unit."""
+    allocator = config.allocator
+    batches = None
+    if allocation_needs_inputs(config):
+        batches = _batches(calibration, config, f"allocation {config.allocation!r}")
+    gram = allocator.reads == "gram" or (allocator.reads == "scores" and config.allocation_metric in GRAM)
+    measured = {}
+    progress = _progress("Allocating") if allocator.reads != "nothing" else iter
+    for walked in walk_blocks(model, architecture, batches, gram=gram, sequential=False, progress=progress):
+        for name, weights in _units_of(walked, config.granularity).items():
+            unit = Unit(
+                name,
+                walked.block.depth,
+                [walked.tensor(weight) for weight in weights],
+                [walked.statistics.get(weight.name) for weight in weights],
+                METRICS[config.allocation_metric],
+            )
+            measured[name] = allocator.measure(unit)
+    return measured
+
+
+def _units_of(walked: WalkedBlock, granularity: str) -> dict[str, Sequence[Weight]]:
+    if granularity == "matrix":
+        return {weight.name: (weight,) for weight in walked.weights}
+    return {walked.name: walked.weights} if walked.weights else {}
+
+
+def _given(config: DSAConfig, architecture: Architecture) -> Allocation:
+    """The user's own allocation, held against the model and the target."""
+    given = config.given_allocation()
+    for granularity in (config.granularity, "block", "matrix"):
+        units = architecture.units(granularity)
+        if units.keys() == given.sparsity.keys():
+            break
+    else:
+        expected = architecture.units(config.granularity)
+        missing = [name for name in expected if name not in given.sparsity]
+        unknown = [name for name in given.sparsity if name not in expected]
+        raise ValueError(
+            f"The allocation does not fit the model: it lacks {missing[:3] or 'nothing'} and names "
+            f"{unknown[:3] or 'nothing'} that the model does not have."
+        )
+    sizes = {name: sum(weight.size for weight in weights) for name, weights in units.items()}
+    mean = sum(given.sparsity[name] * size for name, size in sizes.items()) / sum(sizes.values())
+    if abs(mean - config.sparsity) > 5e-4:
+        raise ValueError(
+            f"The allocation's mean sparsity is {mean:.4f}, but the config asks for {config.sparsity}; "
+            f"use sparsity={mean:.4f}."
+        )
+    low = min(config.min_sparsity, *given.sparsity.values())
+    high = max(config.max_sparsity, *given.sparsity.values())
+    return fit_to_budget(given.sparsity, sizes, config.sparsity, low, high, given.name)
+
+
+@torch.no_grad()
+def prune(model: nn.Module, calibration: Calibration | None, config: DSAConfig) -> PruningReport:
+    """Prune `model` in place; what was asked and what came out.
+
+    Everything that can be known to be wrong is raised before the first weight is changed.
+    """
+    start = time.perf_counter()
+    architecture = architecture_for(model, config)
+    batches = None
+    if pruning_needs_inputs(config):
+        batches = _batches(calibration, config, f"method {config.method!r}")
+    check_finite(model, architecture, calibration)
+    allocation = allocate(model, calibration, config, architecture)
+    granularity = "block" if allocation.sizes.keys() == architecture.units("block").keys() else "matrix"
+    gram = config.recipe.metric in GRAM or config.recipe.update in NEEDS_GRAM
+    counts = allocation.counts()
+    zeros: dict[str, int] = {}
+    damping: dict[str, float] = {}
+    unseen = []
+    for walked in walk_blocks(
+        model, architecture, batches, gram=gram, sequential=config.sequential, progress=_progress("Pruning")
+    ):
+        for unit, weights in _units_of(walked, granularity).items():
+            shares = split_count(counts[unit], {weight.name: weight.size for weight in weights})
+            for weight in weights:
+                tensor, statistics = walked.tensor(weight), walked.statistics.get(weight.name)
+                prune_(tensor, statistics, config, shares[weight.name])
+                walked.changed(weight)
+                zeros[unit] = zeros.get(unit, 0) + int((tensor == 0).sum())
+                if statistics is not None and statistics.tokens == 0:
+                    unseen.append(weight.name)
+                if statistics is not None and (used := statistics.damping_used) and used > config.damping:
+                    damping[weight.name] = used
+    return PruningReport(
+        config=config,
+        allocation=allocation,
+        achieved={unit: zeros[unit] / size for unit, size in allocation.sizes.items()},
+        parameters=sum(parameter.numel() for parameter in model.parameters()),
+        calibration=calibration.facts() if calibration else None,
+        dense=architecture.dense,
+        damping=damping,
+        unseen=tuple(unseen),
+        seconds=time.perf_counter() - start,
+    )
+
+
+def prune_(weight: Tensor, statistics: LayerStatistics | None, config: DSAConfig, count: int) -> None:
+    """Remove `count` weights of one matrix, (out_features, in_features), in place."""
+    recipe = config.recipe
+    pattern = Pattern.parse(recipe.pattern)
+    choice = Choice(pattern, count, None, config.damping)
+    if not (recipe.metric == "obs" and recipe.update == "sparsegpt" and choice.as_it_goes):
+        keep = pattern.keep(METRICS[recipe.metric](weight, statistics), count)
+        choice = Choice(pattern, count, keep, config.damping)
+    weight.copy_(UPDATES[recipe.update](weight, statistics, choice))
+
+
+def check_finite(model: nn.Module, architecture: Architecture, calibration: Calibration | None) -> None:
+    """Raise `ValueError` for a NaN or infinity in a weight, or in what a block makes of the first sample, by name."""
+    for walked in walk_blocks(model, architecture, None):
+        for weight in walked.weights:
+            if not walked.tensor(weight).isfinite().all():
+                raise ValueError(f"{weight.name} holds NaN or infinities; the checkpoint is damaged or overflowed.")
+    if calibration is None:
+        return
+    handles = []
+
+    def check(name: str):
+        def hook(module, args, output):
+            hidden = output if isinstance(output, Tensor) else output[0]
+            if not hidden.isfinite().all():
+                raise ValueError(
+                    f"The output of {name} holds NaN or infinities on the first calibration sample; "
+                    "try another dtype (bfloat16 or float32)."
+                )
+
+        return hook
+
+    try:
+        for stack in architecture.stacks:
+            for block in stack.blocks:
+                module = model.get_submodule(block.name)
+                handles.append(module.register_forward_hook(check(block.name)))
+        feed(model, calibration.batches(1)[0])
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _batches(calibration: Calibration | None, config: DSAConfig, who: str) -> list[dict[str, Tensor]]:
+    if calibration is None:
+        raise ValueError(f"The {who} needs calibration data; pass texts, a file, a dataset or tokens.")
+    return calibration.batches(config.batch_size)
+
+
+def _progress(description: str):
+    """A progress bar over blocks, silenced by the Hugging Face switches."""
+    return lambda blocks: tqdm(blocks, desc=description, unit="block", name="optimum_dsa.prune", leave=False)

@@ -1,0 +1,105 @@
+"""Weight updates: what the kept weights become once the others are gone.
+
+An update is (weight, statistics, `Choice`) -> new weight, (out_features, in_features), with exact zeros. It never
+changes its arguments.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .masks import Pattern, count_in_columns
+from .registry import Registry
+from .statistics import DAMPING, LayerStatistics
+
+
+UPDATES = Registry("update")
+NEEDS_GRAM = {"sparsegpt"}
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Which weights of a matrix go.
+
+    Attributes:
+        pattern: within which sets of weights.
+        count: how many.
+        keep: (out_features, in_features), True = keep; `None` lets the update choose as it goes.
+        damping: share of the mean of diag(X Xᵀ) that is added to it, where an update inverts it.
+    """
+
+    pattern: Pattern
+    count: int
+    keep: Tensor | None = None
+    damping: float = DAMPING
+
+    @property
+    def as_it_goes(self) -> bool:
+        """Whether an update can choose while it eliminates: the set is known before its columns are reached."""
+        return self.pattern.kind in ("group", "n:m", "mixed")
+
+
+@UPDATES.register()
+def none(weight: Tensor, statistics: LayerStatistics | None, choice: Choice) -> Tensor:
+    """The weight with zeros where it is pruned, and nothing else changed."""
+    return weight.masked_fill(~choice.keep, 0)
+
+
+@UPDATES.register(reference="https://arxiv.org/abs/2301.00774")
+@torch.no_grad()
+def sparsegpt(weight: Tensor, statistics: LayerStatistics, choice: Choice) -> Tensor:
+    """The pruned weight whose kept entries make up, column by column, for the removed ones.
+
+    `statistics` need `gram`. Without `choice.keep`, the weights to remove are the lowest of (w / U_jj)² at the moment
+    when their group of columns is reached, U being the upper Cholesky factor of (X Xᵀ + damping)⁻¹.
+
+    Returns float32. The updates of 128 columns (or one group) are applied to the rest at once, which changes the speed
+    and not the result.
+
+    Frantar & Alistarh, 2023, https://arxiv.org/abs/2301.00774, algorithm 1.
+    """
+    factor = statistics.inverse_factor(choice.damping).factor
+    new = weight.float().clone()
+    columns = new.shape[1]
+    width = choice.pattern.width if choice.pattern.kind == "group" else 128
+    if choice.pattern.kind in ("n:m", "mixed"):
+        width = max(width // choice.pattern.width, 1) * choice.pattern.width
+    for start in range(0, columns, width):
+        stop = min(start + width, columns)
+        block, upper = new[:, start:stop], factor[start:stop, start:stop]
+        keep_column = _chooser(block, upper, choice, start, columns)
+        errors = torch.zeros_like(block)
+        for j in range(stop - start):
+            removed = ~keep_column(j)
+            errors[:, j] = block[:, j] * removed / upper[j, j]
+            block[:, j:].addr_(errors[:, j], upper[j, j:], alpha=-1)
+            block[:, j].masked_fill_(removed, 0)
+        new[:, stop:].addmm_(errors, factor[start:stop, stop:], alpha=-1)
+    return new
+
+
+def _chooser(block: Tensor, upper: Tensor, choice: Choice, start: int, columns: int) -> Callable[[int], Tensor]:
+    """A function from a column of `block`, which begins at column `start` of `columns`, to the rows that it keeps."""
+    stop = start + block.shape[1]
+    if choice.keep is not None:
+        fixed = choice.keep[:, start:stop]
+        return lambda j: fixed[:, j]
+    pattern, diagonal = choice.pattern, upper.diagonal()
+    if pattern.kind == "group":
+        here = count_in_columns(choice.count, columns, start, stop)
+        chosen = Pattern("matrix").keep((block / diagonal).square_(), here)
+        return lambda j: chosen[:, j]
+    chosen = torch.ones_like(block, dtype=torch.bool)
+    per_group = round(choice.count * pattern.width / columns)
+
+    def keep_of_the_group(j: int) -> Tensor:
+        if j % pattern.width == 0:
+            group = slice(j, j + pattern.width)
+            chosen[:, group] = pattern.keep((block[:, group] / diagonal[group]).square_(), per_group)
+        return chosen[:, j]
+
+    return keep_of_the_group

@@ -1,0 +1,90 @@
+"""What pruning did: asked, achieved, and from which data."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from .allocation import Allocation
+from .configuration import DSAConfig
+
+
+@dataclass(frozen=True)
+class PruningReport:
+    """The outcome of `prune`; `print` shows it as a table.
+
+    Attributes:
+        config: what was asked.
+        allocation: the sparsity that every unit was given.
+        achieved: the share of zeros in every unit afterwards, counted in the weights.
+        parameters: all parameters of the model, prunable or not.
+        calibration: facts of the data: source, samples, length, tokens, seed.
+        dense: matrices of the blocks that stayed dense -> why.
+        damping: weights whose X·Xᵀ needed more damping than asked -> the damping.
+        unseen: weights that no calibration token reached; they were scored by magnitude.
+        seconds: wall time.
+    """
+
+    config: DSAConfig
+    allocation: Allocation
+    achieved: Mapping[str, float]
+    parameters: int
+    calibration: Mapping[str, Any] | None = None
+    dense: Mapping[str, str] = field(default_factory=dict)
+    damping: Mapping[str, float] = field(default_factory=dict)
+    unseen: tuple[str, ...] = ()
+    seconds: float = 0.0
+
+    @property
+    def removed(self) -> int:
+        """Zeros in the prunable weights."""
+        return sum(round(self.achieved[unit] * size) for unit, size in self.allocation.sizes.items())
+
+    @property
+    def sparsity(self) -> float:
+        """Share of zeros in the prunable weights."""
+        return self.removed / sum(self.allocation.sizes.values())
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON values; the part of `dsa_config.json` that describes the result."""
+        return {
+            "config": self.config.to_dict(),
+            "allocation": self.allocation.to_dict(),
+            "achieved": {
+                "sparsity": self.sparsity,
+                "sparsity_of_all_parameters": self.removed / self.parameters,
+                "removed": self.removed,
+                "prunable": sum(self.allocation.sizes.values()),
+                "parameters": self.parameters,
+                "units": dict(self.achieved),
+            },
+            "calibration": dict(self.calibration) if self.calibration else None,
+            "dense": dict(self.dense),
+            "damping": dict(self.damping),
+            "unseen": list(self.unseen),
+            "seconds": round(self.seconds, 3),
+        }
+
+    def __str__(self) -> str:
+        width = max(len("prunable weights"), *(len(unit) for unit in self.achieved))
+        lines = [f"{'unit':<{width}}  {'weights':>13}  {'asked':>8}  {'achieved':>8}"]
+        for unit, value in self.achieved.items():
+            size, asked = self.allocation.sizes[unit], self.allocation.sparsity[unit]
+            lines.append(f"{unit:<{width}}  {size:>13,}  {asked:>8.4f}  {value:>8.4f}")
+        prunable = sum(self.allocation.sizes.values())
+        lines.append("-" * len(lines[0]))
+        lines.append(
+            f"{'prunable weights':<{width}}  {prunable:>13,}  {self.config.sparsity:>8.4f}  {self.sparsity:>8.4f}"
+        )
+        lines.append(
+            f"{'all parameters':<{width}}  {self.parameters:>13,}  {'':>8}  {self.removed / self.parameters:>8.4f}"
+        )
+        notes = []
+        if self.dense:
+            notes.append(f"left dense: {len(self.dense)} matrices ({', '.join(sorted(set(self.dense.values())))})")
+        if self.damping:
+            notes.append(f"damping raised for {len(self.damping)} weights, to {max(self.damping.values()):g} at most")
+        if self.unseen:
+            notes.append(f"{len(self.unseen)} weights saw no calibration token and were scored by magnitude")
+        return "\n".join(lines + notes)

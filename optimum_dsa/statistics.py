@@ -1,0 +1,111 @@
+"""What calibration leaves behind for one weight matrix."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+
+logger = logging.getLogger(__name__)
+
+DAMPING = 0.01
+
+
+@dataclass(frozen=True)
+class InverseFactor:
+    """Upper Cholesky factor U of (X Xᵀ + damping)⁻¹ = Uᵀ U, and the damping that it took."""
+
+    factor: Tensor
+    damping: float
+
+
+@dataclass
+class LayerStatistics:
+    """Sums over the inputs x of one linear map, in float32.
+
+    Attributes:
+        squared_sum: (in_features,), Σ x_j² over all tokens.
+        gram: (in_features, in_features), Σ x xᵀ over all tokens; `None` unless it was asked for.
+        tokens: inputs seen. A routed expert counts those that reached it.
+        sequences: sequences seen.
+
+    A matrix that saw no input at all (an expert that no token was routed to) answers as if its inputs were white:
+    its scores fall back to the weights alone.
+    """
+
+    in_features: int
+    device: torch.device | str = "cpu"
+    with_gram: bool = False
+    tokens: int = 0
+    sequences: int = 0
+    squared_sum: Tensor = None
+    gram: Tensor | None = None
+    _factor: tuple[float, InverseFactor] | None = field(default=None, repr=False)
+
+    def __post_init__(self):
+        if self.squared_sum is None:
+            self.squared_sum = torch.zeros(self.in_features, dtype=torch.float32, device=self.device)
+        if self.with_gram and self.gram is None:
+            self.gram = torch.zeros(self.in_features, self.in_features, dtype=torch.float32, device=self.device)
+
+    @torch.no_grad()
+    def update_(self, inputs: Tensor) -> None:
+        """Add a batch of inputs, (..., in_features) of any dtype, in place."""
+        rows = inputs.reshape(-1, inputs.shape[-1]).float()
+        self.tokens += rows.shape[0]
+        if self.gram is None:
+            self.squared_sum += torch.linalg.vector_norm(rows, dim=0).square_()
+        else:
+            self.gram.addmm_(rows.t(), rows)
+            self.squared_sum.copy_(self.gram.diagonal())
+        self._factor = None
+
+    @property
+    def input_norm(self) -> Tensor:
+        """(in_features,), √(Σ x² over tokens ÷ number of sequences): the scaler of the published Wanda code."""
+        if self.tokens == 0:
+            return torch.ones_like(self.squared_sum)
+        return (self.squared_sum / max(self.sequences, 1)).sqrt_()
+
+    @property
+    def damping_used(self) -> float | None:
+        """The damping that the last `inverse_factor` took."""
+        return self._factor[1].damping if self._factor else None
+
+    def inverse_factor(self, damping: float = DAMPING) -> InverseFactor:
+        """The `InverseFactor` at `damping` times the mean of diag(X Xᵀ), computed once.
+
+        Inputs that never fired get a one on the diagonal. Where the factorisation fails, the damping is raised
+        tenfold until it succeeds, and a warning says so.
+
+        Raises:
+            ValueError: no `gram` was collected, or it is so ill-conditioned that no damping up to 10⁸ helps.
+
+        Frantar & Alistarh, 2023, https://arxiv.org/abs/2301.00774, section 3.3.
+        """
+        if self._factor is not None and self._factor[0] == damping:
+            return self._factor[1]
+        if self.gram is None:
+            raise ValueError("X·Xᵀ was not collected; walk the blocks with gram=True for this metric or update.")
+        hessian = torch.eye(self.in_features, device=self.gram.device) if self.tokens == 0 else self.gram.clone()
+        diagonal = hessian.diagonal()
+        diagonal[diagonal == 0] = 1.0
+        mean = diagonal.mean().item()
+        added = 0.0
+        for attempt in [damping * 10.0**power for power in range(11)] if damping > 0 else [0.0, DAMPING, 1.0, 100.0]:
+            diagonal += (attempt - added) * mean
+            added = attempt
+            lower, failed = torch.linalg.cholesky_ex(hessian)
+            if not failed:
+                lower, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower))
+            if not failed and lower.isfinite().all():
+                break
+        else:
+            raise ValueError(f"X·Xᵀ, {tuple(hessian.shape)}, has no Cholesky factor at any damping up to {attempt:g}.")
+        if attempt != damping:
+            logger.warning("X·Xᵀ is ill-conditioned: the damping was raised from %g to %g.", damping, attempt)
+        self._factor = (damping, InverseFactor(lower.t().contiguous(), attempt))
+        return self._factor[1]
