@@ -25,7 +25,7 @@ style: $(READY)
 	$(BIN)/ruff format .
 
 docs: $(READY)
-	$(BIN)/doc-builder build optimum_dsa docs/source --build_dir build/docs --repo_name optimum-dsa --version main --clean
+	$(BIN)/doc-builder build optimum_dsa docs/source --build_dir build/docs --repo_name optimum-dsa --version main --version_tag_suffix "" --clean
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info

@@ -11,6 +11,7 @@ import fnmatch
 import logging
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
 
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
@@ -30,12 +31,12 @@ class Weight:
     """One prunable matrix.
 
     Attributes:
-        name: the parameter's full name, with `[e]` for expert e of a fused parameter.
-        module: full name of the module that owns the parameter.
-        attribute: the parameter's name in that module.
-        shape: (out_features, in_features).
-        transposed: whether the parameter is stored as (in_features, out_features).
-        expert: index into the first dimension of a 3-D parameter.
+        name (`str`): the parameter's full name, with `[e]` for expert e of a fused parameter.
+        module (`str`): full name of the module that owns the parameter.
+        attribute (`str`): the parameter's name in that module.
+        shape (`tuple[int, int]`): (out_features, in_features).
+        transposed (`bool`): whether the parameter is stored as (in_features, out_features).
+        expert (`int`): index into the first dimension of a 3-D parameter.
     """
 
     name: str
@@ -82,9 +83,9 @@ class Architecture:
     """Everything that can be pruned in a model.
 
     Attributes:
-        stacks: in the order in which the model runs them.
-        head: weights outside the blocks that were asked for with `include`, as one more block; or `None`.
-        dense: names of matrices in the blocks that are left dense -> why.
+        stacks (`tuple[Stack, ...]`): in the order in which the model runs them.
+        head (`Block`): weights outside the blocks that were asked for with `include`, as one more block; or `None`.
+        dense (`dict[str, str]`): names of matrices in the blocks that are left dense -> why.
     """
 
     stacks: tuple[Stack, ...]
@@ -117,12 +118,14 @@ def find_architecture(
     """The stacks, blocks and prunable weights of `model`.
 
     Args:
-        model: any transformers model; of a model with several towers, the language tower is taken.
-        blocks: names of the module lists to prune instead, such as `vision_tower.encoder.layers`.
-        exclude: names or glob patterns of weights or modules to leave dense; parts of a dotted name match too
-            (`down_proj`, `layers.0`).
-        include: names or patterns of matrices outside the blocks to prune as well (`lm_head`, `embed_tokens`).
-        skip_unprunable: leave dense, with a warning, what would otherwise be refused.
+        model (`nn.Module`): any transformers model; of a model with several towers, the language tower is taken.
+        blocks (`Sequence[str]`, *optional*): names of the module lists to prune instead, such as
+            `vision_tower.encoder.layers`.
+        exclude (`Sequence[str]`, *optional*): names or glob patterns of weights or modules to leave dense; parts of a
+            dotted name match too (`down_proj`, `layers.0`).
+        include (`Sequence[str]`, *optional*): names or patterns of matrices outside the blocks to prune as well
+            (`lm_head`, `embed_tokens`).
+        skip_unprunable (`bool`, defaults to `False`): leave dense, with a warning, what would otherwise be refused.
 
     Raises:
         UnprunableError: no blocks, or a matrix of a block that no rule can prune; it says what to exclude.
@@ -151,12 +154,10 @@ def find_architecture(
     if refused:
         logger.warning("Left dense, because they cannot be pruned: %s.", ", ".join(sorted(refused)))
         dense.update(refused)
-    head = _head(model, names, include, used) if include else None
-    unused = [pattern for pattern in (*exclude, *include) if pattern not in used]
-    if unused:
-        known = [name for name, p in model.named_parameters() if p.dim() >= 2]
-        parts = {part for name in known for part in name.split(".")}
-        raise ValueError(f"Nothing in {type(model).__name__} is named {unused[0]!r}.{near(unused[0], parts)}")
+    head = _head(model, names, include, exclude, used) if include else None
+    for pattern in (*exclude, *include):
+        if pattern not in used:
+            raise ValueError(_unmatched(model, names, pattern, inside=pattern in exclude))
     architecture = Architecture(tuple(stacks), head, dense)
     if not architecture.weights:
         raise UnprunableError(f"{type(model).__name__} has blocks ({', '.join(names)}) but no weight left to prune.")
@@ -166,9 +167,10 @@ def find_architecture(
 def find_stacks(model: nn.Module) -> list[str]:
     """Names of the module lists that hold the model's blocks.
 
-    Lists of composite modules that own matrices, the outermost of each branch. In a model with a text tower (a
-    submodule that carries the model's text configuration) only that tower counts; in an encoder-decoder both stacks do;
-    elsewhere the list with the most weights.
+    Lists of composite modules that own matrices, the outermost of each branch. In an encoder-decoder of text both
+    stacks count. In a model with a text tower (a submodule that carries the model's text configuration) only that
+    tower does. Where lists are left to choose from, those under the model's own configuration come first, and of them
+    the one with the most weights.
 
     Raises:
         UnprunableError: there is none.
@@ -179,9 +181,12 @@ def find_stacks(model: nn.Module) -> list[str]:
         raise UnprunableError(
             f"{type(model).__name__} has no list of transformer blocks; name one with blocks=['...'] if there is."
         )
-    if len(found) == 1 or getattr(model.config, "is_encoder_decoder", False):
+    if len(found) == 1:
         return found
-    largest = max(found, key=lambda name: sum(p.numel() for p in model.get_submodule(name).parameters()))
+    if _is_encoder_decoder(model):
+        return [name for name in found if hasattr(_configuration(model, name), "vocab_size")] or found
+    own = [name for name in found if _configuration(model, name) is _configuration(model, tower)] or found
+    largest = max(own, key=lambda name: sum(p.numel() for p in model.get_submodule(name).parameters()))
     others = [name for name in found if name != largest]
     logger.info("Pruning %s; left dense: %s (choose with blocks=[...]).", largest, ", ".join(others))
     return [largest]
@@ -191,9 +196,22 @@ def _text_tower(model: nn.Module) -> str:
     """Name of the outermost submodule whose configuration is the model's text configuration; "" for the model."""
     config = getattr(model, "config", None)
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
-    if text is None or text is config:
+    if text is None or text is config or (_is_encoder_decoder(model) and model.main_input_name == "input_ids"):
         return ""
     return next((name for name, module in model.named_modules() if getattr(module, "config", None) is text), "")
+
+
+def _is_encoder_decoder(model: nn.Module) -> bool:
+    return bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
+
+
+def _configuration(model: nn.Module, name: str):
+    """The configuration of the innermost module around `name` that carries one, `name` included."""
+    while True:
+        config = getattr(model.get_submodule(name), "config", None)
+        if config is not None or not name:
+            return config
+        name = name.rpartition(".")[0]
 
 
 def _outermost_stacks(module: nn.Module, name: str) -> Iterator[str]:
@@ -221,7 +239,7 @@ def _named_stacks(model: nn.Module, names: Iterable[str]) -> list[str]:
     for name in names:
         if name not in lists:
             raise ValueError(f"{type(model).__name__} has no module list {name!r}.{near(name, lists)}")
-    return list(names)
+    return [name for name in lists if name in names]
 
 
 def _tied_parameters(model: nn.Module, stacks: Sequence[str]) -> set[str]:
@@ -232,7 +250,11 @@ def _tied_parameters(model: nn.Module, stacks: Sequence[str]) -> set[str]:
     tied = {name for group in seen.values() if len(group) > 1 for name in group}
     for target, source in (getattr(model, "all_tied_weights_keys", None) or {}).items():
         tied |= {target, source}
-    return {name for name in tied if any(name.startswith(f"{stack}.") for stack in stacks)}
+    return {name for name in tied if _within(name, stacks)}
+
+
+def _within(name: str, stacks: Sequence[str]) -> bool:
+    return any(name == stack or name.startswith(f"{stack}.") for stack in stacks)
 
 
 def _block_weights(
@@ -245,31 +267,34 @@ def _block_weights(
     refused: dict[str, str],
 ) -> Iterator[Weight]:
     """The prunable weights of a block; fills `dense` and `refused` with the reasons for the others."""
-    # where experts live -> how many; a matrix beside them with as many rows scores the experts
-    routed = {path.rpartition(".")[0]: len(getattr(m, a)) for path, m in module.named_modules() for a in _fused(m)}
+    routers = _routers(module)
     for path, owner in module.named_modules():
         owner_name = f"{block}.{path}" if path else block
         for attribute, parameter in owner.named_parameters(recurse=False):
             name = f"{owner_name}.{attribute}"
             if parameter.dim() < 2:
                 continue
-            if _matches(name, owner_name, exclude, used):
+            if _matches(name, exclude, used):
                 dense[name] = "excluded"
             elif name in tied:
                 dense[name] = "shared with another part of the model"
             elif isinstance(owner, nn.Embedding):
                 dense[name] = "embedding"
-            elif parameter.dim() == 2 and routed.get(path.rpartition(".")[0]) == parameter.shape[0]:
+            elif parameter in routers:
                 dense[name] = "router of experts"
             elif not parameter.is_floating_point():
                 refused[name] = f"quantised, {parameter.dtype}"
             elif isinstance(owner, (nn.Linear, Conv1D)) and attribute == "weight" and parameter.dim() == 2:
                 yield _weight(name, owner_name, attribute, parameter.shape, isinstance(owner, Conv1D))
+            elif parameter.dim() == 2 and _count_experts(owner) == parameter.shape[0]:
+                dense[name] = "biases of experts"
             elif attribute in _fused(owner):
                 for expert in range(parameter.shape[0]):
                     transposed = bool(getattr(owner, "is_transposed", False))
                     label = f"{name}[{expert}]"
                     yield _weight(label, owner_name, attribute, parameter.shape[1:], transposed, expert)
+            elif _is_vector(parameter):
+                dense[name] = "vector"
             else:
                 refused[name] = f"{type(owner).__name__}, shape {tuple(parameter.shape)}"
 
@@ -279,8 +304,37 @@ def _weight(name, module, attribute, shape, transposed, expert=None) -> Weight:
     return Weight(name, module, attribute, (int(rows), int(columns)), transposed, expert)
 
 
+def _routers(block: nn.Module) -> set[nn.Parameter]:
+    """The matrices of a block that score its experts.
+
+    Experts are fused parameters or a list of modules of one type; their router is the module beside them that holds
+    one matrix alone, with as many rows as there are experts.
+    """
+    found = set()
+    for part in block.modules():
+        counts = {child: _count_experts(child) for child in part.children()}
+        for child, count in counts.items():
+            matrices = [p for p in child.parameters() if p.dim() >= 2 and not _is_vector(p)]
+            if count == 0 and len(matrices) == 1 and matrices[0].shape[0] in set(counts.values()):
+                found.add(matrices[0])
+    return found
+
+
+def _count_experts(module: nn.Module) -> int:
+    """How many experts a module is made of; 0 for anything else."""
+    if isinstance(module, (nn.ModuleList, nn.ModuleDict)):
+        experts = [child for child in module.children() if next(child.parameters(), None) is not None]
+        alike = len({type(expert) for expert in experts}) == 1 and any(True for _ in experts[0].children())
+        return len(experts) if alike else 0
+    return module.num_experts if _is_experts(module) else 0
+
+
 def _is_experts(module: nn.Module) -> bool:
     return bool(_fused(module))
+
+
+def _is_vector(parameter: Tensor) -> bool:
+    return parameter.numel() == max(parameter.shape)
 
 
 def _fused(module: nn.Module) -> list[str]:
@@ -292,15 +346,19 @@ def _fused(module: nn.Module) -> list[str]:
     return [name for name, parameter in own if parameter.dim() == 3 and parameter.shape[0] == experts]
 
 
-def _head(model: nn.Module, stacks: Sequence[str], include: Sequence[str], used: set[str]) -> Block | None:
-    """The matrices outside the blocks that `include` names, each shared parameter once."""
+def _head(
+    model: nn.Module, stacks: Sequence[str], include: Sequence[str], exclude: Sequence[str], used: set[str]
+) -> Block | None:
+    """The matrices outside the blocks that `include` names and `exclude` does not, each shared parameter once."""
     weights, seen = [], set()
     for path, owner in model.named_modules():
-        if any(path == stack or path.startswith(f"{stack}.") for stack in stacks):
+        if _within(path, stacks):
             continue
         for attribute, parameter in owner.named_parameters(recurse=False):
             name = f"{path}.{attribute}" if path else attribute
-            if parameter.dim() != 2 or not _matches(name, path, include, used):
+            if parameter.dim() != 2 or not _matches(name, include, used):
+                continue
+            if _matches(name, exclude, used):
                 continue
             if not isinstance(owner, (nn.Linear, Conv1D, nn.Embedding)):
                 raise UnprunableError(f"{name} ({type(owner).__name__}) cannot be pruned; take it out of include.")
@@ -310,12 +368,21 @@ def _head(model: nn.Module, stacks: Sequence[str], include: Sequence[str], used:
     return Block("outside the blocks", tuple(weights), 1.0) if weights else None
 
 
-def _matches(name: str, module: str, patterns: Sequence[str], used: set[str]) -> bool:
-    """Whether a pattern names the weight, its module, or a run of parts of its dotted name; notes which did."""
+def _unmatched(model: nn.Module, stacks: Sequence[str], pattern: str, inside: bool) -> str:
+    """What to say of a pattern that matches no matrix inside, or outside, the blocks."""
+    matrices = [name for name, parameter in model.named_parameters() if parameter.dim() >= 2]
+    parts = {part for name in matrices if _within(name, stacks) == inside for part in name.split(".")}
+    place = "of its blocks" if inside else "outside its blocks"
+    return f"Nothing in {type(model).__name__} is named {pattern!r} among the matrices {place}.{near(pattern, parts)}"
+
+
+def _matches(name: str, patterns: Sequence[str], used: set[str]) -> bool:
+    """Whether a pattern names the weight, a module around it, or a run of parts of its name; notes which did."""
+    around = list(accumulate(name.split("."), "{}.{}".format))
     hits = [
         pattern
         for pattern in patterns
-        if fnmatch.fnmatchcase(name, pattern) or fnmatch.fnmatchcase(module, pattern) or f".{pattern}." in f".{name}."
+        if f".{pattern}." in f".{name}." or any(fnmatch.fnmatchcase(part, pattern) for part in around)
     ]
     used.update(hits)
     return bool(hits)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from .architecture import Architecture, Block, Stack, UnprunableError, Weight
-from .capture import BlockCalls, capture_calls, run_behind
+from .capture import BlockCalls, capture_calls, check_calls, run_behind
 from .observation import Observer, observing
 from .offload import resident
 from .statistics import LayerStatistics
@@ -47,6 +47,7 @@ class WalkedBlock:
         self.changes.add(f"{weight.module}.{weight.attribute}")
 
 
+@torch.inference_mode(False)
 @torch.no_grad()
 def walk_blocks(
     model: nn.Module,
@@ -64,9 +65,11 @@ def walk_blocks(
     (one). One block's activations are alive at a time.
 
     Args:
-        batches: inputs of the model by name, first dimension the samples; `None` runs nothing and gives no statistics.
-        gram: collect X·Xᵀ as well.
-        progress: wraps the sequence of blocks, as tqdm does.
+        batches (`Sequence[Mapping[str, Tensor]]`): inputs of the model by name, first dimension the samples; `None`
+            runs nothing and gives no statistics. What an attention mask marks as padding is cut off.
+        gram (`bool`, defaults to `False`): collect X·Xᵀ as well.
+        progress (`Callable[[Sequence[Block]], Iterable[Block]]`, defaults to `iter`): wraps the sequence of blocks, as
+            tqdm does.
 
     Raises:
         ValueError: NaN or infinities in the input of a weight, which it names.
@@ -78,9 +81,12 @@ def walk_blocks(
             with resident(model, _modules(block)) as changes:
                 yield WalkedBlock(block, {}, model, changes)
         return
-    training = model.training
+    batches = [part for batch in batches for part in without_padding(batch)]
+    training = [module for module in model.modules() if module.training]
     model.eval()
     try:
+        for stack in architecture.stacks:
+            check_calls(model, stack, {name: value[:1] for name, value in batches[0].items()})
         early = (
             {} if sequential else {stack.name: capture_calls(model, stack, batches) for stack in architecture.stacks}
         )
@@ -95,7 +101,8 @@ def walk_blocks(
             yield from _walk_head(model, next(blocks), stack, calls, batches, gram)
         next(blocks, None)  # lets a progress bar finish
     finally:
-        model.train(training)
+        for module in training:
+            module.training = True
 
 
 def _walk_block(
@@ -107,7 +114,7 @@ def _walk_block(
         observer = Observer(gram)
         with observing(model, block, observer):
             for number in range(len(calls)):
-                observer.start_batch(len(calls.hidden[number]), calls.padding[number])
+                observer.start_batch(calls.samples[number])
                 output = calls.run(module, index, number)
                 if not sequential:
                     calls.hidden[number] = output
@@ -130,9 +137,36 @@ def _walk_head(
         observer = Observer(gram)
         with observing(model, head, observer):
             for number, batch in enumerate(batches):
-                observer.start_batch(len(calls.hidden[number]), calls.padding[number])
+                observer.start_batch(calls.samples[number])
                 run_behind(model, stack, calls, batch, number)
         yield WalkedBlock(head, _checked(head, observer), model, changes)
+
+
+def without_padding(batch: Mapping[str, Tensor]) -> list[Mapping[str, Tensor]]:
+    """The batch as batches of sequences of one length, without the padding on either side that its masks mark."""
+    parts = [batch]
+    for side in ("", "decoder_"):
+        parts = [cut for part in parts for cut in _cut(part, side)]
+    return parts
+
+
+def _cut(batch: Mapping[str, Tensor], side: str) -> Iterator[Mapping[str, Tensor]]:
+    ids, mask = batch.get(f"{side}input_ids"), batch.get(f"{side}attention_mask")
+    if ids is None or mask is None or mask.shape != ids.shape or mask.bool().all():
+        yield batch
+        return
+    samples: dict[tuple[int, int], list[int]] = {}
+    for sample, positions in enumerate(mask.bool()):
+        if len(kept := positions.nonzero()):
+            samples.setdefault((int(kept[0]), int(kept[-1]) + 1), []).append(sample)
+    if not samples:
+        raise ValueError(f"The {side}attention_mask marks every token of a batch as padding.")
+    for (start, stop), chosen in samples.items():
+        part = {name: value[chosen] for name, value in batch.items()}
+        for name, value in part.items():
+            if name.startswith("decoder_") == bool(side) and batch[name].shape[:2] == ids.shape:
+                part[name] = value[:, start:stop]
+        yield part
 
 
 def _modules(block: Block) -> list[str]:
@@ -151,13 +185,13 @@ def _checked(block: Block, observer: Observer) -> dict[str, LayerStatistics]:
         if tokens == 0:
             raise UnprunableError(
                 f"{parameter}: what its experts multiply could not be observed; leave them dense with "
-                f"exclude=['{parameter}'] or choose a method that needs no inputs."
+                f"exclude=['{parameter.split('.')[-2]}'] or choose a method that needs no inputs."
             )
     statistics = observer.finish(block)
     for weight in block.weights:
         if not statistics[weight.name].squared_sum.isfinite().all():
             raise ValueError(
-                f"The input of {weight.name} holds NaN or infinities; try another dtype (bfloat16 or float32) or other "
-                "text. Blocks before it may already be pruned in memory: load the model again."
+                f"The input of {weight.name} holds NaN or infinities; try another dtype (bfloat16 or float32) or "
+                "other text. Blocks before it may already be pruned in memory: load the model again."
             )
     return statistics

@@ -1,20 +1,21 @@
 """How a model calls its blocks, recorded without running them: what a walk replays block by block.
 
 While calls are recorded, every block but the first hands its input straight on. Masks, position embeddings and other
-arguments do not depend on the activations, so each block's own are learnt at the price of the embeddings; that the
-model really feeds every block with the output of the one before is checked, not assumed.
+arguments do not depend on the activations, so each block's own are learnt at the price of the embeddings. That a model
+is so made is checked on a sample, not assumed.
 """
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import Cache
 
 from .architecture import Stack, UnprunableError
 
@@ -23,21 +24,25 @@ class _AllRecorded(Exception):
     """Raised in the last block: the rest of the model need not run."""
 
 
+# how a model that cannot be walked can be pruned after all
+_WAY_OUT = "choose other blocks with blocks=['...'], or a method and an allocation that need no inputs."
+
+
 @dataclass
 class BlockCalls:
     """The arguments of every block of a stack for every batch, and the activations that flow between them.
 
     Attributes:
         hidden: per batch, the input of the block at which the walk stands, (samples, ..., hidden size).
-        arguments: per batch and block, (positional, keyword) arguments except the hidden states.
+        arguments: per batch and block, (positional, keyword) arguments except the hidden states and caches.
         extras: per batch, what a block returns behind the hidden states; `None` where it returns those alone.
-        padding: per batch, the positions that are not padding, (samples, length) bool; `None` where all count.
+        samples: per batch, the number of sequences.
     """
 
     hidden: list[Tensor] = field(default_factory=list)
     arguments: list[list[tuple[tuple, dict]]] = field(default_factory=list)
     extras: list[tuple | None] = field(default_factory=list)
-    padding: list[Tensor | None] = field(default_factory=list)
+    samples: list[int] = field(default_factory=list)
 
     def __len__(self) -> int:
         return len(self.arguments)
@@ -45,8 +50,7 @@ class BlockCalls:
     def run(self, block: nn.Module, index: int, batch: int) -> Tensor:
         """The hidden states that `block`, the stack's block `index`, makes of those of `batch`."""
         args, kwargs = self.arguments[batch][index]
-        output = block(self.hidden[batch], *args, **kwargs)
-        return output if isinstance(output, Tensor) else output[0]
+        return _split_output(block(self.hidden[batch], *args, **kwargs))[0]
 
     def output(self, hidden: Tensor, batch: int) -> Any:
         """`hidden` as a block of this stack returns it."""
@@ -58,84 +62,114 @@ def capture_calls(model: nn.Module, stack: Stack, batches: Sequence[Mapping[str,
     """The calls of every block of `stack` for every batch; the stacks before it run as they are.
 
     Raises:
-        UnprunableError: the blocks are not called once each and in order, or something happens between them.
+        UnprunableError: the blocks are not called in order, or something happens between them.
     """
     calls = BlockCalls()
-    modules = [model.get_submodule(block.name) for block in stack.blocks]
     for batch in batches:
-        recorder = _Recorder(model, stack, modules, calls)
-        with replaced_forwards(modules, recorder.replacement):
-            try:
-                feed(model, batch)
-            except _AllRecorded:
-                pass
-        if len(recorder.arguments) < len(modules):
-            raise UnprunableError(
-                f"{type(model).__name__} ran {len(recorder.arguments)} of the {len(modules)} blocks of {stack.name}; "
-                "they cannot be walked one after the other."
-            )
-        earlier = calls.arguments[-1] if calls.arguments else None
-        calls.arguments.append(_shared(recorder.arguments, earlier))
+        # a first batch tells what a block returns; plain hidden states need no real block any more
+        recorder = _Recorder(model, stack, run_first=not calls.extras or calls.extras[0] is not None)
+        recorder.record(batch)
+        calls.arguments.append(_shared(recorder.arguments, calls.arguments[-1] if calls.arguments else None))
         calls.extras.append(recorder.extras)
-        padding = batch.get("attention_mask")
-        everything = padding is None or bool(padding.all()) or padding.shape != recorder.hidden.shape[:2]
         calls.hidden.append(recorder.hidden)
-        calls.padding.append(None if everything else padding.bool())
+        calls.samples.append(len(next(iter(batch.values()))))
     return calls
 
 
-class _Recorder:
-    """Stands in for the blocks during one forward pass."""
+@torch.no_grad()
+def check_calls(model: nn.Module, stack: Stack, batch: Mapping[str, Tensor]) -> None:
+    """Raise `UnprunableError` unless the model, run as it is, calls the blocks of `stack` as `capture_calls` says."""
+    captured = capture_calls(model, stack, [batch])
+    recorder = _Recorder(model, stack, run_all=True)
+    recorder.record(batch)
+    for block, replayed, real in zip(stack.blocks, captured.arguments[0], recorder.arguments):
+        if not _equal(replayed, real):
+            raise UnprunableError(
+                f"{type(model).__name__} hands {block.name} more of what the blocks before it compute than its hidden "
+                f"states, so they cannot be walked one after the other; {_WAY_OUT}"
+            )
 
-    def __init__(self, model: nn.Module, stack: Stack, modules: Sequence[nn.Module], calls: BlockCalls):
-        self.model, self.stack, self.modules = model, stack, modules
+
+class _Recorder:
+    """Stands in for the blocks of a stack during one forward pass; hands their input on, or runs them as well."""
+
+    def __init__(self, model: nn.Module, stack: Stack, run_first: bool = True, run_all: bool = False):
+        self.model, self.stack = model, stack
+        self.run_first, self.run_all = run_first, run_all
         self.arguments: list[tuple[tuple, dict]] = []
         self.hidden: Tensor | None = None
         self.passed: Tensor | None = None
+        self.version = 0
         self.extras: tuple | None = None
-        # a first batch tells what a block returns; plain hidden states need no real block any more
-        self.run_first = not calls.extras or calls.extras[0] is not None
 
-    def replacement(self, index: int, forward: Callable) -> Callable:
+    def record(self, batch: Mapping[str, Tensor]) -> None:
+        modules = [self.model.get_submodule(block.name) for block in self.stack.blocks]
+        with replaced_forwards(modules, self._replacement), suppress(_AllRecorded):
+            feed(self.model, batch)
+        if len(self.arguments) < len(modules):
+            raise UnprunableError(
+                f"{type(self.model).__name__} ran {len(self.arguments)} of the {len(modules)} blocks of "
+                f"{self.stack.name}, so they cannot be walked; feed it what it needs to run them all, {_WAY_OUT}"
+            )
+
+    def _replacement(self, index: int, forward: Callable) -> Callable:
         """What block `index` does instead of its `forward`."""
 
-        def record(*args, **kwargs):
+        def replacement(*args, **kwargs):
             hidden, args, kwargs = _split_hidden(args, kwargs)
-            name = self.stack.blocks[index].name
-            if index != len(self.arguments):
-                raise UnprunableError(
-                    f"{type(self.model).__name__} calls {name} out of order or more than once; "
-                    "only blocks that run once each, one after the other, can be walked."
-                )
-            if index and hidden is not self.passed:
-                raise UnprunableError(
-                    f"{type(self.model).__name__} changes the activations between the blocks before {name}; "
-                    "they cannot be walked one after the other."
-                )
+            self._check_order(index, hidden)
             self.arguments.append((args, kwargs))
             if index == 0:
                 self.hidden = hidden
-                if self.run_first:
-                    output = forward(hidden, *args, **kwargs)
-                    if not isinstance(output, Tensor):
-                        hidden, *rest = output
-                        self.extras = tuple(rest)
-            if index + 1 == len(self.modules):
+            if self.run_all or (self.run_first and index == 0):
+                hidden, self.extras = _split_output(forward(hidden, *args, **kwargs))
+            if index + 1 == len(self.stack.blocks) and not self.run_all:
                 raise _AllRecorded
-            self.passed = hidden
+            self.passed, self.version = hidden, hidden._version
             return hidden if self.extras is None else (hidden, *self.extras)
 
-        return record
+        return replacement
+
+    def _check_order(self, index: int, hidden: Tensor) -> None:
+        model, block = type(self.model).__name__, self.stack.blocks[index].name
+        if index != len(self.arguments):
+            raise UnprunableError(
+                f"{model} runs {block} out of order or more than once, and only blocks that run once each, one after "
+                f"the other, can be walked; {_WAY_OUT}"
+            )
+        if index and not (_is_view_of_all(hidden, self.passed) and hidden._version == self.version):
+            raise UnprunableError(
+                f"{model} changes the activations between the blocks before {block}, and only blocks that run one "
+                f"right after the other can be walked; {_WAY_OUT}"
+            )
 
 
 def _split_hidden(args: tuple, kwargs: dict) -> tuple[Tensor, tuple, dict]:
-    """The hidden states of a block's call, and its other arguments."""
-    if args:
-        return args[0], args[1:], kwargs
-    for name in ("hidden_states", "x", "inputs"):
-        if name in kwargs:
-            return kwargs[name], (), {key: value for key, value in kwargs.items() if key != name}
-    raise UnprunableError(f"A block is called without hidden states; its arguments are {', '.join(kwargs)}.")
+    """The hidden states of a block's call, and its other arguments without caches: the call is made more than once."""
+    args = tuple(None if isinstance(value, Cache) else value for value in args)
+    kwargs = {name: None if isinstance(value, Cache) else value for name, value in kwargs.items()}
+    if not args:
+        name = next((name for name in ("hidden_states", "x", "inputs") if name in kwargs), None)
+        args = (kwargs.pop(name, None),)
+    return _tensor(args[0]), args[1:], kwargs
+
+
+def _split_output(output: Any) -> tuple[Tensor, tuple | None]:
+    """The hidden states that a block returns, and what it returns behind them; `None` where it returns them alone."""
+    return (output, None) if isinstance(output, Tensor) else (_tensor(output[0]), tuple(output[1:]))
+
+
+def _tensor(hidden: Any) -> Tensor:
+    if isinstance(hidden, Tensor):
+        return hidden
+    raise UnprunableError(f"A block's hidden states are no single tensor, so it cannot be walked; {_WAY_OUT}")
+
+
+def _is_view_of_all(value: Tensor, other: Tensor) -> bool:
+    """Whether two tensors are one and the same memory, seen alike."""
+    return value is other or (
+        value.data_ptr() == other.data_ptr() and value.shape == other.shape and value.stride() == other.stride()
+    )
 
 
 @contextmanager
@@ -167,19 +201,33 @@ def run_behind(model: nn.Module, stack: Stack, calls: BlockCalls, batch: Mapping
 
 
 def feed(model: nn.Module, batch: Mapping[str, Tensor]) -> Any:
-    """The model's output for a batch, without a cache.
+    """The model's output for a batch, without a cache and the losses of routers.
 
     An encoder-decoder that is given no decoder input decodes its own input.
     """
     accepted = inspect.signature(model.forward).parameters
     flexible = any(parameter.kind is parameter.VAR_KEYWORD for parameter in accepted.values())
-    device = None if hasattr(model, "hf_device_map") else model.device
+    placed = hasattr(model, "hf_device_map") or hasattr(model, "_hf_hook")  # accelerate moves the inputs
+    device = None if placed else model.device
     inputs = {name: value.to(device) if device else value for name, value in batch.items()}
-    if "use_cache" in accepted or (flexible and hasattr(model.config, "use_cache")):
-        inputs["use_cache"] = False
+    for switch in ("use_cache", "output_router_logits"):
+        if switch in accepted or (flexible and hasattr(model.config.get_text_config(), switch)):
+            inputs[switch] = False
     if model.config.is_encoder_decoder and "decoder_input_ids" not in inputs and "input_ids" in inputs:
         inputs["decoder_input_ids"] = inputs["input_ids"]
     return model(**inputs)
+
+
+def _equal(value: Any, other: Any) -> bool:
+    """Whether two arguments are equal in every tensor that they hold."""
+    if isinstance(value, Tensor) and isinstance(other, Tensor):
+        alike = value.shape == other.shape and value.dtype == other.dtype
+        return alike and torch.allclose(value, other, rtol=1e-2, atol=1e-4, equal_nan=True)
+    if isinstance(value, dict) and isinstance(other, dict):
+        return value.keys() == other.keys() and all(_equal(item, other[key]) for key, item in value.items())
+    if isinstance(value, (list, tuple)) and isinstance(other, (list, tuple)):
+        return len(value) == len(other) and all(_equal(item, old) for item, old in zip(value, other))
+    return isinstance(value, Tensor) == isinstance(other, Tensor)
 
 
 def _shared(value: Any, earlier: Any) -> Any:

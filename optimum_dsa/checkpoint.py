@@ -6,6 +6,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -34,14 +35,36 @@ def save_checkpoint(
     Raises:
         FileExistsError: `directory` holds something else than a pruned model.
     """
-    if is_offloaded(model):
-        # a shard is put together in memory before it is written
-        save_kwargs.setdefault("max_shard_size", "200MB")
     with new_directory(directory, CONFIG_NAME) as fresh:
-        model.save_pretrained(fresh, **save_kwargs)
+        if is_offloaded(model):
+            _save_offloaded(model, fresh, **save_kwargs)
+        else:
+            model.save_pretrained(fresh, **save_kwargs)
         if tokenizer is not None:
             tokenizer.save_pretrained(fresh)
         write_text(fresh / CONFIG_NAME, json.dumps(describe_result(report, base), indent=2) + "\n")
+
+
+def _save_offloaded(model: nn.Module, directory: Path, **save_kwargs) -> None:
+    """Save a model whose weights transformers has to load, a shard at a time.
+
+    It does so where there is an `hf_device_map`, which `accelerate.cpu_offload` does not leave; and it does not see
+    that offloaded weights are tied.
+    """
+    tied = getattr(model, "all_tied_weights_keys", None) or {}
+    state = {name: value for name, value in model.state_dict().items() if name not in tied}
+    save_kwargs = {"state_dict": state, "max_shard_size": "200MB", **save_kwargs}
+    unmapped = not hasattr(model, "hf_device_map")
+    if unmapped:
+        model.hf_device_map = {"": "cpu"}
+    try:
+        with warnings.catch_warnings():
+            # it warns that 50 GB of memory may be needed, which is its own shard size and not ours
+            warnings.filterwarnings("ignore", "Attempting to save a model with offloaded modules")
+            model.save_pretrained(directory, **save_kwargs)
+    finally:
+        if unmapped:
+            del model.hf_device_map
 
 
 def describe_result(report: PruningReport, base: dict[str, str | None]) -> dict[str, Any]:

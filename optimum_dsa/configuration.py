@@ -37,11 +37,14 @@ class DSAConfig:
         pattern (`str`, *optional*): `"row"`, `"matrix"`, `"group:128"`, `"2:4"` (any N:M) or `"mixed:8"`. Defaults to
             the method's.
         update (`str`, *optional*): A row of `UPDATES`. Defaults to the method's.
-        granularity (`str`, defaults to `"block"`): One sparsity per `"block"` or per `"matrix"`.
+        granularity (`str`, defaults to `"block"`): One sparsity per `"block"` or per `"matrix"`. An allocation that
+            exists per matrix only (`er`, `er_plus`) is computed per matrix.
         sequential (`bool`, defaults to `True`): Whether each block is calibrated on the outputs of the pruned blocks
             before it.
         num_samples (`int`, defaults to 128): Sequences to take from a text source.
         sequence_length (`int`, *optional*): Tokens per sequence. Defaults to the model's longest, at most 2048.
+        text_column (`str`, defaults to `"text"`): The column of a dataset that holds the text.
+        split (`str`, *optional*): The split of a named dataset. Defaults to `"train"`.
         seed (`int`, defaults to 0): Which sequences are taken.
         exclude (`tuple[str, ...]`): Names or glob patterns of weights to leave dense.
         include (`tuple[str, ...]`): Names of matrices outside the blocks to prune as well, such as `"lm_head"`.
@@ -49,7 +52,8 @@ class DSAConfig:
         skip_unprunable (`bool`): Leave dense what cannot be pruned, instead of refusing the model.
         metric (`str`, *optional*): A row of `METRICS` instead of the method's.
         allocation_metric (`str`, defaults to `"wanda"`): The scores from which the allocation is computed.
-        min_sparsity, max_sparsity (`float`): Bounds for every unit.
+        min_sparsity (`float`, defaults to 0.0): The least that any unit is pruned.
+        max_sparsity (`float`, defaults to 0.99): The most that any unit is pruned.
         damping (`float`, defaults to 0.01): Share of mean diag(X·Xᵀ) added to it before it is inverted.
         batch_size (`int`, defaults to 8): Sequences per forward pass. It does not change the result.
     """
@@ -64,6 +68,8 @@ class DSAConfig:
     sequential: bool = True
     num_samples: int = 128
     sequence_length: int | None = None
+    text_column: str = "text"
+    split: str | None = None
     seed: int = 0
     exclude: tuple[str, ...] = ()
     include: tuple[str, ...] = ()
@@ -79,7 +85,7 @@ class DSAConfig:
     def __post_init__(self):
         for name in ("exclude", "include", "blocks"):
             value = getattr(self, name)
-            if isinstance(value, str) or not all(isinstance(item, str) for item in value):
+            if not isinstance(value, (list, tuple)) or not all(isinstance(item, str) for item in value):
                 raise ValueError(f"{name} is a list of names, got {value!r}; write {name}=['{value}'].")
             object.__setattr__(self, name, tuple(value))
         if not _number(self.sparsity) or not 0 <= self.sparsity < 1:
@@ -104,14 +110,19 @@ class DSAConfig:
             )
         if self.granularity not in ("block", "matrix"):
             raise ValueError(f"granularity is 'block' or 'matrix', got {self.granularity!r}.")
-        for table, name in ((METHODS, self.method), (METRICS, self.allocation_metric)):
-            table[name]
-        for table, name in ((METRICS, self.metric), (UPDATES, self.update)):
-            if name is not None:
-                table[name]
+        for name in ("sequential", "skip_unprunable"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name} is true or false, got {getattr(self, name)!r}.")
+        names = {"method": False, "allocation_metric": False, "text_column": False}
+        for name, optional in (names | {"metric": True, "update": True, "split": True}).items():
+            value = getattr(self, name)
+            if not (isinstance(value, str) or (value is None and optional)):
+                raise ValueError(f"{name} is a name, got {value!r}.")
+        METHODS[self.method], METRICS[self.allocation_metric], METRICS[self.recipe.metric], UPDATES[self.recipe.update]
+        _ = self.allocator  # an unknown allocation is an error here
+        if not isinstance(self.recipe.pattern, str):
+            raise ValueError(f"pattern is a text such as '2:4', got {self.pattern!r}.")
         self._check_pattern(Pattern.parse(self.recipe.pattern))
-        if self.allocator is not None and self.allocator.granularity not in (None, self.granularity):
-            object.__setattr__(self, "granularity", self.allocator.granularity)
 
     def _check_pattern(self, pattern: Pattern) -> None:
         if pattern.sparsity is None:
@@ -143,13 +154,18 @@ class DSAConfig:
             raise ValueError(f"allocation is a name, an allocation function, a path or an Allocation, got {name!r}.")
         if name in ALLOCATIONS:
             return ALLOCATIONS[name]
-        if name.endswith(".json") or Path(name).exists():
-            if not Path(name).exists():
-                raise FileNotFoundError(f"No allocation file {name!r}.")
+        if _exists(name):
             return None
+        if name.endswith(".json"):
+            raise FileNotFoundError(f"No allocation file {name!r}.")
         if "/" in name or name.upper().startswith("W:"):
             return AllocationFunction.parse(name)
         return ALLOCATIONS[name]
+
+    @property
+    def unit_granularity(self) -> str:
+        """The granularity of the units: the config's, or the only one at which the allocator exists."""
+        return getattr(self.allocator, "granularity", None) or self.granularity
 
     def given_allocation(self) -> Allocation:
         """The allocation where `allocator` is `None`."""
@@ -194,6 +210,13 @@ class DSAConfig:
         if not isinstance(data, Mapping) or not isinstance(data.get("config", data), Mapping):
             raise ValueError(f"{path} holds no DSAConfig.")
         return cls.from_dict(data.get("config", data))
+
+
+def _exists(path: str) -> bool:
+    try:
+        return bool(path) and Path(path).exists()
+    except (OSError, ValueError):  # no path at all: too long, or with a zero byte
+        return False
 
 
 def _number(value: Any) -> bool:

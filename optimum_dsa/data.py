@@ -31,9 +31,9 @@ class Calibration:
     """Inputs that feed statistics, and where they come from.
 
     Attributes:
-        inputs: by the name that the model's forward gives them; first dimension the samples.
-        source: what the user named.
-        seed: which windows were drawn.
+        inputs (`Mapping[str, Tensor]`): by the name that the model's forward gives them; first dimension the samples.
+        source (`str`): what the user named.
+        seed (`int`): which windows were drawn.
     """
 
     inputs: Mapping[str, Tensor]
@@ -60,12 +60,14 @@ def load_calibration(
     num_samples: int = 128,
     sequence_length: int | None = None,
     seed: int = 0,
+    text_column: str = "text",
+    split: str | None = None,
 ) -> Calibration:
     """What `source` offers, as inputs of `model`.
 
     Args:
-        source: a LongTensor (samples, length) or a mapping of the model's inputs by name, both used whole; or a source
-            of text as `iterate_texts` reads it, of which `num_samples` windows are drawn.
+        source (`Any`): a LongTensor (samples, length) or a mapping of the model's inputs by name, both used whole; or
+            a source of text as `iterate_texts` reads it, of which `num_samples` windows are drawn.
 
     Raises:
         ValueError: too little text, no tokenizer for text, or tokens that the model does not know.
@@ -83,7 +85,15 @@ def load_calibration(
     if tokenizer is None:
         raise ValueError("Calibration text needs a tokenizer; pass one, or token ids of shape (samples, length).")
     length = sequence_length or default_length(model)
-    tokens = load_tokens(source, tokenizer, num_samples=num_samples, sequence_length=length, seed=seed)
+    tokens = load_tokens(
+        source,
+        tokenizer,
+        num_samples=num_samples,
+        sequence_length=length,
+        seed=seed,
+        text_column=text_column,
+        split=split,
+    )
     check_tokens(tokens, model)
     return Calibration({"input_ids": tokens}, describe(source), seed)
 
@@ -177,6 +187,8 @@ def _open_dataset(name: str, text_column: str, split: str | None) -> tuple[Itera
         if not path.is_file():
             raise FileNotFoundError(f"No such file: {name!r}.")
         return datasets.load_dataset(builders[path.suffix], data_files=name, split="train"), text_column
+    if path.suffix and "/" not in name and not path.exists():
+        raise FileNotFoundError(f"No such file: {name!r}.")
     if path.suffix and path.is_file():
         raise ValueError(f"Cannot read {name!r}: expected .txt, .jsonl, .json or .parquet, or the name of a dataset.")
     repository, configuration, default_split, column = DATASETS.get(name, (name, None, "train", text_column))

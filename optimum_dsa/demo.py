@@ -46,7 +46,7 @@ def run_demo(output: str, sparsity: float, method: str, say: Callable[[str], Non
     parameters = sum(parameter.numel() for parameter in dense.model.parameters())
     say(
         f"{parameters / 1e6:.1f} M parameters, pruned to {sparsity:.0%} with {method}. Calibrated on "
-        f"{calibration.numel():,} tokens;\nperplexity on {test.numel():,} tokens of modules that nothing else has seen.\n"
+        f"{calibration.numel():,} tokens;\nperplexity on {test.numel():,} tokens that nothing else has seen.\n"
     )
     say(f"{'allocation':<12}{'perplexity':>12}{'sparsity':>12}{'seconds':>10}")
     say(f"{'dense':<12}{perplexity(dense.model, test):>12.2f}{0:>12.4f}{'':>10}")

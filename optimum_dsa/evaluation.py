@@ -14,9 +14,10 @@ def perplexity(model: nn.Module, tokens: Tensor, batch_size: int = 8) -> float:
     """exp of the mean negative log-likelihood per predicted token, over non-overlapping windows.
 
     Args:
-        model: a causal language model.
-        tokens: LongTensor (samples, length), length ≥ 2; each row is a window of its own, its first token given.
-        batch_size: windows per forward pass.
+        model (`nn.Module`): a causal language model.
+        tokens (`Tensor`): LongTensor (samples, length), length ≥ 2; each row is a window of its own, its first token
+            given.
+        batch_size (`int`, defaults to `8`): windows per forward pass.
 
     Raises:
         ValueError: `tokens` are not such a tensor, or lie outside the model's vocabulary.

@@ -1,18 +1,20 @@
 """Patterns: scores and a number of weights to remove -> keep masks (True = keep).
 
-A mask removes exactly the number asked for, ties broken by position, and masks of the same scores nest: what is removed
-at one count is removed at every higher one.
+A mask removes exactly the number asked for, ties broken by position, and masks of the same scores nest: what is
+removed at one count is removed at every higher one.
 """
 
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 
+CHUNK = 2**20  # scores that are worked on at once: bounds the memory, and stays in a processor's cache
 KINDS = "'row', 'matrix', 'group:128' (any width), 'N:M' such as '2:4', or 'mixed:M' such as 'mixed:8'"
 
 
@@ -87,9 +89,7 @@ class Pattern:
                 keep[:, start:stop] = Pattern("matrix").keep(scores[:, start:stop], here)
             return keep
         removed = self.width - self.kept if self.kind == "n:m" else round(count * self.width / scores.numel())
-        groups = scores.unflatten(1, (-1, self.width))
-        order = groups.argsort(dim=2, stable=True)[..., :removed]
-        return torch.ones_like(groups, dtype=torch.bool).scatter_(2, order, False).flatten(1)
+        return torch.cat([_keep_in_groups(*parts, self.width, removed) for parts in _chunks(scores)])
 
 
 def count_in_columns(count: int, columns: int, start: int, stop: int) -> int:
@@ -119,16 +119,89 @@ def _lowest_per_row(scores: Tensor, count: int) -> Tensor:
 
     The rows that give one more are those whose next weight has the lowest score.
     """
-    rows, columns = scores.shape
+    rows = len(scores)
     base, extra = divmod(min(max(count, 0), scores.numel()), rows)
-    ordered = scores.sort(dim=1).values
     counts = torch.full((rows, 1), base, device=scores.device)
+    highest = torch.cat([_lowest_of_row(*parts, base) for parts in _chunks(scores)])
     if extra:
-        counts += _lowest(ordered[:, base], extra)[:, None]
-    threshold = ordered.gather(1, (counts - 1).clamp_min(0))
-    lowest = (scores < threshold) & (counts > 0)
-    missing = counts - lowest.sum(dim=1, keepdim=True)
-    equal = scores == threshold
-    if torch.equal(equal.sum(dim=1, keepdim=True) * (counts > 0), missing):
-        return lowest.logical_or_(equal & (counts > 0))
-    return lowest.logical_or_(equal & (equal.cumsum(dim=1) <= missing))
+        following = torch.cat([_following(*parts, base) for parts in _chunks(scores, highest)])
+        one_more = _lowest(following[:, 0], extra)[:, None]
+        counts += one_more
+        highest = torch.where(one_more, following, highest)
+    return torch.cat([_up_to(*parts) for parts in _chunks(scores, highest, counts)])
+
+
+def _chunks(scores: Tensor, *others: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Runs of rows of `scores`, at most CHUNK scores each, and the same rows of the others."""
+    size = max(CHUNK // scores.shape[1], 1)
+    return zip(*(tensor.split(size) for tensor in (scores, *others)))
+
+
+def _lowest_of_row(scores: Tensor, number: int) -> Tensor:
+    """(rows, 1), the `number`-th lowest of every row; -inf for 0."""
+    if number == 0:
+        return torch.full_like(scores[:, :1], -torch.inf)
+    return scores.kthvalue(number, dim=1, keepdim=True).values
+
+
+def _following(scores: Tensor, highest: Tensor, number: int) -> Tensor:
+    """(rows, 1), the lowest of every row behind `highest`, its `number`-th lowest."""
+    reached = scores <= highest
+    beyond = scores.masked_fill(reached, torch.inf).amin(dim=1, keepdim=True)
+    return torch.where(reached.sum(dim=1, keepdim=True) > number, highest, beyond)
+
+
+def _up_to(scores: Tensor, highest: Tensor, counts: Tensor) -> Tensor:
+    """True for the `counts` lowest of every row, of which `highest` is the highest; among equals the first."""
+    lowest = scores <= highest
+    surplus = lowest.sum(dim=1, keepdim=True) - counts
+    if surplus.any():
+        equal = scores == highest
+        order = equal.cumsum(dim=1, dtype=torch.int32)
+        lowest &= ~equal | (order <= order[:, -1:] - surplus)
+    return lowest
+
+
+def _keep_in_groups(scores: Tensor, width: int, removed: int) -> Tensor:
+    """False for the `removed` lowest of every `width` neighbours of a row; among equals the first."""
+    groups = scores.unflatten(1, (-1, width))
+    order = groups.argsort(dim=2, stable=True)[..., :removed]
+    return torch.ones_like(groups, dtype=torch.bool).scatter_(2, order, False).flatten(1)
+
+
+def removal_order(pattern: Pattern, scores: Tensor) -> Tensor:
+    """When each weight goes: (out_features, in_features) int64, the weights of order < count being those removed.
+
+    `pattern.keep(scores, count) == (removal_order(pattern, scores) >= count)` for every count, so that one order holds
+    the masks of all sparsities. For N:M, `count` must be a whole number per group.
+    """
+    rows, columns = scores.shape
+    if pattern.kind == "matrix":
+        order = scores.flatten().argsort(stable=True)
+        return (
+            torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device)).view_as(scores)
+        )
+    if pattern.kind == "row":
+        ordered, position = scores.sort(dim=1, stable=True)
+        # the k-th lowest of every row goes before any (k+1)-th; among the k-th, the lowest score first
+        turn = _ranks(ordered.t().contiguous()).t() + rows * torch.arange(columns, device=scores.device)
+        return torch.empty_like(turn).scatter_(1, position, turn)
+    if pattern.kind == "group":
+        order = torch.empty_like(scores, dtype=torch.int64)
+        for start in range(0, columns, pattern.width):
+            stop = min(start + pattern.width, columns)
+            within = removal_order(Pattern("matrix"), scores[:, start:stop].contiguous())
+            # the count at which a group of columns has given `within + 1` weights, see count_in_columns
+            base, extra = within // (stop - start), within % (stop - start)
+            order[:, start:stop] = base * columns + start + extra
+        return order
+    groups = scores.unflatten(1, (-1, pattern.width))
+    return (_ranks(groups) * (scores.numel() // pattern.width)).flatten(1)
+
+
+def _ranks(scores: Tensor) -> Tensor:
+    """The rank of every entry along the last dimension, from 0; equal ones in the order of their position."""
+    order = scores.argsort(dim=-1, stable=True)
+    return torch.empty_like(order).scatter_(
+        -1, order, torch.arange(order.shape[-1], device=order.device).expand_as(order)
+    )

@@ -17,14 +17,11 @@ from .registry import Registry
 if TYPE_CHECKING:
     from .statistics import LayerStatistics
 
+# The fact `reads` says what a metric needs of calibration: "nothing", "inputs" (the default) or "gram" (X·Xᵀ).
 METRICS = Registry("metric")
 
-# What a metric reads of the statistics; a metric that is not listed reads `input_norm`.
-NO_INPUTS = {"magnitude"}
-GRAM = {"obs"}
 
-
-@METRICS.register(reference="https://arxiv.org/abs/1506.02626")
+@METRICS.register(reference="https://arxiv.org/abs/1506.02626", reads="nothing")
 def magnitude(weight: Tensor, statistics: LayerStatistics | None = None) -> Tensor:
     """The weight's absolute value, |W_ij|.
 
@@ -72,7 +69,7 @@ def ria(weight: Tensor, statistics: LayerStatistics) -> Tensor:
     return relative.mul_(statistics.input_norm.sqrt())
 
 
-@METRICS.register(reference="https://arxiv.org/abs/2301.00774")
+@METRICS.register(reference="https://arxiv.org/abs/2301.00774", reads="gram")
 def obs(weight: Tensor, statistics: LayerStatistics) -> Tensor:
     """Optimal Brain Surgeon's error of removing one weight, W_ij² / [(X Xᵀ + damping)⁻¹]_jj.
 

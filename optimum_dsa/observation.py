@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 
@@ -19,8 +20,8 @@ _PRODUCTS = {nn.functional.linear, torch.matmul, Tensor.matmul, Tensor.__matmul_
 class Observer:
     """Collects the `LayerStatistics` of a block's weights over batches.
 
-    Maps that are given the very same tensor (query, key and value) share one `LayerStatistics`. Who shares with whom
-    is learnt from the first batch, and checked on the others.
+    Maps that are given the very same tensors (query, key and value) share one `LayerStatistics`. Who shares with whom
+    is learnt from the first batch, and checked on every input.
     """
 
     def __init__(self, gram: bool):
@@ -28,39 +29,43 @@ class Observer:
         self.statistics: dict[str, LayerStatistics] = {}
         self.sequences = 0
         self._source: dict[str, str] = {}  # weight -> the weight whose statistics it shares
-        self._inputs: dict[tuple[int, int], tuple[str, Tensor]] = {}  # of this batch; holds the tensors alive
-        self._padding: Tensor | None = None
+        # of this batch: inputs -> the first weight that they were given to (the tensors are held alive)
+        self._inputs: dict[tuple[int, int], tuple[str, Tensor]] = {}
+        self._given: dict[str, list[tuple[int, int]]] = {}  # of this batch: weight -> its inputs, in order
         self._first = True
 
-    def start_batch(self, samples: int, padding: Tensor | None) -> None:
-        """Begin a batch of `samples` sequences; where `padding`, (samples, length), is False, inputs do not count."""
+    def start_batch(self, samples: int) -> None:
+        """Begin a batch of `samples` sequences."""
+        self._end_batch()
         self._first = self.sequences == 0
         self.sequences += samples
-        self._inputs.clear()
-        self._padding = padding
 
     def observe(self, weight: Weight, inputs: Tensor) -> None:
         """Note that `weight` multiplies `inputs`, (..., in_features)."""
-        key = (id(inputs), inputs._version)
-        source, _ = self._inputs.setdefault(key, (weight.name, inputs))
-        if weight.name not in self._source:
-            self._source[weight.name] = source if self._first else weight.name
-        expected = self._source[weight.name]
-        if expected == weight.name:
-            if expected not in self.statistics:
-                self.statistics[expected] = LayerStatistics(weight.shape[1], inputs.device, self.gram)
-            self.statistics[expected].update_(self._without_padding(inputs))
-        elif expected == source:
-            self.statistics[weight.name] = self.statistics[source]
+        name, key = weight.name, (id(inputs), inputs._version)
+        first, _ = self._inputs.setdefault(key, (name, inputs))
+        given = self._given.setdefault(name, [])
+        if name not in self._source:
+            shares = self._first and self._given[first] in ([], [key])
+            self._source[name] = first if shares else name
+        source = self._source[name]
+        leading = self._given.get(source, [])
+        if source != name and leading[len(given) : len(given) + 1] != [key]:
+            if leading != given:
+                raise self._parted(name, source)
+            self.statistics[name] = copy.deepcopy(self.statistics[source])
+            source = self._source[name] = name
+        given.append(key)
+        if source == name:
+            if name not in self.statistics:
+                self.statistics[name] = LayerStatistics(weight.shape[1], inputs.device, self.gram)
+            self.statistics[name].update_(inputs)
         else:
-            raise UnprunableError(
-                f"{weight.name} and {expected} are given the same input in one batch and different ones in another; "
-                f"leave one of them dense with exclude=['{weight.name}']."
-            )
+            self.statistics[name] = self.statistics[source]
 
     def finish(self, block: Block) -> dict[str, LayerStatistics]:
         """The statistics of every weight of the block, also of those that saw no input."""
-        self._inputs.clear()
+        self._end_batch()
         for weight in block.weights:
             if weight.name not in self.statistics:
                 device = next(iter(self.statistics.values())).device if self.statistics else "cpu"
@@ -68,11 +73,19 @@ class Observer:
             self.statistics[weight.name].sequences = self.sequences
         return self.statistics
 
-    def _without_padding(self, inputs: Tensor) -> Tensor:
-        padding = self._padding
-        if padding is None or inputs.shape[:-1].numel() != padding.numel():
-            return inputs
-        return inputs.reshape(-1, inputs.shape[-1])[padding.flatten().to(inputs.device)]
+    def _end_batch(self) -> None:
+        for name, source in self._source.items():
+            if len(self._given.get(name, ())) != len(self._given.get(source, ())):
+                raise self._parted(name, source)
+        self._inputs.clear()
+        self._given.clear()
+
+    @staticmethod
+    def _parted(name: str, source: str) -> UnprunableError:
+        return UnprunableError(
+            f"{name} and {source} are given the same input at first and different ones later; "
+            f"leave one of them dense with exclude=['{name}']."
+        )
 
 
 @contextmanager
@@ -125,17 +138,25 @@ class _WatchProducts(TorchFunctionMode):
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         if function in _PRODUCTS and len(args) >= 2 and isinstance(args[1], Tensor) and args[1].dim() == 2:
-            weight = self._slice(args[1])
+            matrix = args[1] if function is nn.functional.linear else args[1].t()
+            weight = self._slice(matrix)
             if weight is not None:
                 self.observe(weight, args[0])
         return function(*args, **(kwargs or {}))
 
     def _slice(self, matrix: Tensor) -> Weight | None:
-        """The expert whose matrix this is a view of."""
-        address = matrix.untyped_storage().data_ptr()
+        """The expert whose matrix, (out_features, in_features), this is a view of."""
         for (module, attribute), owner in self.owners.items():
             parameter = getattr(owner, attribute)
-            if parameter.untyped_storage().data_ptr() == address:
-                expert = (matrix.storage_offset() - parameter.storage_offset()) // parameter.stride(0)
-                return self.weights.get((module, attribute, expert))
+            distance = matrix.data_ptr() - parameter.data_ptr()
+            if 0 <= distance < parameter.nbytes and matrix.dtype == parameter.dtype:
+                expert = distance // (parameter.stride(0) * parameter.element_size())
+                weight = self.weights.get((module, attribute, expert))
+                stored = matrix.t() if weight and weight.transposed else matrix
+                if weight and stored.stride() != parameter.stride()[1:]:
+                    raise UnprunableError(
+                        f"{module}.{attribute} is stored as the transpose of what `is_transposed` of its module says; "
+                        f"leave it dense with exclude=['{attribute}']."
+                    )
+                return weight
         return None

@@ -26,9 +26,9 @@ class DSAPruner:
     ```
 
     Attributes:
-        model: pruned in place.
-        tokenizer: saved with it; needed for calibration text.
-        report: of the last `prune`.
+        model (`nn.Module`): pruned in place.
+        tokenizer (`Any`): saved with it; needed for calibration text.
+        report (`PruningReport`): of the last `prune`.
     """
 
     def __init__(self, model: nn.Module, tokenizer: Any = None):
@@ -44,10 +44,11 @@ class DSAPruner:
         """A pruner for a model, or for the checkpoint at a path or Hub id.
 
         Args:
-            model_or_path: a transformers model, a folder, or a Hub id.
-            tokenizer: a tokenizer or where to load one from; by default the checkpoint's own, if it has one.
-            transformers_kwargs: go to the model's `from_pretrained` (`dtype`, `device_map`, `revision`, ...). The class
-                is the one that the checkpoint names.
+            model_or_path (`str | Path | nn.Module`): a transformers model, a folder, or a Hub id.
+            tokenizer (`Any`, *optional*): a tokenizer or where to load one from; by default the checkpoint's own, if
+                it has one.
+            transformers_kwargs (`dict`): go to the model's `from_pretrained` (`dtype`, `device_map`, `revision`, ...).
+                The class is the one that the checkpoint names.
         """
         if isinstance(model_or_path, nn.Module):
             if transformers_kwargs:
@@ -62,8 +63,8 @@ class DSAPruner:
         """Prune the model in place.
 
         Args:
-            calibration: texts, a .txt / .jsonl / .parquet path, a dataset or its name, a LongTensor (samples, length),
-                or a mapping of the model's inputs; `None` where method and allocation need no data.
+            calibration (`Any`): texts, a .txt / .jsonl / .parquet path, a dataset or its name, a LongTensor (samples,
+                length), or a mapping of the model's inputs; `None` where method and allocation need no data.
         """
         needed = pruning_needs_inputs(config) or allocation_needs_inputs(config)
         self.report = prune(self.model, self._load(calibration, config, needed), config)
@@ -87,5 +88,12 @@ class DSAPruner:
             return None
         architecture_for(self.model, config)  # a model that cannot be pruned is refused before any text is read
         return load_calibration(
-            calibration, self.model, self.tokenizer, config.num_samples, config.sequence_length, config.seed
+            calibration,
+            self.model,
+            self.tokenizer,
+            config.num_samples,
+            config.sequence_length,
+            config.seed,
+            config.text_column,
+            config.split,
         )

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from huggingface_hub.utils import tqdm
@@ -14,12 +15,15 @@ from .architecture import Architecture, Weight, find_architecture
 from .calibration import WalkedBlock, walk_blocks
 from .capture import feed
 from .configuration import DSAConfig
-from .data import Calibration
+from .data import Calibration, load_calibration
 from .masks import Pattern
-from .metrics import GRAM, METRICS, NO_INPUTS
-from .reconstruction import NEEDS_GRAM, UPDATES, Choice
+from .metrics import METRICS
+from .reconstruction import UPDATES, Choice
 from .report import PruningReport
 from .statistics import LayerStatistics
+
+
+logger = logging.getLogger(__name__)
 
 
 def architecture_for(model: nn.Module, config: DSAConfig) -> Architecture:
@@ -33,26 +37,44 @@ def architecture_for(model: nn.Module, config: DSAConfig) -> Architecture:
 
 def allocation_needs_inputs(config: DSAConfig) -> bool:
     """Whether the allocation is computed from calibration data."""
-    reads = "nothing" if config.allocator is None else config.allocator.reads
-    return reads == "gram" or (reads == "scores" and config.allocation_metric not in NO_INPUTS)
+    return _allocation_reads(config) != "nothing"
 
 
 def pruning_needs_inputs(config: DSAConfig) -> bool:
     """Whether scores or updates are computed from calibration data."""
-    return config.recipe.metric not in NO_INPUTS or config.recipe.update in NEEDS_GRAM
+    return _pruning_reads(config) != "nothing"
+
+
+def _allocation_reads(config: DSAConfig) -> str:
+    """What the allocation needs of calibration: "nothing", "inputs" or "gram"."""
+    reads = getattr(config.allocator, "reads", "nothing")
+    return METRICS.fact(config.allocation_metric, "reads", "inputs") if reads == "scores" else reads
+
+
+def _pruning_reads(config: DSAConfig) -> str:
+    """What scores and updates need of calibration: "nothing", "inputs" or "gram"."""
+    recipe = config.recipe
+    metric, update = METRICS.fact(recipe.metric, "reads", "inputs"), UPDATES.fact(recipe.update, "reads", "nothing")
+    return "gram" if "gram" in (metric, update) else metric
 
 
 @torch.no_grad()
 def allocate(
-    model: nn.Module, calibration: Calibration | None, config: DSAConfig, architecture: Architecture | None = None
+    model: nn.Module,
+    calibration: Calibration | Tensor | Mapping[str, Tensor] | None,
+    config: DSAConfig,
+    architecture: Architecture | None = None,
 ) -> Allocation:
     """The sparsity of every unit of `model`, from its weights as they are; nothing is changed.
+
+    `calibration` as in `prune`; it may be `None` where the allocation needs no data.
 
     Raises:
         ValueError: calibration data are needed and missing, or the budget cannot be met.
     """
+    calibration = _as_calibration(calibration, model)
     architecture = architecture or architecture_for(model, config)
-    units = architecture.units(config.granularity)
+    units = architecture.units(config.unit_granularity)
     sizes = {name: sum(weight.size for weight in weights) for name, weights in units.items()}
     if config.allocator is None:
         allocation = _given(config, architecture)
@@ -61,6 +83,12 @@ def allocate(
         wanted = config.allocator.wish({name: measured[name] for name in units}, config.sparsity, config.spread)
         bounds = (config.min_sparsity, config.max_sparsity)
         allocation = fit_to_budget(wanted, sizes, config.sparsity, *bounds, name=str(config.allocation))
+        if config.allocator.reads != "nothing" and config.spread != 0 and len(set(wanted.values())) == 1 < len(units):
+            logger.warning(
+                "Allocation %s does not tell the units of this model apart: all get %g, as with uniform.",
+                config.allocation,
+                config.sparsity,
+            )
     pattern = Pattern.parse(config.recipe.pattern)
     return fit_to_levels(allocation, pattern.width) if pattern.kind in ("mixed", "n:m") else allocation
 
@@ -73,11 +101,12 @@ def _measure(
     batches = None
     if allocation_needs_inputs(config):
         batches = _batches(calibration, config, f"allocation {config.allocation!r}")
-    gram = allocator.reads == "gram" or (allocator.reads == "scores" and config.allocation_metric in GRAM)
+    gram = _allocation_reads(config) == "gram"
     measured = {}
-    progress = _progress("Allocating") if allocator.reads != "nothing" else iter
-    for walked in walk_blocks(model, architecture, batches, gram=gram, sequential=False, progress=progress):
-        for name, weights in _units_of(walked, config.granularity).items():
+    for walked in walk_blocks(
+        model, architecture, batches, gram=gram, sequential=False, progress=_progress("Allocating")
+    ):
+        for name, weights in _units_of(walked, config.unit_granularity).items():
             unit = Unit(
                 name,
                 walked.block.depth,
@@ -98,12 +127,12 @@ def _units_of(walked: WalkedBlock, granularity: str) -> dict[str, Sequence[Weigh
 def _given(config: DSAConfig, architecture: Architecture) -> Allocation:
     """The user's own allocation, held against the model and the target."""
     given = config.given_allocation()
-    for granularity in (config.granularity, "block", "matrix"):
+    for granularity in (config.unit_granularity, "block", "matrix"):
         units = architecture.units(granularity)
         if units.keys() == given.sparsity.keys():
             break
     else:
-        expected = architecture.units(config.granularity)
+        expected = architecture.units(config.unit_granularity)
         missing = [name for name in expected if name not in given.sparsity]
         unknown = [name for name in given.sparsity if name not in expected]
         raise ValueError(
@@ -123,12 +152,19 @@ def _given(config: DSAConfig, architecture: Architecture) -> Allocation:
 
 
 @torch.no_grad()
-def prune(model: nn.Module, calibration: Calibration | None, config: DSAConfig) -> PruningReport:
+def prune(
+    model: nn.Module, calibration: Calibration | Tensor | Mapping[str, Tensor] | None, config: DSAConfig
+) -> PruningReport:
     """Prune `model` in place; what was asked and what came out.
+
+    Args:
+        calibration (`Calibration | Tensor | Mapping[str, Tensor]`): a LongTensor (samples, length), the model's inputs
+            by name, or what `load_calibration` gives; `None` where method and allocation need no data.
 
     Everything that can be known to be wrong is raised before the first weight is changed.
     """
     start = time.perf_counter()
+    calibration = _as_calibration(calibration, model)
     architecture = architecture_for(model, config)
     batches = None
     if pruning_needs_inputs(config):
@@ -136,7 +172,7 @@ def prune(model: nn.Module, calibration: Calibration | None, config: DSAConfig) 
     check_finite(model, architecture, calibration)
     allocation = allocate(model, calibration, config, architecture)
     granularity = "block" if allocation.sizes.keys() == architecture.units("block").keys() else "matrix"
-    gram = config.recipe.metric in GRAM or config.recipe.update in NEEDS_GRAM
+    gram = _pruning_reads(config) == "gram"
     counts = allocation.counts()
     zeros: dict[str, int] = {}
     damping: dict[str, float] = {}
@@ -209,6 +245,10 @@ def check_finite(model: nn.Module, architecture: Architecture, calibration: Cali
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _as_calibration(source, model: nn.Module) -> Calibration | None:
+    return source if source is None or isinstance(source, Calibration) else load_calibration(source, model)
 
 
 def _batches(calibration: Calibration | None, config: DSAConfig, who: str) -> list[dict[str, Tensor]]:

@@ -17,8 +17,8 @@ from .registry import Registry
 from .statistics import DAMPING, LayerStatistics
 
 
+# The fact `reads` says what an update needs of calibration: "nothing" (the default) or "gram" (X·Xᵀ).
 UPDATES = Registry("update")
-NEEDS_GRAM = {"sparsegpt"}
 
 
 @dataclass(frozen=True)
@@ -26,10 +26,10 @@ class Choice:
     """Which weights of a matrix go.
 
     Attributes:
-        pattern: within which sets of weights.
-        count: how many.
-        keep: (out_features, in_features), True = keep; `None` lets the update choose as it goes.
-        damping: share of the mean of diag(X Xᵀ) that is added to it, where an update inverts it.
+        pattern (`Pattern`): within which sets of weights.
+        count (`int`): how many.
+        keep (`Tensor`): (out_features, in_features), True = keep; `None` lets the update choose as it goes.
+        damping (`float`): share of the mean of diag(X Xᵀ) that is added to it, where an update inverts it.
     """
 
     pattern: Pattern
@@ -49,7 +49,7 @@ def none(weight: Tensor, statistics: LayerStatistics | None, choice: Choice) -> 
     return weight.masked_fill(~choice.keep, 0)
 
 
-@UPDATES.register(reference="https://arxiv.org/abs/2301.00774")
+@UPDATES.register(reference="https://arxiv.org/abs/2301.00774", reads="gram")
 @torch.no_grad()
 def sparsegpt(weight: Tensor, statistics: LayerStatistics, choice: Choice) -> Tensor:
     """The pruned weight whose kept entries make up, column by column, for the removed ones.
@@ -63,23 +63,24 @@ def sparsegpt(weight: Tensor, statistics: LayerStatistics, choice: Choice) -> Te
     Frantar & Alistarh, 2023, https://arxiv.org/abs/2301.00774, algorithm 1.
     """
     factor = statistics.inverse_factor(choice.damping).factor
-    new = weight.float().clone()
-    columns = new.shape[1]
+    # transposed, so that each column lies together in memory
+    new = weight.t().to(torch.float32, copy=True, memory_format=torch.contiguous_format)
+    columns = len(new)
     width = choice.pattern.width if choice.pattern.kind == "group" else 128
     if choice.pattern.kind in ("n:m", "mixed"):
         width = max(width // choice.pattern.width, 1) * choice.pattern.width
     for start in range(0, columns, width):
         stop = min(start + width, columns)
-        block, upper = new[:, start:stop], factor[start:stop, start:stop]
-        keep_column = _chooser(block, upper, choice, start, columns)
-        errors = torch.zeros_like(block)
+        block, upper = new[start:stop], factor[start:stop, start:stop]
+        keep_column = _chooser(block.t(), upper, choice, start, columns)
+        errors = torch.empty_like(block)
         for j in range(stop - start):
-            removed = ~keep_column(j)
-            errors[:, j] = block[:, j] * removed / upper[j, j]
-            block[:, j:].addr_(errors[:, j], upper[j, j:], alpha=-1)
-            block[:, j].masked_fill_(removed, 0)
-        new[:, stop:].addmm_(errors, factor[start:stop, stop:], alpha=-1)
-    return new
+            kept = keep_column(j)
+            torch.div(block[j], upper[j, j], out=errors[j]).masked_fill_(kept, 0)
+            block[j:].addr_(upper[j, j:], errors[j], alpha=-1)
+            block[j].masked_fill_(~kept, 0)
+        new[stop:].addmm_(factor[start:stop, stop:].t(), errors, alpha=-1)
+    return new.t()
 
 
 def _chooser(block: Tensor, upper: Tensor, choice: Choice, start: int, columns: int) -> Callable[[int], Tensor]:

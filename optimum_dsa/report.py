@@ -15,15 +15,15 @@ class PruningReport:
     """The outcome of `prune`; `print` shows it as a table.
 
     Attributes:
-        config: what was asked.
-        allocation: the sparsity that every unit was given.
-        achieved: the share of zeros in every unit afterwards, counted in the weights.
-        parameters: all parameters of the model, prunable or not.
-        calibration: facts of the data: source, samples, length, tokens, seed.
-        dense: matrices of the blocks that stayed dense -> why.
-        damping: weights whose X·Xᵀ needed more damping than asked -> the damping.
-        unseen: weights that no calibration token reached; they were scored by magnitude.
-        seconds: wall time.
+        config (`DSAConfig`): what was asked.
+        allocation (`Allocation`): the sparsity that every unit was given.
+        achieved (`Mapping[str, float]`): the share of zeros in every unit afterwards, counted in the weights.
+        parameters (`int`): all parameters of the model, prunable or not.
+        calibration (`Mapping[str, Any]`): facts of the data: source, samples, length, tokens, seed.
+        dense (`Mapping[str, str]`): matrices of the blocks that stayed dense -> why.
+        damping (`Mapping[str, float]`): weights whose X·Xᵀ needed more damping than asked -> the damping.
+        unseen (`tuple[str, ...]`): weights that no calibration token reached; they were scored by magnitude.
+        seconds (`float`): wall time.
     """
 
     config: DSAConfig

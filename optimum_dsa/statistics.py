@@ -12,6 +12,7 @@ from torch import Tensor
 logger = logging.getLogger(__name__)
 
 DAMPING = 0.01
+CHUNK = 2**20  # inputs that are copied at once: bounds the memory, and stays in a processor's cache
 
 
 @dataclass(frozen=True)
@@ -27,10 +28,10 @@ class LayerStatistics:
     """Sums over the inputs x of one linear map, in float32.
 
     Attributes:
-        squared_sum: (in_features,), Σ x_j² over all tokens.
-        gram: (in_features, in_features), Σ x xᵀ over all tokens; `None` unless it was asked for.
-        tokens: inputs seen. A routed expert counts those that reached it.
-        sequences: sequences seen.
+        squared_sum (`Tensor`): (in_features,), Σ x_j² over all tokens.
+        gram (`Tensor`): (in_features, in_features), Σ x xᵀ over all tokens; `None` unless it was asked for.
+        tokens (`int`): inputs seen. A routed expert counts those that reached it.
+        sequences (`int`): sequences seen.
 
     A matrix that saw no input at all (an expert that no token was routed to) answers as if its inputs were white:
     its scores fall back to the weights alone.
@@ -54,12 +55,15 @@ class LayerStatistics:
     @torch.no_grad()
     def update_(self, inputs: Tensor) -> None:
         """Add a batch of inputs, (..., in_features) of any dtype, in place."""
-        rows = inputs.reshape(-1, inputs.shape[-1]).float()
+        rows = inputs.reshape(-1, inputs.shape[-1])
         self.tokens += rows.shape[0]
-        if self.gram is None:
-            self.squared_sum += torch.linalg.vector_norm(rows, dim=0).square_()
-        else:
-            self.gram.addmm_(rows.t(), rows)
+        for part in rows.split(max(CHUNK // self.in_features, 1 if self.gram is None else self.in_features)):
+            part = part.float()
+            if self.gram is None:
+                self.squared_sum += part.square().sum(dim=0)
+            else:
+                self.gram.addmm_(part.t(), part)
+        if self.gram is not None:
             self.squared_sum.copy_(self.gram.diagonal())
         self._factor = None
 
@@ -90,22 +94,34 @@ class LayerStatistics:
             return self._factor[1]
         if self.gram is None:
             raise ValueError("X·Xᵀ was not collected; walk the blocks with gram=True for this metric or update.")
+        for attempt in [damping * 10.0**power for power in range(11)] if damping > 0 else [0.0, DAMPING, 1.0, 100.0]:
+            factor = _factor_of_inverse(self._damped(attempt))
+            if factor is not None:
+                break
+        else:
+            shape = tuple(self.gram.shape)
+            raise ValueError(f"X·Xᵀ, {shape}, has no Cholesky factor at any damping up to {attempt:g}.")
+        if attempt != damping:
+            logger.warning("X·Xᵀ is ill-conditioned: the damping was raised from %g to %g.", damping, attempt)
+        self._factor = (damping, InverseFactor(factor, attempt))
+        return self._factor[1]
+
+    def _damped(self, damping: float) -> Tensor:
+        """X·Xᵀ, a one where an input never fired, and `damping` times its mean on the diagonal."""
         hessian = torch.eye(self.in_features, device=self.gram.device) if self.tokens == 0 else self.gram.clone()
         diagonal = hessian.diagonal()
         diagonal[diagonal == 0] = 1.0
-        mean = diagonal.mean().item()
-        added = 0.0
-        for attempt in [damping * 10.0**power for power in range(11)] if damping > 0 else [0.0, DAMPING, 1.0, 100.0]:
-            diagonal += (attempt - added) * mean
-            added = attempt
-            lower, failed = torch.linalg.cholesky_ex(hessian)
-            if not failed:
-                lower, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower))
-            if not failed and lower.isfinite().all():
-                break
-        else:
-            raise ValueError(f"X·Xᵀ, {tuple(hessian.shape)}, has no Cholesky factor at any damping up to {attempt:g}.")
-        if attempt != damping:
-            logger.warning("X·Xᵀ is ill-conditioned: the damping was raised from %g to %g.", damping, attempt)
-        self._factor = (damping, InverseFactor(lower.t().contiguous(), attempt))
-        return self._factor[1]
+        diagonal += damping * diagonal.mean()
+        return hessian
+
+
+def _factor_of_inverse(matrix: Tensor) -> Tensor | None:
+    """Upper Cholesky factor of matrix⁻¹; `None` where that fails. At most two matrices are alive beside the gram."""
+    factor, failed = torch.linalg.cholesky_ex(matrix)
+    del matrix
+    if failed:
+        return None
+    factor = torch.cholesky_inverse(factor)
+    factor, failed = torch.linalg.cholesky_ex(factor)
+    finite = torch.stack(factor.aminmax()).isfinite().all()
+    return factor.t().contiguous() if finite and not failed else None

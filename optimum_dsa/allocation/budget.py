@@ -16,11 +16,12 @@ class Allocation:
     """The sparsity of every unit, exact to one weight.
 
     Attributes:
-        sparsity: unit name -> share of its weights removed, `count / size` for a whole number `count`.
-        sizes: unit name -> prunable weights in it.
-        name: what made it, such as "owl" or an allocation function.
+        sparsity (`dict[str, float]`): unit name -> share of its weights removed, `count / size` for a whole number
+            `count`.
+        sizes (`dict[str, int]`): unit name -> prunable weights in it.
+        name (`str`): what made it, such as "owl" or an allocation function.
 
-    A unit is a block or a single matrix; its name is a prefix of the names of the weights in it.
+    A unit is a block or a single matrix, and has its name.
     """
 
     sparsity: dict[str, float]
@@ -45,11 +46,12 @@ class Allocation:
         return {unit: round(self.sparsity[unit] * size) for unit, size in self.sizes.items()}
 
     def to_dict(self) -> dict:
+        """Name, sparsity and sizes as JSON values."""
         return {"name": self.name, "sparsity": dict(self.sparsity), "sizes": dict(self.sizes)}
 
     @classmethod
     def from_dict(cls, data: Mapping) -> Allocation:
-        """An allocation from `to_dict`'s form, or from a plain {unit: sparsity} whose sizes the model will give."""
+        """An allocation from `to_dict`'s form, or from a plain `{unit: sparsity}` whose sizes the model will give."""
         if "sparsity" not in data or not isinstance(data["sparsity"], Mapping):
             data = {"sparsity": data}
         sparsity = dict(data["sparsity"])
@@ -57,6 +59,7 @@ class Allocation:
         return cls(sparsity, dict(sizes), data.get("name", "custom"))
 
     def save(self, path: str | Path) -> None:
+        """Write a JSON file that `load`, and `allocation` of a config, read."""
         Path(path).write_text(json.dumps(self.to_dict(), indent=2) + "\n")
 
     @classmethod
@@ -83,8 +86,8 @@ def fit_to_budget(
 ) -> Allocation:
     """The `Allocation` nearest to `wanted` whose parameter-weighted mean is `target`, to one weight.
 
-    Water-filling: all units are shifted by one constant and clipped to [low, high]; then every unit gets a whole number
-    of weights, largest remainders first, so that the numbers add up to round(target · Σ sizes).
+    Water-filling: all units are shifted by one constant and clipped to [low, high]; then every unit gets a whole
+    number of weights, largest remainders first, so that the numbers add up to round(target · Σ sizes).
 
     Raises:
         ValueError: a value of `wanted` is not finite, or no allocation within the bounds has this mean.
@@ -123,7 +126,7 @@ def _shift_to_mean(values: Tensor, weights: Tensor, target: float, low: float, h
 
 
 def _round_to_total(amounts: Tensor, limits: Tensor, total: int) -> list[int]:
-    """Whole numbers near `amounts`, at most `limits`, that add up to `total`; the largest remainders are rounded up."""
+    """Whole numbers near `amounts`, at most `limits`, that add up to `total`; largest remainders are rounded up."""
     floor = (amounts + 1e-9).floor().clamp(min=0)
     missing = total - int(floor.sum())
     room = (limits - floor) > 0 if missing > 0 else floor > 0
@@ -154,12 +157,13 @@ def fit_to_levels(allocation: Allocation, levels: int) -> Allocation:
     for unit in sorted(units, key=lambda unit: level[unit] - exact[unit]):
         if level[unit] < levels:
             by_quantum.setdefault(quantum[unit], []).append(unit)
+    slack = max(quantum.values(), default=0)
     reachable = {0.0: ()}  # sum of quanta -> how many units of each size are rounded up
     for size, group in by_quantum.items():
         grown = {}
         for total, taken in reachable.items():
             for number in range(len(group) + 1):
-                if total + number * size <= goal + size:
+                if total + number * size <= goal + slack:
                     grown.setdefault(total + number * size, (*taken, number))
         reachable = grown
     taken = reachable[min(reachable, key=lambda total: abs(total - goal))]

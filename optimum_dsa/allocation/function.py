@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from .operations import MATRIX_REDUCTIONS, POST_PROCESS, PRE_PROCESS, REDUCTION, TRANSFORM
+from .operations import POST_PROCESS, PRE_PROCESS, REDUCTION, TRANSFORM
 from .unit import Unit
 
 
@@ -27,12 +27,12 @@ class AllocationFunction:
     field is parsed and never used there, nor here.
 
     Attributes:
-        pre_process: up to two names of `PRE_PROCESS`, applied to the scores of a unit.
-        reduction: a name of `REDUCTION`: scores -> one number.
-        transform: up to two names of `TRANSFORM`, applied to that number.
-        post_process: a name of `POST_PROCESS`, applied to the numbers of all units.
-        sign: +1 where a higher number means more sparsity (DSA, DLP), -1 where it means less (OWL).
-        spread: half the distance between the most and the least pruned unit before the budget is fitted.
+        pre_process (`tuple[str, ...]`): up to two names of `PRE_PROCESS`, applied to the scores of a unit.
+        reduction (`str`): a name of `REDUCTION`: scores -> one number.
+        transform (`tuple[str, ...]`): up to two names of `TRANSFORM`, applied to that number.
+        post_process (`str`): a name of `POST_PROCESS`, applied to the numbers of all units.
+        sign (`int`): +1 where a higher number means more sparsity (DSA, DLP), -1 where it means less (OWL).
+        spread (`float`): half the distance between the most and the least pruned unit before the budget is fitted.
 
     Li et al., NeurIPS 2024, https://github.com/lliai/DSA.
     """
@@ -77,8 +77,8 @@ class AllocationFunction:
             post = (post or "no_op").lower()
             return cls(_names(pre), reduction.lower(), _names(transform), post, -1 if sign == "-" else 1, spread)
         raise ValueError(
-            f"Cannot read the allocation function {text!r}: expected 'pre,../reduction/transform,../post@+spread' as in "
-            "'abslog/var/atan,asin/no_op@+0.08', or the published 'W:(ABSLOG)-(VAR)-(ATAN,ASIN)-(7)'."
+            f"Cannot read the allocation function {text!r}: expected 'pre,../reduction/transform,../post@+spread' as "
+            "in 'abslog/var/atan,asin/no_op@+0.08', or the published 'W:(ABSLOG)-(VAR)-(ATAN,ASIN)-(7)'."
         )
 
     def __str__(self) -> str:
@@ -97,7 +97,7 @@ class AllocationFunction:
         x = unit.flat_scores()
         for name in self.pre_process:
             x = PRE_PROCESS[name](x)
-        if self.reduction in MATRIX_REDUCTIONS:
+        if REDUCTION.fact(self.reduction, "matrix"):
             return REDUCTION[self.reduction](unit.split(x)).item()
         return REDUCTION[self.reduction](x).item()
 

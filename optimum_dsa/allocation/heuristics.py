@@ -24,7 +24,8 @@ class Allocator(Protocol):
     """What `ALLOCATIONS` holds; an `AllocationFunction` is one.
 
     Attributes:
-        reads: what `measure` needs of the walk: "nothing", "weights", "scores" or "gram".
+        reads: what `measure` needs of calibration: "nothing" (it may read the weights), "scores" (whatever the metric
+            needs) or "gram".
         granularity: "block" or "matrix" where the allocator exists at that granularity only, otherwise `None`.
     """
 
@@ -225,7 +226,7 @@ def _alpha(measured: Mapping[str, float], target: float, spread: float | None) -
 
 ALLOCATIONS.add(
     "alphapruning",
-    Heuristic(_mean_tail_exponent, _alpha, reads="weights"),
+    Heuristic(_mean_tail_exponent, _alpha, reads="nothing"),
     reference="https://arxiv.org/abs/2410.10912",
 )
 

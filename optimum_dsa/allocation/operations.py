@@ -23,13 +23,10 @@ DSA = "https://github.com/lliai/DSA"
 OWL = "https://arxiv.org/abs/2310.05175"
 
 PRE_PROCESS = Registry("pre-process operation")
+# A reduction with the fact `matrix` takes the list of a unit's 2-D score matrices instead of one vector.
 REDUCTION = Registry("reduction")
 TRANSFORM = Registry("transform")
 POST_PROCESS = Registry("post-process operation")
-
-# Reductions of a matrix rather than of a set of scores: they take the list of a unit's 2-D score matrices, and a
-# unit's value is the mean over its matrices, weighted by their size.
-MATRIX_REDUCTIONS: set[str] = set()
 
 
 # -- pre-process: scores of one unit, any shape -> the same shape
@@ -85,8 +82,8 @@ def mean(x: Tensor) -> Tensor:
     return x.mean(dtype=torch.float64)
 
 
-# The published code carries an unreduced tensor on through the transforms and takes the mean at the very end; a function
-# of the mean is what is left of it once heavy and light half are separate.
+# The published code carries an unreduced tensor on through the transforms and takes the mean at the very end; a
+# function of the mean is what is left of it once heavy and light half are separate.
 REDUCTION.add("no_op", mean, reference=DSA)
 
 
@@ -145,7 +142,7 @@ def median(x: Tensor) -> Tensor:
 
 
 def matrix_reduction(operation: Callable[[Tensor], Tensor]) -> Callable[[Sequence[Tensor]], Tensor]:
-    """`operation`, (rows, columns) -> number, as a registered reduction of a unit's list of matrices.
+    """`operation`, (rows, columns) -> number, registered as the mean over a unit's matrices, weighted by their sizes.
 
     The published code flattens the scores first, so that each of these raises there.
     """
@@ -156,8 +153,7 @@ def matrix_reduction(operation: Callable[[Tensor], Tensor]) -> Callable[[Sequenc
         return (values * sizes).sum() / sizes.sum()
 
     reduction.__name__, reduction.__doc__ = operation.__name__, operation.__doc__
-    MATRIX_REDUCTIONS.add(operation.__name__)
-    return REDUCTION.add(operation.__name__, reduction, reference=DSA)
+    return REDUCTION.add(operation.__name__, reduction, reference=DSA, matrix=True)
 
 
 @matrix_reduction
@@ -197,7 +193,7 @@ def slogdet(x: Tensor) -> Tensor:
 
 @matrix_reduction
 def determinant(x: Tensor) -> Tensor:
-    """Geometric mean of the singular values, det(X Xᵀ)^(1/2n): a determinant per dimension, for any shape and scale."""
+    """Geometric mean of the singular values, det(X Xᵀ)^(1/2n): a determinant per dimension, whatever the shape."""
     return REDUCTION["slogdet"]([x]).exp()
 
 

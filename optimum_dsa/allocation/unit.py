@@ -16,11 +16,11 @@ class Unit:
     """The weights that share one sparsity.
 
     Attributes:
-        name: of the block or matrix.
-        depth: the block's position in its stack, 0 for the first of 1, up to 1 for the last.
-        weights: (out_features, in_features) each, the model's own: read, never written.
-        statistics: of each weight's input; `None` where nothing was calibrated.
-        metric: (weight, statistics) -> scores.
+        name (`str`): of the block or matrix.
+        depth (`float`): the block's position in its stack, 0 for the first of 1, up to 1 for the last.
+        weights (`Sequence[Tensor]`): (out_features, in_features) each, the model's own: read, never written.
+        statistics (`Sequence[LayerStatistics | None]`): of each weight's input; `None` where nothing was calibrated.
+        metric (`Callable[[Tensor, LayerStatistics | None], Tensor]`): (weight, statistics) -> scores.
     """
 
     name: str

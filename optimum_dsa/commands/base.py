@@ -47,8 +47,11 @@ def add_loading_options(parser: ArgumentParser) -> None:
     group.add_argument(
         "--dtype", default="auto", help="float32, bfloat16, float16; auto keeps the checkpoint's own (default)"
     )
-    group.add_argument("--device-map", help="auto, or disk / cpu to keep weights there and load block by block")
-    group.add_argument("--offload-folder", help="where changed weights go when they do not fit in memory")
+    group.add_argument(
+        "--device-map",
+        help="auto spreads over the devices; disk keeps weights there and brings them in block by block",
+    )
+    group.add_argument("--offload-folder", help="where changed weights go with --device-map disk (default: temporary)")
     group.add_argument("--revision", help="branch, tag or commit of a Hub model")
     group.add_argument("--trust-remote-code", action="store_true", help="run the code that a Hub model brings along")
 

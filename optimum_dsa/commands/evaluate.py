@@ -11,7 +11,7 @@ class EvaluateCommand(LeafCommand):
     DESCRIPTION = "Measure a model's perplexity on a text (non-overlapping windows) and count its zeros."
     EXAMPLES = """\
   optimum-cli dsa evaluate out --dataset test.txt
-  optimum-cli dsa evaluate out --dataset wikitext2 --split test --sequence-length 2048 --json
+  optimum-cli dsa evaluate out --dataset wikitext2 --sequence-length 2048 --json
 """
 
     @staticmethod
@@ -19,7 +19,7 @@ class EvaluateCommand(LeafCommand):
         EvaluateCommand.describe(parser, "evaluate")
         parser.add_argument("model", help="folder or Hub id")
         parser.add_argument("--dataset", required=True, help=".txt, .jsonl or .parquet file, or a dataset's name")
-        parser.add_argument("--split", help="split of a named dataset (default: train)")
+        parser.add_argument("--split", default="test", help="split of a named dataset (default: %(default)s)")
         parser.add_argument("--text-column", default="text", help="column that holds the text (default: text)")
         parser.add_argument("--sequence-length", type=int, help="tokens per window (default: the model's, max 2048)")
         parser.add_argument("--num-samples", type=int, help="use this many windows, drawn by --seed (default: all)")

@@ -56,6 +56,8 @@ pattern     row, matrix, group:128, 2:4 (any N:M), mixed:8 (N:8, N from the allo
             default="wikitext2",
             help=".txt, .jsonl or .parquet file, or a dataset's name: wikitext2 (default), c4, a Hub id",
         )
+        data.add_argument("--split", help="split of a named dataset (default: train)")
+        data.add_argument("--text-column", help="column that holds the text (default: text)")
         data.add_argument("--num-samples", type=int, help="sequences to draw (default: 128)")
         data.add_argument("--sequence-length", type=int, help="tokens per sequence (default: the model's, max 2048)")
         data.add_argument("--seed", type=int, help="which sequences are drawn (default: 0)")

@@ -1,0 +1,201 @@
+"""Prune a checkpoint that is larger than the memory it is given.
+
+A random bf16 Llama is written shard by shard. A child process, held to a share of the checkpoint's size, loads it with
+`device_map={"": "disk"}`, prunes it with wanda and saves it. Then every shard of the result is held against the
+original: the number of zeros, every kept weight bit for bit, and the original's bytes. That the limit bites is shown
+by a child that tries to load the checkpoint into memory.
+
+The limit is RLIMIT_DATA: heap, private anonymous and private writable mappings, the interpreter's own 0.4 GB included.
+RLIMIT_AS would also count the code of libraries and files that are only read. RLIMIT_DATA counts too much as well:
+safetensors maps files privately, and a mapped file counts whole though no page of it is in memory. So the child has
+safetensors read (its backend "pread", which transformers takes on Windows) instead of map: every weight in use is then
+memory that counts. RssAnon, the memory that was really filled, is sampled beside it.
+
+    python larger_than_memory.py                                        # 2.1 GB, limit 60 % of it
+    python larger_than_memory.py --hidden 1024 --layers 9 --limit 580   # 0.25 GB: the interpreter takes most
+"""
+
+import argparse
+import hashlib
+import json
+import re
+import resource
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+
+import accelerate
+import torch
+import transformers
+from safetensors import safe_open
+from safetensors.torch import save_file
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+
+from optimum_dsa import DSAConfig, DSAPruner
+from optimum_dsa.architecture import find_architecture
+
+
+SPARSITY = 0.5
+VOCABULARY = 8192
+MB = 2**20
+
+
+def write_checkpoint(folder: Path, hidden: int, layers: int, shard_bytes: int) -> int:
+    """A random Llama in `folder`, of which at most one shard is in memory at a time; its size in bytes."""
+    shape = {"hidden_size": hidden, "intermediate_size": hidden * 11 // 4, "num_attention_heads": hidden // 128}
+    config = LlamaConfig(**shape, vocab_size=VOCABULARY, num_hidden_layers=layers, dtype="bfloat16")
+    config.save_pretrained(folder)
+    generator = torch.Generator().manual_seed(0)
+    shapes = {name: tensor.shape for name, tensor in meta_model(config).state_dict().items()}
+    weight_map, shard = {}, {}
+    for name, shape in shapes.items():
+        random = torch.randn(shape, generator=generator).mul_(0.02)
+        shard[name] = (random if len(shape) > 1 else torch.ones(shape)).bfloat16()
+        if sum(tensor.nbytes for tensor in shard.values()) >= shard_bytes or name == list(shapes)[-1]:
+            file = f"model-{len(weight_map):05d}.safetensors"
+            save_file(shard, folder / file, metadata={"format": "pt"})
+            weight_map |= dict.fromkeys(shard, file)
+            shard = {}
+    size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+    index = json.dumps({"metadata": {"total_size": size}, "weight_map": weight_map})
+    (folder / "model.safetensors.index.json").write_text(index)
+    return size
+
+
+def meta_model(config: LlamaConfig) -> LlamaForCausalLM:
+    with torch.device("meta"):
+        return LlamaForCausalLM(config)
+
+
+def read_instead_of_mapping() -> None:
+    """From here on, safetensors files are read into memory that counts."""
+
+    def read(*args, **kwargs):
+        return safe_open(*args, **{**kwargs, "backend": "pread"})
+
+    transformers.modeling_utils.safe_open = accelerate.utils.offload.safe_open = read
+
+
+def status(name: str) -> int:
+    """A line of this process's /proc/self/status, in bytes."""
+    return int(re.search(rf"{name}:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024
+
+
+class Watch(threading.Thread):
+    """Peaks of this process's RssAnon, and of VmData, which RLIMIT_DATA limits, in bytes."""
+
+    def __init__(self):
+        super().__init__(daemon=True)
+        self.peak = {"RssAnon": 0, "VmData": 0}
+
+    def run(self):
+        while True:
+            self.peak = {name: max(peak, status(name)) for name, peak in self.peak.items()}
+            time.sleep(0.005)
+
+
+def child(source: str, target: str, limit: int, plain: bool) -> None:
+    """Load, prune and save under the limit; or, with `plain`, only try to load into memory."""
+    resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
+    read_instead_of_mapping()
+    before = status("VmData")
+    watch = Watch()
+    watch.start()
+    if plain:
+        AutoModelForCausalLM.from_pretrained(source)
+        return print("{}")
+    start = time.perf_counter()
+    pruner = DSAPruner.from_pretrained(source, device_map={"": "disk"}, offload_folder=f"{target}-offload")
+    loaded = time.perf_counter()
+    tokens = torch.randint(0, VOCABULARY, (8, 128), generator=torch.Generator().manual_seed(0))
+    report = pruner.prune(tokens, DSAConfig(SPARSITY, "wanda", "uniform", batch_size=8))
+    pruned = time.perf_counter()
+    pruner.save_pretrained(target)
+    seconds = {"load": loaded - start, "prune": report.seconds, "save": time.perf_counter() - pruned}
+    print(json.dumps({"seconds": seconds, "before": before, "peak": watch.peak}))
+
+
+def run_child(*args) -> dict | None:
+    """What the child printed; `None` where memory ran out. Any other failure is raised."""
+    done = subprocess.run([sys.executable, __file__, "--child", *map(str, args)], capture_output=True, text=True)
+    if done.returncode == 0:
+        return json.loads(done.stdout.splitlines()[-1])
+    if re.search(r"MemoryError|not enough memory|Cannot allocate|memory allocation of \d+ bytes failed", done.stderr):
+        return None
+    raise RuntimeError(done.stderr[-3000:])
+
+
+def digests(folder: Path) -> dict[str, str]:
+    """SHA-256 of every file."""
+    return {p.name: hashlib.file_digest(p.open("rb"), "sha256").hexdigest() for p in sorted(folder.iterdir())}
+
+
+def verify(source: Path, target: Path) -> int:
+    """Raise unless `target` is `source` with the asked number of zeros; the number of zeros."""
+    architecture = find_architecture(meta_model(LlamaConfig.from_pretrained(source)))
+    prunable = {weight.name: weight.size for weight in architecture.weights}
+    origin = json.loads((source / "model.safetensors.index.json").read_text())["weight_map"]
+    zeros, seen = 0, set()
+    for file in sorted(target.glob("*.safetensors")):
+        with safe_open(file, "pt") as shard:
+            for name in shard.keys():  # noqa: SIM118
+                seen.add(name)
+                with safe_open(source / origin[name], "pt") as original:
+                    before, after = original.get_tensor(name), shard.get_tensor(name)
+                kept = after != 0 if name in prunable else torch.ones_like(after, dtype=torch.bool)
+                if not torch.equal(before.view(torch.int16)[kept], after.view(torch.int16)[kept]):
+                    raise AssertionError(f"{name}: kept weights changed.")
+                removed = int((~kept).sum())
+                if abs(removed - SPARSITY * prunable.get(name, 0)) > 1:
+                    raise AssertionError(f"{name}: {removed} of {prunable.get(name, 0)} weights are zero.")
+                zeros += removed
+    if seen != origin.keys():
+        raise AssertionError(f"The saved checkpoint holds other weights: {sorted(seen ^ origin.keys())[:3]}.")
+    if zeros != round(SPARSITY * sum(prunable.values())):
+        raise AssertionError(f"{zeros} zeros in {sum(prunable.values())} prunable weights.")
+    return zeros
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--hidden", type=int, default=2048, help="a multiple of 128 (default: 2048)")
+    parser.add_argument("--layers", type=int, default=20)
+    parser.add_argument("--shard", type=int, default=256, help="MB per shard of the original (default: 256)")
+    parser.add_argument("--share", type=float, default=0.6, help="memory limit / checkpoint size (default: 0.6)")
+    parser.add_argument("--limit", type=float, help="memory limit in MB, instead of a share")
+    parser.add_argument("--folder", help="where to put the temporary files (default: the system's)")
+    parser.add_argument("--child", nargs=4, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.child:
+        source, target, limit, plain = args.child
+        return child(source, target, int(limit), plain == "True")
+    with tempfile.TemporaryDirectory(dir=args.folder) as folder:
+        source, target = Path(folder, "original"), Path(folder, "pruned")
+        size = write_checkpoint(source, args.hidden, args.layers, args.shard * MB)
+        limit = int(args.limit * MB if args.limit else args.share * size)
+        before = digests(source)
+        print(
+            f"checkpoint           {size / MB:6.0f} MB\nmemory limit         {limit / MB:6.0f} MB  {limit / size:.0%}"
+        )
+        plain = run_child(source, target, limit, True)
+        print(f"loading into memory: {'fits, so the limit proves nothing' if plain is not None else 'refused'}")
+        done = run_child(source, target, limit, False)
+        if done is None:
+            raise SystemExit("pruning from disk:   out of memory")
+        for name, value in {"VmData before": done["before"], **done["peak"]}.items():
+            print(f"pruning, {name:<12}{value / MB:6.0f} MB  {value / size:.0%}")
+        print("seconds:             " + ", ".join(f"{name} {value:.1f}" for name, value in done["seconds"].items()))
+        zeros = verify(source, target)
+        if digests(source) != before:
+            raise AssertionError("The original checkpoint was changed.")
+        model = AutoModelForCausalLM.from_pretrained(target)
+        if not model(torch.arange(16)[None]).logits.isfinite().all():
+            raise AssertionError("The saved model's logits are not finite.")
+        print(f"verified:            {zeros:,} zeros, kept weights and original unchanged, the saved model runs")
+
+
+if __name__ == "__main__":
+    main()

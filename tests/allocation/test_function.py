@@ -1,0 +1,135 @@
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from optimum_dsa.allocation import (
+    ALLOCATIONS,
+    POST_PROCESS,
+    PRE_PROCESS,
+    REDUCTION,
+    TRANSFORM,
+    AllocationFunction,
+    Unit,
+    fit_to_budget,
+)
+from optimum_dsa.metrics import magnitude
+from optimum_dsa.registry import UnknownNameError
+
+
+def operations(table, most):
+    names = st.sampled_from(sorted(set(table) - {"no_op"}))
+    return st.lists(names, max_size=most).map(tuple)
+
+
+functions = st.builds(
+    AllocationFunction,
+    pre_process=operations(PRE_PROCESS, 2),
+    reduction=st.sampled_from(sorted(REDUCTION)),
+    transform=operations(TRANSFORM, 2),
+    post_process=st.sampled_from(sorted(POST_PROCESS)),
+    sign=st.sampled_from([-1, 1]),
+    spread=st.floats(0, 1),
+)
+numbers = st.lists(st.floats(allow_nan=True, allow_infinity=True), min_size=1, max_size=9)
+
+
+def unit(*weights, name="block", depth=0.0):
+    return Unit(name, depth, weights, [None] * len(weights), magnitude)
+
+
+@given(function=functions)
+@settings(max_examples=200, deadline=None)
+def test_a_function_survives_printing_and_parsing(function):
+    assert AllocationFunction.parse(str(function)) == function
+
+
+def test_the_published_string():
+    dsa = AllocationFunction.parse("W:(ABSLOG)-(VAR)-(ATAN,ASIN)-(7)")
+    assert dsa == ALLOCATIONS["dsa"] == AllocationFunction(("abslog",), "var", ("atan", "asin"), spread=0.08)
+    assert dsa.published() == "W:(ABSLOG)-(VAR)-(ATAN,ASIN)-(7)"
+    assert str(dsa) == "abslog/var/atan,asin/no_op@+0.08"
+    assert AllocationFunction.parse("W:(NO_OP)-(MEAN)-(NO_OP)") == AllocationFunction()
+    with pytest.raises(ValueError, match="cannot write"):
+        ALLOCATIONS["owl"].published()
+
+
+@given(text=st.text(max_size=40))
+@settings(max_examples=300, deadline=None)
+def test_the_parser_reads_or_refuses_and_never_crashes(text):
+    for candidate in (text, f"W:({text})-(VAR)-(SIN)", f"abs/{text}/sin", f"abs/var/sin/no_op@{text}"):
+        try:
+            function = AllocationFunction.parse(candidate)
+        except (ValueError, UnknownNameError) as error:
+            assert str(error)
+        else:
+            assert AllocationFunction.parse(str(function)) == function
+
+
+@pytest.mark.parametrize(
+    "text,message",
+    [
+        ("W:(ABSLOG)-(VARR)-(ATAN)-(7)", "Did you mean 'var'"),
+        ("abs,log,exp/var/sin", "At most two"),
+        ("abs/var/sin/no_op@2", "half-width in"),
+        ("W:(ABS)-(VAR)-(9)", "Unknown transform '9'"),
+        ("uniform", "Cannot read"),
+    ],
+)
+def test_a_wrong_function_says_what_is_wrong(text, message):
+    with pytest.raises((ValueError, UnknownNameError), match=message):
+        AllocationFunction.parse(text)
+
+
+@given(function=functions, values=numbers, target=st.floats(0.05, 0.95))
+@settings(max_examples=300, deadline=None)
+def test_any_function_of_any_numbers_meets_the_budget(function, values, target):
+    measured = {f"u{index}": value for index, value in enumerate(values)}
+    sizes = {name: 1000 + 7 * index for index, name in enumerate(measured)}
+    allocation = fit_to_budget(function.wish(measured, target), sizes, target)
+    assert sum(allocation.counts().values()) == round(target * sum(sizes.values()))
+
+
+@pytest.mark.parametrize("reduction", sorted(REDUCTION))
+def test_any_reduction_measures_any_unit(reduction):
+    generator = torch.Generator().manual_seed(0)
+    weights = [torch.randn(6, 10, generator=generator), torch.randn(12, 4, generator=generator).bfloat16()]
+    before = [weight.clone() for weight in weights]
+    value = AllocationFunction(("abs",), reduction).measure(unit(*weights))
+    assert math.isfinite(value)
+    assert all(torch.equal(a, b) for a, b in zip(weights, before))
+
+
+@given(function=functions, target=st.floats(0.1, 0.9))
+@settings(max_examples=50, deadline=None)
+def test_permuting_the_units_permutes_the_wishes(function, target):
+    measured = {"a": 0.3, "b": 1.7, "c": 0.9, "d": -2.0}
+    turned = dict(reversed(measured.items()))
+    wanted = function.wish(measured, target)
+    assert function.wish(turned, target) == pytest.approx({name: wanted[name] for name in turned}, abs=1e-9)
+
+
+def test_no_spread_is_uniform_and_the_sign_turns_the_order():
+    measured = {"a": 1.0, "b": 2.0, "c": 4.0}
+    assert set(AllocationFunction(spread=0.0).wish(measured, 0.6).values()) == {0.6}
+    up = AllocationFunction(spread=0.1).wish(measured, 0.6)
+    down = AllocationFunction(spread=0.1, sign=-1).wish(measured, 0.6)
+    assert up["a"] < up["b"] < up["c"] and max(up.values()) - min(up.values()) == pytest.approx(0.2)
+    assert {name: 1.2 - value for name, value in up.items()} == pytest.approx(down)
+
+
+def test_what_has_no_arcsine_is_most_protected_as_published():
+    """asin(atan(v)) is NaN for v > tan(1); the published code turns that into 0, the lowest value."""
+    measured = {"early": 2.0, "late": 1.3, "middle": 1.0}
+    wanted = ALLOCATIONS["dsa"].wish(measured, 0.7)
+    assert wanted["early"] < wanted["middle"] < wanted["late"]
+    x = ALLOCATIONS["dsa"].importance(torch.tensor([2.0, 1.3, float("inf")]))
+    assert x[0] == 0 and x[1] == pytest.approx(math.asin(math.atan(1.3)))
+
+
+def test_one_unit_measures_its_matrices_as_one_vector():
+    a, b = torch.randn(3, 4), torch.randn(5, 2)
+    whole = torch.cat([a.flatten(), b.flatten()]).abs()
+    assert AllocationFunction((), "var").measure(unit(a, b)) == pytest.approx(whole.var().item(), rel=1e-6)

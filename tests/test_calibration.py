@@ -1,0 +1,476 @@
+import copy
+from collections import defaultdict
+from contextlib import contextmanager
+
+import pytest
+import torch
+import transformers as tf
+from accelerate import cpu_offload
+from torch import nn
+
+from optimum_dsa import DSAConfig, DSAPruner
+from optimum_dsa.architecture import UnprunableError, find_architecture
+from optimum_dsa.calibration import walk_blocks, without_padding
+from optimum_dsa.capture import capture_calls, feed
+from optimum_dsa.masks import Pattern
+from optimum_dsa.observation import Observer
+
+from .conftest import FAMILIES, VOCABULARY, vision_language
+from .test_architecture import Layer, Toy
+
+
+EXPERTS = ["mixtral", "qwen3_moe", "gpt_oss", "deepseek_v3", "jetmoe"]
+
+
+class Inputs(dict):
+    """Weight name -> Σ x xᵀ of what a plain forward multiplies it with."""
+
+    def __init__(self):
+        super().__init__()
+        self.tokens = defaultdict(int)
+
+    def add(self, name, inputs):
+        rows = inputs.reshape(-1, inputs.shape[-1]).double()
+        self[name] = self.get(name, 0) + rows.t() @ rows
+        self.tokens[name] += len(rows)
+
+
+@contextmanager
+def hooks(model, architecture, inputs):
+    """Forward hooks of our own; an expert's inputs are worked out from the tokens that its router sends it."""
+
+    def linear(name):
+        return lambda module, args, kwargs: inputs.add(name, (*args, *kwargs.values())[0])
+
+    def experts(path):
+        def hook(module, args, kwargs):
+            hidden, *routing = (*args, *kwargs.values())
+            if hasattr(module, "weight"):  # JetMoe's are handed tokens in the order of their experts
+                for expert, rows in enumerate(hidden.split(routing[0])):
+                    if len(rows):
+                        inputs.add(f"{path}.weight[{expert}]", rows)
+                return
+            for expert in routing[0].unique().tolist():
+                rows = hidden[(routing[0] == expert).any(dim=-1)]
+                matrix = module.gate_up_proj[expert]
+                middle = rows @ (matrix if module.is_transposed else matrix.t())
+                if module.has_bias:
+                    middle = middle + module.gate_up_proj_bias[expert]
+                inputs.add(f"{path}.gate_up_proj[{expert}]", rows)
+                inputs.add(f"{path}.down_proj[{expert}]", module._apply_gate(middle))
+
+        return hook
+
+    handles = []
+    for weight in architecture.weights:
+        if weight.expert is None:
+            module = model.get_submodule(weight.module)
+            handles.append(module.register_forward_pre_hook(linear(weight.name), with_kwargs=True))
+    for path in {weight.module for weight in architecture.weights if weight.expert is not None}:
+        handles.append(model.get_submodule(path).register_forward_pre_hook(experts(path), with_kwargs=True))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@torch.no_grad()
+def plain(model, architecture, *batches):
+    """What one forward pass of the whole model per batch gives every weight."""
+    inputs = Inputs()
+    with hooks(model, architecture, inputs):
+        for batch in batches:
+            feed(model, batch)
+    return inputs
+
+
+def split(batch, size):
+    return [dict(zip(batch, values)) for values in zip(*(value.split(size) for value in batch.values()))]
+
+
+def check_equal(statistics, expected, gram=False):
+    """Raise where the statistics of a weight are not those that the plain forward gives."""
+    for name, found in statistics.items():
+        assert found.tokens == expected.tokens.get(name, 0), name
+        if found.tokens:
+            reference = expected[name].float()
+            torch.testing.assert_close(found.squared_sum, reference.diagonal(), rtol=1e-3, atol=1e-5, msg=name)
+            if gram:
+                torch.testing.assert_close(found.gram, reference, rtol=1e-3, atol=1e-3, msg=name)
+
+
+def walked(model, batches, **options):
+    """All statistics of a walk that changes nothing."""
+    found = find_architecture(model)
+    blocks = list(walk_blocks(model, found, batches, **options))
+    assert [block.name for block in blocks] == [block.name for block in found.blocks]
+    return {name: statistics for block in blocks for name, statistics in block.statistics.items()}
+
+
+def state(model):
+    """Everything of a model that a walk must leave as it is."""
+    weights = {name: value.clone() for name, value in model.state_dict().items()}
+    modules = [
+        (module.training, "forward" in vars(module), len(module._forward_pre_hooks)) for module in model.modules()
+    ]
+    return weights, modules, getattr(model.config, "_experts_implementation", None)
+
+
+def check_same_state(model, before):
+    weights, *rest = state(model)
+    assert rest == list(before[1:])
+    assert all(torch.equal(value, before[0][name]) for name, value in weights.items())
+
+
+@pytest.mark.parametrize("sequential", [True, False], ids=["sequential", "dense"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_walk_that_changes_nothing_equals_the_plain_forward(family, sequential, tiny, inputs):
+    model = tiny(family)
+    found = find_architecture(model)
+    batch = inputs(family)
+    expected = plain(model, found, batch)
+    before = state(model)
+    statistics = walked(model, split(batch, 3), gram=sequential, sequential=sequential)
+    check_equal(statistics, expected, gram=sequential)
+    assert {each.sequences for each in statistics.values()} == {6}
+    assert expected.keys() <= statistics.keys() == {weight.name for weight in found.weights}
+    check_same_state(model, before)
+
+
+@pytest.mark.parametrize("how", ["stops", "raises", "inside"])
+@pytest.mark.parametrize("family", ["llama", "mixtral", "t5"])
+def test_a_walk_cut_short_leaves_the_model_as_it_was(family, how, tiny, inputs):
+    model = tiny(family).train()
+    model.get_submodule(find_architecture(model).blocks[0].name).eval()  # modes may be mixed
+    if family == "mixtral":
+        model.config._experts_implementation = "grouped_mm"
+    before = state(model)
+    batch = inputs(family)
+    if how == "inside":
+        batch = {"input_ids": batch["input_ids"] + VOCABULARY}  # the model itself fails
+    try:
+        for _ in walk_blocks(model, find_architecture(model), [batch]):
+            if how == "raises":
+                raise KeyboardInterrupt
+            break
+    except (KeyboardInterrupt, IndexError):
+        assert how != "stops"
+    else:
+        assert how == "stops"
+    check_same_state(model, before)
+
+
+@pytest.mark.parametrize("size", [1, 8])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_batches_of_any_size_give_the_same_statistics(family, size, tiny, inputs):
+    model, batch = tiny(family), inputs(family)
+    expected = walked(model, split(batch, 3))
+    for name, found in walked(model, split(batch, size)).items():
+        torch.testing.assert_close(found.squared_sum, expected[name].squared_sum, rtol=1e-4, atol=1e-6, msg=name)
+        assert (found.tokens, found.sequences) == (expected[name].tokens, expected[name].sequences)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3", "gpt2", "gpt_oss", "t5", "vit"])
+def test_batches_of_any_size_give_the_same_masks(family, tiny, inputs):
+    masks = []
+    for size in (1, 3, 8):
+        model = tiny(family)
+        DSAPruner(model).prune(inputs(family), DSAConfig(sparsity=0.5, batch_size=size))
+        masks.append({weight.name: weight.tensor(model) == 0 for weight in find_architecture(model).weights})
+    assert all(torch.equal(mask, other[name]) for name, mask in masks[0].items() for other in masks[1:])
+
+
+def padded(tokens, lengths, side="right"):
+    """Sequences of several lengths, one by one and as one padded batch."""
+    mask = torch.arange(tokens.shape[1]) < torch.tensor(lengths)[:, None]
+    mask = mask.flip(1) if side == "left" else mask
+    sequences = [{"input_ids": row[keep][None]} for row, keep in zip(tokens, mask)]
+    return sequences, {"input_ids": tokens.where(mask, 0), "attention_mask": mask.long()}
+
+
+@pytest.mark.parametrize("family", [name for name, each in FAMILIES.items() if each.feed == "text"])
+def test_padding_does_not_count(family, tiny, inputs):
+    model = tiny(family)
+    found = find_architecture(model)
+    sequences, batch = padded(inputs(family)["input_ids"], [12, 5, 9, 12, 1, 5])
+    statistics = walked(model, [batch])
+    check_equal(statistics, plain(model, found, *sequences))
+    assert {each.sequences for each in statistics.values()} == {6}
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3", "opt", "bloom"])
+def test_a_padded_batch_gives_what_a_plain_forward_gives_at_its_tokens(family, tiny, inputs):
+    model = tiny(family)
+    found = find_architecture(model)
+    _, batch = padded(inputs(family)["input_ids"], [12, 5, 9, 12, 1, 5])
+    keep = batch["attention_mask"].bool()
+
+    class Kept(Inputs):
+        def add(self, name, inputs):
+            super().add(name, inputs.reshape(*keep.shape, -1)[keep])
+
+    expected = Kept()
+    with torch.no_grad(), hooks(model, found, expected):
+        feed(model, batch)
+    check_equal(walked(model, [batch]), expected)
+
+
+def test_padding_is_cut_on_either_side_and_for_decoders_on_their_own():
+    tokens = torch.arange(1, 13).view(2, 6)
+    _, left = padded(tokens, [6, 4], "left")
+    parts = without_padding(left | {"position_ids": tokens, "pixel_values": torch.arange(2)})
+    assert [part["input_ids"].tolist() for part in parts] == [[[1, 2, 3, 4, 5, 6]], [[9, 10, 11, 12]]]
+    assert [part["position_ids"].shape[1] for part in parts] == [6, 4]
+    assert [part["pixel_values"].tolist() for part in parts] == [[0], [1]]
+    _, right = padded(tokens, [3, 3])
+    both = left | {f"decoder_{name}": value for name, value in right.items()}
+    shapes = [(part["input_ids"].shape[1], part["decoder_input_ids"].shape[1]) for part in without_padding(both)]
+    assert shapes == [(6, 3), (4, 3)]
+    with pytest.raises(ValueError, match="every token"):
+        without_padding({"input_ids": tokens, "attention_mask": torch.zeros_like(tokens)})
+
+
+def test_an_encoder_and_its_decoder_are_padded_each_by_its_own_mask(tiny, inputs):
+    model = tiny("t5")
+    tokens = inputs("t5")["input_ids"][:3]
+    sources, batch = padded(tokens, [12, 7, 7])
+    targets, answers = padded(tokens.flip(0), [4, 12, 9])
+    single = [source | {"decoder_input_ids": target["input_ids"]} for source, target in zip(sources, targets)]
+    batch |= {f"decoder_{name}": value for name, value in answers.items()}
+    check_equal(walked(model, [batch]), plain(model, find_architecture(model), *single))
+
+
+@pytest.mark.parametrize("implementation", ["eager", "batched_mm", "grouped_mm"])
+@pytest.mark.parametrize("family", ["mixtral", "gpt_oss"])
+def test_experts_are_watched_behind_fused_kernels(family, implementation, tiny, inputs):
+    model, batch = tiny(family), inputs(family)
+    model.config._experts_implementation = implementation
+    check_equal(walked(model, [batch]), plain(model, find_architecture(model), batch))
+    assert model.config._experts_implementation == implementation
+
+
+@pytest.mark.parametrize("family", EXPERTS)
+def test_experts_share_out_the_tokens(family, tiny, inputs):
+    statistics = walked(tiny(family), [inputs(family)])
+    routed = defaultdict(int)
+    for name, each in statistics.items():
+        if name.endswith("]"):
+            routed[name.rpartition("[")[0]] += each.tokens
+    assert set(routed.values()) == {6 * 12 * 2}  # two experts per token
+
+
+@pytest.mark.parametrize("family", EXPERTS)
+def test_experts_that_no_token_reached_are_scored_by_magnitude_and_named(family, tiny, inputs):
+    model = tiny(family)
+    found = find_architecture(model)
+    batch = {"input_ids": inputs(family)["input_ids"][:1, :1]}  # one token reaches two of four experts
+    reached = plain(model, found, batch)
+    expected = {weight.name for weight in found.weights if weight.name not in reached}
+    report = DSAPruner(model).prune(batch, DSAConfig(sparsity=0.5, allocation="uniform", sequential=False))
+    assert set(report.unseen) == expected
+    experts = [weight for weight in found.weights if weight.expert is not None]
+    assert len(expected) == len(experts) // 2
+    for weight in experts:
+        dense, pruned = weight.tensor(tiny(family)), weight.tensor(model)
+        by_magnitude = Pattern("row").keep(dense.abs(), int((pruned == 0).sum()))
+        assert torch.equal(pruned != 0, by_magnitude) == (weight.name in expected)
+
+
+def test_included_head_sees_its_real_input(tiny, inputs):
+    model, batch = tiny("llama"), inputs("llama")
+    found = find_architecture(model, include=["lm_head"])
+    for block in walk_blocks(model, found, split(batch, 2)):
+        check_equal(dict(block.statistics), plain(model, found, batch))
+        for weight in block.weights:
+            block.tensor(weight).mul_(0.5)
+    assert block.name == found.head.name and block.statistics["lm_head.weight"].tokens == 72
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma4", "mixtral", "jetmoe", "bert", "t5", "whisper", "llava"])
+def test_sequential_each_block_sees_what_the_pruned_ones_before_it_give(family, tiny, inputs):
+    model, batch = tiny(family), inputs(family)
+    found = find_architecture(model)
+    for block in walk_blocks(model, found, split(batch, 4)):
+        check_equal(dict(block.statistics), plain(model, found, batch))
+        for weight in block.weights:
+            block.tensor(weight)[:, ::2] = 0
+            block.changed(weight)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma4", "mixtral", "jetmoe", "bert", "t5", "whisper", "llava"])
+def test_not_sequential_each_block_sees_what_the_dense_ones_give(family, tiny, inputs):
+    model, batch = tiny(family), inputs(family)
+    found = find_architecture(model)
+    expected = plain(model, found, batch)
+    for block in walk_blocks(model, found, split(batch, 4), sequential=False):
+        check_equal(dict(block.statistics), expected)
+        for weight in block.weights:
+            block.tensor(weight)[:, ::2] = 0
+    assert all((weight.tensor(model)[:, ::2] == 0).all() for weight in found.weights)
+
+
+@pytest.mark.parametrize("family", ["llama", "mixtral"])
+def test_a_walk_works_in_inference_mode(family, tiny, inputs):
+    with torch.inference_mode():
+        report = DSAPruner(tiny(family)).prune(inputs(family), DSAConfig(sparsity=0.5))
+    assert report.sparsity == 0.5
+
+
+def test_a_walk_does_not_need_the_losses_of_routers(tiny, inputs):
+    model = tiny("mixtral")
+    model.config.output_router_logits = True
+    found = find_architecture(model, include=["lm_head"])
+    assert len(list(walk_blocks(model, found, [inputs("mixtral")]))) == 3
+
+
+def test_a_language_model_that_starts_a_cache_of_its_own_is_walked_without(inputs):
+    torch.manual_seed(0)
+    model = vision_language("AyaVision", "Siglip", "Cohere2", {}, downsample_factor=1).make().eval()
+    assert not hasattr(model.config, "use_cache") and model.config.text_config.use_cache
+    batch = inputs("aya_vision")
+    check_equal(walked(model, [batch]), plain(model, find_architecture(model), batch))
+
+
+@pytest.mark.parametrize("family", ["llama", "mixtral", "t5"])
+def test_offloaded_weights_are_walked_as_resident_ones(family, tiny, inputs):
+    batch = inputs(family)
+    model = cpu_offload(tiny(family), execution_device="cpu")
+    resident = tiny(family)
+    check_equal(walked(model, split(batch, 3)), plain(resident, find_architecture(resident), batch))
+
+
+def test_masks_are_kept_once(tiny, inputs):
+    model = tiny("gemma3")
+    calls = capture_calls(model, find_architecture(model).stacks[0], split(inputs("gemma3"), 2))
+    first, second, third = calls.arguments
+    local, other = first[0][1]["attention_mask"], first[1][1]["attention_mask"]
+    assert local is not None and local is second[0][1]["attention_mask"] is third[2][1]["attention_mask"]
+    assert other is None or not torch.equal(local, other)
+
+
+@pytest.fixture
+def observer():
+    return Observer(gram=True)
+
+
+@pytest.fixture
+def pair():
+    model = nn.ModuleDict(
+        {"layers": nn.ModuleList([nn.ModuleDict({"query": nn.Linear(4, 4), "key": nn.Linear(4, 4)})])}
+    )
+    return find_architecture(model).weights
+
+
+def test_maps_of_one_input_share_their_statistics(observer, pair):
+    query, key = pair
+    for _ in range(2):
+        observer.start_batch(1)
+        x = torch.randn(3, 4)
+        observer.observe(query, x)
+        observer.observe(key, x)
+    assert observer.statistics[query.name] is observer.statistics[key.name]
+    assert observer.statistics[key.name].tokens == 6
+
+
+@pytest.mark.parametrize("between", [False, True])
+def test_maps_part_where_one_sees_more(observer, pair, between):
+    """As in a decoder whose keys come from its own tokens and from an encoder's."""
+    query, key = pair
+    seen = {query.name: [], key.name: []}
+    for _ in range(2):
+        observer.start_batch(1)
+        own, encoded = torch.randn(3, 4), torch.randn(5, 4)
+        for weight, x in [(query, own), (key, own), (key, encoded)]:
+            if between:
+                x.mul_(2)  # a change in place makes it another input
+            observer.observe(weight, x)
+            seen[weight.name].append(x.clone())
+    for weight in pair:
+        rows = torch.cat(seen[weight.name])
+        torch.testing.assert_close(observer.statistics[weight.name].gram, rows.t() @ rows)
+
+
+def test_maps_that_part_too_late_are_refused(observer, pair):
+    query, key = pair
+    observer.start_batch(1)
+    x = torch.randn(3, 4)
+    observer.observe(query, x)
+    observer.observe(key, x)
+    observer.observe(query, torch.randn(3, 4))
+    with pytest.raises(UnprunableError, match="exclude="):
+        observer.start_batch(1)
+
+
+def test_experts_stored_the_other_way_round_are_refused(tiny, inputs):
+    model = tiny("gpt_oss")
+    model.config._experts_implementation = "eager"
+    model.model.layers[0].mlp.experts.is_transposed = False
+    with pytest.raises(UnprunableError, match="is_transposed"):
+        walked(model, [inputs("gpt_oss")])
+
+
+def test_experts_in_one_storage_are_told_apart(tiny, inputs):
+    """A checkpoint mapped into memory is one storage for all parameters."""
+    model, batch = tiny("mixtral"), inputs("mixtral")
+    for layer in model.model.layers:
+        experts = layer.mlp.experts
+        both = torch.cat([experts.gate_up_proj.data.flatten(), experts.down_proj.data.flatten()])
+        size = experts.gate_up_proj.numel()
+        experts.gate_up_proj.data = both[:size].view_as(experts.gate_up_proj)
+        experts.down_proj.data = both[size:].view_as(experts.down_proj)
+    check_equal(walked(model, [batch]), plain(model, find_architecture(model), batch))
+
+
+def test_experts_that_cannot_be_watched_are_refused_with_a_way_out():
+    config = tf.Llama4TextConfig(
+        vocab_size=VOCABULARY, hidden_size=32, intermediate_size=16, intermediate_size_mlp=48, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, head_dim=8, num_local_experts=4, moe_layers=[1],
+    )  # fmt: skip
+    model = tf.Llama4ForCausalLM(config).eval()
+    batch = {"input_ids": torch.arange(24).view(2, 12)}
+    with pytest.raises(UnprunableError, match=r"could not be observed.*exclude=\['experts'\]"):
+        walked(model, [batch])
+    found = find_architecture(model, exclude=["experts"])
+    assert len(list(walk_blocks(model, found, [batch]))) == 2
+
+
+def test_infinities_are_named(tiny, inputs):
+    model = tiny("llama")
+    model.model.layers[1].mlp.up_proj.weight.data[0, 0] = torch.inf
+    with pytest.raises(ValueError, match=r"model\.layers\.1\.mlp\.down_proj\.weight"):
+        walked(model, [inputs("llama")])
+
+
+def test_without_batches_nothing_is_run(tiny):
+    model = copy.deepcopy(tiny("llama"))
+    model.forward = None
+    found = find_architecture(model)
+    assert [(block.name, block.statistics) for block in walk_blocks(model, found, None)] == [
+        (block.name, {}) for block in found.blocks
+    ]
+
+
+class Remembering(Layer):
+    """A block whose output depends on what was said in earlier calls."""
+
+    def forward(self, hidden_states, past_key_values=None):
+        if past_key_values is not None:
+            past, _ = past_key_values.update(hidden_states[:, None], hidden_states[:, None], layer_idx=0)
+            hidden_states = hidden_states + past.shape[2]
+        return hidden_states + self.map(hidden_states)
+
+
+def test_blocks_are_run_again_without_what_they_remember():
+    class Forgetful(Toy):
+        def forward(self, input_ids):
+            hidden, cache = self.embedding(input_ids), tf.DynamicCache()
+            for layer in self.layers:
+                hidden = layer(hidden, past_key_values=cache)
+            return hidden
+
+    model = Forgetful(nn.ModuleList(Remembering(8) for _ in range(3)))
+    without = Toy(model.layers)
+    without.embedding = model.embedding
+    batch = {"input_ids": torch.arange(12).view(2, 6)}
+    check_equal(walked(model, [batch]), plain(without, find_architecture(without), batch))

@@ -1,0 +1,155 @@
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+from optimum.commands.optimum_cli import main
+
+from optimum_dsa import ALLOCATIONS, METHODS, UPDATES
+from optimum_dsa.demo import demo_model, demo_texts
+
+from .common import tiny_llama
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    """A file of held-out text, short enough to be fast."""
+    path = tmp_path_factory.mktemp("text") / "calibration.txt"
+    path.write_text("\n".join(demo_texts("calibration"))[:20_000])
+    return str(path)
+
+
+def command(*arguments):
+    """`optimum-cli dsa ...` as a user runs it: exit code, output, errors."""
+    executable = os.path.join(os.path.dirname(sys.executable), "optimum-cli")
+    environment = os.environ | {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "TRANSFORMERS_VERBOSITY": "error"}
+    done = subprocess.run([executable, "dsa", *arguments], capture_output=True, text=True, env=environment)
+    return done.returncode, done.stdout, done.stderr
+
+
+def run(monkeypatch, capsys, *arguments):
+    """The same in this process, for speed."""
+    monkeypatch.setattr(sys, "argv", ["optimum-cli", "dsa", *arguments])
+    code = 0
+    try:
+        main()
+    except SystemExit as exit:
+        code = exit.code or 0
+    return code, *capsys.readouterr()
+
+
+def test_prune_then_evaluate(tmp_path, text):
+    out = str(tmp_path / "out")
+    options = ["--sparsity", "0.6", "--allocation", "owl", "--num-samples", "8", "--sequence-length", "64"]
+    code, output, errors = command("prune", str(demo_model()), "-o", out, "--dataset", text, *options)
+    assert (code, errors) == (0, "")
+    table = output.splitlines()
+    assert [line.split()[0] for line in table[1:11]] == [f"model.layers.{index}" for index in range(10)]
+    assert table[12].split()[-2:] == ["0.6000", "0.6000"]
+    code, output, errors = command("evaluate", out, "--dataset", text, "--sequence-length", "64", "--json")
+    assert (code, errors) == (0, "")
+    result = json.loads(output)
+    assert result["sparsity"] == pytest.approx(0.6, abs=1e-6)
+    assert result["perplexity"] > 1 and result["windows"] > 8 and result["sequence_length"] == 64
+
+
+def test_progress_bars_honour_the_switch_and_errors_are_one_line(tmp_path, text):
+    code, output, errors = command("prune", str(demo_model()), "-o", str(tmp_path / "out"), "-s", "1.5")
+    assert code == 2 and output == "" and len(errors.splitlines()) == 1
+    assert errors.startswith("optimum-cli dsa prune: error: sparsity is the share")
+
+
+def test_options_reach_the_config(monkeypatch, capsys, tmp_path, text):
+    out = tmp_path / "out"
+    options = (
+        "-s 0.5 --method magnitude --allocation atp --spread 0.1 --pattern matrix --update none --granularity matrix "
+        "--exclude down_proj --num-samples 4 --sequence-length 32 --seed 5 --batch-size 2 --one-pass --dtype float32 "
+        "--device cpu --max-shard-size 2MB"
+    )
+    code, _, errors = run(
+        monkeypatch, capsys, "prune", str(demo_model()), "-o", str(out), "--dataset", text, *options.split()
+    )
+    assert code == 0, errors
+    config = json.loads((out / "dsa_config.json").read_text())["config"]
+    expected = {
+        "sparsity": 0.5, "method": "magnitude", "allocation": "atp", "spread": 0.1, "pattern": "matrix",
+        "update": "none", "granularity": "matrix", "exclude": ["down_proj"], "num_samples": 4, "sequence_length": 32,
+        "seed": 5, "batch_size": 2, "sequential": False,
+    }  # fmt: skip
+    assert expected.items() <= config.items()
+    assert len(list(out.glob("model-*.safetensors"))) > 1
+    again = tmp_path / "again"
+    code, _, errors = run(
+        monkeypatch, capsys, "prune", str(demo_model()), "-o", str(again), "--config", str(out), "-s", "0.4"
+    )
+    assert code == 0, errors
+    assert json.loads((again / "dsa_config.json").read_text())["config"] == {**config, "sparsity": 0.4}
+
+
+@pytest.mark.parametrize(
+    "arguments,message",
+    [
+        ("prune {model} -o {new}", "say how much to remove"),
+        ("prune {model} -o {new} -s 0.5 --method wandas", "Did you mean 'wanda'"),
+        ("prune {model} -o {new} -s 0.5 --allocation abslog/varr/sin", "Did you mean 'var'"),
+        ("prune {model} -o {new} -s 0.5 --pattern 2:4", "nothing to allocate"),
+        ("prune {model} -o {new} -s 0.5 --dtype float33", "Unknown dtype 'float33'"),
+        ("prune {model} -o {new} -s 0.5 --device cuda:99", "Device 'cuda:99' cannot be used"),
+        ("prune {model} -o {new} -s 0.5 --exclude router", "Nothing in LlamaForCausalLM is named 'router'"),
+        ("prune {model} -o {new} -s 0.5 --dataset {missing}.txt", "missing.txt"),
+        ("prune {model} -o {new} -s 0.5 --dataset {empty}", "holds 0 windows"),
+        ("prune {model} -o {other} -s 0.5 --dataset {text}", "was not written by optimum-dsa"),
+        ("prune {missing} -o {new} -s 0.5 --dataset {text}", "missing"),
+        ("prune {model} -o {new} --config {missing}", "missing"),
+        ("evaluate {model} --dataset {empty}", "holds 0 windows"),
+        ("evaluate {model} --dataset {text} --sequence-length 1", "--sequence-length is too small: 1"),
+        ("demo -o {other}", "was not written by optimum-dsa"),
+    ],
+)
+def test_bad_usage_is_one_clear_line_and_exit_code_2(monkeypatch, capsys, tmp_path, text, arguments, message):
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "thesis.tex").write_text("x")
+    (tmp_path / "empty.txt").write_text("")
+    places = {
+        "model": demo_model(), "text": text, "new": tmp_path / "new", "other": tmp_path / "other",
+        "missing": tmp_path / "missing", "empty": tmp_path / "empty.txt",
+    }  # fmt: skip
+    code, output, errors = run(monkeypatch, capsys, *arguments.format(**places).split())
+    lines = [line for line in errors.splitlines() if "error:" in line]
+    assert code == 2 and output == "" and len(lines) == 1
+    assert message in lines[0]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["empty.txt", "other"]
+
+
+def test_a_model_without_a_tokenizer_cannot_be_evaluated_on_text(monkeypatch, capsys, tmp_path, text):
+    tiny_llama().save_pretrained(tmp_path / "bare")
+    code, _, errors = run(monkeypatch, capsys, "evaluate", str(tmp_path / "bare"), "--dataset", text)
+    assert code == 2 and "has no tokenizer" in errors
+
+
+def test_help_teaches_every_name(monkeypatch, capsys):
+    _, output, _ = run(monkeypatch, capsys, "prune", "--help")
+    for name in (*METHODS, *ALLOCATIONS, *UPDATES):
+        assert name in output
+    assert "examples:" in output
+    for name in ("prune", "evaluate", "demo", "env"):
+        assert name in run(monkeypatch, capsys, "--help")[1]
+
+
+def test_env_prints_versions(monkeypatch, capsys):
+    _, output, _ = run(monkeypatch, capsys, "env")
+    for package in ("optimum-dsa", "torch", "transformers", "gpu"):
+        assert f"- {package}: " in output
+
+
+def test_the_demo_compares_three_allocations_and_saves_a_model(tmp_path):
+    code, output, errors = command("demo", "-o", str(tmp_path / "out"))
+    assert code == 0, errors
+    rows = {line.split()[0]: line.split()[1:] for line in output.splitlines() if len(line.split()) in (3, 4)}
+    dense = float(rows["dense"][0])
+    for name in ("uniform", "owl", "dsa"):
+        perplexity, sparsity, seconds = map(float, rows[name])
+        assert perplexity > dense and sparsity == 0.6 and seconds > 0
+    assert json.loads((tmp_path / "out" / "dsa_config.json").read_text())["config"]["allocation"] == "dsa"
+    assert "Try next" in output

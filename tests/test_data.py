@@ -1,0 +1,146 @@
+import json
+
+import datasets
+import pytest
+import torch
+
+from optimum_dsa import load_tokens, split_windows
+from optimum_dsa.data import DATASETS, Calibration, iterate_texts, load_calibration
+
+from .common import VOCABULARY, tiny_llama, tokens
+
+
+TEXTS = [f"line {index} of a text that is long enough to fill a window\n" * 4 for index in range(12)]
+
+
+class Letters:
+    """A tokenizer with a token per character, and 96 between texts."""
+
+    eos_token_id = 96
+
+    def __call__(self, text, **kwargs):
+        return {"input_ids": [ord(letter) % 96 for letter in text]}
+
+
+@pytest.fixture
+def folder(tmp_path):
+    (tmp_path / "a.txt").write_text("\n".join(TEXTS))
+    (tmp_path / "a.jsonl").write_text("\n".join(json.dumps({"text": text, "id": 1}) for text in TEXTS))
+    datasets.Dataset.from_dict({"text": TEXTS}).to_parquet(str(tmp_path / "a.parquet"))
+    (tmp_path / "set").mkdir()
+    datasets.Dataset.from_dict({"body": TEXTS}).to_parquet(str(tmp_path / "set" / "train.parquet"))
+    return tmp_path
+
+
+def test_every_source_gives_the_same_texts(folder):
+    expected = "".join(TEXTS)
+    memory = datasets.Dataset.from_dict({"text": TEXTS})
+    for source in (TEXTS, str(folder / "a.jsonl"), folder / "a.parquet", memory, memory.to_iterable_dataset()):
+        assert "".join(iterate_texts(source)) == expected
+    assert "".join(iterate_texts(str(folder / "set"), "body")) == expected
+    assert list(iterate_texts(folder / "a.txt")) == ["\n".join(TEXTS)]
+
+
+def test_a_short_name_stands_for_a_repository_and_its_column(folder, monkeypatch):
+    monkeypatch.setitem(DATASETS, "wikitext2", (str(folder / "set"), None, "train", "body"))
+    assert "".join(iterate_texts("wikitext2")) == "".join(TEXTS)
+
+
+def test_windows_do_not_overlap_and_texts_are_separated():
+    whole = load_tokens(["ab", "", "cd", "ef"], Letters(), sequence_length=4)
+    a, b, c, d, e, f = (ord(letter) % 96 for letter in "abcdef")
+    assert whole.tolist() == [[a, b, 96, c], [d, 96, e, f]]
+
+
+def test_the_seed_decides_which_windows_are_drawn():
+    def draw(seed):
+        return load_tokens(TEXTS, Letters(), num_samples=5, sequence_length=16, seed=seed)
+
+    everything = {tuple(row) for row in load_tokens(TEXTS, Letters(), sequence_length=16).tolist()}
+    assert torch.equal(draw(1), draw(1)) and not torch.equal(draw(1), draw(2))
+    assert all(tuple(row) in everything for row in draw(3).tolist())
+
+
+def test_a_long_source_is_not_read_to_its_end():
+    def endless():
+        while True:
+            yield TEXTS[0]
+
+    assert load_tokens(endless(), Letters(), num_samples=3, sequence_length=8).shape == (3, 8)
+
+
+def test_parts_are_disjoint_and_seeded():
+    windows = torch.arange(40)[:, None]
+    parts = split_windows(windows, {"calibration": 10, "validation": 20, "test": 10}, seed=3)
+    assert {name: len(part) for name, part in parts.items()} == {"calibration": 10, "validation": 20, "test": 10}
+    assert torch.cat(list(parts.values())).flatten().sort().values.tolist() == list(range(40))
+    again = split_windows(windows, {"calibration": 10, "validation": 20, "test": 10}, seed=3)
+    assert all(torch.equal(parts[name], again[name]) for name in parts)
+    with pytest.raises(ValueError, match="needs 41 windows, and there are 40"):
+        split_windows(windows, {"a": 41})
+
+
+@pytest.mark.parametrize("texts", [[], [""], ["short"]])
+def test_too_little_text_says_how_much_there_is(texts):
+    with pytest.raises(ValueError, match="holds 0 windows of 64 tokens, and 2 are needed"):
+        load_tokens(texts, Letters(), num_samples=2, sequence_length=64)
+
+
+@pytest.mark.parametrize(
+    "source,error,message",
+    [
+        ("nowhere.jsonl", FileNotFoundError, "nowhere.jsonl"),
+        ("nowhere.txt", FileNotFoundError, "nowhere.txt"),
+        ([1, 2], ValueError, "Expected texts, got int"),
+        (5, ValueError, "Cannot read text from int"),
+        (datasets.DatasetDict({"train": datasets.Dataset.from_dict({"text": TEXTS})}), ValueError, "one split.*train"),
+        (datasets.Dataset.from_dict({"body": TEXTS}), ValueError, "no column 'text'; it has body"),
+    ],
+)
+def test_a_source_that_cannot_be_read_is_a_clear_error(source, error, message):
+    with pytest.raises(error, match=message):
+        load_tokens(source, Letters(), sequence_length=8)
+
+
+def test_a_file_of_another_kind_is_refused(tmp_path):
+    (tmp_path / "a.pdf").write_bytes(b"%PDF")
+    with pytest.raises(ValueError, match="expected .txt, .jsonl"):
+        load_tokens(tmp_path / "a.pdf", Letters())
+
+
+def test_a_dataset_that_cannot_be_reached_is_named(monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(ValueError, match="Cannot load the dataset 'nobody/nothing'"):
+        load_tokens("nobody/nothing", Letters())
+
+
+def test_calibration_from_tokens_texts_and_inputs_by_name():
+    model = tiny_llama()
+    assert load_calibration(tokens(4, 8).int(), model).facts() == {
+        "source": "tensor", "samples": 4, "length": 8, "tokens": 32, "seed": None,
+    }  # fmt: skip
+    found = load_calibration(TEXTS, model, Letters(), num_samples=3, sequence_length=16, seed=7)
+    assert found.facts() == {"source": "12 texts", "samples": 3, "length": 16, "tokens": 48, "seed": 7}
+    assert load_calibration(TEXTS, model, Letters(), num_samples=3).facts()["length"] == 64
+    named = load_calibration({"input_ids": tokens(5, 8), "attention_mask": torch.ones(5, 8)}, model)
+    assert [len(batch["attention_mask"]) for batch in named.batches(2)] == [2, 2, 1]
+
+
+@pytest.mark.parametrize(
+    "source,message",
+    [
+        (torch.full((2, 4), VOCABULARY), "another tokenizer"),
+        (torch.zeros(2, 4), "LongTensor"),
+        ({"input_ids": tokens(2, 4), "attention_mask": torch.ones(3, 4)}, "same number of samples"),
+        (TEXTS, "needs a tokenizer"),
+    ],
+)
+def test_calibration_that_does_not_fit_the_model_is_refused(source, message):
+    with pytest.raises(ValueError, match=message):
+        load_calibration(source, tiny_llama())
+
+
+def test_batches_cover_all_samples_in_order():
+    data = Calibration({"input_ids": tokens(7, 4)}, "x")
+    assert torch.equal(torch.cat([batch["input_ids"] for batch in data.batches(3)]), tokens(7, 4))

@@ -1,0 +1,82 @@
+import pytest
+import torch
+
+from optimum_dsa.masks import Pattern
+from optimum_dsa.metrics import METRICS
+from optimum_dsa.reconstruction import UPDATES, Choice
+from optimum_dsa.statistics import LayerStatistics
+
+
+def problem(rows=12, columns=32, seed=0):
+    """A weight and inputs that are strongly correlated, so that an update has something to do."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(400, 8, generator=generator) @ torch.randn(8, columns, generator=generator)
+    x += 0.3 * torch.randn(400, columns, generator=generator)
+    stats = LayerStatistics(columns, with_gram=True)
+    stats.update_(x)
+    stats.sequences = 4
+    return torch.randn(rows, columns, generator=generator), stats, x
+
+
+def choose(pattern, weight, stats, count, metric="wanda"):
+    return Choice(pattern, count, pattern.keep(METRICS[metric](weight, stats), count))
+
+
+@pytest.mark.parametrize("update", sorted(UPDATES))
+@pytest.mark.parametrize("text", ["row", "matrix", "group:8", "2:4", "mixed:8"])
+def test_every_update_removes_what_was_chosen_and_nothing_else(update, text):
+    weight, stats, _ = problem()
+    before, gram = weight.clone(), stats.gram.clone()
+    choice = choose(Pattern.parse(text), weight, stats, weight.numel() // 2)
+    new = UPDATES[update](weight, stats, choice)
+    assert torch.equal(new != 0, choice.keep)
+    assert torch.equal(weight, before) and torch.equal(stats.gram, gram)
+
+
+def test_no_update_keeps_the_kept_weights_bit_for_bit():
+    weight, stats, _ = problem()
+    choice = choose(Pattern("row"), weight.bfloat16(), stats, 100)
+    assert torch.equal(UPDATES["none"](weight.bfloat16(), stats, choice), weight.bfloat16() * choice.keep)
+
+
+@pytest.mark.parametrize("text,removed", [("group:8", 150), ("group:128", 151), ("2:4", 192), ("mixed:8", 144)])
+def test_sparsegpt_chooses_as_it_goes_exactly(text, removed):
+    weight, stats, _ = problem()
+    new = UPDATES["sparsegpt"](weight, stats, Choice(Pattern.parse(text), removed))
+    assert int((new == 0).sum()) == removed
+    if text == "2:4":
+        assert ((new == 0).unflatten(1, (-1, 4)).sum(-1) == 2).all()
+
+
+@pytest.mark.parametrize("text", ["row", "group:8", "2:4"])
+def test_sparsegpt_loses_less_of_the_output_than_zeros_alone(text):
+    weight, stats, x = problem()
+    choice = choose(Pattern.parse(text), weight, stats, weight.numel() // 2)
+
+    def error(new):
+        return ((new - weight) @ x.t()).square().sum()
+
+    repaired, zeroed = UPDATES["sparsegpt"](weight, stats, choice), UPDATES["none"](weight, stats, choice)
+    assert error(repaired) < 0.7 * error(zeroed)
+
+
+def test_the_update_is_optimal_for_the_columns_behind_the_removed_one():
+    """Removing one column: later weights solve the damped least squares problem, earlier ones stay."""
+    weight, stats, _ = problem(rows=3, columns=6)
+    keep = torch.ones(3, 6, dtype=torch.bool)
+    keep[:, 2] = False
+    new = UPDATES["sparsegpt"](weight, stats, Choice(Pattern("matrix"), 3, keep))
+    hessian = stats.gram + 0.01 * stats.gram.diagonal().mean() * torch.eye(6)
+    assert torch.allclose(new[:, :2], weight[:, :2], atol=1e-5)
+    later = [3, 4, 5]
+    change = weight[:, [2]] @ hessian[[2]][:, later] @ torch.linalg.inv(hessian[later][:, later])
+    assert torch.allclose(new[:, 3:], weight[:, 3:] + change, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("columns", [100, 130, 300])
+def test_the_width_of_the_lazy_updates_does_not_change_the_result(columns):
+    weight, stats, _ = problem(columns=columns)
+    keep = Pattern("row").keep(METRICS["wanda"](weight, stats), weight.numel() // 2)
+    lazy = UPDATES["sparsegpt"](weight, stats, Choice(Pattern("row"), 0, keep))
+    eager = UPDATES["sparsegpt"](weight, stats, Choice(Pattern("group", 1), 0, keep))
+    assert torch.allclose(lazy, eager, rtol=1e-2, atol=1e-3)
