@@ -1,0 +1,126 @@
+"""A model that forgets weights for as long as it is looked at, and never loses them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from ..architecture import Architecture, Weight
+
+
+LEVELS = 1 << 16
+
+
+def quantise(order: Tensor) -> Tensor:
+    """A removal order in two bytes: the share of the matrix gone before each weight, in 65,536 steps from −32,768."""
+    return ((order * LEVELS).div_(order.numel(), rounding_mode="floor") - LEVELS // 2).to(torch.int16)
+
+
+class MaskedModel:
+    """The model with masks that come from removal orders and counts.
+
+    While `active`, each module multiplies by its masked weight, made afresh in its forward from the true one: nothing
+    is ever written to a weight, so an exception cannot leave one behind. Two bytes per weight are held.
+
+    Attributes:
+        orders: weight name -> quantised removal order, (out_features, in_features) int16.
+        counts: weight name -> weights removed; a weight without an order or a count is dense.
+        leaves: filled while `recording`: weight name -> the masked weight of the last forward, for its gradient.
+    """
+
+    def __init__(self, model: nn.Module, architecture: Architecture):
+        self.model = model
+        self.weights = {weight.name: weight for weight in architecture.weights}
+        self.orders: dict[str, Tensor] = {}
+        self.counts: Mapping[str, int] = {}
+        self._on_gradient = None
+
+    def keep(self, name: str, count: int) -> Tensor:
+        """The mask of one weight, (out_features, in_features), True = keep."""
+        return ~self._before(name, count)
+
+    def band(self, name: str, count: int, width: int) -> Tensor:
+        """The weights whose turn is within `width` of `count`: a small change would take them or give them back."""
+        return self._before(name, count + width) & ~self._before(name, count - width)
+
+    def _before(self, name: str, count: int) -> Tensor:
+        """The first `count` weights to go: exact up to 65,536 weights, beyond that to one step of the order."""
+        size = self.weights[name].size
+        level = min(max(count, 0), size) * LEVELS // size - LEVELS // 2
+        if level == LEVELS // 2:  # no int16 is as large
+            return torch.ones_like(self.orders[name], dtype=torch.bool)
+        return self.orders[name] < level
+
+    @contextmanager
+    def active(self) -> Iterator[None]:
+        """The model computes with masked weights inside the context."""
+        owners: dict[tuple[str, str], list[Weight]] = {}
+        for weight in self.weights.values():
+            owners.setdefault((weight.module, weight.attribute), []).append(weight)
+        with ExitStack() as stack:
+            for (module, attribute), weights in owners.items():
+                stack.enter_context(self._substituted(self.model.get_submodule(module), attribute, weights))
+            yield
+
+    @contextmanager
+    def gradients(self, receive) -> Iterator[None]:
+        """Backward passes inside the context call `receive(weight, gradient)` once per weight and forward pass.
+
+        The gradient is that of the masked weight, (out_features, in_features), removed entries included.
+        """
+        self._on_gradient = receive
+        try:
+            yield
+        finally:
+            self._on_gradient = None
+
+    @contextmanager
+    def _substituted(self, module: nn.Module, attribute: str, weights: Sequence[Weight]) -> Iterator[None]:
+        """The module computing with its masked parameter, at the innermost place (behind offloading hooks)."""
+        where = "_old_forward" if "_old_forward" in vars(module) else "forward"
+        own, inner = vars(module).get(where), getattr(module, where)
+
+        def forward(*args, **kwargs):
+            parameter = module._parameters[attribute]
+            module._parameters[attribute] = self._masked(parameter, weights)
+            try:
+                return inner(*args, **kwargs)
+            finally:
+                module._parameters[attribute] = parameter
+
+        setattr(module, where, forward)
+        try:
+            yield
+        finally:
+            if own is None:
+                delattr(module, where)
+            else:
+                setattr(module, where, own)
+
+    def _masked(self, parameter: Tensor, weights: Sequence[Weight]) -> Tensor:
+        known = [weight for weight in weights if weight.name in self.orders and weight.name in self.counts]
+        if not known and self._on_gradient is None:
+            return parameter
+        masked = parameter.detach().clone() if len(weights) > 1 or not known else None
+        for weight in known:
+            gone = self._before(weight.name, self.counts[weight.name]).to(parameter.device)
+            gone = gone.t() if weight.transposed else gone
+            if masked is None:
+                masked = parameter.detach().masked_fill(gone, 0)
+            else:
+                masked[weight.expert].masked_fill_(gone, 0)
+        if self._on_gradient is not None:
+            receive = self._on_gradient
+            masked.requires_grad_(True)
+
+            def hand_over(leaf: Tensor) -> None:
+                for weight in weights:
+                    gradient = leaf.grad if weight.expert is None else leaf.grad[weight.expert]
+                    receive(weight, gradient.t() if weight.transposed else gradient)
+                leaf.grad = None  # one gradient is alive at a time
+
+            masked.register_post_accumulate_grad_hook(hand_over)
+        return masked

@@ -1,0 +1,151 @@
+"""Candidates -> weights to remove per matrix, without looking at a weight again."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cache, lru_cache
+
+import torch
+from torch import nn
+
+from ..allocation import ALLOCATIONS, REDUCTION, Allocation, AllocationFunction, Unit, fit_to_budget, split_count
+from ..architecture import Architecture
+from ..calibration import walk_blocks
+from ..configuration import DSAConfig
+from ..data import Calibration
+from ..metrics import METRICS
+from ..statistics import LayerStatistics
+from .space import Candidate, _parsed
+from .summary import ScoreSummary
+
+
+class Resolver:
+    """Allocations of candidates, from statistics of the dense model that one walk collects.
+
+    Args:
+        named: rows of `ALLOCATIONS` that candidates may name; each is measured during the walk.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        architecture: Architecture,
+        calibration: Calibration,
+        config: DSAConfig,
+        named: Sequence[str] | None = None,
+    ):
+        self.model, self.architecture, self.config = model, architecture, config
+        self.metric = METRICS[config.allocation_metric]
+        self.sizes = {weight.name: weight.size for weight in architecture.weights}
+        self.kinds = {}
+        self.units = {granularity: architecture.units(granularity) for granularity in ("block", "matrix")}
+        self.depths = {}
+        self.summaries: dict[str, ScoreSummary] = {}
+        self.statistics: dict[str, LayerStatistics] = {}
+        self.heuristics = {
+            name: ALLOCATIONS[name]
+            for name in dict.fromkeys(["uniform", "atp", *(ALLOCATIONS if named is None else named)])
+            if not isinstance(ALLOCATIONS[name], AllocationFunction)
+        }
+        self.measured: dict[str, dict] = {name: {} for name in self.heuristics}
+        self._measure = lru_cache(maxsize=None)(self._measure_function)
+        self._walk(calibration)
+
+    @torch.no_grad()
+    def _walk(self, calibration: Calibration) -> None:
+        gram = any(heuristic.reads == "gram" for heuristic in self.heuristics.values())
+        batches = calibration.batches(self.config.batch_size)
+        for walked in walk_blocks(self.model, self.architecture, batches, gram=gram, sequential=False):
+            tensors = {weight.name: walked.tensor(weight) for weight in walked.weights}
+            for weight in walked.weights:
+                statistics = walked.statistics[weight.name]
+                self.summaries[weight.name] = ScoreSummary.of(self.metric(tensors[weight.name], statistics))
+                self.kinds[weight.name] = weight.module.removeprefix(f"{walked.name}.")
+            self.depths[walked.name] = walked.block.depth
+            for name, heuristic in self.heuristics.items():
+                exact = heuristic.granularity == "matrix"
+                groups = [(w.name, [w]) for w in walked.weights] if exact else [(walked.name, walked.weights)]
+                for unit_name, weights in groups:
+                    self.measured[name][unit_name] = heuristic.measure(
+                        Unit(
+                            unit_name,
+                            walked.block.depth,
+                            [tensors[w.name] for w in weights],
+                            [walked.statistics[w.name] for w in weights],
+                            self.metric,
+                        )
+                    )
+            for name, statistics in walked.statistics.items():
+                statistics.gram = None  # the sums of squares are all that is needed from here on
+                self.statistics[name] = statistics
+
+    def counts(self, candidate: Candidate) -> tuple[int, ...]:
+        """Weights to remove per matrix, in the model's order; they add up to the budget.
+
+        Raises:
+            ValueError: the candidate has no allocation within the bounds.
+        """
+        if candidate.counts is not None:
+            return candidate.counts
+        function = _parsed(candidate)
+        target = self.config.sparsity
+        if function is None:
+            heuristic = self.heuristics[candidate.function]
+            granularity = heuristic.granularity or "block"
+            wanted = heuristic.wish(self.measured[candidate.function], target, candidate.spread)
+        else:
+            granularity = candidate.granularity
+            stages = (function.pre_process, function.reduction, granularity)
+            wanted = function.wish(dict(zip(self.units[granularity], self._measure(*stages))), target)
+        offsets = dict(candidate.offsets)
+        if offsets and granularity == "block":
+            blocks = self.units["block"]
+            wanted = {w.name: wanted[block] for block, weights in blocks.items() for w in weights}
+            granularity = "matrix"
+        if offsets:
+            wanted = {name: value + offsets.get(self.kinds[name], 0.0) for name, value in wanted.items()}
+        return self._fit(wanted, granularity)
+
+    def _fit(self, wanted: dict[str, float], granularity: str) -> tuple[int, ...]:
+        units = self.units[granularity]
+        sizes = {name: sum(weight.size for weight in weights) for name, weights in units.items()}
+        bounds = self.config.min_sparsity, self.config.max_sparsity
+        allocation = fit_to_budget(wanted, sizes, self.config.sparsity, *bounds)
+        counts = {}
+        for unit, count in allocation.counts().items():
+            counts |= split_count(count, {weight.name: weight.size for weight in units[unit]})
+        return tuple(counts[name] for name in self.sizes)
+
+    def fit(self, sparsity: dict[str, float]) -> tuple[int, ...]:
+        """The counts nearest to a wished-for sparsity per matrix."""
+        return self._fit(sparsity, "matrix")
+
+    def allocation(self, counts: Sequence[int], name: str) -> Allocation:
+        """Counts per matrix as an `Allocation`: per block where all matrices of every block have one sparsity."""
+        by_name = dict(zip(self.sizes, counts))
+        blocks = {unit: {w.name: w.size for w in weights} for unit, weights in self.units["block"].items()}
+        totals = {unit: sum(by_name[name] for name in sizes) for unit, sizes in blocks.items()}
+        if all(split_count(totals[unit], sizes) == {n: by_name[n] for n in sizes} for unit, sizes in blocks.items()):
+            sizes = {unit: sum(parts.values()) for unit, parts in blocks.items()}
+            return Allocation({unit: totals[unit] / sizes[unit] for unit in sizes}, sizes, name)
+        return Allocation({n: by_name[n] / size for n, size in self.sizes.items()}, dict(self.sizes), name)
+
+    @torch.no_grad()
+    def _measure_function(self, pre_process: tuple[str, ...], reduction: str, granularity: str) -> tuple[float, ...]:
+        """Pre-process and reduction of every unit's scores."""
+        values = []
+        for unit, weights in self.units[granularity].items():
+            if REDUCTION.fact(reduction, "matrix"):
+                # of the matrices themselves: their scores are made again from the sums of squares
+                function = AllocationFunction(pre_process, reduction)
+                tensors = [weight.tensor(self.model) for weight in weights]
+                statistics = [self.statistics[weight.name] for weight in weights]
+                values.append(function.measure(Unit(unit, 0.0, tensors, statistics, self.metric)))
+            else:
+                summary = self._summary(granularity, unit)
+                values.append(summary.reduce(reduction, summary.pre_processed(pre_process)))
+        return tuple(values)
+
+    @cache  # noqa: B019 - lives as long as the search
+    def _summary(self, granularity: str, unit: str) -> ScoreSummary:
+        return ScoreSummary.merged([self.summaries[weight.name] for weight in self.units[granularity][unit]])

@@ -1,0 +1,160 @@
+"""What was tried: one JSON line per trial, and the way back from it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from .space import Candidate
+
+
+@dataclass(frozen=True)
+class Request:
+    """What a strategy asks for.
+
+    Attributes:
+        kind: "loss" (with masks from the anchor), "slopes" (the loss and its slope per matrix), "sequential" (the loss
+            after a real sequential prune), or "anchor" (take scores at this candidate from now on).
+        candidate: of what.
+        start, stop: the validation windows.
+    """
+
+    kind: str
+    candidate: Candidate
+    start: int = 0
+    stop: int = 0
+
+    @property
+    def rows(self) -> range:
+        return range(self.start, self.stop)
+
+
+@dataclass(frozen=True)
+class Trial:
+    """An answered request.
+
+    Attributes:
+        number: position in the search.
+        loss: lower is better; `None` where the candidate is impossible, and then `error` says why.
+        slopes: per matrix, where they were asked for.
+        tokens: validation tokens that it cost; 0 where the answer was known already.
+        seconds: wall time that it cost.
+        counts: the allocation, as weights removed per matrix.
+    """
+
+    number: int
+    request: Request
+    loss: float | None = None
+    slopes: tuple[float, ...] | None = None
+    tokens: int = 0
+    seconds: float = 0.0
+    counts: tuple[int, ...] | None = None
+    error: str | None = None
+
+    def to_json(self) -> str:
+        request = self.request
+        data: dict[str, Any] = {
+            "number": self.number,
+            "kind": request.kind,
+            "candidate": request.candidate.to_dict(),
+            "rows": [request.start, request.stop],
+            "loss": self.loss,
+            "tokens": self.tokens,
+            "seconds": round(self.seconds, 4),
+        }
+        for name in ("slopes", "counts", "error"):
+            value = getattr(self, name)
+            if value is not None:
+                data[name] = list(value) if isinstance(value, tuple) else value
+        return json.dumps(data)
+
+    @classmethod
+    def from_json(cls, line: str) -> Trial:
+        data = json.loads(line)
+        request = Request(data["kind"], Candidate.from_dict(data["candidate"]), *data["rows"])
+        slopes, counts = (None if data.get(k) is None else tuple(data[k]) for k in ("slopes", "counts"))
+        return cls(
+            data["number"], request, data["loss"], slopes, data["tokens"], data["seconds"], counts, data.get("error")
+        )
+
+
+class SearchTrace:
+    """The trials of a search, in order; in a file if it has one, each line flushed as it comes.
+
+    The first line holds the settings. A trace that is continued must have been made with the same ones.
+    """
+
+    def __init__(self, path: str | Path | None = None, settings: Mapping[str, Any] | None = None):
+        self.path = None if path is None else Path(path)
+        self.settings = json.loads(json.dumps(settings or {}))
+        self.trials: list[Trial] = []
+        self._file = None
+
+    @classmethod
+    def open(cls, path: str | Path | None, settings: Mapping[str, Any], resume: bool = False) -> SearchTrace:
+        """A trace at `path` to write to: fresh, or with what is there already.
+
+        Raises:
+            FileExistsError: there is one, and `resume` is false.
+            ValueError: it was made with other settings.
+        """
+        trace = cls(path, settings)
+        if trace.path is None:
+            return trace
+        if trace.path.exists():
+            if not resume:
+                raise FileExistsError(f"{path} holds a search already; resume it, or choose another folder.")
+            trace._read()
+        trace.path.parent.mkdir(parents=True, exist_ok=True)
+        fresh = not trace.path.exists()
+        trace._file = trace.path.open("a", encoding="utf-8")
+        if fresh:
+            trace._write(json.dumps({"settings": trace.settings}))
+        return trace
+
+    @classmethod
+    def load(cls, path: str | Path) -> SearchTrace:
+        """The trace at `path`, to look at."""
+        trace = cls(path)
+        trace._read(check=False)
+        return trace
+
+    def _read(self, check: bool = True) -> None:
+        text = self.path.read_text(encoding="utf-8")
+        whole = text[: text.rfind("\n") + 1]  # a kill may leave half a line
+        if whole != text and check:
+            self.path.write_text(whole, encoding="utf-8")
+        lines = whole.splitlines()
+        if not lines:
+            if check:
+                self.path.unlink()
+            return
+        try:
+            settings = json.loads(lines[0])["settings"]
+            self.trials = [Trial.from_json(line) for line in lines[1:]]
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{self.path} is no search trace: {error}.") from None
+        for name in settings.keys() | self.settings.keys() if check else ():
+            if settings.get(name) != self.settings.get(name):
+                raise ValueError(
+                    f"The search in {self.path} was made with {name}={settings.get(name)!r}, not "
+                    f"{self.settings.get(name)!r}; resume it with the same settings, or choose another folder."
+                )
+        self.settings = settings
+
+    def append(self, trial: Trial) -> None:
+        self.trials.append(trial)
+        if self._file is not None:
+            self._write(trial.to_json())
+
+    def _write(self, line: str) -> None:
+        self._file.write(line + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        if self._file is not None:
+            self._file.close()
+            self._file = None

@@ -1,0 +1,144 @@
+import pytest
+import torch
+
+from optimum_dsa import Calibration, DSAConfig, find_architecture, prune
+from optimum_dsa.allocation import split_count
+from optimum_dsa.masks import Pattern, removal_order
+from optimum_dsa.search.masking import MaskedModel, quantise
+from optimum_dsa.search.objective import Objective
+
+from ..common import same_state, state, tiny_llama, tokens
+
+
+@pytest.mark.parametrize("text", ["row", "matrix", "group:4", "group:3"])
+@pytest.mark.parametrize("levels", [None, 3])
+def test_one_order_holds_the_masks_of_all_sparsities(text, levels):
+    generator = torch.Generator().manual_seed(0)
+    scores = torch.randint(levels, (5, 13), generator=generator).float() if levels else torch.rand(5, 13)
+    pattern = Pattern.parse(text)
+    order = removal_order(pattern, scores)
+    for count in range(scores.numel() + 1):
+        assert torch.equal(pattern.keep(scores, count), order >= count)
+
+
+def test_the_order_of_n_of_m_goes_level_by_level():
+    scores, pattern = torch.rand(5, 16), Pattern.parse("mixed:4")
+    order = removal_order(pattern, scores)
+    for removed in range(5):
+        assert torch.equal(pattern.keep(scores, 20 * removed), order >= 20 * removed)
+
+
+def masked(model):
+    architecture = find_architecture(model)
+    found = MaskedModel(model, architecture)
+    for weight in architecture.weights:
+        found.orders[weight.name] = quantise(removal_order(Pattern("row"), weight.tensor(model).abs()))
+    return found
+
+
+@pytest.mark.parametrize("share", [0.0, 0.3, 0.77, 1.0])
+def test_a_masked_model_computes_as_the_pruned_one_and_stays_whole(share):
+    model, twin = tiny_llama(), tiny_llama()
+    before = state(model)
+    found = masked(model)
+    found.counts = {name: round(share * weight.size) for name, weight in found.weights.items()}
+    for name, weight in found.weights.items():
+        keep = found.keep(name, found.counts[name])
+        assert int((~keep).sum()) == found.counts[name]
+        weight.tensor(twin).mul_(keep)
+    with torch.no_grad(), found.active():
+        inside = model(tokens()).logits
+    with torch.no_grad():
+        assert torch.equal(inside, twin(tokens()).logits)
+        assert not torch.equal(inside, model(tokens()).logits) or share == 0
+    assert same_state(model, before)
+
+
+def test_an_exception_inside_leaves_the_model_whole():
+    model = tiny_llama()
+    before, forwards = state(model), [vars(module).get("forward") for module in model.modules()]
+    found = masked(model)
+    found.counts = {name: weight.size // 2 for name, weight in found.weights.items()}
+    with pytest.raises(IndexError), found.active():
+        model(tokens() + 10**6)
+    assert same_state(model, before)
+    assert [vars(module).get("forward") for module in model.modules()] == forwards
+    assert all(isinstance(parameter, torch.nn.Parameter) for parameter in model.parameters())
+
+
+@pytest.fixture
+def objective():
+    model = tiny_llama()
+    torch.manual_seed(1)
+    for parameter in model.parameters():
+        parameter.data *= 3  # or nothing that is removed would matter
+    return Objective(model, Calibration({"input_ids": tokens()}, "x"), tokens(4, 16, seed=5), DSAConfig(0.6), top=30)
+
+
+def counts_of(objective, share):
+    return {name: round(share * size) for name, size in objective.sizes.items()}
+
+
+def test_nothing_removed_costs_nothing_and_more_costs_more(objective):
+    losses = [objective.loss(counts_of(objective, share), range(4)) for share in (0.0, 0.4, 0.8)]
+    assert losses[0] == pytest.approx(0, abs=2e-3)
+    assert losses[0] < losses[1] < losses[2]
+
+
+def test_the_loss_is_the_divergence_from_the_dense_model(objective):
+    counts = counts_of(objective, 0.7)
+    whole = Objective(objective.model, objective.calibration, objective.validation, objective.config, top=97)
+    loss = whole.loss(counts, range(4))
+    with torch.no_grad():
+        dense = objective.model(objective.validation).logits.log_softmax(-1)
+        with whole.masked.active():
+            sparse = objective.model(objective.validation).logits.log_softmax(-1)
+    assert loss == pytest.approx((dense.exp() * (dense - sparse)).sum(-1).mean().item(), rel=5e-3)
+    assert 0 < objective.loss(counts, range(4)) <= loss * 1.01  # fewer outcomes are told apart
+
+
+def test_windows_add_up(objective):
+    counts = counts_of(objective, 0.7)
+    parts = [objective.loss(counts, range(i, i + 1)) for i in range(4)]
+    assert objective.loss(counts, range(4)) == pytest.approx(sum(parts) / 4, rel=1e-4)
+
+
+@pytest.mark.parametrize("method", ["wanda", "magnitude", "sparsegpt"])
+def test_the_sequential_loss_is_that_of_the_model_that_prune_leaves(method):
+    model = tiny_llama()
+    before = state(model)
+    config = DSAConfig(0.6, method, "atp", spread=0.1)
+    calibration, validation = Calibration({"input_ids": tokens()}, "x"), tokens(4, 16, seed=5)
+    objective = Objective(model, calibration, validation, config)
+    counts = {}
+    report_model = tiny_llama()
+    report = prune(report_model, calibration, config)
+    for block, count in report.allocation.counts().items():
+        weights = objective.architecture.units("block")[block]
+        counts |= split_count(count, {weight.name: weight.size for weight in weights})
+    found = objective.sequential(counts, range(4))
+    assert same_state(model, before)
+    model.load_state_dict(report_model.state_dict())
+    objective.masked.counts = {}
+    with torch.no_grad():
+        assert found == pytest.approx(objective._divergence(range(4)).mean().item(), rel=1e-4)
+
+
+def test_slopes_are_the_change_of_the_loss_along_the_masks(objective):
+    """Against the loss itself, one matrix at a time moved by a few per cent."""
+    counts = counts_of(objective, 0.6)
+    before = state(objective.model)
+    loss, slopes = objective.slopes(counts, range(4), width=0.02)
+    assert loss == pytest.approx(objective.loss(counts, range(4)), rel=1e-4)
+    measured, predicted = [], []
+    for name, size in objective.sizes.items():
+        more, less = dict(counts), dict(counts)
+        more[name] += round(0.02 * size)
+        less[name] -= round(0.02 * size)
+        change = objective.loss(more, range(4)) - objective.loss(less, range(4))
+        measured.append(change / (more[name] - less[name]))
+        predicted.append(slopes[name])
+    correlation = torch.corrcoef(torch.tensor([measured, predicted]))[0, 1]
+    assert correlation > 0.8
+    assert same_state(objective.model, before)
+    assert all(parameter.requires_grad and parameter.grad is None for parameter in objective.model.parameters())

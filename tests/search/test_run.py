@@ -1,0 +1,174 @@
+import json
+import random
+
+import pytest
+import torch
+
+from optimum_dsa import ALLOCATIONS, Calibration, DSAConfig, allocate, find_architecture, prune
+from optimum_dsa.search.resolve import Resolver
+from optimum_dsa.search.run import parse_budget, search
+from optimum_dsa.search.space import Candidate, SearchSpace
+from optimum_dsa.search.strategies import STRATEGIES
+from optimum_dsa.search.trace import Request, SearchTrace, Trial
+
+from ..common import same_state, state, tiny_llama, tokens
+
+
+CALIBRATION = Calibration({"input_ids": tokens()}, "x")
+VALIDATION = tokens(8, 16, seed=5)
+CONFIG = DSAConfig(0.7)
+
+
+def run(strategy="auto", budget="4k tokens", model=None, **options):
+    return search(model or tiny_llama(), CALIBRATION, VALIDATION, CONFIG, strategy=strategy, budget=budget, **options)
+
+
+def outcome(result):
+    """Everything about a search but the time that it took."""
+    trials = [{**json.loads(trial.to_json()), "seconds": 0} for trial in result.trace.trials]
+    return trials, [(row.candidate, row.loss) for row in result.finalists]
+
+
+@pytest.mark.parametrize("strategy", sorted(STRATEGIES))
+def test_every_strategy_stays_within_its_budget_and_never_loses_to_uniform(strategy):
+    model = tiny_llama()
+    before = state(model)
+    result = run(strategy, "8k tokens", model)
+    assert same_state(model, before)
+    losses = [row.loss for row in result.finalists]
+    assert losses == sorted(losses)
+    uniform = allocate(model, CALIBRATION, DSAConfig(0.7, allocation="uniform")).counts()
+    assert uniform in [row.allocation.counts() for row in result.finalists]
+    generation = 17 * 8 * 16
+    assert result.budget.spent_tokens <= 8000 + generation
+    report = prune(model, CALIBRATION, DSAConfig(0.7, allocation=result.best))
+    total = sum(report.allocation.sizes.values())
+    assert report.removed == round(0.7 * total)
+
+
+def test_the_same_seed_gives_the_same_search():
+    assert outcome(run()) == outcome(run())
+
+
+@pytest.mark.parametrize("strategy", ["auto", "evolution", "level_switch"])
+@pytest.mark.parametrize("lines", [1, 7, 40])
+def test_a_search_that_was_killed_goes_on_to_the_same_end(strategy, lines, tmp_path):
+    whole = run(strategy, folder=tmp_path / "whole")
+    text = (tmp_path / "whole" / "trace.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "cut").mkdir()
+    (tmp_path / "cut" / "trace.jsonl").write_text("".join(text[:lines]) + text[min(lines, len(text) - 1)][:20])
+    resumed = run(strategy, folder=tmp_path / "cut", resume=True)
+    assert outcome(resumed) == outcome(whole)
+    assert json.loads((tmp_path / "cut" / "allocation.json").read_text()) == whole.best.to_dict()
+
+
+def test_a_finished_search_is_read_back_without_computing_again(tmp_path, monkeypatch):
+    whole = run(folder=tmp_path / "s")
+    from optimum_dsa.search.objective import Objective
+
+    def never(*args, **kwargs):
+        raise AssertionError("computed")
+
+    monkeypatch.setattr(Objective, "loss", never)
+    monkeypatch.setattr(Objective, "slopes", never)
+    assert outcome(run(folder=tmp_path / "s", resume=True)) == outcome(whole)
+
+
+def test_a_trace_belongs_to_its_settings(tmp_path):
+    run("named", folder=tmp_path / "s")
+    with pytest.raises(FileExistsError, match="holds a search already; resume it"):
+        run("named", folder=tmp_path / "s")
+    with pytest.raises(ValueError, match="was made with strategy='named', not 'ramp'"):
+        run("ramp", folder=tmp_path / "s", resume=True)
+    (tmp_path / "s" / "trace.jsonl").write_text('{"no": 1}\n')
+    with pytest.raises(ValueError, match="no search trace"):
+        run("named", folder=tmp_path / "s", resume=True)
+
+
+def test_an_impossible_candidate_is_a_trial_with_an_error(tmp_path):
+    def strategy(problem):
+        trials = yield [Request("loss", Candidate("er", spread=None), 0, 2), Request("loss", Candidate(), 0, 2)]
+        assert [trial.error is None for trial in trials] == [False, True]
+        assert trials[0].loss is None and trials[0].tokens == 0 and "cannot be met" in trials[0].error
+        return [Candidate("er"), Candidate()]
+
+    STRATEGIES.add("broken", strategy)
+    original = Resolver.counts
+
+    def counts(self, candidate):
+        if candidate.function == "er":
+            raise ValueError("the budget cannot be met")
+        return original(self, candidate)
+
+    try:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Resolver, "counts", counts)
+            result = run("broken", folder=tmp_path / "s")
+    finally:
+        del STRATEGIES["broken"]
+    assert len(result.finalists) == 1
+    assert SearchTrace.load(tmp_path / "s" / "trace.jsonl").trials[0].error == "the budget cannot be met"
+
+
+@pytest.mark.parametrize("name", sorted(set(ALLOCATIONS) - {"global"}))
+def test_a_named_allocator_resolves_to_what_allocate_gives(name):
+    model = tiny_llama()
+    resolver = Resolver(model, find_architecture(model), CALIBRATION, CONFIG)
+    exact = allocate(model, CALIBRATION, DSAConfig(0.7, allocation=name))
+    found = resolver.allocation(resolver.counts(Candidate(name)), name)
+    assert sum(found.counts().values()) == sum(exact.counts().values())
+    if found.sizes.keys() == exact.sizes.keys():
+        assert found.sparsity == pytest.approx(exact.sparsity, abs=2e-3)
+
+
+def test_samples_children_and_mutants_are_valid_and_survive_json():
+    space, rng = (
+        SearchSpace(kinds=("self_attn.q_proj", "mlp.up_proj"), granularities=("block", "matrix")),
+        random.Random(0),
+    )
+    model = tiny_llama()
+    resolver = Resolver(model, find_architecture(model), CALIBRATION, CONFIG)
+    population = [space.sample(rng) for _ in range(10)] + [Candidate(name) for name in ALLOCATIONS]
+    for _ in range(100):
+        child = space.mutate(space.cross(rng.choice(population), rng.choice(population), rng), rng)
+        assert Candidate.from_dict(json.loads(json.dumps(child.to_dict()))) == child
+        if not any(word in child.function for word in ("rank", "slogdet", "determinant")):
+            assert sum(resolver.counts(child)) == round(0.7 * sum(resolver.sizes.values()))
+        population.append(child)
+    assert len(set(population)) > 60
+
+
+def test_an_operation_that_a_user_registers_joins_the_space():
+    from optimum_dsa.allocation import REDUCTION
+
+    REDUCTION.add("loudest", lambda x: x.max())
+    try:
+        assert "loudest" in SearchSpace().reduction
+    finally:
+        del REDUCTION["loudest"]
+    assert "loudest" not in SearchSpace().reduction
+
+
+@pytest.mark.parametrize(
+    "text,limits",
+    [
+        ("2M tokens", (2_000_000, None, None)), ("2M", (2_000_000, None, None)), (5000, (5000, None, None)),
+        ("500 evaluations", (None, 500, None)), ("1.5 min", (None, None, 90)), ("2 h", (None, None, 7200)),
+    ],
+)  # fmt: skip
+def test_budgets_are_read_as_they_are_written(text, limits):
+    budget = parse_budget(text)
+    assert (budget.tokens, budget.evaluations, budget.seconds) == limits
+
+
+@pytest.mark.parametrize("text", ["", "much", "-3", "0 tokens", "3 parsecs"])
+def test_a_budget_that_cannot_be_read_says_how_to_write_one(text):
+    with pytest.raises(ValueError, match="expected '2M tokens'"):
+        parse_budget(text)
+
+
+def test_a_trial_survives_json():
+    request = Request("slopes", Candidate("owl", 0.1, "block", (("q_proj", 0.1),)), 2, 6)
+    trial = Trial(3, request, 0.5, (0.1, 0.2), 64, 0.25, (3, 4))
+    assert Trial.from_json(trial.to_json()) == trial
+    assert torch.isfinite(torch.tensor(trial.loss))
