@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from .allocation import Allocation
 from .checkpoint import base_model, save_checkpoint
@@ -14,6 +16,10 @@ from .data import Calibration, load_calibration
 from .loading import load_model, load_tokenizer
 from .pruning import allocate, allocation_needs_inputs, architecture_for, prune, pruning_needs_inputs
 from .report import PruningReport
+
+
+if TYPE_CHECKING:
+    from .search.result import SearchResult
 
 
 class DSAPruner:
@@ -73,6 +79,46 @@ class DSAPruner:
     def allocate(self, calibration: Any, config: DSAConfig) -> Allocation:
         """The allocation that `prune` would use; nothing is changed."""
         return allocate(self.model, self._load(calibration, config, allocation_needs_inputs(config)), config)
+
+    def search(
+        self,
+        calibration: Any,
+        config: DSAConfig,
+        strategy: str = "auto",
+        budget: str | int = "2M tokens",
+        validation: Any = None,
+        output: str | Path | None = None,
+        resume: bool = False,
+    ) -> SearchResult:
+        """The allocation that hurts the model least at `config.sparsity`; the model is not changed.
+
+        Args:
+            calibration (`Any`): as in `prune`; feeds statistics.
+            config (`DSAConfig`): sparsity, method, bounds, samples and seed; its allocation is not looked at.
+            strategy (`str`, defaults to `"auto"`): a row of `STRATEGIES`.
+            budget (`str`, defaults to `"2M tokens"`): such as `"500k tokens"`, `"300 evaluations"` or `"10 min"`. A
+                backward pass counts as two forward passes.
+            validation (`Any`, *optional*): text or tokens on which candidates are compared. By default windows of the
+                calibration source that calibration does not use. Never the text that a result is reported on.
+            output (`str`, *optional*): folder for the trace, as it grows, and the result.
+            resume (`bool`, defaults to `False`): go on with the search in `output`.
+        """
+        from .search.run import search
+
+        options = {"num_samples": config.num_samples, "sequence_length": config.sequence_length, "seed": config.seed}
+        columns = {"text_column": config.text_column, "split": config.split}
+        if validation is None and not isinstance(calibration, (Tensor, Mapping)):
+            options["num_samples"] = 2 * config.num_samples
+            drawn = load_calibration(calibration, self.model, self.tokenizer, **options, **columns)
+            windows = drawn.inputs["input_ids"]
+            data = replace(drawn, inputs={"input_ids": windows[: config.num_samples]})
+            tokens = windows[config.num_samples :]
+        elif validation is None:
+            raise ValueError("Give validation text or tokens: calibration inputs given as tensors are used whole.")
+        else:
+            data = load_calibration(calibration, self.model, self.tokenizer, **options, **columns)
+            tokens = load_calibration(validation, self.model, self.tokenizer, **options, **columns).inputs["input_ids"]
+        return search(self.model, data, tokens, config, strategy=strategy, budget=budget, folder=output, resume=resume)
 
     def save_pretrained(self, directory: str | Path, **save_kwargs) -> None:
         """Write an ordinary checkpoint, the tokenizer and `dsa_config.json`; whole or not at all.

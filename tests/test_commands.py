@@ -153,3 +153,29 @@ def test_the_demo_compares_three_allocations_and_saves_a_model(tmp_path):
         assert perplexity > dense and sparsity == 0.6 and seconds > 0
     assert json.loads((tmp_path / "out" / "dsa_config.json").read_text())["config"]["allocation"] == "dsa"
     assert "Try next" in output
+
+
+def test_search_then_prune_with_what_was_found(monkeypatch, capsys, tmp_path, text):
+    found = str(tmp_path / "found")
+    search = ["search", str(demo_model()), "-o", found, "-s", "0.6", "--dataset", text, "--num-samples", "4"]
+    search += ["--sequence-length", "32", "--budget", "2k tokens", "--strategy", "named"]
+    code, output, errors = run(monkeypatch, capsys, *search)
+    assert code == 0, errors
+    assert "validation loss" in output and "uniform" in output
+    assert "holds a search already; resume it" in run(monkeypatch, capsys, *search)[2]
+    assert run(monkeypatch, capsys, *search, "--resume")[1] == output
+    options = ["-s", "0.6", "--allocation", found, "--method", "magnitude"]
+    code, _, errors = run(monkeypatch, capsys, "prune", str(demo_model()), "-o", str(tmp_path / "out"), *options)
+    assert code == 0, errors
+    best = json.loads((tmp_path / "found" / "allocation.json").read_text())
+    assert json.loads((tmp_path / "out" / "dsa_config.json").read_text())["allocation"]["sparsity"] == best["sparsity"]
+
+
+@pytest.mark.parametrize(
+    "options,message",
+    [("--budget much", "expected '2M tokens'"), ("--strategy evolutions", "Did you mean 'evolution'")],
+)
+def test_a_wrong_search_ends_before_anything_is_written(monkeypatch, capsys, tmp_path, options, message):
+    arguments = ["search", str(demo_model()), "-o", str(tmp_path / "found"), "-s", "0.6", *options.split()]
+    code, _, errors = run(monkeypatch, capsys, *arguments)
+    assert code == 2 and message in errors and not (tmp_path / "found").exists()

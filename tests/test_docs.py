@@ -18,6 +18,7 @@ import yaml
 import optimum_dsa
 from optimum_dsa import ALLOCATIONS, METHODS, METRICS, POST_PROCESS, PRE_PROCESS, REDUCTION, TRANSFORM, UPDATES
 from optimum_dsa.commands.dsa import DSACommand
+from optimum_dsa.commands.prune import asked_config
 from optimum_dsa.demo import demo_model, demo_texts
 from optimum_dsa.registry import Registry
 
@@ -234,9 +235,12 @@ def test_code_compiles_and_imports_what_exists(name):
 def test_commands_are_accepted(name):
     for line in command_lines(TEXTS[name]):
         if "--help" not in line:
-            command = (args := commands().parse_args(line)).func(args)
-            if line[1] == "prune":
-                assert 0 <= command.config().sparsity < 1
+            args = commands().parse_args(line)
+            assert args.func(args).args is args
+            if line[1] in ("prune", "search"):
+                if getattr(args, "allocation", None) == "found":  # the folder that the line before would write
+                    args.allocation = None
+                assert 0 <= asked_config(args).sparsity < 1
 
 
 @pytest.fixture

@@ -64,9 +64,11 @@ class Allocation:
 
     @classmethod
     def load(cls, path: str | Path) -> Allocation:
-        """The allocation in a JSON file, or in the `dsa_config.json` of a pruned model's folder."""
+        """The allocation in a JSON file, or in the folder of a search or of a pruned model."""
         path = Path(path)
-        path = path / "dsa_config.json" if path.is_dir() else path
+        if path.is_dir():
+            names = ("allocation.json", "dsa_config.json")
+            path = next((path / name for name in names if (path / name).is_file()), path / names[1])
         try:
             data = json.loads(path.read_text())
         except json.JSONDecodeError as error:

@@ -50,18 +50,7 @@ pattern     row, matrix, group:128, 2:4 (any N:M), mixed:8 (N:8, N from the allo
             "--skip-unprunable", action="store_true", default=None, help="leave dense what cannot be pruned"
         )
         what.add_argument("--config", help="dsa_config.json, or a folder with one, to start from")
-        data = parser.add_argument_group("calibration")
-        data.add_argument(
-            "--dataset",
-            default="wikitext2",
-            help=".txt, .jsonl or .parquet file, or a dataset's name: wikitext2 (default), c4, a Hub id",
-        )
-        data.add_argument("--split", help="split of a named dataset (default: train)")
-        data.add_argument("--text-column", help="column that holds the text (default: text)")
-        data.add_argument("--num-samples", type=int, help="sequences to draw (default: 128)")
-        data.add_argument("--sequence-length", type=int, help="tokens per sequence (default: the model's, max 2048)")
-        data.add_argument("--seed", type=int, help="which sequences are drawn (default: 0)")
-        data.add_argument("--batch-size", type=int, help="sequences per forward pass (default: 8)")
+        data = add_calibration_options(parser)
         data.add_argument(
             "--one-pass",
             dest="sequential",
@@ -72,31 +61,48 @@ pattern     row, matrix, group:128, 2:4 (any N:M), mixed:8 (N:8, N from the allo
         add_loading_options(parser)
         parser.add_argument("--max-shard-size", help="largest weight file, such as 2GB")
 
-    def config(self):
-        """The `DSAConfig` that the options ask for, on top of `--config`."""
-        from dataclasses import fields
-
-        from ..configuration import DSAConfig
-
-        asked = {
-            field.name: value
-            for field in fields(DSAConfig)
-            if (value := getattr(self.args, field.name, None)) is not None
-        }
-        base = DSAConfig.from_pretrained(self.args.config).to_dict() if self.args.config else {}
-        if "sparsity" not in base | asked:
-            raise ValueError("say how much to remove, for example --sparsity 0.6")
-        return DSAConfig.from_dict(base | asked)
-
     def execute(self) -> None:
         from ..configuration import CONFIG_NAME
         from ..files import check_output
         from ..pruner import DSAPruner
 
-        config = self.config()
+        config = asked_config(self.args)
         check_output(self.args.output, CONFIG_NAME)
         pruner = DSAPruner.from_pretrained(self.args.model, **loading_options(self.args))
         print(pruner.prune(self.args.dataset, config))
         options = {"max_shard_size": self.args.max_shard_size} if self.args.max_shard_size else {}
         pruner.save_pretrained(self.args.output, **options)
         print(f"saved to {self.args.output}; next: optimum-cli dsa evaluate {self.args.output} --dataset FILE")
+
+
+def add_calibration_options(parser):
+    """The group of options that say which text feeds the statistics."""
+    data = parser.add_argument_group("calibration")
+    data.add_argument(
+        "--dataset",
+        default="wikitext2",
+        help=".txt, .jsonl or .parquet file, or a dataset's name: wikitext2 (default), c4, a Hub id",
+    )
+    data.add_argument("--split", help="split of a named dataset (default: train)")
+    data.add_argument("--text-column", help="column that holds the text (default: text)")
+    data.add_argument("--num-samples", type=int, help="sequences to draw (default: 128)")
+    data.add_argument("--sequence-length", type=int, help="tokens per sequence (default: the model's, max 2048)")
+    data.add_argument("--seed", type=int, help="which sequences are drawn (default: 0)")
+    data.add_argument("--batch-size", type=int, help="sequences per forward pass (default: 8)")
+    return data
+
+
+def asked_config(args):
+    """The `DSAConfig` that the options ask for, on top of `--config` where there is one."""
+    from dataclasses import fields
+
+    from ..configuration import DSAConfig
+
+    asked = {
+        field.name: value for field in fields(DSAConfig) if (value := getattr(args, field.name, None)) is not None
+    }
+    path = getattr(args, "config", None)
+    base = DSAConfig.from_pretrained(path).to_dict() if path else {}
+    if "sparsity" not in base | asked:
+        raise ValueError("say how much to remove, for example --sparsity 0.6")
+    return DSAConfig.from_dict(base | asked)

@@ -28,10 +28,10 @@ class SearchResult:
     """The outcome of `search`; `print` shows the finalists.
 
     Attributes:
-        config: what was searched for.
-        finalists: best first, by validation loss after the sequential prune; uniform is among them.
-        trace: everything that was tried.
-        budget: what it cost.
+        config (`DSAConfig`): what was searched for.
+        finalists (`Sequence[Finalist]`): best first, by validation loss after the sequential prune; uniform is one.
+        trace (`SearchTrace`): everything that was tried.
+        budget (`Budget`): what it cost.
     """
 
     config: DSAConfig

@@ -178,11 +178,11 @@ def search(
         "validation": list(validation.shape),
     }
     named = tuple(name for name in (ALLOCATIONS if named is None else named) if name != "uniform")
-    objective = Objective(model, calibration, validation, config)
     main = PartialState(cpu=not cuda.is_available()).is_main_process
     path = Path(folder) / "trace.jsonl" if folder is not None else None
     trace = SearchTrace.open(path if main else None, settings, resume)
     try:
+        objective = Objective(model, calibration, validation, config)
         resolver = Resolver(model, objective.architecture, calibration, config, named)
         evaluator = Evaluator(objective, resolver)
         replayed = broadcast_object_list([trace.trials])[0] if evaluator.ranks.num_processes > 1 else trace.trials

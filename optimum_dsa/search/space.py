@@ -15,11 +15,12 @@ class Candidate:
     """Something that becomes an allocation.
 
     Attributes:
-        function: a name of `ALLOCATIONS` or the text of an allocation function; with `counts`, where they are from.
-        spread: half-width instead of the function's own.
-        granularity: "block" or "matrix".
-        offsets: kind of weight (its path inside the block) -> sparsity added to what the function gives.
-        counts: weights to remove per matrix, in the order of the model; then nothing else is looked at.
+        function (`str`): a name of `ALLOCATIONS` or the text of an allocation function; with `counts`, where they are
+            from.
+        spread (`float`): half-width instead of the function's own.
+        granularity (`str`): "block" or "matrix".
+        offsets (`tuple`): kind of weight (its path inside the block) -> sparsity added to what the function gives.
+        counts (`tuple[int, ...]`): weights to remove per matrix, in the order of the model; nothing else counts then.
     """
 
     function: str = "uniform"
@@ -77,12 +78,15 @@ class SearchSpace:
     Operations that a user registered are in by themselves. Every sample, child and mutant is a valid function.
 
     Attributes:
-        pre_process, reduction, transform, post_process: names that may be used.
-        signs: of the map from number to sparsity.
-        spreads: lowest and highest half-width.
-        kinds: kinds of weight that get an offset of their own; none by default.
-        offset: largest offset, in sparsity.
-        granularities: "block", "matrix".
+        pre_process (`tuple[str, ...]`): names that may be used first.
+        reduction (`tuple[str, ...]`): names of reductions that may be used.
+        transform (`tuple[str, ...]`): names that may be used on a unit's number.
+        post_process (`tuple[str, ...]`): names that may be used last.
+        signs (`tuple[int, ...]`): of the map from number to sparsity.
+        spreads (`tuple[float, float]`): lowest and highest half-width.
+        kinds (`tuple[str, ...]`): kinds of weight that get an offset of their own; none by default.
+        offset (`float`): largest offset, in sparsity.
+        granularities (`tuple[str, ...]`): "block", "matrix".
     """
 
     pre_process: tuple[str, ...] = field(default_factory=lambda: _all(PRE_PROCESS))

@@ -37,12 +37,13 @@ class Trial:
     """An answered request.
 
     Attributes:
-        number: position in the search.
-        loss: lower is better; `None` where the candidate is impossible, and then `error` says why.
-        slopes: per matrix, where they were asked for.
-        tokens: validation tokens that it cost; 0 where the answer was known already.
-        seconds: wall time that it cost.
-        counts: the allocation, as weights removed per matrix.
+        number (`int`): position in the search.
+        request (`Request`): what was asked.
+        loss (`float`): lower is better; `None` where the candidate is impossible, and then `error` says why.
+        slopes (`tuple[float, ...]`): per matrix, where they were asked for.
+        tokens (`int`): validation tokens that it cost; 0 where the answer was known already.
+        seconds (`float`): wall time that it cost.
+        counts (`tuple[int, ...]`): the allocation, as weights removed per matrix.
     """
 
     number: int

@@ -1,0 +1,67 @@
+"""`optimum-cli dsa search`."""
+
+from __future__ import annotations
+
+from .base import LeafCommand, add_loading_options, loading_options
+from .prune import add_calibration_options, asked_config
+
+
+class SearchCommand(LeafCommand):
+    """A model and a sparsity in, an allocation out."""
+
+    DESCRIPTION = """\
+Find the allocation that hurts a model least at a given sparsity, on validation text. Nothing is pruned; the result is
+a folder that `optimum-cli dsa prune --allocation FOLDER` takes.
+
+strategy    named         uniform and every named allocator
+            random        functions drawn at random
+            ramp          the width of a linear ramp over depth
+            evolution     functions bred from the best
+            level_switch  budget moved between matrices at random, what helps is kept
+            descent       budget moved between matrices along the loss's slope
+            auto          named, ramp, evolution, then descent (default)
+"""
+    EXAMPLES = """\
+  optimum-cli dsa search Qwen/Qwen3-0.6B -o found --sparsity 0.7
+  optimum-cli dsa search ./model -o found -s 0.7 --dataset cal.txt --validation val.txt --budget "10 min"
+  optimum-cli dsa search ./model -o found -s 0.7 --dataset cal.txt --validation val.txt --budget "10 min" --resume
+  optimum-cli dsa prune ./model -o out -s 0.7 --allocation found
+"""
+
+    @staticmethod
+    def parse_args(parser):
+        SearchCommand.describe(parser, "search")
+        parser.add_argument("model", help="folder or Hub id of the model")
+        parser.add_argument("-o", "--output", required=True, help="folder for the trace and the result")
+        parser.add_argument("-s", "--sparsity", type=float, required=True, help="share to remove, in [0, 1)")
+        parser.add_argument("--method", help="what the model will be pruned with (default: wanda)")
+        parser.add_argument("--strategy", default="auto", help="see above (default: %(default)s)")
+        parser.add_argument(
+            "--budget",
+            default="2M tokens",
+            help="'500k tokens', '300 evaluations', '10 min', ... (default: %(default)s)",
+        )
+        parser.add_argument("--resume", action="store_true", help="go on with the search in the output folder")
+        parser.add_argument("--min-sparsity", type=float, help="least that a matrix is pruned (default: 0)")
+        parser.add_argument("--max-sparsity", type=float, help="most that a matrix is pruned (default: 0.99)")
+        add_calibration_options(parser)
+        parser.add_argument(
+            "--validation", help="text to compare candidates on (default: other windows of the calibration data)"
+        )
+        add_loading_options(parser)
+
+    def execute(self) -> None:
+        from ..pruner import DSAPruner
+        from ..search.run import parse_budget
+        from ..search.strategies import STRATEGIES
+
+        args, config = self.args, asked_config(self.args)
+        parse_budget(args.budget)
+        STRATEGIES[args.strategy]
+        pruner = DSAPruner.from_pretrained(args.model, **loading_options(args))
+        result = pruner.search(
+            args.dataset, config, args.strategy, args.budget, args.validation, args.output, args.resume
+        )
+        print(result)
+        print(f"saved to {args.output}; next: optimum-cli dsa prune {args.model} -o OUT -s {args.sparsity} "
+              f"--allocation {args.output}")  # fmt: skip
