@@ -5,14 +5,14 @@ A random bf16 Llama is written shard by shard. A child process, held to a share 
 original: the number of zeros, every kept weight bit for bit, and the original's bytes. That the limit bites is shown
 by a child that tries to load the checkpoint into memory.
 
-The limit is RLIMIT_DATA: heap, private anonymous and private writable mappings, the interpreter's own 0.4 GB included.
+The limit is RLIMIT_DATA: heap, private anonymous and private writable mappings, the interpreter's own 0.3 GB included.
 RLIMIT_AS would also count the code of libraries and files that are only read. RLIMIT_DATA counts too much as well:
 safetensors maps files privately, and a mapped file counts whole though no page of it is in memory. So the child has
 safetensors read (its backend "pread", which transformers takes on Windows) instead of map: every weight in use is then
 memory that counts. RssAnon, the memory that was really filled, is sampled beside it.
 
-    python larger_than_memory.py                                        # 2.1 GB, limit 60 % of it
-    python larger_than_memory.py --hidden 1024 --layers 9 --limit 580   # 0.25 GB: the interpreter takes most
+    python larger_than_memory.py                                                # 2.1 GB
+    MALLOC_MMAP_THRESHOLD_=65536 python larger_than_memory.py --hidden 768 --layers 9 --shard 32 --beyond    # 0.15 GB
 """
 
 import argparse
@@ -34,13 +34,13 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from optimum_dsa import DSAConfig, DSAPruner
+from optimum_dsa import DSAConfig, DSAPruner, prune
 from optimum_dsa.architecture import find_architecture
 
 
-SPARSITY = 0.5
-VOCABULARY = 8192
-MB = 2**20
+SPARSITY, VOCABULARY, MB = 0.5, 8192, 2**20
+COUNTED = ("RssAnon", "VmData")
+CONFIG = DSAConfig(SPARSITY, "wanda", "uniform", batch_size=8)
 
 
 def write_checkpoint(folder: Path, hidden: int, layers: int, shard_bytes: int) -> int:
@@ -79,48 +79,48 @@ def read_instead_of_mapping() -> None:
     transformers.modeling_utils.safe_open = accelerate.utils.offload.safe_open = read
 
 
-def status(name: str) -> int:
-    """A line of this process's /proc/self/status, in bytes."""
-    return int(re.search(rf"{name}:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024
+def status() -> dict[str, int]:
+    """This process's RssAnon, and VmData, which RLIMIT_DATA limits, in bytes."""
+    text = Path("/proc/self/status").read_text()
+    return {name: int(re.search(rf"{name}:\s+(\d+) kB", text)[1]) * 1024 for name in COUNTED}
 
 
-class Watch(threading.Thread):
-    """Peaks of this process's RssAnon, and of VmData, which RLIMIT_DATA limits, in bytes."""
-
-    def __init__(self):
-        super().__init__(daemon=True)
-        self.peak = {"RssAnon": 0, "VmData": 0}
-
-    def run(self):
-        while True:
-            self.peak = {name: max(peak, status(name)) for name, peak in self.peak.items()}
-            time.sleep(0.005)
+def watch(peak: dict[str, int]) -> None:
+    """Keep `peak` at the highest `status`, forever."""
+    while True:
+        peak |= {name: max(value, peak[name]) for name, value in status().items()}
+        time.sleep(0.005)
 
 
-def child(source: str, target: str, limit: int, plain: bool) -> None:
+def child(source: str, target: str, limit: int, shard: int, beyond: bool, plain: bool) -> None:
     """Load, prune and save under the limit; or, with `plain`, only try to load into memory."""
-    resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
+    before = dict.fromkeys(COUNTED, 0)
+    if beyond:  # load all code first
+        config = LlamaConfig(hidden_size=128, intermediate_size=256, num_hidden_layers=1, num_attention_heads=1)
+        prune(LlamaForCausalLM(config).bfloat16(), torch.ones(8, 128, dtype=torch.long), CONFIG)
+        before = status()
+    resource.setrlimit(resource.RLIMIT_DATA, 2 * (before["VmData"] + limit,))
     read_instead_of_mapping()
-    before = status("VmData")
-    watch = Watch()
-    watch.start()
+    peak = status()
+    threading.Thread(target=watch, args=(peak,), daemon=True).start()
     if plain:
         AutoModelForCausalLM.from_pretrained(source)
         return print("{}")
-    start = time.perf_counter()
+    times = [time.perf_counter()]
     pruner = DSAPruner.from_pretrained(source, device_map={"": "disk"}, offload_folder=f"{target}-offload")
-    loaded = time.perf_counter()
-    tokens = torch.randint(0, VOCABULARY, (8, 128), generator=torch.Generator().manual_seed(0))
-    report = pruner.prune(tokens, DSAConfig(SPARSITY, "wanda", "uniform", batch_size=8))
-    pruned = time.perf_counter()
-    pruner.save_pretrained(target)
-    seconds = {"load": loaded - start, "prune": report.seconds, "save": time.perf_counter() - pruned}
-    print(json.dumps({"seconds": seconds, "before": before, "peak": watch.peak}))
+    times.append(time.perf_counter())
+    pruner.prune(torch.randint(0, VOCABULARY, (8, 128), generator=torch.Generator().manual_seed(0)), CONFIG)
+    times.append(time.perf_counter())
+    pruner.save_pretrained(target, max_shard_size=f"{shard}MB")
+    times.append(time.perf_counter())
+    seconds = {step: stop - start for step, start, stop in zip(("load", "prune", "save"), times, times[1:])}
+    print(json.dumps({"seconds": seconds, "peak": {name: peak[name] - before[name] for name in COUNTED}}))
 
 
-def run_child(*args) -> dict | None:
+def run_child(**settings) -> dict | None:
     """What the child printed; `None` where memory ran out. Any other failure is raised."""
-    done = subprocess.run([sys.executable, __file__, "--child", *map(str, args)], capture_output=True, text=True)
+    command = [sys.executable, __file__, "--child", json.dumps(settings, default=str)]
+    done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode == 0:
         return json.loads(done.stdout.splitlines()[-1])
     if re.search(r"MemoryError|not enough memory|Cannot allocate|memory allocation of \d+ bytes failed", done.stderr):
@@ -129,8 +129,12 @@ def run_child(*args) -> dict | None:
 
 
 def digests(folder: Path) -> dict[str, str]:
-    """SHA-256 of every file."""
     return {p.name: hashlib.file_digest(p.open("rb"), "sha256").hexdigest() for p in sorted(folder.iterdir())}
+
+
+def check(holds: bool, wrong: str) -> None:
+    if not holds:
+        raise AssertionError(wrong)
 
 
 def verify(source: Path, target: Path) -> int:
@@ -146,16 +150,13 @@ def verify(source: Path, target: Path) -> int:
                 with safe_open(source / origin[name], "pt") as original:
                     before, after = original.get_tensor(name), shard.get_tensor(name)
                 kept = after != 0 if name in prunable else torch.ones_like(after, dtype=torch.bool)
-                if not torch.equal(before.view(torch.int16)[kept], after.view(torch.int16)[kept]):
-                    raise AssertionError(f"{name}: kept weights changed.")
-                removed = int((~kept).sum())
-                if abs(removed - SPARSITY * prunable.get(name, 0)) > 1:
-                    raise AssertionError(f"{name}: {removed} of {prunable.get(name, 0)} weights are zero.")
+                same = torch.equal(before.view(torch.int16)[kept], after.view(torch.int16)[kept])
+                check(same, f"{name}: kept weights changed.")
+                removed, size = int((~kept).sum()), prunable.get(name, 0)
+                check(abs(removed - SPARSITY * size) <= 1, f"{name}: {removed} of {size} weights are zero.")
                 zeros += removed
-    if seen != origin.keys():
-        raise AssertionError(f"The saved checkpoint holds other weights: {sorted(seen ^ origin.keys())[:3]}.")
-    if zeros != round(SPARSITY * sum(prunable.values())):
-        raise AssertionError(f"{zeros} zeros in {sum(prunable.values())} prunable weights.")
+    check(seen == origin.keys(), f"The saved checkpoint holds other weights: {sorted(seen ^ origin.keys())[:3]}.")
+    check(zeros == round(SPARSITY * sum(prunable.values())), f"{zeros} zeros are not the number that was asked for.")
     return zeros
 
 
@@ -163,37 +164,33 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--hidden", type=int, default=2048, help="a multiple of 128 (default: 2048)")
     parser.add_argument("--layers", type=int, default=20)
-    parser.add_argument("--shard", type=int, default=256, help="MB per shard of the original (default: 256)")
+    parser.add_argument("--shard", type=int, default=200, help="MB per shard (default: 200, as in the package)")
     parser.add_argument("--share", type=float, default=0.6, help="memory limit / checkpoint size (default: 0.6)")
-    parser.add_argument("--limit", type=float, help="memory limit in MB, instead of a share")
-    parser.add_argument("--folder", help="where to put the temporary files (default: the system's)")
-    parser.add_argument("--child", nargs=4, help=argparse.SUPPRESS)
+    parser.add_argument("--beyond", action="store_true", help="the limit is for what the child takes beyond its code")
+    parser.add_argument("--child", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.child:
-        source, target, limit, plain = args.child
-        return child(source, target, int(limit), plain == "True")
-    with tempfile.TemporaryDirectory(dir=args.folder) as folder:
+        return child(**json.loads(args.child))
+    with tempfile.TemporaryDirectory() as folder:
         source, target = Path(folder, "original"), Path(folder, "pruned")
         size = write_checkpoint(source, args.hidden, args.layers, args.shard * MB)
-        limit = int(args.limit * MB if args.limit else args.share * size)
+        limit = int(args.share * size)
         before = digests(source)
-        print(
-            f"checkpoint           {size / MB:6.0f} MB\nmemory limit         {limit / MB:6.0f} MB  {limit / size:.0%}"
-        )
-        plain = run_child(source, target, limit, True)
+        print(f"checkpoint           {size / MB:6.0f} MB")
+        print(f"memory limit         {limit / MB:6.0f} MB  {limit / size:.0%}{'  beyond code' if args.beyond else ''}")
+        settings = {"source": source, "target": target, "limit": limit, "shard": args.shard, "beyond": args.beyond}
+        plain = run_child(**settings, plain=True)
         print(f"loading into memory: {'fits, so the limit proves nothing' if plain is not None else 'refused'}")
-        done = run_child(source, target, limit, False)
+        done = run_child(**settings, plain=False)
         if done is None:
             raise SystemExit("pruning from disk:   out of memory")
-        for name, value in {"VmData before": done["before"], **done["peak"]}.items():
-            print(f"pruning, {name:<12}{value / MB:6.0f} MB  {value / size:.0%}")
+        for name, value in done["peak"].items():
+            print(f"pruning, peak {name:<7}{value / MB:6.0f} MB  {value / size:.0%}")
         print("seconds:             " + ", ".join(f"{name} {value:.1f}" for name, value in done["seconds"].items()))
         zeros = verify(source, target)
-        if digests(source) != before:
-            raise AssertionError("The original checkpoint was changed.")
-        model = AutoModelForCausalLM.from_pretrained(target)
-        if not model(torch.arange(16)[None]).logits.isfinite().all():
-            raise AssertionError("The saved model's logits are not finite.")
+        check(digests(source) == before, "The original checkpoint was changed.")
+        logits = AutoModelForCausalLM.from_pretrained(target)(torch.arange(16)[None]).logits
+        check(bool(logits.isfinite().all()), "The saved model's logits are not finite.")
         print(f"verified:            {zeros:,} zeros, kept weights and original unchanged, the saved model runs")
 
 
