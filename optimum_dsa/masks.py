@@ -7,7 +7,6 @@ removed at one count is removed at every higher one.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -89,7 +88,7 @@ class Pattern:
                 keep[:, start:stop] = Pattern("matrix").keep(scores[:, start:stop], here)
             return keep
         removed = self.width - self.kept if self.kind == "n:m" else round(count * self.width / scores.numel())
-        return torch.cat([_keep_in_groups(*parts, self.width, removed) for parts in _chunks(scores)])
+        return torch.cat([_keep_in_groups(part, self.width, removed) for part in _chunks(scores)])
 
 
 def count_in_columns(count: int, columns: int, start: int, stop: int) -> int:
@@ -115,46 +114,24 @@ def _lowest(scores: Tensor, count: int) -> Tensor:
 
 
 def _lowest_per_row(scores: Tensor, count: int) -> Tensor:
-    """True for the lowest of every row, `count` in all; rows differ by one at most.
-
-    The rows that give one more are those whose next weight has the lowest score.
-    """
-    rows = len(scores)
-    base, extra = divmod(min(max(count, 0), scores.numel()), rows)
-    counts = torch.full((rows, 1), base, device=scores.device)
-    highest = torch.cat([_lowest_of_row(*parts, base) for parts in _chunks(scores)])
-    if extra:
-        following = torch.cat([_following(*parts, base) for parts in _chunks(scores, highest)])
-        one_more = _lowest(following[:, 0], extra)[:, None]
-        counts += one_more
-        highest = torch.where(one_more, following, highest)
-    return torch.cat([_up_to(*parts) for parts in _chunks(scores, highest, counts)])
+    """True for the lowest of every row, `count` in all: the same number of each, the first rows one more."""
+    base, extra = divmod(min(max(count, 0), scores.numel()), len(scores))
+    runs = ((scores[:extra], base + 1), (scores[extra:], base))
+    return torch.cat([_lowest_of_rows(part, number) for run, number in runs if len(run) for part in _chunks(run)])
 
 
-def _chunks(scores: Tensor, *others: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """Runs of rows of `scores`, at most CHUNK scores each, and the same rows of the others."""
-    size = max(CHUNK // scores.shape[1], 1)
-    return zip(*(tensor.split(size) for tensor in (scores, *others)))
+def _chunks(scores: Tensor) -> tuple[Tensor, ...]:
+    """Runs of rows of at most CHUNK scores each."""
+    return scores.split(max(CHUNK // scores.shape[1], 1))
 
 
-def _lowest_of_row(scores: Tensor, number: int) -> Tensor:
-    """(rows, 1), the `number`-th lowest of every row; -inf for 0."""
+def _lowest_of_rows(scores: Tensor, number: int) -> Tensor:
+    """True for the `number` lowest of every row; among equals the first."""
     if number == 0:
-        return torch.full_like(scores[:, :1], -torch.inf)
-    return scores.kthvalue(number, dim=1, keepdim=True).values
-
-
-def _following(scores: Tensor, highest: Tensor, number: int) -> Tensor:
-    """(rows, 1), the lowest of every row behind `highest`, its `number`-th lowest."""
-    reached = scores <= highest
-    beyond = scores.masked_fill(reached, torch.inf).amin(dim=1, keepdim=True)
-    return torch.where(reached.sum(dim=1, keepdim=True) > number, highest, beyond)
-
-
-def _up_to(scores: Tensor, highest: Tensor, counts: Tensor) -> Tensor:
-    """True for the `counts` lowest of every row, of which `highest` is the highest; among equals the first."""
+        return torch.zeros_like(scores, dtype=torch.bool)
+    highest = scores.kthvalue(number, dim=1, keepdim=True).values
     lowest = scores <= highest
-    surplus = lowest.sum(dim=1, keepdim=True) - counts
+    surplus = lowest.sum(dim=1, keepdim=True) - number
     if surplus.any():
         equal = scores == highest
         order = equal.cumsum(dim=1, dtype=torch.int32)
@@ -177,15 +154,10 @@ def removal_order(pattern: Pattern, scores: Tensor) -> Tensor:
     """
     rows, columns = scores.shape
     if pattern.kind == "matrix":
-        order = scores.flatten().argsort(stable=True)
-        return (
-            torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device)).view_as(scores)
-        )
+        return _ranks(scores.flatten()).view_as(scores)
     if pattern.kind == "row":
-        ordered, position = scores.sort(dim=1, stable=True)
-        # the k-th lowest of every row goes before any (k+1)-th; among the k-th, the lowest score first
-        turn = _ranks(ordered.t().contiguous()).t() + rows * torch.arange(columns, device=scores.device)
-        return torch.empty_like(turn).scatter_(1, position, turn)
+        # the k-th lowest of every row goes before any (k+1)-th; among the k-th, those of the first rows
+        return _ranks(scores) * rows + torch.arange(rows, device=scores.device)[:, None]
     if pattern.kind == "group":
         order = torch.empty_like(scores, dtype=torch.int64)
         for start in range(0, columns, pattern.width):

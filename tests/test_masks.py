@@ -67,12 +67,9 @@ def test_the_lowest_are_removed():
     assert (values.masked_fill(~row, 2).amin(1) > values.masked_fill(row, -1).amax(1)).all()
 
 
-def test_rows_differ_by_one_at_most_and_the_extra_ones_are_the_cheapest():
-    values = scores(8, 12, 4)
-    removed = (~Pattern("row").keep(values, 8 * 5 + 3)).sum(1)
-    assert sorted(removed.tolist()) == [5] * 5 + [6] * 3
-    next_lowest = values.sort(1).values[:, 5]
-    assert set(removed.topk(3).indices.tolist()) == set(next_lowest.topk(3, largest=False).indices.tolist())
+def test_rows_differ_by_one_at_most_and_the_first_give_more():
+    removed = (~Pattern("row").keep(scores(8, 12, 4), 8 * 5 + 3)).sum(1)
+    assert removed.tolist() == [6] * 3 + [5] * 5
 
 
 @given(count=st.integers(0, 300), columns=st.integers(1, 40), width=st.integers(1, 40))
