@@ -103,45 +103,57 @@ def fit_to_budget(
     if not values.isfinite().all():
         bad = [unit for unit, value in zip(sizes, values.tolist()) if value - value != 0]
         raise ValueError(f"Allocation {name} is not finite for {', '.join(bad[:5])}.")
-    weights = torch.tensor(list(sizes.values()), dtype=torch.float64)
-    exact = _shift_to_mean(values, weights, target, low, high)
-    counts = _round_to_total(exact * weights, weights, round(target * int(weights.sum())))
-    sparsity = {unit: count / max(size, 1) for (unit, size), count in zip(sizes.items(), counts)}
+    counts = fit_counts(values, torch.tensor(list(sizes.values()), dtype=torch.float64), target, low, high)
+    sparsity = {unit: count / max(size, 1) for (unit, size), count in zip(sizes.items(), counts.tolist())}
     return Allocation(sparsity, dict(sizes), name)
+
+
+def fit_counts(wanted: Tensor, sizes: Tensor, target: float, low: float, high: float) -> Tensor:
+    """`fit_to_budget` of many wishes at once: (..., units) float64 -> weights to remove, (..., units) int64."""
+    exact = _shift_to_mean(wanted, sizes, target, low, high)
+    return _round_to_total(exact * sizes, sizes, round(target * int(sizes.sum())))
 
 
 def _shift_to_mean(values: Tensor, weights: Tensor, target: float, low: float, high: float) -> Tensor:
     """clip(values + c, low, high) with the c that makes the weighted mean `target`: exact, from the sorted kinks."""
-    kinks = torch.cat([low - values, high - values]).sort().values
-
-    def total(shift: Tensor) -> Tensor:
-        return ((values + shift).clamp(low, high) * weights).sum()
-
+    kinks = torch.cat([low - values, high - values], dim=-1).sort(dim=-1).values
     goal = target * weights.sum()
-    first, last = 0, len(kinks) - 1
-    while last - first > 1:
+
+    def total(index: Tensor) -> Tensor:
+        shifted = (values + kinks.gather(-1, index)).clamp(low, high)
+        return (shifted * weights).sum(-1, keepdim=True)
+
+    # between two neighbouring kinks the total is linear in the shift: bisect for them
+    first = torch.zeros_like(kinks[..., :1], dtype=torch.int64)
+    last = first + kinks.shape[-1] - 1
+    for _ in range(kinks.shape[-1].bit_length()):
         middle = (first + last) // 2
-        first, last = (middle, last) if total(kinks[middle]) <= goal else (first, middle)
-    below, above = total(kinks[first]), total(kinks[last])
-    share = (goal - below) / (above - below) if above > below else 0.0
-    return (values + kinks[first] + share * (kinks[last] - kinks[first])).clamp(low, high)
+        under = total(middle) <= goal
+        apart = last - first > 1
+        first, last = torch.where(apart & under, middle, first), torch.where(apart & ~under, middle, last)
+    below, above = total(first), total(last)
+    share = torch.where(above > below, (goal - below) / (above - below), 0.0)
+    low_kink, high_kink = kinks.gather(-1, first), kinks.gather(-1, last)
+    return (values + low_kink + share * (high_kink - low_kink)).clamp(low, high)
 
 
-def _round_to_total(amounts: Tensor, limits: Tensor, total: int) -> list[int]:
+def _round_to_total(amounts: Tensor, limits: Tensor, total: int) -> Tensor:
     """Whole numbers near `amounts`, at most `limits`, that add up to `total`; largest remainders are rounded up."""
     floor = (amounts + 1e-9).floor().clamp(min=0)
-    missing = total - int(floor.sum())
-    room = (limits - floor) > 0 if missing > 0 else floor > 0
-    remainder = torch.where(room, amounts - floor, -torch.inf if missing > 0 else torch.inf)
-    order = remainder.argsort(descending=missing > 0, stable=True)[: abs(missing)]
-    floor[order] += 1 if missing > 0 else -1
-    return [int(count) for count in floor.tolist()]
+    missing = total - floor.sum(-1, keepdim=True)
+    room = torch.where(missing > 0, limits - floor > 0, floor > 0)
+    remainder = (amounts - floor) * -missing.sign()
+    order = remainder.masked_fill(~room, torch.inf).argsort(dim=-1, stable=True)
+    chosen = torch.arange(floor.shape[-1]).expand_as(order) < missing.abs()
+    floor.scatter_add_(-1, order, torch.where(chosen, missing.sign(), 0.0))
+    return floor.long()
 
 
 def split_count(count: int, sizes: Mapping[str, int]) -> dict[str, int]:
     """`count` weights divided over matrices in proportion to their sizes, to one weight each."""
     limits = torch.tensor(list(sizes.values()), dtype=torch.float64)
-    return dict(zip(sizes, _round_to_total(limits * (count / max(int(limits.sum()), 1)), limits, count)))
+    shares = limits * (count / max(int(limits.sum()), 1))
+    return dict(zip(sizes, _round_to_total(shares, limits, count).tolist()))
 
 
 def fit_to_levels(allocation: Allocation, levels: int) -> Allocation:

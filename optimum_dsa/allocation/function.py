@@ -102,7 +102,7 @@ class AllocationFunction:
         return REDUCTION[self.reduction](x).item()
 
     def importance(self, measured: Tensor) -> Tensor:
-        """Transform and post-process of the units' numbers, (units,) float64; NaN is 0 and ±∞ is −1, as published.
+        """Transform and post-process of the units' numbers, (..., units) float64; NaN is 0 and ±∞ is −1, as published.
 
         The published best function relies on it: asin(atan(v)) is NaN, and so 0, the most protected, for v > 1.557.
         """
@@ -110,19 +110,27 @@ class AllocationFunction:
         for name in self.transform:
             x = TRANSFORM[name](x)
         x = _defined(x)
-        return x if self.post_process == "no_op" else _defined(POST_PROCESS[self.post_process](x))
+        if self.post_process == "no_op":
+            return x
+        rows = x.reshape(-1, x.shape[-1])
+        return _defined(torch.stack([POST_PROCESS[self.post_process](row) for row in rows])).view_as(x)
 
     def wish(self, measured: Mapping[str, float], target: float, spread: float | None = None) -> dict[str, float]:
-        """The light half: sparsity per unit, S + sign · 2 spread · (v − mean v) with v scaled to [0, 1].
+        """The light half: the sparsity that each unit asks for, see `wishes`."""
+        function = self if spread is None else replace(self, spread=spread)
+        wanted = function.wishes(torch.tensor(list(measured.values()), dtype=torch.float64), target)
+        return dict(zip(measured, wanted.tolist()))
+
+    def wishes(self, measured: Tensor, target: float) -> Tensor:
+        """Sparsities S + sign · 2 spread · (v − mean v) with v scaled to [0, 1], of numbers (..., units).
 
         Constant v gives `target` everywhere.
         """
-        x = self.importance(torch.tensor(list(measured.values()), dtype=torch.float64))
-        span = x.max() - x.min()
-        share = (x - x.min()) / span if 0 < span < torch.inf else torch.zeros_like(x)
-        half_width = self.spread if spread is None else spread
-        wanted = target + self.sign * 2 * half_width * (share - share.mean())
-        return dict(zip(measured, wanted.tolist()))
+        x = self.importance(measured)
+        low, high = x.aminmax(dim=-1, keepdim=True)
+        span = high - low
+        share = torch.where((span > 0) & (span < torch.inf), (x - low) / span, 0.0)
+        return target + self.sign * 2 * self.spread * (share - share.mean(-1, keepdim=True))
 
 
 def _defined(x: Tensor) -> Tensor:

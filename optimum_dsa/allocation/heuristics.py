@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..registry import Registry
 from .function import AllocationFunction
-from .operations import _singular_values
+from .operations import singular_values
 from .unit import Unit
 
 
@@ -184,7 +184,7 @@ ALLOCATIONS.add("global", Heuristic(_score_histogram, _one_threshold), reference
 
 
 def _mean_tail_exponent(unit: Unit) -> float:
-    return sum(tail_exponent(_singular_values(weight).square()) for weight in unit.weights) / len(unit.weights)
+    return sum(tail_exponent(singular_values(weight).square()) for weight in unit.weights) / len(unit.weights)
 
 
 def tail_exponent(eigenvalues: Tensor) -> float:

@@ -146,14 +146,26 @@ def matrix_reduction(operation: Callable[[Tensor], Tensor]) -> Callable[[Sequenc
 
     The published code flattens the scores first, so that each of these raises there.
     """
+    return _of_matrices(operation, operation)
 
+
+def spectral_reduction(operation: Callable[[Tensor], Tensor]) -> Callable[[Sequence[Tensor]], Tensor]:
+    """`operation`, singular values -> number, registered as a matrix reduction; the fact `spectrum` is the operation."""
+    return _of_matrices(operation, lambda x: operation(singular_values(x)), spectrum=operation)
+
+
+def _of_matrices(named: Callable, operation: Callable[[Tensor], Tensor], **facts) -> Callable:
     def reduction(matrices: Sequence[Tensor]) -> Tensor:
-        sizes = torch.tensor([m.numel() for m in matrices], dtype=torch.float64)
-        values = torch.stack([operation(m).double().cpu() for m in matrices])
-        return (values * sizes).sum() / sizes.sum()
+        return mean_by_size([operation(m) for m in matrices], matrices)
 
-    reduction.__name__, reduction.__doc__ = operation.__name__, operation.__doc__
-    return REDUCTION.add(operation.__name__, reduction, reference=DSA, matrix=True)
+    reduction.__name__, reduction.__doc__ = named.__name__, named.__doc__
+    return REDUCTION.add(named.__name__, reduction, reference=DSA, matrix=True, **facts)
+
+
+def mean_by_size(values: Sequence[Tensor], matrices: Sequence[Tensor]) -> Tensor:
+    """The mean of one number per matrix, weighted by the matrices' sizes, float64."""
+    sizes = torch.tensor([m.numel() for m in matrices], dtype=torch.float64)
+    return (torch.stack([value.double().cpu() for value in values]) * sizes).sum() / sizes.sum()
 
 
 @matrix_reduction
@@ -176,33 +188,35 @@ def diagonal(x: Tensor) -> Tensor:
     return x.diagonal().mean(dtype=torch.float64)
 
 
-@matrix_reduction
-def rank(x: Tensor) -> Tensor:
-    """Numerical rank: singular values above 10⁻³ of the largest."""
-    singular = _singular_values(x)
-    return (singular > 1e-3 * singular.max()).sum()
-
-
-@matrix_reduction
-def slogdet(x: Tensor) -> Tensor:
-    """Mean logarithm of the singular values, ln det(X Xᵀ) / 2n, those under 10⁻⁶ of the largest counting as that."""
-    singular = _singular_values(x)
-    floor = (1e-6 * singular.max()).clamp_min(torch.finfo(torch.float64).tiny)
-    return singular.clamp_min(floor).log().mean()
-
-
-@matrix_reduction
-def determinant(x: Tensor) -> Tensor:
-    """Geometric mean of the singular values, det(X Xᵀ)^(1/2n): a determinant per dimension, whatever the shape."""
-    return REDUCTION["slogdet"]([x]).exp()
-
-
-def _singular_values(x: Tensor) -> Tensor:
-    """Singular values of x through the eigenvalues of its smaller Gram matrix, float64."""
+def singular_values(x: Tensor) -> Tensor:
+    """Singular values of x, (rows, columns), through the eigenvalues of its smaller Gram matrix, float64."""
     if not x.isfinite().all():
         return torch.full((1,), math.nan, dtype=torch.float64)
     x = (x if x.shape[0] <= x.shape[1] else x.t()).double()
     return torch.linalg.eigvalsh(x @ x.t()).clamp_min_(0).sqrt_()
+
+
+@spectral_reduction
+def rank(singular: Tensor) -> Tensor:
+    """Numerical rank: singular values above 10⁻³ of the largest."""
+    return (singular > 1e-3 * singular.max()).sum()
+
+
+@spectral_reduction
+def slogdet(singular: Tensor) -> Tensor:
+    """Mean logarithm of the singular values, ln det(X Xᵀ) / 2n, those under 10⁻⁶ of the largest counting as that."""
+    return _mean_logarithm(singular)
+
+
+@spectral_reduction
+def determinant(singular: Tensor) -> Tensor:
+    """Geometric mean of the singular values, det(X Xᵀ)^(1/2n): a determinant per dimension, whatever the shape."""
+    return _mean_logarithm(singular).exp()
+
+
+def _mean_logarithm(singular: Tensor) -> Tensor:
+    floor = (1e-6 * singular.max()).clamp_min(torch.finfo(torch.float64).tiny)
+    return singular.clamp_min(floor).log().mean()
 
 
 # -- transform: (units,) -> (units,), each on its own

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from ..allocation import ALLOCATIONS, REDUCTION, Allocation, AllocationFunction, Unit, fit_to_budget, split_count
-from ..architecture import Architecture
+from ..architecture import Architecture, Weight
 from ..calibration import walk_blocks
 from ..configuration import DSAConfig
 from ..data import Calibration
@@ -137,15 +137,18 @@ class Resolver:
         for unit, weights in self.units[granularity].items():
             if REDUCTION.fact(reduction, "matrix"):
                 # of the matrices themselves: their scores are made again from the sums of squares
-                function = AllocationFunction(pre_process, reduction)
-                tensors = [weight.tensor(self.model) for weight in weights]
-                statistics = [self.statistics[weight.name] for weight in weights]
-                values.append(function.measure(Unit(unit, 0.0, tensors, statistics, self.metric)))
+                values.append(AllocationFunction(pre_process, reduction).measure(self.unit(unit, weights)))
             else:
-                summary = self._summary(granularity, unit)
+                summary = self.summary(granularity, unit)
                 values.append(summary.reduce(reduction, summary.pre_processed(pre_process)))
         return tuple(values)
 
+    def unit(self, name: str, weights: Sequence[Weight]) -> Unit:
+        """What an allocator sees of these weights, as they are."""
+        tensors = [weight.tensor(self.model) for weight in weights]
+        return Unit(name, 0.0, tensors, [self.statistics[weight.name] for weight in weights], self.metric)
+
     @cache  # noqa: B019 - lives as long as the search
-    def _summary(self, granularity: str, unit: str) -> ScoreSummary:
+    def summary(self, granularity: str, unit: str) -> ScoreSummary:
+        """The scores of a block or matrix."""
         return ScoreSummary.merged([self.summaries[weight.name] for weight in self.units[granularity][unit]])

@@ -8,6 +8,10 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from ..allocation import ALLOCATIONS, POST_PROCESS, PRE_PROCESS, REDUCTION, TRANSFORM, AllocationFunction
+from ..registry import Registry
+
+
+DSA = "https://github.com/lliai/DSA"
 
 
 @dataclass(frozen=True)
@@ -63,12 +67,17 @@ class Candidate:
         )
 
 
-# Reductions that take a spectrum of every matrix, seconds per function: in the published space, not by default.
-SPECTRAL = frozenset({"rank", "slogdet", "determinant"})
+def _all(table: Mapping[str, Any]) -> tuple[str, ...]:
+    return tuple(sorted(set(table) - {"no_op"}))
 
 
-def _all(table: Mapping[str, Any], but: frozenset[str] = frozenset()) -> tuple[str, ...]:
-    return tuple(sorted(set(table) - {"no_op"} - but))
+def _all_of(table: Registry, reference: str) -> tuple[str, ...]:
+    return tuple(name for name in _all(table) if table.references[name] == reference)
+
+
+def _cheap_reductions() -> tuple[str, ...]:
+    """All but those that take a spectrum of every matrix, seconds per function."""
+    return tuple(name for name in _all(REDUCTION) if not REDUCTION.fact(name, "spectrum"))
 
 
 @dataclass(frozen=True)
@@ -90,7 +99,7 @@ class SearchSpace:
     """
 
     pre_process: tuple[str, ...] = field(default_factory=lambda: _all(PRE_PROCESS))
-    reduction: tuple[str, ...] = field(default_factory=lambda: _all(REDUCTION, but=SPECTRAL))
+    reduction: tuple[str, ...] = field(default_factory=_cheap_reductions)
     transform: tuple[str, ...] = field(default_factory=lambda: _all(TRANSFORM))
     post_process: tuple[str, ...] = field(default_factory=lambda: ("no_op", *_all(POST_PROCESS)))
     signs: tuple[int, ...] = (-1, 1)
@@ -101,9 +110,13 @@ class SearchSpace:
 
     @classmethod
     def published(cls) -> SearchSpace:
-        """The space of the published code: one sign, one spread, no post-process."""
-        published = tuple(name for name in _all(REDUCTION) if name not in ("outlier_share", "median"))
-        return cls(reduction=published, post_process=("no_op",), signs=(1,), spreads=(0.08, 0.08))
+        """The space of the published code, https://github.com/lliai/DSA: one sign, one spread, no post-process."""
+        return cls(
+            *(_all_of(table, DSA) for table in (PRE_PROCESS, REDUCTION, TRANSFORM)),
+            post_process=("no_op",),
+            signs=(1,),
+            spreads=(0.08, 0.08),
+        )
 
     def sample(self, rng: random.Random) -> Candidate:
         """A random candidate: 0–2 pre-process operations, one reduction, 1–2 transforms, 0–1 post-process."""

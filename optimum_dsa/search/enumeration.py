@@ -1,0 +1,174 @@
+"""All functions of a space at once: the allocations that they give, and how few of them differ."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import product
+
+import torch
+from torch import Tensor
+
+from ..allocation import POST_PROCESS, PRE_PROCESS, REDUCTION, TRANSFORM, AllocationFunction
+from ..allocation.budget import fit_counts
+from ..allocation.operations import mean_by_size, singular_values
+from .resolve import Resolver
+from .space import SearchSpace
+
+
+Stage = tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Enumeration:
+    """Every allocation of a space, each once.
+
+    Attributes:
+        texts (`int`): how many functions can be written down, no_op in any place and published λ 7, 8, 9, 10 included.
+        functions (`int`): how many are left when no_op is dropped.
+        representatives (`Sequence[AllocationFunction]`): per allocation, the shortest function that gives it.
+        sharing (`Tensor`): (allocations,) int64, how many of `functions` give it.
+        counts (`Tensor`): (allocations, units) int64, weights to remove per block; all different.
+    """
+
+    texts: int
+    functions: int
+    representatives: Sequence[AllocationFunction]
+    sharing: Tensor
+    counts: Tensor
+
+    def __len__(self) -> int:
+        return len(self.representatives)
+
+    def merged(self, sizes: Tensor, tolerance: float, most: int) -> list[AllocationFunction]:
+        """Representatives, most shared first, none within `tolerance` (sparsity, in every block) of an earlier one.
+
+        Stops when there are more than `most`.
+        """
+        sparsity = self.counts / sizes
+        left, kept = self.sharing.argsort(descending=True, stable=True), []
+        while len(left) and len(kept) <= most:
+            kept.append(self.representatives[int(left[0])])
+            far = (sparsity[left] - sparsity[left[0]]).abs().amax(1) > tolerance
+            left = left[far]
+        return kept
+
+
+def enumerate_space(space: SearchSpace, resolver: Resolver) -> Enumeration:
+    """The allocations of all functions of `space`, at block granularity and its lower spread.
+
+    Pre-process and reduction are computed once per unit and per distinct pre-processed scores, everything behind them
+    on all functions together.
+    """
+    pre_processes, transforms = _stages(space.pre_process), _stages(space.transform)
+    reductions = tuple(name for name in space.reduction if name != "no_op")
+    config = resolver.config
+    bases, measured = _measured(resolver, pre_processes, reductions)
+    functions, wanted = _wanted(space, transforms, bases, measured, config.sparsity)
+    distinct, of_function, sharing = torch.unique(
+        fit_counts(wanted, block_sizes(resolver), config.sparsity, config.min_sparsity, config.max_sparsity),
+        dim=0,
+        return_inverse=True,
+        return_counts=True,
+    )
+    first = torch.full((len(distinct),), len(functions)).scatter_reduce_(
+        0, of_function, torch.arange(len(functions)), "amin"
+    )
+    pre, transform = len(space.pre_process) + 1, len(space.transform) + 1
+    texts = (1 + pre + pre**2) * (len(reductions) + 1) * (transform + transform**2)
+    # functions are listed with the shorter stages first, so that the first of a group is its shortest
+    return Enumeration(
+        texts * len(set(space.post_process)) * len(space.signs) * 4,
+        len(functions),
+        [functions[index]() for index in first.tolist()],
+        sharing,
+        distinct,
+    )
+
+
+def block_sizes(resolver: Resolver) -> Tensor:
+    """Prunable weights per block, float64."""
+    return torch.tensor([sum(w.size for w in weights) for weights in resolver.units["block"].values()]).double()
+
+
+def _stages(names: Sequence[str]) -> list[Stage]:
+    names = [name for name in names if name != "no_op"]
+    return [stage for length in range(3) for stage in product(names, repeat=length)]
+
+
+@torch.no_grad()
+def _measured(resolver: Resolver, pre_processes: Sequence[Stage], reductions: Sequence[str]):
+    """((pre-process, reduction) of every base function, its number per unit as (bases, units) float64).
+
+    Operations of one score need its value alone, so that what leaves all histogram bins the same (such as abs of a
+    score that is never negative) leaves the scores the same.
+    """
+    units = resolver.units["block"]
+    summaries = [resolver.summary("block", unit) for unit in units]
+    alike: dict[bytes, list[int]] = {}
+    values = []
+    for index, stage in enumerate(pre_processes):
+        values.append([summary.pre_processed(stage) for summary in summaries])
+        key = b"".join(x.numpy().tobytes() for x in values[-1])
+        alike.setdefault(key, []).append(index)
+    firsts = [group[0] for group in alike.values()]
+    found = torch.empty(len(pre_processes), len(reductions), len(units), dtype=torch.float64)
+    columns = {name: column for column, name in enumerate(reductions)}
+    cheap = [name for name in reductions if not REDUCTION.fact(name, "matrix")]
+    for index in firsts:
+        for unit, (summary, x) in enumerate(zip(summaries, values[index])):
+            for name in cheap:
+                found[index, columns[name], unit] = summary.reduce(name, x)
+    of_matrices = [name for name in reductions if REDUCTION.fact(name, "matrix")]
+    if of_matrices:
+        _reduce_matrices(resolver, [pre_processes[index] for index in firsts], of_matrices, firsts, columns, found)
+    for group in alike.values():
+        found[group] = found[group[0]].clone()
+    return list(product(pre_processes, reductions)), found.flatten(0, 1)
+
+
+def _reduce_matrices(resolver, stages, names, rows, columns, found) -> None:
+    """Fill `found` for reductions of matrices: scores are made once per unit, a spectrum once per pre-process."""
+    spectra = {name: REDUCTION.fact(name, "spectrum") for name in names}
+
+    def numbers(matrices: Sequence[Tensor]) -> dict[str, float]:
+        singular = [singular_values(matrix) for matrix in matrices] if any(spectra.values()) else ()
+        return {
+            name: float(
+                mean_by_size([spectra[name](s) for s in singular], matrices)
+                if spectra[name]
+                else REDUCTION[name](matrices)
+            )
+            for name in names
+        }
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        for index, (name, weights) in enumerate(resolver.units["block"].items()):
+            unit = resolver.unit(name, weights)
+            scores = unit.flat_scores()
+
+            def reduce(stage: Stage, unit=unit, scores=scores) -> dict[str, float]:
+                x = scores
+                for operation in stage:
+                    x = PRE_PROCESS[operation](x)
+                return numbers(unit.split(x))
+
+            for row, values in zip(rows, pool.map(reduce, stages)):
+                for reduction, value in values.items():
+                    found[row, columns[reduction], index] = value
+
+
+def _wanted(space: SearchSpace, transforms: Sequence[Stage], bases, measured: Tensor, target: float):
+    """(makers of the functions, sparsity that each wishes for as (functions, units) float64)."""
+    makers, parts = [], []
+    for transform, post_process, sign in product(transforms, dict.fromkeys(space.post_process), space.signs):
+        tail = AllocationFunction((), "mean", transform, post_process, sign, space.spreads[0])
+        makers += [_maker(tail, base) for base in bases]
+        parts.append(tail.wishes(measured, target))
+    return makers, torch.cat(parts)
+
+
+def _maker(tail: AllocationFunction, base):
+    return lambda: AllocationFunction(*base, tail.transform, tail.post_process, tail.sign, tail.spread)
