@@ -89,6 +89,7 @@ class DSAPruner:
         validation: Any = None,
         output: str | Path | None = None,
         resume: bool = False,
+        report_to: Any = None,
     ) -> SearchResult:
         """The allocation that hurts the model least at `config.sparsity`; the model is not changed.
 
@@ -102,6 +103,7 @@ class DSAPruner:
                 calibration source that calibration does not use. Never the text that a result is reported on.
             output (`str`, *optional*): folder for the trace, as it grows, and the result.
             resume (`bool`, defaults to `False`): go on with the search in `output`.
+            report_to (`Any`, *optional*): an experiment tracker that accelerate knows, such as `"trackio"`.
         """
         from .search.run import search
 
@@ -118,7 +120,17 @@ class DSAPruner:
         else:
             data = load_calibration(calibration, self.model, self.tokenizer, **options, **columns)
             tokens = load_calibration(validation, self.model, self.tokenizer, **options, **columns).inputs["input_ids"]
-        return search(self.model, data, tokens, config, strategy=strategy, budget=budget, folder=output, resume=resume)
+        return search(
+            self.model,
+            data,
+            tokens,
+            config,
+            strategy=strategy,
+            budget=budget,
+            folder=output,
+            resume=resume,
+            report_to=report_to,
+        )
 
     def save_pretrained(self, directory: str | Path, **save_kwargs) -> None:
         """Write an ordinary checkpoint, the tokenizer and `dsa_config.json`; whole or not at all.

@@ -15,6 +15,7 @@ a folder that `optimum-cli dsa prune --allocation FOLDER` takes.
 
 strategy    named         uniform and every named allocator
             random        functions drawn at random
+            exhaustive    all distinct allocations of the published space
             ramp          the width of a linear ramp over depth
             evolution     functions bred from the best
             level_switch  budget moved between matrices at random, what helps is kept
@@ -44,6 +45,10 @@ strategy    named         uniform and every named allocator
         parser.add_argument("--resume", action="store_true", help="go on with the search in the output folder")
         parser.add_argument("--min-sparsity", type=float, help="least that a matrix is pruned (default: 0)")
         parser.add_argument("--max-sparsity", type=float, help="most that a matrix is pruned (default: 0.99)")
+        parser.add_argument(
+            "--seeds", type=int, default=1, help="repeat with so many seeds and compare what each finds (default: 1)"
+        )
+        parser.add_argument("--report-to", help="log trials to trackio, tensorboard, wandb, ... (default: none)")
         add_calibration_options(parser)
         parser.add_argument(
             "--validation", help="text to compare candidates on (default: other windows of the calibration data)"
@@ -51,17 +56,39 @@ strategy    named         uniform and every named allocator
         add_loading_options(parser)
 
     def execute(self) -> None:
+        from dataclasses import replace
+        from pathlib import Path
+
         from ..pruner import DSAPruner
-        from ..search.run import parse_budget
+        from ..search.problem import parse_budget
+        from ..search.result import robustness_table
         from ..search.strategies import STRATEGIES
 
         args, config = self.args, asked_config(self.args)
         parse_budget(args.budget)
         STRATEGIES[args.strategy]
+        if args.seeds < 1:
+            raise ValueError(f"--seeds is a number of searches, at least 1, got {args.seeds}.")
         pruner = DSAPruner.from_pretrained(args.model, **loading_options(args))
-        result = pruner.search(
-            args.dataset, config, args.strategy, args.budget, args.validation, args.output, args.resume
+        output, results = Path(args.output), []
+        for seed in range(config.seed, config.seed + args.seeds):
+            results.append(
+                pruner.search(
+                    args.dataset,
+                    replace(config, seed=seed),
+                    args.strategy,
+                    args.budget,
+                    args.validation,
+                    output / f"seed-{seed}" if args.seeds > 1 else output,
+                    args.resume,
+                    args.report_to,
+                )
+            )
+            print(results[-1])
+        if args.seeds > 1:
+            print(f"\n{robustness_table(results)}")
+            min(results, key=lambda result: result.finalists[0].loss).save(output)
+        print(
+            f"saved to {output}; next: optimum-cli dsa prune {args.model} -o OUT -s {args.sparsity} "
+            f"--allocation {output}"
         )
-        print(result)
-        print(f"saved to {args.output}; next: optimum-cli dsa prune {args.model} -o OUT -s {args.sparsity} "
-              f"--allocation {args.output}")  # fmt: skip

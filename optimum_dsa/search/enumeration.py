@@ -11,7 +11,7 @@ from itertools import product
 import torch
 from torch import Tensor
 
-from ..allocation import POST_PROCESS, PRE_PROCESS, REDUCTION, TRANSFORM, AllocationFunction
+from ..allocation import PRE_PROCESS, REDUCTION, AllocationFunction
 from ..allocation.budget import fit_counts
 from ..allocation.operations import mean_by_size, singular_values
 from .resolve import Resolver

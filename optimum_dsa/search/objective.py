@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
 
 from ..calibration import walk_blocks
 from ..configuration import DSAConfig
@@ -136,7 +138,12 @@ class Objective:
 
     def _divergence(self, rows: range) -> Tensor:
         """(windows, length): KL of the dense from the current next-token distribution, its tail as one outcome."""
-        logits = self._logits(self.validation[rows.start : rows.stop]).float()
+        return self._compare(self._logits(self._tokens(rows)).float(), rows)
+
+    def _tokens(self, rows: range) -> Tensor:
+        return self.validation[rows.start : rows.stop]
+
+    def _compare(self, logits: Tensor, rows: range) -> Tensor:
         dense = torch.stack([self._dense[row][0] for row in rows]).to(logits.device).float()
         tokens = torch.stack([self._dense[row][1] for row in rows]).to(logits.device).long()
         current = logits.gather(-1, tokens) - logits.logsumexp(-1, keepdim=True)
@@ -147,12 +154,14 @@ class Objective:
         return loss
 
     @torch.no_grad()
-    def sequential(self, counts: Mapping[str, int], rows: range) -> float:
-        """The loss on `rows` of the model as `prune` would leave it: each block calibrated on the pruned ones."""
+    def sequential(self, counts: Mapping[str, int], rows: range) -> tuple[float, float]:
+        """(loss, perplexity) on `rows` of the model as `prune` would leave it: each block after the pruned ones."""
         if self.config.recipe.update == "none":
             self.move_anchor(counts)
             self._ensure_anchor(tokens=sys.maxsize)
-            return self.loss(counts, rows)
+            self.masked.counts = counts
+            with self.masked.active():
+                return self._loss_and_perplexity(rows)
         kept = {name: weight.tensor(self.model).clone() for name, weight in self.masked.weights.items()}
         try:
             batches = self.calibration.batches(self.config.batch_size)
@@ -160,12 +169,21 @@ class Objective:
                 for weight in walked.weights:
                     statistics = walked.statistics[weight.name]
                     prune_(walked.tensor(weight), statistics, self.config, counts[weight.name])
-            self.masked.counts = {}
-            total = sum(self._divergence(part).sum().item() for part in _parts(rows, self.config.batch_size))
+            return self._loss_and_perplexity(rows)
         finally:
             for name, weight in self.masked.weights.items():
                 weight.tensor(self.model).copy_(kept[name])
-        return total / (len(rows) * self.validation.shape[1])
+
+    def _loss_and_perplexity(self, rows: range) -> tuple[float, float]:
+        loss = surprise = 0.0
+        for part in _parts(rows, self.config.batch_size):
+            tokens = self._tokens(part)
+            logits = self._logits(tokens).float()
+            loss += self._compare(logits, part).sum().item()
+            following = tokens[:, 1:].to(logits.device).flatten()
+            surprise += cross_entropy(logits[:, :-1].flatten(0, 1), following, reduction="sum").item()
+        length = self.validation.shape[1]
+        return loss / (len(rows) * length), math.exp(surprise / (len(rows) * (length - 1)))
 
 
 def _first(batches: Sequence[Mapping[str, Tensor]], tokens: int) -> list[Mapping[str, Tensor]]:

@@ -6,20 +6,32 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import correlation, mean, stdev
 
 from ..allocation import Allocation
 from ..configuration import DSAConfig
 from ..files import write_text
+from .problem import Budget
 from .space import Candidate
 from .trace import SearchTrace
 
 
 @dataclass(frozen=True)
 class Finalist:
-    """A candidate that met the real prune: `loss` is its divergence on all validation windows afterwards."""
+    """A candidate that met the real prune.
+
+    Attributes:
+        candidate (`Candidate`): what it is.
+        loss (`float`): divergence on all validation windows after the sequential prune.
+        perplexity (`float`): on the same.
+        proxy (`float`): divergence with one-shot masks from the dense model's statistics, on fewer windows.
+        allocation (`Allocation`): what `DSAConfig(allocation=...)` takes.
+    """
 
     candidate: Candidate
     loss: float
+    perplexity: float
+    proxy: float | None
     allocation: Allocation
 
 
@@ -32,17 +44,28 @@ class SearchResult:
         finalists (`Sequence[Finalist]`): best first, by validation loss after the sequential prune; uniform is one.
         trace (`SearchTrace`): everything that was tried.
         budget (`Budget`): what it cost.
+        notes (`Sequence[str]`): what the strategy has to say.
     """
 
     config: DSAConfig
     finalists: Sequence[Finalist]
     trace: SearchTrace
-    budget: object
+    budget: Budget
+    notes: Sequence[str] = ()
 
     @property
     def best(self) -> Allocation:
         """The winner's allocation: what `DSAConfig(allocation=...)` takes."""
         return self.finalists[0].allocation
+
+    @property
+    def proxy_correlation(self) -> float | None:
+        """Rank correlation (Spearman) over the finalists between the proxy and the loss after the sequential prune.
+
+        `None` for fewer than three.
+        """
+        pairs = [(row.proxy, row.loss) for row in self.finalists if row.proxy is not None]
+        return rank_correlation(*zip(*pairs)) if len(pairs) >= 3 else None
 
     def save(self, folder: str | Path) -> None:
         """Write `allocation.json` (the winner) and `search.json` (the finalists) into `folder`."""
@@ -52,16 +75,21 @@ class SearchResult:
         write_text(folder / "search.json", json.dumps(self.to_dict(), indent=2) + "\n")
 
     def to_dict(self) -> dict:
+        """Config, finalists and cost as JSON values."""
         return {
             "config": self.config.to_dict(),
             "finalists": [
                 {
                     "candidate": row.candidate.to_dict(),
                     "validation_loss": row.loss,
+                    "validation_perplexity": row.perplexity,
+                    "proxy_loss": row.proxy,
                     "allocation": row.allocation.to_dict(),
                 }
                 for row in self.finalists
             ],
+            "proxy_correlation": self.proxy_correlation,
+            "notes": list(self.notes),
             "trials": len(self.trace.trials),
             "tokens": self.budget.spent_tokens,
             "evaluations": self.budget.spent_evaluations,
@@ -69,10 +97,42 @@ class SearchResult:
         }
 
     def __str__(self) -> str:
-        lines = [f"{'validation loss':>15}  allocation"]
-        lines += [f"{row.loss:>15.4f}  {row.candidate}" for row in self.finalists]
+        lines = [f"{'validation loss':>15}{'perplexity':>12}{'one-shot loss':>15}  allocation"]
+        lines += [
+            f"{row.loss:>15.4f}{row.perplexity:>12.2f}{_shown(row.proxy):>15}  {row.candidate}"
+            for row in self.finalists
+        ]
+        if (correlation := self.proxy_correlation) is not None:
+            lines.append(f"rank correlation of one-shot masks with the sequential prune: {correlation:.2f}")
         spent = self.budget
         lines.append(
             f"{len(self.trace.trials)} trials, {spent.spent_tokens:,} validation tokens, {spent.spent_seconds:.0f} s"
         )
-        return "\n".join(lines)
+        return "\n".join([*lines, *self.notes])
+
+
+def robustness_table(results: Sequence[SearchResult]) -> str:
+    """What each of several seeds found, and how far they are apart: the paper's robustness table."""
+    lines = [f"{'seed':>4}{'validation loss':>17}{'perplexity':>12}  allocation"]
+    winners = [result.finalists[0] for result in results]
+    for result, row in zip(results, winners):
+        lines.append(f"{result.config.seed:>4}{row.loss:>17.4f}{row.perplexity:>12.2f}  {row.candidate}")
+    if len(results) > 1:
+        losses, perplexities = [row.loss for row in winners], [row.perplexity for row in winners]
+        lines.append(f"mean{mean(losses):>17.4f}{mean(perplexities):>12.2f}")
+        lines.append(f" ±  {stdev(losses):>17.4f}{stdev(perplexities):>12.2f}  (standard deviation)")
+    return "\n".join(lines)
+
+
+def rank_correlation(first: Sequence[float], second: Sequence[float]) -> float:
+    """Spearman's: the correlation of the ranks, 1 where both order alike; equal values share a rank."""
+
+    def ranks(values: Sequence[float]) -> list[float]:
+        return [sum(v < value for v in values) + sum(v == value for v in values) / 2 for value in values]
+
+    first, second = ranks(first), ranks(second)
+    return correlation(first, second) if len(set(first)) > 1 < len(set(second)) else 0.0
+
+
+def _shown(value: float | None) -> str:
+    return "" if value is None else f"{value:.4f}"

@@ -44,6 +44,7 @@ class Trial:
         tokens (`int`): validation tokens that it cost; 0 where the answer was known already.
         seconds (`float`): wall time that it cost.
         counts (`tuple[int, ...]`): the allocation, as weights removed per matrix.
+        perplexity (`float`): on the same text, after a sequential prune.
     """
 
     number: int
@@ -54,6 +55,7 @@ class Trial:
     seconds: float = 0.0
     counts: tuple[int, ...] | None = None
     error: str | None = None
+    perplexity: float | None = None
 
     def to_json(self) -> str:
         request = self.request
@@ -66,7 +68,7 @@ class Trial:
             "tokens": self.tokens,
             "seconds": round(self.seconds, 4),
         }
-        for name in ("slopes", "counts", "error"):
+        for name in ("slopes", "counts", "error", "perplexity"):
             value = getattr(self, name)
             if value is not None:
                 data[name] = list(value) if isinstance(value, tuple) else value
@@ -78,7 +80,15 @@ class Trial:
         request = Request(data["kind"], Candidate.from_dict(data["candidate"]), *data["rows"])
         slopes, counts = (None if data.get(k) is None else tuple(data[k]) for k in ("slopes", "counts"))
         return cls(
-            data["number"], request, data["loss"], slopes, data["tokens"], data["seconds"], counts, data.get("error")
+            data["number"],
+            request,
+            data["loss"],
+            slopes,
+            data["tokens"],
+            data["seconds"],
+            counts,
+            data.get("error"),
+            data.get("perplexity"),
         )
 
 

@@ -118,7 +118,7 @@ def test_the_sequential_loss_is_that_of_the_model_that_prune_leaves(method):
     for block, count in report.allocation.counts().items():
         weights = objective.architecture.units("block")[block]
         counts |= split_count(count, {weight.name: weight.size for weight in weights})
-    found = objective.sequential(counts, range(4))
+    found, _ = objective.sequential(counts, range(4))
     assert same_state(model, before)
     model.load_state_dict(report_model.state_dict())
     objective.masked.counts = {}

@@ -5,8 +5,9 @@ import pytest
 import torch
 
 from optimum_dsa import ALLOCATIONS, Calibration, DSAConfig, allocate, find_architecture, prune
+from optimum_dsa.search.problem import parse_budget
 from optimum_dsa.search.resolve import Resolver
-from optimum_dsa.search.run import parse_budget, search
+from optimum_dsa.search.run import search
 from optimum_dsa.search.space import Candidate, SearchSpace
 from optimum_dsa.search.strategies import STRATEGIES
 from optimum_dsa.search.trace import Request, SearchTrace, Trial
