@@ -16,7 +16,17 @@ import pytest
 import yaml
 
 import optimum_dsa
-from optimum_dsa import ALLOCATIONS, METHODS, METRICS, POST_PROCESS, PRE_PROCESS, REDUCTION, TRANSFORM, UPDATES
+from optimum_dsa import (
+    ALLOCATIONS,
+    METHODS,
+    METRICS,
+    MODES,
+    POST_PROCESS,
+    PRE_PROCESS,
+    REDUCTION,
+    TRANSFORM,
+    UPDATES,
+)
 from optimum_dsa.commands.dsa import DSACommand
 from optimum_dsa.commands.prune import asked_config
 from optimum_dsa.demo import demo_model, demo_texts
@@ -121,7 +131,8 @@ def test_links_of_the_readme_lead_to_a_file_and_a_heading():
 
 @pytest.mark.parametrize("name", sorted(TEXTS))
 def test_papers_are_cited_by_the_addresses_of_the_tables(name):
-    known = {address for table in TABLES.values() for address in table.references.values()}
+    tables = [*TABLES.values(), MODES]
+    known = {address for table in tables for address in table.references.values()}
     assert set(re.findall(r"https://arxiv\.org/[\w./]+", TEXTS[name])) <= known
 
 
