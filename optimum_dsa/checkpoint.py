@@ -67,9 +67,17 @@ def _save_offloaded(model: nn.Module, directory: Path, **save_kwargs) -> None:
             del model.hf_device_map
 
 
-def describe_result(report: PruningReport, base: dict[str, str | None]) -> dict[str, Any]:
-    """The content of `dsa_config.json`: config, base model, allocation, achieved sparsity, calibration, versions."""
-    return {"format_version": FORMAT_VERSION, "base_model": base, **report.to_dict(), "versions": versions()}
+def describe_result(
+    report: PruningReport, base: dict[str, str | None], recovery: dict[str, Any] | None = None
+) -> dict[str, Any]:
+    """The content of `dsa_config.json`: config, base model, allocation, achieved sparsity, calibration, versions.
+
+    `recovery` is what is known of training after pruning, or during it.
+    """
+    content = {"format_version": FORMAT_VERSION, "base_model": base, **report.to_dict()}
+    if recovery is not None:
+        content["recovery"] = recovery
+    return {**content, "versions": versions()}
 
 
 def base_model(model: nn.Module) -> dict[str, str | None]:

@@ -11,6 +11,7 @@ from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from .held import keep_alive_
 from .modes import MODES
 from .product import Part, changed_weight, sparse_linear
 
@@ -133,10 +134,3 @@ class SparseLoraLinear(LoraLinear):
 
     def __repr__(self) -> str:
         return super().__repr__().replace("lora.", "sparse_lora.", 1)
-
-
-def keep_alive_(weight: Tensor, keep: Tensor) -> None:
-    """Give kept weights that are exactly zero the smallest normal number, in place: zeros are the mask."""
-    lost = (weight == 0) & keep
-    if lost.any():
-        weight[lost] = torch.finfo(weight.dtype).tiny
