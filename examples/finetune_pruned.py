@@ -10,7 +10,7 @@ With --sparsity, pruning starts at once and ends after two thirds of the steps; 
 import argparse
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments
+from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments, default_data_collator
 
 from optimum_dsa import DSACallback, DSAConfig, PruningSchedule, load_tokens
 
@@ -54,7 +54,8 @@ def main() -> None:
         use_cpu=not torch.cuda.is_available(),
     )
     rows = [{"input_ids": row, "labels": row} for row in tokens]
-    trainer = Trainer(model, training, train_dataset=rows, processing_class=tokenizer)
+    # windows of equal length: nothing to pad
+    trainer = Trainer(model, training, default_data_collator, rows, processing_class=tokenizer)
     callback = callback_for(args, tokens).attach(trainer)
     trainer.train()
     trainer.save_model()

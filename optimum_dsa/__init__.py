@@ -24,6 +24,8 @@ _PUBLIC = {
     "PruningReport": "report",
     "PruningSchedule": "recovery.schedule",
     "REDUCTION": "allocation",
+    "RecoveryConfig": "recovery.configuration",
+    "RecoveryResult": "recovery.result",
     "SCHEDULES": "recovery.schedule",
     "STRATEGIES": "search.strategies",
     "SparseLoraConfig": "recovery.peft_method",

@@ -28,6 +28,7 @@ def save_checkpoint(
     report: PruningReport,
     base: dict[str, str | None],
     directory: str | Path,
+    recovery: dict[str, Any] | None = None,
     **save_kwargs,
 ) -> None:
     """Write model, tokenizer and `dsa_config.json` into `directory`; whole or not at all.
@@ -42,7 +43,7 @@ def save_checkpoint(
             model.save_pretrained(fresh, **save_kwargs)
         if tokenizer is not None:
             tokenizer.save_pretrained(fresh)
-        write_text(fresh / CONFIG_NAME, json.dumps(describe_result(report, base), indent=2) + "\n")
+        write_text(fresh / CONFIG_NAME, json.dumps(describe_result(report, base, recovery), indent=2) + "\n")
 
 
 def _save_offloaded(model: nn.Module, directory: Path, **save_kwargs) -> None:

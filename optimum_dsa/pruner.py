@@ -19,6 +19,8 @@ from .report import PruningReport
 
 
 if TYPE_CHECKING:
+    from .recovery.configuration import RecoveryConfig
+    from .recovery.result import RecoveryResult
     from .search.result import SearchResult
 
 
@@ -35,12 +37,14 @@ class DSAPruner:
         model (`nn.Module`): pruned in place.
         tokenizer (`Any`): saved with it; needed for calibration text.
         report (`PruningReport`): of the last `prune`.
+        recovery (`RecoveryResult`): of the last `recover`.
     """
 
     def __init__(self, model: nn.Module, tokenizer: Any = None):
         self.model = model
         self.tokenizer = tokenizer
         self.report: PruningReport | None = None
+        self.recovery: RecoveryResult | None = None
         self._base = base_model(model)
 
     @classmethod
@@ -132,6 +136,39 @@ class DSAPruner:
             report_to=report_to,
         )
 
+    def recover(
+        self,
+        train: Any,
+        config: RecoveryConfig | None = None,
+        validation: Any = None,
+        teacher: str | Path | nn.Module | None = None,
+        checkpoints: str | Path | None = None,
+        resume: bool = False,
+    ) -> RecoveryResult:
+        """Train the model, pruned here or before, and keep each of its zeros.
+
+        Args:
+            train (`Any`): texts, a .txt / .jsonl / .parquet path, a dataset or its name, or a LongTensor (samples,
+                length).
+            config (`RecoveryConfig`, *optional*): method, steps, learning rate, ...; by default sparse adapters, 300
+                steps.
+            validation (`Any`, *optional*): as `train`; by default the end of it, which is then not trained on.
+            teacher (`str | Path | nn.Module`, *optional*): the dense model, for `distillation`.
+            checkpoints (`str`, *optional*): folder for checkpoints that a run can be resumed from.
+            resume (`bool`, defaults to `False`): go on from the last of them.
+        """
+        from .recovery.configuration import RecoveryConfig
+        from .recovery.run import recover
+        from .recovery.targets import counted, report_of
+
+        report = self.report or report_of(self.model)
+        config = config or RecoveryConfig()
+        self.model, self.recovery = recover(
+            self.model, self.tokenizer, train, config, report, validation, teacher, checkpoints, resume
+        )
+        self.report = counted(report, self.model)
+        return self.recovery
+
     def save_pretrained(self, directory: str | Path, **save_kwargs) -> None:
         """Write an ordinary checkpoint, the tokenizer and `dsa_config.json`; whole or not at all.
 
@@ -139,7 +176,8 @@ class DSAPruner:
         """
         if self.report is None:
             raise ValueError("Nothing was pruned yet; call prune() before save_pretrained().")
-        save_checkpoint(self.model, self.tokenizer, self.report, self._base, directory, **save_kwargs)
+        recovery = self.recovery.to_dict() if self.recovery else None
+        save_checkpoint(self.model, self.tokenizer, self.report, self._base, directory, recovery, **save_kwargs)
 
     def _load(self, calibration: Any, config: DSAConfig, needed: bool) -> Calibration | None:
         if calibration is None or not needed:

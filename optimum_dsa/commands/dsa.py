@@ -6,6 +6,7 @@ from .demo import DemoCommand
 from .env import EnvCommand
 from .evaluate import EvaluateCommand
 from .prune import PruneCommand
+from .recover import RecoverCommand
 from .search import SearchCommand
 
 
@@ -16,6 +17,7 @@ class DSACommand(BaseOptimumCLICommand):
     SUBCOMMANDS = (
         CommandInfo("prune", "Prune a model to an exact budget and save it.", PruneCommand),
         CommandInfo("search", "Find the allocation that hurts a model least.", SearchCommand),
+        CommandInfo("recover", "Train a pruned model and keep its zeros.", RecoverCommand),
         CommandInfo("evaluate", "Measure a model's perplexity and its sparsity.", EvaluateCommand),
         CommandInfo("demo", "Prune the embedded model in three ways and compare them.", DemoCommand),
         CommandInfo("env", "Print the versions that a bug report needs.", EnvCommand),

@@ -56,8 +56,7 @@ class DSACallback(TrainerCallback):
     also from a checkpoint that was written without the callback. Each checkpoint and push gets a `dsa_config.json`.
 
     Args:
-        config (`DSAConfig`, *optional*): How to prune; `sparsity` is the final one. Without it nothing is pruned, and
-            the zeros that the model has are held.
+        config (`DSAConfig`, *optional*): How to prune, with the final sparsity. Without it zeros are held only.
         calibration (`Any`, *optional*): As in [`DSAPruner.prune`]; text is read with the Trainer's `processing_class`.
         schedule (`PruningSchedule`, *optional*): When, and how far. Defaults to one shot before the first step.
         reallocate (`str` or `Sequence[int]`, defaults to `"always"`): Whether the allocation is computed anew at every
@@ -174,13 +173,13 @@ class DSACallback(TrainerCallback):
 
     # -- what they do
 
-    def write(self, model: nn.Module, folder: Path, step: int) -> None:
+    def write(self, model: nn.Module, folder: str | Path, step: int) -> None:
         """Write `dsa_config.json` into `folder`: how the model was pruned, and its zeros as they are now."""
         report = report_of(model) if self.report is None else counted(self.report, model)
         training = {"kind": "DSACallback", "step": step, "schedule": asdict(self.schedule) if self.config else None}
         content = describe_result(report, base_model(inner_model(model)), training)
-        folder.mkdir(parents=True, exist_ok=True)
-        write_text(folder / CONFIG_NAME, json.dumps(content, indent=2) + "\n")
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        write_text(Path(folder, CONFIG_NAME), json.dumps(content, indent=2) + "\n")
 
     def _hold(self, inner: nn.Module) -> None:
         if self._held is not None:
