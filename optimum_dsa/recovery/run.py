@@ -58,7 +58,7 @@ def recover(
         folder = Path(checkpoints or stack.enter_context(tempfile.TemporaryDirectory(prefix="optimum-dsa-")))
         trained = _with_adapters(model, config, report) if config.method == "sparse-lora" else model
         try:
-            trainer = _trainer(trained, windows, held_out, config, teacher, folder)
+            trainer = make_trainer(trained, windows, held_out, config, teacher, folder)
             if config.method == "full":
                 DSACallback(exclude=report.config.exclude, include=report.config.include).attach(trainer)
             last = get_last_checkpoint(str(folder)) if resume and folder.is_dir() else None
@@ -127,9 +127,19 @@ def _teacher(model: nn.Module, teacher: Any) -> nn.Module | None:
     return found
 
 
-def _trainer(trained, windows: Tensor, held_out: Tensor, config: RecoveryConfig, teacher, folder: Path):
+def make_trainer(
+    trained: nn.Module,
+    windows: Tensor,
+    held_out: Tensor,
+    config: RecoveryConfig,
+    teacher: nn.Module | None,
+    folder: Path,
+) -> RecoveryTrainer:
+    """The Trainer of `trained`, a model with or without adapters, on `windows`; validates on `held_out`."""
     early = config.patience is not None
     saves = config.eval_steps if early else config.save_steps
+    # newer versions of transformers warn of this name, older ones know no other
+    memory = {"gradient_checkpointing": True} if config.gradient_checkpointing else {}
     arguments = TrainingArguments(
         str(folder),
         max_steps=config.steps,
@@ -140,8 +150,8 @@ def _trainer(trained, windows: Tensor, held_out: Tensor, config: RecoveryConfig,
         per_device_train_batch_size=config.batch_size,
         per_device_eval_batch_size=config.batch_size,
         gradient_accumulation_steps=config.accumulation,
-        gradient_checkpointing=config.gradient_checkpointing,
         bf16=config.bf16,
+        **memory,
         seed=config.seed,
         eval_strategy="steps",
         eval_steps=config.eval_steps,
