@@ -78,6 +78,7 @@ class DSAPruner:
         """
         needed = pruning_needs_inputs(config) or allocation_needs_inputs(config)
         self.report = prune(self.model, self._load(calibration, config, needed), config)
+        self.recovery = None
         return self.report
 
     def allocate(self, calibration: Any, config: DSAConfig) -> Allocation:

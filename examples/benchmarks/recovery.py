@@ -2,8 +2,8 @@
 
 The model is pruned once. Every row starts from it and makes the same steps on the same tokens: no training; plain
 LoRA, whose merged weights are masked again; sparse adapters (mask, scale, spp), merged; and all weights, with
-`DSACallback`. Learning rates are the defaults of `RecoveryConfig` (LoRA's is mask's). Perplexity is measured on `test`, which nothing
-else sees.
+`DSACallback`. Learning rates are the defaults of `RecoveryConfig`; LoRA's is mask's. Perplexity is measured on `test`,
+which nothing else sees.
 
 Cost: steps of each adapter on one batch, taken in turns in one process, whose median is held against plain LoRA's; and
 in a process of its own per adapter, the peak memory of training over what was resident before the model was loaded

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import tempfile
 import time
 from collections.abc import Iterator
@@ -87,6 +88,8 @@ def _check(model: nn.Module, config: RecoveryConfig, teacher: Any, checkpoints: 
             f"distillation={config.distillation:g} and teacher={'given' if teacher is not None else None} do not fit: "
             "give the dense model as teacher and a distillation in (0, 1], or neither."
         )
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise ValueError("recover runs in one process; under torchrun, train with a Trainer and DSACallback.")
     if (resume or config.save_steps) and checkpoints is None:
         raise ValueError("Resuming needs a folder of checkpoints; name one.")
 
