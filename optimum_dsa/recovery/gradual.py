@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from dataclasses import replace
 
@@ -19,6 +20,9 @@ from ..report import PruningReport
 from .targets import count_zeros, plain_name
 
 
+logger = logging.getLogger(__name__)
+
+
 def prune_to(
     model: nn.Module,
     calibration: Calibration | None,
@@ -29,7 +33,8 @@ def prune_to(
     """Prune `model` in place until `sparsity`, and what was wished for each unit at the config's own sparsity.
 
     No zero is given back: every unit loses at least what its emptiest matrix has lost. With the pattern "row", a
-    sparsity below the config's is rounded down to whole weights per row, so that the masks nest.
+    sparsity below the config's is rounded down to whole weights per row, so that the masks nest. Zeros that do not fit
+    the pattern, such as those of a matrix pruned as a whole, come on top of what is asked, with a warning.
 
     Args:
         sparsity (`float`): at most the config's, which is met to one weight.
@@ -57,7 +62,15 @@ def prune_to(
     step = replace(
         config, sparsity=given.overall, allocation=given, granularity="matrix", min_sparsity=0.0, max_sparsity=1.0
     )
-    return replace(prune(model, calibration, step), config=config), dict(wished)
+    report = replace(prune(model, calibration, step), config=config)
+    surplus = report.removed - sum(counts.values())
+    if surplus > 0:
+        logger.warning(
+            "%d weights more than asked are zero: zeros that the model had do not fit the pattern %s.",
+            surplus,
+            config.recipe.pattern,
+        )
+    return report, dict(wished)
 
 
 def _wish(
