@@ -48,7 +48,8 @@ def prune_to(
     zeros = count_zeros(model, architecture)
     total = sum(weight.size for weight in architecture.weights)
     if wished is None:
-        wished = _wish(model, calibration, config, sparsity, architecture)
+        allocation = allocate(model, calibration, config, architecture)
+        wished = {plain_name(unit): value for unit, value in allocation.sparsity.items()}
     if round(sparsity * total) <= sum(zeros.values()):
         return None, dict(wished)
     share = sparsity / config.sparsity
@@ -71,23 +72,6 @@ def prune_to(
             config.recipe.pattern,
         )
     return report, dict(wished)
-
-
-def _wish(
-    model: nn.Module, calibration: Calibration | None, config: DSAConfig, sparsity: float, architecture: Architecture
-) -> dict[str, float]:
-    """The allocation for `sparsity`, scaled to the config's."""
-    if config.allocator is None or sparsity == 0:
-        found = allocate(model, calibration, config, architecture).sparsity
-        return {plain_name(unit): value for unit, value in found.items()}
-    now = replace(
-        config,
-        sparsity=sparsity,
-        min_sparsity=min(config.min_sparsity, sparsity),
-        max_sparsity=max(config.max_sparsity, sparsity),
-    )
-    found = allocate(model, calibration, now, architecture).sparsity
-    return {plain_name(unit): value * config.sparsity / sparsity for unit, value in found.items()}
 
 
 def _counts(
