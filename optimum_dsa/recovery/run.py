@@ -96,10 +96,14 @@ def _check(model: nn.Module, config: RecoveryConfig, teacher: Any, checkpoints: 
 
 def _with_adapters(model: nn.Module, config: RecoveryConfig, report: PruningReport) -> nn.Module:
     """`model` inside a PEFT model with sparse adapters on all matrices that were pruned."""
-    from peft import get_peft_model
+    try:
+        from peft import get_peft_model
 
-    from .peft_method import SparseLoraConfig
-
+        from .peft_method import SparseLoraConfig
+    except ImportError as error:
+        raise ValueError(
+            f"Sparse adapters need peft; install optimum-dsa[peft], or use method='full' ({error})."
+        ) from None
     asked = report.config
     weights = prunable(model, asked.exclude, asked.include, asked.blocks).weights
     modules = [weight.module for weight in weights if weight.expert is None]

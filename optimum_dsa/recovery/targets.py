@@ -35,7 +35,7 @@ def plain_name(name: str) -> str:
 
 def adapter_matrices(model: nn.Module) -> list[str]:
     """Names of the matrices in the blocks of `model` that adapters brought."""
-    if "peft" not in sys.modules:
+    if sys.modules.get("peft") is None:  # no adapters without it, and it is slow to import
         return []
     from peft.tuners.tuners_utils import BaseTunerLayer
 
