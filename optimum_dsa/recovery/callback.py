@@ -12,7 +12,7 @@ from typing import Any
 from torch import nn
 from transformers import TrainerCallback
 
-from ..checkpoint import base_model, describe_result
+from ..checkpoint import describe_result
 from ..configuration import CONFIG_NAME, DSAConfig
 from ..data import Calibration, load_calibration
 from ..files import write_text
@@ -24,6 +24,7 @@ from .held import HeldZeros
 from .schedule import PruningSchedule
 from .sharding import refuse_sharded, synchronise
 from .targets import (
+    base_of,
     count_parameters,
     count_zeros,
     counted,
@@ -178,7 +179,7 @@ class DSACallback(TrainerCallback):
         """Write `dsa_config.json` into `folder`: how the model was pruned, and its zeros as they are now."""
         report = report_of(model) if self.report is None else counted(self.report, model)
         training = {"kind": "DSACallback", "step": step, "schedule": asdict(self.schedule) if self.config else None}
-        content = describe_result(report, base_model(inner_model(model)), training)
+        content = describe_result(report, base_of(model), training)
         Path(folder).mkdir(parents=True, exist_ok=True)
         write_text(Path(folder, CONFIG_NAME), json.dumps(content, indent=2) + "\n")
 

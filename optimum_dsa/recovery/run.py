@@ -21,7 +21,7 @@ from ..report import PruningReport
 from .callback import DSACallback
 from .configuration import RecoveryConfig
 from .precision import in_float32
-from .result import RecoveryResult
+from .result import RecoveryResult, by_step
 from .targets import prunable
 from .texts import read_windows
 from .trainer import RecoveryTrainer
@@ -74,9 +74,7 @@ def recover(
     trained.eval()
     seconds = time.perf_counter() - start
     after = perplexity(trained, held_out, config.batch_size)
-    names = ("step", "loss", "eval_loss", "learning_rate")
-    history = [{name: entry[name] for name in names if name in entry} for entry in trainer.state.log_history]
-    history = [entry for entry in history if "loss" in entry or "eval_loss" in entry]
+    history = by_step(trainer.state.log_history)
     return trained, RecoveryResult(config, before, after, trainer.state.global_step, history, data, seconds)
 
 

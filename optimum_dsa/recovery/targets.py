@@ -8,12 +8,14 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 
 from ..allocation import Allocation
 from ..architecture import Architecture, find_architecture, find_stacks
+from ..checkpoint import base_model
 from ..configuration import CONFIG_NAME, DSAConfig
 from ..report import PruningReport
 
@@ -123,13 +125,22 @@ def plain_report(report: PruningReport) -> PruningReport:
     )
 
 
+def base_of(model: nn.Module) -> dict[str, str | None]:
+    """Name and revision of the dense model that `model` comes from, as far as it says so."""
+    inner = inner_model(model)
+    return _described(inner).get("base_model") or base_model(inner)
+
+
 def _origin(model: nn.Module) -> PruningReport | None:
     """The report in the folder that `model` was loaded from, if it is a pruned model's."""
-    path = Path(getattr(getattr(model, "config", None), "_name_or_path", "") or "", CONFIG_NAME)
-    if not path.is_file():
-        return None
-    data = json.loads(path.read_text())
+    data = _described(model)
     return PruningReport.from_dict(data) if "config" in data and "allocation" in data else None
+
+
+def _described(model: nn.Module) -> dict[str, Any]:
+    """The `dsa_config.json` in the folder that `model` was loaded from; empty where there is none."""
+    path = Path(getattr(getattr(model, "config", None), "_name_or_path", "") or "", CONFIG_NAME)
+    return json.loads(path.read_text()) if path.is_file() else {}
 
 
 def count_parameters(model: nn.Module) -> int:

@@ -110,6 +110,7 @@ def test_divergence_is_the_mean_over_tokens():
 def test_merged_models_and_adapters_are_saved_with_their_history(tmp_path):
     pruner = DSAPruner.from_pretrained(sparse_llama(sparsity=0.6))
     pruner.prune(None, DSAConfig(0.65, "magnitude", "uniform"))
+    pruner._base = {"name": "dense/parent", "revision": None}
     pruner.save_pretrained(tmp_path / "pruned")
     before = zeros(pruner.model)
     again = DSAPruner.from_pretrained(str(tmp_path / "pruned"))
@@ -120,6 +121,8 @@ def test_merged_models_and_adapters_are_saved_with_their_history(tmp_path):
     again.save_pretrained(tmp_path / "merged")
     for folder in ("adapter", "merged"):
         content = json.loads((tmp_path / folder / "dsa_config.json").read_text())
+        dense = json.loads((tmp_path / "pruned" / "dsa_config.json").read_text())["base_model"]
+        assert content["base_model"] == dense
         assert content["recovery"] == json.loads(json.dumps(result.to_dict()))
         assert RecoveryConfig.from_dict(content["recovery"]["config"]) == result.config
         assert PruningReport.from_dict(content).sparsity == pruner.report.sparsity
