@@ -163,8 +163,8 @@ def _keep_in_groups(scores: Tensor, width: int, removed: int) -> Tensor:
 def removal_order(pattern: Pattern, scores: Tensor, count: int = 0) -> Tensor:
     """When each weight goes: (out_features, in_features) int64, the weights of order < count being those removed.
 
-    `pattern.keep(scores, n) == (removal_order(pattern, scores) >= n)` for every n, so that one order holds the masks of
-    all sparsities. For N:M, n must be a whole number per group. Per row, the two may differ in which rows give one
+    `pattern.keep(scores, n) == (removal_order(pattern, scores) >= n)` for every n, so that one order holds the masks
+    of all sparsities. For N:M, n must be a whole number per group. Per row, the two may differ in which rows give one
     weight more than others, as no order has those evenly spread at every n; at n = `count` they agree.
     """
     rows, columns = scores.shape

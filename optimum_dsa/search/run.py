@@ -111,7 +111,7 @@ def _problem(
 
 
 def _table(conductor: _Conductor, problem: Problem, chosen: Sequence[Candidate]) -> tuple[Finalist, ...]:
-    """The finalists by their loss after the sequential prune, and what one-shot masks of the dense model say of them."""
+    """The finalists by their loss after the sequential prune, beside that of one-shot masks of the dense model."""
     resolver = problem.resolver
     conductor.serve([Request("anchor", Candidate("dense", counts=(0,) * len(resolver.sizes)))])
     proxies = conductor.serve([Request("loss", candidate, 0, problem.rungs[-1]) for candidate in chosen])
