@@ -16,6 +16,7 @@ from ..data import Calibration
 from ..evaluation import check_tokens
 from ..masks import Pattern, removal_order
 from ..metrics import METRICS
+from ..offload import resident
 from ..pruning import _pruning_reads, architecture_for, prune_
 from .masking import MaskedModel, quantise
 
@@ -118,7 +119,8 @@ class Objective:
         def receive(weight, gradient: Tensor) -> None:
             band = self.masked.band(weight.name, counts[weight.name], max(int(width * weight.size), 1))
             band = band.to(gradient.device)
-            moved = (gradient.float() * weight.tensor(self.model).float()).masked_select(band)
+            with resident(self.model, [weight.module]):
+                moved = (gradient.float() * weight.tensor(self.model).float()).masked_select(band)
             slopes[weight.name] -= moved.sum().item() / max(moved.numel(), 1)
 
         total = 0.0
@@ -162,17 +164,28 @@ class Objective:
             self.masked.counts = counts
             with self.masked.active():
                 return self._loss_and_perplexity(rows)
-        kept = {name: weight.tensor(self.model).clone() for name, weight in self.masked.weights.items()}
+        kept = self._kept()
         try:
             batches = self.calibration.batches(self.config.batch_size)
             for walked in walk_blocks(self.model, self.architecture, batches, gram=True):
                 for weight in walked.weights:
                     statistics = walked.statistics[weight.name]
                     prune_(walked.tensor(weight), statistics, self.config, counts[weight.name])
+                    walked.changed(weight)
             return self._loss_and_perplexity(rows)
         finally:
             for name, weight in self.masked.weights.items():
-                weight.tensor(self.model).copy_(kept[name])
+                with resident(self.model, [weight.module]) as changes:
+                    weight.tensor(self.model).copy_(kept[name])
+                    changes.add(f"{weight.module}.{weight.attribute}")
+
+    def _kept(self) -> dict[str, Tensor]:
+        """Copies of all prunable weights, on the CPU: an update changes the weights that stay, too."""
+        kept = {}
+        for name, weight in self.masked.weights.items():
+            with resident(self.model, [weight.module]):
+                kept[name] = weight.tensor(self.model).to("cpu", copy=True)
+        return kept
 
     def _loss_and_perplexity(self, rows: range) -> tuple[float, float]:
         loss = surprise = 0.0
