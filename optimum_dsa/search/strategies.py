@@ -104,7 +104,7 @@ def auto(problem: Problem) -> Search:
     """Named allocators, then the width of a ramp, then evolution, then refinement per matrix, within one budget."""
     found = (yield from named(problem))[:4]
     found += (yield from ramp(problem))[:2]
-    evolved = yield from evolution(problem.with_share(0.35, start=found[0]))
+    evolved = yield from evolution(problem.with_share(0.3, start=found[0]))
     ranking = yield from race(problem, dict.fromkeys([*evolved[:4], *found]), keep=1.0)
     refined = yield from descent(replace(problem, start=ranking[0].candidate))
     return [*refined, *(ranked.candidate for ranked in ranking[:2])]
