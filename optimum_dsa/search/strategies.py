@@ -18,7 +18,7 @@ def named(problem: Problem) -> Search:
     return [ranked.candidate for ranked in distinct(ranking)]
 
 
-@STRATEGIES.register("random", reference=DSA)
+@STRATEGIES.register("random", reference=DSA, named=False)
 def random_search(problem: Problem, generation: int = 16) -> Search:
     """Functions drawn at random: the paper's baseline."""
     best: list[Ranked] = yield from race(problem, [UNIFORM], keep=1.0)
@@ -51,7 +51,7 @@ def evolution(problem: Problem, population: int = 16, parents: int = 6, immigran
     return [ranked.candidate for ranked in best]
 
 
-@STRATEGIES.register(reference=DSA)
+@STRATEGIES.register(reference=DSA, named=False)
 def exhaustive(problem: Problem) -> Search:
     """All distinct allocations of the published space, raced from one window on.
 
@@ -79,7 +79,7 @@ def exhaustive(problem: Problem) -> Search:
     return [ranked.candidate for ranked in distinct(ranking)]
 
 
-@STRATEGIES.register(reference="https://arxiv.org/abs/2502.14770")
+@STRATEGIES.register(reference="https://arxiv.org/abs/2502.14770", named=False)
 def ramp(problem: Problem) -> Search:
     """The width of a linear ramp over depth: a coarse line search, then two halvings around the best."""
     tried: dict[float, Ranked] = {}
