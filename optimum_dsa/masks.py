@@ -131,7 +131,7 @@ def _lowest_per_row(scores: Tensor, count: int) -> Tensor:
 
 def _numbers_of_rows(count: int, rows: int) -> Tensor:
     """How many of `count` weights each row gives."""
-    return ((2 * count * torch.arange(rows + 1) + rows) // (2 * rows)).diff()
+    return (torch.arange(rows + 1, dtype=torch.float64) * count / rows).round().long().diff()
 
 
 def _chunks(scores: Tensor) -> tuple[Tensor, ...]:

@@ -189,7 +189,9 @@ def test_search_over_seeds_compares_them_and_leaves_the_best_for_prune(monkeypat
     assert code == 0, errors
     assert "mean" in output and "standard deviation" in output
     losses = [
-        json.loads((tmp_path / "found" / f"seed-{seed}" / "search.json").read_text())["finalists"][0]["validation_loss"]
+        json.loads((tmp_path / "found" / f"seed-{seed}" / "search.json").read_text())["finalists"][0][
+            "validation_loss"
+        ]
         for seed in (0, 1)
     ]
     best = json.loads((tmp_path / "found" / "search.json").read_text())["finalists"][0]["validation_loss"]
