@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from .allocation.layout import place, short_names
@@ -17,7 +17,7 @@ INK, MUTED, RULE, PAPER = "#1b1f24", "#59636e", "#e3e6ea", "#ffffff"
 FIRST, UNIFORM = "#0072b2", "#8a929b"
 OTHERS = ("#d55e00", "#009e73", "#b8628f", "#e69f00", "#56b4e9")
 MARKERS, DASHES = "osD^vP", ("-", (0, (6, 1.6)), (0, (4, 1.5, 1, 1.5)), (0, (1.5, 1.2)))
-WIDTH = 5.9
+WIDTH = 5.2  # inches: as wide as a phone, so that nothing gets smaller on one
 
 
 def require_matplotlib() -> None:
@@ -47,21 +47,21 @@ def new_figure(width: float, height: float, title: str | None, panels: int = 1) 
     return figure, figure.axes[0]
 
 
-def styles(labels: Sequence[str]) -> Iterator[dict]:
+def styles(labels: Sequence[str]) -> dict[str, dict]:
     """The line of each label: its colour, marker and dash."""
-    number = 0
-    for label in labels:
-        if label == "uniform":
-            yield {"color": UNIFORM, "linestyle": (0, (3, 2)), "linewidth": 1.4, "marker": ""}
-            continue
-        colour = (FIRST, *OTHERS)[number % 6]
-        dash = DASHES[number % len(DASHES)]
-        marker = MARKERS[number % len(MARKERS)]
-        yield {
-            "color": colour, "linestyle": dash, "linewidth": 1.6 if number else 2.4, "marker": marker,
-            "markeredgecolor": PAPER, "markeredgewidth": 0.8, "zorder": 3 if number else 4,
-        }  # fmt: skip
-        number += 1
+    quiet = {"color": UNIFORM, "linestyle": (0, (3, 2)), "linewidth": 1.4, "marker": ""}
+    dealt = {}
+    for number, label in enumerate(label for label in labels if label != "uniform"):
+        dealt[label] = {
+            "color": (FIRST, *OTHERS)[number % 6],
+            "linestyle": DASHES[number % len(DASHES)],
+            "linewidth": 1.6 if number else 2.4,
+            "marker": MARKERS[number % len(MARKERS)],
+            "markeredgecolor": PAPER,
+            "markeredgewidth": 0.8,
+            "zorder": 3 if number else 4,
+        }
+    return {label: dealt.get(label, quiet) for label in labels}
 
 
 def block_axis(axes: Axes, blocks: Sequence[str], shift: float = 0.0) -> None:
@@ -84,6 +84,12 @@ def block_axis(axes: Axes, blocks: Sequence[str], shift: float = 0.0) -> None:
     axes.set_xticks(ticks, labels)
     axes.set_xlabel("block")
     axes.set_xlim(-0.5 + shift, len(blocks) - 0.5 + shift)
+
+
+def plain(text: str, longest: int = 30) -> str:
+    """`text` as matplotlib shows it letter by letter: no formulas, nothing hidden, cut where it is long."""
+    text = text if len(text) <= longest else f"{text[: longest - 1]}…"
+    return (" " if text.startswith("_") else "") + text.replace("$", r"\$")
 
 
 def percent(axis) -> None:

@@ -18,7 +18,6 @@ from .drawing import (
     FIRST,
     INK,
     MUTED,
-    OTHERS,
     PAPER,
     RULE,
     WIDTH,
@@ -27,6 +26,7 @@ from .drawing import (
     legend,
     new_figure,
     percent,
+    plain,
     styles,
 )
 
@@ -61,13 +61,14 @@ def allocation_chart(allocations: Mapping[str, Allocation], title: str | None = 
         allocations (`Mapping[str, Allocation]`): label -> allocation, per block or per matrix.
         title (`str`, *optional*): above the chart.
     """
-    figure, axes = new_figure(WIDTH, 3.1, title)
+    figure, axes = new_figure(WIDTH, 2.9, title)
     shares = {label: by_block(allocation) for label, allocation in allocations.items()}
     blocks = list(dict.fromkeys(block for values in shares.values() for block in values))
-    for (label, values), style in zip(shares.items(), styles(shares)):
+    looks = styles(list(shares))
+    for label, values in shares.items():
         heights = [values.get(block, math.nan) for block in blocks]
         few = len(blocks) <= 40
-        axes.plot(range(len(blocks)), heights, label=label, markersize=5 if few else 0, **style)
+        axes.plot(range(len(blocks)), heights, label=plain(label), markersize=5 if few else 0, **looks[label])
     first = next(iter(shares.values()))
     if "uniform" in shares:
         low, high = ([values.get(block, math.nan) for block in blocks] for values in (first, shares["uniform"]))
@@ -82,17 +83,19 @@ def allocation_chart(allocations: Mapping[str, Allocation], title: str | None = 
     return figure
 
 
-def heat_map(allocation: Allocation, title: str | None = None) -> Figure:
+def heat_map(allocation: Allocation, title: str | None = None, bounds: tuple[float, float] | None = None) -> Figure:
     """The sparsity of every block (across) and kind of matrix (down); one row where the units are whole blocks.
 
     Args:
         allocation (`Allocation`): per block or per matrix.
         title (`str`, *optional*): above the chart.
+        bounds (`tuple[float, float]`, *optional*): sparsities of the lightest and the darkest colour, so that several
+            maps can be compared; by default the allocation's own.
     """
     blocks, kinds, shares = grid(allocation)
     values = [[shares.get((block, kind), math.nan) for block in blocks] for kind in kinds]
     figure, axes = new_figure(WIDTH, 0.9 + 0.3 * max(len(kinds), 2), title)
-    low, high = min(shares.values()), max(shares.values())
+    low, high = bounds or (min(shares.values()), max(shares.values()))
     middle, half = (low + high) / 2, max((high - low) / 2, 0.02)
     mesh = axes.pcolormesh(
         values, cmap="YlGnBu", vmin=middle - half, vmax=middle + half, edgecolors=PAPER, linewidth=1
@@ -100,7 +103,7 @@ def heat_map(allocation: Allocation, title: str | None = None) -> Figure:
     axes.invert_yaxis()
     block_axis(axes, blocks, shift=0.5)
     names = short_names(kinds)
-    axes.set_yticks([row + 0.5 for row in range(len(kinds))], [names[kind] for kind in kinds])
+    axes.set_yticks([row + 0.5 for row in range(len(kinds))], [plain(names[kind]) for kind in kinds])
     bar = figure.colorbar(mesh, ax=axes, pad=0.015, aspect=14, fraction=0.06)
     bar.outline.set_visible(False)
     bar.ax.tick_params(length=0, colors=MUTED, labelsize=8.5)
@@ -115,7 +118,9 @@ def heat_map(allocation: Allocation, title: str | None = None) -> Figure:
     return figure
 
 
-def search_curves(traces: Mapping[str, SearchTrace], title: str | None = None) -> Figure:
+def search_curves(
+    traces: Mapping[str, SearchTrace], title: str | None = None, among: Sequence[str] | None = None
+) -> Figure:
     """The best validation loss against the tokens that it took, a line per search.
 
     The loss is that of the masks a search works with. A star is its best finalist after the real prune, where it has
@@ -124,13 +129,16 @@ def search_curves(traces: Mapping[str, SearchTrace], title: str | None = None) -
     Args:
         traces (`Mapping[str, SearchTrace]`): label -> trace.
         title (`str`, *optional*): above the chart.
+        among (`Sequence[str]`, *optional*): the labels of a chart beside it, so that both deal the same colours.
     """
     from matplotlib.ticker import FuncFormatter
 
-    figure, axes = new_figure(WIDTH, 3.1, title)
-    for (label, trace), style in zip(traces.items(), styles(traces)):
+    figure, axes = new_figure(WIDTH, 2.9, title)
+    looks = styles(list(among or traces))
+    for label, trace in traces.items():
+        style = looks[label]
         tokens, losses = trace.best_so_far()
-        axes.plot(tokens, losses, label=label, drawstyle="steps-post", **(style | {"marker": ""}))
+        axes.plot(tokens, losses, label=plain(label), drawstyle="steps-post", **(style | {"marker": ""}))
         ends = [trial.loss for trial in trace.trials if trial.request.kind == "sequential" and trial.loss is not None]
         if ends:
             spent = sum(trial.tokens for trial in trace.trials)
@@ -144,12 +152,13 @@ def search_curves(traces: Mapping[str, SearchTrace], title: str | None = None) -
     return figure
 
 
-def quality_chart(rows: Sequence[Measured], title: str | None = None) -> Figure:
+def quality_chart(rows: Sequence[Measured], title: str | None = None, among: Sequence[str] | None = None) -> Figure:
     """Perplexity and bytes of several models side by side, as bars; what nobody measured has no panel.
 
     Args:
         rows (`Sequence[Measured]`): the models, first on top.
         title (`str`, *optional*): above the chart.
+        among (`Sequence[str]`, *optional*): the labels of a chart beside it, so that both deal the same colours.
     """
     panels = [("perplexity (lower is better)", [row.perplexity for row in rows], lambda value: f"{value:.4g}")]
     panels.append(("weight files", [row.bytes for row in rows], readable_bytes))
@@ -157,7 +166,8 @@ def quality_chart(rows: Sequence[Measured], title: str | None = None) -> Figure:
     if not panels:
         raise ValueError("No row has a perplexity or bytes, so there is nothing to draw.")
     figure, first = new_figure(WIDTH, 0.75 + 0.36 * len(rows), title, len(panels))
-    colours = [FIRST, *(OTHERS[number % len(OTHERS)] for number in range(len(rows) - 1))]
+    looks = styles(list(among or (row.name for row in rows)))
+    colours = [looks[row.name]["color"] for row in rows]
     for axes, (label, values, show) in zip(figure.axes, panels):
         bars = axes.barh(range(len(rows)), [value or 0 for value in values], color=colours, height=0.62)
         shown = ["not measured" if value is None else show(value) for value in values]
@@ -165,7 +175,7 @@ def quality_chart(rows: Sequence[Measured], title: str | None = None) -> Figure:
         axes.set_xlim(0, 1.32 * max(value or 0 for value in values))
         axes.set_xticks([])
         axes.set_title(label, fontsize=9.5, color=MUTED, loc="left")
-        axes.set_yticks(range(len(rows)), [row.name for row in rows] if axes is first else [])
+        axes.set_yticks(range(len(rows)), [plain(row.name, 22) for row in rows] if axes is first else [])
         axes.invert_yaxis()
     return figure
 
