@@ -60,7 +60,7 @@ class EvaluateCommand(LeafCommand):
                 zeros += int((walked.tensor(weight) == 0).sum())
                 size += weight.size
         result = {
-            "model": args.model,
+            "model": describe(args.model),
             "dataset": describe(args.dataset),
             "windows": len(tokens),
             "sequence_length": length,

@@ -13,7 +13,7 @@ from accelerate.utils import broadcast_object_list
 from huggingface_hub.utils import tqdm
 from torch import Tensor, cuda, nn
 
-from ..allocation import ALLOCATIONS
+from ..allocation import ALLOCATIONS, Allocation
 from ..configuration import DSAConfig
 from ..data import Calibration
 from .evaluator import Evaluator
@@ -84,7 +84,7 @@ def search(
         conductor = _Conductor(evaluator, trace, budget, list(replayed), logger)
         ranking = conductor.conduct(run(problem))
         table = _table(conductor, problem, _finalists(ranking, resolver, finalists))
-        result = SearchResult(config, table, trace, budget, tuple(problem.notes))
+        result = SearchResult(config, table, trace, budget, tuple(problem.notes), _baselines(resolver))
         if folder is not None and main:
             result.save(folder)
         return result
@@ -126,6 +126,15 @@ def _table(conductor: _Conductor, problem: Problem, chosen: Sequence[Candidate])
         if trial.loss is not None
     ]
     return tuple(sorted(table, key=lambda row: row.loss))
+
+
+def _baselines(resolver: Resolver) -> dict[str, Allocation]:
+    """Uniform and OWL, where they are possible within the bounds."""
+    found = {}
+    for name in ("uniform", "owl"):
+        with suppress(ValueError):
+            found[name] = resolver.allocation(resolver.counts(Candidate(name)), name)
+    return found
 
 
 def _finalists(ranking: Sequence[Candidate], resolver: Resolver, number: int) -> list[Candidate]:
