@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib
 
+from .import_hook import after_import
+
 
 __version__ = "0.1.0"
 
@@ -39,6 +41,13 @@ _PUBLIC = {
 }
 
 __all__ = sorted(_PUBLIC)
+
+
+def _register_quantizer() -> None:
+    importlib.import_module(".quantizer", __name__).register()
+
+
+after_import("transformers.quantizers.auto", _register_quantizer)  # so that compressed checkpoints load
 
 
 def __getattr__(name: str):

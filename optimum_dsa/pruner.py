@@ -132,14 +132,20 @@ class DSAPruner:
             report_to=report_to,
         )
 
-    def save_pretrained(self, directory: str | Path, **save_kwargs) -> None:
+    def save_pretrained(self, directory: str | Path, compressed: bool = False, **save_kwargs) -> None:
         """Write an ordinary checkpoint, the tokenizer and `dsa_config.json`; whole or not at all.
 
         An existing folder is replaced if it is empty or holds a pruned model; anything else is refused.
+
+        Args:
+            directory (`str | Path`): the folder to write.
+            compressed (`bool`, defaults to `False`): store a bit per weight and the kept weights instead of the zeros.
+                Such a checkpoint is smaller, and loads after `import optimum_dsa` only.
+            save_kwargs (`dict`): go to the model's `save_pretrained` (`max_shard_size`, ...).
         """
         if self.report is None:
             raise ValueError("Nothing was pruned yet; call prune() before save_pretrained().")
-        save_checkpoint(self.model, self.tokenizer, self.report, self._base, directory, **save_kwargs)
+        save_checkpoint(self.model, self.tokenizer, self.report, self._base, directory, compressed, **save_kwargs)
 
     def _load(self, calibration: Any, config: DSAConfig, needed: bool) -> Calibration | None:
         if calibration is None or not needed:

@@ -47,7 +47,7 @@ def test_a_saved_model_is_an_ordinary_checkpoint(pruned):
 def test_dsa_config_says_everything_that_made_the_model(pruned):
     _, report, folder = pruned
     data = json.loads((folder / "dsa_config.json").read_text())
-    assert data["format_version"] == 1
+    assert data["format_version"] == 2
     assert data["base_model"] == {"name": demo_model().name, "revision": None}
     assert data["config"]["allocation"] == "owl"
     assert data["calibration"] == {"source": "2 texts", "samples": 8, "length": 64, "tokens": 512, "seed": 3}
