@@ -29,7 +29,9 @@ _PUBLIC = {
     "SearchTrace": "search.trace",
     "TRANSFORM": "allocation",
     "UPDATES": "reconstruction",
+    "Verification": "verification",
     "allocate": "pruning",
+    "convert": "conversion",
     "find_architecture": "architecture",
     "fit_to_budget": "allocation",
     "load_calibration": "data",
@@ -37,6 +39,7 @@ _PUBLIC = {
     "perplexity": "evaluation",
     "prune": "pruning",
     "split_windows": "data",
+    "verify": "verification",
     "walk_blocks": "calibration",
 }
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 
 import torch
 
-from .bitmask import can_pack, pack, unpack
+from .bitmask import Header, can_pack, pack, unpack
 from .configuration import CONFIG_NAME
 from .files import new_directory, read_json, write_text
 from .shards import FORMS, Shards, ShardWriter, find_shards, index_name, open_shard, packed_headers
@@ -55,7 +56,7 @@ def convert(source: str | Path, directory: str | Path, to: str) -> tuple[int, in
 
 
 def compress_in_place(folder: Path) -> None:
-    """Replace the dense weights in `folder`, which transformers wrote, by compressed ones, one shard after the other."""
+    """Replace the dense weights in `folder`, which transformers wrote, by compressed ones, shard after shard."""
     config = converted_config(read_json(folder / "config.json"), "compressed", folder)
     write_text(folder / "config.json", json.dumps(config, indent=2) + "\n")
     shards = find_shards(folder)
@@ -136,8 +137,12 @@ def _changed(tensor: torch.Tensor, to: str, name: str, packed: bool) -> torch.Te
     return unpack(tensor, name) if packed else None
 
 
-def _width(file: Any, name: str, packed: dict) -> int:
-    return packed[name].dtype.itemsize if name in packed else file.get_slice(name)[:0].element_size()
+def _width(file: Any, name: str, packed: dict[str, Header]) -> int:
+    """Bytes of an element, dense: of `BF16` two, of what does not say it (`BOOL`) one."""
+    if name in packed:
+        return packed[name].dtype.itemsize
+    bits = re.match(r"[A-Z]+(\d+)", file.get_slice(name).get_dtype())
+    return int(bits[1]) // 8 if bits else 1
 
 
 def _other_files(folder: Path) -> Iterator[Path]:

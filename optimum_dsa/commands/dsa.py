@@ -2,11 +2,13 @@
 
 from optimum.commands.base import BaseOptimumCLICommand, CommandInfo
 
+from .convert import ConvertCommand
 from .demo import DemoCommand
 from .env import EnvCommand
 from .evaluate import EvaluateCommand
 from .prune import PruneCommand
 from .search import SearchCommand
+from .verify import VerifyCommand
 
 
 class DSACommand(BaseOptimumCLICommand):
@@ -17,6 +19,8 @@ class DSACommand(BaseOptimumCLICommand):
         CommandInfo("prune", "Prune a model to an exact budget and save it.", PruneCommand),
         CommandInfo("search", "Find the allocation that hurts a model least.", SearchCommand),
         CommandInfo("evaluate", "Measure a model's perplexity and its sparsity.", EvaluateCommand),
+        CommandInfo("verify", "Check that a pruned model is what it says.", VerifyCommand),
+        CommandInfo("convert", "Store a pruned model without its zeros, or with them again.", ConvertCommand),
         CommandInfo("demo", "Prune the embedded model in three ways and compare them.", DemoCommand),
         CommandInfo("env", "Print the versions that a bug report needs.", EnvCommand),
     )
