@@ -59,26 +59,23 @@ def verify(model: nn.Module, report: PruningReport) -> Verification:
         architecture = architecture_for(model, report.config)
     except ValueError as error:
         return Verification((*problems, f"the model cannot be pruned as described: {error}"), 0, 0, _pattern(report))
-    granularity = "block" if report.allocation.sizes.keys() == architecture.units("block").keys() else "matrix"
+    described = report.allocation.sizes
+    granularity = max(("block", "matrix"), key=lambda name: len(architecture.units(name).keys() & described.keys()))
     units = architecture.units(granularity)
     sizes = {unit: sum(weight.size for weight in weights) for unit, weights in units.items()}
-    if sizes != report.allocation.sizes:
-        odd = [
-            unit
-            for unit in {**sizes, **report.allocation.sizes}
-            if sizes.get(unit) != report.allocation.sizes.get(unit)
-        ]
+    if sizes != described:
+        odd = next(unit for unit in {**sizes, **described} if sizes.get(unit) != described.get(unit))
         problems.append(
-            f"the model has other units or sizes than described, such as {odd[0]}: {sizes.get(odd[0], 'none')} "
-            f"weights, described are {report.allocation.sizes.get(odd[0], 'none')}"
+            f"the model has other units or sizes than described, such as {odd}: {sizes.get(odd, 'none')} weights, "
+            f"described are {described.get(odd, 'none')}"
         )
         return Verification(tuple(problems), 0, sum(sizes.values()), _pattern(report))
     zeros, breaches = _count(model, architecture, report, granularity)
     for unit, size in sizes.items():
-        described = round(report.achieved[unit] * size)
-        if zeros[unit] != described:
-            difference = f"{abs(zeros[unit] - described):,} {'fewer' if zeros[unit] < described else 'more'}"
-            problems.append(f"{unit} has {zeros[unit]:,} zeros, {difference} than the {described:,} described")
+        expected = round(report.achieved.get(unit, 0.0) * size)
+        if zeros[unit] != expected:
+            difference = f"{abs(zeros[unit] - expected):,} {'fewer' if zeros[unit] < expected else 'more'}"
+            problems.append(f"{unit} has {zeros[unit]:,} zeros, {difference} than the {expected:,} described")
     return Verification((*problems, *breaches), sum(zeros.values()), sum(sizes.values()), _pattern(report))
 
 
