@@ -57,7 +57,10 @@ class DSAQuantizer(HfQuantizer):
         return model
 
     def update_weight_conversions(self, weight_conversions, model=None):
-        """The model's own conversions, which now unpack first, and one for all other names of packed tensors."""
+        """The model's own conversions, which now unpack first, and one for all other names of packed tensors.
+
+        All on the CPU: on a GPU, transformers would gather packed tensors faster than they are unpacked.
+        """
         from transformers.core_model_loading import WeightConverter, WeightRenaming
 
         from .unpacking import Unpack
@@ -67,11 +70,13 @@ class DSAQuantizer(HfQuantizer):
             if isinstance(conversion, WeightConverter):
                 conversion = copy.copy(conversion)
                 conversion.operations = [Unpack(), *conversion.operations]
+                conversion.force_cpu = True
             updated.append(conversion)
         renamings = [conversion for conversion in updated if isinstance(conversion, WeightRenaming)]
         leaves = {_renamed(name, renamings).rpartition(".")[2] for name in self._packed}
         self._own = [
-            WeightConverter(rf"(?<![^.]){re.escape(leaf)}$", leaf, [Unpack(alone=True)]) for leaf in sorted(leaves)
+            WeightConverter(rf"(?<![^.]){re.escape(leaf)}$", leaf, [Unpack(alone=True)], force_cpu=True)
+            for leaf in sorted(leaves)
         ]
         return [*updated, *self._own]
 
