@@ -6,6 +6,7 @@ from .demo import DemoCommand
 from .env import EnvCommand
 from .evaluate import EvaluateCommand
 from .prune import PruneCommand
+from .push import PushCommand
 from .report import ReportCommand
 from .search import SearchCommand
 
@@ -19,6 +20,7 @@ class DSACommand(BaseOptimumCLICommand):
         CommandInfo("search", "Find the allocation that hurts a model least.", SearchCommand),
         CommandInfo("evaluate", "Measure a model's perplexity and its sparsity.", EvaluateCommand),
         CommandInfo("report", "Show a pruned model or a search as a page with pictures.", ReportCommand),
+        CommandInfo("push", "Push a pruned model to the Hub, with a model card.", PushCommand),
         CommandInfo("demo", "Prune the embedded model in three ways and compare them.", DemoCommand),
         CommandInfo("env", "Print the versions that a bug report needs.", EnvCommand),
     )
