@@ -6,6 +6,7 @@ import logging
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -182,6 +183,43 @@ class DSAPruner:
         if self.report is None:
             raise ValueError("Nothing was pruned yet; call prune() or load a pruned model first.")
         return self.report
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        private: bool | None = None,
+        revision: str | None = None,
+        create_pr: bool = False,
+        commit_message: str | None = None,
+        token: str | None = None,
+    ) -> str:
+        """Push model, tokenizer, `dsa_config.json`, a card and its pictures in one commit; returns the address.
+
+        Args:
+            repo_id (`str`): "user/name", or "name" for the token's own; made where it is missing.
+            private (`bool`, *optional*): of a repository that is made; by default what the account has chosen.
+            revision (`str`, *optional*): branch to push to, made where it is missing; "main" by default.
+            create_pr (`bool`, defaults to `False`): open a pull request instead of pushing.
+            commit_message (`str`, *optional*): by default says what was removed.
+            token (`str`, *optional*): by default the one that `hf auth login` stored.
+
+        Raises:
+            OSError: the Hub refused or the network failed; the model is as it was, and the same call goes on.
+        """
+        from .hub import push_folder
+
+        with TemporaryDirectory() as folder:
+            self.save_pretrained(Path(folder) / "model")
+            return push_folder(
+                Path(folder) / "model",
+                repo_id,
+                private=private,
+                revision=revision,
+                create_pr=create_pr,
+                commit_message=commit_message,
+                token=token,
+                kept="The model is as it was; save_pretrained keeps it, and the same call goes on.",
+            )
 
     def _load(self, calibration: Any, config: DSAConfig, needed: bool) -> Calibration | None:
         if calibration is None or not needed:

@@ -7,6 +7,7 @@ from .demo import DemoCommand
 from .env import EnvCommand
 from .evaluate import EvaluateCommand
 from .prune import PruneCommand
+from .push import PushCommand
 from .report import ReportCommand
 from .search import SearchCommand
 from .verify import VerifyCommand
@@ -23,6 +24,7 @@ class DSACommand(BaseOptimumCLICommand):
         CommandInfo("report", "Show a pruned model or a search as a page with pictures.", ReportCommand),
         CommandInfo("verify", "Check that a pruned model is what it says.", VerifyCommand),
         CommandInfo("convert", "Store a pruned model without its zeros, or with them again.", ConvertCommand),
+        CommandInfo("push", "Push a pruned model to the Hub, with a model card.", PushCommand),
         CommandInfo("demo", "Prune the embedded model in three ways and compare them.", DemoCommand),
         CommandInfo("env", "Print the versions that a bug report needs.", EnvCommand),
     )
