@@ -18,7 +18,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from .conversion import COMPRESSION_VERSION, MARK, QUANT_METHOD
 from .files import read_json
-from .shards import COMPRESSED, check_index, index_name, packed_headers
+from .shards import COMPRESSED, check_index, check_size, count_weights, index_name, packed_headers
 
 
 class DSAQuantizationConfig(QuantizationConfigMixin):
@@ -50,13 +50,15 @@ class DSAQuantizer(HfQuantizer):
 
     def _process_model_before_weight_loading(self, model, checkpoint_files=None, **kwargs):
         """Reads the headers of all packed tensors, and refuses what is damaged before memory is taken for it."""
-        self._packed = set()
+        self._packed, weights = set(), 0
         for path in map(Path, checkpoint_files or ()):
             # again, for an index in a subfolder or of the Hub: what it names lies beside it
             index = path.parent / index_name(COMPRESSED)
             if not index.is_file() or path.name not in check_index(read_json(index), index):
                 raise ValueError(f"{path} is no shard of the compressed checkpoint that names it.")
             self._packed |= packed_headers(path).keys()
+            weights += count_weights(path)
+        check_size(model, weights, model.config.name_or_path)
         return model
 
     def update_weight_conversions(self, weight_conversions, model):
