@@ -116,6 +116,13 @@ def read_header(start: bytes, length: int, name: str = "tensor") -> Header | Non
     return header
 
 
+def is_packed(tensor: Tensor) -> bool:
+    """Whether a tensor has the mark of a packed one."""
+    if tensor.dtype != torch.uint8 or tensor.dim() != 1 or len(tensor) < 40:
+        return False
+    return int.from_bytes(tensor[:8].cpu().numpy().tobytes(), "little") == MAGIC
+
+
 def unpack(packed: Tensor, name: str = "tensor") -> Tensor:
     """The tensor that was packed, on the device of `packed`; the work is done on the CPU.
 

@@ -93,13 +93,13 @@ def is_unchanged(data: dict[str, Any]) -> bool:
 
 
 def report_from(data: dict[str, Any]) -> PruningReport:
-    """The report in a description.
+    """The report in a description; what cannot be an allocation's name here is replaced by the allocation.
 
     Raises:
         DescriptionError: its config is not valid, or names what is not registered here.
     """
     try:
-        return PruningReport.from_dict(data)
+        return PruningReport.from_dict({**data, "config": {**data["config"], "allocation": _portable(data)}})
     except (ValueError, KeyError) as error:
         raise DescriptionError(
             f"{CONFIG_NAME} describes what cannot be: {error} Import what registers own names first."

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 from pathlib import Path
 from typing import Any
 
 import huggingface_hub
+import torch
 import transformers
 from torch import nn
 from transformers.utils import cached_file
@@ -14,7 +16,7 @@ from transformers.utils import cached_file
 from .configuration import CONFIG_NAME
 from .description import read_description
 from .files import read_json
-from .shards import find_shards
+from .shards import check_size, count_weights, find_shards
 
 
 logger = logging.getLogger(__name__)
@@ -31,13 +33,17 @@ def load_model(path: str, **kwargs) -> nn.Module:
     folder = Path(path, kwargs.get("subfolder") or "")
     if (folder / "config.json").is_file():
         read_json(folder / "config.json")  # larger than any configuration: refused before transformers reads it
-    if (folder / CONFIG_NAME).is_file():
-        find_shards(folder)  # what is pruned is safetensors, and its index leads nowhere else
+    # what is pruned is safetensors, and its index leads nowhere else
+    shards = find_shards(folder) if (folder / CONFIG_NAME).is_file() else None
     config = kwargs.pop("config", None) or transformers.AutoConfig.from_pretrained(path, **shared)
     named = [getattr(transformers, name, None) for name in config.architectures or []]
     loader = next((cls for cls in named if cls is not None), None)
     if loader is None:
         loader = transformers.AutoModelForCausalLM
+    if shards is not None and shards.form == "dense" and loader in named:
+        with torch.device("meta"):
+            model = loader(copy.deepcopy(config))
+        check_size(model, sum(count_weights(folder / file) for file in shards.files), path)
     return loader.from_pretrained(path, config=config, **kwargs).eval()
 
 

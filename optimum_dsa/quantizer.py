@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers.quantizers.auto import (
     AUTO_QUANTIZER_MAPPING,
     register_quantization_config,
@@ -17,7 +18,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from .conversion import COMPRESSION_VERSION, MARK, QUANT_METHOD
 from .files import read_json
-from .shards import COMPRESSED, check_index, index_name, packed_headers
+from .shards import COMPRESSED, check_index, check_size, count_weights, index_name, packed_headers
 
 
 class DSAQuantizationConfig(QuantizationConfigMixin):
@@ -49,14 +50,18 @@ class DSAQuantizer(HfQuantizer):
 
     def _process_model_before_weight_loading(self, model, checkpoint_files=None, **kwargs):
         """Reads the headers of all packed tensors, and refuses what is damaged before memory is taken for it."""
-        self._packed = set()
-        for path in checkpoint_files or ():
-            if not re.fullmatch(rf"{COMPRESSED}-\d{{5}}-of-\d{{5}}\.safetensors", Path(path).name):
-                raise ValueError(f"{path} is no shard of a compressed checkpoint.")
+        self._packed, weights = set(), 0
+        for path in map(Path, checkpoint_files or ()):
+            # again, for an index in a subfolder or of the Hub: what it names lies beside it
+            index = path.parent / index_name(COMPRESSED)
+            if not index.is_file() or path.name not in check_index(read_json(index), index):
+                raise ValueError(f"{path} is no shard of the compressed checkpoint that names it.")
             self._packed |= packed_headers(path).keys()
+            weights += count_weights(path)
+        check_size(model, weights, model.config.name_or_path)
         return model
 
-    def update_weight_conversions(self, weight_conversions, model=None):
+    def update_weight_conversions(self, weight_conversions, model):
         """The model's own conversions, which now unpack first, and one for all other names of packed tensors.
 
         All on the CPU: on a GPU, transformers would gather packed tensors faster than they are unpacked.
@@ -82,7 +87,8 @@ class DSAQuantizer(HfQuantizer):
 
     def get_new_dtype(self, converter, param, dtype):
         """Types of ordinary tensors change as always; a packed one stays, and its conversion is told the type."""
-        if param.get_dtype() != "U8":
+        kind = param.get_dtype() if hasattr(param, "get_dtype") else param.dtype
+        if kind not in ("U8", torch.uint8):
             return dtype
         for operation in getattr(converter, "operations", ()):
             if hasattr(operation, "dtype"):

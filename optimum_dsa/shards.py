@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,7 +13,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
+from torch import Tensor, nn
 
 from .bitmask import LARGEST, Header, read_header
 from .files import read_json
@@ -48,6 +49,11 @@ def find_shards(folder: str | Path) -> Shards:
         ValueError: the index is damaged, or names something else than a file of this folder.
     """
     folder = Path(folder)
+    both = [stem for stem in FORMS.values() if _has_weights(folder, stem)]
+    if len(both) > 1:
+        raise ValueError(
+            f"{folder} holds dense and compressed weights, which may differ; remove the one or the other."
+        )
     for form, stem in FORMS.items():
         if (folder / index_name(stem)).is_file():
             index = read_json(folder / index_name(stem))
@@ -61,6 +67,10 @@ def find_shards(folder: str | Path) -> Shards:
             "optimum-dsa does not; save the model with transformers as safetensors first."
         )
     raise FileNotFoundError(f"{folder} holds no weights: neither model.safetensors nor {index_name(COMPRESSED)}.")
+
+
+def _has_weights(folder: Path, stem: str) -> bool:
+    return (folder / index_name(stem)).is_file() or (folder / f"{stem}.safetensors").is_file()
 
 
 def index_name(stem: str) -> str:
@@ -117,6 +127,27 @@ def packed_headers(path: str | Path) -> dict[str, Header]:
                 if header is not None:
                     headers[name] = header
     return headers
+
+
+def count_weights(path: str | Path) -> int:
+    """Weights in a file, zeros included; nothing but headers is read."""
+    packed = packed_headers(path)
+    with open_shard(path, "np") as file:
+        plain = [file.get_slice(name).get_shape() for name in file.keys() if name not in packed]  # noqa: SIM118
+    return sum(header.size for header in packed.values()) + sum(math.prod(shape) for shape in plain)
+
+
+def check_size(model: nn.Module, weights: int, where: str | Path) -> None:
+    """Raise `ValueError` where a model, without data yet, has many more parameters than its checkpoint has weights.
+
+    What a checkpoint lacks is filled with random numbers, so that a `config.json` could ask for any amount of memory.
+    """
+    wanted = sum(parameter.numel() for parameter in model.parameters())
+    if wanted > 3 * weights + 2**20:  # shared weights are stored once
+        raise ValueError(
+            f"The config.json of {where} asks for {wanted:,} parameters, and the checkpoint has {weights:,} weights; "
+            "they do not belong together."
+        )
 
 
 _NAMES = {

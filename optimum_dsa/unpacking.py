@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from transformers.core_model_loading import ConversionOps
 
-from .bitmask import unpack
+from .bitmask import is_packed, unpack
 
 
 class Unpack(ConversionOps):
@@ -16,7 +16,7 @@ class Unpack(ConversionOps):
         alone (`bool`): whether no operation follows that gives the tensor its name in the model.
 
     Attributes:
-        dtype (`torch.dtype`): the type that the weights are loaded in; `None` for that of the model's parameter.
+        dtype (`torch.dtype`): the type that the weights are loaded in, as transformers told it; `None` for their own.
     """
 
     supports_many_to_many = True  # so that it can go before those that do
@@ -25,11 +25,9 @@ class Unpack(ConversionOps):
         self.alone = alone
         self.dtype: torch.dtype | None = None
 
-    def convert(self, input_dict: dict[str, list[Tensor]], full_layer_name="tensor", model=None, **kwargs):
+    def convert(self, input_dict: dict[str, list[Tensor]], full_layer_name="tensor", **kwargs):
         def dense(tensor: Tensor) -> Tensor:
-            if tensor.dtype != torch.uint8:
-                return tensor
-            return unpack(tensor, full_layer_name).to(self.dtype or model.get_parameter(full_layer_name).dtype)
+            return unpack(tensor, full_layer_name).to(self.dtype) if is_packed(tensor) else tensor
 
         unpacked = {pattern: [dense(tensor) for tensor in tensors] for pattern, tensors in input_dict.items()}
         if self.alone:

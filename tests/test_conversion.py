@@ -4,6 +4,7 @@ import json
 import os
 import pickle
 import resource
+import shutil
 import subprocess
 import sys
 import textwrap
@@ -305,6 +306,31 @@ def test_a_huge_shape_in_a_dense_file(tmp_path):
     (folder / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + bytes(64))
     with pytest.raises(ValueError, match="is not a safetensors file"):
         convert(folder, tmp_path / "out", "compressed")
+
+
+@pytest.mark.parametrize("form", ["dense", "compressed"])
+def test_a_config_that_asks_for_more_than_the_weights(bad, tmp_path, form):
+    folder = bad
+    if form == "dense":
+        convert(bad, tmp_path / "dense", "dense")
+        folder = tmp_path / "dense"
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "vocab_size": 10**10}))
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(ValueError, match="asks for 640,.* parameters, and the checkpoint has"):
+        DSAPruner.from_pretrained(folder)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 400 * 1024
+
+
+def test_two_forms_in_one_folder(pruned, tmp_path):
+    convert(pruned / "one", tmp_path / "in", "compressed")
+    shutil.copy(pruned / "one" / "model.safetensors", tmp_path / "in")
+    for use in (
+        lambda: convert(tmp_path / "in", tmp_path / "out", "dense"),
+        lambda: DSAPruner.from_pretrained(tmp_path / "in"),
+    ):
+        with pytest.raises(ValueError, match="holds dense and compressed weights"):
+            use()
 
 
 def test_a_link_out_of_the_folder_is_not_copied(pruned, tmp_path):

@@ -178,6 +178,14 @@ def test_the_path_of_an_allocation_is_replaced_by_what_was_in_it(tmp_path):
         assert describe(report(config=DSAConfig(0.5, allocation=name)), BASE)["config"]["allocation"] == name
 
 
+def test_an_allocation_that_only_its_author_registered_is_known_by_its_numbers(tmp_path):
+    data = describe(report(), BASE)
+    data["config"]["allocation"] = "my_own"
+    write_description(tmp_path, data)
+    again = read_description(tmp_path)
+    assert is_unchanged(again) and report_from(again).config.allocation == report().allocation
+
+
 def test_an_edit_is_noticed_and_the_order_of_keys_is_none(tmp_path):
     write_description(tmp_path, describe(report(), BASE))
     data = read_description(tmp_path)

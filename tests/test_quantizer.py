@@ -1,6 +1,7 @@
 """Compressed checkpoints and transformers: loading, training, saving, with and without this package."""
 
 import json
+import shutil
 import subprocess
 import sys
 import textwrap
@@ -108,6 +109,29 @@ def test_device_maps(compressed, device_map, tmp_path):
     inputs = tokens(2)
     with torch.no_grad():
         assert torch.equal(loaded(inputs).logits, plain(inputs).logits)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, "auto"])
+def test_without_memory_maps(compressed, dtype):
+    loaded, plain = (
+        AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, disable_mmap=True) for folder in compressed[1:]
+    )
+    assert loaded.dtype == plain.dtype and same_state(loaded, state(plain))
+
+
+def test_a_subfolder(compressed, tmp_path):
+    shutil.copytree(compressed[1], tmp_path / "repository" / "small")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "repository", subfolder="small")
+    assert same_state(loaded, state(AutoModelForCausalLM.from_pretrained(compressed[2])))
+    index = tmp_path / "repository" / "small" / "dsa_model.safetensors.index.json"
+    for place in ("../other.safetensors", str(tmp_path / "other.safetensors")):
+        data = json.loads(index.read_text())
+        data["weight_map"] = dict.fromkeys(data["weight_map"], place)
+        index.write_text(json.dumps(data))
+        shutil.copy(compressed[2] / "model.safetensors", tmp_path / "other.safetensors")
+        shutil.copy(compressed[2] / "model.safetensors", tmp_path / "repository" / "other.safetensors")
+        with pytest.raises(ValueError, match="is no shard of the compressed checkpoint that names it"):
+            AutoModelForCausalLM.from_pretrained(tmp_path / "repository", subfolder="small")
 
 
 def test_types_that_a_model_keeps_in_float32_stay_so(tiny, tmp_path):

@@ -8,7 +8,9 @@ from torch import arange
 
 from optimum_dsa import Allocation, DSAConfig, DSAPruner, convert, prune, verify
 from optimum_dsa.configuration import CONFIG_NAME
+from optimum_dsa.demo import demo_model
 from optimum_dsa.description import read_description, write_description
+from optimum_dsa.shards import find_shards
 
 from .common import tiny_llama, tokens
 from .conftest import FAMILIES
@@ -163,6 +165,14 @@ def test_what_cannot_be_checked_is_bad_usage(tmp_path, capsys):
     for folder, message in [(tmp_path / "plain", "so nothing can be checked"), (tmp_path / "none", "none")]:
         code, output, errors = run(capsys, "verify", folder)
         assert code == 2 and output == "" and message in errors.splitlines()[-1]
+
+
+def test_a_model_pruned_by_the_command_can_be_compressed_at_once(tmp_path, capsys):
+    options = ["-s", "0.6", "--method", "magnitude", "--allocation", "uniform", "--compressed"]
+    code, _, errors = run(capsys, "prune", demo_model(), "-o", tmp_path / "out", *options)
+    assert code == 0, errors
+    assert find_shards(tmp_path / "out").form == "compressed"
+    assert run(capsys, "verify", tmp_path / "out")[0] == 0
 
 
 def test_convert_by_the_command(folders, capsys):

@@ -83,8 +83,8 @@ def filled() -> int:
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon"))
 
 
-def child(folder: str) -> None:
-    """Load the checkpoint in `folder`; print seconds, memory at its peak and afterwards."""
+def measure(folder: str | Path) -> dict:
+    """Load the checkpoint in `folder`: seconds, bytes filled at the peak, bytes of all weights and of the largest."""
     # what is imported is no part of what loading takes
     import transformers.models.llama.modeling_llama  # noqa: F401
 
@@ -104,10 +104,10 @@ def child(folder: str) -> None:
     thread.join()
     weights = sum(parameter.nbytes for parameter in model.parameters())
     largest = max(parameter.nbytes for parameter in model.parameters())
-    print(json.dumps({"seconds": seconds, "peak": peak[0] - before, "weights": weights, "largest": largest}))
+    return {"seconds": seconds, "peak": peak[0] - before, "weights": weights, "largest": largest}
 
 
-def load(folder: Path) -> dict:
+def measure_in_new_process(folder: Path) -> dict:
     command = [sys.executable, __file__, "--child", str(folder)]
     done = subprocess.run(command, capture_output=True, text=True)
     check(done.returncode == 0, done.stderr[-2000:])
@@ -128,7 +128,7 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(1)
     if args.child:
-        return child(args.child)
+        return print(json.dumps(measure(args.child)))
     shape = {"hidden_size": args.hidden, "intermediate_size": args.hidden * 11 // 4, "num_hidden_layers": args.layers}
     config = LlamaConfig(**shape, num_attention_heads=args.hidden // 64, vocab_size=8192, tie_word_embeddings=True)
     torch.manual_seed(0)
@@ -153,7 +153,7 @@ def main() -> None:
             )
         print("\nloading with AutoModelForCausalLM:")
         for name, path in (("dense", dense), ("compressed", there)):
-            found = load(path)
+            found = measure_in_new_process(path)
             print(
                 f"{name:<11}{found['seconds']:>6.1f} s   peak {found['peak'] / MB:,.0f} MB filled; the model has "
                 f"{found['weights'] / MB:,.0f} MB of weights, {found['largest'] / MB:,.1f} MB the largest"
