@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -91,7 +92,11 @@ def measured(outcomes: Sequence[Outcome]) -> list[Measured]:
     common = max(texts, key=texts.count, default=None)
     rows = []
     for outcome in outcomes:
-        values = [row["perplexity"] for row in outcome.evaluations if text_of(row) == common]
+        values = [
+            row["perplexity"]
+            for row in outcome.evaluations
+            if text_of(row) == common and math.isfinite(row["perplexity"])
+        ]
         if outcome.achieved:
             rows.append(Measured(outcome.name, values[0] if values else None, outcome.bytes))
     return rows
