@@ -98,7 +98,12 @@ def heat_map(allocation: Allocation, title: str | None = None, bounds: tuple[flo
     low, high = bounds or (min(shares.values()), max(shares.values()))
     middle, half = (low + high) / 2, max((high - low) / 2, 0.02)
     mesh = axes.pcolormesh(
-        values, cmap="YlGnBu", vmin=middle - half, vmax=middle + half, edgecolors=PAPER, linewidth=1
+        values,
+        cmap="YlGnBu",
+        vmin=middle - half,
+        vmax=middle + half,
+        edgecolors=PAPER,
+        linewidth=1 if len(blocks) <= 40 else 0.3,
     )
     axes.invert_yaxis()
     block_axis(axes, blocks, shift=0.5)
