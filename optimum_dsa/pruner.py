@@ -2,25 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import logging
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
 
 from .allocation import Allocation
+from .calibration import walk_blocks
 from .checkpoint import base_model, save_checkpoint
 from .configuration import DSAConfig
 from .data import Calibration, load_calibration
-from .loading import load_model, load_tokenizer
+from .description import is_unchanged, report_from
+from .loading import find_description, load_model, load_tokenizer
 from .pruning import allocate, allocation_needs_inputs, architecture_for, prune, pruning_needs_inputs
 from .report import PruningReport
+from .verification import Verification, verify
 
 
 if TYPE_CHECKING:
     from .search.result import SearchResult
+
+
+logger = logging.getLogger(__name__)
 
 
 class DSAPruner:
@@ -35,7 +43,7 @@ class DSAPruner:
     Attributes:
         model (`nn.Module`): pruned in place.
         tokenizer (`Any`): saved with it; needed for calibration text.
-        report (`PruningReport`): of the last `prune`.
+        report (`PruningReport`): of the last `prune`, or of the one that made a loaded model; `None` before.
     """
 
     def __init__(self, model: nn.Module, tokenizer: Any = None):
@@ -50,6 +58,9 @@ class DSAPruner:
     ) -> DSAPruner:
         """A pruner for a model, or for the checkpoint at a path or Hub id.
 
+        Of a pruned model, dense or compressed, it has the report that was saved with it: config and allocation are
+        `report.config` and `report.allocation`, the masks come from `masks()`, and `verify()` tells whether they hold.
+
         Args:
             model_or_path (`str | Path | nn.Module`): a transformers model, a folder, or a Hub id.
             tokenizer (`Any`, *optional*): a tokenizer or where to load one from; by default the checkpoint's own, if
@@ -60,11 +71,17 @@ class DSAPruner:
         if isinstance(model_or_path, nn.Module):
             if transformers_kwargs:
                 raise ValueError(f"A loaded model takes no loading options, got {', '.join(transformers_kwargs)}.")
-            model, path = model_or_path, None
-        else:
-            path = str(model_or_path)
-            model = load_model(path, **transformers_kwargs)
-        return cls(model, load_tokenizer(tokenizer or path, **transformers_kwargs))
+            return cls(model_or_path, load_tokenizer(tokenizer))
+        path = str(model_or_path)
+        found = find_description(path, **transformers_kwargs)
+        report = None if found is None else report_from(found)
+        if found is not None and not is_unchanged(found):
+            logger.warning("The dsa_config.json of %s was changed after it was written.", path)
+        model = load_model(path, **transformers_kwargs)
+        pruner = cls(model, load_tokenizer(tokenizer or path, **transformers_kwargs))
+        if found is not None:
+            pruner.report, pruner._base = report, found["base_model"]
+        return pruner
 
     def prune(self, calibration: Any, config: DSAConfig) -> PruningReport:
         """Prune the model in place.
@@ -133,14 +150,39 @@ class DSAPruner:
             report_to=report_to,
         )
 
-    def save_pretrained(self, directory: str | Path, **save_kwargs) -> None:
+    @torch.no_grad()
+    def masks(self) -> Iterator[tuple[str, Tensor]]:
+        """Name and mask of every pruned matrix: (out_features, in_features), True where the weight is kept.
+
+        One at a time, in the model's order; `dict(pruner.masks())` holds them all, a byte per weight.
+        """
+        architecture = architecture_for(self.model, self._pruned().config)
+        for walked in walk_blocks(self.model, architecture, None):
+            for weight in walked.weights:
+                yield weight.name, walked.tensor(weight) != 0
+
+    def verify(self) -> Verification:
+        """Whether zeros, pattern and budget are those of the report, counted in the weights as they are now."""
+        return verify(self.model, self._pruned())
+
+    def save_pretrained(self, directory: str | Path, compressed: bool = False, **save_kwargs) -> None:
         """Write an ordinary checkpoint, the tokenizer and `dsa_config.json`; whole or not at all.
 
         An existing folder is replaced if it is empty or holds a pruned model; anything else is refused.
+
+        Args:
+            directory (`str | Path`): the folder to write.
+            compressed (`bool`, defaults to `False`): store a bit per weight and the kept weights instead of the zeros.
+                Such a checkpoint is smaller, and loads after `import optimum_dsa` only.
+            save_kwargs (`dict`): go to the model's `save_pretrained` (`max_shard_size`, ...).
         """
+        report = self._pruned()
+        save_checkpoint(self.model, self.tokenizer, report, self._base, directory, compressed, **save_kwargs)
+
+    def _pruned(self) -> PruningReport:
         if self.report is None:
-            raise ValueError("Nothing was pruned yet; call prune() before save_pretrained().")
-        save_checkpoint(self.model, self.tokenizer, self.report, self._base, directory, **save_kwargs)
+            raise ValueError("Nothing was pruned yet; call prune() or load a pruned model first.")
+        return self.report
 
     def push_to_hub(
         self,

@@ -66,6 +66,21 @@ class PruningReport:
             "seconds": round(self.seconds, 3),
         }
 
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> PruningReport:
+        """The report in `to_dict`'s form, such as the content of `dsa_config.json`."""
+        return cls(
+            config=DSAConfig.from_dict(data["config"]),
+            allocation=Allocation.from_dict(data["allocation"]),
+            achieved=dict(data["achieved"]["units"]),
+            parameters=data["achieved"]["parameters"],
+            calibration=data.get("calibration"),
+            dense=dict(data.get("dense") or {}),
+            damping=dict(data.get("damping") or {}),
+            unseen=tuple(data.get("unseen") or ()),
+            seconds=data.get("seconds", 0.0),
+        )
+
     def __str__(self) -> str:
         width = max(len("prunable weights"), *(len(unit) for unit in self.achieved))
         lines = [f"{'unit':<{width}}  {'weights':>13}  {'asked':>8}  {'achieved':>8}"]
