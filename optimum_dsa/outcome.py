@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -10,7 +9,10 @@ from typing import Any
 
 from .allocation import Allocation
 from .configuration import CONFIG_NAME
+from .description import read_description
+from .files import read_json
 from .search.trace import SearchTrace
+from .shards import COMPRESSED
 
 
 LARGEST_EVALUATION = 1 << 16
@@ -28,6 +30,7 @@ class Outcome:
         trace (`SearchTrace`, *optional*): of a search.
         evaluations (`Sequence[Mapping[str, Any]]`): what `optimum-cli dsa evaluate --json` printed.
         bytes (`int`, *optional*): of the weight files.
+        compressed (`bool`): whether they hold values and masks instead of zeros.
     """
 
     name: str
@@ -37,6 +40,7 @@ class Outcome:
     trace: SearchTrace | None = None
     evaluations: Sequence[Mapping[str, Any]] = ()
     bytes: int | None = None
+    compressed: bool = False
 
     @classmethod
     def read(cls, folder: str | Path) -> Outcome:
@@ -92,26 +96,27 @@ def uniform_like(allocation: Allocation) -> Allocation:
 
 def _model(path: Path, name: str) -> Outcome:
     """What `dsa_config.json` and the files beside it say."""
-    file = path / CONFIG_NAME
-    facts = _json(file)
-    if "allocation" not in facts:
-        raise ValueError(f"{file} is a configuration; no pruned model lies beside it.")
-    _check(facts, file, {"config": Mapping, "config.sparsity": float, "config.method": str, "achieved": Mapping})
-    _check(facts, file, {f"achieved.{key}": float for key in ("sparsity", "sparsity_of_all_parameters")})
-    _check(facts, file, {f"achieved.{key}": int for key in ("removed", "prunable", "parameters")})
-    for part in ("base_model", "calibration", "versions"):
-        if facts.get(part) is not None:
-            _check(facts, file, {part: Mapping})
-    allocation = _allocation(file)
+    facts = read_description(path)
+    if facts is None:
+        raise ValueError(f"{path / CONFIG_NAME} is a configuration; no pruned model lies beside it.")
+    allocation = _allocation(path / CONFIG_NAME)
+    compressed = any(path.glob(f"{COMPRESSED}*.safetensors"))
     weights = [weight.stat().st_size for weight in path.glob("*.safetensors")]
-    uniform = {"uniform": uniform_like(allocation)}
-    return Outcome(name, allocation, uniform, facts, evaluations=_evaluations(path), bytes=sum(weights) or None)
+    return Outcome(
+        name,
+        allocation,
+        {"uniform": uniform_like(allocation)},
+        facts,
+        evaluations=_evaluations(path),
+        bytes=sum(weights) or None,
+        compressed=compressed,
+    )
 
 
 def _search(path: Path, name: str, trace: SearchTrace | None) -> Outcome:
     """What `search.json` and the files beside it say."""
     file = path / "search.json"
-    facts = _json(file)
+    facts = _object(file)
     _check(facts, file, {"config": Mapping, "config.sparsity": float, "finalists": list})
     for row in facts["finalists"]:
         _check(row, file, {"validation_loss": float, "validation_perplexity": float, "allocation.name": str})
@@ -143,11 +148,8 @@ def _check(facts: Any, path: Path, expected: Mapping[str, type]) -> None:
             raise ValueError(f"{path}: {name} is a {kind.__name__.lower()}, got {shown}.")
 
 
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise ValueError(f"{path} is not JSON: {error}.") from None
+def _object(path: Path) -> dict[str, Any]:
+    data = read_json(path)
     if not isinstance(data, dict):
         raise ValueError(f"{path} holds a {type(data).__name__}; expected an object.")
     return data
@@ -160,7 +162,7 @@ def _evaluations(folder: Path) -> tuple[dict[str, Any], ...]:
         if path.stat().st_size > LARGEST_EVALUATION:
             continue
         try:
-            data = _json(path)
+            data = _object(path)
         except ValueError:
             continue
         value = data.get("perplexity")

@@ -15,12 +15,12 @@ from .outcome import Outcome, read_all
 from .plots import allocation_chart, heat_map, quality_chart, readable_bytes, search_curves, short_number
 from .svg import inline_svg
 from .tables import (
-    LIMITS,
     Table,
     block_table,
     compared,
     describe_text,
     finalists_table,
+    limits,
     measured,
     measured_texts,
     percent,
@@ -114,7 +114,7 @@ def page(outcomes: Sequence[Outcome], drawn: dict[str, tuple[Figure, str, str]])
         blocks=blocks,
         blocks_with_bars=[(row, _number(row[2])) for row in blocks.rows] if blocks else [],
         lists=_lists(first),
-        limits=LIMITS,
+        limits=limits(first),
     )
 
 
@@ -192,7 +192,8 @@ def _tiles(outcome: Outcome) -> list[tuple[str, str, str]]:
             row = outcome.evaluations[0]
             tiles.append(("Perplexity", f"{row['perplexity']:.2f}", describe_text(text_of(row))))
         if outcome.bytes is not None:
-            tiles.append(("Weight files", readable_bytes(outcome.bytes), "zeros are stored like other numbers"))
+            note = "without the zeros" if outcome.compressed else "zeros are stored like other numbers"
+            tiles.append(("Weight files", readable_bytes(outcome.bytes), note))
         return tiles
     tiles = []
     if finalists := facts.get("finalists"):

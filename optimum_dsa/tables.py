@@ -14,10 +14,16 @@ from .plots import Measured, readable_bytes
 
 
 LIMITS = (
-    "A pruned model is a dense checkpoint in which many numbers are zero. By itself it is neither faster nor smaller "
-    "in memory than the dense model, and its files are as large, but they compress. Speed needs kernels for sparse "
-    "weights, which are few."
+    "A pruned model is a dense model in which many numbers are zero. By itself it is neither faster nor smaller in "
+    "memory than before. Speed needs kernels for sparse weights, which are few. "
 )
+DENSE_FILES = "Its files are as large as the dense model's; they can be compressed."
+COMPRESSED_FILES = "Its files leave the zeros out; they come back when it is loaded."
+
+
+def limits(outcome: Outcome) -> str:
+    """What sparsity does and does not give, in a paragraph."""
+    return LIMITS + (COMPRESSED_FILES if outcome.compressed else DENSE_FILES)
 
 
 @dataclass(frozen=True)

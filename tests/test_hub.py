@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from optimum_dsa import Allocation, DSAConfig, DSAPruner
 from optimum_dsa.demo import demo_model
+from optimum_dsa.description import is_unchanged
 from optimum_dsa.hub import PushError, push_folder
 from optimum_dsa.upload import collect
 
@@ -289,6 +290,36 @@ def test_nothing_of_this_computer_goes_along(hub, tmp_path, monkeypatch):
     assert facts["calibration"]["source"] == "text.txt"
     assert DSAConfig.from_dict(facts["config"]).allocation == Allocation.load(home / "model")
     assert "test.txt" in card(hub).text
+
+
+def test_a_description_is_signed_again_only_if_nobody_had_edited_it(folder):
+    content = collect(folder).files["dsa_config.json"]
+    assert content == folder / "dsa_config.json"
+    change(folder, "dsa_config.json", format_version=1, calibration__source="/home/jane/text.txt")
+    facts = json.loads((folder / "dsa_config.json").read_text())
+    first = {name: value for name, value in facts.items() if name != "checksum"}
+    (folder / "dsa_config.json").write_text(json.dumps(first))  # the first version had no checksum
+    sent = json.loads(collect(folder).files["dsa_config.json"])
+    assert is_unchanged(sent) and sent["checksum"] and sent["calibration"]["source"] == "text.txt"
+    (folder / "dsa_config.json").write_text(json.dumps({**facts, "format_version": sent["format_version"]}))
+    assert not is_unchanged(json.loads(collect(folder).files["dsa_config.json"]))
+
+
+def test_a_compressed_model_goes_as_it_is_and_says_what_it_needs(hub, tmp_path):
+    pruner = DSAPruner(tiny_llama())
+    pruner.prune(tokens(), DSAConfig(0.6))
+    pruner.push_to_hub("me/tiny", token=TOKEN)
+    pruner.save_pretrained(tmp_path / "model", compressed=True)
+    push(tmp_path / "model")
+    content = hub.content("me/tiny")
+    assert "model.safetensors" not in content
+    assert sum(name.endswith(".safetensors") for name in content) >= 1
+    text = card(hub).text
+    assert "import optimum_dsa" in text and "leave the zeros out" in text and "as large as" not in text
+    for name, data in content.items():
+        if "/" not in name:
+            (tmp_path / name).write_bytes(data)
+    assert same_state(DSAPruner.from_pretrained(tmp_path).model, state(pruner.model))
 
 
 def test_what_is_left_out_is_told(folder):
