@@ -8,9 +8,9 @@ import pytest
 from optimum_dsa import Allocation, DSAConfig, DSAPruner
 from optimum_dsa.data import Calibration
 from optimum_dsa.outcome import Outcome, read_all
-from optimum_dsa.page import figures, page, terminal, write_report
+from optimum_dsa.page import figures, page, write_report
 from optimum_dsa.search.run import search
-from optimum_dsa.tables import Table, block_table, compared, finalists_table, quality_table
+from optimum_dsa.tables import Table, block_table, compared, finalists_table, quality_table, terminal
 
 from .browser import Browser, find_chromium
 from .common import tiny_llama, tokens
