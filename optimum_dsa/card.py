@@ -13,7 +13,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from .configuration import DSAConfig
 from .outcome import Outcome
 from .provenance import command, dataset_id, last_part, names_data, papers, without_places
-from .tables import LIMITS, Table, block_table, compared, describe_text, percent, text_of
+from .tables import Table, block_table, compared, describe_text, limits, percent, text_of
 
 
 # The Hub knows finetune, adapter, merge and quantized. Pruned weights are the base model's own, compressed with loss.
@@ -80,12 +80,12 @@ def model_card(
         method=config.method,
         allocation=facts["allocation"]["name"],
         pattern=recipe.pattern,
-        compressed="quantization_config" in model_config,
+        compressed=outcome.compressed,
         loader=loader,
         tokenizer=tokenizer,
         plots=plots,
         results=_results(evaluations),
-        limits=LIMITS,
+        limits=limits(outcome),
         command=made,
         note=_note(calibration, made, revision),
         settings=[("metric", recipe.metric), ("update", recipe.update), *_settings(facts["config"], calibration)],

@@ -75,10 +75,8 @@ def block_axis(axes: Axes, blocks: Sequence[str], shift: float = 0.0) -> None:
         begin = max(start for start in starts if start <= i)
         if (i - begin) % step == 0:
             ticks.append(i + shift)
-            own = at.stack.rpartition(".")[2] if at.index is None else str(at.index)
-            labels.append(
-                f"{own}\n{names[at.stack]}" if len(starts) > 1 and i == begin and at.index is not None else own
-            )
+            number = "" if at.index is None else str(at.index)
+            labels.append(f"{number}\n{plain(names[at.stack])}" if len(starts) > 1 and i == begin else number)
     for start in starts[1:]:
         axes.axvline(start - 0.5 + shift, color=RULE, linewidth=1)
     axes.set_xticks(ticks, labels)

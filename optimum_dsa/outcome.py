@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -10,7 +9,10 @@ from typing import Any
 
 from .allocation import Allocation
 from .configuration import CONFIG_NAME
+from .description import read_description
+from .files import read_json
 from .search.trace import SearchTrace
+from .shards import COMPRESSED
 
 
 LARGEST_EVALUATION = 1 << 16
@@ -28,6 +30,7 @@ class Outcome:
         trace (`SearchTrace`, *optional*): of a search.
         evaluations (`Sequence[Mapping[str, Any]]`): what `optimum-cli dsa evaluate --json` printed.
         bytes (`int`, *optional*): of the weight files.
+        compressed (`bool`): whether they hold values and masks instead of zeros.
     """
 
     name: str
@@ -37,6 +40,7 @@ class Outcome:
     trace: SearchTrace | None = None
     evaluations: Sequence[Mapping[str, Any]] = ()
     bytes: int | None = None
+    compressed: bool = False
 
     @classmethod
     def read(cls, folder: str | Path) -> Outcome:
@@ -49,19 +53,10 @@ class Outcome:
         path = Path(folder)
         name = path.resolve().name
         if (path / CONFIG_NAME).is_file():
-            facts = _json(path / CONFIG_NAME)
-            if "allocation" not in facts:
-                raise ValueError(f"{path / CONFIG_NAME} is a configuration; no pruned model lies beside it.")
-            allocation = Allocation.load(path / CONFIG_NAME)
-            weights = [file.stat().st_size for file in path.glob("*.safetensors")]
-            uniform = {"uniform": uniform_like(allocation)}
-            return cls(name, allocation, uniform, facts, evaluations=_evaluations(path), bytes=sum(weights) or None)
+            return _model(path, name)
         trace = SearchTrace.load(path / "trace.jsonl") if (path / "trace.jsonl").is_file() else None
         if (path / "search.json").is_file():
-            facts = _json(path / "search.json")
-            allocation = Allocation.load(path / "allocation.json")
-            baselines = {name: Allocation.from_dict(data) for name, data in facts.get("baselines", {}).items()}
-            return cls(name, allocation, {"uniform": uniform_like(allocation), **baselines}, facts, trace)
+            return _search(path, name, trace)
         if trace is None:
             raise FileNotFoundError(
                 f"{path} holds neither {CONFIG_NAME} nor a search (search.json, trace.jsonl); give the folder of a "
@@ -78,11 +73,6 @@ class Outcome:
     def achieved(self) -> Mapping[str, Any]:
         """Sparsity and counts of a pruned model; empty for a search."""
         return self.facts.get("achieved") or {}
-
-    @property
-    def perplexity(self) -> float | None:
-        """Of the first evaluation."""
-        return self.evaluations[0]["perplexity"] if self.evaluations else None
 
 
 def read_all(folders: Iterable[str | Path]) -> list[Outcome]:
@@ -104,11 +94,62 @@ def uniform_like(allocation: Allocation) -> Allocation:
     return Allocation(dict.fromkeys(allocation.sizes, mean), dict(allocation.sizes), "uniform")
 
 
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise ValueError(f"{path} is not JSON: {error}.") from None
+def _model(path: Path, name: str) -> Outcome:
+    """What `dsa_config.json` and the files beside it say."""
+    facts = read_description(path)
+    if facts is None:
+        raise ValueError(f"{path / CONFIG_NAME} is a configuration; no pruned model lies beside it.")
+    allocation = _allocation(path / CONFIG_NAME)
+    compressed = any(path.glob(f"{COMPRESSED}*.safetensors"))
+    weights = [weight.stat().st_size for weight in path.glob("*.safetensors")]
+    return Outcome(
+        name,
+        allocation,
+        {"uniform": uniform_like(allocation)},
+        facts,
+        evaluations=_evaluations(path),
+        bytes=sum(weights) or None,
+        compressed=compressed,
+    )
+
+
+def _search(path: Path, name: str, trace: SearchTrace | None) -> Outcome:
+    """What `search.json` and the files beside it say."""
+    file = path / "search.json"
+    facts = _object(file)
+    _check(facts, file, {"config": Mapping, "config.sparsity": float, "finalists": list})
+    for row in facts["finalists"]:
+        _check(row, file, {"validation_loss": float, "validation_perplexity": float, "allocation.name": str})
+    allocation = _allocation(path / "allocation.json")
+    baselines = {name: Allocation.from_dict(data) for name, data in facts.get("baselines", {}).items()}
+    return Outcome(name, allocation, {"uniform": uniform_like(allocation), **baselines}, facts, trace)
+
+
+def _allocation(path: Path) -> Allocation:
+    """The allocation in a file, with at least one unit, and sizes that are numbers."""
+    allocation = Allocation.load(path)
+    if not allocation.sparsity:
+        raise ValueError(f"{path} holds an allocation without units.")
+    for unit, size in allocation.sizes.items():
+        if not isinstance(size, int) or size < 0:
+            raise ValueError(f"{path} gives {unit} a size of {size!r}; expected a whole number.")
+    return allocation
+
+
+def _check(facts: Any, path: Path, expected: Mapping[str, type]) -> None:
+    """Raise `ValueError` unless the dotted names are there, with values of these types."""
+    for name, kind in expected.items():
+        value = facts
+        for step in name.split("."):
+            value = value.get(step) if isinstance(value, Mapping) else None
+        whole_for_float = kind is float and isinstance(value, int)
+        if not (isinstance(value, kind) or whole_for_float) or isinstance(value, bool):
+            shown = "nothing" if value is None else repr(value)[:40]
+            raise ValueError(f"{path}: {name} is a {kind.__name__.lower()}, got {shown}.")
+
+
+def _object(path: Path) -> dict[str, Any]:
+    data = read_json(path)
     if not isinstance(data, dict):
         raise ValueError(f"{path} holds a {type(data).__name__}; expected an object.")
     return data
@@ -121,7 +162,7 @@ def _evaluations(folder: Path) -> tuple[dict[str, Any], ...]:
         if path.stat().st_size > LARGEST_EVALUATION:
             continue
         try:
-            data = _json(path)
+            data = _object(path)
         except ValueError:
             continue
         value = data.get("perplexity")

@@ -15,24 +15,21 @@ from .outcome import Outcome, read_all
 from .plots import allocation_chart, heat_map, quality_chart, readable_bytes, search_curves, short_number
 from .svg import inline_svg
 from .tables import (
-    LIMITS,
-    Table,
     block_table,
     compared,
     describe_text,
-    finalists_table,
+    limits,
     measured,
-    measured_texts,
     percent,
-    quality_table,
+    percentage,
+    result_tables,
+    terminal,
     text_of,
 )
 
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-
-BARS = " ▏▎▍▌▋▊▉█"
 
 
 def write_report(folder: str | Path, compare: Sequence[str | Path] = (), output: str | Path | None = None) -> str:
@@ -100,7 +97,7 @@ def page(outcomes: Sequence[Outcome], drawn: dict[str, tuple[Figure, str, str]])
     ]
     cards += [
         {"heading": heading, "caption": caption, "table": table, "wide": len(table.header) > 4}
-        for heading, caption, table in _tables(outcomes)
+        for heading, caption, table in result_tables(outcomes)
     ]
     _fill_rows(cards)
     blocks = block_table(allocations) if allocations else None
@@ -112,46 +109,10 @@ def page(outcomes: Sequence[Outcome], drawn: dict[str, tuple[Figure, str, str]])
         tiles=_tiles(first),
         cards=cards,
         blocks=blocks,
-        blocks_with_bars=[(row, _number(row[2])) for row in blocks.rows] if blocks else [],
+        blocks_with_bars=[(row, percentage(row[2])) for row in blocks.rows] if blocks else [],
         lists=_lists(first),
-        limits=LIMITS,
+        limits=limits(first),
     )
-
-
-def terminal(outcomes: Sequence[Outcome]) -> str:
-    """The tables as text."""
-    parts = [f"{heading}. {caption}\n{table}" for heading, caption, table in _tables(outcomes)]
-    if allocations := compared(outcomes):
-        table = block_table(allocations)
-        bars = [[*row, _bar(_number(row[2])).ljust(20)] for row in table.rows]
-        lines = str(Table([*table.header, ""], bars)).splitlines()
-        parts.append("\n".join(line.rstrip() for line in lines))
-    else:
-        losses = outcomes[0].trace.best_so_far()[1]
-        best = f"best loss {losses[-1]:.4f}" if losses else "no candidate has met all windows yet"
-        parts.append(f"{outcomes[0].name}: a search under way, {len(outcomes[0].trace.trials)} trials, {best}")
-    return "\n\n".join(parts)
-
-
-def _tables(outcomes: Sequence[Outcome]) -> list[tuple[str, str, Table]]:
-    """Heading, caption and table of what was measured."""
-    found = []
-    quality = quality_table(outcomes)
-    if quality.rows:
-        texts = measured_texts(outcomes)
-        caption = "No perplexity was measured: see optimum-cli dsa evaluate --json."
-        if texts:
-            only = f" on {describe_text(texts[0])}" if len(texts) == 1 else ""
-            caption = f"Perplexity{only}: lower is better, and only comparable on one text."
-        found.append(("In numbers", caption, quality))
-    for outcome in outcomes:
-        finalists = finalists_table(outcome)
-        if finalists.rows:
-            heading = "Finalists" + (f" of {outcome.name}" if len(outcomes) > 1 else "")
-            found.append(
-                (heading, "Losses on validation text after the real, sequential prune, best first.", finalists)
-            )
-    return found
 
 
 def _fill_rows(cards: list[dict[str, Any]]) -> None:
@@ -192,7 +153,8 @@ def _tiles(outcome: Outcome) -> list[tuple[str, str, str]]:
             row = outcome.evaluations[0]
             tiles.append(("Perplexity", f"{row['perplexity']:.2f}", describe_text(text_of(row))))
         if outcome.bytes is not None:
-            tiles.append(("Weight files", readable_bytes(outcome.bytes), "zeros are stored like other numbers"))
+            note = "without the zeros" if outcome.compressed else "zeros are stored like other numbers"
+            tiles.append(("Weight files", readable_bytes(outcome.bytes), note))
         return tiles
     tiles = []
     if finalists := facts.get("finalists"):
@@ -229,17 +191,6 @@ def _totals(allocations: dict) -> set[float]:
 
 def _listed(names: Sequence[str]) -> str:
     return " and ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)
-
-
-def _number(text: str) -> float:
-    """A share that `percent` wrote, in percent."""
-    return float(text.rstrip("%")) if text != "–" else 0.0
-
-
-def _bar(value: float, width: int = 20) -> str:
-    """A bar of `width` letters for 100."""
-    eighths = round(value / 100 * width * 8)
-    return "█" * (eighths // 8) + (BARS[eighths % 8] if eighths % 8 else "")
 
 
 @cache

@@ -98,7 +98,12 @@ def heat_map(allocation: Allocation, title: str | None = None, bounds: tuple[flo
     low, high = bounds or (min(shares.values()), max(shares.values()))
     middle, half = (low + high) / 2, max((high - low) / 2, 0.02)
     mesh = axes.pcolormesh(
-        values, cmap="YlGnBu", vmin=middle - half, vmax=middle + half, edgecolors=PAPER, linewidth=1
+        values,
+        cmap="YlGnBu",
+        vmin=middle - half,
+        vmax=middle + half,
+        edgecolors=PAPER,
+        linewidth=1 if len(blocks) <= 40 else 0.3,
     )
     axes.invert_yaxis()
     block_axis(axes, blocks, shift=0.5)
@@ -155,6 +160,8 @@ def search_curves(
 def quality_chart(rows: Sequence[Measured], title: str | None = None, among: Sequence[str] | None = None) -> Figure:
     """Perplexity and bytes of several models side by side, as bars; what nobody measured has no panel.
 
+    A bar ends at eight times the shortest one, so that a model that broke down does not hide how the others differ.
+
     Args:
         rows (`Sequence[Measured]`): the models, first on top.
         title (`str`, *optional*): above the chart.
@@ -169,10 +176,12 @@ def quality_chart(rows: Sequence[Measured], title: str | None = None, among: Seq
     looks = styles(list(among or (row.name for row in rows)))
     colours = [looks[row.name]["color"] for row in rows]
     for axes, (label, values, show) in zip(figure.axes, panels):
-        bars = axes.barh(range(len(rows)), [value or 0 for value in values], color=colours, height=0.62)
+        end = 8 * min(value for value in values if value is not None)
+        lengths = [min(value or 0, end) for value in values]
+        bars = axes.barh(range(len(rows)), lengths, color=colours, height=0.62)
         shown = ["not measured" if value is None else show(value) for value in values]
         axes.bar_label(bars, shown, padding=4, fontsize=9, color=INK)
-        axes.set_xlim(0, 1.32 * max(value or 0 for value in values))
+        axes.set_xlim(0, 1.35 * max(lengths) or 1)
         axes.set_xticks([])
         axes.set_title(label, fontsize=9.5, color=MUTED, loc="left")
         axes.set_yticks(range(len(rows)), [plain(row.name, 22) for row in rows] if axes is first else [])

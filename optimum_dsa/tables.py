@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,11 +13,18 @@ from .outcome import Outcome
 from .plots import Measured, readable_bytes
 
 
+BARS = " ▏▎▍▌▋▊▉█"
 LIMITS = (
-    "A pruned model is a dense checkpoint in which many numbers are zero. By itself it is neither faster nor smaller "
-    "in memory than the dense model, and its files are as large, but they compress. Speed needs kernels for sparse "
-    "weights, which are few."
+    "A pruned model is a dense model in which many numbers are zero. By itself it is neither faster nor smaller in "
+    "memory than before. Speed needs kernels for sparse weights, which are few. "
 )
+DENSE_FILES = "Its files are as large as the dense model's; they can be compressed."
+COMPRESSED_FILES = "Its files leave the zeros out; they come back when it is loaded."
+
+
+def limits(outcome: Outcome) -> str:
+    """What sparsity does and does not give, in a paragraph."""
+    return LIMITS + (COMPRESSED_FILES if outcome.compressed else DENSE_FILES)
 
 
 @dataclass(frozen=True)
@@ -91,7 +99,11 @@ def measured(outcomes: Sequence[Outcome]) -> list[Measured]:
     common = max(texts, key=texts.count, default=None)
     rows = []
     for outcome in outcomes:
-        values = [row["perplexity"] for row in outcome.evaluations if text_of(row) == common]
+        values = [
+            row["perplexity"]
+            for row in outcome.evaluations
+            if text_of(row) == common and math.isfinite(row["perplexity"])
+        ]
         if outcome.achieved:
             rows.append(Measured(outcome.name, values[0] if values else None, outcome.bytes))
     return rows
@@ -144,3 +156,50 @@ def block_sizes(allocation: Allocation) -> dict[str, int]:
         block = place(unit).block
         sizes[block] = sizes.get(block, 0) + size
     return sizes
+
+
+def result_tables(outcomes: Sequence[Outcome]) -> list[tuple[str, str, Table]]:
+    """Heading, caption and table of what was measured."""
+    found = []
+    quality = quality_table(outcomes)
+    if quality.rows:
+        texts = measured_texts(outcomes)
+        caption = "No perplexity was measured: see optimum-cli dsa evaluate --json."
+        if texts:
+            only = f" on {describe_text(texts[0])}" if len(texts) == 1 else ""
+            caption = f"Perplexity{only}: lower is better, and only comparable on one text."
+        found.append(("In numbers", caption, quality))
+    for outcome in outcomes:
+        finalists = finalists_table(outcome)
+        if finalists.rows:
+            heading = "Finalists" + (f" of {outcome.name}" if len(outcomes) > 1 else "")
+            found.append(
+                (heading, "Losses on validation text after the real, sequential prune, best first.", finalists)
+            )
+    return found
+
+
+def terminal(outcomes: Sequence[Outcome]) -> str:
+    """The tables as text."""
+    parts = [f"{heading}. {caption}\n{table}" for heading, caption, table in result_tables(outcomes)]
+    if allocations := compared(outcomes):
+        table = block_table(allocations)
+        bars = [[*row, bar(percentage(row[2])).ljust(20)] for row in table.rows]
+        lines = str(Table([*table.header, ""], bars)).splitlines()
+        parts.append("\n".join(line.rstrip() for line in lines))
+    else:
+        losses = outcomes[0].trace.best_so_far()[1]
+        best = f"best loss {losses[-1]:.4f}" if losses else "no candidate has met all windows yet"
+        parts.append(f"{outcomes[0].name}: a search under way, {len(outcomes[0].trace.trials)} trials, {best}")
+    return "\n\n".join(parts)
+
+
+def percentage(text: str) -> float:
+    """A share that `percent` wrote, in percent."""
+    return float(text.rstrip("%")) if text != "–" else 0.0
+
+
+def bar(value: float, width: int = 20) -> str:
+    """A bar of `width` letters for 100."""
+    eighths = round(value / 100 * width * 8)
+    return "█" * (eighths // 8) + (BARS[eighths % 8] if eighths % 8 else "")

@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from .configuration import CONFIG_NAME
+from .description import checksum, is_unchanged
+from .files import read_json
 from .outcome import Outcome
 from .provenance import last_part, without_places
 
@@ -91,12 +93,12 @@ def collect(folder: str | Path) -> Upload:
         raise FileNotFoundError(f"{path} holds no weights (*.safetensors).")
     for name in ("config.json", "generation_config.json", "tokenizer_config.json"):
         if name in files:
-            content = files[name].read_text(encoding="utf-8")
-            cut = _without_paths(json.loads(content))
-            if cut != json.loads(content):
+            content = read_json(path / name)
+            cut = _without_paths(content)
+            if cut != content:
                 files[name] = _json(cut)
-    files[CONFIG_NAME] = _json(without_places(outcome.facts))
-    model_config = json.loads((path / "config.json").read_text()) if (path / "config.json").is_file() else {}
+    files[CONFIG_NAME] = _description(path / CONFIG_NAME, outcome.facts)
+    model_config = read_json(path / "config.json") if (path / "config.json").is_file() else {}
     return Upload(outcome, model_config, files, tuple(left_out))
 
 
@@ -119,6 +121,16 @@ def pictures(outcome: Outcome, name: str) -> dict[str, bytes]:
         figure.savefig(buffer, format="png", dpi=200)
         found[f"plots/{title}.png"] = buffer.getvalue()
     return found
+
+
+def _description(file: Path, facts: Mapping[str, Any]) -> Path | bytes:
+    """`dsa_config.json` as it is where there is nothing to cut; else cut, and signed again if nobody had edited it."""
+    written, cut = read_json(file), without_places(facts)
+    if cut == written:
+        return file
+    if is_unchanged(written):
+        cut["checksum"] = checksum(cut)
+    return _json(cut)
 
 
 def _without_paths(data: Any) -> Any:

@@ -8,9 +8,9 @@ import pytest
 from optimum_dsa import Allocation, DSAConfig, DSAPruner
 from optimum_dsa.data import Calibration
 from optimum_dsa.outcome import Outcome, read_all
-from optimum_dsa.page import figures, page, terminal, write_report
+from optimum_dsa.page import figures, page, write_report
 from optimum_dsa.search.run import search
-from optimum_dsa.tables import Table, block_table, compared, finalists_table, quality_table
+from optimum_dsa.tables import Table, block_table, compared, finalists_table, quality_table, terminal
 
 from .browser import Browser, find_chromium
 from .common import tiny_llama, tokens
@@ -83,15 +83,41 @@ def test_a_search_is_read_whole_or_under_way(folders, tmp_path):
     [
         ("thesis.tex", "x", "holds neither dsa_config.json nor a search"),
         ("dsa_config.json", "{", "is not JSON"),
-        ("dsa_config.json", "[1]", "holds a list; expected an object"),
+        ("dsa_config.json", "[1]", "holds no description of a pruned model"),
+        ("search.json", "[1]", "holds a list; expected an object"),
         ("dsa_config.json", '{"config": {"sparsity": 0.5}}', "no pruned model lies beside it"),
         ("trace.jsonl", "x\n", "is no search trace"),
+        ("search.json", '{"config": {"sparsity": 0.5}, "finalists": [1]}', "validation_loss is a float, got nothing"),
     ],
 )
 def test_other_folders_are_refused(tmp_path, name, text, message):
     (tmp_path / name).write_text(text)
     with pytest.raises((ValueError, FileNotFoundError), match=message):
         Outcome.read(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "key,value,message",
+    [
+        ("achieved", {"sparsity": 0.6}, "achieved"),
+        ("versions", [1], "versions"),
+        ("allocation", {"name": "x", "sparsity": {}, "sizes": {}}, "allocation"),
+    ],
+)
+def test_a_damaged_description_is_refused_by_name(folders, tmp_path, key, value, message):
+    facts = json.loads((folders / "by-owl" / "dsa_config.json").read_text())
+    (tmp_path / "dsa_config.json").write_text(json.dumps({**facts, key: value}))
+    with pytest.raises(ValueError, match=message):
+        Outcome.read(tmp_path)
+
+
+def test_a_model_that_broke_down_is_shown_as_it_is(folders, tmp_path):
+    for path in (folders / "by-owl").glob("*.json"):
+        (tmp_path / path.name).write_text(path.read_text())
+    (tmp_path / "evaluation.json").write_text(evaluation(float("nan")))
+    (tmp_path / "other.json").write_text(evaluation(1e304, "b"))
+    said = write_report(tmp_path)
+    assert "nan" in said and (tmp_path / "report.html").is_file()
 
 
 def test_names_stay_apart(folders):

@@ -117,6 +117,9 @@ def test_quality_is_drawn_where_it_was_measured():
     assert [text.get_text() for text in perplexity.texts] == ["10", "12.5", "not measured"]
     assert [text.get_text() for text in size.texts] == ["2 MB", "not measured", "5 B"]
     assert len(quality_chart([Measured("a", 3.0)]).axes) == 1
+    broken = quality_chart([Measured("good", 10.0), Measured("broken", 1e304)]).axes[0]
+    assert [bar.get_width() for bar in broken.patches] == [10.0, 80.0]
+    assert [text.get_text() for text in broken.texts] == ["10", "1e+304"]
     with pytest.raises(ValueError, match="nothing to draw"):
         quality_chart([Measured("a")])
 

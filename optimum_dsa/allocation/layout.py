@@ -20,7 +20,8 @@ class Place:
     Attributes:
         stack: the list that holds the block, such as "model.layers"; the name itself for a matrix outside the blocks.
         index: the block's number in the stack; `None` outside the blocks.
-        kind: the matrix's path inside the block, experts written as one; `WHOLE` for a unit that is a block.
+        kind: the matrix's path inside the block, experts written as one; `WHOLE` for a unit that is a block; the name
+            itself for a matrix outside the blocks.
     """
 
     stack: str
@@ -38,7 +39,7 @@ def place(unit: str) -> Place:
     name = re.sub(r"\[\d+\]$", "", unit).removesuffix(".weight")
     found = _BLOCK.fullmatch(name)
     if not found:
-        return Place(name, None, WHOLE)
+        return Place(name, None, name)
     kind = re.sub(r"(?<=\.)\d+(?=\.|$)", "*", found["rest"] or WHOLE)
     return Place(found["stack"] or "", int(found["index"]), kind)
 

@@ -14,7 +14,7 @@ from ..conftest import FAMILIES
         ("model.layers.0.mlp.experts.gate_up_proj[7]", "model.layers.0", "mlp.experts.gate_up_proj"),
         ("layers.10.experts.12.w1.weight", "layers.10", "experts.*.w1"),
         ("0.weight", "0", WHOLE),
-        ("lm_head.weight", "lm_head", WHOLE),
+        ("lm_head.weight", "lm_head", "lm_head"),
     ],
 )
 def test_a_name_says_where_a_unit_sits(unit, block, kind):

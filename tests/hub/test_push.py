@@ -6,77 +6,17 @@ import sys
 import textwrap
 import time
 
-import huggingface_hub.constants
 import pytest
-from huggingface_hub import ModelCard
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from optimum_dsa import Allocation, DSAConfig, DSAPruner
+from optimum_dsa import DSAConfig, DSAPruner
 from optimum_dsa.demo import demo_model
-from optimum_dsa.hub import PushError, push_folder
-from optimum_dsa.upload import collect
+from optimum_dsa.hub import PushError
 
-from .common import same_state, state, tiny_llama, tokens
-from .hub_server import TOKEN, HubServer
-from .test_commands import run
-
-
-FILES = {"config.json", "generation_config.json", "model.safetensors", "dsa_config.json", "README.md"}
-PLOTS = {"plots/allocation.png", "plots/heatmap.png"}
-
-
-@pytest.fixture
-def hub(monkeypatch):
-    """A Hub that the client in this process talks to, without the waits between its attempts."""
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_DISABLE_XET", True)
-    monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", lambda seconds: None)
-    with HubServer() as server:
-        monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", server.url)
-        yield server
-
-
-@pytest.fixture(scope="module")
-def saved(tmp_path_factory):
-    """The folder of a small pruned model, not to be written to."""
-    folder = tmp_path_factory.mktemp("saved") / "model"
-    pruner = DSAPruner(tiny_llama())
-    pruner.prune(tokens(), DSAConfig(0.6, allocation="owl"))
-    pruner.save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture
-def folder(saved, tmp_path):
-    """A copy of it."""
-    copy = tmp_path / "model"
-    copy.mkdir()
-    for path in saved.iterdir():
-        (copy / path.name).write_bytes(path.read_bytes())
-    return copy
-
-
-def change(folder, name, **facts):
-    """Set facts in a JSON file of `folder`."""
-    data = json.loads((folder / name).read_text())
-    for key, value in facts.items():
-        part = data
-        *outer, last = key.split("__")
-        for step in outer:
-            part = part[step]
-        part[last] = value
-    (folder / name).write_text(json.dumps(data))
-
-
-def snapshot(folder):
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
-
-
-def push(folder, repository="me/tiny", **options):
-    return push_folder(folder, repository, token=TOKEN, **options)
-
-
-def card(server, repository="me/tiny"):
-    return ModelCard(server.content(repository)["README.md"].decode())
+from ..common import same_state, state, tiny_llama, tokens
+from ..hub_server import TOKEN, HubServer
+from ..test_commands import run
+from .common import FILES, PLOTS, change, push, snapshot
 
 
 # -- a whole way
@@ -255,99 +195,3 @@ def test_weights_of_an_earlier_push_go_and_other_files_stay(hub, folder):
     change(folder, "dsa_config.json", seconds=1.5)
     push(folder)
     assert "LICENSE" in hub.content("me/tiny")
-
-
-# -- what goes, and what does not
-
-
-def test_nothing_of_this_computer_goes_along(hub, tmp_path, monkeypatch):
-    home = tmp_path / "home-of-jane"
-    home.mkdir()
-    monkeypatch.setenv("HOME", str(home))
-    DSAPruner(tiny_llama()).allocate(tokens(), DSAConfig(0.6, allocation="owl")).save(home / "mine.json")
-    (home / "text.txt").write_text("def f(x):\n    return x\n" * 400)
-    pruner = DSAPruner.from_pretrained(demo_model())
-    settings = DSAConfig(0.6, "wanda", "owl", num_samples=4, sequence_length=32)
-    pruner.prune(str(home / "text.txt"), settings)
-    pruner.model.config._name_or_path = str(home / "base")
-    pruner.save_pretrained(home / "model")
-    change(home / "model", "dsa_config.json", config__allocation=str(home / "mine.json"))
-    change(home / "model", "dsa_config.json", calibration__source=str(home / "text.txt"))
-    change(home / "model", "config.json", _name_or_path=str(home / "base"))
-    change(home / "model", "tokenizer_config.json", vocab_file=str(home / "vocab.json"))
-    secret = {"model": str(home / "model"), "dataset": str(home / "test.txt"), "perplexity": 3.0, "host": "jane-pc"}
-    (home / "model" / "evaluation.json").write_text(json.dumps(secret))
-    for name in (".env", "notes.md", "optimizer.pt", "report.html", "tokenizer.json.swp~"):
-        (home / "model" / name).write_text("hf_secret")
-    push(home / "model")
-    content = hub.content("me/tiny")
-    assert content.keys() == FILES | PLOTS | {"tokenizer.json", "tokenizer_config.json"}
-    for name, data in content.items():
-        for private in ("home-of-jane", str(tmp_path), "hf_secret", "jane-pc"):
-            assert private.encode() not in data, (name, private)
-    facts = json.loads(content["dsa_config.json"])
-    assert facts["calibration"]["source"] == "text.txt"
-    assert DSAConfig.from_dict(facts["config"]).allocation == Allocation.load(home / "model")
-    assert "test.txt" in card(hub).text
-
-
-def test_what_is_left_out_is_told(folder):
-    (folder / "notes.md").write_text("x")
-    assert collect(folder).left_out == ("notes.md",)
-
-
-def test_a_folder_without_weights_is_refused(folder):
-    (folder / "model.safetensors").unlink()
-    with pytest.raises(FileNotFoundError, match="holds no weights"):
-        collect(folder)
-
-
-def test_a_card_of_the_users_own_is_taken_as_it_is(hub, folder):
-    (folder / "README.md").write_text("# Mine\n")
-    push(folder)
-    assert hub.content("me/tiny")["README.md"] == b"# Mine\n"
-
-
-def test_without_matplotlib_the_card_has_no_pictures(hub, folder, monkeypatch):
-    monkeypatch.setitem(sys.modules, "matplotlib", None)
-    push(folder)
-    assert hub.content("me/tiny").keys() == FILES and "![" not in card(hub).text
-
-
-# -- the card
-
-
-def test_the_card_names_the_base_model_and_carries_its_licence(hub, folder):
-    hub.cards["org/base"] = {"license": "llama3.2", "language": ["en"], "tags": ["secret"]}
-    base = {"name": "org/base", "revision": "0123456789abcdef0123456789abcdef01234567"}
-    change(folder, "dsa_config.json", base_model=base, calibration__source="wikitext2")
-    facts = {"dataset": "wikitext2", "windows": 8, "sequence_length": 16, "perplexity": 9.5, "model": "x"}
-    (folder / "evaluation.json").write_text(json.dumps(facts))
-    push(folder)
-    data, text = card(hub).data, card(hub).text
-    assert (data.base_model, data.base_model_relation, data.license) == ("org/base", "quantized", "llama3.2")
-    assert (data.library_name, data.pipeline_tag, data.language) == ("transformers", "text-generation", ["en"])
-    assert {"pruned", "sparse", "wanda", "optimum-dsa", "owl-allocation"} == set(data.tags)
-    assert data.datasets == ["Salesforce/wikitext"]
-    (result,) = data.eval_results
-    assert (result.dataset_type, result.metric_type, result.metric_value) == ("Salesforce/wikitext", "perplexity", 9.5)
-    assert "| wikitext2, 8 windows of 16 tokens | 9.500 |" in text
-    assert "https://arxiv.org/abs/2306.11695" in text and "https://arxiv.org/abs/2310.05175" in text
-    assert f"--revision {base['revision']}" in text and "--allocation owl" in text
-    assert "neither faster nor smaller" in text and "![" in text
-    for index in range(3):
-        assert f"| model.layers.{index} |" in text
-
-
-def test_a_local_base_model_is_no_repository(hub, folder):
-    change(folder, "dsa_config.json", base_model={"name": "llama", "revision": None})
-    push(folder)
-    assert not {"base_model", "base_model_relation"} & card(hub).data.to_dict().keys()
-    assert "`llama` with **60.00%" in card(hub).text
-    assert ("GET", "/api/models/llama") not in hub.log
-
-
-def test_an_unknown_base_model_costs_the_licence_only(hub, folder):
-    change(folder, "dsa_config.json", base_model={"name": "org/gone", "revision": "main"})
-    push(folder)
-    assert card(hub).data.base_model == "org/gone" and card(hub).data.license is None
