@@ -24,6 +24,7 @@ def save_checkpoint(
     base: dict[str, str | None],
     directory: str | Path,
     compressed: bool = False,
+    recovery: dict[str, Any] | None = None,
     **save_kwargs,
 ) -> None:
     """Write model, tokenizer and `dsa_config.json` into `directory`; whole or not at all.
@@ -45,7 +46,7 @@ def save_checkpoint(
             tokenizer.save_pretrained(fresh)
         if compressed:
             compress_in_place(fresh)
-        write_description(fresh, describe(report, base))
+        write_description(fresh, describe(report, base, recovery))
 
 
 def _save_offloaded(model: nn.Module, directory: Path, **save_kwargs) -> None:

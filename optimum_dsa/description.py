@@ -31,15 +31,19 @@ def schema() -> dict[str, Any]:
     return json.loads(Path(__file__).with_name("dsa_config.schema.json").read_text(encoding="utf-8"))
 
 
-def describe(report: PruningReport, base: dict[str, str | None]) -> dict[str, Any]:
+def describe(
+    report: PruningReport, base: dict[str, str | None], recovery: dict[str, Any] | None = None
+) -> dict[str, Any]:
     """The content of `dsa_config.json`: config, base model, allocation, achieved sparsity, calibration, versions.
+
+    `recovery` is what is known of training after pruning, or during it.
 
     An allocation that was given as a file is written out: the file's path is of no use to others, and none of their
     business.
     """
     data = {"format_version": FORMAT_VERSION, "base_model": base, **report.to_dict(), "versions": versions()}
     data["config"] = {**data["config"], "allocation": _portable(data)}
-    return data
+    return data if recovery is None else {**data, "recovery": recovery}
 
 
 def write_description(folder: Path, data: dict[str, Any]) -> None:

@@ -9,7 +9,6 @@ from huggingface_hub.utils import tqdm
 from torch import Tensor, nn
 
 
-@torch.no_grad()
 def perplexity(model: nn.Module, tokens: Tensor, batch_size: int = 8) -> float:
     """exp of the mean negative log-likelihood per predicted token, over non-overlapping windows.
 
@@ -22,27 +21,40 @@ def perplexity(model: nn.Module, tokens: Tensor, batch_size: int = 8) -> float:
     Raises:
         ValueError: `tokens` are not such a tensor, or lie outside the model's vocabulary.
     """
+    return perplexity_with_error(model, tokens, batch_size)[0]
+
+
+def perplexity_with_error(model: nn.Module, tokens: Tensor, batch_size: int = 8) -> tuple[float, float | None]:
+    """[`perplexity`] and its standard error, as windows of the same kind of text would scatter; `None` for one window.
+
+    The error of the mean loss per window, carried over to its exponential.
+    """
+    losses = window_losses(model, tokens, batch_size)
+    value = math.exp(min(losses.mean().item(), 700))
+    return value, value * losses.std().item() / math.sqrt(len(losses)) if len(losses) > 1 else None
+
+
+@torch.no_grad()
+def window_losses(model: nn.Module, tokens: Tensor, batch_size: int = 8) -> Tensor:
+    """Mean negative log-likelihood per predicted token of every window, (samples,), float64; see [`perplexity`]."""
     check_tokens(tokens, model)
     if tokens.shape[1] < 2:
         raise ValueError(f"Perplexity needs windows of at least 2 tokens, got {tuple(tokens.shape)}.")
     training = model.training
     model.eval()
     device = torch.device("cpu") if hasattr(model, "hf_device_map") else model.device
-    total = torch.zeros((), dtype=torch.float64)
+    losses = []
     try:
         for batch in tqdm(tokens.split(batch_size), desc="Perplexity", name="optimum_dsa.evaluate", leave=False):
             batch = batch.to(device)
             logits = model(input_ids=batch, use_cache=False).logits
             # one window at a time: float32 log-probabilities of a whole batch would dwarf the activations
             for row, targets in zip(logits, batch):
-                total += (
-                    nn.functional.cross_entropy(row[:-1].float(), targets[1:].to(row.device), reduction="sum")
-                    .double()
-                    .cpu()
-                )
+                total = nn.functional.cross_entropy(row[:-1].float(), targets[1:].to(row.device), reduction="sum")
+                losses.append(total.double().cpu() / (len(targets) - 1))
     finally:
         model.train(training)
-    return math.exp(min(total.item() / (tokens.shape[0] * (tokens.shape[1] - 1)), 700))
+    return torch.stack(losses)
 
 
 def check_tokens(tokens: Tensor, model: nn.Module) -> None:

@@ -25,6 +25,8 @@ from .verification import Verification, verify
 
 
 if TYPE_CHECKING:
+    from .recovery.configuration import RecoveryConfig
+    from .recovery.result import RecoveryResult
     from .search.result import SearchResult
 
 
@@ -44,12 +46,14 @@ class DSAPruner:
         model (`nn.Module`): pruned in place.
         tokenizer (`Any`): saved with it; needed for calibration text.
         report (`PruningReport`): of the last `prune`, or of the one that made a loaded model; `None` before.
+        recovery (`RecoveryResult`): of the last `recover`.
     """
 
     def __init__(self, model: nn.Module, tokenizer: Any = None):
         self.model = model
         self.tokenizer = tokenizer
         self.report: PruningReport | None = None
+        self.recovery: RecoveryResult | None = None
         self._base = base_model(model)
 
     @classmethod
@@ -92,6 +96,7 @@ class DSAPruner:
         """
         needed = pruning_needs_inputs(config) or allocation_needs_inputs(config)
         self.report = prune(self.model, self._load(calibration, config, needed), config)
+        self.recovery = None
         return self.report
 
     def allocate(self, calibration: Any, config: DSAConfig) -> Allocation:
@@ -165,6 +170,39 @@ class DSAPruner:
         """Whether zeros, pattern and budget are those of the report, counted in the weights as they are now."""
         return verify(self.model, self._pruned())
 
+    def recover(
+        self,
+        train: Any,
+        config: RecoveryConfig | None = None,
+        validation: Any = None,
+        teacher: str | Path | nn.Module | None = None,
+        checkpoints: str | Path | None = None,
+        resume: bool = False,
+    ) -> RecoveryResult:
+        """Train the model, pruned here or before, and keep each of its zeros.
+
+        Args:
+            train (`Any`): texts, a .txt / .jsonl / .parquet path, a dataset or its name, or a LongTensor (samples,
+                length).
+            config (`RecoveryConfig`, *optional*): method, steps, learning rate, ...; by default sparse adapters, 300
+                steps.
+            validation (`Any`, *optional*): as `train`; by default the end of it, which is then not trained on.
+            teacher (`str | Path | nn.Module`, *optional*): the dense model, for `distillation`.
+            checkpoints (`str`, *optional*): folder for checkpoints that a run can be resumed from.
+            resume (`bool`, defaults to `False`): go on from the last of them.
+        """
+        from .recovery.configuration import RecoveryConfig
+        from .recovery.run import recover
+        from .recovery.targets import counted, report_of
+
+        report = self.report or report_of(self.model)
+        config = config or RecoveryConfig()
+        self.model, self.recovery = recover(
+            self.model, self.tokenizer, train, config, report, validation, teacher, checkpoints, resume
+        )
+        self.report = counted(report, self.model)
+        return self.recovery
+
     def save_pretrained(self, directory: str | Path, compressed: bool = False, **save_kwargs) -> None:
         """Write an ordinary checkpoint, the tokenizer and `dsa_config.json`; whole or not at all.
 
@@ -177,7 +215,8 @@ class DSAPruner:
             save_kwargs (`dict`): go to the model's `save_pretrained` (`max_shard_size`, ...).
         """
         report = self._pruned()
-        save_checkpoint(self.model, self.tokenizer, report, self._base, directory, compressed, **save_kwargs)
+        recovery = self.recovery.to_dict() if self.recovery else None
+        save_checkpoint(self.model, self.tokenizer, report, self._base, directory, compressed, recovery, **save_kwargs)
 
     def _pruned(self) -> PruningReport:
         if self.report is None:

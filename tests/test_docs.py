@@ -16,10 +16,22 @@ import pytest
 import yaml
 
 import optimum_dsa
-from optimum_dsa import ALLOCATIONS, METHODS, METRICS, POST_PROCESS, PRE_PROCESS, REDUCTION, TRANSFORM, UPDATES
+from optimum_dsa import (
+    ALLOCATIONS,
+    METHODS,
+    METRICS,
+    MODES,
+    POST_PROCESS,
+    PRE_PROCESS,
+    REDUCTION,
+    SCHEDULES,
+    TRANSFORM,
+    UPDATES,
+)
 from optimum_dsa.commands.dsa import DSACommand
 from optimum_dsa.commands.prune import asked_config
 from optimum_dsa.demo import demo_model, demo_texts
+from optimum_dsa.recovery.trainer import REFERENCE as DISTILLATION
 from optimum_dsa.registry import Registry
 
 
@@ -121,7 +133,8 @@ def test_links_of_the_readme_lead_to_a_file_and_a_heading():
 
 @pytest.mark.parametrize("name", sorted(TEXTS))
 def test_papers_are_cited_by_the_addresses_of_the_tables(name):
-    known = {address for table in TABLES.values() for address in table.references.values()}
+    tables = [*TABLES.values(), MODES, SCHEDULES]
+    known = {address for table in tables for address in table.references.values()} | {DISTILLATION}
     assert set(re.findall(r"https://arxiv\.org/[\w./]+", TEXTS[name])) <= known
 
 
@@ -177,6 +190,14 @@ def test_cli_page_has_every_option(command):
             assert option in quoted(text) or option in ("-h", "--help"), option
     known = {option for action in command_parsers()[command]._actions for option in action.option_strings}
     assert {word for word in quoted(" ".join(cells[0] for cells in rows(text))) if word[0] == "-"} <= known
+
+
+@pytest.mark.parametrize("title,table", [("Modes", MODES), ("Schedules", SCHEDULES)])
+def test_recovery_lists_every_row_with_its_reference(title, table):
+    cells = {quoted(row[0])[0]: row[-1] for row in rows(section(PAGES["guides/recovery"], title))}
+    assert sorted(cells) == sorted(table)
+    for name, text in cells.items():
+        assert (f"]({table.references[name]})" in text) if table.references[name] else ("](" not in text), name
 
 
 def test_package_reference_has_every_public_name():

@@ -8,6 +8,7 @@ from .env import EnvCommand
 from .evaluate import EvaluateCommand
 from .prune import PruneCommand
 from .push import PushCommand
+from .recover import RecoverCommand
 from .report import ReportCommand
 from .search import SearchCommand
 from .verify import VerifyCommand
@@ -20,6 +21,7 @@ class DSACommand(BaseOptimumCLICommand):
     SUBCOMMANDS = (
         CommandInfo("prune", "Prune a model to an exact budget and save it.", PruneCommand),
         CommandInfo("search", "Find the allocation that hurts a model least.", SearchCommand),
+        CommandInfo("recover", "Train a pruned model and keep its zeros.", RecoverCommand),
         CommandInfo("evaluate", "Measure a model's perplexity and its sparsity.", EvaluateCommand),
         CommandInfo("report", "Show a pruned model or a search as a page with pictures.", ReportCommand),
         CommandInfo("verify", "Check that a pruned model is what it says.", VerifyCommand),

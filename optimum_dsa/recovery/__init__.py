@@ -1,0 +1,1 @@
+"""Training that keeps every zero: sparse adapters, a Trainer callback, and recovery after pruning."""

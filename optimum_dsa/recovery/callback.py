@@ -1,0 +1,234 @@
+"""`DSACallback`: a `transformers.Trainer` that keeps zeros, or makes them while it trains."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+from transformers import TrainerCallback
+
+from ..checkpoint import base_model
+from ..configuration import DSAConfig
+from ..data import Calibration, load_calibration
+from ..description import describe, write_description
+from ..masks import Pattern
+from ..pruning import allocation_needs_inputs, prune, pruning_needs_inputs
+from ..report import PruningReport
+from .gradual import prune_to
+from .held import HeldZeros
+from .schedule import PruningSchedule
+from .sharding import refuse_sharded, synchronise
+from .targets import (
+    count_parameters,
+    count_zeros,
+    counted,
+    inner_model,
+    measured_allocation,
+    plain_report,
+    prunable,
+    report_of,
+    with_adapters_excluded,
+    without_adapters,
+)
+
+
+logger = logging.getLogger(__name__)
+
+STATE = "dsa"  # our entry in the Trainer's state, which its checkpoints carry
+
+
+class DSACallback(TrainerCallback):
+    """Keeps the zeros of a model in training, or prunes it while it is trained.
+
+    ```python
+    trainer = Trainer(model, args, train_dataset=data)
+    DSACallback().attach(trainer)  # holds the zeros that the model has
+    DSACallback(DSAConfig(0.7), "calibration.txt", PruningSchedule(end=200, every=20)).attach(trainer)
+    ```
+
+    After every optimizer step what was zero is zero again; gradients of pruned weights are zero, so that they count in
+    no norm. A resumed run reads its masks from the weights and catches up with what its schedule asks for by then,
+    also from a checkpoint that was written without the callback. Each checkpoint and push gets a `dsa_config.json`.
+
+    Args:
+        config (`DSAConfig`, *optional*): How to prune, with the final sparsity. Without it zeros are held only.
+        calibration (`Any`, *optional*): As in [`DSAPruner.prune`]; text is read with the Trainer's `processing_class`.
+        schedule (`PruningSchedule`, *optional*): When, and how far. Defaults to one shot before the first step.
+        reallocate (`str` or `Sequence[int]`, defaults to `"always"`): Whether the allocation is computed anew at every
+            moment of the schedule (`"always"`), at the first (`"once"`), or before the steps given.
+        exclude (`Sequence[str]`): Names or patterns of weights that are not held, where there is no config.
+        include (`Sequence[str]`): Matrices outside the blocks to hold as well, where there is no config.
+
+    Attributes:
+        report (`PruningReport`): of the last pruning; `None` before.
+    """
+
+    def __init__(
+        self,
+        config: DSAConfig | None = None,
+        calibration: Any = None,
+        schedule: PruningSchedule | None = None,
+        reallocate: str | Sequence[int] = "always",
+        exclude: Sequence[str] = (),
+        include: Sequence[str] = (),
+    ):
+        self.config = config
+        self.calibration = calibration
+        self.schedule = schedule or PruningSchedule()
+        self.reallocate = reallocate
+        self.names = {"exclude": tuple(exclude), "include": tuple(include), "blocks": ()}
+        self.report: PruningReport | None = None
+        self._held: HeldZeros | None = None
+        self._wish: dict[str, float] | None = None
+        self._logged: dict[str, float] | None = None
+        self._data: Calibration | None = None
+        if config is None and (calibration is not None or schedule is not None):
+            raise ValueError("Calibration and schedule are for pruning; give a DSAConfig with them.")
+        if isinstance(reallocate, str) and reallocate not in ("always", "once"):
+            raise ValueError(f"reallocate is 'always', 'once' or steps, got {reallocate!r}.")
+        if config is not None:
+            kind = Pattern.parse(config.recipe.pattern).kind
+            if kind in ("n:m", "mixed") and len(self.schedule.moments) > 1:
+                raise ValueError(
+                    f"Pattern {config.recipe.pattern} has no sparsities in between; give a schedule of one step."
+                )
+            if self.schedule.initial > config.sparsity:
+                raise ValueError(f"The schedule starts at {self.schedule.initial}, above the {config.sparsity} asked.")
+            self.names = {"exclude": config.exclude, "include": config.include, "blocks": config.blocks}
+
+    def attach(self, trainer) -> DSACallback:
+        """Add this to `trainer` before its reporters, so that sparsity reaches all of them; the callback itself.
+
+        Given as `callbacks=[...]` it does the same, but reporters that come before it do not see its numbers.
+        """
+        trainer.callback_handler.callbacks.insert(0, self)
+        return self
+
+    # -- events, in the order of a run
+
+    def on_train_begin(self, args, state, control, model=None, processing_class=None, **kwargs):
+        refuse_sharded()
+        inner = inner_model(model)
+        self._hold(inner)
+        if self.config is None:
+            if not any(self._zeros(inner).values()):
+                logger.warning("DSACallback has nothing to hold: %s has no zeros to speak of.", type(inner).__name__)
+            return
+        later = len(self.schedule.moments) > 1 or self.schedule.last > 0
+        if later and self.schedule.last >= state.max_steps:
+            raise ValueError(
+                f"The schedule prunes last before step {self.schedule.last}, but training ends after "
+                f"{state.max_steps} steps; choose an earlier end."
+            )
+        if later and args.load_best_model_at_end:
+            raise ValueError(
+                "load_best_model_at_end would bring back a model of an earlier, lower sparsity; leave it out, or "
+                "prune before the first step."
+            )
+        needed = pruning_needs_inputs(self.config) or allocation_needs_inputs(self.config)
+        if needed and self._data is None:
+            self._data = self._load(inner, processing_class)
+        stored = state.stateful_callbacks.get(STATE)
+        self._wish = (stored or {}).get("wish")
+        self._catch_up(model, state)
+
+    def on_step_begin(self, args, state, control, model=None, **kwargs):
+        if self.config is not None and state.global_step in self.schedule.moments:
+            self._prune(model, state)
+
+    def on_optimizer_step(self, args, state, control, **kwargs):
+        self._held.apply()
+
+    def on_log(self, args, state, control, model=None, logs=None, **kwargs):
+        if logs is None or self._held is None:
+            return
+        found = measured_allocation(inner_model(model), prunable(inner_model(model), **self.names))
+        numbers = {"sparsity": found.overall}
+        if found.sparsity != self._logged:
+            numbers |= {f"sparsity/{unit}": value for unit, value in found.sparsity.items()}
+            self._logged = found.sparsity
+        logs.update(numbers)
+        if state.log_history:
+            state.log_history[-1].update(numbers)
+
+    def on_save(self, args, state, control, model=None, **kwargs):
+        folder = Path(args.output_dir, f"checkpoint-{state.global_step}")
+        if state.is_world_process_zero and folder.is_dir():
+            self.write(model, folder, state.global_step)
+
+    def on_push_begin(self, args, state, control, model=None, **kwargs):
+        if state.is_world_process_zero:
+            self.write(model, Path(args.output_dir), state.global_step)
+
+    def on_train_end(self, args, state, control, model=None, **kwargs):
+        self._held.apply()
+        self._held.release()
+        if self.report is not None:
+            self.report = counted(self.report, model)
+
+    # -- what they do
+
+    def write(self, model: nn.Module, folder: str | Path, step: int) -> None:
+        """Write `dsa_config.json` into `folder`: how the model was pruned, and its zeros as they are now."""
+        report = report_of(model) if self.report is None else counted(self.report, model)
+        training = {"kind": "DSACallback", "step": step, "schedule": asdict(self.schedule) if self.config else None}
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        write_description(Path(folder), describe(report, base_model(inner_model(model)), training))
+
+    def _hold(self, inner: nn.Module) -> None:
+        if self._held is not None:
+            self._held.release()
+        architecture = prunable(inner, **self.names)
+        names = dict.fromkeys(f"{weight.module}.{weight.attribute}" for weight in architecture.weights)
+        self._held = HeldZeros(inner, list(names))
+
+    def _zeros(self, inner: nn.Module) -> dict[str, int]:
+        return count_zeros(inner, prunable(inner, **self.names))
+
+    def _catch_up(self, model: nn.Module, state) -> None:
+        """Do at the start of a resumed run what its schedule asked for before."""
+        missed = [moment for moment in self.schedule.moments if moment < state.global_step]
+        if not missed:
+            return
+        inner = inner_model(model)
+        weights = prunable(inner, **self.names).weights
+        total = sum(weight.size for weight in weights)
+        expected = round(self.schedule.sparsity(missed[-1], self.config.sparsity) * total)
+        if missed[-1] < self.schedule.last:  # where a moment in between may have been rounded down, one in each row
+            expected -= sum(weight.shape[0] for weight in weights)
+        if sum(self._zeros(inner).values()) < expected:
+            self._prune(model, state, missed[-1])
+        else:
+            found = measured_allocation(inner, prunable(inner, **self.names))
+            self.report = PruningReport(self.config, found, found.sparsity, count_parameters(inner))
+
+    def _prune(self, model: nn.Module, state, moment: int | None = None) -> None:
+        moment = state.global_step if moment is None else moment
+        inner = inner_model(model)
+        config = with_adapters_excluded(self.config, inner)
+        anew = self.reallocate == "always" or (self.reallocate != "once" and moment in self.reallocate)
+        with without_adapters(model):
+            if len(self.schedule.moments) == 1:
+                report = prune(inner, self._data, config)
+            else:
+                sparsity = self.schedule.sparsity(moment, config.sparsity)
+                report, self._wish = prune_to(inner, self._data, config, sparsity, None if anew else self._wish)
+        synchronise(self._held.parameters.values())
+        self._held.refresh()
+        if report is not None:
+            self.report = plain_report(replace(report, config=self.config))
+        state.stateful_callbacks[STATE] = {"wish": self._wish}
+        logger.info("Pruned before step %d.", moment)
+
+    def _load(self, inner: nn.Module, tokenizer: Any) -> Calibration:
+        config = self.config
+        if self.calibration is None:
+            raise ValueError("This pruning needs calibration data; pass texts, a file, a dataset or tokens.")
+        if isinstance(self.calibration, Calibration):
+            return self.calibration
+        options = (config.num_samples, config.sequence_length, config.seed, config.text_column, config.split)
+        return load_calibration(self.calibration, inner, tokenizer, *options)

@@ -1,0 +1,106 @@
+"""One moment of gradual pruning: from the zeros that a model has to a higher sparsity, exactly."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+import torch
+from torch import nn
+
+from ..allocation import Allocation
+from ..allocation.budget import fit_counts, split_count
+from ..architecture import Architecture
+from ..configuration import DSAConfig
+from ..data import Calibration
+from ..masks import Pattern
+from ..pruning import allocate, architecture_for, prune
+from ..report import PruningReport
+from .targets import count_zeros, plain_name
+
+
+def prune_to(
+    model: nn.Module,
+    calibration: Calibration | None,
+    config: DSAConfig,
+    sparsity: float,
+    wished: Mapping[str, float] | None = None,
+) -> tuple[PruningReport | None, dict[str, float]]:
+    """Prune `model` in place until `sparsity`, and what was wished for each unit at the config's own sparsity.
+
+    No zero is given back: every unit loses at least what its emptiest matrix has lost. With the pattern "row", a
+    sparsity below the config's is rounded down to whole weights per row, so that the masks nest.
+
+    Args:
+        sparsity (`float`): at most the config's, which is met to one weight.
+        wished (`Mapping[str, float]`, *optional*): what an earlier call gave back, to allocate alike; by default the
+            allocation is computed from the model as it is now.
+
+    Returns:
+        The report, `None` where the model is as sparse already, and the wish.
+    """
+    architecture = architecture_for(model, config)
+    zeros = count_zeros(model, architecture)
+    total = sum(weight.size for weight in architecture.weights)
+    if wished is None:
+        wished = _wish(model, calibration, config, sparsity, architecture)
+    if round(sparsity * total) <= sum(zeros.values()):
+        return None, dict(wished)
+    share = sparsity / config.sparsity
+    exact = sparsity == config.sparsity
+    counts = _counts(architecture, config, {unit: value * share for unit, value in wished.items()}, sparsity, zeros)
+    if Pattern.parse(config.recipe.pattern).kind == "row" and not exact:
+        rows = {weight.name: weight.shape[0] for weight in architecture.weights}
+        counts = {name: max(count // rows[name] * rows[name], zeros[name]) for name, count in counts.items()}
+    sizes = {weight.name: weight.size for weight in architecture.weights}
+    given = Allocation({name: counts[name] / size for name, size in sizes.items()}, sizes, str(config.allocation))
+    step = replace(
+        config, sparsity=given.overall, allocation=given, granularity="matrix", min_sparsity=0.0, max_sparsity=1.0
+    )
+    return replace(prune(model, calibration, step), config=config), dict(wished)
+
+
+def _wish(
+    model: nn.Module, calibration: Calibration | None, config: DSAConfig, sparsity: float, architecture: Architecture
+) -> dict[str, float]:
+    """The allocation for `sparsity`, scaled to the config's."""
+    if config.allocator is None or sparsity == 0:
+        found = allocate(model, calibration, config, architecture).sparsity
+        return {plain_name(unit): value for unit, value in found.items()}
+    now = replace(
+        config,
+        sparsity=sparsity,
+        min_sparsity=min(config.min_sparsity, sparsity),
+        max_sparsity=max(config.max_sparsity, sparsity),
+    )
+    found = allocate(model, calibration, now, architecture).sparsity
+    return {plain_name(unit): value * config.sparsity / sparsity for unit, value in found.items()}
+
+
+def _counts(
+    architecture: Architecture,
+    config: DSAConfig,
+    wanted: Mapping[str, float],
+    sparsity: float,
+    zeros: Mapping[str, int],
+) -> dict[str, int]:
+    """Weights to remove from each matrix, as near to `wanted` as what is removed already allows."""
+    for granularity in ("block", "matrix"):
+        units = {plain_name(unit): weights for unit, weights in architecture.units(granularity).items()}
+        if units.keys() == wanted.keys():
+            break
+    low = [max(zeros[weight.name] / weight.size for weight in weights) for weights in units.values()]
+    sizes = torch.tensor([sum(weight.size for weight in weights) for weights in units.values()], dtype=torch.float64)
+    low = torch.tensor(low, dtype=torch.float64)
+    high = low.clamp(min=config.max_sparsity)
+    if float((low * sizes).sum()) > sparsity * float(sizes.sum()) + 0.5:
+        raise ValueError(
+            f"A sparsity of {sparsity:.4f} cannot be reached without giving zeros back: the zeros that the model has "
+            "are too unevenly spread over the matrices of its blocks; use granularity='matrix'."
+        )
+    values = torch.tensor([wanted[unit] for unit in units], dtype=torch.float64)
+    counts = fit_counts(values, sizes, sparsity, low, high).tolist()
+    divided = {}
+    for weights, count in zip(units.values(), counts):
+        divided |= split_count(count, {weight.name: weight.size for weight in weights})
+    return divided

@@ -1,0 +1,59 @@
+"""Masks that hold through training."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+
+class HeldZeros:
+    """Parameters of a model whose zeros stay.
+
+    A mask is read from its parameter (`refresh`): what is zero is held. Gradients of what is held are zero from then
+    on, and `apply` puts back what an optimizer changed all the same (momentum, weight decay).
+
+    Args:
+        model (`nn.Module`): the model that is trained.
+        names (`Sequence[str]`): of its parameters.
+    """
+
+    def __init__(self, model: nn.Module, names: Sequence[str]):
+        self.parameters = {name: model.get_parameter(name) for name in names}
+        self.keep: dict[str, Tensor] = {}
+        self._handles = []
+        self.refresh()
+        for name, parameter in self.parameters.items():
+            if parameter.requires_grad:
+                self._handles.append(parameter.register_hook(self._masked(name)))
+
+    def _masked(self, name: str):
+        return lambda gradient: gradient * self.keep[name]
+
+    @torch.no_grad()
+    def refresh(self) -> None:
+        """Hold what is zero now."""
+        self.keep = {name: parameter != 0 for name, parameter in self.parameters.items()}
+
+    @torch.no_grad()
+    def apply(self) -> None:
+        """Set what is held to zero, in place; in half precision, move off zero what training rounded to it."""
+        for name, parameter in self.parameters.items():
+            if parameter.requires_grad:
+                parameter.mul_(self.keep[name])
+                if parameter.dtype != torch.float32:
+                    keep_alive_(parameter, self.keep[name])
+
+    def release(self) -> None:
+        """Let gradients go as they are again."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+
+
+def keep_alive_(weight: Tensor, keep: Tensor) -> None:
+    """Give kept weights that are exactly zero the smallest normal number, in place: zeros are the mask."""
+    lost = (weight == 0) & keep
+    if lost.any():
+        weight[lost] = torch.finfo(weight.dtype).tiny

@@ -1,0 +1,128 @@
+"""Sparse adapters as the PEFT method SPARSE_LORA; importing this module registers it."""
+
+from __future__ import annotations
+
+from dataclasses import MISSING, dataclass, field, fields
+
+from peft.tuners.lora.config import LoraConfig
+from peft.tuners.lora.model import LoraModel
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.peft_types import PeftType, register_peft_method
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from ..allocation import Allocation
+from .layer import SparseLoraLinear
+from .modes import MODES
+from .ranks import pattern_of, ranks_for
+
+
+NAME = "SPARSE_LORA"
+# Options of LoRA that change the product and that sparse adapters do not have.
+REFUSED = (
+    "use_dora",
+    "use_qalora",
+    "use_bdlora",
+    "lora_bias",
+    "target_parameters",
+    "layer_replication",
+    "alora_invocation_tokens",
+    "arrow_config",
+    "velora_config",
+    "monteclora_config",
+    "kasa_config",
+)
+
+
+def _add_peft_type(name: str) -> None:
+    """Add a member to PEFT's enumeration of methods, which its registration asks for and has no function for."""
+    if name in PeftType.__members__:
+        return
+    member = str.__new__(PeftType, name)
+    member._name_ = member._value_ = name
+    member.__objclass__ = PeftType
+    member._sort_order_ = len(PeftType._member_names_)
+    PeftType._member_names_.append(name)
+    PeftType._member_map_[name] = PeftType._value2member_map_[name] = member
+    type.__setattr__(PeftType, name, member)
+
+
+_add_peft_type(NAME)
+
+
+@dataclass
+class SparseLoraConfig(LoraConfig):
+    """A PEFT config: adapters that merge into a sparse model and keep each of its zeros.
+
+    ```python
+    from optimum_dsa import SparseLoraConfig
+    from peft import get_peft_model
+
+    model = get_peft_model(model, SparseLoraConfig(mode="mask", r=16, lora_alpha=32, target_modules="all-linear"))
+    ```
+
+    Args:
+        mode (`str`, defaults to `"mask"`): A row of `MODES`: `"mask"`, `"scale"` or `"spp"`.
+        kwargs (`dict`): The fields of peft's `LoraConfig` (`r`, `lora_alpha`, `target_modules`, `rank_pattern`,
+            `lora_dropout`, ...). Those that make another product of it (DoRA, aLoRA, ...) raise `ValueError`.
+
+    A process that loads such an adapter with `PeftModel.from_pretrained` has to import this class before.
+    """
+
+    mode: str = field(default="mask", metadata={"help": "mask, scale or spp: what is added to the sparse weight."})
+
+    def __post_init__(self):
+        super().__post_init__()
+        self.peft_type = PeftType[NAME]
+        MODES[self.mode]
+        for option in fields(LoraConfig):
+            default = option.default if option.default is not MISSING else None
+            if option.name in REFUSED and getattr(self, option.name) not in (default, None, False):
+                raise ValueError(f"A sparse adapter has no {option.name}; leave it out, or use peft's LoraConfig.")
+        if self.init_lora_weights not in (True, False, "gaussian"):
+            raise ValueError(
+                f"init_lora_weights={self.init_lora_weights!r} changes the frozen weight or needs a dense product; "
+                "a sparse adapter takes True, False or 'gaussian'."
+            )
+
+    @classmethod
+    def for_allocation(cls, allocation: Allocation, r: int = 8, lora_alpha: float = 8, **kwargs) -> SparseLoraConfig:
+        """A config whose rank is higher where more was pruned: `r` on average, proportional to the sparsity.
+
+        alpha / rank is the same everywhere.
+        """
+        ranks = ranks_for(allocation, r)
+        alphas = {unit: lora_alpha * rank / r for unit, rank in ranks.items()}
+        return cls(
+            r=r, lora_alpha=lora_alpha, rank_pattern=pattern_of(ranks), alpha_pattern=pattern_of(alphas), **kwargs
+        )
+
+
+class SparseLoraModel(LoraModel):
+    """The PEFT tuner of `SparseLoraConfig`."""
+
+    @staticmethod
+    def _create_new_module(lora_config, adapter_name, target, **kwargs):
+        base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
+        if not isinstance(base, (nn.Linear, Conv1D)) or not base.weight.is_floating_point():
+            kind = f"{type(base).__name__} ({getattr(getattr(base, 'weight', None), 'dtype', 'no weight')})"
+            raise ValueError(
+                f"{kwargs.get('target_name')}: a sparse adapter needs an nn.Linear or Conv1D in floating point, got "
+                f"{kind}; take it out of target_modules, or name it in exclude_modules."
+            )
+        return SparseLoraLinear(
+            target, adapter_name, config=lora_config, r=kwargs["r"], lora_alpha=kwargs["lora_alpha"]
+        )
+
+    def add_weighted_adapter(self, adapters, weights, adapter_name, combination_type="svd", **kwargs) -> None:
+        """As in PEFT, for adapters of mode "mask", whose factors can be added; others raise `ValueError`."""
+        other = [name for name in adapters if name in self.peft_config and self.peft_config[name].mode != "mask"]
+        if other:
+            raise ValueError(
+                f"The factors of {', '.join(other)} multiply the weight and cannot be added; merge the adapters one "
+                "after the other, or activate several at once."
+            )
+        super().add_weighted_adapter(adapters, weights, adapter_name, combination_type, **kwargs)
+
+
+register_peft_method(name=NAME.lower(), config_cls=SparseLoraConfig, model_cls=SparseLoraModel, prefix="lora_")

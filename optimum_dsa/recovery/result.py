@@ -1,0 +1,52 @@
+"""What recovery did, as data and as a table."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from .configuration import RecoveryConfig
+
+
+@dataclass(frozen=True)
+class RecoveryResult:
+    """What recovery did; `print` shows it as a table.
+
+    Attributes:
+        config (`RecoveryConfig`): what was asked.
+        before (`float`): perplexity on the validation windows before training.
+        after (`float`): the same afterwards.
+        steps (`int`): optimizer steps that were made, fewer than asked where training stopped early.
+        history (`list[dict[str, float]]`): losses and learning rate by step.
+        data (`dict[str, Any]`): sources, and numbers of windows and tokens.
+        seconds (`float`): wall time of the training.
+    """
+
+    config: RecoveryConfig
+    before: float
+    after: float
+    steps: int
+    history: list[dict[str, float]] = field(repr=False)
+    data: dict[str, Any] = field(repr=False)
+    seconds: float = 0.0
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON values; the entry `recovery` of `dsa_config.json`."""
+        return {
+            "kind": "recover",
+            "config": self.config.to_dict(),
+            "perplexity": {"before": self.before, "after": self.after},
+            "steps": self.steps,
+            "data": dict(self.data),
+            "history": list(self.history),
+            "seconds": round(self.seconds, 3),
+        }
+
+    def __str__(self) -> str:
+        lines = [f"{'step':>6}  {'training loss':>13}  {'validation loss':>15}"]
+        for entry in self.history:
+            cells = [f"{entry[name]:.4f}" if name in entry else "" for name in ("loss", "eval_loss")]
+            lines.append(f"{entry['step']:>6.0f}  {cells[0]:>13}  {cells[1]:>15}")
+        lines.append("-" * len(lines[0]))
+        lines.append(f"validation perplexity {self.before:.3f} -> {self.after:.3f} in {self.steps} steps")
+        return "\n".join(lines)

@@ -1,0 +1,196 @@
+"""`recover`: a pruned model and text in, the same zeros and a better model out."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+from transformers import EarlyStoppingCallback, TrainingArguments, default_data_collator, set_seed
+from transformers.trainer_utils import get_last_checkpoint
+
+from ..evaluation import perplexity
+from ..loading import load_model
+from ..offload import is_offloaded
+from ..report import PruningReport
+from .callback import DSACallback
+from .configuration import RecoveryConfig
+from .precision import in_float32
+from .result import RecoveryResult
+from .targets import prunable
+from .texts import read_windows
+from .trainer import RecoveryTrainer
+
+
+def recover(
+    model: nn.Module,
+    tokenizer: Any,
+    train: Any,
+    config: RecoveryConfig,
+    report: PruningReport,
+    validation: Any = None,
+    teacher: str | Path | nn.Module | None = None,
+    checkpoints: str | Path | None = None,
+    resume: bool = False,
+) -> tuple[nn.Module, RecoveryResult]:
+    """Train `model` in place and keep its zeros: the model, merged or with its adapter, and what was done.
+
+    Args:
+        train (`Any`): texts, a file, a dataset or its name, or a LongTensor (samples, length).
+        report (`PruningReport`): how the model was pruned; ranks follow its allocation.
+        validation (`Any`, *optional*): as `train`; by default the last windows of it, which are not trained on.
+        teacher (`str | Path | nn.Module`, *optional*): the dense model, where `config.distillation` is not 0.
+        checkpoints (`str | Path`, *optional*): folder for the Trainer's checkpoints; by default a temporary one.
+        resume (`bool`, defaults to `False`): go on from the last of them.
+    """
+    _check(model, config, teacher, checkpoints, resume)
+    windows, held_out, data = read_windows(model, tokenizer, train, validation, config)
+    teacher = _teacher(model, teacher)
+    before = perplexity(model, held_out, config.batch_size)
+    start = time.perf_counter()
+    with ExitStack() as stack:
+        stack.enter_context(_left_as_found(model))
+        stack.enter_context(in_float32(model, config.method == "full"))
+        folder = Path(checkpoints or stack.enter_context(tempfile.TemporaryDirectory(prefix="optimum-dsa-")))
+        trained = _with_adapters(model, config, report) if config.method == "sparse-lora" else model
+        try:
+            trainer = make_trainer(trained, windows, held_out, config, teacher, folder)
+            if config.method == "full":
+                DSACallback(exclude=report.config.exclude, include=report.config.include).attach(trainer)
+            last = get_last_checkpoint(str(folder)) if resume and folder.is_dir() else None
+            trainer.train(resume_from_checkpoint=last)
+            trainer.accelerator.unwrap_model(trainer.model_wrapped, keep_fp32_wrapper=False)
+            if trained is not model and config.merge:
+                trained = trained.merge_and_unload(safe_merge=True)
+        except BaseException:
+            if trained is not model:
+                trained.unload()  # the model is given back as it came
+            raise
+    trained.eval()
+    seconds = time.perf_counter() - start
+    after = perplexity(trained, held_out, config.batch_size)
+    names = ("step", "loss", "eval_loss", "learning_rate")
+    history = [{name: entry[name] for name in names if name in entry} for entry in trainer.state.log_history]
+    history = [entry for entry in history if "loss" in entry or "eval_loss" in entry]
+    return trained, RecoveryResult(config, before, after, trainer.state.global_step, history, data, seconds)
+
+
+def _check(model: nn.Module, config: RecoveryConfig, teacher: Any, checkpoints: Any, resume: bool) -> None:
+    if is_offloaded(model):
+        raise ValueError("A model with offloaded weights cannot be trained; load it on one device.")
+    if bool(config.distillation) != (teacher is not None):
+        raise ValueError(
+            f"distillation={config.distillation:g} and teacher={'given' if teacher is not None else None} do not fit: "
+            "give the dense model as teacher and a distillation in (0, 1], or neither."
+        )
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise ValueError("recover runs in one process; under torchrun, train with a Trainer and DSACallback.")
+    if (resume or config.save_steps) and checkpoints is None:
+        raise ValueError("Resuming needs a folder of checkpoints; name one.")
+
+
+def _with_adapters(model: nn.Module, config: RecoveryConfig, report: PruningReport) -> nn.Module:
+    """`model` inside a PEFT model with sparse adapters on all matrices that were pruned."""
+    from peft import get_peft_model
+
+    from .peft_method import SparseLoraConfig
+
+    asked = report.config
+    weights = prunable(model, asked.exclude, asked.include, asked.blocks).weights
+    modules = [weight.module for weight in weights if weight.expert is None]
+    if not modules:
+        raise ValueError(f"{type(model).__name__} has no pruned nn.Linear or Conv1D; use method='full'.")
+    set_seed(config.seed)
+    options = {
+        "r": config.rank,
+        "lora_alpha": config.alpha if config.alpha is not None else 2 * config.rank,
+        "mode": config.mode,
+        "target_modules": modules,
+        "task_type": "CAUSAL_LM",
+    }
+    if config.ranks == "allocation":
+        adapters = SparseLoraConfig.for_allocation(report.allocation, **options)
+    else:
+        adapters = SparseLoraConfig(**options)
+    return get_peft_model(model, adapters)
+
+
+def _teacher(model: nn.Module, teacher: Any) -> nn.Module | None:
+    if teacher is None:
+        return None
+    found = teacher if isinstance(teacher, nn.Module) else load_model(str(teacher))
+    mine, its = (one.get_input_embeddings().num_embeddings for one in (model, found))
+    if mine != its:
+        raise ValueError(f"The teacher knows {its} tokens and the model {mine}; it must be the dense parent.")
+    return found
+
+
+def make_trainer(
+    trained: nn.Module,
+    windows: Tensor,
+    held_out: Tensor,
+    config: RecoveryConfig,
+    teacher: nn.Module | None,
+    folder: Path,
+) -> RecoveryTrainer:
+    """The Trainer of `trained`, a model with or without adapters, on `windows`; validates on `held_out`."""
+    early = config.patience is not None
+    saves = config.eval_steps if early else config.save_steps
+    # newer versions of transformers warn of this name, older ones know no other
+    memory = {"gradient_checkpointing": True} if config.gradient_checkpointing else {}
+    arguments = TrainingArguments(
+        str(folder),
+        max_steps=config.steps,
+        learning_rate=config.rate,
+        lr_scheduler_type="cosine",
+        warmup_steps=config.steps // 10,
+        weight_decay=config.weight_decay,
+        per_device_train_batch_size=config.batch_size,
+        per_device_eval_batch_size=config.batch_size,
+        gradient_accumulation_steps=config.accumulation,
+        bf16=config.bf16,
+        **memory,
+        seed=config.seed,
+        eval_strategy="steps",
+        eval_steps=config.eval_steps,
+        logging_steps=config.eval_steps,
+        save_strategy="steps" if saves else "no",
+        save_steps=saves or 500,
+        save_total_limit=2,
+        load_best_model_at_end=early,
+        metric_for_best_model="eval_loss" if early else None,
+        greater_is_better=False if early else None,
+        prediction_loss_only=True,
+        label_names=["labels"],
+        report_to="none",
+        use_cpu=next(trained.parameters()).device.type == "cpu",
+    )
+    return RecoveryTrainer(
+        trained,
+        arguments,
+        default_data_collator,
+        [{"input_ids": row, "labels": row} for row in windows],
+        [{"input_ids": row, "labels": row} for row in held_out],
+        callbacks=[EarlyStoppingCallback(config.patience)] if early else None,
+        teacher=teacher,
+        share=config.distillation,
+        temperature=config.temperature,
+    )
+
+
+@contextmanager
+def _left_as_found(model: nn.Module) -> Iterator[None]:
+    """Give parameters their `requires_grad` back, and drop gradients."""
+    before = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+    try:
+        yield
+    finally:
+        for name, parameter in model.named_parameters():
+            parameter.grad = None
+            if name in before:
+                parameter.requires_grad_(before[name])

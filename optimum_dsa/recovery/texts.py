@@ -1,0 +1,59 @@
+"""What recovery trains on and is measured on."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from ..data import _windows, default_length, describe, iterate_texts
+from ..evaluation import check_tokens
+from .configuration import RecoveryConfig
+
+
+def read_windows(
+    model: nn.Module, tokenizer: Any, train: Any, validation: Any, config: RecoveryConfig
+) -> tuple[Tensor, Tensor, dict[str, Any]]:
+    """Training windows, validation windows, and facts of both.
+
+    Raises:
+        ValueError: too little text, no tokenizer for text, or tokens that the model does not know.
+    """
+    wanted = config.windows + (config.validation_windows if validation is None else 0)
+    windows = _read(model, tokenizer, train, config, wanted)
+    if validation is not None:
+        held_out = _read(model, tokenizer, validation, config, config.validation_windows)[: config.validation_windows]
+    elif len(windows) > config.validation_windows:
+        # the last of the text, not windows between those that are trained on
+        held_out = windows[-config.validation_windows :]
+        windows = windows[: -config.validation_windows]
+    else:
+        raise ValueError(
+            f"{describe(train)} holds {len(windows)} windows of {windows.shape[1]} tokens, and "
+            f"{config.validation_windows} of them would be for validation; give more text, validation text, or a "
+            "smaller validation_windows."
+        )
+    data = {
+        "train": describe(train) if not isinstance(train, Tensor) else "tensor",
+        "validation": "end of train" if validation is None else describe(validation),
+        "windows": len(windows),
+        "validation_windows": len(held_out),
+        "sequence_length": windows.shape[1],
+        "tokens": config.windows * windows.shape[1],
+    }
+    return windows, held_out, data
+
+
+def _read(model: nn.Module, tokenizer: Any, source: Any, config: RecoveryConfig, wanted: int) -> Tensor:
+    """At most `wanted` windows, in the order of the text."""
+    if isinstance(source, Tensor):
+        check_tokens(source, model)
+        return source.long()
+    if tokenizer is None:
+        raise ValueError("Training text needs a tokenizer; pass one, or token ids of shape (samples, length).")
+    length = config.sequence_length or default_length(model)
+    windows = _windows(iterate_texts(source, config.text_column, config.split), tokenizer, length, wanted)
+    if len(windows) == 0:
+        raise ValueError(f"{describe(source)} holds 0 windows of {length} tokens; give more text or shorter windows.")
+    check_tokens(windows, model)
+    return windows

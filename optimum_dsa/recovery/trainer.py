@@ -1,0 +1,92 @@
+"""The Trainer that recovery uses: distillation, and one progress bar."""
+
+from __future__ import annotations
+
+import torch
+from huggingface_hub.utils import tqdm
+from torch import Tensor, nn
+from torch.nn import functional
+from transformers import Trainer, TrainerCallback
+from transformers.trainer_callback import PrinterCallback, ProgressCallback
+
+
+REFERENCE = "https://arxiv.org/abs/1503.02531"  # of distillation
+
+
+class RecoveryTrainer(Trainer):
+    """A Trainer whose training loss is (1 - share) · language modelling + share · divergence from a teacher.
+
+    The validation loss is that of language modelling. Sequences have equal lengths, so every batch's mean counts the
+    same.
+
+    Args:
+        teacher (`nn.Module`, *optional*): the dense model.
+        share (`float`, defaults to 0.0): weight of the divergence.
+        temperature (`float`, defaults to 1.0): both distributions are softened by it; the divergence is multiplied by
+            its square, so that gradients keep their size.
+    """
+
+    def __init__(
+        self, *args, teacher: nn.Module | None = None, share: float = 0.0, temperature: float = 1.0, **kwargs
+    ):
+        super().__init__(*args, **kwargs)
+        self.teacher, self.share, self.temperature = teacher, share, temperature
+        self.model_accepts_loss_kwargs = False  # means of batches, divided by the number of accumulated ones
+        for callback in (PrinterCallback, ProgressCallback):
+            self.remove_callback(callback)
+        self.add_callback(ProgressBar())
+        if teacher is not None:
+            teacher.eval().to(self.args.device)
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        loss, outputs = super().compute_loss(model, inputs, return_outputs=True)
+        if self.teacher is not None and self.share and model.training:
+            with torch.no_grad():
+                expected = self.teacher(input_ids=inputs["input_ids"], use_cache=False).logits
+            loss = (1 - self.share) * loss + self.share * divergence(outputs.logits, expected, self.temperature)
+        return (loss, outputs) if return_outputs else loss
+
+
+def divergence(logits: Tensor, expected: Tensor, temperature: float = 1.0) -> Tensor:
+    """Mean over tokens of KL(expected ‖ predicted), times the temperature's square.
+
+    Hinton et al., 2015, https://arxiv.org/abs/1503.02531.
+
+    Args:
+        logits (`Tensor`): (samples, length, vocabulary), those that are trained.
+        expected (`Tensor`): the teacher's, of the same shape.
+    """
+    student = functional.log_softmax(logits.float() / temperature, dim=-1).flatten(0, -2)
+    teacher = functional.log_softmax(expected.float() / temperature, dim=-1).flatten(0, -2)
+    return functional.kl_div(student, teacher, reduction="batchmean", log_target=True) * temperature**2
+
+
+class ProgressBar(TrainerCallback):
+    """A bar over the steps, silenced by the Hugging Face switches; prints no line."""
+
+    def __init__(self):
+        self.bar = None
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        if state.is_world_process_zero:
+            self.bar = tqdm(
+                total=state.max_steps,
+                initial=state.global_step,
+                desc="Recovering",
+                unit="step",
+                name="optimum_dsa.recover",
+                leave=False,
+            )
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if self.bar is not None:
+            self.bar.update(1)
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if self.bar is not None and logs:
+            self.bar.set_postfix({name: f"{logs[name]:.3f}" for name in ("loss", "eval_loss") if name in logs})
+
+    def on_train_end(self, args, state, control, **kwargs):
+        if self.bar is not None:
+            self.bar.close()
+            self.bar = None

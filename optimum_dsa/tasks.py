@@ -1,0 +1,111 @@
+"""Zero-shot and other tasks, measured by lm-eval (EleutherAI's harness), on a model in memory."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from .data import default_length
+from .registry import UnknownNameError, near
+
+
+# The zero-shot tasks of the DSA paper.
+ZERO_SHOT = ("boolq", "rte", "hellaswag", "winogrande", "arc_easy", "arc_challenge", "openbookqa")
+
+
+def evaluate_tasks(
+    model: nn.Module,
+    tokenizer: Any,
+    tasks: Sequence[str],
+    *,
+    include: str | Path | None = None,
+    num_fewshot: int | None = None,
+    limit: int | None = None,
+    batch_size: int = 8,
+    sequence_length: int | None = None,
+) -> dict[str, dict[str, dict[str, float | None]]]:
+    """Task -> metric -> `{"value", "error"}`, the error being lm-eval's standard error, `None` where it gives none.
+
+    Args:
+        model (`nn.Module`): a causal language model.
+        tokenizer (`Any`): its tokenizer.
+        tasks (`Sequence[str]`): names of lm-eval's tasks or groups, or paths of YAML files that describe one.
+        include (`str | Path`, *optional*): a folder of further YAML files, whose tasks can be named.
+        num_fewshot (`int`, *optional*): examples in front of each question; by default the task's own number.
+        limit (`int`, *optional*): questions per task; by default all.
+        sequence_length (`int`, *optional*): longest input; by default the model's, at most 2048.
+
+    Raises:
+        ValueError: lm-eval is not installed, or there is no tokenizer.
+        UnknownNameError: a task that lm-eval does not know.
+    """
+    try:
+        from lm_eval import simple_evaluate
+        from lm_eval.models.huggingface import HFLM
+        from lm_eval.tasks import TaskManager
+    except ImportError as error:
+        raise ValueError(f"Tasks are measured by lm-eval; install optimum-dsa[eval] ({error}).") from None
+    if tokenizer is None:
+        raise ValueError("Tasks are texts: they need the model's tokenizer.")
+    names, folders = task_names(tasks)
+    folders += [str(Path(include).resolve())] if include is not None else []
+    # lm-eval's own descriptions are read, which takes seconds, only where a task is named that is not in a folder
+    manager = TaskManager(include_path=folders or None, include_defaults=False)
+    if any(name not in manager.all_tasks for name in names):
+        manager = TaskManager(include_path=folders or None)
+    for name in names:
+        if name not in manager.all_tasks:
+            raise UnknownNameError(f"lm-eval has no task {name!r}.{near(name, manager.all_tasks)}")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    wrapped = HFLM(
+        pretrained=model,
+        tokenizer=tokenizer,
+        batch_size=batch_size,
+        max_length=sequence_length or default_length(model),
+        device=str(model.device),
+    )
+    measured = simple_evaluate(
+        model=wrapped, tasks=names, task_manager=manager, num_fewshot=num_fewshot, limit=limit, log_samples=False
+    )
+    return tidy(measured["results"])
+
+
+def task_names(tasks: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Names of tasks, and the folders of those that were given as YAML files."""
+    names, folders = [], []
+    for task in tasks:
+        path = Path(task)
+        if path.suffix not in (".yaml", ".yml"):
+            names.append(task)
+            continue
+        named = re.search(r"^task:\s*[\"']?([^\s\"'#]+)", path.read_text(encoding="utf-8"), re.MULTILINE)
+        if named is None:
+            raise ValueError(f"{task} describes no task: expected a line such as 'task: my_task'.")
+        names.append(named[1])
+        folders.append(str(path.resolve().parent))
+    return names, folders
+
+
+def tidy(results: dict[str, dict[str, Any]]) -> dict[str, dict[str, dict[str, float | None]]]:
+    """lm-eval's `results`, with each value beside its standard error.
+
+    Keys such as "acc,none" and "acc_stderr,none" become "acc"; another filter than "none" stays in the name.
+    """
+    found: dict[str, dict[str, dict[str, float | None]]] = {}
+    for task, entries in results.items():
+        for key, value in entries.items():
+            metric, comma, kind = key.partition(",")
+            if not comma or metric.endswith("_stderr") or not isinstance(value, (int, float)):
+                continue
+            error = entries.get(f"{metric}_stderr,{kind}")
+            name = metric if kind == "none" else f"{metric} ({kind})"
+            found.setdefault(task, {})[name] = {
+                "value": float(value),
+                "error": float(error) if isinstance(error, (int, float)) else None,
+            }
+    return found

@@ -1,0 +1,191 @@
+"""`recover` trains, keeps every zero, and says what it did."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+from optimum_dsa import DSAConfig, DSAPruner, PruningReport, RecoveryConfig
+from optimum_dsa.demo import demo_model, demo_texts
+from optimum_dsa.recovery.trainer import divergence
+
+from ..common import tiny_llama, tokens
+from ..test_commands import run
+from .test_peft_method import same_zeros, sparse_llama, zeros
+
+
+def regular(samples=64, length=16):
+    """Text that can be learnt: counting in circles."""
+    start = torch.arange(samples)[:, None] * 7
+    return (start + torch.arange(length)) % 97
+
+
+def small(**changes):
+    settings = {"steps": 6, "batch_size": 4, "rank": 4, "eval_steps": 3, "validation_windows": 8}
+    return RecoveryConfig(**{**settings, **changes})
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"mode": "mask"},
+        {"mode": "scale", "ranks": "uniform", "learning_rate": 0.3},
+        {"mode": "spp", "accumulation": 2, "learning_rate": 0.3},
+        {"method": "full", "learning_rate": 0.01},
+        {"mode": "mask", "bf16": True, "gradient_checkpointing": True},
+    ],
+    ids=lambda changes: "-".join(str(value) for value in changes.values()),
+)
+def test_perplexity_falls_and_zeros_stay(changes):
+    model = sparse_llama(sparsity=0.6)
+    before = zeros(model)
+    pruner = DSAPruner.from_pretrained(model)
+    result = pruner.recover(regular(), small(**{"steps": 12, "learning_rate": 0.02, **changes}))
+    assert result.after < 0.9 * result.before and result.steps == 12
+    assert type(pruner.model) is type(model) and same_zeros(pruner.model, before)
+    assert pruner.report.sparsity == pytest.approx(0.6, abs=1e-3)
+    assert all(p.grad is None and p.requires_grad for p in pruner.model.parameters()) and not pruner.model.training
+    assert [entry["step"] for entry in result.history if "eval_loss" in entry] == [3, 6, 9, 12]
+    assert f"{result.before:.3f} -> {result.after:.3f} in 12 steps" in str(result)
+
+
+@pytest.mark.parametrize("method", ["sparse-lora", "full"])
+def test_bfloat16_models_stay_bfloat16(method):
+    model = sparse_llama(sparsity=0.6).to(torch.bfloat16)
+    before = zeros(model)
+    pruner = DSAPruner.from_pretrained(model)
+    pruner.recover(regular(), small(method=method))
+    assert {p.dtype for p in pruner.model.parameters()} == {torch.bfloat16}
+    assert same_zeros(pruner.model, before)
+
+
+@pytest.mark.parametrize("method", ["sparse-lora", "full"])
+def test_a_resumed_run_ends_like_an_uninterrupted_one(tmp_path, method):
+    config = small(method=method, save_steps=3)
+    whole = DSAPruner.from_pretrained(sparse_llama(sparsity=0.6))
+    whole.recover(regular(), config, checkpoints=tmp_path / "whole")
+    shutil.copytree(tmp_path / "whole" / "checkpoint-3", tmp_path / "cut" / "checkpoint-3")
+    resumed = DSAPruner.from_pretrained(sparse_llama(sparsity=0.6))
+    result = resumed.recover(regular(), config, checkpoints=tmp_path / "cut", resume=True)
+    assert [entry["step"] for entry in result.history if "eval_loss" in entry] == [3, 6]
+    for name, value in whole.model.state_dict().items():
+        assert torch.equal(value, resumed.model.state_dict()[name]), name
+
+
+def test_training_stops_early_and_keeps_the_best():
+    pruner = DSAPruner.from_pretrained(sparse_llama(sparsity=0.6))
+    # what is trained on has nothing to do with what is validated on: the first measurement is the best
+    config = small(steps=60, eval_steps=2, patience=2, learning_rate=0.05, seed=1)
+    result = pruner.recover(tokens(64, 16), config, validation=regular(8))
+    losses = {entry["step"]: entry["eval_loss"] for entry in result.history if "eval_loss" in entry}
+    assert result.steps < 60 and result.steps == max(losses)
+    assert torch.tensor(result.after).log().item() == pytest.approx(min(losses.values()), rel=1e-3)
+
+
+def test_distillation_brings_predictions_nearer_to_the_parents():
+    parent, data = tiny_llama(), tokens(64, 16)
+    pruner = DSAPruner.from_pretrained(sparse_llama(sparsity=0.7))
+
+    def distance():
+        with torch.no_grad():
+            return divergence(pruner.model(data[:16]).logits, parent(data[:16]).logits).item()
+
+    before = distance()
+    pruner.recover(data, small(steps=20, distillation=1.0, learning_rate=0.01), teacher=parent)
+    assert distance() < 0.8 * before
+
+
+def test_divergence_is_the_mean_over_tokens():
+    logits, expected = torch.randn(2, 3, 5), torch.randn(2, 3, 5)
+    student, teacher = (2.0**-1 * x for x in (logits, expected))
+    by_hand = (teacher.softmax(-1) * (teacher.log_softmax(-1) - student.log_softmax(-1))).sum(-1).mean() * 4
+    assert divergence(logits, expected, 2.0) == pytest.approx(by_hand.item(), rel=1e-5)
+    assert divergence(logits, logits).abs() < 1e-6
+
+
+def test_merged_models_and_adapters_are_saved_with_their_history(tmp_path):
+    pruner = DSAPruner.from_pretrained(sparse_llama(sparsity=0.6))
+    pruner.prune(None, DSAConfig(0.65, "magnitude", "uniform"))
+    pruner.save_pretrained(tmp_path / "pruned")
+    before = zeros(pruner.model)
+    again = DSAPruner.from_pretrained(str(tmp_path / "pruned"))
+    result = again.recover(regular(), small(merge=False))
+    assert isinstance(again.model, PeftModel) and again.report.config.method == "magnitude"
+    again.save_pretrained(tmp_path / "adapter")
+    again.model = again.model.merge_and_unload()
+    again.save_pretrained(tmp_path / "merged")
+    for folder in ("adapter", "merged"):
+        content = json.loads((tmp_path / folder / "dsa_config.json").read_text())
+        assert content["recovery"] == json.loads(json.dumps(result.to_dict()))
+        assert RecoveryConfig.from_dict(content["recovery"]["config"]) == result.config
+        assert PruningReport.from_dict(content).sparsity == pruner.report.sparsity
+        loaded = AutoModelForCausalLM.from_pretrained(tmp_path / folder)
+        assert folder == "adapter" or same_zeros(loaded, before)
+
+
+def test_a_sparse_model_from_elsewhere_is_recovered_as_well(tmp_path):
+    sparse_llama(sparsity=0.6).save_pretrained(tmp_path / "sparse")
+    pruner = DSAPruner.from_pretrained(str(tmp_path / "sparse"))
+    pruner.recover(regular(), small(steps=1))
+    assert pruner.report.allocation.name == "measured"
+    assert pruner.report.sparsity == pytest.approx(0.6, abs=1e-3)
+
+
+@pytest.mark.parametrize(
+    "changes,message",
+    [
+        ({"method": "sparse_lora"}, "Did you mean 'sparse-lora'"),
+        ({"mode": "masked"}, "Did you mean 'mask'"),
+        ({"steps": 0}, "steps is a whole number of at least 1, got 0"),
+        ({"distillation": 1.5}, r"distillation is a number in \[0, 1\], got 1.5"),
+        ({"sequence_length": 1}, "sequence_length is a whole number of at least 2"),
+    ],
+)
+def test_what_is_no_recovery_is_refused(changes, message):
+    with pytest.raises((ValueError, KeyError), match=message):
+        RecoveryConfig(**changes)
+    with pytest.raises(ValueError, match="Did you mean 'steps'"):
+        RecoveryConfig.from_dict({"step": 3})
+
+
+@pytest.mark.parametrize(
+    "train,changes,options,message",
+    [
+        (regular(8), {}, {}, "holds 8 windows of 16 tokens, and 8 of them would be for validation"),
+        (regular(), {"distillation": 0.5}, {}, "give the dense model as teacher"),
+        (regular(), {}, {"teacher": tiny_llama()}, "give the dense model as teacher"),
+        (regular(), {"distillation": 1.0}, {"teacher": tiny_llama(vocab_size=50)}, "it must be the dense parent"),
+        (regular(), {"save_steps": 2}, {}, "Resuming needs a folder of checkpoints"),
+        (["text"], {}, {}, "Training text needs a tokenizer"),
+    ],
+)
+def test_what_cannot_be_trained_is_refused(train, changes, options, message):
+    pruner = DSAPruner.from_pretrained(sparse_llama(sparsity=0.6))
+    with pytest.raises(ValueError, match=message):
+        pruner.recover(train, small(**changes), **options)
+    assert all(parameter.requires_grad for parameter in pruner.model.parameters())
+
+
+def test_the_command_recovers_saves_and_resumes(monkeypatch, capsys, tmp_path):
+    text = tmp_path / "train.txt"
+    text.write_text("\n".join(demo_texts("calibration"))[:20_000])
+    pruned, out = str(tmp_path / "pruned"), str(tmp_path / "out")
+    prune = ["prune", str(demo_model()), "-o", pruned, "-s", "0.7", "--method", "magnitude", "--allocation", "uniform"]
+    assert run(monkeypatch, capsys, *prune)[0] == 0
+    options = ["--steps", "4", "--batch-size", "4", "--sequence-length", "32", "--rank", "4", "--eval-steps", "2"]
+    options += ["--validation-windows", "4"]
+    recover = ["recover", pruned, "-o", out, "--dataset", str(text), *options]
+    code, output, errors = run(monkeypatch, capsys, *recover, "--save-steps", "2")
+    assert code == 0, errors
+    assert "validation perplexity" in output and "sparsity 0.7000 as before" in output
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "pruned", "train.txt"]
+    adapter = ["--keep-adapter", "--mode", "spp", "--teacher", str(demo_model()), "--save-steps", "2"]
+    kept = ["--checkpoints", str(tmp_path / "kept")]
+    code, _, errors = run(monkeypatch, capsys, *recover, *adapter, *kept, "--resume")
+    assert code == 0, errors
+    assert (tmp_path / "out" / "adapter_config.json").is_file() and (tmp_path / "kept" / "checkpoint-4").is_dir()
+    code, _, errors = run(monkeypatch, capsys, *recover, "--mode", "spq")
+    assert code == 2 and "Did you mean 'spp'" in errors

@@ -1,0 +1,96 @@
+"""The scripts in `examples/` run, and leave what they promise."""
+
+import json
+import os
+import runpy
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from optimum_dsa import DSAConfig, DSAPruner
+from optimum_dsa.demo import demo_model, demo_texts
+
+
+EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A pruned model and a text."""
+    folder = tmp_path_factory.mktemp("examples")
+    (folder / "train.txt").write_text("\n".join(demo_texts("calibration"))[:20_000])
+    pruner = DSAPruner.from_pretrained(demo_model())
+    pruner.prune(None, DSAConfig(0.6, "magnitude", "uniform"))
+    pruner.save_pretrained(folder / "pruned")
+    return folder
+
+
+def run(monkeypatch, script, *arguments):
+    """Run a script in this process, which has loaded torch already."""
+    monkeypatch.setattr(sys, "argv", [script, *map(str, arguments)])
+    runpy.run_path(str(EXAMPLES / script), run_name="__main__")
+
+
+def torchrun(script, *arguments, processes=2):
+    """Run a script as `torchrun` does, in processes of their own."""
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        port = taken.getsockname()[1]
+    launcher = ["-m", "torch.distributed.run", f"--nproc_per_node={processes}", "--master_addr=127.0.0.1"]
+    command = [sys.executable, *launcher, f"--master_port={port}", EXAMPLES / script, *arguments]
+    settings = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
+    settings["PYTHONPATH"] = os.pathsep.join([str(EXAMPLES.parent), os.environ.get("PYTHONPATH", "")])
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, env=settings)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+def weights(folder):
+    loaded = load_file(Path(folder) / "model.safetensors")
+    return {name: value for name, value in loaded.items() if "layers" in name and value.dim() == 2}
+
+
+def check_zeros(folder, other):
+    """Both models have the same zeros, and other weights differ."""
+    found, expected = weights(folder), weights(other)
+    assert found.keys() == expected.keys()
+    for name, value in found.items():
+        assert torch.equal(value == 0, expected[name] == 0), name
+    assert any(not torch.equal(value.float(), expected[name].float()) for name, value in found.items())
+
+
+SMALL = ("--steps", 3, "--batch-size", 2, "--length", 32)
+
+
+def test_finetuning_on_two_processes_keeps_the_zeros(place):
+    torchrun("finetune_pruned.py", place / "pruned", "-o", place / "two", "--text", place / "train.txt", *SMALL)
+    check_zeros(place / "two", place / "pruned")
+    assert json.loads((place / "two" / "dsa_config.json").read_text())["config"]["method"] == "magnitude"
+
+
+def test_pruning_while_training_meets_the_budget(monkeypatch, place):
+    arguments = ("-o", place / "grown", "--text", place / "train.txt", *SMALL, "--sparsity", 0.65)
+    run(monkeypatch, "finetune_pruned.py", demo_model(), *arguments)
+    found = weights(place / "grown").values()
+    assert sum(int((value == 0).sum()) for value in found) == round(0.65 * sum(value.numel() for value in found))
+
+
+def test_recovery_with_peft_merges_into_the_same_zeros(monkeypatch, capsys, place):
+    arguments = ("-o", place / "merged", "--text", place / "train.txt", *SMALL)
+    run(monkeypatch, "recover_with_peft.py", place / "pruned", *arguments)
+    assert "trainable params" in capsys.readouterr().out
+    check_zeros(place / "merged", place / "pruned")
+
+
+def test_the_benchmark_of_recovery_counts_zeros_and_costs(monkeypatch, capsys):
+    small = ("--steps", 1, "--batch-size", 1, "--test", 2, "--repeats", 1, "--rank", 2)
+    run(monkeypatch, "benchmarks/recovery.py", *small, "--only", "quality", "--rows", "none", "lora", "mask")
+    lines = capsys.readouterr().out.splitlines()
+    rows = {line.split()[0]: line.split() for line in lines if line.split()[0] in ("none", "lora", "mask")}
+    assert len(rows) == 3
+    for row in rows.values():
+        assert row[3] == row[5] and row[6] == "0"  # all zeros kept, no new one
