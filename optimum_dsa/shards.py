@@ -197,6 +197,7 @@ class ShardWriter:
         with self._file as file:
             if kind is None:
                 header = json.dumps(self._header, separators=(",", ":")).encode().ljust(self._room)
+                assert len(header) == self._room, "the room for the header was too small"
                 file.seek(0)
                 file.write(len(header).to_bytes(8, "little") + header)
                 file.flush()
