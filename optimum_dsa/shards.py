@@ -121,7 +121,7 @@ def packed_headers(path: str | Path) -> dict[str, Header]:
         names = list(file.keys())
         for name in names:
             part = file.get_slice(name)
-            if part.get_dtype() == "U8" and len(part.get_shape()) == 1:
+            if part.get_dtype() == "U8" and len(part.get_shape()) == 1 and part.get_shape()[0] > 0:
                 length = part.get_shape()[0]
                 header = read_header(part[: min(LARGEST, length)].tobytes(), length, f"{name} in {path}")
                 if header is not None:

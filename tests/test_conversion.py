@@ -117,6 +117,8 @@ def test_types_that_cannot_be_packed_stay_as_they_are(tmp_path):
         "int": torch.zeros(64, 64, dtype=torch.int32),
         "scalar": torch.tensor(0.0),
         "empty": torch.zeros(0, 4),
+        "no bytes": torch.zeros(0, dtype=torch.uint8),
+        "few bytes": torch.zeros(7, dtype=torch.uint8),
         "zeros": torch.zeros(64, 64),
     }
     source = checkpoint(tmp_path / "in", tensors)
