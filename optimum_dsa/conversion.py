@@ -110,18 +110,16 @@ def convert_weights(shards: Shards, target: Path, to: str, remove: bool = False)
 def _convert_shard(source: Path, target: Path, to: str) -> tuple[list[str], int, int]:
     """Names of the tensors, and their bytes before and after."""
     packed = packed_headers(source)
-    with open_shard(source) as file:
-        # the widest types first, so that every tensor begins at a multiple of its width
-        names = list(file.keys())
-        sizes = {name: _width(file, name, packed) for name in names}
-        names.sort(key=lambda name: (-sizes[name], name))
-        metadata = {"format": "pt", **(file.metadata() or {})}
     if to == "compressed" and packed:
         raise ValueError(f"{source} holds packed tensors already, such as {next(iter(packed))}.")
     before = after = 0
-    with ShardWriter(target, names, metadata) as writer:
-        for name in names:
-            with open_shard(source) as file:  # anew, so that what was read does not stay in memory
+    with open_shard(source) as file:
+        # the widest types first, so that every tensor begins at a multiple of its width
+        names = list(file.keys())
+        widths = {name: _width(file, name, packed) for name in names}
+        names.sort(key=lambda name: (-widths[name], name))
+        with ShardWriter(target, names, {"format": "pt", **(file.metadata() or {})}) as writer:
+            for name in names:
                 kind, tensor = file.get_slice(name).get_dtype(), file.get_tensor(name)
                 changed = _changed(tensor, to, f"{name} in {source}", name in packed)
                 writer.add(name, *((tensor, kind) if changed is None else (changed, None)))

@@ -86,5 +86,5 @@ def local_folder(path: str, revision: str | None = None) -> Path:
         return Path(path)
     try:
         return Path(huggingface_hub.snapshot_download(path, revision=revision, ignore_patterns=["*/*", *_NO_WEIGHTS]))
-    except huggingface_hub.errors.HFValidationError:
-        raise FileNotFoundError(f"{path} is neither a folder nor the name of a model on the Hub.") from None
+    except (huggingface_hub.errors.HFValidationError, OSError) as error:
+        raise FileNotFoundError(f"{path} is neither a folder nor a model that the Hub gives: {error}") from None

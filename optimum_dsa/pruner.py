@@ -55,6 +55,7 @@ class DSAPruner:
         self.report: PruningReport | None = None
         self.recovery: RecoveryResult | None = None
         self._base = base_model(model)
+        self._restored: PruningReport | None = None  # of a loaded model, whose weights may have been changed since
 
     @classmethod
     def from_pretrained(
@@ -84,7 +85,8 @@ class DSAPruner:
         model = load_model(path, **transformers_kwargs)
         pruner = cls(model, load_tokenizer(tokenizer or path, **transformers_kwargs))
         if found is not None:
-            pruner.report, pruner._base = report, found["base_model"]
+            pruner.report = pruner._restored = report
+            pruner._base = found["base_model"]
         return pruner
 
     def prune(self, calibration: Any, config: DSAConfig) -> PruningReport:
@@ -215,6 +217,8 @@ class DSAPruner:
             save_kwargs (`dict`): go to the model's `save_pretrained` (`max_shard_size`, ...).
         """
         report = self._pruned()
+        if report is self._restored and not (found := self.verify()).holds:
+            logger.warning("The model is not what its report says any more: %s.", found.problems[0])
         recovery = self.recovery.to_dict() if self.recovery else None
         save_checkpoint(self.model, self.tokenizer, report, self._base, directory, compressed, recovery, **save_kwargs)
 

@@ -51,10 +51,15 @@ class DSAQuantizer(HfQuantizer):
     def _process_model_before_weight_loading(self, model, checkpoint_files=None, **kwargs):
         """Reads the headers of all packed tensors, and refuses what is damaged before memory is taken for it."""
         self._packed, weights = set(), 0
-        for path in map(Path, checkpoint_files or ()):
-            # again, for an index in a subfolder or of the Hub: what it names lies beside it
-            index = path.parent / index_name(COMPRESSED)
-            if not index.is_file() or path.name not in check_index(read_json(index), index):
+        paths = [Path(path) for path in checkpoint_files or ()]
+        # again, for an index in a subfolder or of the Hub: what it names lies beside it
+        indexes = {path.parent: path.parent / index_name(COMPRESSED) for path in paths}
+        named = {
+            folder: check_index(read_json(index), index) if index.is_file() else ()
+            for folder, index in indexes.items()
+        }
+        for path in paths:
+            if path.name not in named[path.parent]:
                 raise ValueError(f"{path} is no shard of the compressed checkpoint that names it.")
             self._packed |= packed_headers(path).keys()
             weights += count_weights(path)

@@ -121,7 +121,7 @@ def packed_headers(path: str | Path) -> dict[str, Header]:
         names = list(file.keys())
         for name in names:
             part = file.get_slice(name)
-            if part.get_dtype() == "U8" and len(part.get_shape()) == 1:
+            if part.get_dtype() == "U8" and len(part.get_shape()) == 1 and part.get_shape()[0] > 0:
                 length = part.get_shape()[0]
                 header = read_header(part[: min(LARGEST, length)].tobytes(), length, f"{name} in {path}")
                 if header is not None:
@@ -197,6 +197,7 @@ class ShardWriter:
         with self._file as file:
             if kind is None:
                 header = json.dumps(self._header, separators=(",", ":")).encode().ljust(self._room)
+                assert len(header) == self._room, "the room for the header was too small"
                 file.seek(0)
                 file.write(len(header).to_bytes(8, "little") + header)
                 file.flush()

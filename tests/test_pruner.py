@@ -196,7 +196,7 @@ def test_a_configuration_alone_does_not_make_a_pruned_model(tmp_path):
             use()
 
 
-def test_a_recovered_model_keeps_its_masks(pruned, tmp_path):
+def test_a_recovered_model_keeps_its_masks(pruned, tmp_path, caplog):
     """What recovery does to a loaded model: weights move, zeros stay; it is saved and still what it says."""
     pruned[0].save_pretrained(tmp_path / "out", compressed=True)
     pruner = DSAPruner.from_pretrained(tmp_path / "out")
@@ -206,3 +206,13 @@ def test_a_recovered_model_keeps_its_masks(pruned, tmp_path):
     pruner.save_pretrained(tmp_path / "recovered")
     again = DSAPruner.from_pretrained(tmp_path / "recovered")
     assert again.verify().holds and not same_state(again.model, state(pruned[0].model))
+    assert "any more" not in caplog.text
+    again.model.get_parameter(next(iter(masks))).data.add_(1e-3)
+    again.save_pretrained(tmp_path / "recovered")
+    assert "The model is not what its report says any more: model.layers.0 has" in caplog.text
+
+
+def test_nothing_foreign_is_in_the_configuration_of_a_dense_checkpoint(pruned, tmp_path):
+    pruned[0].model.save_pretrained(tmp_path / "plain")
+    assert (pruned[2] / "config.json").read_bytes() == (tmp_path / "plain" / "config.json").read_bytes()
+    assert not list(pruned[2].glob("dsa_model*"))

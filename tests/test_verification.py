@@ -1,6 +1,7 @@
 """A pruned model is what it says, or `verify` says where it is not."""
 
 import json
+import shutil
 from dataclasses import replace
 
 import pytest
@@ -165,6 +166,22 @@ def test_what_cannot_be_checked_is_bad_usage(tmp_path, capsys):
     for folder, message in [(tmp_path / "plain", "so nothing can be checked"), (tmp_path / "none", "none")]:
         code, output, errors = run(capsys, "verify", folder)
         assert code == 2 and output == "" and message in errors.splitlines()[-1]
+
+
+def test_a_model_of_the_hub(folders, tmp_path, capsys, monkeypatch):
+    repository = tmp_path / "hub" / "models--me--pruned"
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs" / "main").write_text("a" * 40)
+    shutil.copytree(folders / "compressed", repository / "snapshots" / ("a" * 40))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    code, output, errors = run(capsys, "verify", "me/pruned")
+    assert code == 0, output + errors
+    assert run(capsys, "convert", "me/pruned", tmp_path / "out", "--to", "dense")[0] == 0
+    assert run(capsys, "verify", tmp_path / "out")[0] == 0
+    for command in (["verify", "me/other"], ["convert", "me/other", tmp_path / "x", "--to", "dense"]):
+        code, output, errors = run(capsys, *command)
+        assert code == 2 and output == "" and "me/other" in errors
 
 
 def test_a_model_pruned_by_the_command_can_be_compressed_at_once(tmp_path, capsys):
