@@ -22,6 +22,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--text", required=True, help=".txt, .jsonl or .parquet file, or a dataset's name")
     parser.add_argument("--sparsity", type=float, help="prune to this while training")
     parser.add_argument("--allocation", default="dsa")
+    parser.add_argument("--samples", type=int, default=128, help="windows that pruning is calibrated on")
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--length", type=int, default=256)
@@ -34,7 +35,7 @@ def callback_for(args: argparse.Namespace, tokens: torch.Tensor) -> DSACallback:
     if args.sparsity is None:
         return DSACallback()
     schedule = PruningSchedule(end=args.steps * 2 // 3, every=max(args.steps // 15, 1))
-    return DSACallback(DSAConfig(args.sparsity, allocation=args.allocation), tokens[:128], schedule)
+    return DSACallback(DSAConfig(args.sparsity, allocation=args.allocation), tokens[: args.samples], schedule)
 
 
 def main() -> None:

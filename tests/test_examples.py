@@ -25,7 +25,7 @@ def place(tmp_path_factory):
     folder = tmp_path_factory.mktemp("examples")
     (folder / "train.txt").write_text("\n".join(demo_texts("calibration"))[:20_000])
     pruner = DSAPruner.from_pretrained(demo_model())
-    pruner.prune(None, DSAConfig(0.6, "magnitude", "uniform"))
+    pruner.prune(None, DSAConfig(0.6, "magnitude", "uniform", pattern="row"))
     pruner.save_pretrained(folder / "pruned")
     return folder
 
@@ -66,17 +66,22 @@ def check_zeros(folder, other):
 SMALL = ("--steps", 3, "--batch-size", 2, "--length", 32)
 
 
-def test_finetuning_on_two_processes_keeps_the_zeros(place):
-    torchrun("finetune_pruned.py", place / "pruned", "-o", place / "two", "--text", place / "train.txt", *SMALL)
-    check_zeros(place / "two", place / "pruned")
-    assert json.loads((place / "two" / "dsa_config.json").read_text())["config"]["method"] == "magnitude"
+def test_two_processes_prune_to_the_budget_and_keep_every_zero(place):
+    arguments = ("-o", place / "two", "--text", place / "train.txt", *SMALL, "--sparsity", 0.7, "--samples", 8)
+    torchrun("finetune_pruned.py", place / "pruned", *arguments)
+    found, before = weights(place / "two"), weights(place / "pruned")
+    assert all((found[name][value == 0] == 0).all() for name, value in before.items())
+    zeros = sum(int((value == 0).sum()) for value in found.values())  # after the last pruning came another step
+    assert zeros == round(0.7 * sum(value.numel() for value in found.values()))
+    described = json.loads((place / "two" / "dsa_config.json").read_text())
+    assert described["achieved"]["removed"] == zeros
 
 
-def test_pruning_while_training_meets_the_budget(monkeypatch, place):
-    arguments = ("-o", place / "grown", "--text", place / "train.txt", *SMALL, "--sparsity", 0.65)
-    run(monkeypatch, "finetune_pruned.py", demo_model(), *arguments)
-    found = weights(place / "grown").values()
-    assert sum(int((value == 0).sum()) for value in found) == round(0.65 * sum(value.numel() for value in found))
+def test_finetuning_keeps_the_zeros(monkeypatch, place):
+    arguments = ("-o", place / "tuned", "--text", place / "train.txt", *SMALL)
+    run(monkeypatch, "finetune_pruned.py", place / "pruned", *arguments)
+    check_zeros(place / "tuned", place / "pruned")
+    assert json.loads((place / "tuned" / "dsa_config.json").read_text())["config"]["method"] == "magnitude"
 
 
 def test_recovery_with_peft_merges_into_the_same_zeros(monkeypatch, capsys, place):
@@ -87,7 +92,7 @@ def test_recovery_with_peft_merges_into_the_same_zeros(monkeypatch, capsys, plac
 
 
 def test_the_benchmark_of_recovery_counts_zeros_and_costs(monkeypatch, capsys):
-    small = ("--steps", 1, "--batch-size", 1, "--test", 2, "--repeats", 1, "--rank", 2)
+    small = ("--steps", 1, "--batch-size", 1, "--test", 2, "--repeats", 1, "--rank", 2, "--samples", 4)
     run(monkeypatch, "benchmarks/recovery.py", *small, "--only", "quality", "--rows", "none", "lora", "mask")
     lines = capsys.readouterr().out.splitlines()
     rows = {line.split()[0]: line.split() for line in lines if line.split()[0] in ("none", "lora", "mask")}

@@ -67,7 +67,7 @@ def load(args: argparse.Namespace) -> tuple[nn.Module, dict[str, Tensor]]:
 
 def prune(model: nn.Module, tokens: dict[str, Tensor], args: argparse.Namespace) -> DSAPruner:
     pruner = DSAPruner.from_pretrained(model)
-    pruner.prune(tokens["calibration"][:128], DSAConfig(args.sparsity, "wanda", "dsa"))
+    pruner.prune(tokens["calibration"][: args.samples], DSAConfig(args.sparsity, "wanda", "dsa"))
     return pruner
 
 
@@ -206,6 +206,7 @@ def main() -> None:
     parser.add_argument("--tokens", help="safetensors file with calibration, validation and test, (samples, length)")
     parser.add_argument("--train-on", help="another tensor of that file to train on as well")
     parser.add_argument("--sparsity", type=float, default=0.7)
+    parser.add_argument("--samples", type=int, default=128, help="windows that pruning is calibrated on")
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--rank", type=int, default=16)

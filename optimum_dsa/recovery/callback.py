@@ -58,8 +58,9 @@ class DSACallback(TrainerCallback):
         config (`DSAConfig`, *optional*): How to prune, with the final sparsity. Without it zeros are held only.
         calibration (`Any`, *optional*): As in [`DSAPruner.prune`]; text is read with the Trainer's `processing_class`.
         schedule (`PruningSchedule`, *optional*): When, and how far. Defaults to one shot before the first step.
-        reallocate (`str` or `Sequence[int]`, defaults to `"always"`): Whether the allocation is computed anew at every
-            moment of the schedule (`"always"`), at the first (`"once"`), or before the steps given.
+        reallocate (`str` or `Sequence[int]`, defaults to `"once"`): Whether the allocation is computed at the first
+            moment of the schedule (`"once"`), anew at every one (`"always"`), or anew before the steps given. It is
+            that of the final sparsity, scaled down to what is removed by then.
         exclude (`Sequence[str]`): Names or patterns of weights that are not held, where there is no config.
         include (`Sequence[str]`): Matrices outside the blocks to hold as well, where there is no config.
 
@@ -72,7 +73,7 @@ class DSACallback(TrainerCallback):
         config: DSAConfig | None = None,
         calibration: Any = None,
         schedule: PruningSchedule | None = None,
-        reallocate: str | Sequence[int] = "always",
+        reallocate: str | Sequence[int] = "once",
         exclude: Sequence[str] = (),
         include: Sequence[str] = (),
     ):

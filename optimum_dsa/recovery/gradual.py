@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from dataclasses import replace
 
@@ -19,6 +20,9 @@ from ..report import PruningReport
 from .targets import count_zeros, plain_name
 
 
+logger = logging.getLogger(__name__)
+
+
 def prune_to(
     model: nn.Module,
     calibration: Calibration | None,
@@ -29,7 +33,8 @@ def prune_to(
     """Prune `model` in place until `sparsity`, and what was wished for each unit at the config's own sparsity.
 
     No zero is given back: every unit loses at least what its emptiest matrix has lost. With the pattern "row", a
-    sparsity below the config's is rounded down to whole weights per row, so that the masks nest.
+    sparsity below the config's is rounded down to whole weights per row, so that the masks nest. Zeros that do not fit
+    the pattern, such as those of a matrix pruned as a whole, come on top of what is asked, with a warning.
 
     Args:
         sparsity (`float`): at most the config's, which is met to one weight.
@@ -43,7 +48,8 @@ def prune_to(
     zeros = count_zeros(model, architecture)
     total = sum(weight.size for weight in architecture.weights)
     if wished is None:
-        wished = _wish(model, calibration, config, sparsity, architecture)
+        allocation = allocate(model, calibration, config, architecture)
+        wished = {plain_name(unit): value for unit, value in allocation.sparsity.items()}
     if round(sparsity * total) <= sum(zeros.values()):
         return None, dict(wished)
     share = sparsity / config.sparsity
@@ -57,24 +63,15 @@ def prune_to(
     step = replace(
         config, sparsity=given.overall, allocation=given, granularity="matrix", min_sparsity=0.0, max_sparsity=1.0
     )
-    return replace(prune(model, calibration, step), config=config), dict(wished)
-
-
-def _wish(
-    model: nn.Module, calibration: Calibration | None, config: DSAConfig, sparsity: float, architecture: Architecture
-) -> dict[str, float]:
-    """The allocation for `sparsity`, scaled to the config's."""
-    if config.allocator is None or sparsity == 0:
-        found = allocate(model, calibration, config, architecture).sparsity
-        return {plain_name(unit): value for unit, value in found.items()}
-    now = replace(
-        config,
-        sparsity=sparsity,
-        min_sparsity=min(config.min_sparsity, sparsity),
-        max_sparsity=max(config.max_sparsity, sparsity),
-    )
-    found = allocate(model, calibration, now, architecture).sparsity
-    return {plain_name(unit): value * config.sparsity / sparsity for unit, value in found.items()}
+    report = replace(prune(model, calibration, step), config=config)
+    surplus = report.removed - sum(counts.values())
+    if surplus > 0:
+        logger.warning(
+            "%d weights more than asked are zero: zeros that the model had do not fit the pattern %s.",
+            surplus,
+            config.recipe.pattern,
+        )
+    return report, dict(wished)
 
 
 def _counts(

@@ -1,0 +1,50 @@
+import logging
+
+import pytest
+
+from optimum_dsa import DSAConfig, find_architecture, prune
+from optimum_dsa.recovery.gradual import prune_to
+from optimum_dsa.recovery.targets import count_zeros
+
+from ..common import tiny_llama, tokens
+
+
+def zeros(model):
+    return sum(count_zeros(model, find_architecture(model)).values())
+
+
+def test_a_model_that_is_sparse_enough_is_left_alone():
+    model = tiny_llama()
+    prune(model, tokens(), DSAConfig(0.6))
+    before = zeros(model)
+    report, wish = prune_to(model, None, DSAConfig(0.8, "magnitude", "uniform"), 0.4)
+    assert report is None and zeros(model) == before
+    assert list(wish.values()) == pytest.approx([0.8] * 3, abs=1e-3)
+
+
+def test_a_wish_that_is_given_is_followed_as_far_as_zeros_allow():
+    model = tiny_llama()
+    config = DSAConfig(0.6, "magnitude", "uniform")
+    names = [block.name for block in find_architecture(model).blocks]
+    report, _ = prune_to(model, None, config, 0.6, dict(zip(names, (0.5, 0.6, 0.7))))
+    assert list(report.achieved.values())[0] < list(report.achieved.values())[-1]
+    config = DSAConfig(0.75, "magnitude", "uniform")
+    report, _ = prune_to(model, None, config, 0.75, dict(zip(names, (0.9, 0.75, 0.6))))
+    achieved = list(report.achieved.values())
+    assert report.removed == zeros(model) and report.sparsity == pytest.approx(0.75, abs=1e-4)
+    assert achieved[-1] >= 0.7 - 1e-3 and achieved[0] > achieved[-1]
+
+
+def test_zeros_that_do_not_fit_the_pattern_are_said(caplog):
+    model = tiny_llama()
+    prune(model, None, DSAConfig(0.6, "magnitude", "uniform"))  # over whole matrices: rows differ
+    with caplog.at_level(logging.WARNING, "optimum_dsa"):
+        report, _ = prune_to(model, tokens(), DSAConfig(0.65, allocation="uniform"), 0.65)
+    assert report.sparsity > 0.65 and "do not fit the pattern row" in caplog.text
+
+
+def test_zeros_too_unevenly_spread_are_refused():
+    model = tiny_llama()
+    model.model.layers[0].mlp.up_proj.weight.data.zero_()
+    with pytest.raises(ValueError, match="too unevenly spread"):
+        prune_to(model, None, DSAConfig(0.2, "magnitude", "uniform"), 0.2)
