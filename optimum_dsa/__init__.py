@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib
 
+from .import_hook import after_import
+
 
 __version__ = "0.1.0"
 
@@ -35,7 +37,9 @@ _PUBLIC = {
     "SearchTrace": "search.trace",
     "TRANSFORM": "allocation",
     "UPDATES": "reconstruction",
+    "Verification": "verification",
     "allocate": "pruning",
+    "convert": "conversion",
     "evaluate_tasks": "tasks",
     "find_architecture": "architecture",
     "fit_to_budget": "allocation",
@@ -45,10 +49,18 @@ _PUBLIC = {
     "perplexity_with_error": "evaluation",
     "prune": "pruning",
     "split_windows": "data",
+    "verify": "verification",
     "walk_blocks": "calibration",
 }
 
 __all__ = sorted(_PUBLIC)
+
+
+def _register_quantizer() -> None:
+    importlib.import_module(".quantizer", __name__).register()
+
+
+after_import("transformers.quantizers.auto", _register_quantizer)  # so that compressed checkpoints load
 
 
 def __getattr__(name: str):

@@ -1,11 +1,8 @@
-"""A pruned model on disk: an ordinary checkpoint with zeros, and `dsa_config.json` beside it."""
+"""A pruned model on disk: its checkpoint, dense or compressed, and `dsa_config.json` beside it."""
 
 from __future__ import annotations
 
-import importlib.metadata
-import json
 import os
-import platform
 import warnings
 from pathlib import Path
 from typing import Any
@@ -13,13 +10,11 @@ from typing import Any
 from torch import nn
 
 from .configuration import CONFIG_NAME
-from .files import new_directory, write_text
+from .conversion import compress_in_place
+from .description import describe, write_description
+from .files import new_directory
 from .offload import is_offloaded
 from .report import PruningReport
-
-
-FORMAT_VERSION = 1
-PACKAGES = ("optimum-dsa", "torch", "transformers", "optimum", "accelerate", "datasets", "safetensors")
 
 
 def save_checkpoint(
@@ -28,14 +23,20 @@ def save_checkpoint(
     report: PruningReport,
     base: dict[str, str | None],
     directory: str | Path,
+    compressed: bool = False,
     recovery: dict[str, Any] | None = None,
     **save_kwargs,
 ) -> None:
     """Write model, tokenizer and `dsa_config.json` into `directory`; whole or not at all.
 
+    With `compressed`, weights are packed shard by shard after transformers has written them, so that names and ties
+    are its own; on the way the disk holds the dense weights too.
+
     Raises:
         FileExistsError: `directory` holds something else than a pruned model.
     """
+    if compressed:
+        save_kwargs = {"max_shard_size": "5GB", **save_kwargs}
     with new_directory(directory, CONFIG_NAME) as fresh:
         if is_offloaded(model):
             _save_offloaded(model, fresh, **save_kwargs)
@@ -43,7 +44,9 @@ def save_checkpoint(
             model.save_pretrained(fresh, **save_kwargs)
         if tokenizer is not None:
             tokenizer.save_pretrained(fresh)
-        write_text(fresh / CONFIG_NAME, json.dumps(describe_result(report, base, recovery), indent=2) + "\n")
+        if compressed:
+            compress_in_place(fresh)
+        write_description(fresh, describe(report, base, recovery))
 
 
 def _save_offloaded(model: nn.Module, directory: Path, **save_kwargs) -> None:
@@ -68,33 +71,9 @@ def _save_offloaded(model: nn.Module, directory: Path, **save_kwargs) -> None:
             del model.hf_device_map
 
 
-def describe_result(
-    report: PruningReport, base: dict[str, str | None], recovery: dict[str, Any] | None = None
-) -> dict[str, Any]:
-    """The content of `dsa_config.json`: config, base model, allocation, achieved sparsity, calibration, versions.
-
-    `recovery` is what is known of training after pruning, or during it.
-    """
-    content = {"format_version": FORMAT_VERSION, "base_model": base, **report.to_dict()}
-    if recovery is not None:
-        content["recovery"] = recovery
-    return {**content, "versions": versions()}
-
-
 def base_model(model: nn.Module) -> dict[str, str | None]:
     """Name and revision of the checkpoint that a model came from; of a local path only the last part."""
     name = getattr(model.config, "_name_or_path", "") or None
     if name and (os.path.isabs(name) or os.path.exists(name)):
         name = Path(name).resolve().name
     return {"name": name, "revision": getattr(model.config, "_commit_hash", None)}
-
-
-def versions() -> dict[str, str]:
-    """Installed versions of what decides the result."""
-    found = {"python": platform.python_version()}
-    for package in PACKAGES:
-        try:
-            found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            found[package] = "not installed"
-    return found

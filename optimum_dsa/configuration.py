@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from .allocation import ALLOCATIONS, Allocation, AllocationFunction, Allocator
-from .files import write_text
+from .files import read_json, write_text
 from .masks import Pattern
 from .methods import METHODS, Method
 from .metrics import METRICS
@@ -20,6 +20,7 @@ from .statistics import DAMPING
 
 
 CONFIG_NAME = "dsa_config.json"
+FORMAT_VERSION = 2  # of that file
 
 
 @dataclass(frozen=True)
@@ -196,20 +197,25 @@ class DSAConfig:
     def save_pretrained(self, directory: str | Path) -> None:
         """Write `dsa_config.json` with this config into `directory`."""
         Path(directory).mkdir(parents=True, exist_ok=True)
-        write_text(Path(directory) / CONFIG_NAME, json.dumps({"config": self.to_dict()}, indent=2) + "\n")
+        data = {"format_version": FORMAT_VERSION, "config": self.to_dict()}
+        write_text(Path(directory) / CONFIG_NAME, json.dumps(data, indent=2) + "\n")
 
     @classmethod
     def from_pretrained(cls, path: str | Path) -> DSAConfig:
         """The config in a `dsa_config.json`, or in the folder that holds one: a saved config's or a pruned model's."""
         path = Path(path)
         path = path / CONFIG_NAME if path.is_dir() else path
-        try:
-            data = json.loads(path.read_text())
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{path} is not JSON: {error}.") from None
+        data = read_json(path)
         if not isinstance(data, Mapping) or not isinstance(data.get("config", data), Mapping):
             raise ValueError(f"{path} holds no DSAConfig.")
-        return cls.from_dict(data.get("config", data))
+        version = data.get("format_version", 1)
+        if not _whole(version) or not 1 <= version <= FORMAT_VERSION:
+            raise ValueError(
+                f"{path} has version {version!r} of the format, and this optimum-dsa knows up to {FORMAT_VERSION}; "
+                "upgrade it with `pip install --upgrade optimum-dsa`."
+            )
+        given = data.get("config") or {name: value for name, value in data.items() if name != "format_version"}
+        return cls.from_dict(given)
 
 
 def _exists(path: str) -> bool:

@@ -2,26 +2,48 @@
 
 from __future__ import annotations
 
+import copy
 import logging
+from pathlib import Path
 from typing import Any
 
+import huggingface_hub
+import torch
 import transformers
 from torch import nn
+from transformers.utils import cached_file
+
+from .configuration import CONFIG_NAME
+from .description import read_description
+from .files import read_json
+from .shards import check_size, count_weights, find_shards
 
 
 logger = logging.getLogger(__name__)
 
 _HUB_OPTIONS = ("revision", "token", "cache_dir", "local_files_only", "trust_remote_code", "subfolder")
 
+# what other libraries read, or pickles
+_NO_WEIGHTS = ["*.bin", "*.pt", "*.pth", "*.h5", "*.msgpack", "*.gguf", "*.onnx"]
+
 
 def load_model(path: str, **kwargs) -> nn.Module:
     """The model at `path` in its own architecture (language model, encoder, vision model, ...), for inference."""
     shared = {name: kwargs[name] for name in _HUB_OPTIONS if name in kwargs}
+    folder = Path(path, kwargs.get("subfolder") or "")
+    if (folder / "config.json").is_file():
+        read_json(folder / "config.json")  # larger than any configuration: refused before transformers reads it
+    # what is pruned is safetensors, and its index leads nowhere else
+    shards = find_shards(folder) if (folder / CONFIG_NAME).is_file() else None
     config = kwargs.pop("config", None) or transformers.AutoConfig.from_pretrained(path, **shared)
     named = [getattr(transformers, name, None) for name in config.architectures or []]
     loader = next((cls for cls in named if cls is not None), None)
     if loader is None:
         loader = transformers.AutoModelForCausalLM
+    if shards is not None and shards.form == "dense" and loader in named:
+        with torch.device("meta"):
+            model = loader(copy.deepcopy(config))
+        check_size(model, sum(count_weights(folder / file) for file in shards.files), path)
     return loader.from_pretrained(path, config=config, **kwargs).eval()
 
 
@@ -35,3 +57,34 @@ def load_tokenizer(source: Any, **kwargs) -> Any:
     except (OSError, ValueError, KeyError, TypeError) as error:
         logger.info("No tokenizer at %s: %s", source, error)
         return None
+
+
+def find_description(path: str, **kwargs) -> dict[str, Any] | None:
+    """The content of the `dsa_config.json` beside the model at a path or Hub id; `None` where nothing was pruned.
+
+    Raises:
+        DescriptionError: it does not follow its schema.
+    """
+    if Path(path).is_dir():
+        found = Path(path, kwargs.get("subfolder") or "", CONFIG_NAME)
+        return read_description(found) if found.is_file() else None
+    shared = {name: kwargs[name] for name in _HUB_OPTIONS if name in kwargs and name != "trust_remote_code"}
+    found = cached_file(
+        path,
+        CONFIG_NAME,
+        _raise_exceptions_for_missing_entries=False,
+        _raise_exceptions_for_connection_errors=False,
+        _raise_exceptions_for_gated_repo=False,
+        **shared,
+    )
+    return None if found is None else read_description(found)
+
+
+def local_folder(path: str, revision: str | None = None) -> Path:
+    """`path` if it is a folder; else a folder with the files of that Hub model, in the cache."""
+    if Path(path).is_dir():
+        return Path(path)
+    try:
+        return Path(huggingface_hub.snapshot_download(path, revision=revision, ignore_patterns=["*/*", *_NO_WEIGHTS]))
+    except (huggingface_hub.errors.HFValidationError, OSError) as error:
+        raise FileNotFoundError(f"{path} is neither a folder nor a model that the Hub gives: {error}") from None

@@ -91,6 +91,28 @@ class Pattern:
         removed = self.width - self.kept if self.kind == "n:m" else round(count * self.width / scores.numel())
         return torch.cat([_keep_in_groups(part, self.width, removed) for part in _chunks(scores)])
 
+    def holds(self, removed: Tensor, count: int) -> bool:
+        """Whether a matrix whose zeros are `removed`, (out_features, in_features), can come from `keep` at `count`.
+
+        More zeros than asked for are no breach: some weights are zero by themselves.
+        """
+        if self.kind in ("n:m", "mixed"):
+            per_group = self.width - self.kept
+            if self.kind == "mixed":
+                per_group = round(count * self.width / removed.numel())
+            return removed.shape[1] % self.width == 0 and all(
+                int(part.unflatten(1, (-1, self.width)).sum(2).min()) >= per_group for part in _chunks(removed)
+            )
+        if self.kind == "row":
+            of_rows = removed.sum(1)
+            return int(of_rows.min()) >= count // len(removed) and int(of_rows.sum()) >= count
+        columns = removed.sum(0)
+        width = self.width if self.kind == "group" else len(columns)
+        return all(
+            int(part.sum()) >= count_in_columns(count, len(columns), start, start + len(part))
+            for start, part in zip(range(0, len(columns), width), columns.split(width))
+        )
+
 
 def count_in_columns(count: int, columns: int, start: int, stop: int) -> int:
     """How many of `count` weights fall to the columns [start, stop): equal shares, the first columns one more.
@@ -131,7 +153,7 @@ def _lowest_per_row(scores: Tensor, count: int) -> Tensor:
 
 def _numbers_of_rows(count: int, rows: int) -> Tensor:
     """How many of `count` weights each row gives."""
-    return ((2 * count * torch.arange(rows + 1) + rows) // (2 * rows)).diff()
+    return (torch.arange(rows + 1, dtype=torch.float64) * count / rows).round().long().diff()
 
 
 def _chunks(scores: Tensor) -> tuple[Tensor, ...]:
@@ -163,8 +185,8 @@ def _keep_in_groups(scores: Tensor, width: int, removed: int) -> Tensor:
 def removal_order(pattern: Pattern, scores: Tensor, count: int = 0) -> Tensor:
     """When each weight goes: (out_features, in_features) int64, the weights of order < count being those removed.
 
-    `pattern.keep(scores, n) == (removal_order(pattern, scores) >= n)` for every n, so that one order holds the masks of
-    all sparsities. For N:M, n must be a whole number per group. Per row, the two may differ in which rows give one
+    `pattern.keep(scores, n) == (removal_order(pattern, scores) >= n)` for every n, so that one order holds the masks
+    of all sparsities. For N:M, n must be a whole number per group. Per row, the two may differ in which rows give one
     weight more than others, as no order has those evenly spread at every n; at n = `count` they agree.
     """
     rows, columns = scores.shape

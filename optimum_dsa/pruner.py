@@ -2,26 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import logging
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
 
 from .allocation import Allocation
+from .calibration import walk_blocks
 from .checkpoint import base_model, save_checkpoint
 from .configuration import DSAConfig
 from .data import Calibration, load_calibration
-from .loading import load_model, load_tokenizer
+from .description import is_unchanged, report_from
+from .loading import find_description, load_model, load_tokenizer
 from .pruning import allocate, allocation_needs_inputs, architecture_for, prune, pruning_needs_inputs
 from .report import PruningReport
+from .verification import Verification, verify
 
 
 if TYPE_CHECKING:
     from .recovery.configuration import RecoveryConfig
     from .recovery.result import RecoveryResult
     from .search.result import SearchResult
+
+
+logger = logging.getLogger(__name__)
 
 
 class DSAPruner:
@@ -36,7 +45,7 @@ class DSAPruner:
     Attributes:
         model (`nn.Module`): pruned in place.
         tokenizer (`Any`): saved with it; needed for calibration text.
-        report (`PruningReport`): of the last `prune`.
+        report (`PruningReport`): of the last `prune`, or of the one that made a loaded model; `None` before.
         recovery (`RecoveryResult`): of the last `recover`.
     """
 
@@ -46,12 +55,16 @@ class DSAPruner:
         self.report: PruningReport | None = None
         self.recovery: RecoveryResult | None = None
         self._base = base_model(model)
+        self._restored: PruningReport | None = None  # of a loaded model, whose weights may have been changed since
 
     @classmethod
     def from_pretrained(
         cls, model_or_path: str | Path | nn.Module, tokenizer: Any = None, **transformers_kwargs
     ) -> DSAPruner:
         """A pruner for a model, or for the checkpoint at a path or Hub id.
+
+        Of a pruned model, dense or compressed, it has the report that was saved with it: config and allocation are
+        `report.config` and `report.allocation`, the masks come from `masks()`, and `verify()` tells whether they hold.
 
         Args:
             model_or_path (`str | Path | nn.Module`): a transformers model, a folder, or a Hub id.
@@ -63,11 +76,18 @@ class DSAPruner:
         if isinstance(model_or_path, nn.Module):
             if transformers_kwargs:
                 raise ValueError(f"A loaded model takes no loading options, got {', '.join(transformers_kwargs)}.")
-            model, path = model_or_path, None
-        else:
-            path = str(model_or_path)
-            model = load_model(path, **transformers_kwargs)
-        return cls(model, load_tokenizer(tokenizer or path, **transformers_kwargs))
+            return cls(model_or_path, load_tokenizer(tokenizer))
+        path = str(model_or_path)
+        found = find_description(path, **transformers_kwargs)
+        report = None if found is None else report_from(found)
+        if found is not None and not is_unchanged(found):
+            logger.warning("The dsa_config.json of %s was changed after it was written.", path)
+        model = load_model(path, **transformers_kwargs)
+        pruner = cls(model, load_tokenizer(tokenizer or path, **transformers_kwargs))
+        if found is not None:
+            pruner.report = pruner._restored = report
+            pruner._base = found["base_model"]
+        return pruner
 
     def prune(self, calibration: Any, config: DSAConfig) -> PruningReport:
         """Prune the model in place.
@@ -137,6 +157,21 @@ class DSAPruner:
             report_to=report_to,
         )
 
+    @torch.no_grad()
+    def masks(self) -> Iterator[tuple[str, Tensor]]:
+        """Name and mask of every pruned matrix: (out_features, in_features), True where the weight is kept.
+
+        One at a time, in the model's order; `dict(pruner.masks())` holds them all, a byte per weight.
+        """
+        architecture = architecture_for(self.model, self._pruned().config)
+        for walked in walk_blocks(self.model, architecture, None):
+            for weight in walked.weights:
+                yield weight.name, walked.tensor(weight) != 0
+
+    def verify(self) -> Verification:
+        """Whether zeros, pattern and budget are those of the report, counted in the weights as they are now."""
+        return verify(self.model, self._pruned())
+
     def recover(
         self,
         train: Any,
@@ -172,15 +207,64 @@ class DSAPruner:
         self.report = counted(report, self.model)
         return self.recovery
 
-    def save_pretrained(self, directory: str | Path, **save_kwargs) -> None:
+    def save_pretrained(self, directory: str | Path, compressed: bool = False, **save_kwargs) -> None:
         """Write an ordinary checkpoint, the tokenizer and `dsa_config.json`; whole or not at all.
 
         An existing folder is replaced if it is empty or holds a pruned model; anything else is refused.
+
+        Args:
+            directory (`str | Path`): the folder to write.
+            compressed (`bool`, defaults to `False`): store a bit per weight and the kept weights instead of the zeros.
+                Such a checkpoint is smaller, and loads after `import optimum_dsa` only.
+            save_kwargs (`dict`): go to the model's `save_pretrained` (`max_shard_size`, ...).
         """
-        if self.report is None:
-            raise ValueError("Nothing was pruned yet; call prune() before save_pretrained().")
+        report = self._pruned()
+        if report is self._restored and not (found := self.verify()).holds:
+            logger.warning("The model is not what its report says any more: %s.", found.problems[0])
         recovery = self.recovery.to_dict() if self.recovery else None
-        save_checkpoint(self.model, self.tokenizer, self.report, self._base, directory, recovery, **save_kwargs)
+        save_checkpoint(self.model, self.tokenizer, report, self._base, directory, compressed, recovery, **save_kwargs)
+
+    def _pruned(self) -> PruningReport:
+        if self.report is None:
+            raise ValueError("Nothing was pruned yet; call prune() or load a pruned model first.")
+        return self.report
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        private: bool | None = None,
+        revision: str | None = None,
+        create_pr: bool = False,
+        commit_message: str | None = None,
+        token: str | None = None,
+    ) -> str:
+        """Push model, tokenizer, `dsa_config.json`, a card and its pictures in one commit; returns the address.
+
+        Args:
+            repo_id (`str`): "user/name", or "name" for the token's own; made where it is missing.
+            private (`bool`, *optional*): of a repository that is made; by default what the account has chosen.
+            revision (`str`, *optional*): branch to push to, made where it is missing; "main" by default.
+            create_pr (`bool`, defaults to `False`): open a pull request instead of pushing.
+            commit_message (`str`, *optional*): by default says what was removed.
+            token (`str`, *optional*): by default the one that `hf auth login` stored.
+
+        Raises:
+            OSError: the Hub refused or the network failed; the model is as it was, and the same call goes on.
+        """
+        from .hub import push_folder
+
+        with TemporaryDirectory() as folder:
+            self.save_pretrained(Path(folder) / "model")
+            return push_folder(
+                Path(folder) / "model",
+                repo_id,
+                private=private,
+                revision=revision,
+                create_pr=create_pr,
+                commit_message=commit_message,
+                token=token,
+                kept="The model is as it was; save_pretrained keeps it, and the same call goes on.",
+            )
 
     def _load(self, calibration: Any, config: DSAConfig, needed: bool) -> Calibration | None:
         if calibration is None or not needed:

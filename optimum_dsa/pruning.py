@@ -206,13 +206,18 @@ def prune(
 
 def prune_(weight: Tensor, statistics: LayerStatistics | None, config: DSAConfig, count: int) -> None:
     """Remove `count` weights of one matrix, (out_features, in_features), in place."""
+    weight.copy_(pruned(weight, statistics, config, count))
+
+
+def pruned(weight: Tensor, statistics: LayerStatistics | None, config: DSAConfig, count: int) -> Tensor:
+    """A matrix, (out_features, in_features), without `count` of its weights, and with what makes up for them."""
     recipe = config.recipe
     pattern = Pattern.parse(recipe.pattern)
     choice = Choice(pattern, count, None, config.damping)
     if not (recipe.metric == "obs" and recipe.update == "sparsegpt" and choice.as_it_goes):
         keep = pattern.keep(METRICS[recipe.metric](weight, statistics), count)
         choice = Choice(pattern, count, keep, config.damping)
-    weight.copy_(UPDATES[recipe.update](weight, statistics, choice))
+    return UPDATES[recipe.update](weight, statistics, choice)
 
 
 def check_finite(model: nn.Module, architecture: Architecture, calibration: Calibration | None) -> None:

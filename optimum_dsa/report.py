@@ -68,19 +68,17 @@ class PruningReport:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> PruningReport:
-        """The report in `to_dict`'s form, such as the content of a pruned model's `dsa_config.json`."""
-        achieved = data.get("achieved") or {}
-        allocation = Allocation.from_dict(data["allocation"])
+        """The report in `to_dict`'s form, such as the content of `dsa_config.json`."""
         return cls(
             config=DSAConfig.from_dict(data["config"]),
-            allocation=allocation,
-            achieved=dict(achieved.get("units") or allocation.sparsity),
-            parameters=achieved.get("parameters") or sum(allocation.sizes.values()),
+            allocation=Allocation.from_dict(data["allocation"]),
+            achieved=dict(data["achieved"]["units"]),
+            parameters=data["achieved"]["parameters"],
             calibration=data.get("calibration"),
             dense=dict(data.get("dense") or {}),
             damping=dict(data.get("damping") or {}),
             unseen=tuple(data.get("unseen") or ()),
-            seconds=data.get("seconds") or 0.0,
+            seconds=data.get("seconds", 0.0),
         )
 
     def __str__(self) -> str:

@@ -179,3 +179,26 @@ def test_a_wrong_search_ends_before_anything_is_written(monkeypatch, capsys, tmp
     arguments = ["search", str(demo_model()), "-o", str(tmp_path / "found"), "-s", "0.6", *options.split()]
     code, _, errors = run(monkeypatch, capsys, *arguments)
     assert code == 2 and message in errors and not (tmp_path / "found").exists()
+
+
+def test_search_over_seeds_compares_them_and_leaves_the_best_for_prune(monkeypatch, capsys, tmp_path, text):
+    data = ["-s", "0.6", "--dataset", text, "--num-samples", "4", "--sequence-length", "64"]
+    found = str(tmp_path / "found")
+    options = ["--strategy", "ramp", "--budget", "3k tokens", "--seeds", "2"]
+    code, output, errors = run(monkeypatch, capsys, "search", str(demo_model()), "-o", found, *data, *options)
+    assert code == 0, errors
+    assert "mean" in output and "standard deviation" in output
+    losses = [
+        json.loads((tmp_path / "found" / f"seed-{seed}" / "search.json").read_text())["finalists"][0][
+            "validation_loss"
+        ]
+        for seed in (0, 1)
+    ]
+    best = json.loads((tmp_path / "found" / "search.json").read_text())["finalists"][0]["validation_loss"]
+    assert best == min(losses)
+    out = tmp_path / "out"
+    code, output, errors = run(
+        monkeypatch, capsys, "prune", str(demo_model()), "-o", str(out), *data, "--allocation", found
+    )
+    assert code == 0, errors
+    assert "0.6000" in output.splitlines()[-3]

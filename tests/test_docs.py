@@ -31,6 +31,7 @@ from optimum_dsa import (
 from optimum_dsa.commands.dsa import DSACommand
 from optimum_dsa.commands.prune import asked_config
 from optimum_dsa.demo import demo_model, demo_texts
+from optimum_dsa.description import schema
 from optimum_dsa.recovery.trainer import REFERENCE as DISTILLATION
 from optimum_dsa.registry import Registry
 
@@ -219,6 +220,11 @@ def test_architectures_page_has_every_reason_for_staying_dense():
     assert reasons and reasons == {
         quoted(cells[0])[0] for cells in rows(section(PAGES["guides/architectures"], "What stays dense"))
     }
+
+
+def test_checkpoints_page_has_every_key_of_the_description():
+    keys = [quoted(cells[0])[0] for cells in rows(section(PAGES["guides/checkpoints"], "dsa_config.json"))]
+    assert sorted(keys) == sorted(schema()["properties"])
 
 
 def test_troubleshooting_quotes_what_the_package_says():

@@ -100,3 +100,17 @@ def test_a_pattern_prints_as_it_is_written(text):
 def test_an_indivisible_width_is_named_with_the_way_out():
     with pytest.raises(ValueError, match=r"mlp.up: pattern 2:4 needs in_features divisible by 4, got 30.*exclude"):
         Pattern.parse("2:4").check("mlp.up", 30)
+
+
+@pytest.mark.parametrize("text", ["row", "matrix", "group:5", "1:4", "mixed:4"])
+@pytest.mark.parametrize("count", [0, 1, 77, 120, 240])
+def test_what_a_pattern_keeps_holds_and_one_weight_less_does_not(text, count):
+    pattern = Pattern.parse(text)
+    scores = torch.rand(12, 20, generator=torch.Generator().manual_seed(0))
+    removed = ~pattern.keep(scores, count)
+    assert pattern.holds(removed, count)
+    assert pattern.holds(torch.ones_like(removed), count)
+    for row, column in removed.nonzero()[:: max(int(removed.sum()) // 7, 1)].tolist():
+        revived = removed.clone()
+        revived[row, column] = False
+        assert not pattern.holds(revived, count)

@@ -1,5 +1,6 @@
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -47,7 +48,7 @@ def test_a_saved_model_is_an_ordinary_checkpoint(pruned):
 def test_dsa_config_says_everything_that_made_the_model(pruned):
     _, report, folder = pruned
     data = json.loads((folder / "dsa_config.json").read_text())
-    assert data["format_version"] == 1
+    assert data["format_version"] == 2
     assert data["base_model"] == {"name": demo_model().name, "revision": None}
     assert data["config"]["allocation"] == "owl"
     assert data["calibration"] == {"source": "2 texts", "samples": 8, "length": 64, "tokens": 512, "seed": 3}
@@ -126,3 +127,92 @@ def test_checkpoints_written_by_a_pruner_are_readable_by_all(tmp_path):
     mask = os.umask(0)
     os.umask(mask)
     assert {path.stat().st_mode & 0o777 for path in (tmp_path / "out").iterdir()} == {0o666 & ~mask}
+
+
+def hub(folder, tmp_path):
+    """A cache of the Hub as it is after a download of `folder` as me/pruned; what to pass to load from it."""
+    repository = tmp_path / "cache" / "models--me--pruned"
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs" / "main").write_text("a" * 40)
+    shutil.copytree(folder, repository / "snapshots" / ("a" * 40))
+    return {"cache_dir": str(tmp_path / "cache"), "local_files_only": True}
+
+
+@pytest.mark.parametrize("where", ["folder", "Hub"])
+@pytest.mark.parametrize("form", ["dense", "compressed"])
+def test_a_pruned_model_comes_back_with_its_report_and_masks(pruned, tmp_path, form, where):
+    pruner, report, _ = pruned
+    folder = tmp_path / form
+    pruner.save_pretrained(folder, compressed=form == "compressed")
+    options = hub(folder, tmp_path) if where == "Hub" else {}
+    again = DSAPruner.from_pretrained("me/pruned" if where == "Hub" else folder, **options)
+    assert again.report.config == report.config and again.report.allocation == report.allocation
+    assert again.report.to_dict() == report.to_dict()
+    assert same_state(again.model, state(pruner.model))
+    masks = dict(again.masks())
+    assert sum(int((~mask).sum()) for mask in masks.values()) == report.removed
+    for name, mask in pruner.masks():
+        assert mask.dtype == torch.bool and torch.equal(masks[name], mask)
+    assert again.verify().holds
+    assert again.tokenizer("x = 1").input_ids == pruner.tokenizer("x = 1").input_ids
+
+
+@pytest.mark.parametrize("device_map", [None, {"": "disk"}])
+def test_pruning_goes_on_where_it_stopped(pruned, tmp_path, device_map):
+    pruned[0].save_pretrained(tmp_path / "first", compressed=True)
+    again = DSAPruner.from_pretrained(tmp_path / "first", device_map=device_map, offload_folder=str(tmp_path / "o"))
+    before = dict(again.masks())
+    report = again.prune(None, DSAConfig(0.8, "magnitude", "uniform"))
+    assert report.sparsity == pytest.approx(0.8, abs=1e-4) and again.verify().holds
+    assert not any(bool((mask & ~before[name]).any()) for name, mask in again.masks())
+    for form in (False, True):
+        again.save_pretrained(tmp_path / "second", compressed=form)
+        data = json.loads((tmp_path / "second" / "dsa_config.json").read_text())
+        assert data["base_model"]["name"] == demo_model().name and data["config"]["sparsity"] == 0.8
+        assert DSAPruner.from_pretrained(tmp_path / "second").verify().holds
+
+
+def test_an_edited_description_is_told_and_a_broken_one_refused(pruned, tmp_path, caplog):
+    folder = tmp_path / "copy"
+    shutil.copytree(pruned[2], folder)
+    data = json.loads((folder / "dsa_config.json").read_text())
+    data["config"]["seed"] = 9
+    (folder / "dsa_config.json").write_text(json.dumps(data))
+    assert DSAPruner.from_pretrained(folder).report.config.seed == 9
+    assert "was changed after it was written" in caplog.text
+    del data["achieved"]["units"]
+    (folder / "dsa_config.json").write_text(json.dumps(data))
+    with pytest.raises(ValueError, match="achieved.units is missing"):
+        DSAPruner.from_pretrained(folder)
+
+
+def test_a_configuration_alone_does_not_make_a_pruned_model(tmp_path):
+    tiny_llama().save_pretrained(tmp_path)
+    DSAConfig(0.5).save_pretrained(tmp_path)
+    pruner = DSAPruner.from_pretrained(tmp_path)
+    assert pruner.report is None
+    for use in (pruner.verify, lambda: next(pruner.masks())):
+        with pytest.raises(ValueError, match="Nothing was pruned yet"):
+            use()
+
+
+def test_a_recovered_model_keeps_its_masks(pruned, tmp_path, caplog):
+    """What recovery does to a loaded model: weights move, zeros stay; it is saved and still what it says."""
+    pruned[0].save_pretrained(tmp_path / "out", compressed=True)
+    pruner = DSAPruner.from_pretrained(tmp_path / "out")
+    masks = dict(pruner.masks())
+    for name, keep in masks.items():
+        pruner.model.get_parameter(name).data.add_(keep * 1e-3)
+    pruner.save_pretrained(tmp_path / "recovered")
+    again = DSAPruner.from_pretrained(tmp_path / "recovered")
+    assert again.verify().holds and not same_state(again.model, state(pruned[0].model))
+    assert "any more" not in caplog.text
+    again.model.get_parameter(next(iter(masks))).data.add_(1e-3)
+    again.save_pretrained(tmp_path / "recovered")
+    assert "The model is not what its report says any more: model.layers.0 has" in caplog.text
+
+
+def test_nothing_foreign_is_in_the_configuration_of_a_dense_checkpoint(pruned, tmp_path):
+    pruned[0].model.save_pretrained(tmp_path / "plain")
+    assert (pruned[2] / "config.json").read_bytes() == (tmp_path / "plain" / "config.json").read_bytes()
+    assert not list(pruned[2].glob("dsa_model*"))

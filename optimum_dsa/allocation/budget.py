@@ -10,6 +10,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ..files import read_json
+
 
 @dataclass(frozen=True)
 class Allocation:
@@ -69,10 +71,7 @@ class Allocation:
         if path.is_dir():
             names = ("allocation.json", "dsa_config.json")
             path = next((path / name for name in names if (path / name).is_file()), path / names[1])
-        try:
-            data = json.loads(path.read_text())
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{path} is not JSON: {error}.") from None
+        data = read_json(path)
         if not isinstance(data, Mapping):
             raise ValueError(f"{path} holds no allocation: expected {{unit: sparsity}}.")
         return cls.from_dict(data.get("allocation", data))

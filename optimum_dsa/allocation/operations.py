@@ -150,7 +150,7 @@ def matrix_reduction(operation: Callable[[Tensor], Tensor]) -> Callable[[Sequenc
 
 
 def spectral_reduction(operation: Callable[[Tensor], Tensor]) -> Callable[[Sequence[Tensor]], Tensor]:
-    """`operation`, singular values -> number, registered as a matrix reduction; the fact `spectrum` is the operation."""
+    """`operation`, singular values -> number, registered as a matrix reduction; its fact `spectrum` is `operation`."""
     return _of_matrices(operation, lambda x: operation(singular_values(x)), spectrum=operation)
 
 

@@ -2,12 +2,16 @@
 
 from optimum.commands.base import BaseOptimumCLICommand, CommandInfo
 
+from .convert import ConvertCommand
 from .demo import DemoCommand
 from .env import EnvCommand
 from .evaluate import EvaluateCommand
 from .prune import PruneCommand
+from .push import PushCommand
 from .recover import RecoverCommand
+from .report import ReportCommand
 from .search import SearchCommand
+from .verify import VerifyCommand
 
 
 class DSACommand(BaseOptimumCLICommand):
@@ -19,6 +23,10 @@ class DSACommand(BaseOptimumCLICommand):
         CommandInfo("search", "Find the allocation that hurts a model least.", SearchCommand),
         CommandInfo("recover", "Train a pruned model and keep its zeros.", RecoverCommand),
         CommandInfo("evaluate", "Measure a model's perplexity and its sparsity.", EvaluateCommand),
+        CommandInfo("report", "Show a pruned model or a search as a page with pictures.", ReportCommand),
+        CommandInfo("verify", "Check that a pruned model is what it says.", VerifyCommand),
+        CommandInfo("convert", "Store a pruned model without its zeros, or with them again.", ConvertCommand),
+        CommandInfo("push", "Push a pruned model to the Hub, with a model card.", PushCommand),
         CommandInfo("demo", "Prune the embedded model in three ways and compare them.", DemoCommand),
         CommandInfo("env", "Print the versions that a bug report needs.", EnvCommand),
     )

@@ -107,7 +107,7 @@ boolq,rte,hellaswag,winogrande,arc_easy,arc_challenge,openbookqa.
                 batch_size=args.batch_size,
                 sequence_length=args.sequence_length,
             )
-        return Measured(model, zeros / size, size, **found)
+        return Measured(name_of(model), zeros / size, size, **found)
 
 
 def describe(result) -> str:

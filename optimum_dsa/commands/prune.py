@@ -60,6 +60,11 @@ pattern     row, matrix, group:128, 2:4 (any N:M), mixed:8 (N:8, N from the allo
         )
         add_loading_options(parser)
         parser.add_argument("--max-shard-size", help="largest weight file, such as 2GB")
+        parser.add_argument(
+            "--compressed",
+            action="store_true",
+            help="store no zeros: smaller, and loads after import optimum_dsa only",
+        )
 
     def execute(self) -> None:
         from ..configuration import CONFIG_NAME
@@ -71,7 +76,7 @@ pattern     row, matrix, group:128, 2:4 (any N:M), mixed:8 (N:8, N from the allo
         pruner = DSAPruner.from_pretrained(self.args.model, **loading_options(self.args))
         print(pruner.prune(self.args.dataset, config))
         options = {"max_shard_size": self.args.max_shard_size} if self.args.max_shard_size else {}
-        pruner.save_pretrained(self.args.output, **options)
+        pruner.save_pretrained(self.args.output, self.args.compressed, **options)
         print(f"saved to {self.args.output}; next: optimum-cli dsa evaluate {self.args.output} --dataset FILE")
 
 

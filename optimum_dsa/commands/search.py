@@ -59,6 +59,8 @@ strategy    named         uniform and every named allocator
         from dataclasses import replace
         from pathlib import Path
 
+        from accelerate import PartialState
+
         from ..pruner import DSAPruner
         from ..search.problem import parse_budget
         from ..search.result import robustness_table
@@ -84,7 +86,10 @@ strategy    named         uniform and every named allocator
                     args.report_to,
                 )
             )
-            print(results[-1])
+            if PartialState().is_main_process:
+                print(results[-1])
+        if not PartialState().is_main_process:
+            return
         if args.seeds > 1:
             print(f"\n{robustness_table(results)}")
             min(results, key=lambda result: result.finalists[0].loss).save(output)

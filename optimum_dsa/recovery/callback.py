@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Sequence
 from dataclasses import asdict, replace
@@ -12,10 +11,9 @@ from typing import Any
 from torch import nn
 from transformers import TrainerCallback
 
-from ..checkpoint import describe_result
-from ..configuration import CONFIG_NAME, DSAConfig
+from ..configuration import DSAConfig
 from ..data import Calibration, load_calibration
-from ..files import write_text
+from ..description import describe, write_description
 from ..masks import Pattern
 from ..pruning import allocation_needs_inputs, prune, pruning_needs_inputs
 from ..report import PruningReport
@@ -179,9 +177,8 @@ class DSACallback(TrainerCallback):
         """Write `dsa_config.json` into `folder`: how the model was pruned, and its zeros as they are now."""
         report = report_of(model) if self.report is None else counted(self.report, model)
         training = {"kind": "DSACallback", "step": step, "schedule": asdict(self.schedule) if self.config else None}
-        content = describe_result(report, base_of(model), training)
         Path(folder).mkdir(parents=True, exist_ok=True)
-        write_text(Path(folder, CONFIG_NAME), json.dumps(content, indent=2) + "\n")
+        write_description(Path(folder), describe(report, base_of(model), training))
 
     def _hold(self, inner: nn.Module) -> None:
         if self._held is not None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -17,6 +16,7 @@ from ..allocation import Allocation
 from ..architecture import Architecture, find_architecture, find_stacks
 from ..checkpoint import base_model
 from ..configuration import CONFIG_NAME, DSAConfig
+from ..description import read_description, report_from
 from ..report import PruningReport
 
 
@@ -128,19 +128,19 @@ def plain_report(report: PruningReport) -> PruningReport:
 def base_of(model: nn.Module) -> dict[str, str | None]:
     """Name and revision of the dense model that `model` comes from, as far as it says so."""
     inner = inner_model(model)
-    return _described(inner).get("base_model") or base_model(inner)
+    return (_description(inner) or {}).get("base_model") or base_model(inner)
 
 
 def _origin(model: nn.Module) -> PruningReport | None:
     """The report in the folder that `model` was loaded from, if it is a pruned model's."""
-    data = _described(model)
-    return PruningReport.from_dict(data) if "config" in data and "allocation" in data else None
+    description = _description(model)
+    return None if description is None else report_from(description)
 
 
-def _described(model: nn.Module) -> dict[str, Any]:
-    """The `dsa_config.json` in the folder that `model` was loaded from; empty where there is none."""
+def _description(model: nn.Module) -> dict[str, Any] | None:
+    """The `dsa_config.json` in the folder that `model` was loaded from; `None` where there is none."""
     path = Path(getattr(getattr(model, "config", None), "_name_or_path", "") or "", CONFIG_NAME)
-    return json.loads(path.read_text()) if path.is_file() else {}
+    return read_description(path) if path.is_file() else None
 
 
 def count_parameters(model: nn.Module) -> int:

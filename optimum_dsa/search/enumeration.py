@@ -146,8 +146,8 @@ def _reduce_matrices(resolver, stages, names, rows, columns, found) -> None:
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         for index, (name, weights) in enumerate(resolver.units["block"].items()):
-            unit = resolver.unit(name, weights)
-            scores = unit.flat_scores()
+            with resolver.unit(name, weights) as unit:
+                scores = unit.flat_scores()
 
             def reduce(stage: Stage, unit=unit, scores=scores) -> dict[str, float]:
                 x = scores

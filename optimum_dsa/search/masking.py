@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..architecture import Architecture, Weight
+from ..offload import resident
 
 
 LEVELS = 1 << 16
@@ -28,7 +29,7 @@ class MaskedModel:
     Attributes:
         orders: weight name -> quantised removal order, (out_features, in_features) int16.
         counts: weight name -> weights removed; a weight without an order or a count is dense.
-        leaves: filled while `recording`: weight name -> the masked weight of the last forward, for its gradient.
+        values: weight name -> what takes the weight's place before it is masked, where a method updates what it keeps.
     """
 
     def __init__(self, model: nn.Module, architecture: Architecture):
@@ -36,6 +37,7 @@ class MaskedModel:
         self.weights = {weight.name: weight for weight in architecture.weights}
         self.orders: dict[str, Tensor] = {}
         self.counts: Mapping[str, int] = {}
+        self.values: dict[str, Tensor] = {}
         self._on_gradient = None
 
     def keep(self, name: str, count: int) -> Tensor:
@@ -53,6 +55,12 @@ class MaskedModel:
         if level == LEVELS // 2:  # no int16 is as large
             return torch.ones_like(self.orders[name], dtype=torch.bool)
         return self.orders[name] < level
+
+    def value(self, name: str) -> Tensor:
+        """The weight before it is masked, (out_features, in_features)."""
+        weight = self.weights[name]
+        with resident(self.model, [weight.module]):
+            return self.values.get(name, weight.tensor(self.model))
 
     @contextmanager
     def active(self) -> Iterator[None]:
@@ -108,10 +116,14 @@ class MaskedModel:
         for weight in known:
             gone = self._before(weight.name, self.counts[weight.name]).to(parameter.device)
             gone = gone.t() if weight.transposed else gone
+            value = self.values.get(weight.name)
+            if value is not None and weight.transposed:
+                value = value.t()
             if masked is None:
-                masked = parameter.detach().masked_fill(gone, 0)
+                masked = (parameter if value is None else value).detach().masked_fill(gone, 0)
             else:
-                masked[weight.expert].masked_fill_(gone, 0)
+                part = masked[weight.expert] if value is None else masked[weight.expert].copy_(value)
+                part.masked_fill_(gone, 0)
         if self._on_gradient is not None:
             receive = self._on_gradient
             masked.requires_grad_(True)

@@ -16,7 +16,7 @@ from ..data import Calibration
 from ..evaluation import check_tokens
 from ..masks import Pattern, removal_order
 from ..metrics import METRICS
-from ..pruning import _pruning_reads, architecture_for, prune_
+from ..pruning import _pruning_reads, architecture_for, pruned
 from .masking import MaskedModel, quantise
 
 
@@ -81,15 +81,22 @@ class Objective:
         config, metric = self.config, METRICS[self.config.recipe.metric]
         reads = _pruning_reads(config)
         batches = None if reads == "nothing" else _first(self.calibration.batches(config.batch_size), tokens)
-        self.masked.orders, self.masked.counts = {}, self.anchor or {}
+        self.masked.orders, self.masked.values, self.masked.counts = {}, {}, self.anchor or {}
         with self.masked.active():
             for walked in walk_blocks(
                 self.model, self.architecture, batches, gram=reads == "gram", sequential=self.anchor is not None
             ):
                 for weight in walked.weights:
-                    scores = metric(walked.tensor(weight), walked.statistics.get(weight.name))
-                    order = removal_order(self.pattern, scores, self.masked.counts.get(weight.name, 0))
-                    self.masked.orders[weight.name] = quantise(order)
+                    tensor, statistics = walked.tensor(weight), walked.statistics.get(weight.name)
+                    count = self.masked.counts.get(weight.name, 0)
+                    scores = metric(tensor, statistics)
+                    if count and config.recipe.update != "none":
+                        new = pruned(tensor, statistics, config, count).to(tensor.dtype)
+                        gone = new == 0
+                        self.masked.values[weight.name] = torch.where(gone, tensor, new)
+                        # what the update has chosen goes first, whatever its score was before
+                        scores -= gone * (scores.max() + 1)
+                    self.masked.orders[weight.name] = quantise(removal_order(self.pattern, scores, count))
         self._anchored = True
 
     @torch.no_grad()
@@ -118,7 +125,7 @@ class Objective:
         def receive(weight, gradient: Tensor) -> None:
             band = self.masked.band(weight.name, counts[weight.name], max(int(width * weight.size), 1))
             band = band.to(gradient.device)
-            moved = (gradient.float() * weight.tensor(self.model).float()).masked_select(band)
+            moved = (gradient.float() * self.masked.value(weight.name).float()).masked_select(band)
             slopes[weight.name] -= moved.sum().item() / max(moved.numel(), 1)
 
         total = 0.0
@@ -156,23 +163,11 @@ class Objective:
     @torch.no_grad()
     def sequential(self, counts: Mapping[str, int], rows: range) -> tuple[float, float]:
         """(loss, perplexity) on `rows` of the model as `prune` would leave it: each block after the pruned ones."""
-        if self.config.recipe.update == "none":
-            self.move_anchor(counts)
-            self._ensure_anchor(tokens=sys.maxsize)
-            self.masked.counts = counts
-            with self.masked.active():
-                return self._loss_and_perplexity(rows)
-        kept = {name: weight.tensor(self.model).clone() for name, weight in self.masked.weights.items()}
-        try:
-            batches = self.calibration.batches(self.config.batch_size)
-            for walked in walk_blocks(self.model, self.architecture, batches, gram=True):
-                for weight in walked.weights:
-                    statistics = walked.statistics[weight.name]
-                    prune_(walked.tensor(weight), statistics, self.config, counts[weight.name])
+        self.move_anchor(counts)
+        self._ensure_anchor(tokens=sys.maxsize)
+        self.masked.counts = counts
+        with self.masked.active():
             return self._loss_and_perplexity(rows)
-        finally:
-            for name, weight in self.masked.weights.items():
-                weight.tensor(self.model).copy_(kept[name])
 
     def _loss_and_perplexity(self, rows: range) -> tuple[float, float]:
         loss = surprise = 0.0

@@ -20,6 +20,7 @@ from .trace import Request, Trial
 
 
 Search = Generator[list[Request], list[Trial], list[Candidate]]
+# A strategy that never tries a named allocator says so with the fact `named=False`: then none is measured.
 STRATEGIES = Registry("search strategy")
 
 UNIFORM = Candidate()

@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+import torch
+
 from .problem import STRATEGIES, UNIFORM, Problem, Search, race
 from .space import Candidate
 from .trace import Request
@@ -56,48 +58,44 @@ def _switched(counts: list[int], sizes: Sequence[int], step: int, switches: int,
 
 
 @STRATEGIES.register()
-def descent(problem: Problem, steps: int = 24, largest: float = 0.03, windows: int = 32) -> Search:
+def descent(
+    problem: Problem, step: float = 0.05, windows: int = 16, inertia: float = 0.7, anchor_every: int = 5
+) -> Search:
     """Budget moved along the loss's slope per matrix, measured by one backward pass at the sparse point. Ours.
 
-    In each step the matrices whose next weight costs more than the median give weights back, the others give up more;
-    the step shrinks as the budget runs out, and the scores are taken anew at the current point every few steps.
+    At the optimum one more weight costs the same in every matrix. A matrix where it costs e times the mean gets `step`
+    of sparsity back, with `inertia` from pass to pass; the step shrinks as the budget runs out. Scores are taken anew
+    at the current point after every `anchor_every` passes, as in the sequential prune; the last quarter is averaged.
     """
     resolver = problem.resolver
     best = problem.start
     if best is None:
         ranking = yield from race(problem, [UNIFORM, *map(Candidate, problem.named)])
         best = ranking[0].candidate
-    sizes = resolver.sizes
+    sizes = torch.tensor(list(resolver.sizes.values()), dtype=torch.float64)
     counts = resolver.counts(best)
-    sparsity = {name: count / size for (name, size), count in zip(sizes.items(), counts)}
-    began = problem.budget.share
-    windows = min(windows, problem.windows)
-    smooth = dict.fromkeys(sizes, 0.0)
+    began, windows, start = problem.budget.share, min(windows, problem.windows), 0
+    motion = torch.zeros_like(sizes)
     path: list[tuple[int, ...]] = []
-    offset = 0
     while not problem.over:
-        done = (problem.budget.share - began) / max(problem.until - began, 1e-9)
-        if len(path) % 3 == 0:
+        left = 1 - (problem.budget.share - began) / max(problem.until - began, 1e-9)
+        if len(path) % anchor_every == 0:
             yield [Request("anchor", Candidate("descent", counts=counts))]
-        offset = offset if offset + windows <= problem.windows else 0
-        (trial,) = yield [Request("slopes", Candidate("descent", counts=counts), offset, offset + windows)]
-        offset += windows
+        start = start if start + windows <= problem.windows else 0
+        (trial,) = yield [Request("slopes", Candidate("descent", counts=counts), start, start + windows)]
+        start += windows
         if trial.slopes is None:
             break
-        middle = sorted(trial.slopes)[len(trial.slopes) // 2]
-        deviation = sorted(abs(slope - middle) for slope in trial.slopes)[len(trial.slopes) // 2] or 1.0
-        step = largest * (1 - done) + 0.002
-        for name, slope in zip(sizes, trial.slopes):
-            pull = min(max((slope - middle) / deviation, -4), 4) / 4
-            smooth[name] = 0.5 * smooth[name] + 0.5 * pull
-            sparsity[name] -= step * smooth[name]
-        counts = resolver.fit(sparsity)
-        sparsity = {name: count / size for (name, size), count in zip(sizes.items(), counts)}
+        slopes = torch.tensor(trial.slopes, dtype=torch.float64)
+        middle = slopes.median().clamp_min(torch.finfo(torch.float64).tiny)
+        logs = (slopes / middle).clamp_min(0.1).log()
+        pull = (logs - (logs * sizes).sum() / sizes.sum()).clamp(-1.5, 1.5)
+        motion = inertia * motion + (1 - inertia) * pull
+        wanted = torch.tensor(counts) / sizes - step * (0.1 + 0.9 * left) * motion
+        counts = resolver.fit(dict(zip(resolver.sizes, wanted.tolist())))
         path.append(counts)
-    late = path[-max(len(path) // 4, 1) :]
-    mean = (
-        resolver.fit({n: sum(c[i] for c in late) / len(late) / sizes[n] for i, n in enumerate(sizes)})
-        if late
-        else counts
-    )
-    return [Candidate("descent", counts=mean), Candidate("descent", counts=counts), best]
+    found = [Candidate("descent", counts=counts)]
+    if late := path[-max(len(path) // 4, 1) :]:
+        mean = torch.tensor(late, dtype=torch.float64).mean(0) / sizes
+        found.insert(0, Candidate("descent", counts=resolver.fit(dict(zip(resolver.sizes, mean.tolist())))))
+    return [*found, best]

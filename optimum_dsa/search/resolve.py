@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import cache, lru_cache
 
 import torch
@@ -14,6 +15,7 @@ from ..calibration import walk_blocks
 from ..configuration import DSAConfig
 from ..data import Calibration
 from ..metrics import METRICS
+from ..offload import resident
 from ..statistics import LayerStatistics
 from .space import Candidate, _parsed
 from .summary import ScoreSummary
@@ -137,16 +139,19 @@ class Resolver:
         for unit, weights in self.units[granularity].items():
             if REDUCTION.fact(reduction, "matrix"):
                 # of the matrices themselves: their scores are made again from the sums of squares
-                values.append(AllocationFunction(pre_process, reduction).measure(self.unit(unit, weights)))
+                with self.unit(unit, weights) as seen:
+                    values.append(AllocationFunction(pre_process, reduction).measure(seen))
             else:
                 summary = self.summary(granularity, unit)
                 values.append(summary.reduce(reduction, summary.pre_processed(pre_process)))
         return tuple(values)
 
-    def unit(self, name: str, weights: Sequence[Weight]) -> Unit:
+    @contextmanager
+    def unit(self, name: str, weights: Sequence[Weight]) -> Iterator[Unit]:
         """What an allocator sees of these weights, as they are."""
-        tensors = [weight.tensor(self.model) for weight in weights]
-        return Unit(name, 0.0, tensors, [self.statistics[weight.name] for weight in weights], self.metric)
+        with resident(self.model, list(dict.fromkeys(weight.module for weight in weights))):
+            tensors = [weight.tensor(self.model) for weight in weights]
+            yield Unit(name, 0.0, tensors, [self.statistics[weight.name] for weight in weights], self.metric)
 
     @cache  # noqa: B019 - lives as long as the search
     def summary(self, granularity: str, unit: str) -> ScoreSummary:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import correlation, mean, stdev
 
@@ -14,6 +15,9 @@ from ..files import write_text
 from .problem import Budget
 from .space import Candidate
 from .trace import SearchTrace
+
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -45,6 +49,7 @@ class SearchResult:
         trace (`SearchTrace`): everything that was tried.
         budget (`Budget`): what it cost.
         notes (`Sequence[str]`): what the strategy has to say.
+        baselines (`Mapping[str, Allocation]`): "uniform" and "owl" on the same model and text, to compare with.
     """
 
     config: DSAConfig
@@ -52,6 +57,7 @@ class SearchResult:
     trace: SearchTrace
     budget: Budget
     notes: Sequence[str] = ()
+    baselines: Mapping[str, Allocation] = field(default_factory=dict)
 
     @property
     def best(self) -> Allocation:
@@ -68,11 +74,32 @@ class SearchResult:
         return rank_correlation(*zip(*pairs)) if len(pairs) >= 3 else None
 
     def save(self, folder: str | Path) -> None:
-        """Write `allocation.json` (the winner) and `search.json` (the finalists) into `folder`."""
+        """Write `allocation.json` (the winner) and `search.json` (the finalists) into `folder`.
+
+        With matplotlib also pictures: `search.png`, `allocation.png` (against the baselines) and `heatmap.png`.
+        """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         write_text(folder / "allocation.json", json.dumps(self.best.to_dict(), indent=2) + "\n")
         write_text(folder / "search.json", json.dumps(self.to_dict(), indent=2) + "\n")
+        try:
+            figures = self.figures()
+        except ImportError as error:
+            logger.info("No pictures beside the search: %s", error)
+            return
+        for name, figure in figures.items():
+            figure.savefig(folder / f"{name}.png", dpi=200)
+
+    def figures(self) -> dict:
+        """Matplotlib figures by name: "search", "allocation" and "heatmap"."""
+        from ..plots import allocation_chart, heat_map, search_curves
+
+        strategy = self.trace.settings.get("strategy", "search")
+        return {
+            "search": search_curves({strategy: self.trace}, "Search"),
+            "allocation": allocation_chart({"found": self.best, **self.baselines}, "Sparsity per block"),
+            "heatmap": heat_map(self.best, "Sparsity of what was found"),
+        }
 
     def to_dict(self) -> dict:
         """Config, finalists and cost as JSON values."""
@@ -90,6 +117,7 @@ class SearchResult:
             ],
             "proxy_correlation": self.proxy_correlation,
             "notes": list(self.notes),
+            "baselines": {name: allocation.to_dict() for name, allocation in self.baselines.items()},
             "trials": len(self.trace.trials),
             "tokens": self.budget.spent_tokens,
             "evaluations": self.budget.spent_evaluations,

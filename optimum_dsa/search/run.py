@@ -13,7 +13,7 @@ from accelerate.utils import broadcast_object_list
 from huggingface_hub.utils import tqdm
 from torch import Tensor, cuda, nn
 
-from ..allocation import ALLOCATIONS
+from ..allocation import ALLOCATIONS, Allocation
 from ..configuration import DSAConfig
 from ..data import Calibration
 from .evaluator import Evaluator
@@ -55,7 +55,7 @@ def search(
             has room left for them.
         folder: where the trace goes, as it grows; and at the end the result.
         resume: go on with the trace in `folder`; the end is that of an uninterrupted run.
-        named: rows of `ALLOCATIONS` that are tried; all by default.
+        named: rows of `ALLOCATIONS` that are tried; by default all, where the strategy tries any.
         report_to: what accelerate can log to, such as "trackio" or "tensorboard", or a tracker.
     """
     budget = parse_budget(budget)
@@ -68,7 +68,9 @@ def search(
         "calibration": calibration.facts() if calibration else None,
         "validation": list(validation.shape),
     }
-    named = tuple(name for name in (ALLOCATIONS if named is None else named) if name != "uniform")
+    if named is None:
+        named = ALLOCATIONS if STRATEGIES.fact(strategy, "named", True) else ()
+    named = tuple(name for name in named if name != "uniform")
     main = PartialState(cpu=not cuda.is_available()).is_main_process
     path = Path(folder) / "trace.jsonl" if folder is not None else None
     logger = _Logger(report_to, folder, settings)
@@ -82,7 +84,7 @@ def search(
         conductor = _Conductor(evaluator, trace, budget, list(replayed), logger)
         ranking = conductor.conduct(run(problem))
         table = _table(conductor, problem, _finalists(ranking, resolver, finalists))
-        result = SearchResult(config, table, trace, budget, tuple(problem.notes))
+        result = SearchResult(config, table, trace, budget, tuple(problem.notes), _baselines(resolver))
         if folder is not None and main:
             result.save(folder)
         return result
@@ -111,7 +113,7 @@ def _problem(
 
 
 def _table(conductor: _Conductor, problem: Problem, chosen: Sequence[Candidate]) -> tuple[Finalist, ...]:
-    """The finalists by their loss after the sequential prune, and what one-shot masks of the dense model say of them."""
+    """The finalists by their loss after the sequential prune, beside that of one-shot masks of the dense model."""
     resolver = problem.resolver
     conductor.serve([Request("anchor", Candidate("dense", counts=(0,) * len(resolver.sizes)))])
     proxies = conductor.serve([Request("loss", candidate, 0, problem.rungs[-1]) for candidate in chosen])
@@ -124,6 +126,15 @@ def _table(conductor: _Conductor, problem: Problem, chosen: Sequence[Candidate])
         if trial.loss is not None
     ]
     return tuple(sorted(table, key=lambda row: row.loss))
+
+
+def _baselines(resolver: Resolver) -> dict[str, Allocation]:
+    """Uniform and OWL, where they are possible within the bounds."""
+    found = {}
+    for name in ("uniform", "owl"):
+        with suppress(ValueError):
+            found[name] = resolver.allocation(resolver.counts(Candidate(name)), name)
+    return found
 
 
 def _finalists(ranking: Sequence[Candidate], resolver: Resolver, number: int) -> list[Candidate]:
@@ -147,7 +158,8 @@ class _Conductor:
         self.earlier = earlier
         self.number = 0
         self.best: float | None = None
-        self.bar = tqdm(total=100, desc="Searching", unit="%", name="optimum_dsa.search", leave=False)
+        hidden = True if not evaluator.ranks.is_main_process else None  # else as the user's switches say
+        self.bar = tqdm(total=100, desc="Searching", unit="%", name="optimum_dsa.search", leave=False, disable=hidden)
 
     def conduct(self, strategy) -> list[Candidate]:
         """Run a strategy to its end."""

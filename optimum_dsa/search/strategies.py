@@ -18,7 +18,7 @@ def named(problem: Problem) -> Search:
     return [ranked.candidate for ranked in distinct(ranking)]
 
 
-@STRATEGIES.register("random", reference=DSA)
+@STRATEGIES.register("random", reference=DSA, named=False)
 def random_search(problem: Problem, generation: int = 16) -> Search:
     """Functions drawn at random: the paper's baseline."""
     best: list[Ranked] = yield from race(problem, [UNIFORM], keep=1.0)
@@ -51,7 +51,7 @@ def evolution(problem: Problem, population: int = 16, parents: int = 6, immigran
     return [ranked.candidate for ranked in best]
 
 
-@STRATEGIES.register(reference=DSA)
+@STRATEGIES.register(reference=DSA, named=False)
 def exhaustive(problem: Problem) -> Search:
     """All distinct allocations of the published space, raced from one window on.
 
@@ -79,7 +79,7 @@ def exhaustive(problem: Problem) -> Search:
     return [ranked.candidate for ranked in distinct(ranking)]
 
 
-@STRATEGIES.register(reference="https://arxiv.org/abs/2502.14770")
+@STRATEGIES.register(reference="https://arxiv.org/abs/2502.14770", named=False)
 def ramp(problem: Problem) -> Search:
     """The width of a linear ramp over depth: a coarse line search, then two halvings around the best."""
     tried: dict[float, Ranked] = {}
@@ -104,7 +104,7 @@ def auto(problem: Problem) -> Search:
     """Named allocators, then the width of a ramp, then evolution, then refinement per matrix, within one budget."""
     found = (yield from named(problem))[:4]
     found += (yield from ramp(problem))[:2]
-    evolved = yield from evolution(problem.with_share(0.35, start=found[0]))
+    evolved = yield from evolution(problem.with_share(0.3, start=found[0]))
     ranking = yield from race(problem, dict.fromkeys([*evolved[:4], *found]), keep=1.0)
     refined = yield from descent(replace(problem, start=ranking[0].candidate))
     return [*refined, *(ranked.candidate for ranked in ranking[:2])]

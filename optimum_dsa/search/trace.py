@@ -156,6 +156,35 @@ class SearchTrace:
                 )
         self.settings = settings
 
+    def best_so_far(self) -> tuple[list[int], list[float]]:
+        """Tokens spent and lowest loss so far, an entry per improvement and one for the end.
+
+        Candidates race over growing numbers of windows. Only those that met as many as the last round asks for are
+        comparable and count, each by its mean over them.
+        """
+        races = [trial for trial in self.trials if trial.request.kind == "loss" and trial.loss is not None]
+        needed = max((trial.request.stop for trial in races), default=1)
+        spent, seen = 0, {}
+        tokens: list[int] = []
+        losses: list[float] = []
+        for trial in self.trials:
+            spent += trial.tokens
+            request = trial.request
+            if trial.loss is None or request.kind not in ("loss", "slopes"):
+                continue
+            met = total = 0.0
+            if request.kind == "loss" and request.start:
+                met, total = seen.get(trial.counts, (0, 0.0))
+            met, total = met + len(request.rows), total + trial.loss * len(request.rows)
+            seen[trial.counts] = met, total
+            if met >= needed and (not losses or total / met < losses[-1]):
+                tokens.append(spent)
+                losses.append(total / met)
+        if losses and tokens[-1] < spent:
+            tokens.append(spent)
+            losses.append(losses[-1])
+        return tokens, losses
+
     def append(self, trial: Trial) -> None:
         self.trials.append(trial)
         if self._file is not None:

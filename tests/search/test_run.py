@@ -3,10 +3,13 @@ import random
 
 import pytest
 import torch
+from accelerate.tracking import GeneralTracker
+from transformers import LlamaForCausalLM
 
 from optimum_dsa import ALLOCATIONS, Calibration, DSAConfig, allocate, find_architecture, prune
 from optimum_dsa.search.problem import parse_budget
 from optimum_dsa.search.resolve import Resolver
+from optimum_dsa.search.result import rank_correlation, robustness_table
 from optimum_dsa.search.run import search
 from optimum_dsa.search.space import Candidate, SearchSpace
 from optimum_dsa.search.strategies import STRATEGIES
@@ -20,8 +23,8 @@ VALIDATION = tokens(8, 16, seed=5)
 CONFIG = DSAConfig(0.7)
 
 
-def run(strategy="auto", budget="4k tokens", model=None, **options):
-    return search(model or tiny_llama(), CALIBRATION, VALIDATION, CONFIG, strategy=strategy, budget=budget, **options)
+def run(strategy="auto", budget="4k tokens", model=None, config=CONFIG, **options):
+    return search(model or tiny_llama(), CALIBRATION, VALIDATION, config, strategy=strategy, budget=budget, **options)
 
 
 def outcome(result):
@@ -148,6 +151,80 @@ def test_an_operation_that_a_user_registers_joins_the_space():
     finally:
         del REDUCTION["loudest"]
     assert "loudest" not in SearchSpace().reduction
+
+
+@pytest.mark.parametrize("method", ["wanda", "sparsegpt"])
+def test_a_model_on_disk_is_searched_as_one_in_memory(method, tmp_path):
+    config = DSAConfig(0.7, method)
+    tiny_llama().save_pretrained(tmp_path / "model")
+    expected = run("auto", model=LlamaForCausalLM.from_pretrained(tmp_path / "model"), config=config)
+    offloaded = LlamaForCausalLM.from_pretrained(
+        tmp_path / "model", device_map={"": "disk"}, offload_folder=tmp_path / "weights"
+    )
+    found = run("auto", model=offloaded, config=config)
+    assert [row.allocation for row in found.finalists] == [row.allocation for row in expected.finalists]
+    assert [row.loss for row in found.finalists] == pytest.approx([row.loss for row in expected.finalists])
+
+
+def test_finalists_say_how_well_one_shot_masks_would_have_ranked_them():
+    result = run("named", "20k tokens")
+    assert all(row.proxy > 0 and row.perplexity > 1 for row in result.finalists)
+    assert -1 <= result.proxy_correlation <= 1
+    assert f"{result.proxy_correlation:.2f}" in str(result)
+
+
+def test_rank_correlation_is_spearmans():
+    assert rank_correlation([1, 2, 3, 4], [10, 20, 40, 30]) == pytest.approx(0.8)
+    assert rank_correlation([1, 2, 3], [5, 3, 1]) == pytest.approx(-1)
+    assert rank_correlation([1, 1, 2], [0, 0, 9]) == pytest.approx(1)
+    assert rank_correlation([1, 1, 1], [1, 2, 3]) == 0
+
+
+def test_several_seeds_are_compared_in_a_table():
+    results = [run("named", config=DSAConfig(0.7, seed=seed)) for seed in (3, 4)]
+    table = robustness_table(results).splitlines()
+    assert [line.split()[0] for line in table[1:]] == ["3", "4", "mean", "±"]
+    losses = [result.finalists[0].loss for result in results]
+    assert float(table[3].split()[1]) == pytest.approx(sum(losses) / 2, abs=1e-4)
+
+
+class Recorder(GeneralTracker):
+    """A tracker that keeps what it is told."""
+
+    name, requires_logging_directory, main_process_only = "recorder", False, True
+
+    def __init__(self):
+        self.logged, self.finished = [], False
+        super().__init__()
+
+    @property
+    def tracker(self):
+        return self.logged
+
+    def store_init_configuration(self, values):
+        self.configuration = values
+
+    def log(self, values, step=None, **kwargs):
+        self.logged.append((step, values))
+
+    def finish(self):
+        self.finished = True
+
+
+def test_trials_are_reported_as_they_come():
+    recorder = Recorder()
+    result = run("named", report_to=recorder)
+    losses = [trial.loss for trial in result.trace.trials if trial.request.kind == "loss"]
+    assert [values["loss"] for _, values in recorder.logged] == losses
+    best = [values["best"] for _, values in recorder.logged]
+    assert best == sorted(best, reverse=True) and recorder.finished
+    assert recorder.configuration["strategy"] == "named"
+
+
+def test_a_tracker_that_is_not_there_is_an_error_before_any_work(tmp_path):
+    with pytest.raises(ValueError, match="Cannot report to 'swanlab'"):
+        run("named", report_to="swanlab", folder=tmp_path / "s")
+    assert not (tmp_path / "s").exists()
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,54 @@
+"""`optimum-cli dsa verify`."""
+
+from __future__ import annotations
+
+import sys
+
+from .base import LeafCommand, add_loading_options, loading_options
+
+
+class VerifyCommand(LeafCommand):
+    """Whether a pruned model is what it says."""
+
+    DESCRIPTION = """\
+Count the zeros of a pruned model, dense or compressed, and hold them against its dsa_config.json: zeros of every
+block, pattern of every matrix, budget, and whether the file itself was changed. Weights are read block by block.
+
+exit code  0 all holds, 1 something does not, 2 it cannot be checked
+"""
+    EXAMPLES = """\
+  optimum-cli dsa verify out
+  optimum-cli dsa verify me/llama-3.2-1b-dsa-70 --revision v1
+"""
+
+    @staticmethod
+    def parse_args(parser):
+        VerifyCommand.describe(parser, "verify")
+        parser.add_argument("model", help="folder or Hub id of a pruned model")
+        add_loading_options(parser)
+        parser.set_defaults(device="cpu", device_map="disk")
+
+    def execute(self) -> None:
+        import tempfile
+
+        from ..description import DescriptionError, is_unchanged, report_from
+        from ..loading import find_description, load_model
+        from ..verification import verify
+
+        options = loading_options(self.args)
+        try:
+            data = find_description(self.args.model, **options)
+            report = None if data is None else report_from(data)
+        except DescriptionError as error:
+            print(f"wrong: {' '.join(str(error).split())}")
+            sys.exit(1)
+        if report is None:
+            raise ValueError(f"{self.args.model} has no dsa_config.json of a pruned model, so nothing can be checked.")
+        with tempfile.TemporaryDirectory(prefix="optimum-dsa-") as scratch:
+            options["offload_folder"] = self.args.offload_folder or scratch
+            found = verify(load_model(self.args.model, **options), report)
+        if not is_unchanged(data):
+            print("wrong: dsa_config.json was changed after it was written: its checksum is another")
+        print(found)
+        if not found.holds or not is_unchanged(data):
+            sys.exit(1)

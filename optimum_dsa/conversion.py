@@ -1,0 +1,158 @@
+"""Checkpoints between dense and mask-compressed, shard by shard and without a model."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .bitmask import Header, can_pack, pack, unpack
+from .configuration import CONFIG_NAME
+from .files import new_directory, read_json, write_text
+from .shards import FORMS, Shards, ShardWriter, find_shards, index_name, open_shard, packed_headers
+
+
+QUANT_METHOD = "optimum-dsa"
+MARK = "transformers_weights"  # the key of `config.json` where transformers looks for the name of the weights
+COMPRESSION_VERSION = 1
+# What transformers says instead of loading, where this package was not imported: it takes this for the name of a file.
+HOW_TO_LOAD = (
+    "<these weights are compressed by optimum-dsa: install it with `pip install optimum-dsa` and `import optimum_dsa` "
+    "before loading, or ask for a dense copy made with `optimum-cli dsa convert`>"
+)
+_WEIGHTS = (".safetensors", ".safetensors.index.json", ".bin", ".bin.index.json", ".pt", ".pth", ".h5", ".msgpack")
+
+
+def convert(source: str | Path, directory: str | Path, to: str) -> tuple[int, int]:
+    """Write the checkpoint in `source` to `directory` as "dense" or "compressed"; bytes of the weights before, after.
+
+    Every tensor is bit for bit the same when it is loaded. One tensor at a time is in memory. `directory` is written
+    whole or not at all; one that holds a pruned model is replaced, and may be `source`.
+
+    Raises:
+        FileNotFoundError: `source` holds no weights in safetensors.
+        FileExistsError: `directory` holds something else than a pruned model.
+        ValueError: the checkpoint is in that form already, quantised, or damaged.
+    """
+    source = Path(source)
+    if to not in FORMS:
+        raise ValueError(f"A checkpoint is converted to 'dense' or 'compressed', got {to!r}.")
+    if not source.is_dir():
+        raise FileNotFoundError(f"No folder {source}.")
+    shards = find_shards(source)
+    if shards.form == to:
+        raise ValueError(f"{source} is {to} already; nothing was written.")
+    config = converted_config(read_json(source / "config.json"), to, source)
+    with new_directory(directory, CONFIG_NAME) as fresh:
+        for file in _other_files(source):
+            shutil.copyfile(file, fresh / file.name)
+        write_text(fresh / "config.json", json.dumps(config, indent=2) + "\n")
+        return convert_weights(shards, fresh, to)
+
+
+def compress_in_place(folder: Path) -> None:
+    """Replace the dense weights in `folder`, which transformers wrote, by compressed ones, shard after shard."""
+    config = converted_config(read_json(folder / "config.json"), "compressed", folder)
+    write_text(folder / "config.json", json.dumps(config, indent=2) + "\n")
+    shards = find_shards(folder)
+    convert_weights(shards, folder, "compressed", remove=True)
+    if shards.index is not None:
+        (folder / index_name(FORMS[shards.form])).unlink()
+
+
+def converted_config(config: Any, to: str, folder: Path) -> dict[str, Any]:
+    """The content of a `config.json` after conversion; `ValueError` where weights are quantised by another method."""
+    if not isinstance(config, dict):
+        raise ValueError(f"{folder / 'config.json'} is no configuration of a model.")
+    present = config.get("quantization_config")
+    method = present.get("quant_method") if isinstance(present, dict) else present
+    if method not in (None, QUANT_METHOD):
+        raise ValueError(f"{folder} is quantised ({method}); only checkpoints that are not can be converted.")
+    config = {name: value for name, value in config.items() if name not in ("quantization_config", MARK)}
+    if to == "compressed":
+        config["quantization_config"] = {"quant_method": QUANT_METHOD, "format_version": COMPRESSION_VERSION}
+        config[MARK] = HOW_TO_LOAD
+    return config
+
+
+def convert_weights(shards: Shards, target: Path, to: str, remove: bool = False) -> tuple[int, int]:
+    """Write every shard to `target` in the other form, and their index; bytes of all tensors before and after.
+
+    With `remove`, each shard is deleted when it has been written.
+    """
+    stem, total = FORMS[to], len(shards.files)
+    single = to == "dense" and total == 1
+    weight_map: dict[str, str] = {}
+    before = after = 0
+    for number, file in enumerate(shards.files, 1):
+        name = f"{stem}.safetensors" if single else f"{stem}-{number:05d}-of-{total:05d}.safetensors"
+        names, read, written = _convert_shard(shards.folder / file, target / name, to)
+        weight_map |= dict.fromkeys(names, name)
+        before, after = before + read, after + written
+        if remove:
+            (shards.folder / file).unlink()
+    missing = sorted(set((shards.index or {}).get("weight_map", {})) - weight_map.keys())
+    if missing:
+        raise ValueError(f"{shards.folder} lacks {missing[0]}, which its index names; the checkpoint is incomplete.")
+    if not single:
+        facts = (shards.index or {}).get("metadata")
+        metadata = {**facts, "total_size": after} if isinstance(facts, dict) else {"total_size": after}
+        index = {"metadata": metadata, "weight_map": dict(sorted(weight_map.items()))}
+        write_text(target / index_name(stem), json.dumps(index, indent=2) + "\n")
+    return before, after
+
+
+def _convert_shard(source: Path, target: Path, to: str) -> tuple[list[str], int, int]:
+    """Names of the tensors, and their bytes before and after."""
+    packed = packed_headers(source)
+    if to == "compressed" and packed:
+        raise ValueError(f"{source} holds packed tensors already, such as {next(iter(packed))}.")
+    before = after = 0
+    with open_shard(source) as file:
+        # the widest types first, so that every tensor begins at a multiple of its width
+        names = list(file.keys())
+        widths = {name: _width(file, name, packed) for name in names}
+        names.sort(key=lambda name: (-widths[name], name))
+        with ShardWriter(target, names, {"format": "pt", **(file.metadata() or {})}) as writer:
+            for name in names:
+                kind, tensor = file.get_slice(name).get_dtype(), file.get_tensor(name)
+                changed = _changed(tensor, to, f"{name} in {source}", name in packed)
+                writer.add(name, *((tensor, kind) if changed is None else (changed, None)))
+                before += tensor.nbytes
+                after += (tensor if changed is None else changed).nbytes
+    return names, before, after
+
+
+def _changed(tensor: torch.Tensor, to: str, name: str, packed: bool) -> torch.Tensor | None:
+    """The tensor in its other form; `None` where it stays as it is."""
+    if to == "compressed":
+        return pack(tensor) if can_pack(tensor.dtype, tuple(tensor.shape)) else None
+    return unpack(tensor, name) if packed else None
+
+
+def _width(file: Any, name: str, packed: dict[str, Header]) -> int:
+    """Bytes of an element, dense: of `BF16` two, of what does not say it (`BOOL`) one."""
+    if name in packed:
+        return packed[name].dtype.itemsize
+    bits = re.match(r"[A-Z]+(\d+)", file.get_slice(name).get_dtype())
+    return int(bits[1]) // 8 if bits else 1
+
+
+def _other_files(folder: Path) -> Iterator[Path]:
+    """The files of a checkpoint beside its weights and `config.json`; of a link out of the folder, `ValueError`.
+
+    Links into the Hub's cache, to which a downloaded folder belongs, are followed.
+    """
+    whole = folder.resolve()
+    allowed = [whole, whole.parent.parent / "blobs"]
+    for path in sorted(folder.iterdir()):
+        if not path.is_file() or path.name == "config.json" or path.name.endswith(_WEIGHTS):
+            continue
+        if not any(path.resolve().is_relative_to(root) for root in allowed):
+            raise ValueError(f"{path} is a link out of its folder; replace it by what it should be.")
+        yield path

@@ -1,0 +1,144 @@
+"""`dsa_config.json`: what was done to a model; its schema, versions and checksum."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import json
+import platform
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from .allocation import ALLOCATIONS, AllocationFunction
+from .configuration import CONFIG_NAME, FORMAT_VERSION
+from .files import read_json, write_text
+from .report import PruningReport
+from .schema import violations
+
+
+PACKAGES = ("optimum-dsa", "torch", "transformers", "optimum", "accelerate", "datasets", "safetensors")
+
+
+class DescriptionError(ValueError):
+    """A `dsa_config.json` that does not describe a pruned model as its schema says."""
+
+
+@cache
+def schema() -> dict[str, Any]:
+    """The JSON schema of `dsa_config.json`, in the version that is written."""
+    return json.loads(Path(__file__).with_name("dsa_config.schema.json").read_text(encoding="utf-8"))
+
+
+def describe(
+    report: PruningReport, base: dict[str, str | None], recovery: dict[str, Any] | None = None
+) -> dict[str, Any]:
+    """The content of `dsa_config.json`: config, base model, allocation, achieved sparsity, calibration, versions.
+
+    `recovery` is what is known of training after pruning, or during it.
+
+    An allocation that was given as a file is written out: the file's path is of no use to others, and none of their
+    business.
+    """
+    data = {"format_version": FORMAT_VERSION, "base_model": base, **report.to_dict(), "versions": versions()}
+    data["config"] = {**data["config"], "allocation": _portable(data)}
+    return data if recovery is None else {**data, "recovery": recovery}
+
+
+def write_description(folder: Path, data: dict[str, Any]) -> None:
+    """Write `dsa_config.json` into `folder`, with its checksum."""
+    data = {name: value for name, value in data.items() if name != "checksum"}
+    write_text(folder / CONFIG_NAME, json.dumps({**data, "checksum": checksum(data)}, indent=2) + "\n")
+
+
+def read_description(path: str | Path) -> dict[str, Any] | None:
+    """The content of a `dsa_config.json`, brought to the present version; `None` where it is a bare `DSAConfig`.
+
+    Raises:
+        DescriptionError: it breaks the schema, or was written by a newer version.
+        FileNotFoundError: there is none.
+    """
+    path = Path(path)
+    path = path / CONFIG_NAME if path.is_dir() else path
+    try:
+        data = read_json(path)
+    except ValueError as error:
+        raise DescriptionError(str(error)) from None
+    if not isinstance(data, dict):
+        raise DescriptionError(f"{path} holds no description of a pruned model: expected an object.")
+    if "allocation" not in data or "achieved" not in data:
+        return None
+    version = data.get("format_version", 1)  # the first did not always say so
+    if not isinstance(version, int) or isinstance(version, bool) or version < 1:
+        raise DescriptionError(f"{path}: format_version is a whole number of at least 1, got {version!r}.")
+    if version > FORMAT_VERSION:
+        raise DescriptionError(
+            f"{path} has version {version} of the format, and this optimum-dsa knows up to {FORMAT_VERSION}; upgrade "
+            "it with `pip install --upgrade optimum-dsa`."
+        )
+    for number in range(version, FORMAT_VERSION):
+        data = MIGRATIONS[number](data)
+    broken = next(violations(data, schema()), None)
+    if broken:
+        raise DescriptionError(f"{path} does not follow its schema: {broken}.")
+    return data
+
+
+def checksum(data: dict[str, Any]) -> str:
+    """SHA-256 of a description without its `checksum`: of its JSON with sorted keys, without spaces, in ASCII."""
+    content = {name: value for name, value in data.items() if name != "checksum"}
+    return hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def is_unchanged(data: dict[str, Any]) -> bool:
+    """Whether a description is as it was written; one of a version without checksum counts as such."""
+    return data.get("checksum") in (None, checksum(data))
+
+
+def report_from(data: dict[str, Any]) -> PruningReport:
+    """The report in a description; what cannot be an allocation's name here is replaced by the allocation.
+
+    Raises:
+        DescriptionError: its config is not valid, or names what is not registered here.
+    """
+    try:
+        return PruningReport.from_dict({**data, "config": {**data["config"], "allocation": _portable(data)}})
+    except (ValueError, KeyError) as error:
+        raise DescriptionError(
+            f"{CONFIG_NAME} describes what cannot be: {error} Import what registers own names first."
+        ) from None
+
+
+def _portable(data: dict[str, Any]) -> Any:
+    """The config's allocation, or what was made of it if it is neither a name nor a function nor given in full."""
+    name = data["config"].get("allocation", "dsa")
+    if not isinstance(name, str) or name in ALLOCATIONS:
+        return name
+    try:
+        AllocationFunction.parse(name)
+    except (ValueError, KeyError):
+        return data["allocation"]
+    return name
+
+
+def _from_version_1(data: dict[str, Any]) -> dict[str, Any]:
+    """Version 2 has a checksum, and never the path of an allocation."""
+    data = {**data, "format_version": 2}
+    if isinstance(data.get("config"), dict):
+        data["config"] = {**data["config"], "allocation": _portable(data)}
+    return {"base_model": {"name": None, "revision": None}, "versions": {}, **data}
+
+
+MIGRATIONS: dict[int, Callable[[dict[str, Any]], dict[str, Any]]] = {1: _from_version_1}
+
+
+def versions() -> dict[str, str]:
+    """Installed versions of what decides the result."""
+    found = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            found[package] = "not installed"
+    return found

@@ -1,0 +1,142 @@
+"""Pushing a pruned model to the Hub: one commit with weights, tokenizer, metadata, card and pictures."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from fnmatch import fnmatch
+from pathlib import Path
+
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
+from huggingface_hub.errors import HfHubHTTPError
+from huggingface_hub.utils import validate_repo_id
+
+from . import __version__
+from .card import base_repository, model_card
+from .upload import WEIGHTS, Upload, collect, pictures
+
+
+# What the client raises when no answer comes: httpx's, by whichever name it is installed.
+TRANSPORT_ERROR = HfHubHTTPError.__bases__[0]
+REASONS = {
+    401: "the Hub does not accept the token; log in with 'hf auth login', or give another",
+    403: "the token may not write there; take one with the role 'write', or another repository",
+    404: "there is no such repository or revision, or the token may not see it",
+    409: "it is in conflict with what is there",
+    412: "it was changed at the same moment",
+    413: "a file is too large for the Hub",
+    429: "too many requests; wait a while",
+}
+
+
+class PushError(OSError):
+    """The Hub or the way there failed. What is here is whole."""
+
+
+def push_folder(
+    folder: str | Path,
+    repo_id: str,
+    *,
+    private: bool | None = None,
+    revision: str | None = None,
+    create_pr: bool = False,
+    commit_message: str | None = None,
+    token: str | None = None,
+    endpoint: str | None = None,
+    kept: str | None = None,
+) -> str:
+    """Push the pruned model in `folder`, in one commit; returns the address of the repository or pull request.
+
+    The repository and the branch `revision` are made where they are missing. Weight files there that the model does
+    not have go in the same commit. A `README.md` in the folder is taken as it is; without one a card is written. What
+    arrived before a failure is not sent again.
+
+    Args:
+        folder: of a pruned model; nothing in it is changed.
+        repo_id: "user/name", or "name" for the token's own.
+        private: of a repository that is made; by default what the account or organisation has chosen.
+        revision: branch to push to; "main" by default.
+        create_pr: open a pull request instead of pushing.
+        commit_message: by default says what was removed.
+        token: by default the one that `hf auth login` stored.
+        endpoint: of the Hub; by default `HF_ENDPOINT`.
+        kept: what an error says about where the model is; by default the folder.
+
+    Raises:
+        PushError: the Hub refused, or the network failed.
+        ValueError: `repo_id` is not one.
+        FileNotFoundError: the folder holds no pruned model.
+    """
+    validate_repo_id(repo_id)
+    upload = collect(folder)
+    kept = kept or f"{folder} is whole, and the same command goes on."
+    api = HfApi(endpoint=endpoint, token=token, library_name="optimum-dsa", library_version=__version__)
+    with explained(repo_id, kept):
+        repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+        if revision and not create_pr:
+            api.create_branch(repo_id, branch=revision, exist_ok=True)
+        base = _base_metadata(api, upload)
+        there = api.list_repo_files(repo_id, revision=revision)
+    contents = {**upload.files, **pictures(upload.outcome, repo_id.rpartition("/")[2])}
+    contents.setdefault("README.md", _card(upload, repo_id, base, contents))
+    operations = [
+        CommitOperationAdd(name, content if isinstance(content, bytes) else str(content))
+        for name, content in contents.items()
+    ]
+    operations += [CommitOperationDelete(name) for name in there if _is_stale(name, contents)]
+    message = commit_message or _message(upload)
+    with explained(repo_id, kept):
+        done = api.create_commit(repo_id, operations, commit_message=message, revision=revision, create_pr=create_pr)
+    return done.pr_url or str(done.repo_url)
+
+
+@contextmanager
+def explained(repo_id: str, kept: str) -> Iterator[None]:
+    """Turns what the client raises into one sentence: what failed, why, and that nothing is lost."""
+    try:
+        yield
+    except (HfHubHTTPError, TRANSPORT_ERROR, ConnectionError, TimeoutError, RuntimeError) as error:
+        detail = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
+        cause: BaseException | None = error
+        while cause is not None and not isinstance(cause, HfHubHTTPError):
+            cause = cause.__cause__
+        reason = "the Hub cannot be reached"
+        if cause is not None:
+            status = cause.response.status_code
+            unknown = (
+                "the Hub does not accept it" if status < 500 else "the Hub has a problem of its own; try again later"
+            )
+            reason = REASONS.get(status, unknown)
+            said = cause.server_message or (detail if cause is error else "")
+            detail = ": ".join(filter(None, [str(status), said, detail if cause is not error else ""]))
+        raise PushError(f"Not pushed to {repo_id}: {reason} ({detail}). {kept}") from error
+
+
+def _card(upload: Upload, repo_id: str, base: dict[str, str], contents: Mapping[str, Path | bytes]) -> bytes:
+    """A card's bytes, with the pictures that are among the contents."""
+    plots = {Path(name).stem: name for name in contents if name.startswith("plots/")}
+    card = model_card(upload.outcome, repo_id, upload.model_config, base, plots, upload.has_tokenizer)
+    return str(card).encode()
+
+
+def _base_metadata(api: HfApi, upload: Upload) -> dict[str, str]:
+    """Licence and language of the base model, where the Hub knows it."""
+    base_id, _ = base_repository(upload.outcome.facts)
+    if base_id is None:
+        return {}
+    try:
+        card = api.model_info(base_id).card_data
+    except HfHubHTTPError:
+        return {}
+    keys = ("license", "license_name", "license_link", "language")
+    return {key: card.get(key) for key in keys} if card else {}
+
+
+def _is_stale(name: str, contents: Mapping[str, Path | bytes]) -> bool:
+    """Whether a file there holds weights that this model does not have: a loader might take them for its own."""
+    return name not in contents and "/" not in name and any(fnmatch(name, pattern) for pattern in WEIGHTS)
+
+
+def _message(upload: Upload) -> str:
+    config, achieved = upload.outcome.config, upload.outcome.achieved
+    return f"{achieved['sparsity']:.2%} of the prunable weights removed with {config['method']}"

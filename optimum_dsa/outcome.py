@@ -1,0 +1,171 @@
+"""What lies in the folder of a pruned model or of a search, read back to be shown."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from .allocation import Allocation
+from .configuration import CONFIG_NAME
+from .description import read_description
+from .files import read_json
+from .search.trace import SearchTrace
+from .shards import COMPRESSED
+
+
+LARGEST_EVALUATION = 1 << 16
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """A pruned model or a search, as its folder tells it; `Outcome.read` makes one.
+
+    Attributes:
+        name (`str`): the folder's.
+        allocation (`Allocation`, *optional*): of the model, or of the search's winner; `None` while a search runs.
+        baselines (`Mapping[str, Allocation]`): others on the same model, such as "uniform" and "owl".
+        facts (`Mapping[str, Any]`): the content of `dsa_config.json` or `search.json`.
+        trace (`SearchTrace`, *optional*): of a search.
+        evaluations (`Sequence[Mapping[str, Any]]`): what `optimum-cli dsa evaluate --json` printed.
+        bytes (`int`, *optional*): of the weight files.
+        compressed (`bool`): whether they hold values and masks instead of zeros.
+    """
+
+    name: str
+    allocation: Allocation | None
+    baselines: Mapping[str, Allocation] = field(default_factory=dict)
+    facts: Mapping[str, Any] = field(default_factory=dict)
+    trace: SearchTrace | None = None
+    evaluations: Sequence[Mapping[str, Any]] = ()
+    bytes: int | None = None
+    compressed: bool = False
+
+    @classmethod
+    def read(cls, folder: str | Path) -> Outcome:
+        """What is in `folder`.
+
+        Raises:
+            FileNotFoundError: it holds neither a pruned model nor a search.
+            ValueError: a file in it cannot be read.
+        """
+        path = Path(folder)
+        name = path.resolve().name
+        if (path / CONFIG_NAME).is_file():
+            return _model(path, name)
+        trace = SearchTrace.load(path / "trace.jsonl") if (path / "trace.jsonl").is_file() else None
+        if (path / "search.json").is_file():
+            return _search(path, name, trace)
+        if trace is None:
+            raise FileNotFoundError(
+                f"{path} holds neither {CONFIG_NAME} nor a search (search.json, trace.jsonl); give the folder of a "
+                "pruned model or of a search."
+            )
+        return cls(name, None, facts={"config": trace.settings.get("config")}, trace=trace)
+
+    @property
+    def config(self) -> Mapping[str, Any]:
+        """The configuration, as it was written."""
+        return self.facts.get("config") or {}
+
+    @property
+    def achieved(self) -> Mapping[str, Any]:
+        """Sparsity and counts of a pruned model; empty for a search."""
+        return self.facts.get("achieved") or {}
+
+
+def read_all(folders: Iterable[str | Path]) -> list[Outcome]:
+    """The outcomes in several folders; where two have one name, the later one's gets a number."""
+    outcomes: list[Outcome] = []
+    for folder in folders:
+        found = Outcome.read(folder)
+        taken, number, name = {outcome.name for outcome in outcomes}, 2, found.name
+        while name in taken:
+            name, number = f"{found.name} ({number})", number + 1
+        outcomes.append(replace(found, name=name))
+    return outcomes
+
+
+def uniform_like(allocation: Allocation) -> Allocation:
+    """The same units and mean sparsity, all units alike."""
+    shares = allocation.sparsity.values()
+    mean = allocation.overall if any(allocation.sizes.values()) else sum(shares) / max(len(shares), 1)
+    return Allocation(dict.fromkeys(allocation.sizes, mean), dict(allocation.sizes), "uniform")
+
+
+def _model(path: Path, name: str) -> Outcome:
+    """What `dsa_config.json` and the files beside it say."""
+    facts = read_description(path)
+    if facts is None:
+        raise ValueError(f"{path / CONFIG_NAME} is a configuration; no pruned model lies beside it.")
+    allocation = _allocation(path / CONFIG_NAME)
+    compressed = any(path.glob(f"{COMPRESSED}*.safetensors"))
+    weights = [weight.stat().st_size for weight in path.glob("*.safetensors")]
+    return Outcome(
+        name,
+        allocation,
+        {"uniform": uniform_like(allocation)},
+        facts,
+        evaluations=_evaluations(path),
+        bytes=sum(weights) or None,
+        compressed=compressed,
+    )
+
+
+def _search(path: Path, name: str, trace: SearchTrace | None) -> Outcome:
+    """What `search.json` and the files beside it say."""
+    file = path / "search.json"
+    facts = _object(file)
+    _check(facts, file, {"config": Mapping, "config.sparsity": float, "finalists": list})
+    for row in facts["finalists"]:
+        _check(row, file, {"validation_loss": float, "validation_perplexity": float, "allocation.name": str})
+    allocation = _allocation(path / "allocation.json")
+    baselines = {name: Allocation.from_dict(data) for name, data in facts.get("baselines", {}).items()}
+    return Outcome(name, allocation, {"uniform": uniform_like(allocation), **baselines}, facts, trace)
+
+
+def _allocation(path: Path) -> Allocation:
+    """The allocation in a file, with at least one unit, and sizes that are numbers."""
+    allocation = Allocation.load(path)
+    if not allocation.sparsity:
+        raise ValueError(f"{path} holds an allocation without units.")
+    for unit, size in allocation.sizes.items():
+        if not isinstance(size, int) or size < 0:
+            raise ValueError(f"{path} gives {unit} a size of {size!r}; expected a whole number.")
+    return allocation
+
+
+def _check(facts: Any, path: Path, expected: Mapping[str, type]) -> None:
+    """Raise `ValueError` unless the dotted names are there, with values of these types."""
+    for name, kind in expected.items():
+        value = facts
+        for step in name.split("."):
+            value = value.get(step) if isinstance(value, Mapping) else None
+        whole_for_float = kind is float and isinstance(value, int)
+        if not (isinstance(value, kind) or whole_for_float) or isinstance(value, bool):
+            shown = "nothing" if value is None else repr(value)[:40]
+            raise ValueError(f"{path}: {name} is a {kind.__name__.lower()}, got {shown}.")
+
+
+def _object(path: Path) -> dict[str, Any]:
+    data = read_json(path)
+    if not isinstance(data, dict):
+        raise ValueError(f"{path} holds a {type(data).__name__}; expected an object.")
+    return data
+
+
+def _evaluations(folder: Path) -> tuple[dict[str, Any], ...]:
+    """The JSON files in `folder` that `evaluate --json` wrote, by name of file."""
+    found = []
+    for path in sorted(folder.glob("*.json")):
+        if path.stat().st_size > LARGEST_EVALUATION:
+            continue
+        try:
+            data = _object(path)
+        except ValueError:
+            continue
+        value = data.get("perplexity")
+        if isinstance(value, (int, float)) and isinstance(data.get("dataset"), str):
+            found.append(data)
+    return tuple(found)

@@ -1,0 +1,143 @@
+"""How a pruned model came about, from its `dsa_config.json`: the command to make it again, the papers behind it."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from collections.abc import Mapping
+from pathlib import PurePosixPath, PureWindowsPath
+from typing import Any
+
+from .allocation import ALLOCATIONS, POST_PROCESS, PRE_PROCESS, REDUCTION, TRANSFORM, AllocationFunction
+from .configuration import CONFIG_NAME, DSAConfig
+from .data import DATASETS
+from .methods import METHODS
+from .metrics import METRICS
+from .reconstruction import UPDATES
+from .registry import Registry
+from .search.strategies import STRATEGIES
+
+
+FLAGS = {
+    "method": "--method",
+    "spread": "--spread",
+    "pattern": "--pattern",
+    "update": "--update",
+    "granularity": "--granularity",
+    "exclude": "--exclude",
+    "include": "--include",
+    "blocks": "--blocks",
+    "split": "--split",
+    "text_column": "--text-column",
+    "num_samples": "--num-samples",
+    "sequence_length": "--sequence-length",
+    "seed": "--seed",
+    "batch_size": "--batch-size",
+}
+FILE_ONLY = ("metric", "allocation_metric", "min_sparsity", "max_sparsity", "damping")
+_PATH = re.compile(r"~|\.{0,2}/|[A-Za-z]:[\\/]|\\\\|file:")
+
+
+def command(facts: Mapping[str, Any]) -> str:
+    """The command line that prunes the base model once more, to be run beside the model's `dsa_config.json`.
+
+    Texts that were given in Python have no name; then the command says so.
+    """
+    config = facts["config"]
+    defaults = DSAConfig(config["sparsity"]).to_dict()
+    base = facts.get("base_model") or {}
+    words = ["optimum-cli", "dsa", "prune", base.get("name") or "BASE_MODEL", "-o", "OUT"]
+    words += ["--sparsity", f"{config['sparsity']}"]
+    changed = {name: value for name, value in config.items() if name in defaults and value != defaults[name]}
+    if any(name in changed for name in FILE_ONLY):
+        words += ["--config", CONFIG_NAME]
+    for name, flag in FLAGS.items():
+        if name in changed:
+            value = changed[name]
+            words += [flag, *map(str, value if isinstance(value, list) else [value])]
+    words += ["--allocation", config["allocation"] if isinstance(config.get("allocation"), str) else CONFIG_NAME]
+    if "skip_unprunable" in changed:
+        words.append("--skip-unprunable")
+    if "sequential" in changed:
+        words.append("--one-pass")
+    if calibration := facts.get("calibration"):
+        words += ["--dataset", calibration["source"] if names_data(calibration["source"]) else "YOUR_TEXT"]
+    if base.get("revision"):
+        words += ["--revision", base["revision"]]
+    return shlex.join(words)
+
+
+def names_data(source: str) -> bool:
+    """Whether a calibration source is a file's or a dataset's name, and not "3 texts" that were given in Python."""
+    return not re.fullmatch(r"\d+ texts|tensor", source) and " " not in source
+
+
+def dataset_id(source: str) -> str | None:
+    """The Hub id of a dataset that calibration or evaluation names; `None` for a local file."""
+    if source in DATASETS:
+        return DATASETS[source][0]
+    return source if re.fullmatch(r"[\w.-]+/[\w.-]+", source) and not _PATH.match(source) else None
+
+
+def papers(config: Mapping[str, Any]) -> dict[str, str]:
+    """Part -> address of its publication, of every part that had a say."""
+    found: dict[str, str | None] = {}
+
+    def cite(table: Registry, name: Any) -> None:
+        if isinstance(name, str) and name in table:
+            found[f"{table.kind} {name}"] = table.references[name]
+
+    cite(METHODS, config.get("method"))
+    cite(METRICS, config.get("metric"))
+    cite(UPDATES, config.get("update"))
+    name = config.get("allocation")
+    name = name.get("name") if isinstance(name, Mapping) else name
+    name = str(name).split(", ")[0]  # a searched one goes on with its spread and offsets
+    cite(ALLOCATIONS, name)
+    cite(STRATEGIES, name)
+    function = ALLOCATIONS.get(name) or _parsed(name)
+    if getattr(function, "reads", None) == "scores":
+        cite(METRICS, config.get("allocation_metric"))
+    if isinstance(function, AllocationFunction) and name not in ALLOCATIONS:
+        stages = (PRE_PROCESS, function.pre_process), (REDUCTION, (function.reduction,))
+        for table, names in (*stages, (TRANSFORM, function.transform), (POST_PROCESS, (function.post_process,))):
+            for operation in names:
+                cite(table, operation)
+    return {part: address for part, address in found.items() if address}
+
+
+def _parsed(name: str) -> AllocationFunction | None:
+    try:
+        return AllocationFunction.parse(name)
+    except (ValueError, KeyError):
+        return None
+
+
+def without_places(facts: Mapping[str, Any]) -> dict[str, Any]:
+    """`dsa_config.json`'s content with nothing of this computer in it.
+
+    Paths are cut to their last part. An allocation that was read from a file is written out in place of its name.
+    """
+    facts = _cut(facts)
+    config = facts.get("config")
+    if isinstance(config, dict) and isinstance(config.get("allocation"), str):
+        name = config["allocation"]
+        if name not in ALLOCATIONS and _parsed(name) is None:
+            config["allocation"] = facts["allocation"]
+    return facts
+
+
+def _cut(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {name: _cut(part) for name, part in value.items()}
+    if isinstance(value, list):
+        return [_cut(part) for part in value]
+    return last_part(value) if isinstance(value, str) else value
+
+
+def last_part(text: str) -> str:
+    """A path's last part; any other text as it is."""
+    if not _PATH.match(text) or text in ("/", "~", "."):
+        return text
+    windows = "\\" in text
+    return (PureWindowsPath if windows else PurePosixPath)(text).name or text

@@ -1,0 +1,130 @@
+"""How transformers loads compressed checkpoints: a quantizer that unpacks each tensor and leaves an ordinary model."""
+
+from __future__ import annotations
+
+import copy
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers.quantizers.auto import (
+    AUTO_QUANTIZER_MAPPING,
+    register_quantization_config,
+    register_quantizer,
+)
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from .conversion import COMPRESSION_VERSION, MARK, QUANT_METHOD
+from .files import read_json
+from .shards import COMPRESSED, check_index, check_size, count_weights, index_name, packed_headers
+
+
+class DSAQuantizationConfig(QuantizationConfigMixin):
+    """What `config.json` of a compressed checkpoint says: the version of the format."""
+
+    def __init__(self, format_version: int = COMPRESSION_VERSION, **ignored):
+        if format_version != COMPRESSION_VERSION:
+            raise ValueError(
+                f"The weights are compressed in version {format_version!r} of the format, and this optimum-dsa knows "
+                f"version {COMPRESSION_VERSION}; upgrade it with `pip install --upgrade optimum-dsa`."
+            )
+        self.quant_method = QUANT_METHOD
+        self.format_version = format_version
+        self.dequantize = True  # transformers then forgets the quantizer when the weights are loaded
+
+
+class DSAQuantizer(HfQuantizer):
+    """Unpacks tensors while transformers loads them; the model is as if its checkpoint had been dense."""
+
+    requires_calibration = True  # there is nothing to do for a checkpoint that is not compressed
+
+    def update_attn_implementation(self, config):
+        """Names the compressed weights to transformers: the one step that sees the configuration before the files."""
+        setattr(config, MARK, index_name(COMPRESSED))
+        index = Path(str(config.name_or_path), index_name(COMPRESSED))
+        if index.is_file():  # a local folder; of the Hub, only files of the repository are downloaded
+            check_index(read_json(index), index)
+        return config
+
+    def _process_model_before_weight_loading(self, model, checkpoint_files=None, **kwargs):
+        """Reads the headers of all packed tensors, and refuses what is damaged before memory is taken for it."""
+        self._packed, weights = set(), 0
+        paths = [Path(path) for path in checkpoint_files or ()]
+        # again, for an index in a subfolder or of the Hub: what it names lies beside it
+        indexes = {path.parent: path.parent / index_name(COMPRESSED) for path in paths}
+        named = {
+            folder: check_index(read_json(index), index) if index.is_file() else ()
+            for folder, index in indexes.items()
+        }
+        for path in paths:
+            if path.name not in named[path.parent]:
+                raise ValueError(f"{path} is no shard of the compressed checkpoint that names it.")
+            self._packed |= packed_headers(path).keys()
+            weights += count_weights(path)
+        check_size(model, weights, model.config.name_or_path)
+        return model
+
+    def update_weight_conversions(self, weight_conversions, model):
+        """The model's own conversions, which now unpack first, and one for all other names of packed tensors.
+
+        All on the CPU: on a GPU, transformers would gather packed tensors faster than they are unpacked.
+        """
+        from transformers.core_model_loading import WeightConverter, WeightRenaming
+
+        from .unpacking import Unpack
+
+        updated = []
+        for conversion in weight_conversions:
+            if isinstance(conversion, WeightConverter):
+                conversion = copy.copy(conversion)
+                conversion.operations = [Unpack(), *conversion.operations]
+                conversion.force_cpu = True
+            updated.append(conversion)
+        renamings = [conversion for conversion in updated if isinstance(conversion, WeightRenaming)]
+        leaves = {_renamed(name, renamings).rpartition(".")[2] for name in self._packed}
+        self._own = [
+            WeightConverter(rf"(?<![^.]){re.escape(leaf)}$", leaf, [Unpack(alone=True)], force_cpu=True)
+            for leaf in sorted(leaves)
+        ]
+        return [*updated, *self._own]
+
+    def get_new_dtype(self, converter, param, dtype):
+        """Types of ordinary tensors change as always; a packed one stays, and its conversion is told the type."""
+        kind = param.get_dtype() if hasattr(param, "get_dtype") else param.dtype
+        if kind not in ("U8", torch.uint8):
+            return dtype
+        for operation in getattr(converter, "operations", ()):
+            if hasattr(operation, "dtype"):
+                operation.dtype = dtype
+        return None
+
+    def _process_model_after_weight_loading(self, model, **kwargs):
+        """Leaves no trace: what is saved from here on is dense, under the model's own names."""
+        own = {id(conversion) for conversion in self._own}
+        kept = [conversion for conversion in model._weight_conversions if id(conversion) not in own]
+        model._weight_conversions = kept
+        if hasattr(model.config, MARK):
+            delattr(model.config, MARK)
+        return model
+
+    def is_serializable(self, *args, **kwargs) -> bool:
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        return True
+
+
+def _renamed(name: str, renamings: list[Any]) -> str:
+    for renaming in renamings:
+        name, _ = renaming.rename_source_key(name)
+    return name
+
+
+def register() -> None:
+    """Make transformers load compressed checkpoints; a second call changes nothing."""
+    if QUANT_METHOD not in AUTO_QUANTIZER_MAPPING:
+        register_quantization_config(QUANT_METHOD)(DSAQuantizationConfig)
+        register_quantizer(QUANT_METHOD)(DSAQuantizer)

@@ -1,0 +1,49 @@
+"""The step of transformers' loading that turns packed tensors into dense ones."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from transformers.core_model_loading import ConversionOps
+
+from .bitmask import is_packed, unpack
+
+
+class Unpack(ConversionOps):
+    """Unpacks what is packed and passes on the rest; when a model is saved, it does nothing.
+
+    Args:
+        alone (`bool`): whether no operation follows that gives the tensor its name in the model.
+
+    Attributes:
+        dtype (`torch.dtype`): the type that the weights are loaded in, as transformers told it; `None` for their own.
+    """
+
+    supports_many_to_many = True  # so that it can go before those that do
+
+    def __init__(self, alone: bool = False):
+        self.alone = alone
+        self.dtype: torch.dtype | None = None
+
+    def convert(self, input_dict: dict[str, list[Tensor]], full_layer_name="tensor", **kwargs):
+        def dense(tensor: Tensor) -> Tensor:
+            return unpack(tensor, full_layer_name).to(self.dtype) if is_packed(tensor) else tensor
+
+        unpacked = {pattern: [dense(tensor) for tensor in tensors] for pattern, tensors in input_dict.items()}
+        if self.alone:
+            ((tensor,),) = unpacked.values()
+            return {full_layer_name: tensor}
+        return unpacked
+
+    @property
+    def reverse_op(self) -> ConversionOps:
+        return _Nothing()
+
+
+class _Nothing(ConversionOps):
+    def convert(self, input_dict, **kwargs):
+        return input_dict
+
+    @property
+    def reverse_op(self) -> ConversionOps:
+        return _Nothing()

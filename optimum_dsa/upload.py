@@ -1,0 +1,151 @@
+"""What of a pruned model's folder goes to the Hub: an allow-list, with nothing of this computer in it."""
+
+from __future__ import annotations
+
+import io
+import json
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Any
+
+from .configuration import CONFIG_NAME
+from .description import checksum, is_unchanged
+from .files import read_json
+from .outcome import Outcome
+from .provenance import last_part, without_places
+
+
+logger = logging.getLogger(__name__)
+
+WEIGHTS = ("*.safetensors", "*.safetensors.index.json")
+TOKENIZER = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "*.model",
+    "*.tiktoken",
+    "chat_template.jinja",
+    "chat_template.json",
+    "additional_chat_templates/*.jinja",
+)
+OTHERS = (
+    "config.json",
+    "generation_config.json",
+    "*processor_config.json",
+    "*.py",
+    "README.md",
+    "LICENSE",
+    "LICENSE.txt",
+    "LICENSE.md",
+)
+ALLOWED = (*WEIGHTS, *TOKENIZER, *OTHERS)
+
+
+@dataclass(frozen=True)
+class Upload:
+    """What will be sent.
+
+    Attributes:
+        outcome: the model, as its folder tells it.
+        model_config: the content of `config.json`.
+        files: path in the repository -> a file here, or content that differs from it.
+        left_out: names in the folder that stay here.
+    """
+
+    outcome: Outcome
+    model_config: Mapping[str, Any]
+    files: Mapping[str, Path | bytes]
+    left_out: tuple[str, ...]
+
+    @property
+    def has_tokenizer(self) -> bool:
+        return any(name.startswith("tokenizer") for name in self.files)
+
+
+def collect(folder: str | Path) -> Upload:
+    """What of `folder` goes to the Hub.
+
+    Raises:
+        FileNotFoundError: the folder holds no pruned model, or no weights.
+    """
+    path = Path(folder)
+    if not (path / CONFIG_NAME).is_file():
+        raise FileNotFoundError(f"{path} holds no {CONFIG_NAME}; give the folder of a pruned model.")
+    outcome = Outcome.read(path)
+    files: dict[str, Path | bytes] = {}
+    left_out = []
+    for file in sorted(path.rglob("*")):
+        name = file.relative_to(path).as_posix()
+        if file.is_dir() or name == CONFIG_NAME:
+            continue
+        if any(fnmatch(name, pattern) and name.count("/") == pattern.count("/") for pattern in ALLOWED):
+            files[name] = file
+        else:
+            left_out.append(name)
+    if not any(fnmatch(name, WEIGHTS[0]) for name in files):
+        raise FileNotFoundError(f"{path} holds no weights (*.safetensors).")
+    for name in ("config.json", "generation_config.json", "tokenizer_config.json"):
+        if name in files:
+            content = read_json(path / name)
+            cut = _without_paths(content)
+            if cut != content:
+                files[name] = _json(cut)
+    files[CONFIG_NAME] = _description(path / CONFIG_NAME, outcome.facts)
+    model_config = read_json(path / "config.json") if (path / "config.json").is_file() else {}
+    return Upload(outcome, model_config, files, tuple(left_out))
+
+
+def pictures(outcome: Outcome, name: str) -> dict[str, bytes]:
+    """Path in the repository -> PNG: "plots/allocation.png", "plots/heatmap.png"; none without matplotlib."""
+    from .plots import allocation_chart, heat_map
+    from .tables import compared
+
+    try:
+        figures = {
+            "allocation": allocation_chart(compared([replace(outcome, name=name)]), "Weights removed per block"),
+            "heatmap": heat_map(outcome.allocation, "Weights removed per matrix"),
+        }
+    except ImportError as error:
+        logger.info("No pictures in the card: %s", error)
+        return {}
+    found = {}
+    for title, figure in figures.items():
+        buffer = io.BytesIO()
+        figure.savefig(buffer, format="png", dpi=200)
+        found[f"plots/{title}.png"] = buffer.getvalue()
+    return found
+
+
+def _description(file: Path, facts: Mapping[str, Any]) -> Path | bytes:
+    """`dsa_config.json` as it is where there is nothing to cut; else cut, and signed again if nobody had edited it."""
+    written, cut = read_json(file), without_places(facts)
+    if cut == written:
+        return file
+    if is_unchanged(written):
+        cut["checksum"] = checksum(cut)
+    return _json(cut)
+
+
+def _without_paths(data: Any) -> Any:
+    """JSON in which what is called a path or file is cut to its last part."""
+    if isinstance(data, list):
+        return [_without_paths(part) for part in data]
+    if not isinstance(data, dict):
+        return data
+    return {
+        name: last_part(value)
+        if isinstance(value, str) and name.endswith(("path", "file", "dir", "folder"))
+        else _without_paths(value)
+        for name, value in data.items()
+    }
+
+
+def _json(data: Mapping[str, Any]) -> bytes:
+    return (json.dumps(data, indent=2) + "\n").encode()

@@ -1,0 +1,97 @@
+import json
+import sys
+
+import pytest
+
+from optimum_dsa import Allocation, DSAConfig, DSAPruner
+from optimum_dsa.demo import demo_model
+from optimum_dsa.description import is_unchanged
+from optimum_dsa.upload import collect
+
+from ..common import same_state, state, tiny_llama, tokens
+from ..hub_server import TOKEN
+from .common import FILES, PLOTS, card, change, push
+
+
+def test_nothing_of_this_computer_goes_along(hub, tmp_path, monkeypatch):
+    home = tmp_path / "home-of-jane"
+    home.mkdir()
+    monkeypatch.setenv("HOME", str(home))
+    DSAPruner(tiny_llama()).allocate(tokens(), DSAConfig(0.6, allocation="owl")).save(home / "mine.json")
+    (home / "text.txt").write_text("def f(x):\n    return x\n" * 400)
+    pruner = DSAPruner.from_pretrained(demo_model())
+    settings = DSAConfig(0.6, "wanda", "owl", num_samples=4, sequence_length=32)
+    pruner.prune(str(home / "text.txt"), settings)
+    pruner.model.config._name_or_path = str(home / "base")
+    pruner.save_pretrained(home / "model")
+    change(home / "model", "dsa_config.json", config__allocation=str(home / "mine.json"))
+    change(home / "model", "dsa_config.json", calibration__source=str(home / "text.txt"))
+    change(home / "model", "config.json", _name_or_path=str(home / "base"))
+    change(home / "model", "tokenizer_config.json", vocab_file=str(home / "vocab.json"))
+    secret = {"model": str(home / "model"), "dataset": str(home / "test.txt"), "perplexity": 3.0, "host": "jane-pc"}
+    (home / "model" / "evaluation.json").write_text(json.dumps(secret))
+    for name in (".env", "notes.md", "optimizer.pt", "report.html", "tokenizer.json.swp~"):
+        (home / "model" / name).write_text("hf_secret")
+    push(home / "model")
+    content = hub.content("me/tiny")
+    assert content.keys() == FILES | PLOTS | {"tokenizer.json", "tokenizer_config.json"}
+    for name, data in content.items():
+        for private in ("home-of-jane", str(tmp_path), "hf_secret", "jane-pc"):
+            assert private.encode() not in data, (name, private)
+    facts = json.loads(content["dsa_config.json"])
+    assert facts["calibration"]["source"] == "text.txt"
+    assert DSAConfig.from_dict(facts["config"]).allocation == Allocation.load(home / "model")
+    assert "test.txt" in card(hub).text
+
+
+def test_a_description_is_signed_again_only_if_nobody_had_edited_it(folder):
+    content = collect(folder).files["dsa_config.json"]
+    assert content == folder / "dsa_config.json"
+    change(folder, "dsa_config.json", format_version=1, calibration__source="/home/jane/text.txt")
+    facts = json.loads((folder / "dsa_config.json").read_text())
+    first = {name: value for name, value in facts.items() if name != "checksum"}
+    (folder / "dsa_config.json").write_text(json.dumps(first))  # the first version had no checksum
+    sent = json.loads(collect(folder).files["dsa_config.json"])
+    assert is_unchanged(sent) and sent["checksum"] and sent["calibration"]["source"] == "text.txt"
+    (folder / "dsa_config.json").write_text(json.dumps({**facts, "format_version": sent["format_version"]}))
+    assert not is_unchanged(json.loads(collect(folder).files["dsa_config.json"]))
+
+
+def test_a_compressed_model_goes_as_it_is_and_says_what_it_needs(hub, tmp_path):
+    pruner = DSAPruner(tiny_llama())
+    pruner.prune(tokens(), DSAConfig(0.6))
+    pruner.push_to_hub("me/tiny", token=TOKEN)
+    pruner.save_pretrained(tmp_path / "model", compressed=True)
+    push(tmp_path / "model")
+    content = hub.content("me/tiny")
+    assert "model.safetensors" not in content
+    assert sum(name.endswith(".safetensors") for name in content) >= 1
+    text = card(hub).text
+    assert "import optimum_dsa" in text and "leave the zeros out" in text and "as large as" not in text
+    for name, data in content.items():
+        if "/" not in name:
+            (tmp_path / name).write_bytes(data)
+    assert same_state(DSAPruner.from_pretrained(tmp_path).model, state(pruner.model))
+
+
+def test_what_is_left_out_is_told(folder):
+    (folder / "notes.md").write_text("x")
+    assert collect(folder).left_out == ("notes.md",)
+
+
+def test_a_folder_without_weights_is_refused(folder):
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(FileNotFoundError, match="holds no weights"):
+        collect(folder)
+
+
+def test_a_card_of_the_users_own_is_taken_as_it_is(hub, folder):
+    (folder / "README.md").write_text("# Mine\n")
+    push(folder)
+    assert hub.content("me/tiny")["README.md"] == b"# Mine\n"
+
+
+def test_without_matplotlib_the_card_has_no_pictures(hub, folder, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    push(folder)
+    assert hub.content("me/tiny").keys() == FILES and "![" not in card(hub).text

@@ -1,0 +1,87 @@
+import random
+
+import pytest
+import torch
+
+from optimum_dsa import Calibration, DSAConfig, find_architecture, fit_to_budget
+from optimum_dsa.allocation.budget import fit_counts
+from optimum_dsa.search.enumeration import block_sizes, enumerate_space
+from optimum_dsa.search.resolve import Resolver
+from optimum_dsa.search.space import Candidate, SearchSpace
+
+from ..common import tiny_llama, tokens
+
+
+SPACE = SearchSpace(
+    pre_process=("abs", "abslog", "mms", "tanh"),
+    reduction=("mean", "var", "l1_norm", "gram", "slogdet"),
+    transform=("atan", "asin", "exp"),
+    post_process=("no_op", "softmax"),
+    signs=(-1, 1),
+    spreads=(0.1, 0.1),
+)
+
+
+@pytest.fixture(scope="module")
+def resolver():
+    model = tiny_llama(num_hidden_layers=4)
+    return Resolver(model, find_architecture(model), Calibration({"input_ids": tokens()}, "x"), DSAConfig(0.7), ())
+
+
+@pytest.fixture(scope="module")
+def enumeration(resolver):
+    return enumerate_space(SPACE, resolver)
+
+
+def test_every_function_of_the_space_is_there_with_the_allocation_that_it_gives(enumeration, resolver):
+    rng = random.Random(0)
+    blocks = list(resolver.units["block"].values())
+    for _ in range(60):
+        function = SPACE.sample(rng).function
+        counts = resolver.counts(Candidate(function))
+        position = {name: index for index, name in enumerate(resolver.sizes)}
+        found = torch.tensor([sum(counts[position[w.name]] for w in weights) for weights in blocks])
+        # a histogram's sum and a matrix's differ in the last bits, which may move single weights
+        assert (enumeration.counts - found).abs().amax(1).min() <= 2, function
+
+
+def test_allocations_are_distinct_and_shared_by_all_functions(enumeration):
+    assert len(enumeration.counts.unique(dim=0)) == len(enumeration) == len(enumeration.representatives)
+    pre, transform = 1 + 4 + 16, 1 + 3 + 9
+    assert enumeration.functions == int(enumeration.sharing.sum()) == pre * 5 * transform * 2 * 2
+    assert 1 < len(enumeration) < enumeration.functions
+
+
+def test_representatives_give_the_allocation_that_they_stand_for(enumeration, resolver):
+    for index in range(0, len(enumeration), max(len(enumeration) // 20, 1)):
+        counts = dict(zip(resolver.sizes, resolver.counts(Candidate(str(enumeration.representatives[index])))))
+        blocks = [sum(counts[w.name] for w in weights) for weights in resolver.units["block"].values()]
+        assert (enumeration.counts[index] - torch.tensor(blocks)).abs().max() <= 2
+
+
+def test_merging_leaves_allocations_that_are_apart(enumeration, resolver):
+    sizes = block_sizes(resolver)
+    kept = enumeration.merged(sizes, 0.02, 10**6)
+    index = {function: row for row, function in enumerate(enumeration.representatives)}
+    rows = (enumeration.counts / sizes)[[index[function] for function in kept]]
+    apart = (rows[:, None] - rows[None]).abs().amax(-1) + torch.eye(len(rows))
+    assert apart.min() > 0.02
+    everything = enumeration.counts / sizes
+    assert (everything[:, None] - rows[None]).abs().amax(-1).amin(1).max() <= 0.02
+    assert len(enumeration.merged(sizes, 0.0, 3)) == 4
+
+
+def test_the_published_space_has_as_many_texts_as_its_tables_write(resolver):
+    space = SearchSpace.published()
+    assert (len(space.pre_process) + 1, len(space.reduction) + 1, len(space.transform) + 1) == (10, 14, 13)
+    assert enumerate_space(space, resolver).texts == (1 + 10 + 100) * 14 * (13 + 169) * 4
+
+
+def test_many_wishes_are_fitted_as_one_is():
+    generator = torch.Generator().manual_seed(0)
+    wanted = torch.rand(50, 7, generator=generator, dtype=torch.float64) * 1.4 - 0.2
+    sizes = {f"u{index}": size for index, size in enumerate((10, 30, 30, 7, 1, 100, 64))}
+    together = fit_counts(wanted, torch.tensor(list(sizes.values())).double(), 0.6, 0.1, 0.9)
+    for wish, counts in zip(wanted.tolist(), together.tolist()):
+        one = fit_to_budget(dict(zip(sizes, wish)), sizes, 0.6, 0.1, 0.9)
+        assert counts == list(one.counts().values())

@@ -1,0 +1,166 @@
+import io
+import logging
+import sys
+
+import pytest
+from matplotlib.colors import to_hex
+
+from optimum_dsa import Allocation, Calibration, DSAConfig, SearchTrace
+from optimum_dsa.plots import (
+    Measured,
+    allocation_chart,
+    heat_map,
+    quality_chart,
+    readable_bytes,
+    search_curves,
+    short_number,
+)
+from optimum_dsa.search.run import search
+from optimum_dsa.search.space import Candidate
+from optimum_dsa.search.trace import Request, Trial
+
+from .common import tiny_llama, tokens
+
+
+SIZES = {"layers.0.q.weight": 10, "layers.0.up.weight": 30, "layers.1.q.weight": 10, "layers.1.up.weight": 30}
+MATRICES = Allocation(dict(zip(SIZES, (0.2, 0.6, 0.4, 0.8))), SIZES, "found")
+UNIFORM = Allocation({"layers.0": 0.6, "layers.1": 0.6}, {"layers.0": 40, "layers.1": 40}, "uniform")
+
+
+def lines(figure):
+    """Label -> heights of every line of a chart's first axes."""
+    return {line.get_label(): line.get_ydata() for line in figure.axes[0].lines if line.get_label()[0] != "_"}
+
+
+def trace_of(*trials):
+    """A trace of (kind, counts, start, stop, loss, tokens)."""
+    trace = SearchTrace()
+    trace.trials = [
+        Trial(number, Request(kind, Candidate(), start, stop), loss, tokens=spent, counts=counts)
+        for number, (kind, counts, start, stop, loss, spent) in enumerate(trials)
+    ]
+    return trace
+
+
+TRACE = trace_of(
+    ("loss", (1,), 0, 1, 0.1, 10),  # met one window of two: says too little
+    ("loss", (2,), 0, 1, 0.6, 10),
+    ("loss", (2,), 1, 2, 0.4, 10),  # mean 0.5
+    ("loss", (3,), 0, 2, 0.7, 20),  # worse
+    ("anchor", (2,), 0, 0, None, 0),
+    ("slopes", (4,), 4, 8, 0.3, 60),
+    ("sequential", (4,), 0, 8, 0.35, 40),
+)
+
+
+def test_allocations_of_any_granularity_are_drawn_per_block():
+    drawn = lines(allocation_chart({"found": MATRICES, "uniform": UNIFORM}))
+    assert list(drawn) == ["found", "uniform"]
+    assert drawn["found"] == pytest.approx([0.5, 0.7])
+    assert drawn["uniform"] == pytest.approx([0.6, 0.6])
+
+
+def test_lines_differ_by_more_than_colour():
+    figure = allocation_chart({str(number): UNIFORM for number in range(5)})
+    styles = [(line.get_color(), line.get_marker(), line.get_linestyle()) for line in figure.axes[0].lines]
+    assert len({colour for colour, _, _ in styles}) == 5
+    assert len({(marker, dash) for _, marker, dash in styles}) == 5
+
+
+def test_a_heat_map_has_a_row_per_kind_and_a_column_per_block():
+    figure = heat_map(MATRICES)
+    axes = figure.axes[0]
+    assert axes.collections[0].get_array().tolist() == [[0.2, 0.4], pytest.approx([0.6, 0.8])]
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["q", "up"]
+    assert [label.get_text() for label in axes.get_xticklabels()] == ["0", "1"]
+    assert [text.get_text() for text in axes.texts] == ["20", "40", "60", "80"]
+
+
+def test_a_heat_map_of_blocks_has_one_row_and_one_with_gaps_leaves_them_out():
+    assert heat_map(UNIFORM).axes[0].collections[0].get_array().tolist() == [[0.6, 0.6]]
+    sparsity = {name: share for name, share in MATRICES.sparsity.items() if name != "layers.1.q.weight"}
+    cells = heat_map(Allocation(sparsity, dict.fromkeys(sparsity, 1))).axes[0].collections[0].get_array()
+    assert cells.mask.tolist() == [[False, True], [False, False]]
+
+
+def test_numbers_on_a_heat_map_can_be_read():
+    """A contrast of at least 3:1 between every number and its cell."""
+    names = [f"layers.{number}" for number in range(12)]
+    figure = heat_map(Allocation({name: number / 12 for number, name in enumerate(names)}, dict.fromkeys(names, 1)))
+    figure.savefig(io.BytesIO(), format="svg")
+    mesh, texts = figure.axes[0].collections[0], figure.axes[0].texts
+    for face, text in zip(mesh.get_facecolors(), texts):
+        light, dark = sorted((luminance(to_hex(face)), luminance(text.get_color())), reverse=True)
+        assert (light + 0.05) / (dark + 0.05) >= 3, text.get_text()
+
+
+def luminance(colour):
+    channels = [int(colour[at : at + 2], 16) / 255 for at in (1, 3, 5)]
+    linear = [value / 12.92 if value <= 0.04045 else ((value + 0.055) / 1.055) ** 2.4 for value in channels]
+    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+
+def test_a_search_curve_counts_what_met_as_many_windows_as_the_others():
+    assert TRACE.best_so_far() == ([30, 110, 150], pytest.approx([0.5, 0.3, 0.3]))
+    assert SearchTrace().best_so_far() == ([], [])
+    figure = search_curves({"evolution": TRACE, "random": trace_of(("loss", (1,), 0, 1, 0.9, 25))})
+    drawn = lines(figure)
+    assert drawn["evolution"] == pytest.approx([0.5, 0.3, 0.3]) and drawn["random"] == pytest.approx([0.9])
+    stars = [line for line in figure.axes[0].lines if line.get_marker() == "*"]
+    assert [(list(line.get_xdata()), list(line.get_ydata())) for line in stars] == [([150], [0.35])]
+
+
+def test_quality_is_drawn_where_it_was_measured():
+    figure = quality_chart([Measured("dense", 10.0, 2_000_000), Measured("pruned", 12.5), Measured("other", None, 5)])
+    perplexity, size = figure.axes
+    assert [bar.get_width() for bar in perplexity.patches] == [10.0, 12.5, 0]
+    assert [text.get_text() for text in perplexity.texts] == ["10", "12.5", "not measured"]
+    assert [text.get_text() for text in size.texts] == ["2 MB", "not measured", "5 B"]
+    assert len(quality_chart([Measured("a", 3.0)]).axes) == 1
+    broken = quality_chart([Measured("good", 10.0), Measured("broken", 1e304)]).axes[0]
+    assert [bar.get_width() for bar in broken.patches] == [10.0, 80.0]
+    assert [text.get_text() for text in broken.texts] == ["10", "1e+304"]
+    with pytest.raises(ValueError, match="nothing to draw"):
+        quality_chart([Measured("a")])
+
+
+def test_numbers_are_short():
+    assert [short_number(value) for value in (7, 20_000, 1_500_000)] == ["7", "20k", "1.5M"]
+    assert [readable_bytes(value) for value in (12, 2_140_000_000)] == ["12 B", "2.14 GB"]
+
+
+def test_no_global_state_is_touched():
+    allocation_chart({"found": MATRICES}, "Title").savefig(io.BytesIO())
+    if "matplotlib.pyplot" in sys.modules:
+        assert sys.modules["matplotlib.pyplot"].get_fignums() == []
+
+
+def run(folder):
+    calibration = Calibration({"input_ids": tokens()}, "x")
+    config = DSAConfig(0.7, max_sparsity=0.95)
+    return search(
+        tiny_llama(), calibration, tokens(8, 16, seed=5), config, strategy="named", budget="2k tokens", folder=folder
+    )
+
+
+def test_a_search_leaves_pictures_beside_its_result(tmp_path):
+    result = run(tmp_path)
+    for name in ("search", "allocation", "heatmap"):
+        assert (tmp_path / f"{name}.png").read_bytes()[:4] == b"\x89PNG"
+    drawn = lines(result.figures()["allocation"])
+    assert list(drawn) == ["found", "uniform", "owl"]
+    assert drawn["uniform"] == pytest.approx([0.7] * 3, abs=1e-3)
+    owl = next(trial for trial in result.trace.trials if trial.request.candidate.function == "owl")
+    assert sum(owl.counts) == sum(result.baselines["owl"].counts().values())
+    assert drawn["owl"] == pytest.approx(list(result.baselines["owl"].sparsity.values()))
+    assert drawn["owl"] != pytest.approx([0.7] * 3, abs=1e-3)
+
+
+def test_without_matplotlib_a_search_has_no_pictures_and_a_plot_says_what_to_install(tmp_path, monkeypatch, caplog):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with caplog.at_level(logging.INFO, "optimum_dsa"):
+        run(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {"allocation.json", "search.json", "trace.jsonl"}
+    assert "No pictures beside the search" in caplog.text
+    with pytest.raises(ImportError, match=r"pip install 'optimum-dsa\[plots\]'"):
+        heat_map(MATRICES)
