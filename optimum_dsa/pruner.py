@@ -195,9 +195,11 @@ class DSAPruner:
         """
         from .recovery.configuration import RecoveryConfig
         from .recovery.run import recover
-        from .recovery.targets import counted, report_of
+        from .recovery.targets import base_of, counted, report_of
 
         report = self.report or report_of(self.model)
+        if self.report is None:
+            self._base = base_of(self.model)
         config = config or RecoveryConfig()
         self.model, self.recovery = recover(
             self.model, self.tokenizer, train, config, report, validation, teacher, checkpoints, resume

@@ -11,7 +11,6 @@ from typing import Any
 from torch import nn
 from transformers import TrainerCallback
 
-from ..checkpoint import base_model
 from ..configuration import DSAConfig
 from ..data import Calibration, load_calibration
 from ..description import describe, write_description
@@ -23,6 +22,7 @@ from .held import HeldZeros
 from .schedule import PruningSchedule
 from .sharding import refuse_sharded, synchronise
 from .targets import (
+    base_of,
     count_parameters,
     count_zeros,
     counted,
@@ -178,7 +178,7 @@ class DSACallback(TrainerCallback):
         report = report_of(model) if self.report is None else counted(self.report, model)
         training = {"kind": "DSACallback", "step": step, "schedule": asdict(self.schedule) if self.config else None}
         Path(folder).mkdir(parents=True, exist_ok=True)
-        write_description(Path(folder), describe(report, base_model(inner_model(model)), training))
+        write_description(Path(folder), describe(report, base_of(model), training))
 
     def _hold(self, inner: nn.Module) -> None:
         if self._held is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -50,3 +51,13 @@ class RecoveryResult:
         lines.append("-" * len(lines[0]))
         lines.append(f"validation perplexity {self.before:.3f} -> {self.after:.3f} in {self.steps} steps")
         return "\n".join(lines)
+
+
+def by_step(log: Iterable[Mapping[str, float]]) -> list[dict[str, float]]:
+    """A Trainer's log with one entry per step that has a loss: step, losses and learning rate."""
+    steps: dict[float, dict[str, float]] = {}
+    for entry in log:
+        if "loss" in entry or "eval_loss" in entry:
+            names = [name for name in ("step", "loss", "eval_loss", "learning_rate") if name in entry]
+            steps.setdefault(entry["step"], {}).update({name: entry[name] for name in names})
+    return list(steps.values())

@@ -21,7 +21,7 @@ from ..report import PruningReport
 from .callback import DSACallback
 from .configuration import RecoveryConfig
 from .precision import in_float32
-from .result import RecoveryResult
+from .result import RecoveryResult, by_step
 from .targets import prunable
 from .texts import read_windows
 from .trainer import RecoveryTrainer
@@ -74,9 +74,7 @@ def recover(
     trained.eval()
     seconds = time.perf_counter() - start
     after = perplexity(trained, held_out, config.batch_size)
-    names = ("step", "loss", "eval_loss", "learning_rate")
-    history = [{name: entry[name] for name in names if name in entry} for entry in trainer.state.log_history]
-    history = [entry for entry in history if "loss" in entry or "eval_loss" in entry]
+    history = by_step(trainer.state.log_history)
     return trained, RecoveryResult(config, before, after, trainer.state.global_step, history, data, seconds)
 
 
@@ -96,10 +94,14 @@ def _check(model: nn.Module, config: RecoveryConfig, teacher: Any, checkpoints: 
 
 def _with_adapters(model: nn.Module, config: RecoveryConfig, report: PruningReport) -> nn.Module:
     """`model` inside a PEFT model with sparse adapters on all matrices that were pruned."""
-    from peft import get_peft_model
+    try:
+        from peft import get_peft_model
 
-    from .peft_method import SparseLoraConfig
-
+        from .peft_method import SparseLoraConfig
+    except ImportError as error:
+        raise ValueError(
+            f"Sparse adapters need peft; install optimum-dsa[peft], or use method='full' ({error})."
+        ) from None
     asked = report.config
     weights = prunable(model, asked.exclude, asked.include, asked.blocks).weights
     modules = [weight.module for weight in weights if weight.expert is None]

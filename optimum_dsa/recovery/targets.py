@@ -7,12 +7,14 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 
 from ..allocation import Allocation
 from ..architecture import Architecture, find_architecture, find_stacks
+from ..checkpoint import base_model
 from ..configuration import CONFIG_NAME, DSAConfig
 from ..description import read_description, report_from
 from ..report import PruningReport
@@ -35,7 +37,7 @@ def plain_name(name: str) -> str:
 
 def adapter_matrices(model: nn.Module) -> list[str]:
     """Names of the matrices in the blocks of `model` that adapters brought."""
-    if "peft" not in sys.modules:
+    if sys.modules.get("peft") is None:  # no adapters without it, and it is slow to import
         return []
     from peft.tuners.tuners_utils import BaseTunerLayer
 
@@ -123,11 +125,22 @@ def plain_report(report: PruningReport) -> PruningReport:
     )
 
 
+def base_of(model: nn.Module) -> dict[str, str | None]:
+    """Name and revision of the dense model that `model` comes from, as far as it says so."""
+    inner = inner_model(model)
+    return _described(inner).get("base_model") or base_model(inner)
+
+
 def _origin(model: nn.Module) -> PruningReport | None:
     """The report in the folder that `model` was loaded from, if it is a pruned model's."""
+    data = _described(model)
+    return report_from(data) if data else None
+
+
+def _described(model: nn.Module) -> dict[str, Any]:
+    """The `dsa_config.json` in the folder that `model` was loaded from; empty where there is none."""
     path = Path(getattr(getattr(model, "config", None), "_name_or_path", "") or "", CONFIG_NAME)
-    description = read_description(path) if path.is_file() else None
-    return None if description is None else report_from(description)
+    return (read_description(path) or {}) if path.is_file() else {}
 
 
 def count_parameters(model: nn.Module) -> int:

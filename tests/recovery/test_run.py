@@ -2,13 +2,14 @@
 
 import json
 import shutil
+import sys
 
 import pytest
 import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-from optimum_dsa import DSAConfig, DSAPruner, PruningReport, RecoveryConfig
+from optimum_dsa import DSAConfig, DSAPruner, PruningReport, RecoveryConfig, find_architecture
 from optimum_dsa.demo import demo_model, demo_texts
 from optimum_dsa.recovery.trainer import divergence
 
@@ -109,6 +110,7 @@ def test_divergence_is_the_mean_over_tokens():
 def test_merged_models_and_adapters_are_saved_with_their_history(tmp_path):
     pruner = DSAPruner.from_pretrained(sparse_llama(sparsity=0.6))
     pruner.prune(None, DSAConfig(0.65, "magnitude", "uniform"))
+    pruner._base = {"name": "dense/parent", "revision": None}
     pruner.save_pretrained(tmp_path / "pruned")
     before = zeros(pruner.model)
     again = DSAPruner.from_pretrained(str(tmp_path / "pruned"))
@@ -119,6 +121,8 @@ def test_merged_models_and_adapters_are_saved_with_their_history(tmp_path):
     again.save_pretrained(tmp_path / "merged")
     for folder in ("adapter", "merged"):
         content = json.loads((tmp_path / folder / "dsa_config.json").read_text())
+        dense = json.loads((tmp_path / "pruned" / "dsa_config.json").read_text())["base_model"]
+        assert content["base_model"] == dense
         assert content["recovery"] == json.loads(json.dumps(result.to_dict()))
         assert RecoveryConfig.from_dict(content["recovery"]["config"]) == result.config
         assert PruningReport.from_dict(content).sparsity == pruner.report.sparsity
@@ -169,6 +173,13 @@ def test_what_cannot_be_trained_is_refused(train, changes, options, message):
     assert all(parameter.requires_grad for parameter in pruner.model.parameters())
 
 
+def test_without_peft_all_weights_can_be_trained_and_adapters_say_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "peft", None)
+    pruner = DSAPruner.from_pretrained(sparse_llama(sparsity=0.6))
+    with pytest.raises(ValueError, match=r"install optimum-dsa\[peft\]"):
+        pruner.recover(regular(), small(steps=1))
+
+
 def test_the_command_recovers_saves_and_resumes(monkeypatch, capsys, tmp_path):
     text = tmp_path / "train.txt"
     text.write_text("\n".join(demo_texts("calibration"))[:20_000])
@@ -189,3 +200,18 @@ def test_the_command_recovers_saves_and_resumes(monkeypatch, capsys, tmp_path):
     assert (tmp_path / "out" / "adapter_config.json").is_file() and (tmp_path / "kept" / "checkpoint-4").is_dir()
     code, _, errors = run(monkeypatch, capsys, *recover, "--mode", "spq")
     assert code == 2 and "Did you mean 'spp'" in errors
+
+
+@pytest.mark.parametrize("method", ["full", "sparse-lora"])
+@pytest.mark.parametrize("family", ["gpt2", "mixtral", "gemma3"])
+def test_other_architectures_keep_their_zeros(tiny, family, method):
+    pruner = DSAPruner.from_pretrained(tiny(family))
+    pruner.prune(None, DSAConfig(0.5, "magnitude", "uniform"))
+    weights = find_architecture(pruner.model).weights
+    before = {weight.name: weight.tensor(pruner.model) == 0 for weight in weights}
+    values = {weight.name: weight.tensor(pruner.model).clone() for weight in weights}
+    pruner.recover(tokens(24, 12, vocabulary=80), small(method=method, learning_rate=0.01))
+    for weight in weights:  # experts that share one parameter are among them
+        assert torch.equal(weight.tensor(pruner.model) == 0, before[weight.name]), weight.name
+        if method == "full" and weight.expert is None:
+            assert not torch.equal(weight.tensor(pruner.model), values[weight.name]), weight.name
