@@ -128,19 +128,19 @@ def plain_report(report: PruningReport) -> PruningReport:
 def base_of(model: nn.Module) -> dict[str, str | None]:
     """Name and revision of the dense model that `model` comes from, as far as it says so."""
     inner = inner_model(model)
-    return (_description(inner) or {}).get("base_model") or base_model(inner)
+    return _described(inner).get("base_model") or base_model(inner)
 
 
 def _origin(model: nn.Module) -> PruningReport | None:
     """The report in the folder that `model` was loaded from, if it is a pruned model's."""
-    description = _description(model)
-    return None if description is None else report_from(description)
+    data = _described(model)
+    return report_from(data) if data else None
 
 
-def _description(model: nn.Module) -> dict[str, Any] | None:
-    """The `dsa_config.json` in the folder that `model` was loaded from; `None` where there is none."""
+def _described(model: nn.Module) -> dict[str, Any]:
+    """The `dsa_config.json` in the folder that `model` was loaded from; empty where there is none."""
     path = Path(getattr(getattr(model, "config", None), "_name_or_path", "") or "", CONFIG_NAME)
-    return read_description(path) if path.is_file() else None
+    return (read_description(path) or {}) if path.is_file() else {}
 
 
 def count_parameters(model: nn.Module) -> int:
