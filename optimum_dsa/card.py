@@ -85,6 +85,7 @@ def model_card(
         tokenizer=tokenizer,
         plots=plots,
         results=_results(evaluations),
+        training=_training(facts.get("recovery") or {}),
         limits=limits(outcome),
         command=made,
         note=_note(calibration, made, revision),
@@ -92,6 +93,19 @@ def model_card(
         blocks=blocks.markdown(),
         versions=Table(["package", "version"], [*map(list, (facts.get("versions") or {}).items())]).markdown(),
         papers=papers(facts["config"]),
+    )
+
+
+def _training(recovery: Mapping[str, Any]) -> str:
+    """What is known of training after pruning, or during it, in words."""
+    if not recovery:
+        return ""
+    if recovery.get("kind") != "recover":
+        return f"It was trained with `DSACallback`, up to step {recovery.get('step')}."
+    asked, perplexity = recovery["config"], recovery["perplexity"]
+    return (
+        f"After pruning it was trained for {recovery['steps']} steps (`{asked['method']}`), with every zero kept: "
+        f"perplexity on validation text {perplexity['before']:.3f} before and {perplexity['after']:.3f} after."
     )
 
 

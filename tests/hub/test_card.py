@@ -37,3 +37,15 @@ def test_an_unknown_base_model_costs_the_licence_only(hub, folder):
     change(folder, "dsa_config.json", base_model={"name": "org/gone", "revision": "main"})
     push(folder)
     assert card(hub).data.base_model == "org/gone" and card(hub).data.license is None
+
+
+def test_training_after_pruning_is_told(hub, folder):
+    recovery = {
+        "kind": "recover", "steps": 7, "config": {"method": "sparse-lora"}, "data": {"train": "/home/me/secret.txt"},
+        "perplexity": {"before": 20.5, "after": 15.25}, "history": [], "seconds": 1.0,
+    }  # fmt: skip
+    change(folder, "dsa_config.json", recovery=recovery)
+    push(folder)
+    text = card(hub).text
+    assert "trained for 7 steps (`sparse-lora`), with every zero kept" in text and "20.500 before and 15.250" in text
+    assert "secret" not in text and b"/home/me" not in hub.content("me/tiny")["dsa_config.json"]

@@ -1,16 +1,18 @@
 import json
 import os
+import runpy
 import socket
 import subprocess
 import sys
 import textwrap
 import time
+from pathlib import Path
 
 import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from optimum_dsa import DSAConfig, DSAPruner
-from optimum_dsa.demo import demo_model
+from optimum_dsa.demo import demo_model, demo_texts
 from optimum_dsa.hub import PushError
 
 from ..common import same_state, state, tiny_llama, tokens
@@ -195,3 +197,23 @@ def test_weights_of_an_earlier_push_go_and_other_files_stay(hub, folder):
     change(folder, "dsa_config.json", seconds=1.5)
     push(folder)
     assert "LICENSE" in hub.content("me/tiny")
+
+
+def test_the_example_prunes_measures_and_pushes_and_goes_on_after_a_failure(hub, tmp_path, monkeypatch, capsys):
+    for name, part in (("train.txt", "calibration"), ("test.txt", "test")):
+        (tmp_path / name).write_text("\n".join(demo_texts(part))[:6_000])
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    arguments = [demo_model(), "me/example", "--calibration", tmp_path / "train.txt", "--test", tmp_path / "test.txt"]
+    arguments += ["-o", tmp_path / "out", "--length", 32, "--samples", 4]
+    monkeypatch.setattr(sys, "argv", ["prune_and_push.py", *map(str, arguments)])
+    example = Path(__file__).resolve().parents[2] / "examples" / "prune_and_push.py"
+    hub.fail("POST", "/commit/", 409)
+    with pytest.raises(PushError, match="the same"):
+        runpy.run_path(str(example), run_name="__main__")
+    weights = (tmp_path / "out" / "model.safetensors").read_bytes()
+    runpy.run_path(str(example), run_name="__main__")
+    assert f"pushed to {hub.url}/me/example" in capsys.readouterr().out
+    content = hub.content("me/example")
+    assert content["model.safetensors"] == weights
+    measured = json.loads((tmp_path / "out" / "evaluation.json").read_text())
+    assert f"{measured['perplexity']:.3f}".encode() in content["README.md"]
