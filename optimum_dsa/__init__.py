@@ -29,6 +29,7 @@ _PUBLIC = {
     "REDUCTION": "allocation",
     "RecoveryConfig": "recovery.configuration",
     "RecoveryResult": "recovery.result",
+    "RunningStatistics": "recovery.running",
     "SCHEDULES": "recovery.schedule",
     "STRATEGIES": "search.strategies",
     "SparseLoraConfig": "recovery.peft_method",

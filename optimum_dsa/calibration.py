@@ -18,7 +18,7 @@ from .architecture import Architecture, Block, Stack, UnprunableError, Weight
 from .capture import BlockCalls, capture_calls, check_calls, run_behind
 from .observation import Observer, observing
 from .offload import resident
-from .statistics import LayerStatistics
+from .statistics import CollectedStatistics, LayerStatistics
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class WalkedBlock:
 def walk_blocks(
     model: nn.Module,
     architecture: Architecture,
-    batches: Sequence[Mapping[str, Tensor]] | None,
+    batches: Sequence[Mapping[str, Tensor]] | CollectedStatistics | None,
     *,
     gram: bool = False,
     sequential: bool = True,
@@ -65,8 +65,9 @@ def walk_blocks(
     (one). One block's activations are alive at a time.
 
     Args:
-        batches (`Sequence[Mapping[str, Tensor]]`): inputs of the model by name, first dimension the samples; `None`
-            runs nothing and gives no statistics. What an attention mask marks as padding is cut off.
+        batches (`Sequence[Mapping[str, Tensor]]`): inputs of the model by name, first dimension the samples. What an
+            attention mask marks as padding is cut off. `None` runs nothing and gives no statistics, and
+            `CollectedStatistics` runs nothing and gives those.
         gram (`bool`, defaults to `False`): collect X·Xᵀ as well.
         progress (`Callable[[Sequence[Block]], Iterable[Block]]`, defaults to `iter`): wraps the sequence of blocks, as
             tqdm does.
@@ -76,10 +77,12 @@ def walk_blocks(
         UnprunableError: the model does not run its blocks one after the other.
     """
     blocks = iter(progress(architecture.blocks))
-    if batches is None:
+    if batches is None or isinstance(batches, CollectedStatistics):
+        collected = batches.statistics if batches else {}
         for block in blocks:
             with resident(model, _modules(block)) as changes:
-                yield WalkedBlock(block, {}, model, changes)
+                found = {weight.name: collected[weight.name] for weight in block.weights if collected}
+                yield WalkedBlock(block, found, model, changes)
         return
     batches = [part for batch in batches for part in without_padding(batch)]
     training = [module for module in model.modules() if module.training]

@@ -20,10 +20,13 @@ from .masks import Pattern
 from .metrics import METRICS
 from .reconstruction import UPDATES, Choice
 from .report import PruningReport
-from .statistics import LayerStatistics
+from .statistics import CollectedStatistics, LayerStatistics
 
 
 logger = logging.getLogger(__name__)
+
+Known = Calibration | CollectedStatistics  # what statistics come from, or are
+Source = Known | Tensor | Mapping[str, Tensor]
 
 
 def architecture_for(model: nn.Module, config: DSAConfig) -> Architecture:
@@ -45,6 +48,11 @@ def pruning_needs_inputs(config: DSAConfig) -> bool:
     return _pruning_reads(config) != "nothing"
 
 
+def needs_gram(config: DSAConfig) -> bool:
+    """Whether scores, updates or the allocation are computed from X·Xᵀ."""
+    return "gram" in (_allocation_reads(config), _pruning_reads(config))
+
+
 def _allocation_reads(config: DSAConfig) -> str:
     """What the allocation needs of calibration: "nothing", "inputs" or "gram"."""
     reads = getattr(config.allocator, "reads", "nothing")
@@ -61,7 +69,7 @@ def _pruning_reads(config: DSAConfig) -> str:
 @torch.no_grad()
 def allocate(
     model: nn.Module,
-    calibration: Calibration | Tensor | Mapping[str, Tensor] | None,
+    calibration: Source | None,
     config: DSAConfig,
     architecture: Architecture | None = None,
 ) -> Allocation:
@@ -94,7 +102,10 @@ def allocate(
 
 
 def _measure(
-    model: nn.Module, architecture: Architecture, calibration: Calibration | None, config: DSAConfig
+    model: nn.Module,
+    architecture: Architecture,
+    calibration: Known | None,
+    config: DSAConfig,
 ) -> dict[str, object]:
     """The allocator's heavy half, for every unit."""
     allocator = config.allocator
@@ -152,14 +163,13 @@ def _given(config: DSAConfig, architecture: Architecture) -> Allocation:
 
 
 @torch.no_grad()
-def prune(
-    model: nn.Module, calibration: Calibration | Tensor | Mapping[str, Tensor] | None, config: DSAConfig
-) -> PruningReport:
+def prune(model: nn.Module, calibration: Source | None, config: DSAConfig) -> PruningReport:
     """Prune `model` in place; what was asked and what came out.
 
     Args:
-        calibration (`Calibration | Tensor | Mapping[str, Tensor]`): a LongTensor (samples, length), the model's inputs
-            by name, or what `load_calibration` gives; `None` where method and allocation need no data.
+        calibration (`Calibration | CollectedStatistics | Tensor | Mapping[str, Tensor]`): a LongTensor (samples,
+            length), the model's inputs by name, what `load_calibration` gives, or statistics that are there already;
+            `None` where method and allocation need no data.
 
     Everything that can be known to be wrong is raised before the first weight is changed.
     """
@@ -220,13 +230,13 @@ def pruned(weight: Tensor, statistics: LayerStatistics | None, config: DSAConfig
     return UPDATES[recipe.update](weight, statistics, choice)
 
 
-def check_finite(model: nn.Module, architecture: Architecture, calibration: Calibration | None) -> None:
+def check_finite(model: nn.Module, architecture: Architecture, calibration: Known | None) -> None:
     """Raise `ValueError` for a NaN or infinity in a weight, or in what a block makes of the first sample, by name."""
     for walked in walk_blocks(model, architecture, None):
         for weight in walked.weights:
             if not walked.tensor(weight).isfinite().all():
                 raise ValueError(f"{weight.name} holds NaN or infinities; the checkpoint is damaged or overflowed.")
-    if calibration is None:
+    if not isinstance(calibration, Calibration):
         return
     handles = []
 
@@ -252,14 +262,15 @@ def check_finite(model: nn.Module, architecture: Architecture, calibration: Cali
             handle.remove()
 
 
-def _as_calibration(source, model: nn.Module) -> Calibration | None:
-    return source if source is None or isinstance(source, Calibration) else load_calibration(source, model)
+def _as_calibration(source: Source | None, model: nn.Module) -> Known | None:
+    known = source is None or isinstance(source, (Calibration, CollectedStatistics))
+    return source if known else load_calibration(source, model)
 
 
-def _batches(calibration: Calibration | None, config: DSAConfig, who: str) -> list[dict[str, Tensor]]:
+def _batches(calibration: Known | None, config: DSAConfig, who: str) -> list[dict[str, Tensor]] | CollectedStatistics:
     if calibration is None:
         raise ValueError(f"The {who} needs calibration data; pass texts, a file, a dataset or tokens.")
-    return calibration.batches(config.batch_size)
+    return calibration.batches(config.batch_size) if isinstance(calibration, Calibration) else calibration
 
 
 def _progress(description: str):

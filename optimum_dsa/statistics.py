@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -113,6 +115,24 @@ class LayerStatistics:
         diagonal[diagonal == 0] = 1.0
         diagonal += damping * diagonal.mean()
         return hessian
+
+
+@dataclass(frozen=True)
+class CollectedStatistics:
+    """Statistics that somebody else has collected, instead of calibration data: a walk over them runs nothing.
+
+    Attributes:
+        statistics (`Mapping[str, LayerStatistics]`): by weight name.
+        source (`str`): where they come from.
+    """
+
+    statistics: Mapping[str, LayerStatistics]
+    source: str
+
+    def facts(self) -> dict[str, Any]:
+        """What a pruned model's description says of its calibration."""
+        tokens = max((found.tokens for found in self.statistics.values()), default=0)
+        return {"source": self.source, "samples": None, "length": None, "tokens": tokens, "seed": None}
 
 
 def _factor_of_inverse(matrix: Tensor) -> Tensor | None:

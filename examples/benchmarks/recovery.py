@@ -2,8 +2,9 @@
 
 The model is pruned once. Every row starts from it and makes the same steps on the same tokens: no training; plain
 LoRA, whose merged weights are masked again; sparse adapters (mask, scale, spp), merged; and all weights, with
-`DSACallback`. Learning rates are the defaults of `RecoveryConfig`; LoRA's is mask's. Perplexity is measured on `test`,
-which nothing else sees.
+`DSACallback`. The last row, gradual, starts from the dense model, trains all weights and is pruned on the way, in the
+first half of the steps. Learning rates are the defaults of `RecoveryConfig`; LoRA's is mask's. Perplexity is measured
+on `test`, which nothing else sees.
 
 Cost: steps of each adapter on one batch, taken in turns in one process, whose median is held against plain LoRA's; and
 in a process of its own per adapter, the peak memory of training over what was resident before the model was loaded
@@ -11,6 +12,7 @@ in a process of its own per adapter, the peak memory of training over what was r
 
     python recovery.py                                              # the embedded model on the demo's text
     python recovery.py MODEL --tokens tokens.safetensors --steps 300
+    python recovery.py MODEL --tokens tokens.safetensors --steps 300 --distillation 0.5     # the dense model teaches
     python recovery.py MODEL --tokens tokens.safetensors --only cost
 """
 
@@ -32,8 +34,11 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from optimum_dsa import (
+    MODES,
+    DSACallback,
     DSAConfig,
     DSAPruner,
+    PruningSchedule,
     RecoveryConfig,
     SparseLoraConfig,
     find_architecture,
@@ -44,7 +49,7 @@ from optimum_dsa.demo import demo_model, demo_texts
 from optimum_dsa.recovery.run import make_trainer
 
 
-ROWS = ("none", "lora", "mask", "scale", "spp", "full")
+ROWS = ("none", "lora", "mask", "scale", "spp", "full", "gradual")
 ADAPTERS = ("lora", "mask", "scale", "spp")
 MB = 2**20
 
@@ -67,8 +72,12 @@ def load(args: argparse.Namespace) -> tuple[nn.Module, dict[str, Tensor]]:
 
 def prune(model: nn.Module, tokens: dict[str, Tensor], args: argparse.Namespace) -> DSAPruner:
     pruner = DSAPruner.from_pretrained(model)
-    pruner.prune(tokens["calibration"][: args.samples], DSAConfig(args.sparsity, "wanda", "dsa"))
+    pruner.prune(tokens["calibration"][: args.samples], pruning(args))
     return pruner
+
+
+def pruning(args: argparse.Namespace) -> DSAConfig:
+    return DSAConfig(args.sparsity, "wanda", "dsa")
 
 
 def masks(model: nn.Module) -> dict[str, Tensor]:
@@ -83,16 +92,34 @@ def adapted(model: nn.Module, kind: str, rank: int) -> nn.Module:
     return get_peft_model(model, LoraConfig(**options) if kind == "lora" else SparseLoraConfig(mode=kind, **options))
 
 
-def train_lora(model: nn.Module, tokens: dict[str, Tensor], config: RecoveryConfig) -> nn.Module:
+def train(model: nn.Module, tokens: dict[str, Tensor], config: RecoveryConfig, teacher, *callbacks) -> nn.Module:
+    """`model` after the steps of `config`."""
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = make_trainer(model, tokens["calibration"], tokens["validation"], config, teacher, Path(folder))
+        for callback in callbacks:
+            callback.attach(trainer)
+        trainer.train()
+    return model
+
+
+def train_lora(model: nn.Module, tokens: dict[str, Tensor], config: RecoveryConfig, teacher) -> nn.Module:
     """Plain LoRA, merged, and what was zero set to zero again."""
     zero = masks(model)
-    with tempfile.TemporaryDirectory() as folder:
-        trained = adapted(model, "lora", config.rank)
-        make_trainer(trained, tokens["calibration"], tokens["validation"], config, None, Path(folder)).train()
-        merged = trained.merge_and_unload()
+    merged = train(adapted(model, "lora", config.rank), tokens, config, teacher).merge_and_unload()
     for weight in find_architecture(merged).weights:
         weight.tensor(merged)[zero[weight.name]] = 0
-    return merged.eval()
+    return merged
+
+
+def train_gradually(
+    model: nn.Module, tokens: dict[str, Tensor], config: RecoveryConfig, teacher, args: argparse.Namespace
+) -> nn.Module:
+    """The dense model, pruned in the first half of its training."""
+    half = config.steps // 2
+    schedule = PruningSchedule(end=half, every=max(half // 10, 1), initial=args.sparsity / 2)
+    return train(
+        model, tokens, config, teacher, DSACallback(pruning(args), tokens["calibration"][: args.samples], schedule)
+    )
 
 
 def quality(args: argparse.Namespace) -> None:
@@ -102,29 +129,37 @@ def quality(args: argparse.Namespace) -> None:
     pruner = prune(copy.deepcopy(dense), tokens, args)
     zero = masks(pruner.model)
     lost = perplexity(pruner.model, tokens["test"]) - start
-    count = args.steps * args.batch_size * tokens["calibration"].shape[1]
+    seen = args.steps * args.batch_size * tokens["calibration"].shape[1]
     print(f"dense perplexity {start:.2f}; {args.sparsity:.0%} removed with wanda and dsa; {args.steps} steps of")
-    print(f"{args.batch_size} windows, {count:,} tokens of {tokens['calibration'].numel():,}; rank {args.rank}")
-    print(f"{'':<6}{'perplexity':>11}{'regained':>10}{'zeros kept':>24}{'new zeros':>11}{'seconds':>9}", flush=True)
+    print(f"{args.batch_size} windows, {seen:,} tokens of {tokens['calibration'].numel():,}; rank {args.rank}", end="")
+    print(f"; distillation {args.distillation:g}" if args.distillation else "")
+    print(f"{'':<8}{'perplexity':>11}{'regained':>10}{'zeros kept':>24}{'new zeros':>11}{'seconds':>9}", flush=True)
     for row in args.rows:
         again, before = copy.deepcopy(pruner.model), time.perf_counter()
-        kind = {"method": "full"} if row == "full" else {"mode": "mask" if row in ("none", "lora") else row}
+        kind = {"method": "full"} if row in ("full", "gradual") else {"mode": row if row in MODES else "mask"}
         config = RecoveryConfig(
-            steps=args.steps, batch_size=args.batch_size, rank=args.rank, eval_steps=args.steps, **kind
-        )
+            steps=args.steps, batch_size=args.batch_size, rank=args.rank, eval_steps=args.steps,
+            distillation=args.distillation, **kind,
+        )  # fmt: skip
+        teacher = dense if args.distillation else None
         if row == "lora":
-            again = train_lora(again, tokens, config)
+            again = train_lora(again, tokens, config, teacher)
+        elif row == "gradual":
+            again = train_gradually(copy.deepcopy(dense), tokens, config, teacher, args)
         elif row != "none":
             one = DSAPruner.from_pretrained(again)
             one.report = pruner.report
-            one.recover(tokens["calibration"], config, tokens["validation"])
+            one.recover(tokens["calibration"], config, tokens["validation"], teacher)
             again = one.model
+        again.eval()
         value, found = perplexity(again, tokens["test"]), masks(again)
         kept = sum(int((found[name] & mask).sum()) for name, mask in zero.items())
-        new = sum(int((found[name] & ~mask).sum()) for name, mask in zero.items())
-        total = sum(int(mask.sum()) for mask in zero.values())
+        count, total = (sum(int(mask.sum()) for mask in part.values()) for part in (found, zero))
+        if row == "gradual":  # which zeros it makes, it chooses: only their number is held against the others'
+            kept = min(count, total)
+        regained = (start + lost - value) / lost
         print(
-            f"{row:<6}{value:>11.2f}{(start + lost - value) / lost:>10.0%}{f'{kept:,} / {total:,}':>24}{new:>11,}"
+            f"{row:<8}{value:>11.2f}{regained:>10.0%}{f'{kept:,} / {total:,}':>24}{count - kept:>11,}"
             f"{time.perf_counter() - before:>9.0f}",
             flush=True,
         )
@@ -209,6 +244,9 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=128, help="windows that pruning is calibrated on")
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--batch-size", type=int, default=8)
+    parser.add_argument(
+        "--distillation", type=float, default=0.0, help="weight of the divergence from the dense model"
+    )
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--test", type=int, default=128, help="windows of test that perplexity is measured on")
     parser.add_argument("--repeats", type=int, default=5, help="steps that are timed")

@@ -15,10 +15,11 @@ from ..configuration import DSAConfig
 from ..data import Calibration, load_calibration
 from ..description import describe, write_description
 from ..masks import Pattern
-from ..pruning import allocation_needs_inputs, prune, pruning_needs_inputs
+from ..pruning import allocation_needs_inputs, needs_gram, prune, pruning_needs_inputs
 from ..report import PruningReport
 from .gradual import prune_to
 from .held import HeldZeros
+from .running import RunningStatistics
 from .schedule import PruningSchedule
 from .sharding import refuse_sharded, synchronise
 from .targets import (
@@ -57,6 +58,7 @@ class DSACallback(TrainerCallback):
     Args:
         config (`DSAConfig`, *optional*): How to prune, with the final sparsity. Without it zeros are held only.
         calibration (`Any`, *optional*): As in [`DSAPruner.prune`]; text is read with the Trainer's `processing_class`.
+            Or [`RunningStatistics`], which are collected in training.
         schedule (`PruningSchedule`, *optional*): When, and how far. Defaults to one shot before the first step.
         reallocate (`str` or `Sequence[int]`, defaults to `"once"`): Whether the allocation is computed at the first
             moment of the schedule (`"once"`), anew at every one (`"always"`), or anew before the steps given. It is
@@ -87,6 +89,8 @@ class DSACallback(TrainerCallback):
         self._wish: dict[str, float] | None = None
         self._logged: dict[str, float] | None = None
         self._data: Calibration | None = None
+        self._running = calibration if isinstance(calibration, RunningStatistics) else None
+        self._due: int | None = None  # a moment that waits for statistics
         if config is None and (calibration is not None or schedule is not None):
             raise ValueError("Calibration and schedule are for pruning; give a DSAConfig with them.")
         if isinstance(reallocate, str) and reallocate not in ("always", "once"):
@@ -99,6 +103,8 @@ class DSACallback(TrainerCallback):
                 )
             if self.schedule.initial > config.sparsity:
                 raise ValueError(f"The schedule starts at {self.schedule.initial}, above the {config.sparsity} asked.")
+            if self._running and self.schedule.start < 1:
+                raise ValueError("Before step 0 no statistics are there yet; give a schedule with start=1 or later.")
             self.names = {"exclude": config.exclude, "include": config.include, "blocks": config.blocks}
 
     def attach(self, trainer) -> DSACallback:
@@ -131,15 +137,24 @@ class DSACallback(TrainerCallback):
                 "prune before the first step."
             )
         needed = pruning_needs_inputs(self.config) or allocation_needs_inputs(self.config)
-        if needed and self._data is None:
+        if needed and self._running:
+            self._running.watch(inner, prunable(inner, **self.names), needs_gram(self.config))
+            if state.is_world_process_zero and state.global_step:
+                self._running.load(Path(args.output_dir, f"checkpoint-{state.global_step}"))
+        elif needed and self._data is None:
             self._data = self._load(inner, processing_class)
         stored = state.stateful_callbacks.get(STATE)
         self._wish = (stored or {}).get("wish")
         self._catch_up(model, state)
 
     def on_step_begin(self, args, state, control, model=None, **kwargs):
-        if self.config is not None and state.global_step in self.schedule.moments:
-            self._prune(model, state)
+        if self.config is None:
+            return
+        moment = state.global_step if state.global_step in self.schedule.moments else self._due
+        if moment is not None:
+            self._prune(model, state, moment)
+        if self._running:
+            self._running.step()
 
     def on_optimizer_step(self, args, state, control, **kwargs):
         self._held.apply()
@@ -160,6 +175,8 @@ class DSACallback(TrainerCallback):
         folder = Path(args.output_dir, f"checkpoint-{state.global_step}")
         if state.is_world_process_zero and folder.is_dir():
             self.write(model, folder, state.global_step)
+        if self._running:
+            self._running.save(folder)
 
     def on_push_begin(self, args, state, control, model=None, **kwargs):
         if state.is_world_process_zero:
@@ -168,6 +185,8 @@ class DSACallback(TrainerCallback):
     def on_train_end(self, args, state, control, model=None, **kwargs):
         self._held.apply()
         self._held.release()
+        if self._running:
+            self._running.release()
         if self.report is not None:
             self.report = counted(self.report, model)
 
@@ -207,17 +226,21 @@ class DSACallback(TrainerCallback):
             found = measured_allocation(inner, prunable(inner, **self.names))
             self.report = PruningReport(self.config, found, found.sparsity, count_parameters(inner))
 
-    def _prune(self, model: nn.Module, state, moment: int | None = None) -> None:
-        moment = state.global_step if moment is None else moment
+    def _prune(self, model: nn.Module, state, moment: int) -> None:
+        data = self._running.collected() if self._running else self._data
+        if self._running and data.statistics and not data.facts()["tokens"]:
+            self._due = moment  # the first step of a run resumed from a checkpoint without statistics
+            return
+        self._due = None
         inner = inner_model(model)
         config = with_adapters_excluded(self.config, inner)
         anew = self.reallocate == "always" or (self.reallocate != "once" and moment in self.reallocate)
         with without_adapters(model):
             if len(self.schedule.moments) == 1:
-                report = prune(inner, self._data, config)
+                report = prune(inner, data, config)
             else:
                 sparsity = self.schedule.sparsity(moment, config.sparsity)
-                report, self._wish = prune_to(inner, self._data, config, sparsity, None if anew else self._wish)
+                report, self._wish = prune_to(inner, data, config, sparsity, None if anew else self._wish)
         synchronise(self._held.parameters.values())
         self._held.refresh()
         if report is not None:

@@ -1,0 +1,125 @@
+"""Statistics of a training that is under way, in place of calibration text."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from ..architecture import Architecture
+from ..statistics import CollectedStatistics, LayerStatistics
+
+
+FILE = "dsa_statistics.safetensors"  # in a Trainer's checkpoint
+
+
+class RunningStatistics:
+    """What weights are given while they are trained: the calibration of a `DSACallback` that needs no text.
+
+    ```python
+    schedule = PruningSchedule(start=50, end=500, every=50)
+    DSACallback(DSAConfig(0.7, allocation="owl"), RunningStatistics(), schedule).attach(trainer)
+    ```
+
+    Sums over inputs are collected in every training forward pass, padding included, at the price of one pass over each
+    input. They belong to the model as it was in the last few steps, dense blocks before pruned ones; calibration text
+    is walked block by block, each after those before it were pruned, and needs forward passes of its own.
+
+    Args:
+        decay (`float`, defaults to 0.9): What an optimizer step leaves of what was collected before it; 1 keeps all.
+    """
+
+    def __init__(self, decay: float = 0.9):
+        if not 0 <= decay <= 1:
+            raise ValueError(f"decay is in [0, 1], got {decay!r}.")
+        self.decay = decay
+        self.statistics: dict[str, LayerStatistics] = {}
+        self._handles = []
+
+    def watch(self, model: nn.Module, architecture: Architecture, gram: bool = False) -> None:
+        """Begin to collect, anew, for all weights of `architecture`; X·Xᵀ as well with `gram`.
+
+        Raises:
+            ValueError: a weight is one of several experts in one parameter, whose inputs no hook sees.
+        """
+        self.release()
+        self.statistics.clear()
+        for weight in architecture.weights:
+            if weight.expert is not None:
+                raise ValueError(
+                    f"Running statistics cannot see what {weight.name} multiplies; give calibration text, or leave "
+                    f"it dense with exclude=['{weight.module}']."
+                )
+            device = weight.tensor(model).device
+            found = self.statistics[weight.name] = LayerStatistics(weight.shape[1], device, gram, sequences=1)
+            # an adapter around the weight may multiply by it without calling it, but is given the same input
+            module = model.get_submodule(weight.module.removesuffix(".base_layer"))
+            self._handles.append(module.register_forward_pre_hook(_observe(found), with_kwargs=True))
+
+    @torch.no_grad()
+    def step(self) -> None:
+        """Forget a part; to be called after an optimizer step."""
+        for found in self.statistics.values():
+            for total in _sums(found):
+                total.mul_(self.decay)
+
+    @torch.no_grad()
+    def collected(self) -> CollectedStatistics:
+        """What is known, summed over all processes; every one of them has to ask."""
+        copies = {}
+        for name, found in self.statistics.items():
+            squared_sum, *gram = (total.clone() for total in _sums(found))
+            tokens = torch.tensor(found.tokens, device=squared_sum.device)
+            if torch.distributed.is_available() and torch.distributed.is_initialized():
+                for total in (squared_sum, *gram, tokens):
+                    torch.distributed.all_reduce(total)
+            copies[name] = LayerStatistics(
+                found.in_features, found.device, found.with_gram, int(tokens), 1, squared_sum, *gram
+            )
+        return CollectedStatistics(copies, "training")
+
+    def save(self, folder: Path) -> None:
+        """Write what was collected into `folder`, whole or not at all; all processes call it, the first one writes."""
+        collected = self.collected()
+        if torch.distributed.is_available() and torch.distributed.is_initialized() and torch.distributed.get_rank():
+            return
+        tensors = {}
+        for name, found in collected.statistics.items():
+            tensors |= {f"{name}:{number}": total.cpu() for number, total in enumerate(_sums(found))}
+            tensors[f"{name}:tokens"] = torch.tensor(found.tokens)
+        temporary = folder / f".{FILE}"
+        save_file(tensors, temporary)
+        os.replace(temporary, folder / FILE)
+
+    @torch.no_grad()
+    def load(self, folder: Path) -> None:
+        """Go on from what `save` wrote into `folder`, if it did; in one process only, as it holds the sum of all."""
+        if not (folder / FILE).is_file():
+            return
+        tensors = load_file(folder / FILE)
+        for name, found in self.statistics.items():
+            for number, total in enumerate(_sums(found)):
+                total.copy_(tensors[f"{name}:{number}"])
+            found.tokens = int(tensors[f"{name}:tokens"])
+
+    def release(self) -> None:
+        """Stop collecting."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+
+
+def _sums(found: LayerStatistics) -> list[Tensor]:
+    return [found.squared_sum] if found.gram is None else [found.squared_sum, found.gram]
+
+
+def _observe(found: LayerStatistics) -> Callable:
+    def observe(module, args, kwargs):
+        if module.training:
+            found.update_((args[0] if args else next(iter(kwargs.values()))).detach())
+
+    return observe
