@@ -85,7 +85,7 @@ def model_card(
         tokenizer=tokenizer,
         plots=plots,
         results=_results(evaluations),
-        training=_training(facts.get("recovery") or {}),
+        training=_training(outcome.training),
         limits=limits(outcome),
         command=made,
         note=_note(calibration, made, revision),

@@ -74,6 +74,11 @@ class Outcome:
         """Sparsity and counts of a pruned model; empty for a search."""
         return self.facts.get("achieved") or {}
 
+    @property
+    def training(self) -> Mapping[str, Any]:
+        """What is known of training after pruning, or during it; empty where there was none."""
+        return self.facts.get("recovery") or {}
+
 
 def read_all(folders: Iterable[str | Path]) -> list[Outcome]:
     """The outcomes in several folders; where two have one name, the later one's gets a number."""

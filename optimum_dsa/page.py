@@ -12,7 +12,15 @@ from . import __version__
 from .allocation.layout import grid
 from .files import write_text
 from .outcome import Outcome, read_all
-from .plots import allocation_chart, heat_map, quality_chart, readable_bytes, search_curves, short_number
+from .plots import (
+    allocation_chart,
+    heat_map,
+    quality_chart,
+    readable_bytes,
+    search_curves,
+    short_number,
+    training_curves,
+)
 from .svg import inline_svg
 from .tables import (
     block_table,
@@ -79,6 +87,10 @@ def figures(outcomes: Sequence[Outcome]) -> dict[str, tuple[Figure, str, str]]:
             "The best validation loss so far against the text it took. The star is the winner after a real prune."
         )
         drawn["search"] = search_curves(traces, among=labels), "The search", caption
+    histories = {outcome.name: outcome.training.get("history") for outcome in outcomes}
+    if histories := {name: history for name, history in histories.items() if history}:
+        caption = "Loss on validation text while the model was trained, zeros kept; thin, that on training text."
+        drawn["training"] = training_curves(histories, among=labels), "Training after pruning", caption
     rows = [row for row in measured(outcomes) if row.perplexity is not None or row.bytes is not None]
     if rows:
         caption = "Perplexity where it was measured, and bytes on disk."
@@ -175,8 +187,19 @@ def _lists(outcome: Outcome) -> list[tuple[str, list[tuple[str, str]]]]:
     config = [(name, _shown(value)) for name, value in outcome.config.items() if value not in (None, [], "")]
     data = [(name, _shown(value)) for name, value in (outcome.facts.get("calibration") or {}).items()]
     made = [(name, _shown(value)) for name, value in (outcome.facts.get("versions") or {}).items()]
-    parts = [("Configuration", config), ("Calibration", data), ("Versions", made)]
+    parts = [("Configuration", config), ("Calibration", data), ("Training", _training(outcome)), ("Versions", made)]
     return [(heading, facts) for heading, facts in parts if facts]
+
+
+def _training(outcome: Outcome) -> list[tuple[str, str]]:
+    """What is known of training after pruning, or during it."""
+    training = outcome.training
+    facts = {"with": training.get("kind"), "steps": training.get("steps", training.get("step"))}
+    if "perplexity" in training:
+        asked, perplexity = training["config"], training["perplexity"]
+        facts |= {"method": asked["method"], "mode": asked["mode"] if asked["method"] == "sparse-lora" else None}
+        facts["validation perplexity"] = f"{perplexity['before']:.3f} before, {perplexity['after']:.3f} after"
+    return [(name, str(value)) for name, value in facts.items() if value is not None]
 
 
 def _shown(value: Any) -> str:

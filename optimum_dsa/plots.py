@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from .allocation import Allocation
 from .allocation.layout import by_block, grid, short_names
@@ -154,6 +154,34 @@ def search_curves(
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: short_number(value)))
     axes.grid(axis="y", color=RULE, linewidth=0.8)
     legend(axes, len(traces))
+    return figure
+
+
+def training_curves(
+    histories: Mapping[str, Sequence[Mapping[str, Any]]],
+    title: str | None = None,
+    among: Sequence[str] | None = None,
+) -> Figure:
+    """Validation loss by step of training after pruning, a line per model; the training loss is thin.
+
+    Args:
+        histories (`Mapping[str, Sequence[Mapping[str, Any]]]`): label -> `RecoveryResult.history`.
+        title (`str`, *optional*): above the chart.
+        among (`Sequence[str]`, *optional*): the labels of a chart beside it, so that both deal the same colours.
+    """
+    figure, axes = new_figure(WIDTH, 2.9, title)
+    looks = styles(list(among or histories))
+    for label, history in histories.items():
+        for name, style in (("loss", {"linewidth": 1, "marker": "", "alpha": 0.5}), ("eval_loss", {"markersize": 5})):
+            points = [(entry["step"], entry[name]) for entry in history if name in entry]
+            if points:
+                shown = plain(label) if name == "eval_loss" else None
+                axes.plot(*zip(*points), label=shown, **(looks[label] | style))
+    axes.set_xlabel("optimizer steps")
+    axes.set_ylabel("loss")
+    axes.xaxis.set_major_locator(few_ticks(6))
+    axes.grid(axis="y", color=RULE, linewidth=0.8)
+    legend(axes, len(histories))
     return figure
 
 

@@ -5,10 +5,10 @@ from html.parser import HTMLParser
 
 import pytest
 
-from optimum_dsa import Allocation, DSAConfig, DSAPruner
+from optimum_dsa import Allocation, DSAConfig, DSAPruner, RecoveryConfig
 from optimum_dsa.data import Calibration
 from optimum_dsa.outcome import Outcome, read_all
-from optimum_dsa.page import figures, page, write_report
+from optimum_dsa.page import _lists, figures, page, write_report
 from optimum_dsa.search.run import search
 from optimum_dsa.tables import Table, block_table, compared, finalists_table, quality_table, terminal
 
@@ -29,6 +29,8 @@ def folders(tmp_path_factory):
     for name, perplexity in (("owl", 12.5), ("uniform", 14.25)):
         pruner = DSAPruner(tiny_llama())
         pruner.prune(tokens(), DSAConfig(0.6, allocation=name, granularity="matrix" if name == "owl" else "block"))
+        if name == "owl":
+            pruner.recover(tokens(12, 16), RecoveryConfig(steps=4, eval_steps=2, batch_size=4, validation_windows=4))
         pruner.save_pretrained(home / f"by-{name}")
         (home / f"by-{name}" / "evaluation.json").write_text(evaluation(perplexity))
     data = Calibration({"input_ids": tokens()}, "x")
@@ -170,12 +172,21 @@ def test_a_table_is_text_and_markdown():
 def test_a_report_has_a_page_and_a_picture_of_everything(folders, tmp_path):
     said = write_report(folders / "by-owl", [folders / "by-uniform", folders / "found"], tmp_path / "out")
     assert "12.50" in said and "model.layers.2" in said and "█" in said
-    names = {"allocation", "heatmap", "heatmap-2", "heatmap-3", "search", "quality"}
+    names = {"allocation", "heatmap", "heatmap-2", "heatmap-3", "search", "training", "quality"}
     assert {path.name for path in (tmp_path / "out").iterdir()} == {f"{name}.png" for name in names} | {"report.html"}
     tags = Elements((tmp_path / "out" / "report.html").read_text()).found
     assert sum(tag == "figure" for tag, _ in tags) == len(names)
     labels = [attributes["aria-label"] for tag, attributes in tags if tag == "svg"]
     assert len(set(labels)) == len(names)
+
+
+def test_training_after_pruning_is_told(outcomes):
+    told = dict(_lists(outcomes[0]))["Training"]
+    assert told[:3] == [("with", "recover"), ("steps", "4"), ("method", "sparse-lora")]
+    before, after = (outcomes[0].training["perplexity"][name] for name in ("before", "after"))
+    assert told[-1] == ("validation perplexity", f"{before:.3f} before, {after:.3f} after")
+    assert "Training" not in dict(_lists(outcomes[1]))
+    assert list(figures(outcomes[1:])) == ["allocation", "heatmap", "heatmap-2", "search", "quality"]
 
 
 def test_by_default_a_report_lies_in_the_folder(folders):
@@ -272,7 +283,7 @@ def test_every_figure_is_visible_in_a_browser(browser, folders, tmp_path, width,
     assert browser.complaints == []
     assert [request for request in browser.requests if not request.startswith("data:")] == [address]
     boxes = browser.evaluate(MEASURE)
-    assert len(boxes) == 2 * 6
+    assert len(boxes) == 2 * 7
     for box in boxes:
         assert box["height"] > 50 and box["right"] - box["left"] > 200 and box["seen"] == "visibleblock"
         assert box["left"] >= 0 and box["right"] <= width

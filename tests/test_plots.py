@@ -14,6 +14,7 @@ from optimum_dsa.plots import (
     readable_bytes,
     search_curves,
     short_number,
+    training_curves,
 )
 from optimum_dsa.search.run import search
 from optimum_dsa.search.space import Candidate
@@ -108,6 +109,14 @@ def test_a_search_curve_counts_what_met_as_many_windows_as_the_others():
     assert drawn["evolution"] == pytest.approx([0.5, 0.3, 0.3]) and drawn["random"] == pytest.approx([0.9])
     stars = [line for line in figure.axes[0].lines if line.get_marker() == "*"]
     assert [(list(line.get_xdata()), list(line.get_ydata())) for line in stars] == [([150], [0.35])]
+
+
+def test_training_is_drawn_where_a_loss_was_measured():
+    one = [{"step": 2, "loss": 3.0}, {"step": 4, "loss": 2.0, "eval_loss": 2.5}, {"step": 6, "eval_loss": 2.25}]
+    figure = training_curves({"one": one, "two": [{"step": 6, "loss": 1.0}]})
+    assert list(lines(figure)["one"]) == [2.5, 2.25]
+    drawn = [(list(line.get_xdata()), list(line.get_ydata())) for line in figure.axes[0].lines]
+    assert drawn == [([2, 4], [3.0, 2.0]), ([4, 6], [2.5, 2.25]), ([6], [1.0])]
 
 
 def test_quality_is_drawn_where_it_was_measured():

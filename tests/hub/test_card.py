@@ -41,7 +41,8 @@ def test_an_unknown_base_model_costs_the_licence_only(hub, folder):
 
 def test_training_after_pruning_is_told(hub, folder):
     recovery = {
-        "kind": "recover", "steps": 7, "config": {"method": "sparse-lora"}, "data": {"train": "/home/me/secret.txt"},
+        "kind": "recover", "steps": 7, "config": {"method": "sparse-lora", "mode": "mask"},
+        "data": {"train": "/home/me/secret.txt"},
         "perplexity": {"before": 20.5, "after": 15.25}, "history": [], "seconds": 1.0,
     }  # fmt: skip
     change(folder, "dsa_config.json", recovery=recovery)
