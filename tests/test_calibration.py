@@ -1,6 +1,5 @@
 import copy
 from collections import defaultdict
-from contextlib import contextmanager
 
 import pytest
 import torch
@@ -15,111 +14,11 @@ from optimum_dsa.capture import capture_calls, feed
 from optimum_dsa.masks import Pattern
 
 from .conftest import FAMILIES, VOCABULARY, vision_language
+from .plain_walk import Inputs, check_equal, check_same_state, hooks, plain, split, state, walked
 from .test_architecture import Layer, Toy
 
 
 EXPERTS = ["mixtral", "qwen3_moe", "gpt_oss", "deepseek_v3", "jetmoe"]
-
-
-class Inputs(dict):
-    """Weight name -> Σ x xᵀ of what a plain forward multiplies it with."""
-
-    def __init__(self):
-        super().__init__()
-        self.tokens = defaultdict(int)
-
-    def add(self, name, inputs):
-        rows = inputs.reshape(-1, inputs.shape[-1]).double()
-        self[name] = self.get(name, 0) + rows.t() @ rows
-        self.tokens[name] += len(rows)
-
-
-@contextmanager
-def hooks(model, architecture, inputs):
-    """Forward hooks of our own; an expert's inputs are worked out from the tokens that its router sends it."""
-
-    def linear(name):
-        return lambda module, args, kwargs: inputs.add(name, (*args, *kwargs.values())[0])
-
-    def experts(path):
-        def hook(module, args, kwargs):
-            hidden, *routing = (*args, *kwargs.values())
-            if hasattr(module, "weight"):  # JetMoe's are handed tokens in the order of their experts
-                for expert, rows in enumerate(hidden.split(routing[0])):
-                    if len(rows):
-                        inputs.add(f"{path}.weight[{expert}]", rows)
-                return
-            for expert in routing[0].unique().tolist():
-                rows = hidden[(routing[0] == expert).any(dim=-1)]
-                matrix = module.gate_up_proj[expert]
-                middle = rows @ (matrix if module.is_transposed else matrix.t())
-                if module.has_bias:
-                    middle = middle + module.gate_up_proj_bias[expert]
-                inputs.add(f"{path}.gate_up_proj[{expert}]", rows)
-                inputs.add(f"{path}.down_proj[{expert}]", module._apply_gate(middle))
-
-        return hook
-
-    handles = []
-    for weight in architecture.weights:
-        if weight.expert is None:
-            module = model.get_submodule(weight.module)
-            handles.append(module.register_forward_pre_hook(linear(weight.name), with_kwargs=True))
-    for path in {weight.module for weight in architecture.weights if weight.expert is not None}:
-        handles.append(model.get_submodule(path).register_forward_pre_hook(experts(path), with_kwargs=True))
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-@torch.no_grad()
-def plain(model, architecture, *batches):
-    """What one forward pass of the whole model per batch gives every weight."""
-    inputs = Inputs()
-    with hooks(model, architecture, inputs):
-        for batch in batches:
-            feed(model, batch)
-    return inputs
-
-
-def split(batch, size):
-    return [dict(zip(batch, values)) for values in zip(*(value.split(size) for value in batch.values()))]
-
-
-def check_equal(statistics, expected, gram=False):
-    """Raise where the statistics of a weight are not those that the plain forward gives."""
-    for name, found in statistics.items():
-        assert found.tokens == expected.tokens.get(name, 0), name
-        if found.tokens:
-            reference = expected[name].float()
-            torch.testing.assert_close(found.squared_sum, reference.diagonal(), rtol=1e-3, atol=1e-5, msg=name)
-            if gram:
-                torch.testing.assert_close(found.gram, reference, rtol=1e-3, atol=1e-3, msg=name)
-
-
-def walked(model, batches, **options):
-    """All statistics of a walk that changes nothing."""
-    found = find_architecture(model)
-    blocks = list(walk_blocks(model, found, batches, **options))
-    assert [block.name for block in blocks] == [block.name for block in found.blocks]
-    return {name: statistics for block in blocks for name, statistics in block.statistics.items()}
-
-
-def state(model):
-    """Everything of a model that a walk must leave as it is."""
-    weights = {name: value.clone() for name, value in model.state_dict().items()}
-    modules = [
-        (module.training, "forward" in vars(module), len(module._forward_pre_hooks)) for module in model.modules()
-    ]
-    return weights, modules, getattr(model.config, "_experts_implementation", None)
-
-
-def check_same_state(model, before):
-    weights, *rest = state(model)
-    assert rest == list(before[1:])
-    assert all(torch.equal(value, before[0][name]) for name, value in weights.items())
 
 
 @pytest.mark.parametrize("sequential", [True, False], ids=["sequential", "dense"])
