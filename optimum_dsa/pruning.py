@@ -10,7 +10,7 @@ import torch
 from huggingface_hub.utils import tqdm
 from torch import Tensor, nn
 
-from .allocation import Allocation, Unit, fit_to_budget, fit_to_levels, split_count
+from .allocation import Allocation, Unit, fit_to_budget, fit_to_levels, fit_to_matrices, split_count
 from .architecture import Architecture, Weight, find_architecture
 from .calibration import WalkedBlock, walk_blocks
 from .capture import feed
@@ -91,6 +91,8 @@ def allocate(
         wanted = config.allocator.wish({name: measured[name] for name in units}, config.sparsity, config.spread)
         bounds = (config.min_sparsity, config.max_sparsity)
         allocation = fit_to_budget(wanted, sizes, config.sparsity, *bounds, name=str(config.allocation))
+        matrices = {name: [weight.size for weight in weights] for name, weights in units.items()}
+        allocation = fit_to_matrices(allocation, matrices, *bounds)
         if config.allocator.reads != "nothing" and config.spread != 0 and len(set(wanted.values())) == 1 < len(units):
             logger.warning(
                 "Allocation %s does not tell the units of this model apart: all get %g, as with uniform.",

@@ -1,6 +1,6 @@
 """How much to prune where: operations, allocation functions, named allocators, exact budgets."""
 
-from .budget import Allocation, fit_to_budget, fit_to_levels, split_count
+from .budget import Allocation, fit_to_budget, fit_to_levels, fit_to_matrices, split_count
 from .function import AllocationFunction
 from .heuristics import ALLOCATIONS, Allocator, Heuristic
 from .operations import POST_PROCESS, PRE_PROCESS, REDUCTION, TRANSFORM
@@ -20,5 +20,6 @@ __all__ = [
     "Unit",
     "fit_to_budget",
     "fit_to_levels",
+    "fit_to_matrices",
     "split_count",
 ]

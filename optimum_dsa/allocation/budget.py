@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -153,6 +154,48 @@ def split_count(count: int, sizes: Mapping[str, int]) -> dict[str, int]:
     limits = torch.tensor(list(sizes.values()), dtype=torch.float64)
     shares = limits * (count / max(int(limits.sum()), 1))
     return dict(zip(sizes, _round_to_total(shares, limits, count).tolist()))
+
+
+def fit_to_matrices(
+    allocation: Allocation, matrices: Mapping[str, Sequence[int]], low: float = 0.0, high: float = 1.0
+) -> Allocation:
+    """The allocation in which a matrix of `size` weights in a unit of `sparsity` loses round(sparsity · size).
+
+    So it gets what implementations give it that know no budget, and results can be compared weight by weight. What
+    the roundings add up to, a few weights, the last units make up for, where nothing comes behind them: the total is
+    the allocation's, to one weight. No unit leaves [low, high] for it.
+
+    Args:
+        matrices (`Mapping[str, Sequence[int]]`): unit -> sizes of its matrices.
+    """
+    units = list(allocation.sizes)
+    counts = torch.tensor([allocation.counts()[unit] for unit in units])
+    rounded = round_matrices(counts, [matrices[unit] for unit in units], low, high).tolist()
+    sparsity = {unit: count / max(allocation.sizes[unit], 1) for unit, count in zip(units, rounded)}
+    return replace(allocation, sparsity=sparsity)
+
+
+def round_matrices(counts: Tensor, matrices: Sequence[Sequence[int]], low: float, high: float) -> Tensor:
+    """`fit_to_matrices` of many at once: weights to remove, (..., units) int64, as they were and as they become.
+
+    Args:
+        matrices (`Sequence[Sequence[int]]`): the sizes of each unit's matrices.
+    """
+    sizes = torch.tensor([sum(parts) for parts in matrices], dtype=torch.float64)
+    least = torch.minimum((low * sizes).ceil().long(), counts)
+    most = torch.maximum((high * sizes).floor().long(), counts)
+    share = counts / sizes.clamp(min=1)
+    rounded = torch.zeros_like(counts)
+    for unit, parts in enumerate(matrices):
+        for size, times in Counter(parts).items():
+            rounded[..., unit] += times * (share[..., unit] * size).round().long()
+    rounded = rounded.clamp(least, most)
+    over = rounded.sum(-1) - counts.sum(-1)
+    for unit in reversed(range(len(matrices))):
+        before = rounded[..., unit].clone()
+        rounded[..., unit] = (before - over).clamp(least[..., unit], most[..., unit])
+        over = over - (before - rounded[..., unit])
+    return rounded
 
 
 def fit_to_levels(allocation: Allocation, levels: int) -> Allocation:

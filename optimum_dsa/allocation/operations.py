@@ -244,7 +244,7 @@ def softmax(x: Tensor) -> Tensor:
 @POST_PROCESS.register("normalize", reference=DSA)
 def standardize(x: Tensor) -> Tensor:
     """(x − mean) / standard deviation over the units, clipped to ±2; zero when they are all equal."""
-    return ((x - x.mean()) / x.std()).nan_to_num(nan=0.0).clamp(-2, 2)
+    return ((x - x.mean()) / x.std()).nan_to_num(nan=0.0).clamp(-2, 2) if len(x) > 1 else torch.zeros_like(x)
 
 
 @POST_PROCESS.register("rank")

@@ -215,11 +215,8 @@ class DSACallback(TrainerCallback):
         if not missed:
             return
         inner = inner_model(model)
-        weights = prunable(inner, **self.names).weights
-        total = sum(weight.size for weight in weights)
+        total = sum(weight.size for weight in prunable(inner, **self.names).weights)
         expected = round(self.schedule.sparsity(missed[-1], self.config.sparsity) * total)
-        if missed[-1] < self.schedule.last:  # where a moment in between may have been rounded down, one in each row
-            expected -= sum(weight.shape[0] for weight in weights)
         if sum(self._zeros(inner).values()) < expected:
             self._prune(model, state, missed[-1])
         else:

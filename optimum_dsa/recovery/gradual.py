@@ -14,7 +14,6 @@ from ..allocation.budget import fit_counts, split_count
 from ..architecture import Architecture
 from ..configuration import DSAConfig
 from ..data import Calibration
-from ..masks import Pattern
 from ..pruning import allocate, architecture_for, prune
 from ..report import PruningReport
 from .targets import count_zeros, plain_name
@@ -32,9 +31,8 @@ def prune_to(
 ) -> tuple[PruningReport | None, dict[str, float]]:
     """Prune `model` in place until `sparsity`, and what was wished for each unit at the config's own sparsity.
 
-    No zero is given back: every unit loses at least what its emptiest matrix has lost. With the pattern "row", a
-    sparsity below the config's is rounded down to whole weights per row, so that the masks nest. Zeros that do not fit
-    the pattern, such as those of a matrix pruned as a whole, come on top of what is asked, with a warning.
+    No zero is given back: every unit loses at least what its emptiest matrix has lost. Zeros that do not fit the
+    pattern, such as those of a matrix pruned as a whole, come on top of what is asked, with a warning.
 
     Args:
         sparsity (`float`): at most the config's, which is met to one weight.
@@ -53,11 +51,7 @@ def prune_to(
     if round(sparsity * total) <= sum(zeros.values()):
         return None, dict(wished)
     share = sparsity / config.sparsity
-    exact = sparsity == config.sparsity
     counts = _counts(architecture, config, {unit: value * share for unit, value in wished.items()}, sparsity, zeros)
-    if Pattern.parse(config.recipe.pattern).kind == "row" and not exact:
-        rows = {weight.name: weight.shape[0] for weight in architecture.weights}
-        counts = {name: max(count // rows[name] * rows[name], zeros[name]) for name, count in counts.items()}
     sizes = {weight.name: weight.size for weight in architecture.weights}
     given = Allocation({name: counts[name] / size for name, size in sizes.items()}, sizes, str(config.allocation))
     step = replace(

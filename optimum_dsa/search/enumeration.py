@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..allocation import PRE_PROCESS, REDUCTION, AllocationFunction
-from ..allocation.budget import fit_counts
+from ..allocation.budget import fit_counts, round_matrices
 from ..allocation.operations import mean_by_size, singular_values
 from .resolve import Resolver
 from .space import SearchSpace
@@ -67,11 +67,11 @@ def enumerate_space(space: SearchSpace, resolver: Resolver) -> Enumeration:
     config = resolver.config
     bases, measured = _measured(resolver, pre_processes, reductions)
     functions, wanted = _wanted(space, transforms, bases, measured, config.sparsity)
+    bounds = config.min_sparsity, config.max_sparsity
+    counts = fit_counts(wanted, block_sizes(resolver), config.sparsity, *bounds)
+    matrices = [[weight.size for weight in weights] for weights in resolver.units["block"].values()]
     distinct, of_function, sharing = torch.unique(
-        fit_counts(wanted, block_sizes(resolver), config.sparsity, config.min_sparsity, config.max_sparsity),
-        dim=0,
-        return_inverse=True,
-        return_counts=True,
+        round_matrices(counts, matrices, *bounds), dim=0, return_inverse=True, return_counts=True
     )
     first = torch.full((len(distinct),), len(functions)).scatter_reduce_(
         0, of_function, torch.arange(len(functions)), "amin"

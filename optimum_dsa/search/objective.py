@@ -96,7 +96,7 @@ class Objective:
                         self.masked.values[weight.name] = torch.where(gone, tensor, new)
                         # what the update has chosen goes first, whatever its score was before
                         scores -= gone * (scores.max() + 1)
-                    self.masked.orders[weight.name] = quantise(removal_order(self.pattern, scores, count))
+                    self.masked.orders[weight.name] = quantise(removal_order(self.pattern, scores))
         self._anchored = True
 
     @torch.no_grad()

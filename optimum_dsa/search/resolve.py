@@ -9,7 +9,16 @@ from functools import cache, lru_cache
 import torch
 from torch import nn
 
-from ..allocation import ALLOCATIONS, REDUCTION, Allocation, AllocationFunction, Unit, fit_to_budget, split_count
+from ..allocation import (
+    ALLOCATIONS,
+    REDUCTION,
+    Allocation,
+    AllocationFunction,
+    Unit,
+    fit_to_budget,
+    fit_to_matrices,
+    split_count,
+)
 from ..architecture import Architecture, Weight
 from ..calibration import walk_blocks
 from ..configuration import DSAConfig
@@ -113,6 +122,8 @@ class Resolver:
         sizes = {name: sum(weight.size for weight in weights) for name, weights in units.items()}
         bounds = self.config.min_sparsity, self.config.max_sparsity
         allocation = fit_to_budget(wanted, sizes, self.config.sparsity, *bounds)
+        matrices = {name: [weight.size for weight in weights] for name, weights in units.items()}
+        allocation = fit_to_matrices(allocation, matrices, *bounds)
         counts = {}
         for unit, count in allocation.counts().items():
             counts |= split_count(count, {weight.name: weight.size for weight in units[unit]})

@@ -7,7 +7,7 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from optimum_dsa.allocation import Allocation, fit_to_budget, fit_to_levels, split_count
+from optimum_dsa.allocation import Allocation, fit_to_budget, fit_to_levels, fit_to_matrices, split_count
 
 
 units = st.lists(st.tuples(st.floats(-2, 3), st.integers(1, 10**7)), min_size=1, max_size=12)
@@ -89,6 +89,33 @@ def test_levels_meet_the_total_as_nearly_as_rounding_can(levels, sizes, target, 
 def test_levels_are_exact_where_the_sizes_allow_it():
     exact = fit_to_budget({"a": 0.4, "b": 0.5, "c": 0.6, "d": 0.7}, named([]) | dict.fromkeys("abcd", 800), 0.5)
     assert fit_to_levels(exact, 8).overall == 0.5
+
+
+@given(
+    parts=st.lists(st.lists(st.integers(1, 500), min_size=1, max_size=7), min_size=1, max_size=6),
+    target=st.floats(0.2, 0.8),
+    seed=st.integers(0, 99),
+)
+@settings(max_examples=100, deadline=None)
+def test_rounding_every_matrix_keeps_the_total_and_the_bounds(parts, target, seed):
+    matrices = named(parts)
+    wanted = named(torch.rand(len(parts), generator=torch.Generator().manual_seed(seed)).tolist())
+    exact = fit_to_budget(wanted, {unit: sum(sizes) for unit, sizes in matrices.items()}, target, 0.2, 0.8)
+    rounded = fit_to_matrices(exact, matrices, 0.2, 0.8)
+    assert sum(rounded.counts().values()) == sum(exact.counts().values())
+    for unit, count in rounded.counts().items():
+        bounds = [0.2 * exact.sizes[unit], 0.8 * exact.sizes[unit], exact.counts()[unit]]
+        assert math.ceil(min(bounds)) <= count <= max(bounds)
+
+
+def test_a_matrix_loses_what_it_would_lose_alone_and_the_last_unit_makes_up_for_it():
+    matrices = {unit: [65536, 32768, 32768, 65536, 180224, 180224, 180224] for unit in "abc"}
+    exact = fit_to_budget(dict.fromkeys("abc", 0.0), dict.fromkeys("abc", 737280), 0.7)
+    assert list(exact.counts().values()) == [516096] * 3
+    rounded = fit_to_matrices(exact, matrices)
+    assert list(rounded.counts().values()) == [516097, 516097, 516094]
+    split = split_count(516097, dict(enumerate(matrices["a"])))
+    assert list(split.values()) == [round(0.7 * size) for size in matrices["a"]]
 
 
 @given(sizes=st.lists(st.integers(1, 10**6), min_size=1, max_size=9), share=st.floats(0, 1))

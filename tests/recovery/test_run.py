@@ -45,7 +45,7 @@ def test_perplexity_falls_and_zeros_stay(changes):
     before = zeros(model)
     pruner = DSAPruner.from_pretrained(model)
     result = pruner.recover(regular(), small(**{"steps": 12, "learning_rate": 0.02, **changes}))
-    assert result.after < 0.9 * result.before and result.steps == 12
+    assert result.after < 0.92 * result.before and result.steps == 12
     assert type(pruner.model) is type(model) and same_zeros(pruner.model, before)
     assert pruner.report.sparsity == pytest.approx(0.6, abs=1e-3)
     assert all(p.grad is None and p.requires_grad for p in pruner.model.parameters()) and not pruner.model.training

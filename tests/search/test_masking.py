@@ -16,10 +16,8 @@ def test_one_order_holds_the_masks_of_all_sparsities(text, levels):
     generator = torch.Generator().manual_seed(0)
     scores = torch.randint(levels, (5, 13), generator=generator).float() if levels else torch.rand(5, 13)
     pattern = Pattern.parse(text)
-    for count in range(scores.numel() + 1):
-        assert torch.equal(pattern.keep(scores, count), removal_order(pattern, scores, count) >= count)
     order = removal_order(pattern, scores)
-    for count in range(0, scores.numel() + 1, 5 if text == "row" else 1):
+    for count in range(scores.numel() + 1):
         assert torch.equal(pattern.keep(scores, count), order >= count)
 
 
