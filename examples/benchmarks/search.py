@@ -158,10 +158,10 @@ def small(bench: Bench, folder: Path) -> None:
         (folder / "seconds.json").write_text(json.dumps({"whole": seconds, "trials": len(result.trace.trials)}))
 
 
-def child(bench: Bench, folder: Path, processes: int = 1) -> subprocess.Popen:
+def child(bench: Bench, folder: Path, budget: str, processes: int = 1) -> subprocess.Popen:
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
     arguments = [*(launcher if processes > 1 else ()), __file__, str(bench.args.model), "--small", str(folder)]
-    arguments += ["--small-budget", bench.args.small_budget, "--threads", "1", "--method", bench.args.method]
+    arguments += ["--small-budget", budget, "--threads", "1", "--method", bench.args.method]
     if bench.args.tokens:
         arguments += ["--tokens", str(bench.args.tokens)]
     return subprocess.Popen([sys.executable, *arguments], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
@@ -174,17 +174,18 @@ def trials(folder: Path) -> list[dict]:
 
 def kills(bench: Bench) -> None:
     whole, killed = bench.args.output / "small-whole", bench.args.output / "small-killed"
-    assert child(bench, whole).wait() == 0
+    budget = bench.args.small_budget
+    assert child(bench, whole, budget).wait() == 0
     rng, lines = random.Random(0), len(trials(whole))
     moments = sorted(rng.sample(range(1, lines), 10))
     for moment in moments:
-        process = child(bench, killed)
+        process = child(bench, killed, budget)
         path = killed / "trace.jsonl"
         while process.poll() is None and (not path.exists() or path.read_text().count("\n") <= moment):
             time.sleep(0.01)
         process.send_signal(signal.SIGKILL)
         process.wait()
-    assert child(bench, killed).wait() == 0
+    assert child(bench, killed, budget).wait() == 0
     results = [(folder / "allocation.json").read_text() for folder in (whole, killed)]
     print(f"killed after {moments} of {lines} trials: same trials {trials(killed) == trials(whole)}, "
           f"same result {results[0] == results[1]}", flush=True)  # fmt: skip
@@ -193,7 +194,7 @@ def kills(bench: Bench) -> None:
 def processes(bench: Bench) -> None:
     folders = {count: bench.args.output / f"small-{count}" for count in (1, 2)}
     for count, folder in folders.items():
-        assert child(bench, folder, count).wait() == 0
+        assert child(bench, folder, bench.args.processes_budget, count).wait() == 0
     one, two = (json.loads((folder / "seconds.json").read_text()) for folder in folders.values())
     print(f"two processes: same trace {trials(folders[1]) == trials(folders[2])}, {one['whole']:.1f} s against "
           f"{two['whole']:.1f} s, {one['whole'] / two['whole']:.2f} times as fast", flush=True)  # fmt: skip
@@ -209,7 +210,8 @@ def main() -> None:
     parser.add_argument("--budget", default="2M tokens", help="of every search in the table (default: %(default)s)")
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--seed-budget", default="400k tokens", help="of every search of `seeds`")
-    parser.add_argument("--small-budget", default="150k tokens", help="of the searches of `kills` and `processes`")
+    parser.add_argument("--small-budget", default="150k tokens", help="of the searches of `kills`")
+    parser.add_argument("--processes-budget", default="600k tokens", help="of the searches of `processes`")
     parser.add_argument("--part", nargs="+", choices=MAIN_PARTS, default=MAIN_PARTS)
     parser.add_argument("--strategies", nargs="+", help="rows of the table that are searches (default: all)")
     parser.add_argument("--threads", type=int, help="of torch (default: its own)")

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from accelerate import PartialState
-from accelerate.utils import broadcast_object_list, gather_object
+from accelerate.utils import gather_object
 from torch import cuda
 
 from .objective import Objective
@@ -68,16 +68,17 @@ class Evaluator:
         return trials
 
     def _compute(self, jobs: Sequence[tuple]) -> list[tuple]:
-        """(loss, slopes, perplexity, seconds) of each job, in order, spread over the ranks."""
+        """(loss, slopes, perplexity, seconds) of each job, in order, their batches spread over the ranks."""
+        batches = [_batches(*job, self.objective.config.batch_size) for job in jobs]
+        tasks = [task for parts in batches for task in parts]
         if self.ranks.num_processes == 1:
-            return [self._one(*job) for job in jobs]
-        alike = [job for job in jobs if job[0] == "loss"]
-        with self.ranks.split_between_processes(list(range(len(alike)))) as mine:
-            done = dict(zip(alike, gather_object([self._one(*alike[index]) for index in mine])))
-        for job in jobs:
-            if job[0] != "loss":  # every rank walks the blocks, one tells the number
-                done[job] = broadcast_object_list([self._one(*job)])[0]
-        return [done[job] for job in jobs]
+            done = [self._one(*task) for task in tasks]
+        else:
+            with self.ranks.split_between_processes(tasks) as mine:
+                # who would have none does the last as well, for its own scores to be at the anchor; it counts once
+                done = gather_object([self._one(*task) for task in mine or tasks[-1:]])
+        answers = iter(done)
+        return [_joined(parts, [next(answers) for _ in parts]) for parts in batches]
 
     def _one(self, kind: str, counts: tuple[int, ...], start: int, stop: int) -> tuple:
         began = time.perf_counter()
@@ -105,3 +106,19 @@ class Evaluator:
 
 def _job(request: Request, counts: tuple[int, ...] | None) -> tuple:
     return (request.kind, counts, request.start, request.stop)
+
+
+def _batches(kind: str, counts: tuple[int, ...] | None, start: int, stop: int, size: int) -> list[tuple]:
+    """A job as jobs of one batch each, where it can be taken apart."""
+    if kind != "loss":
+        return [(kind, counts, start, stop)]
+    return [(kind, counts, first, min(first + size, stop)) for first in range(start, stop, size)]
+
+
+def _joined(parts: Sequence[tuple], answers: Sequence[tuple]) -> tuple:
+    """The answer to a job from those to its batches."""
+    if len(parts) == 1:
+        return answers[0]
+    windows = [stop - start for _, _, start, stop in parts]
+    loss = sum(count * answer[0] for count, answer in zip(windows, answers)) / sum(windows)
+    return (loss, None, None, sum(answer[3] for answer in answers))
