@@ -17,11 +17,12 @@ from ..evaluation import check_tokens
 from ..masks import Pattern, removal_order
 from ..metrics import METRICS
 from ..pruning import _pruning_reads, architecture_for, pruned
+from ..statistics import LayerStatistics
 from .masking import MaskedModel, quantise
 
 
 # Calibration tokens that scores at an anchor are taken from: enough to rank candidates, a quarter of the time of all.
-# The finalists' sequential prune reads all.
+# An update fits what it keeps to the tokens that it sees, and the finalists' sequential prune is final: they read all.
 ANCHOR_TOKENS = 8192
 
 
@@ -54,6 +55,8 @@ class Objective:
         self._device = torch.device("cpu") if hasattr(model, "hf_device_map") else model.device
         self._dense = self._dense_predictions(top)
         self._anchored = False
+        # at the anchor: weight -> how an update changes it from a little fewer removed to a little more, and how many
+        self._changes: dict[str, tuple[Tensor, int]] = {}
 
     @torch.no_grad()
     def _dense_predictions(self, top: int) -> list[tuple[Tensor, Tensor]]:
@@ -75,11 +78,16 @@ class Objective:
         self.anchor, self._anchored = counts, False
 
     @torch.no_grad()
-    def _ensure_anchor(self, tokens: int = ANCHOR_TOKENS) -> None:
-        if self._anchored:
-            return
+    def _ensure_anchor(self, tokens: int = ANCHOR_TOKENS, band: float = 0.0) -> None:
+        """Have the orders, values and, where an update is used, changes over `band` at the anchor."""
         config, metric = self.config, METRICS[self.config.recipe.metric]
+        updates = config.recipe.update != "none"
+        if self._anchored and (self._changes or not (updates and band and self.anchor)):
+            return
         reads = _pruning_reads(config)
+        if updates:
+            tokens = sys.maxsize
+        self._changes = {}
         batches = None if reads == "nothing" else _first(self.calibration.batches(config.batch_size), tokens)
         self.masked.orders, self.masked.values, self.masked.counts = {}, {}, self.anchor or {}
         with self.masked.active():
@@ -90,7 +98,9 @@ class Objective:
                     tensor, statistics = walked.tensor(weight), walked.statistics.get(weight.name)
                     count = self.masked.counts.get(weight.name, 0)
                     scores = metric(tensor, statistics)
-                    if count and config.recipe.update != "none":
+                    if count and updates:
+                        if band:
+                            self._changes[weight.name] = _change(tensor, statistics, config, count, band)
                         new = pruned(tensor, statistics, config, count).to(tensor.dtype)
                         gone = new == 0
                         self.masked.values[weight.name] = torch.where(gone, tensor, new)
@@ -110,22 +120,27 @@ class Objective:
                 total += self._divergence(part).sum().item()
         return total / (len(rows) * self.validation.shape[1])
 
-    def slopes(self, counts: Mapping[str, int], rows: range, width: float = 0.04) -> tuple[float, dict[str, float]]:
+    def slopes(self, counts: Mapping[str, int], rows: range, band: float = 0.04) -> tuple[float, dict[str, float]]:
         """The loss, and per matrix how fast it rises as one more weight is removed.
 
-        The loss's linearisation along the path of masks: −g · w averaged over the weights whose turn comes within
-        `width` of the matrix around the count, where g is the gradient at the sparse point, for kept and removed
-        weights alike. At the dense point it would vanish.
+        The loss's linearisation g · dW along the path of pruned matrices, from `band` of the matrix below the count to
+        `band` above it. Without an update, dW is −w of the weights whose turn comes there, kept and removed alike;
+        with one, the difference of the matrices pruned to both ends at the anchor. g is the gradient at the sparse
+        point: at the dense point it would vanish.
         """
-        self._ensure_anchor()
+        self._ensure_anchor(band=band)
         self.masked.counts = counts
         slopes = dict.fromkeys(self.sizes, 0.0)
         length = self.validation.shape[1]
 
         def receive(weight, gradient: Tensor) -> None:
-            band = self.masked.band(weight.name, counts[weight.name], max(int(width * weight.size), 1))
-            band = band.to(gradient.device)
-            moved = (gradient.float() * self.masked.value(weight.name).float()).masked_select(band)
+            if weight.name in self._changes:
+                change, number = self._changes[weight.name]
+                slopes[weight.name] += (gradient.float() * change.to(gradient.device)).sum().item() / number
+                return
+            near = self.masked.band(weight.name, counts[weight.name], max(int(band * weight.size), 1))
+            near = near.to(gradient.device)
+            moved = (gradient.float() * self.masked.value(weight.name).float()).masked_select(near)
             slopes[weight.name] -= moved.sum().item() / max(moved.numel(), 1)
 
         total = 0.0
@@ -179,6 +194,19 @@ class Objective:
             surprise += cross_entropy(logits[:, :-1].flatten(0, 1), following, reduction="sum").item()
         length = self.validation.shape[1]
         return loss / (len(rows) * length), math.exp(surprise / (len(rows) * (length - 1)))
+
+
+def _change(
+    tensor: Tensor, statistics: LayerStatistics | None, config: DSAConfig, count: int, band: float
+) -> tuple[Tensor, int]:
+    """What a matrix becomes with `band` of it more removed than `count`, less what it is with `band` less; how many.
+
+    In bfloat16: it is only ever summed over.
+    """
+    width = max(int(band * tensor.numel()), 1)
+    fewer, more = max(count - width, 0), min(count + width, tensor.numel())
+    change = pruned(tensor, statistics, config, more) - pruned(tensor, statistics, config, fewer)
+    return change.bfloat16(), more - fewer
 
 
 def _first(batches: Sequence[Mapping[str, Tensor]], tokens: int) -> list[Mapping[str, Tensor]]:

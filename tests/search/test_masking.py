@@ -128,7 +128,7 @@ def test_slopes_are_the_change_of_the_loss_along_the_masks(objective):
     """Against the loss itself, one matrix at a time moved by a few per cent."""
     counts = counts_of(objective, 0.6)
     before = state(objective.model)
-    loss, slopes = objective.slopes(counts, range(4), width=0.02)
+    loss, slopes = objective.slopes(counts, range(4), band=0.02)
     assert loss == pytest.approx(objective.loss(counts, range(4)), rel=1e-4)
     measured, predicted = [], []
     for name, size in objective.sizes.items():
@@ -142,3 +142,24 @@ def test_slopes_are_the_change_of_the_loss_along_the_masks(objective):
     assert correlation > 0.8
     assert same_state(objective.model, before)
     assert all(parameter.requires_grad and parameter.grad is None for parameter in objective.model.parameters())
+
+
+def test_slopes_follow_what_an_update_makes_of_the_kept_weights():
+    """Against the sequential prune itself, one matrix of the last block at a time, where the loss is nearly linear."""
+    calibration, validation = Calibration({"input_ids": tokens()}, "x"), tokens(16, 16, seed=5)
+    objective = Objective(tiny_llama(), calibration, validation, DSAConfig(0.6, "sparsegpt"))
+    counts = counts_of(objective, 0.6)
+    objective.move_anchor(counts)
+    loss, slopes = objective.slopes(counts, range(16), band=0.05)
+    assert loss == pytest.approx(objective.loss(counts, range(16)), rel=1e-4)
+    last = list(objective.architecture.units("block").values())[-1]
+    for weight in (weight for weight in last if "mlp" in weight.name):
+        width = int(0.05 * weight.size)
+        fewer, more = (
+            objective.sequential(counts | {weight.name: counts[weight.name] + way}, range(16))[0]
+            for way in (-width, width)
+        )
+        assert slopes[weight.name] == pytest.approx((more - fewer) / (2 * width), rel=0.25)
+    objective.move_anchor(counts)
+    objective.loss(counts, range(16))  # which needs no changes
+    assert objective.slopes(counts, range(16), band=0.05)[1] == slopes
