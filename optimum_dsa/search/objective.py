@@ -203,7 +203,9 @@ def _change(
 
     In bfloat16: it is only ever summed over.
     """
-    width = max(int(band * tensor.numel()), 1)
+    pattern = Pattern.parse(config.recipe.pattern)
+    step = tensor.numel() // pattern.width if pattern.kind in ("n:m", "mixed") else 1  # one more of every group
+    width = max(int(band * tensor.numel()), step)
     fewer, more = max(count - width, 0), min(count + width, tensor.numel())
     change = pruned(tensor, statistics, config, more) - pruned(tensor, statistics, config, fewer)
     return change.bfloat16(), more - fewer

@@ -25,6 +25,8 @@ STRATEGIES = Registry("search strategy")
 
 UNIFORM = Candidate()
 
+IDLE = 200  # trials in a row that found nothing new, after which a strategy only repeats itself
+
 
 @dataclass
 class Budget:
@@ -36,8 +38,10 @@ class Budget:
     spent_tokens: int = 0
     spent_evaluations: int = 0
     spent_seconds: float = 0.0
+    idle: int = 0
 
     def add(self, trial: Trial) -> None:
+        self.idle = 0 if trial.tokens else self.idle + 1
         self.spent_tokens += trial.tokens
         self.spent_evaluations += trial.tokens > 0
         self.spent_seconds += trial.seconds
@@ -94,6 +98,7 @@ class Problem:
     notes: list[str] = field(default_factory=list)
 
     def __post_init__(self):
+        self.budget.idle = 0  # a stage of its own
         if not self.rungs:
             # 2k and 8k tokens, within what there is
             windows = [max(tokens // self.length, 1) for tokens in (2048, 8192)]
@@ -101,7 +106,8 @@ class Problem:
 
     @property
     def over(self) -> bool:
-        return self.budget.share >= self.until
+        """Whether the budget is spent, or nothing new has been asked for so long that nothing new will be."""
+        return self.budget.share >= self.until or self.budget.idle >= IDLE
 
     def with_share(self, share: float, **changes) -> Problem:
         """The same problem with the budget up to `share` of the whole."""

@@ -31,7 +31,9 @@ def level_switch(problem: Problem, offspring: int = 16, quantum: float = 0.05, a
     while not problem.over:
         generation += 1
         children = [counts]
-        while len(children) <= offspring:
+        for _ in range(10 * offspring):  # there may be nothing that can be moved
+            if len(children) > offspring:
+                break
             switches = min(problem.rng.randint(1, 3), problem.rng.randint(1, 3))
             child = _switched(list(counts), sizes, step * problem.rng.choice((1, 2, 4)), switches, problem)
             if child not in children:

@@ -250,3 +250,14 @@ def test_a_trial_survives_json():
     trial = Trial(3, request, 0.5, (0.1, 0.2), 64, 0.25, (3, 4))
     assert Trial.from_json(trial.to_json()) == trial
     assert torch.isfinite(torch.tensor(trial.loss))
+
+
+@pytest.mark.parametrize("strategy", ["evolution", "random", "level_switch", "auto"])
+def test_a_search_with_nothing_left_to_try_ends(strategy):
+    """At 0 % every candidate is the same."""
+    calibration = Calibration({"input_ids": tokens()}, "x")
+    result = search(
+        tiny_llama(), calibration, tokens(8, 16, seed=5), DSAConfig(0.0), strategy=strategy, budget="1M tokens"
+    )
+    assert result.budget.share < 1
+    assert result.finalists[0].loss == pytest.approx(0, abs=1e-3)
