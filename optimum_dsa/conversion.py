@@ -14,6 +14,7 @@ import torch
 from .bitmask import Header, can_pack, pack, unpack
 from .configuration import CONFIG_NAME
 from .files import new_directory, read_json, write_text
+from .installation import how_to_install
 from .shards import FORMS, Shards, ShardWriter, find_shards, index_name, open_shard, packed_headers
 
 
@@ -22,8 +23,8 @@ MARK = "transformers_weights"  # the key of `config.json` where transformers loo
 COMPRESSION_VERSION = 1
 # What transformers says instead of loading, where this package was not imported: it takes this for the name of a file.
 HOW_TO_LOAD = (
-    "<these weights are compressed by optimum-dsa: install it with `pip install optimum-dsa` and `import optimum_dsa` "
-    "before loading, or ask for a dense copy made with `optimum-cli dsa convert`>"
+    f"<these weights are compressed by optimum-dsa: install it ({how_to_install()}) and `import optimum_dsa` before "
+    "loading, or ask for a dense copy made with `optimum-cli dsa convert`>"
 )
 _WEIGHTS = (".safetensors", ".safetensors.index.json", ".bin", ".bin.index.json", ".pt", ".pth", ".h5", ".msgpack")
 
