@@ -12,8 +12,8 @@ from optimum_dsa.installation import how_to_install, how_to_upgrade, install_lin
 
 
 ROOT = Path(__file__).resolve().parents[1]
-# This package asked of an index by its name: "pip install optimum-dsa", 'pip install -U "optimum_dsa[plots]==0.1"', and
-# "install optimum-dsa[peft]"; not a wheel's file name, nor prose that goes on: "install optimum-dsa from a wheel".
+# This package asked of an index by its name: "pip install optimum-dsa", 'pip install -U "optimum_dsa[plots]==0.1"',
+# and "install optimum-dsa[peft]"; not a wheel's file name, nor prose that goes on: "install optimum-dsa from a wheel".
 FROM_AN_INDEX = re.compile(
     r"""pip3?\s+install\s+(?:[^\s`]+\s+)*?['"]?optimum[-_]dsa(?![\w./-]*(?:whl|/))|install\s+['"]?optimum[-_]dsa\["""
 )

@@ -59,8 +59,7 @@ strategy    named         uniform and every named allocator
         from dataclasses import replace
         from pathlib import Path
 
-        from accelerate import PartialState
-
+        from ..devices import process_state
         from ..pruner import DSAPruner
         from ..search.problem import parse_budget
         from ..search.result import robustness_table
@@ -86,9 +85,9 @@ strategy    named         uniform and every named allocator
                     args.report_to,
                 )
             )
-            if PartialState().is_main_process:
+            if process_state().is_main_process:
                 print(results[-1])
-        if not PartialState().is_main_process:
+        if not process_state().is_main_process:
             return
         if args.seeds > 1:
             print(f"\n{robustness_table(results)}")
