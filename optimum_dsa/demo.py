@@ -30,7 +30,7 @@ def demo_model() -> Path:
 
 def demo_texts(part: str) -> list[str]:
     """The standard library's modules that training held out for "calibration", "validation" or "test"."""
-    held_out = json.loads((demo_model() / "training.json").read_text())["held_out"][part]
+    held_out = json.loads((demo_model() / "training.json").read_text(encoding="utf-8"))["held_out"][part]
     library = Path(os.__file__).parent
     return [(library / name).read_text(encoding="utf-8") for name in held_out if (library / name).is_file()]
 

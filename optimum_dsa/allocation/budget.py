@@ -63,7 +63,7 @@ class Allocation:
 
     def save(self, path: str | Path) -> None:
         """Write a JSON file that `load`, and `allocation` of a config, read."""
-        Path(path).write_text(json.dumps(self.to_dict(), indent=2) + "\n")
+        Path(path).write_text(json.dumps(self.to_dict(), indent=2) + "\n", encoding="utf-8")
 
     @classmethod
     def load(cls, path: str | Path) -> Allocation:
