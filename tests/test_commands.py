@@ -1,12 +1,16 @@
+import io
 import json
 import os
 import subprocess
 import sys
+from argparse import ArgumentParser
 
 import pytest
+from optimum.commands.base import CommandInfo
 from optimum.commands.optimum_cli import main
 
 from optimum_dsa import ALLOCATIONS, METHODS, UPDATES
+from optimum_dsa.commands.base import LeafCommand
 from optimum_dsa.demo import demo_model, demo_texts
 
 from .common import tiny_llama
@@ -120,6 +124,19 @@ def test_bad_usage_is_one_clear_line_and_exit_code_2(monkeypatch, capsys, tmp_pa
     assert code == 2 and output == "" and len(lines) == 1
     assert message in lines[0]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["empty.txt", "other"]
+
+
+def test_a_terminal_that_cannot_show_a_sign_shows_another(monkeypatch):
+    class Command(LeafCommand):
+        COMMAND = CommandInfo("draw", "")
+
+        def execute(self):
+            print("50 % ██ done")
+
+    written = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, encoding="ascii", write_through=True))
+    Command(ArgumentParser().add_subparsers()).run()
+    assert written.getvalue().split() == [b"50", b"%", b"??", b"done"]
 
 
 def test_a_model_without_a_tokenizer_cannot_be_evaluated_on_text(monkeypatch, capsys, tmp_path, text):

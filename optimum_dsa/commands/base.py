@@ -29,6 +29,8 @@ class LeafCommand(BaseOptimumCLICommand):
     def run(self) -> None:
         from ..registry import UnknownNameError
 
+        if hasattr(sys.stdout, "reconfigure"):
+            sys.stdout.reconfigure(errors="replace")  # a terminal without our bars and signs shows ? and goes on
         try:
             self.execute()
         except (ValueError, OSError, UnknownNameError) as error:
