@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from . import __version__
 from .allocation.layout import grid
+from .common.output import OutputFolder
 from .files import write_text
 from .outcome import Outcome, read_all
 from .plots import (
@@ -53,14 +54,16 @@ def write_report(folder: str | Path, compare: Sequence[str | Path] = (), output:
         ImportError: matplotlib is not installed.
     """
     outcomes = read_all([folder, *compare])
-    target = Path(folder if output is None else output)
-    if target.exists() and not target.is_dir():
-        raise NotADirectoryError(f"{target} is a file; --output is a folder for report.html and its pictures.")
     drawn = figures(outcomes)
-    target.mkdir(parents=True, exist_ok=True)
-    for name, (figure, _, _) in drawn.items():
-        figure.savefig(target / f"{name}.png", dpi=200)
-    write_text(target / "report.html", page(outcomes, drawn))
+
+    def fill(place: Path) -> None:
+        for name, (figure, _, _) in drawn.items():
+            figure.savefig(place / f"{name}.png", dpi=200)
+        write_text(place / "report.html", page(outcomes, drawn))
+
+    names = ["report.html", *(f"{name}.png" for name in drawn)]
+    with OutputFolder(folder if output is None else output, names) as target:
+        target.write(fill, rescue=False)
     return terminal(outcomes)
 
 

@@ -11,6 +11,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
+from .common.manifest import MANIFEST
 from .configuration import CONFIG_NAME
 from .description import checksum, is_unchanged
 from .files import read_json
@@ -83,7 +84,7 @@ def collect(folder: str | Path) -> Upload:
     left_out = []
     for file in sorted(path.rglob("*")):
         name = file.relative_to(path).as_posix()
-        if file.is_dir() or name == CONFIG_NAME:
+        if file.is_dir() or name in (CONFIG_NAME, MANIFEST):
             continue
         if any(fnmatch(name, pattern) and name.count("/") == pattern.count("/") for pattern in ALLOWED):
             files[name] = file

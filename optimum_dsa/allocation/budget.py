@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..files import read_json
+from ..files import read_json, write_text
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ class Allocation:
 
     def save(self, path: str | Path) -> None:
         """Write a JSON file that `load`, and `allocation` of a config, read."""
-        Path(path).write_text(json.dumps(self.to_dict(), indent=2) + "\n")
+        write_text(Path(path), json.dumps(self.to_dict(), indent=2) + "\n")
 
     @classmethod
     def load(cls, path: str | Path) -> Allocation:

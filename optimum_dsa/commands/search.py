@@ -56,14 +56,17 @@ strategy    named         uniform and every named allocator
         add_loading_options(parser)
 
     def execute(self) -> None:
+        import os
+        from contextlib import ExitStack
         from dataclasses import replace
         from pathlib import Path
 
         from accelerate import PartialState
 
+        from ..common.output import OutputFolder
         from ..pruner import DSAPruner
         from ..search.problem import parse_budget
-        from ..search.result import robustness_table
+        from ..search.result import RESULT_FILES, robustness_table
         from ..search.strategies import STRATEGIES
 
         args, config = self.args, asked_config(self.args)
@@ -71,28 +74,35 @@ strategy    named         uniform and every named allocator
         STRATEGIES[args.strategy]
         if args.seeds < 1:
             raise ValueError(f"--seeds is a number of searches, at least 1, got {args.seeds}.")
+        if int(os.environ.get("RANK", 0)) == 0:
+            with OutputFolder(args.output, RESULT_FILES):
+                pass  # found before the model is loaded: what cannot or must not be written
         pruner = DSAPruner.from_pretrained(args.model, **loading_options(args))
-        output, results = Path(args.output), []
-        for seed in range(config.seed, config.seed + args.seeds):
-            results.append(
-                pruner.search(
-                    args.dataset,
-                    replace(config, seed=seed),
-                    args.strategy,
-                    args.budget,
-                    args.validation,
-                    output / f"seed-{seed}" if args.seeds > 1 else output,
-                    args.resume,
-                    args.report_to,
+        output, several = Path(args.output), args.seeds > 1
+        with ExitStack() as stack:
+            if several and PartialState().is_main_process:
+                whole = stack.enter_context(OutputFolder(output, RESULT_FILES))
+            results = []
+            for seed in range(config.seed, config.seed + args.seeds):
+                results.append(
+                    pruner.search(
+                        args.dataset,
+                        replace(config, seed=seed),
+                        args.strategy,
+                        args.budget,
+                        args.validation,
+                        output / f"seed-{seed}" if several else output,
+                        args.resume,
+                        args.report_to,
+                    )
                 )
-            )
-            if PartialState().is_main_process:
-                print(results[-1])
-        if not PartialState().is_main_process:
-            return
-        if args.seeds > 1:
-            print(f"\n{robustness_table(results)}")
-            min(results, key=lambda result: result.finalists[0].loss).save(output)
+                if PartialState().is_main_process:
+                    print(results[-1])
+            if not PartialState().is_main_process:
+                return
+            if several:
+                print(f"\n{robustness_table(results)}")
+                min(results, key=lambda result: result.finalists[0].loss).save(whole)
         print(
             f"saved to {output}; next: optimum-cli dsa prune {args.model} -o OUT -s {args.sparsity} "
             f"--allocation {output}"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +14,14 @@ from huggingface_hub.utils import tqdm
 from torch import Tensor, cuda, nn
 
 from ..allocation import ALLOCATIONS, Allocation
+from ..common.output import OutputFolder
 from ..configuration import DSAConfig
 from ..data import Calibration
 from .evaluator import Evaluator
 from .objective import Objective
 from .problem import UNIFORM, Budget, Problem, parse_budget
 from .resolve import Resolver
-from .result import Finalist, SearchResult
+from .result import RESULT_FILES, Finalist, SearchResult
 from .space import Candidate, SearchSpace
 from .strategies import STRATEGIES
 from .trace import Request, SearchTrace, Trial
@@ -72,10 +73,14 @@ def search(
         named = ALLOCATIONS if STRATEGIES.fact(strategy, "named", True) else ()
     named = tuple(name for name in named if name != "uniform")
     main = PartialState(cpu=not cuda.is_available()).is_main_process
-    path = Path(folder) / "trace.jsonl" if folder is not None else None
-    logger = _Logger(report_to, folder, settings)
-    trace = SearchTrace.open(path if main else None, settings, resume)
-    try:
+    with ExitStack() as stack:
+        output = None
+        if folder is not None and main:
+            output = stack.enter_context(OutputFolder(folder, RESULT_FILES))
+        logger = _Logger(report_to, folder, settings)
+        stack.callback(logger.close)
+        trace = SearchTrace.open(output and output.path / "trace.jsonl", settings, resume)
+        stack.callback(trace.close)
         objective = Objective(model, calibration, validation, config)
         resolver = Resolver(model, objective.architecture, calibration, config, named)
         evaluator = Evaluator(objective, resolver)
@@ -85,12 +90,9 @@ def search(
         ranking = conductor.conduct(run(problem))
         table = _table(conductor, problem, _finalists(ranking, resolver, finalists))
         result = SearchResult(config, table, trace, budget, tuple(problem.notes), _baselines(resolver))
-        if folder is not None and main:
-            result.save(folder)
+        if output is not None:
+            result.save(output)
         return result
-    finally:
-        trace.close()
-        logger.close()
 
 
 def _problem(
