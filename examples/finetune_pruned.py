@@ -12,7 +12,7 @@ import argparse
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments, default_data_collator
 
-from optimum_dsa import DSACallback, DSAConfig, PruningSchedule, load_tokens
+from optimum_dsa import DSACallback, DSAConfig, PruningSchedule, load_tokens, use_cpu
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -52,7 +52,7 @@ def main() -> None:
         lr_scheduler_type="cosine",
         logging_steps=max(args.steps // 20, 1),
         save_strategy="no",
-        use_cpu=not torch.cuda.is_available(),
+        use_cpu=use_cpu(),
     )
     rows = [{"input_ids": row, "labels": row} for row in tokens]
     # windows of equal length: nothing to pad

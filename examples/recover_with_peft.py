@@ -12,7 +12,7 @@ import torch
 from peft import get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments
 
-from optimum_dsa import Allocation, SparseLoraConfig, load_tokens
+from optimum_dsa import Allocation, SparseLoraConfig, load_tokens, use_cpu
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -54,7 +54,7 @@ def main() -> None:
         lr_scheduler_type="cosine",
         logging_steps=max(args.steps // 20, 1),
         save_strategy="no",
-        use_cpu=not torch.cuda.is_available(),
+        use_cpu=use_cpu(),
     )
     rows = [{"input_ids": row, "labels": row} for row in tokens]
     Trainer(model, training, train_dataset=rows).train()

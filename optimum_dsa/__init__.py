@@ -50,6 +50,7 @@ _PUBLIC = {
     "perplexity_with_error": "evaluation",
     "prune": "pruning",
     "split_windows": "data",
+    "use_cpu": "devices",
     "verify": "verification",
     "walk_blocks": "calibration",
 }

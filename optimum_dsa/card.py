@@ -11,6 +11,7 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from .configuration import DSAConfig
+from .installation import how_to_install
 from .outcome import Outcome
 from .provenance import command, dataset_id, last_part, names_data, papers, without_places
 from .tables import Table, block_table, compared, describe_text, limits, percent, text_of
@@ -81,6 +82,7 @@ def model_card(
         allocation=facts["allocation"]["name"],
         pattern=recipe.pattern,
         compressed=outcome.compressed,
+        install=how_to_install(),
         loader=loader,
         tokenizer=tokenizer,
         plots=plots,

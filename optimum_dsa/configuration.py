@@ -11,6 +11,7 @@ from typing import Any
 
 from .allocation import ALLOCATIONS, Allocation, AllocationFunction, Allocator
 from .files import read_json, write_text
+from .installation import how_to_upgrade
 from .masks import Pattern
 from .methods import METHODS, Method
 from .metrics import METRICS
@@ -215,7 +216,7 @@ class DSAConfig:
         if not _whole(version) or not 1 <= version <= FORMAT_VERSION:
             raise ValueError(
                 f"{path} has version {version!r} of the format, and this optimum-dsa knows up to {FORMAT_VERSION}; "
-                "upgrade it with `pip install --upgrade optimum-dsa`."
+                f"upgrade it with {how_to_upgrade()}."
             )
         given = data.get("config") or {name: value for name, value in data.items() if name != "format_version"}
         return cls.from_dict(given)

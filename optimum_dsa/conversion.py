@@ -15,6 +15,7 @@ from .bitmask import Header, can_pack, pack, unpack
 from .common.manifest import MANIFEST, files_in
 from .common.output import OutputFolder
 from .files import read_json, write_text
+from .installation import how_to_install
 from .shards import FORMS, Shards, ShardWriter, find_shards, index_name, open_shard, packed_headers
 
 
@@ -23,8 +24,8 @@ MARK = "transformers_weights"  # the key of `config.json` where transformers loo
 COMPRESSION_VERSION = 1
 # What transformers says instead of loading, where this package was not imported: it takes this for the name of a file.
 HOW_TO_LOAD = (
-    "<these weights are compressed by optimum-dsa: install it with `pip install optimum-dsa` and `import optimum_dsa` "
-    "before loading, or ask for a dense copy made with `optimum-cli dsa convert`>"
+    f"<these weights are compressed by optimum-dsa: install it ({how_to_install()}) and `import optimum_dsa` before "
+    "loading, or ask for a dense copy made with `optimum-cli dsa convert`>"
 )
 # Weights in other formats, which would be another copy of the same ones: they stay where they are.
 OTHER_WEIGHTS = ("pytorch_model*.bin*", "tf_model*.h5", "flax_model*.msgpack*", "*.gguf", "*.onnx*", "*.pt", "*.pth")

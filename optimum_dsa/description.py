@@ -14,6 +14,7 @@ from typing import Any
 from .allocation import ALLOCATIONS, AllocationFunction
 from .configuration import CONFIG_NAME, FORMAT_VERSION
 from .files import read_json, write_text
+from .installation import how_to_upgrade
 from .report import PruningReport
 from .schema import violations
 
@@ -75,7 +76,7 @@ def read_description(path: str | Path) -> dict[str, Any] | None:
     if version > FORMAT_VERSION:
         raise DescriptionError(
             f"{path} has version {version} of the format, and this optimum-dsa knows up to {FORMAT_VERSION}; upgrade "
-            "it with `pip install --upgrade optimum-dsa`."
+            f"it with {how_to_upgrade()}."
         )
     for number in range(version, FORMAT_VERSION):
         data = MIGRATIONS[number](data)

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from .allocation.layout import place, short_names
+from .installation import how_to_install
 
 
 if TYPE_CHECKING:
@@ -25,7 +26,7 @@ def require_matplotlib() -> None:
     try:
         import matplotlib  # noqa: F401
     except ImportError:
-        raise ImportError("Plots need matplotlib: pip install 'optimum-dsa[plots]'.") from None
+        raise ImportError(f"Plots need matplotlib: {how_to_install('plots')}.") from None
 
 
 def new_figure(width: float, height: float, title: str | None, panels: int = 1) -> tuple[Figure, Axes]:

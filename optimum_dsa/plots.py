@@ -1,6 +1,6 @@
 """Pictures of allocations, searches and results: functions that return matplotlib figures.
 
-They need matplotlib (`pip install 'optimum-dsa[plots]'`), touch none of its global state and open no window: call
+They need matplotlib (the extra `plots`), touch none of its global state and open no window: call
 `savefig` on what comes back. Colours are Okabe and Ito's, told apart by every kind of colour vision; lines differ by
 marker and dash as well.
 """

@@ -18,6 +18,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from .conversion import COMPRESSION_VERSION, MARK, QUANT_METHOD
 from .files import read_json
+from .installation import how_to_upgrade
 from .shards import COMPRESSED, check_index, check_size, count_weights, index_name, packed_headers
 
 
@@ -28,7 +29,7 @@ class DSAQuantizationConfig(QuantizationConfigMixin):
         if format_version != COMPRESSION_VERSION:
             raise ValueError(
                 f"The weights are compressed in version {format_version!r} of the format, and this optimum-dsa knows "
-                f"version {COMPRESSION_VERSION}; upgrade it with `pip install --upgrade optimum-dsa`."
+                f"version {COMPRESSION_VERSION}; upgrade it with {how_to_upgrade()}."
             )
         self.quant_method = QUANT_METHOD
         self.format_version = format_version

@@ -11,6 +11,7 @@ from typing import Any
 from torch import nn
 
 from .data import default_length
+from .installation import how_to_install
 from .registry import UnknownNameError, near
 
 
@@ -49,7 +50,7 @@ def evaluate_tasks(
         from lm_eval.models.huggingface import HFLM
         from lm_eval.tasks import TaskManager
     except ImportError as error:
-        raise ValueError(f"Tasks are measured by lm-eval; install optimum-dsa[eval] ({error}).") from None
+        raise ValueError(f"Tasks are measured by lm-eval: {how_to_install('eval')} ({error}).") from None
     if tokenizer is None:
         raise ValueError("Tasks are texts: they need the model's tokenizer.")
     names, folders = task_names(tasks)

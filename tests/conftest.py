@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from . import surroundings  # noqa: F401 - before all that reads the environment when it is imported
+
+
+# isort: split
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass

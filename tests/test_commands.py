@@ -115,7 +115,7 @@ def test_bad_usage_is_one_clear_line_and_exit_code_2(monkeypatch, capsys, tmp_pa
         "model": demo_model(), "text": text, "new": tmp_path / "new", "other": tmp_path / "other",
         "missing": tmp_path / "missing", "empty": tmp_path / "empty.txt",
     }  # fmt: skip
-    code, output, errors = run(monkeypatch, capsys, *arguments.format(**places).split())
+    code, output, errors = run(monkeypatch, capsys, *[part.format(**places) for part in arguments.split()])
     lines = [line for line in errors.splitlines() if "error:" in line]
     assert code == 2 and output == "" and len(lines) == 1
     assert message in lines[0]

@@ -145,7 +145,7 @@ def test_what_is_no_description_is_refused(tmp_path, content):
 @pytest.mark.parametrize("version", [FORMAT_VERSION + 1, 0, "2", True])
 def test_versions_that_are_not_known_are_refused(tmp_path, version):
     write_description(tmp_path, {**describe(report(), BASE), "format_version": version})
-    with pytest.raises(DescriptionError, match="format_version is|pip install --upgrade"):
+    with pytest.raises(DescriptionError, match="format_version is|pip install .` in a newer"):
         read_description(tmp_path)
     with pytest.raises(ValueError, match="version"):
         DSAConfig.from_pretrained(tmp_path)

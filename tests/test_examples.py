@@ -36,17 +36,29 @@ def run(monkeypatch, script, *arguments):
     runpy.run_path(str(EXAMPLES / script), run_name="__main__")
 
 
-def torchrun(script, *arguments, processes=2):
-    """Run a script as `torchrun` does, in processes of their own."""
+# Runs a script with torch as on a machine with one GPU, where nothing is computed on it.
+ONE_GPU = """
+import runpy, sys
+import torch
+torch.cuda.is_available, torch.cuda.device_count = lambda: True, lambda: 1
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def torchrun(wrapper, script, *arguments, processes=2):
+    """Run a script as `torchrun` does, in processes of their own that see one GPU; what it writes to stderr."""
+    wrapper.write_text(ONE_GPU)
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         port = taken.getsockname()[1]
     launcher = ["-m", "torch.distributed.run", f"--nproc_per_node={processes}", "--master_addr=127.0.0.1"]
-    command = [sys.executable, *launcher, f"--master_port={port}", EXAMPLES / script, *arguments]
+    command = [sys.executable, *launcher, f"--master_port={port}", wrapper, EXAMPLES / script, *arguments]
     settings = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
     settings["PYTHONPATH"] = os.pathsep.join([str(EXAMPLES.parent), os.environ.get("PYTHONPATH", "")])
     done = subprocess.run(list(map(str, command)), capture_output=True, text=True, env=settings)
     assert done.returncode == 0, done.stderr[-3000:]
+    return done.stderr
 
 
 def weights(folder):
@@ -66,9 +78,10 @@ def check_zeros(folder, other):
 SMALL = ("--steps", 3, "--batch-size", 2, "--length", 32)
 
 
-def test_two_processes_prune_to_the_budget_and_keep_every_zero(place):
+def test_two_processes_with_one_gpu_prune_to_the_budget_on_the_cpu_and_keep_every_zero(place):
     arguments = ("-o", place / "two", "--text", place / "train.txt", *SMALL, "--sparsity", 0.7, "--samples", 8)
-    torchrun("finetune_pruned.py", place / "pruned", *arguments)
+    said = torchrun(place / "one_gpu.py", "finetune_pruned.py", place / "pruned", *arguments)
+    assert said.count("2 processes and 1 GPU on this machine") == 1
     found, before = weights(place / "two"), weights(place / "pruned")
     assert all((found[name][value == 0] == 0).all() for name, value in before.items())
     zeros = sum(int((value == 0).sum()) for value in found.values())  # after the last pruning came another step

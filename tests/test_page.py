@@ -8,6 +8,7 @@ import pytest
 from optimum_dsa import Allocation, DSAConfig, DSAPruner, RecoveryConfig
 from optimum_dsa.common.manifest import MANIFEST
 from optimum_dsa.data import Calibration
+from optimum_dsa.installation import how_to_install
 from optimum_dsa.outcome import Outcome, read_all
 from optimum_dsa.page import _lists, figures, page, write_report
 from optimum_dsa.search.run import search
@@ -326,4 +327,4 @@ def test_the_command_refuses_in_one_line(monkeypatch, capsys, folders, tmp_path)
         assert code == 2 and output == "" and message in errors
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     code, _, errors = run(monkeypatch, capsys, "report", str(folders / "found"), "-o", str(tmp_path / "new"))
-    assert code == 2 and "pip install 'optimum-dsa[plots]'" in errors and not (tmp_path / "new").exists()
+    assert code == 2 and how_to_install("plots") in errors and not (tmp_path / "new").exists()

@@ -1,11 +1,13 @@
 import io
 import logging
+import re
 import sys
 
 import pytest
 from matplotlib.colors import to_hex
 
 from optimum_dsa import Allocation, Calibration, DSAConfig, SearchTrace
+from optimum_dsa.installation import how_to_install
 from optimum_dsa.plots import (
     Measured,
     allocation_chart,
@@ -171,5 +173,5 @@ def test_without_matplotlib_a_search_has_no_pictures_and_a_plot_says_what_to_ins
         run(tmp_path)
     assert {path.name for path in tmp_path.iterdir()} == {"allocation.json", "search.json", "trace.jsonl"}
     assert "No pictures beside the search" in caplog.text
-    with pytest.raises(ImportError, match=r"pip install 'optimum-dsa\[plots\]'"):
+    with pytest.raises(ImportError, match=re.escape(how_to_install("plots"))):
         heat_map(MATRICES)

@@ -12,7 +12,8 @@ import transformers
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
 from optimum_dsa import DSAConfig, DSAPruner, prune
-from optimum_dsa.conversion import convert
+from optimum_dsa.conversion import MARK, convert
+from optimum_dsa.installation import how_to_install
 from optimum_dsa.shards import find_shards, packed_headers
 
 from .common import same_state, state, tiny_llama, tokens
@@ -71,7 +72,24 @@ def test_without_the_import_the_error_says_what_to_install(compressed):
     code = "import sys, transformers; transformers.AutoModelForCausalLM.from_pretrained(sys.argv[1])"
     done = python(code, compressed[1])
     assert done.returncode == 1 and "optimum_dsa" not in done.stdout
-    assert "pip install optimum-dsa" in done.stderr.strip().splitlines()[-1]
+    assert how_to_install() in done.stderr.strip().splitlines()[-1]
+
+
+EARLIER = (
+    "<these weights are compressed by optimum-dsa: install it with `pip install optimum-dsa` and `import optimum_dsa` "
+    "before loading, or ask for a dense copy made with `optimum-cli dsa convert`>"
+)
+
+
+@pytest.mark.parametrize("mark", [EARLIER, None])
+def test_what_is_written_for_those_without_the_package_does_not_matter_to_those_with_it(compressed, tmp_path, mark):
+    """Version 0.1.0 wrote another text into `config.json`, and somebody may take it out."""
+    convert(compressed[2], tmp_path / "out", "compressed")
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert how_to_install() in config.pop(MARK)
+    (tmp_path / "out" / "config.json").write_text(json.dumps(config | ({MARK: mark} if mark else {})))
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert same_state(loaded, state(compressed[0]))
 
 
 def test_packed_tensors_under_a_plain_name_are_refused_too(compressed, tmp_path):
@@ -104,9 +122,13 @@ def test_dtype(compressed, dtype):
     ids=["cpu", "auto", "disk", "mixed"],
 )  # fmt: skip
 def test_device_maps(compressed, device_map, tmp_path):
-    loaded = AutoModelForCausalLM.from_pretrained(compressed[1], device_map=device_map, offload_folder=str(tmp_path))
-    plain = AutoModelForCausalLM.from_pretrained(compressed[2])
+    loaded, plain = (
+        AutoModelForCausalLM.from_pretrained(folder, device_map=device_map, offload_folder=str(tmp_path / str(number)))
+        for number, folder in enumerate(compressed[1:])
+    )
     inputs = tokens(2)
+    if loaded.device.type != "meta":  # where all weights are offloaded, accelerate moves the inputs
+        inputs = inputs.to(loaded.device)
     with torch.no_grad():
         assert torch.equal(loaded(inputs).logits, plain(inputs).logits)
 
@@ -204,5 +226,5 @@ def test_a_newer_format_says_to_upgrade(compressed, tmp_path):
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     config["quantization_config"]["format_version"] = 99
     (tmp_path / "out" / "config.json").write_text(json.dumps(config))
-    with pytest.raises(ValueError, match="version 99 of the format.*pip install --upgrade"):
+    with pytest.raises(ValueError, match="version 99 of the format.*pip install .` in a newer"):
         AutoModelForCausalLM.from_pretrained(tmp_path / "out")

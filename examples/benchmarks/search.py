@@ -33,6 +33,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from optimum_dsa import DSAConfig, SearchSpace, load_calibration, load_tokens, perplexity, prune
 from optimum_dsa.demo import demo_model, demo_texts
+from optimum_dsa.devices import own_device
 from optimum_dsa.pruning import architecture_for
 from optimum_dsa.search.enumeration import enumerate_space
 from optimum_dsa.search.objective import Objective
@@ -52,7 +53,7 @@ class Bench:
 
     def __init__(self, args: argparse.Namespace):
         self.args = args
-        self.device = "cuda" if torch.cuda.is_available() else "cpu"
+        self.device = own_device()
         self.config = DSAConfig(args.sparsity, args.method, batch_size=16)
         self.texts = self._texts()
         self.model = self.load()

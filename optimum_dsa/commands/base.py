@@ -43,7 +43,9 @@ class LeafCommand(BaseOptimumCLICommand):
 def add_loading_options(parser: ArgumentParser) -> None:
     """Options that say how a model is loaded."""
     group = parser.add_argument_group("loading the model")
-    group.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, ...; auto takes a GPU if there is one")
+    group.add_argument(
+        "--device", default="auto", help="cpu, cuda, cuda:1, ...; auto takes a GPU if there is one for every process"
+    )
     group.add_argument(
         "--dtype", default="auto", help="float32, bfloat16, float16; auto keeps the checkpoint's own (default)"
     )
@@ -60,6 +62,8 @@ def loading_options(args) -> dict:
     """The `from_pretrained` arguments that `add_loading_options` asked for."""
     import torch
 
+    from ..devices import own_device
+
     options: dict = {"dtype": args.dtype}
     if args.dtype != "auto" and not isinstance(getattr(torch, args.dtype, None), torch.dtype):
         raise ValueError(f"Unknown dtype {args.dtype!r}: expected auto, float32, bfloat16 or float16.")
@@ -67,9 +71,7 @@ def loading_options(args) -> dict:
         options["device_map"] = {"": args.device_map} if args.device_map in ("cpu", "disk") else args.device_map
         options["offload_folder"] = args.offload_folder
     else:
-        device = args.device
-        if device == "auto":
-            device = "cuda" if torch.cuda.is_available() else "cpu"
+        device = own_device() if args.device == "auto" else args.device
         try:
             torch.empty(0, device=device)
         except (RuntimeError, AssertionError) as error:

@@ -31,7 +31,7 @@ boolq,rte,hellaswag,winogrande,arc_easy,arc_challenge,openbookqa.
         text.add_argument("--sequence-length", type=int, help="tokens per window (default: the model's, max 2048)")
         text.add_argument("--num-samples", type=int, help="use this many windows, drawn by --seed (default: all)")
         text.add_argument("--seed", type=int, default=0)
-        tasks = parser.add_argument_group("tasks (needs optimum-dsa[eval])")
+        tasks = parser.add_argument_group("tasks (needs lm-eval, which the extra `eval` brings)")
         tasks.add_argument("--tasks", help="names of lm-eval's tasks, or YAML files, with commas between them")
         tasks.add_argument("--include-path", help="folder of further YAML files of tasks")
         tasks.add_argument("--num-fewshot", type=int, help="examples before each question (default: the task's)")

@@ -13,7 +13,7 @@ Show a pruned model, or a search: a table here, and report.html with its picture
 that needs no network.
 
 A perplexity is in it where `optimum-cli dsa evaluate DIR --dataset FILE --json > DIR/evaluation.json` was run.
-Needs matplotlib: pip install 'optimum-dsa[plots]'.
+Needs matplotlib, which the extra `plots` brings.
 """
     EXAMPLES = """\
   optimum-cli dsa report out

@@ -56,14 +56,12 @@ strategy    named         uniform and every named allocator
         add_loading_options(parser)
 
     def execute(self) -> None:
-        import os
         from contextlib import ExitStack
         from dataclasses import replace
         from pathlib import Path
 
-        from accelerate import PartialState
-
         from ..common.output import OutputFolder
+        from ..devices import process_state
         from ..pruner import DSAPruner
         from ..search.problem import parse_budget
         from ..search.result import RESULT_FILES, robustness_table
@@ -74,13 +72,13 @@ strategy    named         uniform and every named allocator
         STRATEGIES[args.strategy]
         if args.seeds < 1:
             raise ValueError(f"--seeds is a number of searches, at least 1, got {args.seeds}.")
-        if int(os.environ.get("RANK", 0)) == 0:
+        if process_state().is_main_process:
             with OutputFolder(args.output, RESULT_FILES):
                 pass  # found before the model is loaded: what cannot or must not be written
         pruner = DSAPruner.from_pretrained(args.model, **loading_options(args))
         output, several = Path(args.output), args.seeds > 1
         with ExitStack() as stack:
-            if several and PartialState().is_main_process:
+            if several and process_state().is_main_process:
                 whole = stack.enter_context(OutputFolder(output, RESULT_FILES))
             results = []
             for seed in range(config.seed, config.seed + args.seeds):
@@ -96,9 +94,9 @@ strategy    named         uniform and every named allocator
                         args.report_to,
                     )
                 )
-                if PartialState().is_main_process:
+                if process_state().is_main_process:
                     print(results[-1])
-            if not PartialState().is_main_process:
+            if not process_state().is_main_process:
                 return
             if several:
                 print(f"\n{robustness_table(results)}")

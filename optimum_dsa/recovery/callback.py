@@ -21,7 +21,7 @@ from .gradual import prune_to
 from .held import HeldZeros
 from .running import RunningStatistics
 from .schedule import PruningSchedule
-from .sharding import refuse_sharded, synchronise
+from .sharding import refuse_sharded, refuse_shared_devices, synchronise
 from .targets import (
     base_of,
     count_parameters,
@@ -112,10 +112,14 @@ class DSACallback(TrainerCallback):
 
         Given as `callbacks=[...]` it does the same, but reporters that come before it do not see its numbers.
         """
+        refuse_shared_devices()
         trainer.callback_handler.callbacks.insert(0, self)
         return self
 
     # -- events, in the order of a run
+
+    def on_init_end(self, args, state, control, **kwargs):
+        refuse_shared_devices()  # before the Trainer divides the work, which is where NCCL would fail
 
     def on_train_begin(self, args, state, control, model=None, processing_class=None, **kwargs):
         refuse_sharded()

@@ -15,6 +15,7 @@ from transformers import EarlyStoppingCallback, TrainingArguments, default_data_
 from transformers.trainer_utils import get_last_checkpoint
 
 from ..evaluation import perplexity
+from ..installation import how_to_install
 from ..loading import load_model
 from ..offload import is_offloaded
 from ..report import PruningReport
@@ -111,7 +112,7 @@ def _with_adapters(model: nn.Module, config: RecoveryConfig, report: PruningRepo
         from .peft_method import SparseLoraConfig
     except ImportError as error:
         raise ValueError(
-            f"Sparse adapters need peft; install optimum-dsa[peft], or use method='full' ({error})."
+            f"Sparse adapters need peft: {how_to_install('peft')}; or use method='full' ({error})."
         ) from None
     asked = report.config
     weights = prunable(model, asked.exclude, asked.include, asked.blocks).weights

@@ -8,6 +8,8 @@ import torch
 from accelerate.state import AcceleratorState
 from torch import Tensor
 
+from ..devices import processes_and_devices
+
 
 @torch.no_grad()
 def synchronise(parameters: Iterable[Tensor]) -> None:
@@ -15,6 +17,18 @@ def synchronise(parameters: Iterable[Tensor]) -> None:
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         for parameter in parameters:
             torch.distributed.broadcast(parameter.data, 0)
+
+
+def refuse_shared_devices() -> None:
+    """Raise `ValueError` where several processes would train on one GPU through NCCL, which fails in its own words."""
+    processes, devices = processes_and_devices()
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()) or processes <= devices:
+        return
+    if "nccl" in torch.distributed.get_backend():
+        raise ValueError(
+            f"{processes} processes share {devices} GPU{'' if devices == 1 else 's'}, which NCCL refuses; start "
+            "fewer, or train on the CPU with TrainingArguments(use_cpu=optimum_dsa.use_cpu())."
+        )
 
 
 def refuse_sharded() -> None:

@@ -6,10 +6,9 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-from accelerate import PartialState
 from accelerate.utils import gather_object
-from torch import cuda
 
+from ..devices import process_state
 from .objective import Objective
 from .resolve import Resolver
 from .trace import Request, Trial
@@ -20,7 +19,7 @@ class Evaluator:
 
     def __init__(self, objective: Objective, resolver: Resolver):
         self.objective, self.resolver = objective, resolver
-        self.ranks = PartialState(cpu=not cuda.is_available())
+        self.ranks = process_state()
         self.known: dict[tuple, Any] = {}
         self.anchor: tuple[int, ...] | None = None
         self.length = objective.validation.shape[1]

@@ -8,15 +8,16 @@ from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
-from accelerate import Accelerator, PartialState
+from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 from huggingface_hub.utils import tqdm
-from torch import Tensor, cuda, nn
+from torch import Tensor, nn
 
 from ..allocation import ALLOCATIONS, Allocation
 from ..common.output import OutputFolder
 from ..configuration import DSAConfig
 from ..data import Calibration
+from ..devices import process_state, use_cpu
 from .evaluator import Evaluator
 from .objective import Objective
 from .problem import UNIFORM, Budget, Problem, parse_budget
@@ -72,10 +73,9 @@ def search(
     if named is None:
         named = ALLOCATIONS if STRATEGIES.fact(strategy, "named", True) else ()
     named = tuple(name for name in named if name != "uniform")
-    main = PartialState(cpu=not cuda.is_available()).is_main_process
     with ExitStack() as stack:
         output = None
-        if folder is not None and main:
+        if folder is not None and process_state().is_main_process:
             output = stack.enter_context(OutputFolder(folder, RESULT_FILES))
         logger = _Logger(report_to, folder, settings)
         stack.callback(logger.close)
@@ -210,7 +210,7 @@ class _Logger:
     def __init__(self, report_to: Any, folder: str | Path | None, settings: Mapping[str, Any]):
         self.accelerator = None
         if report_to is not None:
-            self.accelerator = Accelerator(log_with=report_to, project_dir=folder, cpu=not cuda.is_available())
+            self.accelerator = Accelerator(log_with=report_to, project_dir=folder, cpu=use_cpu())
             if not self.accelerator.log_with:
                 raise ValueError(f"Cannot report to {report_to!r}: install it first, for example pip install trackio.")
             self.accelerator.init_trackers("optimum-dsa-search", {"strategy": settings["strategy"]})

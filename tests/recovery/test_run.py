@@ -1,6 +1,7 @@
 """`recover` trains, keeps every zero, and says what it did."""
 
 import json
+import re
 import shutil
 import sys
 
@@ -11,6 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from optimum_dsa import DSAConfig, DSAPruner, PruningReport, RecoveryConfig, find_architecture
 from optimum_dsa.demo import demo_model, demo_texts
+from optimum_dsa.installation import how_to_install
 from optimum_dsa.recovery.trainer import divergence
 
 from ..common import tiny_llama, tokens
@@ -176,7 +178,7 @@ def test_what_cannot_be_trained_is_refused(train, changes, options, message):
 def test_without_peft_all_weights_can_be_trained_and_adapters_say_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "peft", None)
     pruner = DSAPruner.from_pretrained(sparse_llama(sparsity=0.6))
-    with pytest.raises(ValueError, match=r"install optimum-dsa\[peft\]"):
+    with pytest.raises(ValueError, match=re.escape(how_to_install("peft"))):
         pruner.recover(regular(), small(steps=1))
 
 

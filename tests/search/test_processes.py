@@ -18,8 +18,9 @@ from optimum_dsa.search.run import search
 from tests.common import tiny_llama, tokens
 
 def run(**options):
-    return search(tiny_llama(), Calibration({"input_ids": tokens()}, "x"), tokens(8, 16, seed=5), DSAConfig(0.7),
-                  strategy="auto", budget="12k tokens", named=["owl", "dsa", "atp"], folder=sys.argv[1], **options)
+    options = {"budget": "12k tokens", "named": ["owl", "dsa", "atp"], "folder": sys.argv[1], **options}
+    calibration = Calibration({"input_ids": tokens()}, "x")
+    return search(tiny_llama(), calibration, tokens(8, 16, seed=5), DSAConfig(0.7), strategy="auto", **options)
 """
 KILLED = """
 def lines():
@@ -77,3 +78,22 @@ def test_a_search_killed_ten_times_and_one_of_two_processes_end_as_an_undisturbe
     for name in ("killed", "two"):
         assert trials(tmp_path / name) == expected
         assert outcome(tmp_path / name) == outcome(tmp_path / "whole")
+
+
+# torch as on a machine with one GPU, where nothing is computed on it.
+ONE_GPU = """
+torch.cuda.is_available, torch.cuda.device_count = lambda: True, lambda: 1
+from optimum_dsa.devices import own_device, process_state
+print(own_device(), process_state().backend)
+"""
+
+
+def test_two_processes_that_see_one_gpu_search_on_the_cpu(tmp_path):
+    begin = f"import sys; sys.path.insert(0, {str(ROOT)!r})\n{PROGRAM}\n"
+    run = "run(budget='3k tokens')\n"
+    (tmp_path / "plain.py").write_text(begin + run)
+    (tmp_path / "two.py").write_text(begin + ONE_GPU + run)
+    program(tmp_path / "plain.py", tmp_path / "plain")
+    launcher = ("-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone")
+    assert program(tmp_path / "two.py", tmp_path / "two", launcher=launcher).split() == ["cpu", "gloo"] * 2
+    assert trials(tmp_path / "two") == trials(tmp_path / "plain") != []

@@ -1,0 +1,68 @@
+"""On which device a process works, alone or as one of several."""
+
+from __future__ import annotations
+
+import logging
+import os
+from functools import cache
+
+import torch
+from accelerate import PartialState
+
+
+logger = logging.getLogger(__name__)
+
+
+def choose_device(processes: int, devices: int, local_rank: int | None = None) -> str:
+    """The device of one of so many `processes` on a machine with so many GPUs: "cuda", "cuda:1", ... or "cpu".
+
+    Each has a GPU of its own, or all of them work on the CPU: NCCL refuses two processes on one GPU, and one process
+    that talked through another backend than the rest would wait for them forever.
+    """
+    if devices < max(processes, 1):
+        return "cpu"
+    return "cuda" if local_rank is None else f"cuda:{local_rank % devices}"
+
+
+def own_device() -> str:
+    """The device of this process; warns, once, where there are GPUs but fewer than processes."""
+    processes, devices = processes_and_devices()
+    local_rank = int(os.environ["LOCAL_RANK"]) if os.environ.get("LOCAL_RANK", "-1") != "-1" else None
+    chosen = choose_device(processes, devices, local_rank)
+    if devices and chosen == "cpu" and not local_rank:
+        _warn(processes, devices)
+    return chosen
+
+
+def use_cpu() -> bool:
+    """Whether this process should train on the CPU: `TrainingArguments(..., use_cpu=use_cpu())`.
+
+    So it is where there is no GPU, and where `torchrun` started more processes than there are GPUs. These then talk
+    through gloo, and a warning says so: NCCL needs a GPU for each.
+    """
+    return own_device() == "cpu"
+
+
+def process_state() -> PartialState:
+    """accelerate's view of the processes; where there are several and `use_cpu` says so, they talk through gloo."""
+    return PartialState(cpu=use_cpu())
+
+
+def processes_and_devices() -> tuple[int, int]:
+    """How many processes `torchrun` started on this machine, and how many GPUs each of them sees.
+
+    Other launchers, which say no LOCAL_WORLD_SIZE, show every process its own GPU only: there it is one of each.
+    """
+    devices = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    return int(os.environ.get("LOCAL_WORLD_SIZE", 1)), devices
+
+
+@cache
+def _warn(processes: int, devices: int) -> None:
+    logger.warning(
+        "%d processes and %d GPU%s on this machine: they work on the CPU and talk through gloo. To work on GPUs, "
+        "start no more processes than GPUs.",
+        processes,
+        devices,
+        "" if devices == 1 else "s",
+    )
