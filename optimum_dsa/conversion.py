@@ -14,6 +14,7 @@ import torch
 from .bitmask import Header, can_pack, pack, unpack
 from .configuration import CONFIG_NAME
 from .files import new_directory, read_json, write_text
+from .folder_files import own_file
 from .shards import FORMS, Shards, ShardWriter, find_shards, index_name, open_shard, packed_headers
 
 
@@ -45,6 +46,8 @@ def convert(source: str | Path, directory: str | Path, to: str) -> tuple[int, in
     if not source.is_dir():
         raise FileNotFoundError(f"No folder {source}.")
     shards = find_shards(source)
+    for name in ("config.json", *shards.files, *([] if shards.index is None else [index_name(FORMS[shards.form])])):
+        own_file(source / name, source)
     if shards.form == to:
         raise ValueError(f"{source} is {to} already; nothing was written.")
     config = converted_config(read_json(source / "config.json"), to, source)
@@ -144,15 +147,7 @@ def _width(file: Any, name: str, packed: dict[str, Header]) -> int:
 
 
 def _other_files(folder: Path) -> Iterator[Path]:
-    """The files of a checkpoint beside its weights and `config.json`; of a link out of the folder, `ValueError`.
-
-    Links into the Hub's cache, to which a downloaded folder belongs, are followed.
-    """
-    whole = folder.resolve()
-    allowed = [whole, whole.parent.parent / "blobs"]
+    """The files of a checkpoint beside its weights and `config.json`; of a link out of the folder, `ValueError`."""
     for path in sorted(folder.iterdir()):
-        if not path.is_file() or path.name == "config.json" or path.name.endswith(_WEIGHTS):
-            continue
-        if not any(path.resolve().is_relative_to(root) for root in allowed):
-            raise ValueError(f"{path} is a link out of its folder; replace it by what it should be.")
-        yield path
+        if path.is_file() and path.name != "config.json" and not path.name.endswith(_WEIGHTS):
+            yield own_file(path, folder)

@@ -13,7 +13,8 @@ from huggingface_hub.utils import validate_repo_id
 
 from . import __version__
 from .card import base_repository, model_card
-from .upload import WEIGHTS, Upload, collect, pictures
+from .folder_files import WEIGHTS
+from .upload import Upload, collect, pictures
 
 
 # What the client raises when no answer comes: httpx's, by whichever name it is installed.

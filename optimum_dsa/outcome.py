@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -11,9 +12,12 @@ from .allocation import Allocation
 from .configuration import CONFIG_NAME
 from .description import read_description
 from .files import read_json
+from .folder_files import own_file
 from .search.trace import SearchTrace
 from .shards import COMPRESSED
 
+
+logger = logging.getLogger(__name__)
 
 LARGEST_EVALUATION = 1 << 16
 
@@ -48,10 +52,13 @@ class Outcome:
 
         Raises:
             FileNotFoundError: it holds neither a pruned model nor a search.
-            ValueError: a file in it cannot be read.
+            ValueError: a file in it cannot be read, or is a link out of it.
         """
         path = Path(folder)
         name = path.resolve().name
+        for file in (CONFIG_NAME, "trace.jsonl", "search.json", "allocation.json"):
+            if (path / file).is_file():
+                own_file(path / file, path)
         if (path / CONFIG_NAME).is_file():
             return _model(path, name)
         trace = SearchTrace.load(path / "trace.jsonl") if (path / "trace.jsonl").is_file() else None
@@ -164,11 +171,12 @@ def _evaluations(folder: Path) -> tuple[dict[str, Any], ...]:
     """The JSON files in `folder` that `evaluate --json` wrote, by name of file."""
     found = []
     for path in sorted(folder.glob("*.json")):
-        if path.stat().st_size > LARGEST_EVALUATION:
+        if not path.is_file() or path.stat().st_size > LARGEST_EVALUATION:
             continue
         try:
-            data = _object(path)
-        except ValueError:
+            data = _object(own_file(path, folder))
+        except ValueError as error:
+            logger.info("Not read for an evaluation: %s", error)
             continue
         value = data.get("perplexity")
         if isinstance(value, (int, float)) and isinstance(data.get("dataset"), str):

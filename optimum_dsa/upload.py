@@ -14,37 +14,13 @@ from typing import Any
 from .configuration import CONFIG_NAME
 from .description import checksum, is_unchanged
 from .files import read_json
+from .folder_files import OTHERS, TOKENIZER, WEIGHTS, is_part, own_file, own_files
 from .outcome import Outcome
 from .provenance import last_part, without_places
 
 
 logger = logging.getLogger(__name__)
 
-WEIGHTS = ("*.safetensors", "*.safetensors.index.json")
-TOKENIZER = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "vocab.txt",
-    "merges.txt",
-    "*.model",
-    "*.tiktoken",
-    "chat_template.jinja",
-    "chat_template.json",
-    "additional_chat_templates/*.jinja",
-)
-OTHERS = (
-    "config.json",
-    "generation_config.json",
-    "*processor_config.json",
-    "*.py",
-    "README.md",
-    "LICENSE",
-    "LICENSE.txt",
-    "LICENSE.md",
-)
 ALLOWED = (*WEIGHTS, *TOKENIZER, *OTHERS)
 
 
@@ -74,19 +50,20 @@ def collect(folder: str | Path) -> Upload:
 
     Raises:
         FileNotFoundError: the folder holds no pruned model, or no weights.
+        ValueError: what would go is a link out of the folder, or to a file in it that does not go.
     """
     path = Path(folder)
     if not (path / CONFIG_NAME).is_file():
         raise FileNotFoundError(f"{path} holds no {CONFIG_NAME}; give the folder of a pruned model.")
+    own_file(path / CONFIG_NAME, path)
     outcome = Outcome.read(path)
     files: dict[str, Path | bytes] = {}
     left_out = []
-    for file in sorted(path.rglob("*")):
-        name = file.relative_to(path).as_posix()
-        if file.is_dir() or name == CONFIG_NAME:
+    for name, file in own_files(path):
+        if name == CONFIG_NAME:
             continue
-        if any(fnmatch(name, pattern) and name.count("/") == pattern.count("/") for pattern in ALLOWED):
-            files[name] = file
+        if is_part(name, ALLOWED) or any(pattern.startswith(f"{name}/") for pattern in ALLOWED):
+            files[name] = _sendable(file, path)
         else:
             left_out.append(name)
     if not any(fnmatch(name, WEIGHTS[0]) for name in files):
@@ -121,6 +98,14 @@ def pictures(outcome: Outcome, name: str) -> dict[str, bytes]:
         figure.savefig(buffer, format="png", dpi=200)
         found[f"plots/{title}.png"] = buffer.getvalue()
     return found
+
+
+def _sendable(file: Path, folder: Path) -> Path:
+    """`file`; `ValueError` where it is a link to something that would not go under its own name."""
+    target, whole = own_file(file, folder).resolve(), folder.resolve()
+    if target.is_relative_to(whole) and not is_part(target.relative_to(whole).as_posix(), ALLOWED):
+        raise ValueError(f"{file} is a link to {target.name}, which does not go to the Hub; replace or remove it.")
+    return file
 
 
 def _description(file: Path, facts: Mapping[str, Any]) -> Path | bytes:
