@@ -17,7 +17,7 @@ from transformers.utils import cached_file
 
 from .configuration import CONFIG_NAME
 from .conversion import QUANT_METHOD
-from .description import read_description
+from .description import Description, read_description
 from .files import read_json
 from .folder_files import check_read_files
 from .limits import Contents, check_counts, read_contents, within
@@ -146,7 +146,7 @@ def load_tokenizer(source: Any, **kwargs) -> Any:
         return None
 
 
-def find_description(path: str, **kwargs) -> dict[str, Any] | None:
+def find_description(path: str, **kwargs) -> Description | None:
     """The content of the `dsa_config.json` beside the model at a path or Hub id; `None` where nothing was pruned.
 
     Raises:

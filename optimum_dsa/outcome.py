@@ -10,11 +10,12 @@ from typing import Any
 
 from .allocation import Allocation
 from .configuration import CONFIG_NAME
-from .description import read_description
+from .description import contradictions, read_description
 from .files import read_json
 from .folder_files import own_file
 from .search.trace import SearchTrace
 from .shards import COMPRESSED
+from .verification import Verification
 
 
 logger = logging.getLogger(__name__)
@@ -35,6 +36,8 @@ class Outcome:
         evaluations (`Sequence[Mapping[str, Any]]`): what `optimum-cli dsa evaluate --json` printed.
         bytes (`int`, *optional*): of the weight files.
         compressed (`bool`): whether they hold values and masks instead of zeros.
+        counted (`Verification`, *optional*): what was counted in the weights; `None` where the figures are those of
+            the files, which agree with each other and may be wrong all the same.
     """
 
     name: str
@@ -45,6 +48,7 @@ class Outcome:
     evaluations: Sequence[Mapping[str, Any]] = ()
     bytes: int | None = None
     compressed: bool = False
+    counted: Verification | None = None
 
     @classmethod
     def read(cls, folder: str | Path) -> Outcome:
@@ -112,6 +116,8 @@ def _model(path: Path, name: str) -> Outcome:
     if facts is None:
         raise ValueError(f"{path / CONFIG_NAME} is a configuration; no pruned model lies beside it.")
     allocation = _allocation(path / CONFIG_NAME)
+    if problem := next(contradictions(facts), None):
+        raise ValueError(f"{path / CONFIG_NAME} contradicts itself: {problem}. It was changed after it was written.")
     compressed = any(path.glob(f"{COMPRESSED}*.safetensors"))
     weights = [weight.stat().st_size for weight in path.glob("*.safetensors")]
     return Outcome(
@@ -178,7 +184,19 @@ def _evaluations(folder: Path) -> tuple[dict[str, Any], ...]:
         except ValueError as error:
             logger.info("Not read for an evaluation: %s", error)
             continue
-        value = data.get("perplexity")
-        if isinstance(value, (int, float)) and isinstance(data.get("dataset"), str):
-            found.append(data)
+        if _is_evaluation(data):
+            found.append({**data, "perplexity": float(data["perplexity"])})
     return tuple(found)
+
+
+def _is_evaluation(data: Mapping[str, Any]) -> bool:
+    """Whether it says what was measured on what, in values that can be shown."""
+    counts = [data.get(name) for name in ("windows", "sequence_length")]
+    value = data.get("perplexity")
+    measured = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return (
+        measured
+        and (not isinstance(value, int) or abs(value) < 2**63)
+        and isinstance(data.get("dataset"), str)
+        and all(count is None or (isinstance(count, int) and 0 <= count < 2**63) for count in counts)
+    )

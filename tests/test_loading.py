@@ -99,7 +99,10 @@ BOMBS = {
     "layers beyond memory": ({"num_hidden_layers": 10**12}, "says num_hidden_layers=1,000,000,000,000"),
     "nested": ({"text_config": {"decoder_layers": 10**9}}, "says decoder_layers=1,000,000,000"),
     "labels": ({"num_labels": 10**10}, "says num_labels=10,000,000,000"),
-    "layers that are few enough": ({"num_hidden_layers": LAYERS}, "asks for .* tensors or more"),
+    "layers that are few enough": (
+        {"num_hidden_layers": LAYERS, "hidden_size": 8, "head_dim": 2, "intermediate_size": 8},
+        "asks for .* tensors or more",
+    ),
     "hidden": ({"hidden_size": 10**6, "head_dim": 8}, "asks for .* parameters or more, and the checkpoint has"),
     "vocabulary": ({"vocab_size": 10**10}, "asks for .* parameters or more"),
     "wrong type": ({"num_hidden_layers": "many"}, "config.json of .* is none that transformers reads"),

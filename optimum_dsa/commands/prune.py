@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .base import LeafCommand, add_loading_options, loading_options
+from .base import LeafCommand, add_loading_options, loading_options, say
 
 
 class PruneCommand(LeafCommand):
@@ -74,7 +74,7 @@ pattern     row, matrix, group:128, 2:4 (any N:M), mixed:8 (N:8, N from the allo
         config = asked_config(self.args)
         check_output(self.args.output, CONFIG_NAME)
         pruner = DSAPruner.from_pretrained(self.args.model, **loading_options(self.args))
-        print(pruner.prune(self.args.dataset, config))
+        say(str(pruner.prune(self.args.dataset, config)))
         options = {"max_shard_size": self.args.max_shard_size} if self.args.max_shard_size else {}
         pruner.save_pretrained(self.args.output, self.args.compressed, **options)
         print(f"saved to {self.args.output}; next: optimum-cli dsa evaluate {self.args.output} --dataset FILE")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .base import LeafCommand, add_loading_options, loading_options
+from .base import LeafCommand, add_loading_options, loading_options, say
 
 
 class RecoverCommand(LeafCommand):
@@ -83,7 +83,7 @@ mode    what the adapters add to a weight W, with small factors A and B
         checkpoints = (args.checkpoints or f"{args.output.rstrip('/')}-checkpoints") if keeps else None
         pruner = DSAPruner.from_pretrained(args.model, **loading_options(args))
         result = pruner.recover(args.dataset, config, args.validation, args.teacher, checkpoints, args.resume)
-        print(result)
+        say(str(result))
         pruner.save_pretrained(args.output)
         if checkpoints and not args.checkpoints:
             shutil.rmtree(checkpoints, ignore_errors=True)
