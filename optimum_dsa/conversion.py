@@ -15,6 +15,7 @@ from .bitmask import Header, can_pack, pack, unpack
 from .common.manifest import MANIFEST, files_in
 from .common.output import OutputFolder
 from .files import read_json, write_text
+from .folder_files import own_file
 from .installation import how_to_install
 from .shards import FORMS, Shards, ShardWriter, find_shards, index_name, open_shard, packed_headers
 
@@ -54,6 +55,8 @@ def convert(source: str | Path, directory: str | Path, to: str) -> tuple[int, in
     if not source.is_dir():
         raise FileNotFoundError(f"No folder {source}.")
     shards = find_shards(source)
+    for name in ("config.json", *shards.files, *([] if shards.index is None else [index_name(FORMS[shards.form])])):
+        own_file(source / name, source)
     if shards.form == to:
         raise ValueError(f"{source} is {to} already; nothing was written.")
     config = converted_config(read_json(source / "config.json"), to, source)
@@ -179,19 +182,14 @@ def _bytes_after(shards: Shards, to: str) -> int:
 def _other_files(shards: Shards) -> tuple[list[str], list[str]]:
     """The files of a checkpoint beside its weights and `config.json`: those that go along, and those that stay.
 
-    Links into the Hub's cache, to which a downloaded folder belongs, are followed; of a link out of the folder,
-    `ValueError`.
+    Of a link out of the folder, `ValueError`.
     """
-    whole = shards.folder.resolve()
-    allowed = [whole, whole.parent.parent / "blobs"]
     weights = {*shards.files, *map(index_name, FORMS.values()), "config.json", MANIFEST}
     others, left = [], []
     for name in files_in(shards.folder):
-        path = shards.folder / name
         if name in weights:
             continue
-        if not any(path.resolve().is_relative_to(root) for root in allowed):
-            raise ValueError(f"{path} is a link out of its folder; replace it by what it should be.")
+        path = own_file(shards.folder / name, shards.folder)
         hidden = any(part.startswith(".") for part in Path(name).parts)
         (left if hidden or any(fnmatch(path.name, pattern) for pattern in OTHER_WEIGHTS) else others).append(name)
     return others, left

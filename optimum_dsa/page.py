@@ -34,6 +34,7 @@ from .tables import (
     result_tables,
     terminal,
     text_of,
+    vouched,
 )
 
 
@@ -127,6 +128,7 @@ def page(outcomes: Sequence[Outcome], drawn: dict[str, tuple[Figure, str, str]])
         blocks_with_bars=[(row, percentage(row[2])) for row in blocks.rows] if blocks else [],
         lists=_lists(first),
         limits=limits(first),
+        vouched=vouched(outcomes),
     )
 
 

@@ -19,7 +19,7 @@ from .checkpoint import base_model, save_checkpoint
 from .common.output import OutputFolder
 from .configuration import DSAConfig
 from .data import Calibration, load_calibration
-from .description import is_unchanged, report_from
+from .description import Description, is_unchanged, report_from
 from .loading import find_description, load_model, load_tokenizer
 from .pruning import allocate, allocation_needs_inputs, architecture_for, prune, pruning_needs_inputs
 from .report import PruningReport
@@ -59,6 +59,7 @@ class DSAPruner:
         self._base = base_model(model)
         self._restored: PruningReport | None = None  # of a loaded model, whose weights may have been changed since
         self._stored: str | None = None  # where the weights are, zeros included, as they are here
+        self._description: Description | None = None  # and the file that it is from
 
     @classmethod
     def from_pretrained(
@@ -89,6 +90,7 @@ class DSAPruner:
         pruner = cls(model, load_tokenizer(tokenizer or path, **transformers_kwargs))
         if found is not None:
             pruner.report = pruner._restored = report
+            pruner._description = found
             pruner._base = found["base_model"]
             pruner._stored = path if not transformers_kwargs.get("subfolder") else None
         return pruner
@@ -174,8 +176,12 @@ class DSAPruner:
                 yield weight.name, walked.tensor(weight) != 0
 
     def verify(self) -> Verification:
-        """Whether zeros, pattern and budget are those of the report, counted in the weights as they are now."""
-        return verify(self.model, self._pruned())
+        """Whether zeros, pattern and budget are those of the report, counted in the weights as they are now.
+
+        Of a model that was loaded, also whether its `dsa_config.json` agrees with itself and is as it was written.
+        """
+        report = self._pruned()
+        return verify(self.model, report, self._description if report is self._restored else None)
 
     def recover(
         self,

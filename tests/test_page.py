@@ -165,7 +165,7 @@ def test_the_finalists_table_is_in_order(outcomes):
 def test_a_table_is_text_and_markdown():
     table = Table(["name", "n"], [["a|b", "12"], ["c", "3"]])
     assert str(table).splitlines() == ["name   n", "a|b   12", "c      3"]
-    assert table.markdown().splitlines() == ["| name | n |", "| --- | ---: |", "| a\\|b | 12 |", "| c | 3 |"]
+    assert table.markdown().splitlines() == ["| name | n |", "| --- | ---: |", "| `a\\|b` | 12 |", "| c | 3 |"]
 
 
 # -- the page

@@ -27,17 +27,25 @@ class LeafCommand(BaseOptimumCLICommand):
         raise NotImplementedError
 
     def run(self) -> None:
+        from ..escaping import one_line
         from ..registry import UnknownNameError
 
         try:
             self.execute()
         except (ValueError, OSError, UnknownNameError) as error:
-            message = " ".join(str(error).split()) or type(error).__name__
+            message = one_line(" ".join(str(error).split())) or type(error).__name__
             print(f"optimum-cli dsa {self.COMMAND.name}: error: {message}", file=sys.stderr)
             sys.exit(2)
         except KeyboardInterrupt:
             print(f"optimum-cli dsa {self.COMMAND.name}: interrupted, nothing was written", file=sys.stderr)
             sys.exit(130)
+
+
+def say(text: str) -> None:
+    """Print a text that may hold names from a stranger's files: nothing in it moves the cursor or hides letters."""
+    from ..escaping import visible
+
+    print(visible(text))
 
 
 def add_loading_options(parser: ArgumentParser) -> None:

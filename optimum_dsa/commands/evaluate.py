@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .base import LeafCommand, add_loading_options, loading_options
+from .base import LeafCommand, add_loading_options, loading_options, say
 
 
 class EvaluateCommand(LeafCommand):
@@ -64,9 +64,9 @@ boolq,rte,hellaswag,winogrande,arc_easy,arc_challenge,openbookqa.
             found = [result.to_dict() for result in results]
             print(json.dumps(found if len(found) > 1 else found[0]))
         elif len(results) > 1:
-            print(comparison_table(results))
+            say(comparison_table(results))
         else:
-            print(describe(results[0]))
+            say(describe(results[0]))
 
     def measure(self, model: str):
         """The `Measured` of one model."""

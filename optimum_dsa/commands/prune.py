@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .base import LeafCommand, add_loading_options, loading_options
+from .base import LeafCommand, add_loading_options, loading_options, say
 
 
 class PruneCommand(LeafCommand):
@@ -78,7 +78,7 @@ pattern     row, matrix, group:128, 2:4 (any N:M), mixed:8 (N:8, N from the allo
         with OutputFolder(self.args.output) as output:
             pruner = DSAPruner.from_pretrained(self.args.model, **loading_options(self.args))
             output.require(weight_bytes(pruner.model))
-            print(pruner.prune(self.args.dataset, config))
+            say(str(pruner.prune(self.args.dataset, config)))
             pruner.save_pretrained(output, self.args.compressed, **options)
         print(f"saved to {self.args.output}; next: optimum-cli dsa evaluate {self.args.output} --dataset FILE")
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .base import LeafCommand, add_loading_options, loading_options
+from .base import LeafCommand, add_loading_options, loading_options, say
 
 
 class RecoverCommand(LeafCommand):
@@ -90,7 +90,7 @@ mode    what the adapters add to a weight W, with small factors A and B
             pruner = DSAPruner.from_pretrained(args.model, **loading_options(args))
             place.require(weight_bytes(pruner.model))
             result = pruner.recover(args.dataset, config, args.validation, args.teacher, checkpoints, args.resume)
-            print(result)
+            say(str(result))
             pruner.save_pretrained(place)
         print(
             f"saved to {args.output}, sparsity {pruner.report.sparsity:.4f} as before; next: optimum-cli dsa evaluate "

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .base import LeafCommand, add_loading_options, loading_options
+from .base import LeafCommand, add_loading_options, loading_options, say
 from .prune import add_calibration_options, asked_config
 
 
@@ -95,11 +95,11 @@ strategy    named         uniform and every named allocator
                     )
                 )
                 if process_state().is_main_process:
-                    print(results[-1])
+                    say(str(results[-1]))
             if not process_state().is_main_process:
                 return
             if several:
-                print(f"\n{robustness_table(results)}")
+                say(f"\n{robustness_table(results)}")
                 min(results, key=lambda result: result.finalists[0].loss).save(whole)
         print(
             f"saved to {output}; next: optimum-cli dsa prune {args.model} -o OUT -s {args.sparsity} "
