@@ -11,6 +11,7 @@ from typing import Any
 from .allocation import Allocation
 from .configuration import CONFIG_NAME
 from .description import contradictions, read_description
+from .escaping import one_line
 from .files import read_json
 from .folder_files import own_file
 from .search.trace import SearchTrace
@@ -182,7 +183,7 @@ def _evaluations(folder: Path) -> tuple[dict[str, Any], ...]:
         try:
             data = _object(own_file(path, folder))
         except ValueError as error:
-            logger.info("Not read for an evaluation: %s", error)
+            logger.info("Not read for an evaluation: %s", one_line(str(error)))
             continue
         if _is_evaluation(data):
             found.append({**data, "perplexity": float(data["perplexity"])})

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from . import __version__
 from .allocation.layout import grid
 from .common.output import OutputFolder
+from .escaping import visible
 from .files import write_text
 from .outcome import Outcome, read_all
 from .plots import (
@@ -226,4 +227,10 @@ def _template():
     from jinja2 import Environment, StrictUndefined
 
     text = files("optimum_dsa").joinpath("templates/report.html").read_text(encoding="utf-8")
-    return Environment(autoescape=True, undefined=StrictUndefined).from_string(text)
+    environment = Environment(autoescape=True, undefined=StrictUndefined, finalize=_harmless)
+    return environment.from_string(text)
+
+
+def _harmless(value: Any) -> Any:
+    """A text without hidden characters; it is escaped after this. What is markup by intent stays as it is."""
+    return visible(value) if isinstance(value, str) and not hasattr(value, "__html__") else value

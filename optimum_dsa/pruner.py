@@ -20,6 +20,7 @@ from .common.output import OutputFolder
 from .configuration import DSAConfig
 from .data import Calibration, load_calibration
 from .description import Description, is_unchanged, report_from
+from .escaping import one_line
 from .loading import find_description, load_model, load_tokenizer
 from .pruning import allocate, allocation_needs_inputs, architecture_for, prune, pruning_needs_inputs
 from .report import PruningReport
@@ -235,7 +236,7 @@ class DSAPruner:
         """
         report = self._pruned()
         if report is self._restored and not (found := self.verify()).holds:
-            logger.warning("The model is not what its report says any more: %s.", found.problems[0])
+            logger.warning("The model is not what its report says any more: %s.", one_line(found.problems[0]))
         recovery = self.recovery.to_dict() if self.recovery else None
         place = directory.path if isinstance(directory, OutputFolder) else Path(directory)
         adapters = has_adapters(self.model)

@@ -15,6 +15,7 @@ from typing import Any
 from .common.manifest import MANIFEST
 from .configuration import CONFIG_NAME
 from .description import checksum, report_from, seal_of
+from .escaping import one_line
 from .files import read_json
 from .folder_files import OTHERS, TOKENIZER, WEIGHTS, is_part, own_file, own_files
 from .loading import load_model
@@ -98,7 +99,9 @@ def count(upload: Upload, folder: str | Path) -> tuple[Upload, str]:
             options = {"device_map": {"": "disk"}, "offload_folder": scratch, "dtype": "auto"}
             found = verify(load_model(str(folder), trust_remote_code=False, **options), report)
     except (ValueError, OSError, ImportError) as error:
-        logger.warning("The zeros of %s cannot be counted, so its card does not tell them: %s", folder, error)
+        logger.warning(
+            "The zeros of %s cannot be counted, so its card does not tell them: %s", folder, one_line(str(error))
+        )
         return upload, f"the model could not be loaded ({type(error).__name__})"
     if not found.holds:
         raise ValueError(

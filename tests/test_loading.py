@@ -101,7 +101,7 @@ BOMBS = {
     "labels": ({"num_labels": 10**10}, "says num_labels=10,000,000,000"),
     "layers that are few enough": (
         {"num_hidden_layers": LAYERS, "hidden_size": 8, "head_dim": 2, "intermediate_size": 8},
-        "asks for .* tensors or more",
+        "asks for .* (tensors|modules) or more",
     ),
     "hidden": ({"hidden_size": 10**6, "head_dim": 8}, "asks for .* parameters or more, and the checkpoint has"),
     "vocabulary": ({"vocab_size": 10**10}, "asks for .* parameters or more"),
