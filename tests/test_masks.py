@@ -130,12 +130,13 @@ def test_an_order_of_groups_goes_level_by_level(text, width):
         assert torch.equal(expected, order >= 80 * removed // width)
 
 
+@pytest.mark.parametrize("chunk", [10, 40])
 @pytest.mark.parametrize("text", ["row", "matrix", "group:4", "2:4", "mixed:8"])
-def test_large_matrices_are_done_in_parts_as_at_once(text, monkeypatch):
+def test_large_matrices_are_done_in_parts_as_at_once(text, chunk, monkeypatch):
     values, pattern = scores(30, 16, 1, 5), Pattern.parse(text)
     count = 240
     whole = pattern.keep(values, count)
-    monkeypatch.setattr("optimum_dsa.masks.CHUNK", 40)
+    monkeypatch.setattr("optimum_dsa.masks.CHUNK", chunk)
     assert torch.equal(pattern.keep(values, count), whole)
     assert pattern.holds(~whole, count)
     revived = ~whole

@@ -102,8 +102,9 @@ def test_new_inputs_or_another_damping_make_a_new_factor():
     assert not torch.equal(stats.inverse_factor(0.1).factor, other.factor)
 
 
-def test_many_inputs_are_summed_part_by_part_as_at_once(monkeypatch):
-    monkeypatch.setattr("optimum_dsa.statistics.CHUNK", 20)
+@pytest.mark.parametrize("chunk", [4, 20, 60])
+def test_many_inputs_are_summed_part_by_part_as_at_once(chunk, monkeypatch):
+    monkeypatch.setattr("optimum_dsa.statistics.CHUNK", chunk)
     rows = data(37)
     for gram in (False, True):
         stats = LayerStatistics(6, with_gram=gram)
@@ -118,6 +119,9 @@ def test_no_damping_at_all_is_raised_in_great_steps(caplog):
     stats.update_(data(3))  # of rank three
     with caplog.at_level(logging.WARNING):
         assert stats.inverse_factor(0.0).damping == 0.01
+    stats = LayerStatistics(2, with_gram=True, tokens=3)
+    stats.gram = torch.tensor([[1.0, 3.0], [3.0, 1.0]])
+    assert stats.inverse_factor(0.0).damping == 100.0
     whole = LayerStatistics(6, with_gram=True)
     whole.update_(data())
     caplog.clear()
@@ -134,3 +138,15 @@ def test_what_others_collected_says_how_much_was_seen():
 def test_without_a_gram_the_factor_says_what_to_do():
     with pytest.raises(ValueError, match="gram=True"):
         LayerStatistics(3).inverse_factor()
+
+
+def test_sums_that_are_given_are_gone_on_with():
+    first = LayerStatistics(6, with_gram=True)
+    first.update_(data())
+    copy = LayerStatistics(
+        6, with_gram=True, tokens=40, squared_sum=first.squared_sum.clone(), gram=first.gram.clone()
+    )
+    for stats in (first, copy):
+        stats.update_(data(seed=1))
+    assert torch.equal(copy.gram, first.gram) and torch.equal(copy.squared_sum, first.squared_sum)
+    assert LayerStatistics(6).gram is None and copy.tokens == 80

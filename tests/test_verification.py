@@ -93,13 +93,14 @@ def test_a_report_that_contradicts_itself():
     assert "fewer were removed" in wrong.problems[0]
     wrong = verify(model, replace(report, achieved={unit: 0.5}))
     assert "given for different units" in wrong.problems[0]
+    assert [problem.split(" more than ")[1] for problem in wrong.problems[1:]] == ["the 0 described"] * 2
     allocation = Allocation({**report.allocation.sparsity, unit: 0.25}, report.allocation.sizes)
     assert not verify(model, replace(report, allocation=allocation)).holds
 
 
 @pytest.mark.parametrize("over", [1, -1])
 def test_a_budget_that_n_of_m_cannot_be_blamed_for_is_a_problem(over):
-    """Rounding to levels misses a budget by half of the coarsest step of a unit at most, and not by one weight more."""
+    """Rounding to levels misses a budget by half of the coarsest step of a unit, and not by one weight more."""
     model = tiny_llama()
     report = prune(model, tokens(), DSAConfig(0.5, allocation="owl", pattern="mixed:8"))
     sizes = report.allocation.sizes
