@@ -141,3 +141,13 @@ def test_slopes_ask_for_no_gradient_of_what_is_not_pruned_and_leave_flags_alone(
     parts = [found.slopes(counts, range(start, start + 1))[1] for start in (1, 2, 3)]
     name = next(iter(slopes))
     assert slopes[name] == pytest.approx(sum(part[name] for part in parts) / 3, rel=1e-3)
+
+
+@pytest.mark.parametrize("vocabulary", [2**15, 2**15 + 500])
+def test_tokens_of_large_vocabularies_are_told_apart(vocabulary):
+    model = tiny_llama(num_hidden_layers=1, vocab_size=vocabulary, hidden_size=16, intermediate_size=16)
+    model.lm_head.weight.data[-1] *= 50  # so that the last token is among the likeliest somewhere
+    found = Objective(model, Calibration({"input_ids": tokens()}, "x"), tokens(2, 8), DSAConfig(0.5), top=4)
+    assert found.loss(dict.fromkeys(found.sizes, 0), range(2)) == pytest.approx(0, abs=2e-3)
+    assert max(int(ids.max()) for _, ids in found._dense) == vocabulary - 1
+    assert min(int(ids.min()) for _, ids in found._dense) >= 0

@@ -105,6 +105,14 @@ def test_evolution_starts_with_the_names_and_what_it_is_given_and_breeds_better_
     assert len(strangers) == 3 and not known & set(strangers)
 
 
+def test_evolution_does_not_breed_from_counts_which_have_no_genes(problem, resolver):
+    start = Candidate("found elsewhere", counts=resolver.counts(Candidate("atp", 0.15)))
+    asked_for = problem(20, start=start)
+    found, asked = play(evolution(asked_for), asked_for, tilt(resolver, 0.3))
+    assert found[0] == start
+    assert [request.candidate for request in asked if request.candidate.counts] == [start] * 2
+
+
 def test_evolution_without_room_still_draws_strangers(problem):
     asked_for = problem(1)
     _, asked = play(evolution(asked_for, population=2), asked_for, tilt(asked_for.resolver, 0.3))
