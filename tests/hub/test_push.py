@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
+from huggingface_hub import HfApi
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from optimum_dsa import DSAConfig, DSAPruner
@@ -197,6 +198,19 @@ def test_weights_of_an_earlier_push_go_and_other_files_stay(hub, folder):
     change(folder, "dsa_config.json", seconds=1.5)
     push(folder)
     assert "LICENSE" in hub.content("me/tiny")
+
+
+def test_weights_in_folders_of_the_repository_are_not_ours_to_delete(hub, folder):
+    """Another format, or an adapter beside the model: no loader of the model takes them for its own."""
+    push(folder)
+    api = HfApi(endpoint=hub.url, token=TOKEN)
+    for name in ("onnx/model.safetensors", "adapter/model.safetensors.index.json", "old.safetensors", "notes.txt"):
+        api.upload_file(path_or_fileobj=b"x", path_in_repo=name, repo_id="me/tiny")
+    change(folder, "dsa_config.json", seconds=1.5)
+    push(folder)
+    names = hub.content("me/tiny").keys()
+    assert {"onnx/model.safetensors", "adapter/model.safetensors.index.json", "notes.txt"} <= names
+    assert "old.safetensors" not in names and "model.safetensors" in names
 
 
 def test_the_example_prunes_measures_and_pushes_and_goes_on_after_a_failure(hub, tmp_path, monkeypatch, capsys):
