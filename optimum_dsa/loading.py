@@ -11,17 +11,18 @@ import huggingface_hub
 import torch
 import transformers
 from torch import nn
-from transformers.utils import cached_file
 
 from .configuration import CONFIG_NAME
 from .description import read_description
 from .files import read_json
+from .hub_file import hub_commit, hub_file
 from .shards import check_size, count_weights, find_shards
 
 
 logger = logging.getLogger(__name__)
 
 _HUB_OPTIONS = ("revision", "token", "cache_dir", "local_files_only", "trust_remote_code", "subfolder")
+_FILE_OPTIONS = tuple(name for name in _HUB_OPTIONS if name != "trust_remote_code")
 
 # what other libraries read, or pickles
 _NO_WEIGHTS = ["*.bin", "*.pt", "*.pth", "*.h5", "*.msgpack", "*.gguf", "*.onnx"]
@@ -68,16 +69,14 @@ def find_description(path: str, **kwargs) -> dict[str, Any] | None:
     if Path(path).is_dir():
         found = Path(path, kwargs.get("subfolder") or "", CONFIG_NAME)
         return read_description(found) if found.is_file() else None
-    shared = {name: kwargs[name] for name in _HUB_OPTIONS if name in kwargs and name != "trust_remote_code"}
-    found = cached_file(
-        path,
-        CONFIG_NAME,
-        _raise_exceptions_for_missing_entries=False,
-        _raise_exceptions_for_connection_errors=False,
-        _raise_exceptions_for_gated_repo=False,
-        **shared,
-    )
+    shared = {name: kwargs[name] for name in _FILE_OPTIONS if name in kwargs}
+    found = hub_file(path, CONFIG_NAME, **shared)
     return None if found is None else read_description(found)
+
+
+def find_commit(path: str, **kwargs) -> str | None:
+    """The commit of the model at a Hub id; `None` for a folder, or where it is not known."""
+    return hub_commit(path, **{name: kwargs[name] for name in _FILE_OPTIONS if name in kwargs})
 
 
 def local_folder(path: str, revision: str | None = None) -> Path:

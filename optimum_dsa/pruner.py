@@ -18,7 +18,7 @@ from .checkpoint import base_model, save_checkpoint
 from .configuration import DSAConfig
 from .data import Calibration, load_calibration
 from .description import is_unchanged, report_from
-from .loading import find_description, load_model, load_tokenizer
+from .loading import find_commit, find_description, load_model, load_tokenizer
 from .pruning import allocate, allocation_needs_inputs, architecture_for, prune, pruning_needs_inputs
 from .report import PruningReport
 from .verification import Verification, verify
@@ -87,6 +87,8 @@ class DSAPruner:
         if found is not None:
             pruner.report = pruner._restored = report
             pruner._base = found["base_model"]
+        else:
+            pruner._base = base_model(model, find_commit(path, **transformers_kwargs))
         return pruner
 
     def prune(self, calibration: Any, config: DSAConfig) -> PruningReport:
