@@ -13,10 +13,15 @@ from types import SimpleNamespace
 import pytest
 import torch
 from torch import nn
+from transformers import AutoModelForCausalLM
+from transformers.quantizers.base import HfQuantizer
 
 import optimum_dsa
-from optimum_dsa import fences
+from optimum_dsa import DSAConfig, DSAPruner, fences
 from optimum_dsa.fences import FENCES, DependencyError
+
+from .common import tiny_llama
+from .test_commands import run
 
 
 ROOT = Path(__file__).parents[1]
@@ -205,10 +210,15 @@ def test_a_trainer_without_a_list_of_callbacks_gets_it_as_usual():
     assert added == ["callback"] and trainer.callback_handler.callbacks == ["callback", "reporter"]
 
 
-def test_a_release_that_cannot_load_compressed_checkpoints_says_so_in_one_line(monkeypatch):
-    from transformers.quantizers.base import HfQuantizer
-
+@pytest.mark.contract
+def test_a_release_that_cannot_load_compressed_checkpoints_says_so_in_one_line(monkeypatch, tmp_path, capsys):
+    pruner = DSAPruner(tiny_llama(hidden_size=64))
+    pruner.prune(None, DSAConfig(0.6, "magnitude", "uniform"))
+    pruner.save_pretrained(tmp_path / "out", compressed=True)
     monkeypatch.delattr(HfQuantizer, "get_new_dtype", raising=False)
-    with pytest.raises(DependencyError, match="transformers 5.21 or newer, and this is .*--to dense") as raised:
-        fences.check_compressed_loading()
+    message = r"Compressed checkpoints load with transformers 5\.21 or newer, and this is .*--to dense`\.$"
+    with pytest.raises(DependencyError, match=message) as raised:
+        AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert "\n" not in str(raised.value)
+    code, output, errors = run(monkeypatch, capsys, "verify", str(tmp_path / "out"))
+    assert code == 2 and re.search(message, errors.strip().splitlines()[-1])

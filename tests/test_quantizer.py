@@ -15,8 +15,11 @@ from optimum_dsa import DSAConfig, DSAPruner, prune
 from optimum_dsa.conversion import convert
 from optimum_dsa.shards import find_shards, packed_headers
 
-from .common import same_state, state, tiny_llama, tokens
+from .common import needs_compressed_loading, same_state, state, tiny_llama, tokens
 from .conftest import FAMILIES
+
+
+pytestmark = [pytest.mark.contract, needs_compressed_loading]
 
 
 @pytest.fixture(scope="module")

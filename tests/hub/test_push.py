@@ -8,7 +8,9 @@ import textwrap
 import time
 from pathlib import Path
 
+import huggingface_hub
 import pytest
+from packaging.version import Version
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from optimum_dsa import DSAConfig, DSAPruner
@@ -124,7 +126,14 @@ def test_a_failure_is_one_clear_sentence_and_the_same_push_goes_on(hub, folder, 
 
 def test_a_short_failure_is_not_even_noticed(hub, folder):
     hub.fail("PUT", "/_lfs/", 503, times=2)
+    assert push(folder) == f"{hub.url}/me/tiny"
+
+
+def test_a_dropped_connection_is_made_again_or_told_and_the_same_command_goes_on(hub, folder):
     hub.fail("POST", "/objects/batch", None)
+    if Version(huggingface_hub.__version__) < Version("1.22"):  # older ones do not try again
+        with pytest.raises(PushError, match="the Hub cannot be reached.*the same command goes on"):
+            push(folder)
     assert push(folder) == f"{hub.url}/me/tiny"
 
 
