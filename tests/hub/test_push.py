@@ -38,6 +38,7 @@ def fresh_process(server, home, *arguments):
     return done.stdout
 
 
+@pytest.mark.contract
 def test_a_model_is_pushed_and_loaded_in_a_fresh_process(tmp_path):
     pruner = DSAPruner.from_pretrained(demo_model())
     report = pruner.prune(None, DSAConfig(0.5, "magnitude", "uniform"))
@@ -101,6 +102,7 @@ FAULTS = {
 }
 
 
+@pytest.mark.contract
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_failure_is_one_clear_sentence_and_the_same_push_goes_on(hub, folder, fault):
     method, path, status, reason = FAULTS[fault]
@@ -129,6 +131,7 @@ def test_a_short_failure_is_not_even_noticed(hub, folder):
     assert push(folder) == f"{hub.url}/me/tiny"
 
 
+@pytest.mark.contract
 def test_a_dropped_connection_is_made_again_or_told_and_the_same_command_goes_on(hub, folder):
     hub.fail("POST", "/objects/batch", None)
     if Version(huggingface_hub.__version__) < Version("1.22"):  # older ones do not try again
@@ -183,6 +186,7 @@ def test_name_branch_message_and_privacy_are_what_was_asked(hub, folder):
     assert hub.repositories["me/private"].private
 
 
+@pytest.mark.contract
 def test_a_pull_request_leaves_main_alone(hub, folder):
     assert push(folder, create_pr=True) == f"{hub.url}/me/tiny/discussions/1"
     repository = hub.repositories["me/tiny"]

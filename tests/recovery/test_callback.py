@@ -16,6 +16,8 @@ from ..common import tiny_llama, tokens
 from .test_peft_method import same_zeros, sparse_llama, zeros
 
 
+pytestmark = pytest.mark.contract
+
 LENGTH = 12
 
 
