@@ -12,6 +12,7 @@ from torch import nn
 from .common.output import OutputFolder
 from .conversion import compress_in_place
 from .description import describe, schema, write_description
+from .fences import saved_by_shards, tied_names
 from .offload import is_offloaded
 from .report import PruningReport
 from .schema import violations
@@ -75,25 +76,22 @@ def _save_offloaded(model: nn.Module, directory: Path, **save_kwargs) -> None:
     It does so where there is an `hf_device_map`, which `accelerate.cpu_offload` does not leave; and it does not see
     that offloaded weights are tied.
     """
-    tied = getattr(model, "all_tied_weights_keys", None) or {}
+    tied = tied_names(model)
     state = {name: value for name, value in model.state_dict().items() if name not in tied}
     save_kwargs = {"state_dict": state, "max_shard_size": "200MB", **save_kwargs}
-    unmapped = not hasattr(model, "hf_device_map")
-    if unmapped:
-        model.hf_device_map = {"": "cpu"}
-    try:
-        with warnings.catch_warnings():
-            # it warns that 50 GB of memory may be needed, which is its own shard size and not ours
-            warnings.filterwarnings("ignore", "Attempting to save a model with offloaded modules")
-            model.save_pretrained(directory, **save_kwargs)
-    finally:
-        if unmapped:
-            del model.hf_device_map
+    with saved_by_shards(model), warnings.catch_warnings():
+        # it warns that 50 GB of memory may be needed, which is its own shard size and not ours
+        warnings.filterwarnings("ignore", "Attempting to save a model with offloaded modules")
+        model.save_pretrained(directory, **save_kwargs)
 
 
-def base_model(model: nn.Module) -> dict[str, str | None]:
-    """Name and revision of the checkpoint that a model came from; of a local path only the last part."""
-    name = getattr(model.config, "_name_or_path", "") or None
+def base_model(model: nn.Module, revision: str | None = None) -> dict[str, str | None]:
+    """Name and revision of the checkpoint that a model came from; of a local path only the last part.
+
+    Args:
+        revision (`str`, *optional*): the commit, where it is known; a loaded model does not keep it.
+    """
+    name = model.config.name_or_path or None
     if name and (os.path.isabs(name) or os.path.exists(name)):
         name = Path(name).resolve().name
-    return {"name": name, "revision": getattr(model.config, "_commit_hash", None)}
+    return {"name": name, "revision": revision}

@@ -13,12 +13,12 @@ from huggingface_hub.utils import validate_repo_id
 
 from . import __version__
 from .card import base_repository, model_card
+from .fences import transport_error
 from .folder_files import WEIGHTS
 from .upload import Upload, collect, count, pictures
 
 
-# What the client raises when no answer comes: httpx's, by whichever name it is installed.
-TRANSPORT_ERROR = HfHubHTTPError.__bases__[0]
+TRANSPORT_ERROR = transport_error()
 REASONS = {
     401: "the Hub does not accept the token; log in with 'hf auth login', or give another",
     403: "the token may not write there; take one with the role 'write', or another repository",

@@ -13,13 +13,13 @@ import huggingface_hub
 import torch
 import transformers
 from torch import nn
-from transformers.utils import cached_file
 
 from .configuration import CONFIG_NAME
 from .conversion import QUANT_METHOD
 from .description import Description, read_description
 from .files import read_json
 from .folder_files import check_read_files
+from .hub_file import hub_commit, hub_file
 from .limits import Contents, check_counts, read_contents, within
 from .model_class import model_class
 from .shards import COMPRESSED, DENSE, find_shards, index_files, index_name
@@ -28,6 +28,7 @@ from .shards import COMPRESSED, DENSE, find_shards, index_files, index_name
 logger = logging.getLogger(__name__)
 
 _HUB_OPTIONS = ("revision", "token", "cache_dir", "local_files_only", "trust_remote_code", "subfolder")
+_FILE_OPTIONS = tuple(name for name in _HUB_OPTIONS if name != "trust_remote_code")
 # With these, weights come from other files than those that are counted here.
 _OTHER_WEIGHTS = ("variant", "gguf_file", "state_dict", "use_safetensors")
 
@@ -116,15 +117,7 @@ def _cached_weights(path: str, stem: str, options: Mapping[str, Any]) -> list[Pa
 
 def _cached(path: str, name: str, options: Mapping[str, Any]) -> Path | None:
     """A file of a Hub model, in the cache; `None` where it has no such file."""
-    found = cached_file(
-        path,
-        name,
-        _raise_exceptions_for_missing_entries=False,
-        _raise_exceptions_for_connection_errors=False,
-        _raise_exceptions_for_gated_repo=False,
-        **{option: value for option, value in options.items() if option != "trust_remote_code"},
-    )
-    return None if found is None else Path(found)
+    return hub_file(path, name, **{option: options[option] for option in _FILE_OPTIONS if option in options})
 
 
 def load_tokenizer(source: Any, **kwargs) -> Any:
@@ -155,9 +148,13 @@ def find_description(path: str, **kwargs) -> Description | None:
     if Path(path).is_dir():
         found = Path(path, kwargs.get("subfolder") or "", CONFIG_NAME)
         return read_description(found) if found.is_file() else None
-    shared = {name: kwargs[name] for name in _HUB_OPTIONS if name in kwargs}
-    found = _cached(path, CONFIG_NAME, shared)
+    found = _cached(path, CONFIG_NAME, kwargs)
     return None if found is None else read_description(found)
+
+
+def find_commit(path: str, **kwargs) -> str | None:
+    """The commit of the model at a Hub id; `None` for a folder, or where it is not known."""
+    return hub_commit(path, **{name: kwargs[name] for name in _FILE_OPTIONS if name in kwargs})
 
 
 def local_folder(path: str, revision: str | None = None) -> Path:

@@ -21,7 +21,7 @@ from .configuration import DSAConfig
 from .data import Calibration, load_calibration
 from .description import Description, is_unchanged, report_from
 from .escaping import one_line
-from .loading import find_description, load_model, load_tokenizer
+from .loading import find_commit, find_description, load_model, load_tokenizer
 from .pruning import allocate, allocation_needs_inputs, architecture_for, prune, pruning_needs_inputs
 from .report import PruningReport
 from .verification import Verification, verify
@@ -94,6 +94,8 @@ class DSAPruner:
             pruner._description = found
             pruner._base = found["base_model"]
             pruner._stored = path if not transformers_kwargs.get("subfolder") else None
+        else:
+            pruner._base = base_model(model, find_commit(path, **transformers_kwargs))
         return pruner
 
     def prune(self, calibration: Any, config: DSAConfig) -> PruningReport:

@@ -17,6 +17,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from .conversion import COMPRESSION_VERSION, MARK, QUANT_METHOD
+from .fences import check_compressed_loading
 from .files import read_json
 from .installation import how_to_upgrade
 from .shards import COMPRESSED, check_index, check_size, count_weights, index_name, packed_headers
@@ -40,6 +41,10 @@ class DSAQuantizer(HfQuantizer):
     """Unpacks tensors while transformers loads them; the model is as if its checkpoint had been dense."""
 
     requires_calibration = True  # there is nothing to do for a checkpoint that is not compressed
+
+    def __init__(self, quantization_config, **kwargs):
+        check_compressed_loading()
+        super().__init__(quantization_config, **kwargs)
 
     def update_attn_implementation(self, config):
         """Names the compressed weights to transformers: the one step that sees the configuration before the files."""

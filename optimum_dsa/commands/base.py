@@ -23,16 +23,20 @@ class LeafCommand(BaseOptimumCLICommand):
         parser.formatter_class = RawDescriptionHelpFormatter
 
     def execute(self) -> None:
-        """What the command does; errors in what the user gave are `ValueError`, `OSError` or `UnknownNameError`."""
+        """What the command does; errors in what the user gave are `ValueError`, `OSError` or `UnknownNameError`.
+
+        A release of a dependency that cannot do it is a `DependencyError`.
+        """
         raise NotImplementedError
 
     def run(self) -> None:
         from ..escaping import one_line
+        from ..fences import DependencyError
         from ..registry import UnknownNameError
 
         try:
             self.execute()
-        except (ValueError, OSError, UnknownNameError) as error:
+        except (ValueError, OSError, UnknownNameError, DependencyError) as error:
             message = one_line(" ".join(str(error).split())) or type(error).__name__
             print(f"optimum-cli dsa {self.COMMAND.name}: error: {message}", file=sys.stderr)
             sys.exit(2)

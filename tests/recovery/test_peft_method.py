@@ -18,6 +18,9 @@ from optimum_dsa.recovery.ranks import ranks_for
 from ..common import same_state, state, tiny_llama, tokens
 
 
+pytestmark = pytest.mark.contract
+
+
 def sparse_llama(pattern="row", sparsity=0.5, **changes):
     model = tiny_llama(**changes)
     prune(model, tokens(), DSAConfig(sparsity, "wanda", "uniform", pattern=pattern))

@@ -31,6 +31,7 @@ def small(**changes):
     return RecoveryConfig(**{**settings, **changes})
 
 
+@pytest.mark.contract
 @pytest.mark.parametrize(
     "changes",
     [
@@ -108,6 +109,7 @@ def test_training_stops_early_and_keeps_the_best():
     assert torch.tensor(result.after).log().item() == pytest.approx(min(losses.values()), rel=1e-3)
 
 
+@pytest.mark.contract
 def test_distillation_brings_predictions_nearer_to_the_parents():
     parent, data = tiny_llama(), tokens(64, 16)
     pruner = DSAPruner.from_pretrained(sparse_llama(sparsity=0.7))

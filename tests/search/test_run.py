@@ -154,6 +154,7 @@ def test_an_operation_that_a_user_registers_joins_the_space():
     assert "loudest" not in SearchSpace().reduction
 
 
+@pytest.mark.contract
 @pytest.mark.parametrize("method", ["wanda", "sparsegpt"])
 def test_a_model_on_disk_is_searched_as_one_in_memory(method, tmp_path):
     config = DSAConfig(0.7, method)
