@@ -14,7 +14,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary
 
+from torch import nn
 from torch.nn.modules import module as registration
 
 from .shards import open_shard, packed_headers
@@ -116,19 +118,25 @@ def within(contents: Contents | None, where: str | Path) -> Iterator[None]:
                     "again, or correct its config.json."
                 )
 
-    def is_new(name: str, known: Mapping[str, Any], value: Any) -> bool:
-        return value is not None and name not in known and threading.get_ident() == thread
+    seen: WeakKeyDictionary[nn.Module, set[str]] = WeakKeyDictionary()
+
+    def is_new(module: nn.Module, name: str, value: Any) -> bool:
+        known = seen.setdefault(module, set())
+        if value is None or name in known or threading.get_ident() != thread:
+            return False
+        known.add(name)
+        return True
 
     def parameter(module, name, value):
-        if is_new(name, module._parameters, value):
+        if is_new(module, name, value):
             count(parameters=1, numbers=value.numel())
 
     def buffer(module, name, value):
-        if is_new(name, module._buffers, value):
+        if is_new(module, name, value):
             count(bytes=value.numel() * value.element_size())
 
     def part(module, name, value):
-        if is_new(name, module._modules, value):
+        if is_new(module, name, value):
             count(modules=1)
 
     hooks = [

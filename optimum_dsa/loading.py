@@ -17,6 +17,7 @@ from torch import nn
 from .configuration import CONFIG_NAME
 from .conversion import QUANT_METHOD
 from .description import Description, read_description
+from .fences import DependencyError
 from .files import read_json
 from .folder_files import check_read_files
 from .hub_file import hub_commit, hub_file
@@ -71,7 +72,7 @@ def _explained(what: str) -> Iterator[None]:
     """Makes a `ValueError` of whatever a wrong value in `config.json` ends in: transformers checks few of them."""
     try:
         yield
-    except (ValueError, OSError, ImportError, MemoryError, torch.OutOfMemoryError):
+    except (ValueError, OSError, ImportError, MemoryError, torch.OutOfMemoryError, DependencyError):
         raise
     except Exception as error:
         said = " ".join(str(error).split()) or "no reason given"
