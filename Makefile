@@ -1,20 +1,35 @@
 # `make demo` and `make test` set everything up by themselves, in a virtual environment of their own.
 PYTHON ?= python3
 VENV ?= .venv
-# What pip may not go beyond: by default a CPU build of torch. For a GPU: make test CONSTRAINTS=
-CONSTRAINTS ?= constraints-cpu.txt
+# The releases that pip installs: by default the tested ones, with a CPU build of torch. For a GPU: make test CONSTRAINTS=
+CONSTRAINTS ?= constraints.txt
 WORKERS ?= 2
+EXTRAS ?= tests,quality,docs
 
 BIN := $(VENV)/bin
-READY := $(VENV)/.ready
+comma := ,
+READY := $(VENV)/.ready-$(subst $(comma),-,$(EXTRAS))
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS)
+# newest, except for torch: a newer one may have no CPU build
+NEWEST := .venv-newest/constraints.txt
 
-.PHONY: demo test quality style docs clean
+.PHONY: demo test contract test-oldest test-newest contract-oldest contract-newest quality style docs clean
 
 demo: $(READY)
 	$(BIN)/optimum-cli dsa demo
 
 test: $(READY)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) tests
+	$(PYTEST) tests
+
+contract: $(READY)
+	$(PYTEST) -m contract tests
+
+# The ends of what is supported, in environments of their own; `contract-` runs what touches dependencies closely.
+test-oldest contract-oldest: %-oldest:
+	$(MAKE) $* VENV=.venv-oldest CONSTRAINTS=constraints-oldest.txt EXTRAS=$(if $(filter test,$*),tests,contract)
+
+test-newest contract-newest: %-newest: $(NEWEST)
+	$(MAKE) $* VENV=.venv-newest CONSTRAINTS=$(NEWEST) EXTRAS=$(if $(filter test,$*),tests,contract)
 
 quality: $(READY)
 	$(BIN)/ruff check .
@@ -28,10 +43,16 @@ docs: $(READY)
 	$(BIN)/doc-builder build optimum_dsa docs/source --build_dir build/docs --repo_name optimum-dsa --version main --version_tag_suffix "" --clean
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info
+	rm -rf .venv .venv-oldest .venv-newest $(VENV) build dist *.egg-info
 
 $(READY): setup.cfg pyproject.toml $(CONSTRAINTS)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet $(if $(CONSTRAINTS),--constraint $(CONSTRAINTS)) --editable '.[tests,quality,docs]'
+	$(BIN)/python -m pip install --quiet --upgrade --upgrade-strategy eager $(if $(CONSTRAINTS),--constraint $(CONSTRAINTS)) --editable '.[$(EXTRAS)]'
 	touch $(READY)
+
+# written each time, so that pip looks for newer releases each time
+.PHONY: $(NEWEST)
+$(NEWEST): constraints.txt
+	mkdir -p $(@D)
+	grep '^torch==' constraints.txt > $@

@@ -16,6 +16,7 @@ from itertools import accumulate
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from .fences import tied_names
 from .registry import near
 
 
@@ -248,7 +249,7 @@ def _tied_parameters(model: nn.Module, stacks: Sequence[str]) -> set[str]:
     for name, parameter in model.named_parameters(remove_duplicate=False):
         seen.setdefault(id(parameter), []).append(name)
     tied = {name for group in seen.values() if len(group) > 1 for name in group}
-    for target, source in (getattr(model, "all_tied_weights_keys", None) or {}).items():
+    for target, source in tied_names(model).items():
         tied |= {target, source}
     return {name for name in tied if _within(name, stacks)}
 

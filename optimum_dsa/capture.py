@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from transformers import Cache
 
 from .architecture import Stack, UnprunableError
+from .fences import is_placed, tensor_version
 
 
 class _AllRecorded(Exception):
@@ -125,7 +126,7 @@ class _Recorder:
                 hidden, self.extras = _split_output(forward(hidden, *args, **kwargs))
             if index + 1 == len(self.stack.blocks) and not self.run_all:
                 raise _AllRecorded
-            self.passed, self.version = hidden, hidden._version
+            self.passed, self.version = hidden, tensor_version(hidden)
             return hidden if self.extras is None else (hidden, *self.extras)
 
         return replacement
@@ -137,7 +138,7 @@ class _Recorder:
                 f"{model} runs {block} out of order or more than once, and only blocks that run once each, one after "
                 f"the other, can be walked; {_WAY_OUT}"
             )
-        if index and not (_is_view_of_all(hidden, self.passed) and hidden._version == self.version):
+        if index and not (_is_view_of_all(hidden, self.passed) and tensor_version(hidden) == self.version):
             raise UnprunableError(
                 f"{model} changes the activations between the blocks before {block}, and only blocks that run one "
                 f"right after the other can be walked; {_WAY_OUT}"
@@ -207,8 +208,7 @@ def feed(model: nn.Module, batch: Mapping[str, Tensor]) -> Any:
     """
     accepted = inspect.signature(model.forward).parameters
     flexible = any(parameter.kind is parameter.VAR_KEYWORD for parameter in accepted.values())
-    placed = hasattr(model, "hf_device_map") or hasattr(model, "_hf_hook")  # accelerate moves the inputs
-    device = None if placed else model.device
+    device = None if is_placed(model) else model.device
     inputs = {name: value.to(device) if device else value for name, value in batch.items()}
     for switch in ("use_cache", "output_router_logits"):
         if switch in accepted or (flexible and hasattr(model.config.get_text_config(), switch)):

@@ -2,19 +2,32 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from importlib.resources import files
 from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
+from .allocation import Allocation
 from .configuration import DSAConfig
+from .description import seal_of
+from .escaping import code_block, code_span, inline_markdown, one_line, table_cell
 from .installation import how_to_install
 from .outcome import Outcome
-from .provenance import command, dataset_id, last_part, names_data, papers, without_places
-from .tables import Table, block_table, compared, describe_text, limits, percent, text_of
+from .provenance import (
+    calibration_source,
+    command,
+    dataset_id,
+    is_repository,
+    last_part,
+    names_data,
+    papers,
+    without_places,
+)
+from .tables import Table, block_table, describe_text, limits, percent, text_of
+from .verification import SEALS
 
 
 # The Hub knows finetune, adapter, merge and quantized. Pruned weights are the base model's own, compressed with loss.
@@ -27,6 +40,14 @@ LOADERS = {
     "ForSequenceClassification": ("AutoModelForSequenceClassification", "text-classification"),
     "ForImageClassification": ("AutoModelForImageClassification", "image-classification"),
 }
+RECORDED = "This is as it was recorded beside the model; it was not measured again when this card was written."
+# What a base model's card may say of itself, to be said again.
+_METADATA = {
+    "license": r"[A-Za-z0-9.+-]{1,64}",
+    "license_name": r"[A-Za-z0-9_. +-]{1,96}",
+    "license_link": r"https?://[A-Za-z0-9_.~%/?#=&+:-]{1,256}|[A-Za-z0-9_.-]{1,96}",
+    "language": r"[A-Za-z-]{1,16}",
+}
 
 
 def model_card(
@@ -36,8 +57,11 @@ def model_card(
     base: Mapping[str, Any] | None = None,
     plots: Mapping[str, str] | None = None,
     tokenizer: bool = True,
+    uncounted: str = "",
 ) -> ModelCard:
-    """The card of `outcome`, with nothing in it that says where it was made.
+    """The card of `outcome`, with nothing in it that says where it was made, and no text in it that is markup.
+
+    Without `outcome.counted`, what was counted in the weights, the card has no figure of the zeros.
 
     Args:
         outcome: of a pruned model.
@@ -46,6 +70,7 @@ def model_card(
         base: what the base model's card says of "license", "license_name", "license_link" and "language".
         plots: "allocation" and "heatmap" -> path in the repository.
         tokenizer: whether one lies beside the model.
+        uncounted: why the zeros were not counted, where they were not.
     """
     facts = without_places(outcome.facts)
     config = DSAConfig.from_dict(facts["config"])
@@ -53,7 +78,6 @@ def model_card(
     loader, task = _loader(model_config)
     name = repo_id.rpartition("/")[2]
     evaluations = [{**row, "dataset": last_part(row["dataset"])} for row in outcome.evaluations]
-    calibration = facts.get("calibration") or {}
     data = ModelCardData(
         model_name=name,
         library_name="transformers",
@@ -61,26 +85,24 @@ def model_card(
         base_model=base_id,
         base_model_relation=RELATION if base_id else None,
         tags=["optimum-dsa", "pruned", "sparse", config.method, *_tags(facts["allocation"]["name"])],
-        datasets=[found] if (found := dataset_id(calibration.get("source", ""))) else None,
-        eval_results=[_eval_result(row) for row in evaluations] or None,
-        **{key: value for key, value in (base or {}).items() if value},
+        datasets=[found] if (found := dataset_id(calibration_source(facts))) else None,
+        eval_results=[_eval_result(row) for row in evaluations if math.isfinite(row["perplexity"])] or None,
+        **_plain_metadata(base or {}),
     )
-    achieved, recipe = outcome.achieved, config.recipe
-    blocks = block_table(compared([replace(outcome, name="removed")]))
     made = command(facts)
+    base_name = (facts.get("base_model") or {}).get("name")
     return ModelCard.from_template(
         data,
         template_str=files("optimum_dsa").joinpath("templates/model_card.md").read_text(encoding="utf-8"),
         name=name,
         repo_id=repo_id,
-        base_link=f"[{base_id}](https://huggingface.co/{base_id})" if base_id else _local_name(facts),
-        sparsity=percent(achieved["sparsity"]),
-        removed=f"{achieved['removed']:,}",
-        prunable=f"{achieved['prunable']:,}",
-        overall=percent(achieved["sparsity_of_all_parameters"]),
+        base_link=f"[{inline_markdown(base_id)}](https://huggingface.co/{base_id})" if base_id else None,
+        base_name=code_span(base_name) if base_name else None,
+        counted=_counted(outcome),
+        uncounted=inline_markdown(uncounted),
         method=config.method,
-        allocation=facts["allocation"]["name"],
-        pattern=recipe.pattern,
+        allocation=code_span(facts["allocation"]["name"]),
+        pattern=config.recipe.pattern,
         compressed=outcome.compressed,
         install=how_to_install(),
         loader=loader,
@@ -89,13 +111,40 @@ def model_card(
         results=_results(evaluations),
         training=_training(outcome.training),
         limits=limits(outcome),
-        command=made,
-        note=_note(calibration, made, revision),
-        settings=[("metric", recipe.metric), ("update", recipe.update), *_settings(facts["config"], calibration)],
-        blocks=blocks.markdown(),
+        command=code_block(made, "bash"),
+        note=_note(facts, made, revision),
+        settings=_settings(facts, config),
         versions=Table(["package", "version"], [*map(list, (facts.get("versions") or {}).items())]).markdown(),
-        papers=papers(facts["config"]),
+        seal=SEALS.get(seal_of(outcome.facts), ""),
+        papers={inline_markdown(part): address for part, address in papers(facts["config"]).items()},
     )
+
+
+def _counted(outcome: Outcome) -> dict[str, str]:
+    """The figures of the zeros, as they were counted; empty where they were not."""
+    found = outcome.counted
+    if found is None:
+        return {}
+    shares = {unit: found.zeros[unit] / max(size, 1) for unit, size in found.sizes.items()}
+    blocks = block_table({"removed": Allocation(shares, dict(found.sizes))})
+    return {
+        "sparsity": percent(found.removed / max(found.prunable, 1)),
+        "removed": f"{found.removed:,}",
+        "prunable": f"{found.prunable:,}",
+        "overall": percent(found.removed / max(found.parameters, 1)),
+        "blocks": blocks.markdown(),
+    }
+
+
+def _plain_metadata(base: Mapping[str, Any]) -> dict[str, Any]:
+    """Of what a base model's card says, texts that are what their keys mean; its author may have written anything."""
+    found = {}
+    for key, form in _METADATA.items():
+        value = base.get(key)
+        parts = value if isinstance(value, list) else [value]
+        if value and all(isinstance(part, str) and re.fullmatch(form, part) for part in parts):
+            found[key] = value
+    return found
 
 
 def _training(recovery: Mapping[str, Any]) -> str:
@@ -106,27 +155,23 @@ def _training(recovery: Mapping[str, Any]) -> str:
         return f"It was trained with `DSACallback`, up to step {recovery.get('step')}."
     asked, perplexity = recovery["config"], recovery["perplexity"]
     return (
-        f"After pruning it was trained for {recovery['steps']} steps (`{asked['method']}`), with every zero kept: "
-        f"perplexity on validation text {perplexity['before']:.3f} before and {perplexity['after']:.3f} after."
+        f"After pruning it was trained for {recovery['steps']} steps ({code_span(asked['method'])}), with every zero "
+        f"kept: perplexity on validation text {perplexity['before']:.3f} before and {perplexity['after']:.3f} after. "
+        f"{RECORDED}"
     )
-
-
-def _local_name(facts: Mapping[str, Any]) -> str | None:
-    name = (facts.get("base_model") or {}).get("name")
-    return f"`{name}`" if name else None
 
 
 def base_repository(facts: Mapping[str, Any]) -> tuple[str | None, str | None]:
     """Hub id and revision of the base model; `None` for a local folder, whose name may mean another model there."""
     base = facts.get("base_model") or {}
     name, revision = base.get("name"), base.get("revision")
-    on_hub = isinstance(name, str) and (revision or re.fullmatch(r"[\w.-]+/[\w.-]+", name))
-    return (name, revision) if on_hub else (None, None)
+    return (name, revision) if is_repository(name, alone=bool(revision)) else (None, None)
 
 
-def _loader(model_config: Mapping[str, Any]) -> tuple[str, str | None]:
-    names = model_config.get("architectures") or [""]
-    return next((row for ending, row in LOADERS.items() if names[0].endswith(ending)), ("AutoModel", None))
+def _loader(model_config: Any) -> tuple[str, str | None]:
+    names = model_config.get("architectures") if isinstance(model_config, Mapping) else None
+    name = names[0] if isinstance(names, list) and names and isinstance(names[0], str) else ""
+    return next((row for ending, row in LOADERS.items() if name.endswith(ending)), ("AutoModel", None))
 
 
 def _tags(allocation: str) -> list[str]:
@@ -137,8 +182,8 @@ def _tags(allocation: str) -> list[str]:
 def _eval_result(row: Mapping[str, Any]) -> EvalResult:
     return EvalResult(
         task_type="text-generation",
-        dataset_type=dataset_id(row["dataset"]) or re.sub(r"[^\w.-]", "-", row["dataset"]),
-        dataset_name=describe_text(text_of(row)),
+        dataset_type=dataset_id(row["dataset"]) or re.sub(r"[^A-Za-z0-9_.-]", "-", row["dataset"]),
+        dataset_name=one_line(describe_text(text_of(row))),
         metric_type="perplexity",
         metric_value=round(row["perplexity"], 4),
     )
@@ -150,27 +195,35 @@ def _results(evaluations: Sequence[Mapping[str, Any]]) -> str:
     rows = [[describe_text(text_of(row)), f"{row['perplexity']:.3f}"] for row in evaluations]
     table = Table(["text", "perplexity"], rows).markdown()
     return (
-        f"{table}\n\nPerplexity is exp of the mean loss per token over windows that do not overlap; lower is better."
+        f"{table}\n\nPerplexity is exp of the mean loss per token over windows that do not overlap; lower is better. "
+        f"{RECORDED}"
     )
 
 
-def _note(calibration: Mapping[str, Any], made: str, revision: str | None) -> str:
+def _note(facts: Mapping[str, Any], made: str, revision: str | None) -> str:
     parts = ["Run it beside `dsa_config.json`." if "dsa_config.json" in made else ""]
-    if calibration and not names_data(calibration["source"]):
-        parts.append(f"The calibration data ({calibration['source']}) were given in Python and have no name.")
-    elif calibration and dataset_id(calibration["source"]) is None:
-        parts.append(f"`{calibration['source']}` is a local file that is not part of this repository.")
+    source = calibration_source(facts)
+    if facts.get("calibration") and not names_data(source):
+        named = f" ({inline_markdown(source)})" if source else ""
+        parts.append(f"The calibration data{named} were given in Python and have no name.")
+    elif source and dataset_id(source) is None:
+        parts.append(f"{code_span(source)} is a local file that is not part of this repository.")
     if not revision:
         parts.append("The base model's revision is not known.")
     return " ".join(part for part in parts if part)
 
 
-def _settings(config: Mapping[str, Any], calibration: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """Every field of the config, and what calibration read."""
-    rows = []
-    for name, value in config.items():
+def _settings(facts: Mapping[str, Any], config: DSAConfig) -> str:
+    """Every field of the config, and what calibration read, as a table."""
+    rows = [("metric", config.recipe.metric), ("update", config.recipe.update)]
+    for name, value in facts["config"].items():
         if isinstance(value, Mapping):
             value = value.get("name", "given")
         rows.append((name, ", ".join(value) if isinstance(value, list) else value))
-    rows += [(f"calibration {name}", value) for name, value in calibration.items()]
-    return [(name, str(value)) for name, value in rows if value not in (None, "")]
+    rows += [(f"calibration {name}", value) for name, value in (facts.get("calibration") or {}).items()]
+    lines = [
+        f"| {table_cell(inline_markdown(name))} | {table_cell(code_span(str(value)))} |"
+        for name, value in rows
+        if value not in (None, "")
+    ]
+    return "\n".join(["| setting | value |", "| --- | --- |", *lines])

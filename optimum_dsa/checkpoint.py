@@ -9,12 +9,13 @@ from typing import Any
 
 from torch import nn
 
-from .configuration import CONFIG_NAME
+from .common.output import OutputFolder
 from .conversion import compress_in_place
-from .description import describe, write_description
-from .files import new_directory
+from .description import describe, schema, write_description
+from .fences import saved_by_shards, tied_names
 from .offload import is_offloaded
 from .report import PruningReport
+from .schema import violations
 
 
 def save_checkpoint(
@@ -22,7 +23,7 @@ def save_checkpoint(
     tokenizer: Any,
     report: PruningReport,
     base: dict[str, str | None],
-    directory: str | Path,
+    directory: str | Path | OutputFolder,
     compressed: bool = False,
     recovery: dict[str, Any] | None = None,
     **save_kwargs,
@@ -32,21 +33,41 @@ def save_checkpoint(
     With `compressed`, weights are packed shard by shard after transformers has written them, so that names and ties
     are its own; on the way the disk holds the dense weights too.
 
+    An `OutputFolder` that was begun before the work saves the result elsewhere where the disk does not take it.
+
     Raises:
-        FileExistsError: `directory` holds something else than a pruned model.
+        ForeignFileError: `directory` holds what was not written here.
+        OutputError: it cannot be written.
     """
     if compressed:
         save_kwargs = {"max_shard_size": "5GB", **save_kwargs}
-    with new_directory(directory, CONFIG_NAME) as fresh:
+    description = describe(report, base, recovery)
+    broken = next(violations(description, schema()), None)
+    if broken:
+        raise ValueError(f"What was done to the model cannot be described, so nothing was written: {broken}.")
+
+    def fill(folder: Path) -> None:
         if is_offloaded(model):
-            _save_offloaded(model, fresh, **save_kwargs)
+            _save_offloaded(model, folder, **save_kwargs)
         else:
-            model.save_pretrained(fresh, **save_kwargs)
+            model.save_pretrained(folder, **save_kwargs)
         if tokenizer is not None:
-            tokenizer.save_pretrained(fresh)
+            tokenizer.save_pretrained(folder)
         if compressed:
-            compress_in_place(fresh)
-        write_description(fresh, describe(report, base, recovery))
+            compress_in_place(folder)
+        write_description(folder, description)
+
+    if isinstance(directory, OutputFolder):
+        directory.write(fill)
+    else:
+        with OutputFolder(directory) as output:
+            output.require(weight_bytes(model))
+            output.write(fill, rescue=False)  # the model is still there
+
+
+def weight_bytes(model: nn.Module) -> int:
+    """Bytes that the model's weights take in a file, about."""
+    return sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
 
 
 def _save_offloaded(model: nn.Module, directory: Path, **save_kwargs) -> None:
@@ -55,25 +76,22 @@ def _save_offloaded(model: nn.Module, directory: Path, **save_kwargs) -> None:
     It does so where there is an `hf_device_map`, which `accelerate.cpu_offload` does not leave; and it does not see
     that offloaded weights are tied.
     """
-    tied = getattr(model, "all_tied_weights_keys", None) or {}
+    tied = tied_names(model)
     state = {name: value for name, value in model.state_dict().items() if name not in tied}
     save_kwargs = {"state_dict": state, "max_shard_size": "200MB", **save_kwargs}
-    unmapped = not hasattr(model, "hf_device_map")
-    if unmapped:
-        model.hf_device_map = {"": "cpu"}
-    try:
-        with warnings.catch_warnings():
-            # it warns that 50 GB of memory may be needed, which is its own shard size and not ours
-            warnings.filterwarnings("ignore", "Attempting to save a model with offloaded modules")
-            model.save_pretrained(directory, **save_kwargs)
-    finally:
-        if unmapped:
-            del model.hf_device_map
+    with saved_by_shards(model), warnings.catch_warnings():
+        # it warns that 50 GB of memory may be needed, which is its own shard size and not ours
+        warnings.filterwarnings("ignore", "Attempting to save a model with offloaded modules")
+        model.save_pretrained(directory, **save_kwargs)
 
 
-def base_model(model: nn.Module) -> dict[str, str | None]:
-    """Name and revision of the checkpoint that a model came from; of a local path only the last part."""
-    name = getattr(model.config, "_name_or_path", "") or None
+def base_model(model: nn.Module, revision: str | None = None) -> dict[str, str | None]:
+    """Name and revision of the checkpoint that a model came from; of a local path only the last part.
+
+    Args:
+        revision (`str`, *optional*): the commit, where it is known; a loaded model does not keep it.
+    """
+    name = model.config.name_or_path or None
     if name and (os.path.isabs(name) or os.path.exists(name)):
         name = Path(name).resolve().name
-    return {"name": name, "revision": getattr(model.config, "_commit_hash", None)}
+    return {"name": name, "revision": revision}

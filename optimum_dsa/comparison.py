@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from .common.manifest import record
 from .description import versions
-from .files import write_text
+from .files import read_json, write_text
 
 
 @dataclass(frozen=True)
@@ -42,9 +44,25 @@ class Measured:
 
 def save_results(path: str | Path, results: Sequence[Measured]) -> None:
     """Write the measurements, and the versions of what made them, as JSON."""
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    check_results(path)
     content = {"models": [result.to_dict() for result in results], "versions": versions()}
     write_text(Path(path), json.dumps(content, indent=2) + "\n")
+    record(Path(path))
+
+
+def check_results(path: str | Path) -> None:
+    """Raise `OSError` where results cannot be written to `path`, or would replace something else than results."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.exists():
+        try:
+            found = read_json(path)
+        except ValueError:
+            found = None
+        if not isinstance(found, dict) or not {"models", "versions"} <= found.keys():
+            raise FileExistsError(f"{path} exists and holds no results of optimum-dsa; choose another file.")
+    if not os.access(path.parent, os.W_OK):
+        raise PermissionError(f"{path} cannot be written: no right to write to {path.parent}.")
 
 
 def comparison_table(results: Sequence[Measured]) -> str:

@@ -196,10 +196,13 @@ class DSAConfig:
         return cls(**data)
 
     def save_pretrained(self, directory: str | Path) -> None:
-        """Write `dsa_config.json` with this config into `directory`."""
+        """Write `dsa_config.json` with this config into `directory`; never over that of a pruned model."""
         Path(directory).mkdir(parents=True, exist_ok=True)
+        file = Path(directory) / CONFIG_NAME
+        if file.exists() and not _holds_config(file):
+            raise FileExistsError(f"{file} is not a saved DSAConfig alone; choose another folder.")
         data = {"format_version": FORMAT_VERSION, "config": self.to_dict()}
-        write_text(Path(directory) / CONFIG_NAME, json.dumps(data, indent=2) + "\n")
+        write_text(file, json.dumps(data, indent=2) + "\n")
 
     @classmethod
     def from_pretrained(cls, path: str | Path) -> DSAConfig:
@@ -217,6 +220,15 @@ class DSAConfig:
             )
         given = data.get("config") or {name: value for name, value in data.items() if name != "format_version"}
         return cls.from_dict(given)
+
+
+def _holds_config(file: Path) -> bool:
+    """Whether a file holds what `DSAConfig.save_pretrained` writes, and nothing else."""
+    try:
+        data = read_json(file)
+    except ValueError:
+        return False
+    return isinstance(data, Mapping) and data.keys() == {"format_version", "config"}
 
 
 def _exists(path: str) -> bool:

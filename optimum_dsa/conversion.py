@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import json
+import logging
 import re
-import shutil
-from collections.abc import Iterator
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from .bitmask import Header, can_pack, pack, unpack
-from .configuration import CONFIG_NAME
-from .files import new_directory, read_json, write_text
+from .common.manifest import MANIFEST, files_in
+from .common.output import OutputFolder
+from .files import read_json, write_text
+from .folder_files import own_file
 from .installation import how_to_install
 from .shards import FORMS, Shards, ShardWriter, find_shards, index_name, open_shard, packed_headers
 
@@ -26,18 +28,25 @@ HOW_TO_LOAD = (
     f"<these weights are compressed by optimum-dsa: install it ({how_to_install()}) and `import optimum_dsa` before "
     "loading, or ask for a dense copy made with `optimum-cli dsa convert`>"
 )
-_WEIGHTS = (".safetensors", ".safetensors.index.json", ".bin", ".bin.index.json", ".pt", ".pth", ".h5", ".msgpack")
+# Weights in other formats, which would be another copy of the same ones: they stay where they are.
+OTHER_WEIGHTS = ("pytorch_model*.bin*", "tf_model*.h5", "flax_model*.msgpack*", "*.gguf", "*.onnx*", "*.pt", "*.pth")
+
+logger = logging.getLogger(__name__)
 
 
 def convert(source: str | Path, directory: str | Path, to: str) -> tuple[int, int]:
     """Write the checkpoint in `source` to `directory` as "dense" or "compressed"; bytes of the weights before, after.
 
-    Every tensor is bit for bit the same when it is loaded. One tensor at a time is in memory. `directory` is written
-    whole or not at all; one that holds a pruned model is replaced, and may be `source`.
+    Every tensor is bit for bit the same when it is loaded. One tensor at a time is in memory. The other files of the
+    checkpoint go along, but for weights in other formats and hidden files, which are named in a log line.
+
+    `directory` is written whole or not at all. It may be `source`, where `save_pretrained` or this function wrote the
+    weights; then every other file stays.
 
     Raises:
         FileNotFoundError: `source` holds no weights in safetensors.
-        FileExistsError: `directory` holds something else than a pruned model.
+        ForeignFileError: `directory` holds what was not written here.
+        OutputError: it cannot be written.
         ValueError: the checkpoint is in that form already, quantised, or damaged.
     """
     source = Path(source)
@@ -46,14 +55,29 @@ def convert(source: str | Path, directory: str | Path, to: str) -> tuple[int, in
     if not source.is_dir():
         raise FileNotFoundError(f"No folder {source}.")
     shards = find_shards(source)
+    for name in ("config.json", *shards.files, *([] if shards.index is None else [index_name(FORMS[shards.form])])):
+        own_file(source / name, source)
     if shards.form == to:
         raise ValueError(f"{source} is {to} already; nothing was written.")
     config = converted_config(read_json(source / "config.json"), to, source)
-    with new_directory(directory, CONFIG_NAME) as fresh:
-        for file in _other_files(source):
-            shutil.copyfile(file, fresh / file.name)
-        write_text(fresh / "config.json", json.dumps(config, indent=2) + "\n")
-        return convert_weights(shards, fresh, to)
+    in_place = Path(directory).is_dir() and source.samefile(directory)
+    others, left = _other_files(shards)
+    if in_place:
+        others, left = [*others, *left], []
+    sizes: tuple[int, int] = (0, 0)
+
+    def fill(folder: Path) -> None:
+        nonlocal sizes
+        output.carry(source, others, folder)
+        write_text(folder / "config.json", json.dumps(config, indent=2) + "\n")
+        sizes = convert_weights(shards, folder, to)
+
+    with OutputFolder(directory, kept=others if in_place else ()) as output:
+        output.require(_bytes_after(shards, to))
+        output.write(fill, rescue=False)  # the source is still there
+    if left:
+        logger.warning("Not taken along from %s: %s.", source, ", ".join(left))
+    return sizes
 
 
 def compress_in_place(folder: Path) -> None:
@@ -144,16 +168,28 @@ def _width(file: Any, name: str, packed: dict[str, Header]) -> int:
     return int(bits[1]) // 8 if bits else 1
 
 
-def _other_files(folder: Path) -> Iterator[Path]:
-    """The files of a checkpoint beside its weights and `config.json`; of a link out of the folder, `ValueError`.
+def _bytes_after(shards: Shards, to: str) -> int:
+    """Bytes that the weights take in the other form: exact for "dense", at most for "compressed"."""
+    total = 0
+    for file in shards.files:
+        total += (shards.folder / file).stat().st_size
+        if to == "dense":
+            headers = packed_headers(shards.folder / file).values()
+            total += sum(header.size * header.dtype.itemsize - header.bytes for header in headers)
+    return total
 
-    Links into the Hub's cache, to which a downloaded folder belongs, are followed.
+
+def _other_files(shards: Shards) -> tuple[list[str], list[str]]:
+    """The files of a checkpoint beside its weights and `config.json`: those that go along, and those that stay.
+
+    Of a link out of the folder, `ValueError`.
     """
-    whole = folder.resolve()
-    allowed = [whole, whole.parent.parent / "blobs"]
-    for path in sorted(folder.iterdir()):
-        if not path.is_file() or path.name == "config.json" or path.name.endswith(_WEIGHTS):
+    weights = {*shards.files, *map(index_name, FORMS.values()), "config.json", MANIFEST}
+    others, left = [], []
+    for name in files_in(shards.folder):
+        if name in weights:
             continue
-        if not any(path.resolve().is_relative_to(root) for root in allowed):
-            raise ValueError(f"{path} is a link out of its folder; replace it by what it should be.")
-        yield path
+        path = own_file(shards.folder / name, shards.folder)
+        hidden = any(part.startswith(".") for part in Path(name).parts)
+        (left if hidden or any(fnmatch(path.name, pattern) for pattern in OTHER_WEIGHTS) else others).append(name)
+    return others, left

@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from .configuration import CONFIG_NAME, DSAConfig
+from .common.output import OutputFolder
+from .configuration import DSAConfig
 from .data import load_tokens
 from .evaluation import perplexity
-from .files import check_output
 from .pruner import DSAPruner
 
 
@@ -38,14 +38,21 @@ def demo_texts(part: str) -> list[str]:
 def run_demo(output: str, sparsity: float, method: str, say: Callable[[str], None]) -> None:
     """Prune the embedded model with each of `ALLOCATIONS`, report, and save the last one to `output`."""
     configs = {name: DSAConfig(sparsity, method, name) for name in ALLOCATIONS}
-    check_output(output, CONFIG_NAME)
+    with OutputFolder(output) as place:
+        _compare(place, configs, say)
+    say("  optimum-cli dsa prune Qwen/Qwen3-0.6B -o qwen3-60 --sparsity 0.6     (downloads model and text)")
+    say("  optimum-cli dsa prune --help")
+
+
+def _compare(output: OutputFolder, configs: Mapping[str, DSAConfig], say: Callable[[str], None]) -> None:
     folder = demo_model()
     dense = DSAPruner.from_pretrained(folder)
     calibration = load_tokens(demo_texts("calibration"), dense.tokenizer, num_samples=128, sequence_length=LENGTH)
     test = load_tokens(demo_texts("test"), dense.tokenizer, sequence_length=LENGTH)[:64]
+    first = next(iter(configs.values()))
     parameters = sum(parameter.numel() for parameter in dense.model.parameters())
     say(
-        f"{parameters / 1e6:.1f} M parameters, pruned to {sparsity:.0%} with {method}. Calibrated on "
+        f"{parameters / 1e6:.1f} M parameters, pruned to {first.sparsity:.0%} with {first.method}. Calibrated on "
         f"{calibration.numel():,} tokens;\nperplexity on {test.numel():,} tokens that nothing else has seen.\n"
     )
     say(f"{'allocation':<12}{'perplexity':>12}{'sparsity':>12}{'seconds':>10}")
@@ -57,9 +64,6 @@ def run_demo(output: str, sparsity: float, method: str, say: Callable[[str], Non
         seconds = time.perf_counter() - start
         say(f"{name:<12}{perplexity(pruner.model, test):>12.2f}{report.sparsity:>12.4f}{seconds:>10.1f}")
     pruner.save_pretrained(output)
-    say(f"\n{report}\n\nSaved the {name} model to {output}. It loads with AutoModelForCausalLM. Try next:")
-    say(
-        f"  optimum-cli dsa prune {output} -o {output}-80 --sparsity 0.8 --dataset YOUR.txt --sequence-length {LENGTH}"
-    )
-    say("  optimum-cli dsa prune Qwen/Qwen3-0.6B -o qwen3-60 --sparsity 0.6     (downloads model and text)")
-    say("  optimum-cli dsa prune --help")
+    path = output.shown
+    say(f"\n{report}\n\nSaved the {name} model to {path}. It loads with AutoModelForCausalLM. Try next:")
+    say(f"  optimum-cli dsa prune {path} -o {path}-80 --sparsity 0.8 --dataset YOUR.txt --sequence-length {LENGTH}")

@@ -5,8 +5,9 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata
 import json
+import math
 import platform
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,16 @@ PACKAGES = ("optimum-dsa", "torch", "transformers", "optimum", "accelerate", "da
 
 class DescriptionError(ValueError):
     """A `dsa_config.json` that does not describe a pruned model as its schema says."""
+
+
+class Description(dict):
+    """The content of a `dsa_config.json`, brought to the present version.
+
+    Attributes:
+        version (`int`): of the format in which it was written.
+    """
+
+    version = FORMAT_VERSION
 
 
 @cache
@@ -53,7 +64,7 @@ def write_description(folder: Path, data: dict[str, Any]) -> None:
     write_text(folder / CONFIG_NAME, json.dumps({**data, "checksum": checksum(data)}, indent=2) + "\n")
 
 
-def read_description(path: str | Path) -> dict[str, Any] | None:
+def read_description(path: str | Path) -> Description | None:
     """The content of a `dsa_config.json`, brought to the present version; `None` where it is a bare `DSAConfig`.
 
     Raises:
@@ -78,12 +89,18 @@ def read_description(path: str | Path) -> dict[str, Any] | None:
             f"{path} has version {version} of the format, and this optimum-dsa knows up to {FORMAT_VERSION}; upgrade "
             f"it with {how_to_upgrade()}."
         )
-    for number in range(version, FORMAT_VERSION):
-        data = MIGRATIONS[number](data)
-    broken = next(violations(data, schema()), None)
+    try:
+        for number in range(version, FORMAT_VERSION):
+            data = MIGRATIONS[number](data)
+        broken = next(violations(data, schema()), None)
+        checksum(data)
+    except RecursionError:  # what the parser could just read, what walks through it may not
+        raise DescriptionError(f"{path} is nested too deep.") from None
     if broken:
         raise DescriptionError(f"{path} does not follow its schema: {broken}.")
-    return data
+    found = Description(data)
+    found.version = version
+    return found
 
 
 def checksum(data: dict[str, Any]) -> str:
@@ -92,9 +109,46 @@ def checksum(data: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
-def is_unchanged(data: dict[str, Any]) -> bool:
-    """Whether a description is as it was written; one of a version without checksum counts as such."""
-    return data.get("checksum") in (None, checksum(data))
+def seal_of(data: Mapping[str, Any]) -> str:
+    """What is known of a description since it was written.
+
+    "kept" (as its checksum says), "broken" (not so), "missing" (it lacks the checksum that its version has), or "none"
+    (of version 1, which had no checksum; nothing vouches for it).
+    """
+    version = data.version if isinstance(data, Description) else data.get("format_version", 1)
+    if version == 1:
+        return "none"
+    stated = data.get("checksum")
+    if stated is None:
+        return "missing"
+    return "kept" if stated == checksum(data) else "broken"
+
+
+def is_unchanged(data: Mapping[str, Any]) -> bool:
+    """Whether nothing speaks against a description's being as it was written; of version 1 nothing speaks for it."""
+    return seal_of(data) in ("kept", "none")
+
+
+def contradictions(data: Mapping[str, Any]) -> Iterator[str]:
+    """Where the totals of a description are not those of its units, each as a sentence."""
+    achieved, sizes = data["achieved"], data["allocation"]["sizes"]
+    units = achieved["units"]
+    if units.keys() != sizes.keys():
+        odd = sorted(units.keys() ^ sizes.keys())
+        yield f"allocation and achieved sparsity are given for different units, such as {odd[0]}"
+        return
+    removed, prunable = sum(round(units[unit] * size) for unit, size in sizes.items()), sum(sizes.values())
+    if prunable > achieved["parameters"]:
+        yield f"its units have {prunable:,} weights, and achieved.parameters is {achieved['parameters']:,}"
+    expected = {
+        "removed": removed,
+        "prunable": prunable,
+        "sparsity": removed / max(prunable, 1),
+        "sparsity_of_all_parameters": removed / achieved["parameters"],
+    }
+    for name, value in expected.items():
+        if not math.isclose(achieved[name], value, rel_tol=1e-9, abs_tol=1e-12):
+            yield f"achieved.{name} is {achieved[name]:,}, and its units make {value:,}"
 
 
 def report_from(data: dict[str, Any]) -> PruningReport:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from .allocation.layout import place, short_names
+from .escaping import one_line
 from .installation import how_to_install
 
 
@@ -87,6 +88,7 @@ def block_axis(axes: Axes, blocks: Sequence[str], shift: float = 0.0) -> None:
 
 def plain(text: str, longest: int = 30) -> str:
     """`text` as matplotlib shows it letter by letter: no formulas, nothing hidden, cut where it is long."""
+    text = one_line(text)
     text = text if len(text) <= longest else f"{text[: longest - 1]}…"
     return (" " if text.startswith("_") else "") + text.replace("$", r"\$")
 

@@ -8,6 +8,8 @@ import torch
 from huggingface_hub.utils import tqdm
 from torch import Tensor, nn
 
+from .fences import has_device_map
+
 
 def perplexity(model: nn.Module, tokens: Tensor, batch_size: int = 8) -> float:
     """exp of the mean negative log-likelihood per predicted token, over non-overlapping windows.
@@ -42,7 +44,7 @@ def window_losses(model: nn.Module, tokens: Tensor, batch_size: int = 8) -> Tens
         raise ValueError(f"Perplexity needs windows of at least 2 tokens, got {tuple(tokens.shape)}.")
     training = model.training
     model.eval()
-    device = torch.device("cpu") if hasattr(model, "hf_device_map") else model.device
+    device = torch.device("cpu") if has_device_map(model) else model.device
     losses = []
     try:
         for batch in tqdm(tokens.split(batch_size), desc="Perplexity", name="optimum_dsa.evaluate", leave=False):

@@ -13,11 +13,12 @@ from huggingface_hub.utils import validate_repo_id
 
 from . import __version__
 from .card import base_repository, model_card
-from .upload import WEIGHTS, Upload, collect, pictures
+from .fences import transport_error
+from .folder_files import WEIGHTS
+from .upload import Upload, collect, count, pictures
 
 
-# What the client raises when no answer comes: httpx's, by whichever name it is installed.
-TRANSPORT_ERROR = HfHubHTTPError.__bases__[0]
+TRANSPORT_ERROR = transport_error()
 REASONS = {
     401: "the Hub does not accept the token; log in with 'hf auth login', or give another",
     403: "the token may not write there; take one with the role 'write', or another repository",
@@ -64,21 +65,23 @@ def push_folder(
 
     Raises:
         PushError: the Hub refused, or the network failed.
-        ValueError: `repo_id` is not one.
+        ValueError: `repo_id` is not one; the weights are not what `dsa_config.json` says, which is counted before
+            anything is sent; or a link leads out of the folder.
         FileNotFoundError: the folder holds no pruned model.
     """
     validate_repo_id(repo_id)
-    upload = collect(folder)
+    upload, uncounted = count(collect(folder), folder)
     kept = kept or f"{folder} is whole, and the same command goes on."
     api = HfApi(endpoint=endpoint, token=token, library_name="optimum-dsa", library_version=__version__)
     with explained(repo_id, kept):
         repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+        validate_repo_id(repo_id)  # it goes into the card's code
         if revision and not create_pr:
             api.create_branch(repo_id, branch=revision, exist_ok=True)
         base = _base_metadata(api, upload)
         there = api.list_repo_files(repo_id, revision=revision)
     contents = {**upload.files, **pictures(upload.outcome, repo_id.rpartition("/")[2])}
-    contents.setdefault("README.md", _card(upload, repo_id, base, contents))
+    contents.setdefault("README.md", _card(upload, repo_id, base, contents, uncounted))
     operations = [
         CommitOperationAdd(name, content if isinstance(content, bytes) else str(content))
         for name, content in contents.items()
@@ -112,10 +115,12 @@ def explained(repo_id: str, kept: str) -> Iterator[None]:
         raise PushError(f"Not pushed to {repo_id}: {reason} ({detail}). {kept}") from error
 
 
-def _card(upload: Upload, repo_id: str, base: dict[str, str], contents: Mapping[str, Path | bytes]) -> bytes:
+def _card(
+    upload: Upload, repo_id: str, base: dict[str, str], contents: Mapping[str, Path | bytes], uncounted: str
+) -> bytes:
     """A card's bytes, with the pictures that are among the contents."""
     plots = {Path(name).stem: name for name in contents if name.startswith("plots/")}
-    card = model_card(upload.outcome, repo_id, upload.model_config, base, plots, upload.has_tokenizer)
+    card = model_card(upload.outcome, repo_id, upload.model_config, base, plots, upload.has_tokenizer, uncounted)
     return str(card).encode()
 
 
@@ -138,5 +143,7 @@ def _is_stale(name: str, contents: Mapping[str, Path | bytes]) -> bool:
 
 
 def _message(upload: Upload) -> str:
-    config, achieved = upload.outcome.config, upload.outcome.achieved
-    return f"{achieved['sparsity']:.2%} of the prunable weights removed with {config['method']}"
+    found, method = upload.outcome.counted, upload.outcome.config["method"]
+    if found is None:
+        return f"Pruned with {method}"
+    return f"{found.removed / max(found.prunable, 1):.2%} of the prunable weights removed with {method}"

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-import copy
 import logging
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,47 +13,126 @@ import huggingface_hub
 import torch
 import transformers
 from torch import nn
-from transformers.utils import cached_file
 
 from .configuration import CONFIG_NAME
-from .description import read_description
+from .conversion import QUANT_METHOD
+from .description import Description, read_description
+from .fences import DependencyError
 from .files import read_json
-from .shards import check_size, count_weights, find_shards
+from .folder_files import check_read_files
+from .hub_file import hub_commit, hub_file
+from .limits import Contents, check_counts, read_contents, within
+from .model_class import model_class
+from .shards import COMPRESSED, DENSE, find_shards, index_files, index_name
 
 
 logger = logging.getLogger(__name__)
 
 _HUB_OPTIONS = ("revision", "token", "cache_dir", "local_files_only", "trust_remote_code", "subfolder")
+_FILE_OPTIONS = tuple(name for name in _HUB_OPTIONS if name != "trust_remote_code")
+# With these, weights come from other files than those that are counted here.
+_OTHER_WEIGHTS = ("variant", "gguf_file", "state_dict", "use_safetensors")
 
 # what other libraries read, or pickles
 _NO_WEIGHTS = ["*.bin", "*.pt", "*.pth", "*.h5", "*.msgpack", "*.gguf", "*.onnx"]
 
 
 def load_model(path: str, **kwargs) -> nn.Module:
-    """The model at `path` in its own architecture (language model, encoder, vision model, ...), for inference."""
+    """The model at `path` in its own architecture (language model, encoder, vision model, ...), for inference.
+
+    Raises:
+        ValueError: its `config.json` cannot be a model's, names no model class, or asks for more than the checkpoint
+            holds; a file that would be saved again is a link out of the folder.
+        OSError: there is none.
+    """
     shared = {name: kwargs[name] for name in _HUB_OPTIONS if name in kwargs}
     folder = Path(path, kwargs.get("subfolder") or "")
-    if (folder / "config.json").is_file():
-        read_json(folder / "config.json")  # larger than any configuration: refused before transformers reads it
-    # what is pruned is safetensors, and its index leads nowhere else
-    shards = find_shards(folder) if (folder / CONFIG_NAME).is_file() else None
-    config = kwargs.pop("config", None) or transformers.AutoConfig.from_pretrained(path, **shared)
-    named = [getattr(transformers, name, None) for name in config.architectures or []]
-    loader = next((cls for cls in named if cls is not None), None)
-    if loader is None:
-        loader = transformers.AutoModelForCausalLM
-    if shards is not None and shards.form == "dense" and loader in named:
-        with torch.device("meta"):
-            model = loader(copy.deepcopy(config))
-        check_size(model, sum(count_weights(folder / file) for file in shards.files), path)
-    return loader.from_pretrained(path, config=config, **kwargs).eval()
+    if folder.is_dir():
+        check_read_files(folder)
+    found = folder / "config.json" if folder.is_dir() else _cached(path, "config.json", shared)
+    # read here first: larger than any configuration, it is refused before transformers reads it
+    stated = read_json(found) if found is not None and found.is_file() else {}
+    contents = None if kwargs.keys() & set(_OTHER_WEIGHTS) else _contents(path, folder, stated, shared)
+    config = kwargs.pop("config", None)
+    if config is None:
+        check_counts(stated, contents, path)
+        config = _configuration(path, shared)
+    loader = model_class(config, path)
+    with within(contents, path), _explained(f"The checkpoint at {path} cannot be loaded"):
+        return loader.from_pretrained(path, config=config, **kwargs).eval()
+
+
+def _configuration(path: str, options: Mapping[str, Any]) -> Any:
+    with _explained(f"The config.json of {path} is none that transformers reads"):
+        return transformers.AutoConfig.from_pretrained(path, **options)
+
+
+@contextmanager
+def _explained(what: str) -> Iterator[None]:
+    """Makes a `ValueError` of whatever a wrong value in `config.json` ends in: transformers checks few of them."""
+    try:
+        yield
+    except (ValueError, OSError, ImportError, MemoryError, torch.OutOfMemoryError, DependencyError):
+        raise
+    except Exception as error:
+        said = " ".join(str(error).split()) or "no reason given"
+        raise ValueError(
+            f"{what} ({type(error).__name__}: {said:.500}); download the checkpoint again, or correct its config.json."
+        ) from error
+
+
+def _contents(path: str, folder: Path, stated: Any, options: Mapping[str, Any]) -> Contents | None:
+    """What the weights at `path` hold; `None` where they are not in safetensors, and so not counted."""
+    section = stated.get("quantization_config") if isinstance(stated, dict) else None
+    method = section.get("quant_method") if isinstance(section, dict) else section
+    if not folder.is_dir():
+        files = _cached_weights(path, COMPRESSED if method == QUANT_METHOD else DENSE, options)
+    elif (folder / CONFIG_NAME).is_file() or any(folder.glob("*.safetensors*")):
+        try:
+            # what is pruned is safetensors, and its index leads nowhere else
+            files = [folder / name for name in find_shards(folder).files]
+        except FileNotFoundError:
+            if (folder / CONFIG_NAME).is_file():
+                raise
+            files = []
+    else:
+        files = []
+    if not files:
+        return None
+    contents = read_contents(files)
+    return contents if method in (None, QUANT_METHOD) else replace(contents, weights=None)
+
+
+def _cached_weights(path: str, stem: str, options: Mapping[str, Any]) -> list[Path]:
+    """The weights of a Hub model, in the cache; what is not there yet is downloaded, as for loading it."""
+    single = _cached(path, f"{stem}.safetensors", options)
+    if single is not None:
+        return [single]
+    index = _cached(path, index_name(stem), options)
+    names = () if index is None else index_files(read_json(index), index)
+    files = [_cached(path, name, options) for name in names]
+    if None in files:
+        raise FileNotFoundError(f"{path} lacks {names[files.index(None)]}, which its index names.")
+    return files
+
+
+def _cached(path: str, name: str, options: Mapping[str, Any]) -> Path | None:
+    """A file of a Hub model, in the cache; `None` where it has no such file."""
+    return hub_file(path, name, **{option: options[option] for option in _FILE_OPTIONS if option in options})
 
 
 def load_tokenizer(source: Any, **kwargs) -> Any:
-    """`source` itself if it is a tokenizer; else the one at that path or Hub id, `None` if there is none."""
+    """`source` itself if it is a tokenizer; else the one at that path or Hub id, `None` if there is none.
+
+    Raises:
+        ValueError: a file of it is a link out of its folder, which would be saved with it.
+    """
     if source is None or not isinstance(source, str):
         return source
     shared = {name: kwargs[name] for name in _HUB_OPTIONS if name in kwargs}
+    folder = Path(source, kwargs.get("subfolder") or "")
+    if folder.is_dir():
+        check_read_files(folder)
     try:
         return transformers.AutoTokenizer.from_pretrained(source, **shared)
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -59,7 +140,7 @@ def load_tokenizer(source: Any, **kwargs) -> Any:
         return None
 
 
-def find_description(path: str, **kwargs) -> dict[str, Any] | None:
+def find_description(path: str, **kwargs) -> Description | None:
     """The content of the `dsa_config.json` beside the model at a path or Hub id; `None` where nothing was pruned.
 
     Raises:
@@ -68,16 +149,13 @@ def find_description(path: str, **kwargs) -> dict[str, Any] | None:
     if Path(path).is_dir():
         found = Path(path, kwargs.get("subfolder") or "", CONFIG_NAME)
         return read_description(found) if found.is_file() else None
-    shared = {name: kwargs[name] for name in _HUB_OPTIONS if name in kwargs and name != "trust_remote_code"}
-    found = cached_file(
-        path,
-        CONFIG_NAME,
-        _raise_exceptions_for_missing_entries=False,
-        _raise_exceptions_for_connection_errors=False,
-        _raise_exceptions_for_gated_repo=False,
-        **shared,
-    )
+    found = _cached(path, CONFIG_NAME, kwargs)
     return None if found is None else read_description(found)
+
+
+def find_commit(path: str, **kwargs) -> str | None:
+    """The commit of the model at a Hub id; `None` for a folder, or where it is not known."""
+    return hub_commit(path, **{name: kwargs[name] for name in _FILE_OPTIONS if name in kwargs})
 
 
 def local_folder(path: str, revision: str | None = None) -> Path:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from .architecture import Block, UnprunableError, Weight
+from .fences import one_expert_at_a_time, tensor_version
 from .statistics import LayerStatistics
 
 
@@ -42,7 +43,7 @@ class Observer:
 
     def observe(self, weight: Weight, inputs: Tensor) -> None:
         """Note that `weight` multiplies `inputs`, (..., in_features)."""
-        name, key = weight.name, (id(inputs), inputs._version)
+        name, key = weight.name, (id(inputs), tensor_version(inputs))
         first, _ = self._inputs.setdefault(key, (name, inputs))
         given = self._given.setdefault(name, [])
         if name not in self._source:
@@ -100,7 +101,7 @@ def observing(model: nn.Module, block: Block, observer: Observer) -> Iterator[No
                 stack.callback(handle.remove)
         if fused:
             for module in {weight.module: model.get_submodule(weight.module) for weight in fused}.values():
-                stack.enter_context(_one_expert_at_a_time(module))
+                stack.enter_context(one_expert_at_a_time(module))
             stack.enter_context(_WatchProducts(model, fused, observer.observe))
         yield
 
@@ -110,21 +111,6 @@ def _hook(observer: Observer, weight: Weight) -> Callable:
         observer.observe(weight, args[0] if args else next(iter(kwargs.values())))
 
     return observe
-
-
-@contextmanager
-def _one_expert_at_a_time(module: nn.Module) -> Iterator[None]:
-    """The experts' own loop instead of a fused kernel, which shows nobody what each expert is given."""
-    config = getattr(module, "config", None)
-    chosen = getattr(config, "_experts_implementation", None)
-    if chosen in (None, "eager"):
-        yield
-        return
-    config._experts_implementation = "eager"
-    try:
-        yield
-    finally:
-        config._experts_implementation = chosen
 
 
 class _WatchProducts(TorchFunctionMode):

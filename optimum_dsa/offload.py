@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from accelerate.hooks import AlignDevicesHook, SequentialHook
-from accelerate.utils import OffloadedWeightsLoader
+from accelerate.hooks import AlignDevicesHook
 from safetensors.torch import save_file
 from torch import Tensor, nn
+
+from .fences import (
+    check_unhooked,
+    hooks_of,
+    in_memory,
+    plain_store,
+    point_to,
+    scratch_folder,
+    tied_names,
+    weights_behind,
+)
 
 
 def is_offloaded(model: nn.Module) -> bool:
@@ -39,6 +48,9 @@ def resident(model: nn.Module, names: Sequence[str]) -> Iterator[set[str]]:
             hook.pre_forward(module)
             hook.offload = False  # from here on the hook moves inputs only
             loaded.append((module, hook))
+        for name in names:
+            for path, module in model.get_submodule(name).named_modules(prefix=name):
+                check_unhooked(module, path)
         yield changes
         for name in changes:
             value = model.get_parameter(name).data
@@ -51,18 +63,12 @@ def resident(model: nn.Module, names: Sequence[str]) -> Iterator[set[str]]:
 
 
 def _offloading_hook(module: nn.Module) -> AlignDevicesHook | None:
-    return next((hook for hook in _hooks(module) if hook.offload), None)
-
-
-def _hooks(module: nn.Module) -> list[AlignDevicesHook]:
-    hook = getattr(module, "_hf_hook", None)
-    hooks = hook.hooks if isinstance(hook, SequentialHook) else (hook,)
-    return [hook for hook in hooks if isinstance(hook, AlignDevicesHook)]
+    return next((hook for hook in hooks_of(module) if hook.offload), None)
 
 
 def _names_of(model: nn.Module, name: str) -> set[str]:
     """All full names of the parameter `name`: tied parameters are one to the model, but stored once per name."""
-    source_of = getattr(model, "all_tied_weights_keys", None) or {}
+    source_of = tied_names(model)
     source = source_of.get(name, name)
     return {name, source} | {target for target, other in source_of.items() if other == source}
 
@@ -75,37 +81,25 @@ def _write_back(model: nn.Module, name: str, value: Tensor) -> None:
         if parameter.data_ptr() != value.data_ptr():
             parameter.copy_(value)
         return
-    if hasattr(store, "prefix"):
-        store, key = store.dataset, store.prefix + key
-    in_memory = getattr(store, "state_dict", store)
-    if key in in_memory:
-        in_memory[key].copy_(value)
+    store, key = plain_store(store, key)
+    here = in_memory(store)
+    if key in here:
+        here[key].copy_(value)
         return
-    file = Path(_scratch_folder(store), f"{key}.safetensors")
+    file = Path(scratch_folder(store), f"{key}.safetensors")
     save_file({key: value.detach().cpu().contiguous()}, file.with_suffix(".tmp"))
     file.with_suffix(".tmp").replace(file)  # never written over: an earlier version may be mapped into memory
-    store.index[key] = {
-        "safetensors_file": str(file),
-        "weight_name": key,
-        "dtype": str(value.dtype).removeprefix("torch."),
-    }
+    point_to(store, key, file, str(value.dtype).removeprefix("torch."))
 
 
 def _store(model: nn.Module, name: str) -> tuple[Mapping[str, Tensor] | None, str]:
     """The map of weights from which the parameter `name` is loaded, and its key there; `None` if it is not."""
     owner, _, key = name.rpartition(".")
     while True:
-        for hook in _hooks(model.get_submodule(owner)):
-            if hook.weights_map is not None and (hook.place_submodules or "." not in key):
-                return hook.weights_map, key
+        for hook in hooks_of(model.get_submodule(owner)):
+            if (store := weights_behind(hook, key)) is not None:
+                return store, key
         if not owner:
             return None, key
         owner, _, part = owner.rpartition(".")
         key = f"{part}.{key}"
-
-
-def _scratch_folder(store: OffloadedWeightsLoader) -> str:
-    """A folder, inside the offload folder if there is one, that belongs to one offloaded model and lives as long."""
-    if not hasattr(store, "_dsa_scratch"):
-        store._dsa_scratch = tempfile.TemporaryDirectory(prefix="optimum-dsa-", dir=store.save_folder)
-    return store._dsa_scratch.name

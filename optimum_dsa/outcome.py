@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -9,11 +10,16 @@ from typing import Any
 
 from .allocation import Allocation
 from .configuration import CONFIG_NAME
-from .description import read_description
+from .description import contradictions, read_description
+from .escaping import one_line
 from .files import read_json
+from .folder_files import own_file
 from .search.trace import SearchTrace
 from .shards import COMPRESSED
+from .verification import Verification
 
+
+logger = logging.getLogger(__name__)
 
 LARGEST_EVALUATION = 1 << 16
 
@@ -31,6 +37,8 @@ class Outcome:
         evaluations (`Sequence[Mapping[str, Any]]`): what `optimum-cli dsa evaluate --json` printed.
         bytes (`int`, *optional*): of the weight files.
         compressed (`bool`): whether they hold values and masks instead of zeros.
+        counted (`Verification`, *optional*): what was counted in the weights; `None` where the figures are those of
+            the files, which agree with each other and may be wrong all the same.
     """
 
     name: str
@@ -41,6 +49,7 @@ class Outcome:
     evaluations: Sequence[Mapping[str, Any]] = ()
     bytes: int | None = None
     compressed: bool = False
+    counted: Verification | None = None
 
     @classmethod
     def read(cls, folder: str | Path) -> Outcome:
@@ -48,10 +57,13 @@ class Outcome:
 
         Raises:
             FileNotFoundError: it holds neither a pruned model nor a search.
-            ValueError: a file in it cannot be read.
+            ValueError: a file in it cannot be read, or is a link out of it.
         """
         path = Path(folder)
         name = path.resolve().name
+        for file in (CONFIG_NAME, "trace.jsonl", "search.json", "allocation.json"):
+            if (path / file).is_file():
+                own_file(path / file, path)
         if (path / CONFIG_NAME).is_file():
             return _model(path, name)
         trace = SearchTrace.load(path / "trace.jsonl") if (path / "trace.jsonl").is_file() else None
@@ -105,6 +117,8 @@ def _model(path: Path, name: str) -> Outcome:
     if facts is None:
         raise ValueError(f"{path / CONFIG_NAME} is a configuration; no pruned model lies beside it.")
     allocation = _allocation(path / CONFIG_NAME)
+    if problem := next(contradictions(facts), None):
+        raise ValueError(f"{path / CONFIG_NAME} contradicts itself: {problem}. It was changed after it was written.")
     compressed = any(path.glob(f"{COMPRESSED}*.safetensors"))
     weights = [weight.stat().st_size for weight in path.glob("*.safetensors")]
     return Outcome(
@@ -164,13 +178,26 @@ def _evaluations(folder: Path) -> tuple[dict[str, Any], ...]:
     """The JSON files in `folder` that `evaluate --json` wrote, by name of file."""
     found = []
     for path in sorted(folder.glob("*.json")):
-        if path.stat().st_size > LARGEST_EVALUATION:
+        if not path.is_file() or path.stat().st_size > LARGEST_EVALUATION:
             continue
         try:
-            data = _object(path)
-        except ValueError:
+            data = _object(own_file(path, folder))
+        except ValueError as error:
+            logger.info("Not read for an evaluation: %s", one_line(str(error)))
             continue
-        value = data.get("perplexity")
-        if isinstance(value, (int, float)) and isinstance(data.get("dataset"), str):
-            found.append(data)
+        if _is_evaluation(data):
+            found.append({**data, "perplexity": float(data["perplexity"])})
     return tuple(found)
+
+
+def _is_evaluation(data: Mapping[str, Any]) -> bool:
+    """Whether it says what was measured on what, in values that can be shown."""
+    counts = [data.get(name) for name in ("windows", "sequence_length")]
+    value = data.get("perplexity")
+    measured = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return (
+        measured
+        and (not isinstance(value, int) or abs(value) < 2**63)
+        and isinstance(data.get("dataset"), str)
+        and all(count is None or (isinstance(count, int) and 0 <= count < 2**63) for count in counts)
+    )

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from . import __version__
 from .allocation.layout import grid
+from .common.output import OutputFolder
+from .escaping import visible
 from .files import write_text
 from .outcome import Outcome, read_all
 from .plots import (
@@ -33,6 +35,7 @@ from .tables import (
     result_tables,
     terminal,
     text_of,
+    vouched,
 )
 
 
@@ -53,14 +56,16 @@ def write_report(folder: str | Path, compare: Sequence[str | Path] = (), output:
         ImportError: matplotlib is not installed.
     """
     outcomes = read_all([folder, *compare])
-    target = Path(folder if output is None else output)
-    if target.exists() and not target.is_dir():
-        raise NotADirectoryError(f"{target} is a file; --output is a folder for report.html and its pictures.")
     drawn = figures(outcomes)
-    target.mkdir(parents=True, exist_ok=True)
-    for name, (figure, _, _) in drawn.items():
-        figure.savefig(target / f"{name}.png", dpi=200)
-    write_text(target / "report.html", page(outcomes, drawn))
+
+    def fill(place: Path) -> None:
+        for name, (figure, _, _) in drawn.items():
+            figure.savefig(place / f"{name}.png", dpi=200)
+        write_text(place / "report.html", page(outcomes, drawn))
+
+    names = ["report.html", *(f"{name}.png" for name in drawn)]
+    with OutputFolder(folder if output is None else output, names) as target:
+        target.write(fill, rescue=False)
     return terminal(outcomes)
 
 
@@ -124,6 +129,7 @@ def page(outcomes: Sequence[Outcome], drawn: dict[str, tuple[Figure, str, str]])
         blocks_with_bars=[(row, percentage(row[2])) for row in blocks.rows] if blocks else [],
         lists=_lists(first),
         limits=limits(first),
+        vouched=vouched(outcomes),
     )
 
 
@@ -221,4 +227,10 @@ def _template():
     from jinja2 import Environment, StrictUndefined
 
     text = files("optimum_dsa").joinpath("templates/report.html").read_text(encoding="utf-8")
-    return Environment(autoescape=True, undefined=StrictUndefined).from_string(text)
+    environment = Environment(autoescape=True, undefined=StrictUndefined, finalize=_harmless)
+    return environment.from_string(text)
+
+
+def _harmless(value: Any) -> Any:
+    """A text without hidden characters; it is escaped after this. What is markup by intent stays as it is."""
+    return visible(value) if isinstance(value, str) and not hasattr(value, "__html__") else value

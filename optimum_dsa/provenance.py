@@ -11,6 +11,7 @@ from typing import Any
 from .allocation import ALLOCATIONS, POST_PROCESS, PRE_PROCESS, REDUCTION, TRANSFORM, AllocationFunction
 from .configuration import CONFIG_NAME, DSAConfig
 from .data import DATASETS
+from .escaping import one_line
 from .methods import METHODS
 from .metrics import METRICS
 from .reconstruction import UPDATES
@@ -35,6 +36,7 @@ FLAGS = {
     "batch_size": "--batch-size",
 }
 FILE_ONLY = ("metric", "allocation_metric", "min_sparsity", "max_sparsity", "damping")
+_ADDRESS = re.compile(r"https?://[^\s<>()\[\]\"]+")
 _PATH = re.compile(r"~|\.{0,2}/|[A-Za-z]:[\\/]|\\\\|file:")
 
 
@@ -46,37 +48,58 @@ def command(facts: Mapping[str, Any]) -> str:
     config = facts["config"]
     defaults = DSAConfig(config["sparsity"]).to_dict()
     base = facts.get("base_model") or {}
-    words = ["optimum-cli", "dsa", "prune", base.get("name") or "BASE_MODEL", "-o", "OUT"]
+    words = ["optimum-cli", "dsa", "prune", _word(base.get("name")) or "BASE_MODEL", "-o", "OUT"]
     words += ["--sparsity", f"{config['sparsity']}"]
     changed = {name: value for name, value in config.items() if name in defaults and value != defaults[name]}
-    if any(name in changed for name in FILE_ONLY):
+    options = {
+        flag: [_word(str(part)) for part in (value if isinstance(value, list) else [value])]
+        for name, flag in FLAGS.items()
+        if (value := changed.get(name)) is not None
+    }
+    if any(name in changed for name in FILE_ONLY) or any(None in values for values in options.values()):
         words += ["--config", CONFIG_NAME]
-    for name, flag in FLAGS.items():
-        if name in changed:
-            value = changed[name]
-            words += [flag, *map(str, value if isinstance(value, list) else [value])]
-    words += ["--allocation", config["allocation"] if isinstance(config.get("allocation"), str) else CONFIG_NAME]
+    for flag, values in options.items():
+        words += [] if None in values else [flag, *values]
+    words += ["--allocation", _word(config.get("allocation")) or CONFIG_NAME]
     if "skip_unprunable" in changed:
         words.append("--skip-unprunable")
     if "sequential" in changed:
         words.append("--one-pass")
-    if calibration := facts.get("calibration"):
-        words += ["--dataset", calibration["source"] if names_data(calibration["source"]) else "YOUR_TEXT"]
+    if facts.get("calibration"):
+        source = calibration_source(facts)
+        words += ["--dataset", (names_data(source) and _word(source)) or "YOUR_TEXT"]
     if base.get("revision"):
-        words += ["--revision", base["revision"]]
+        words += ["--revision", _word(base["revision"]) or "REVISION"]
     return shlex.join(words)
+
+
+def _word(value: Any) -> str | None:
+    """`value` if it can stand in a command as what it is; `None` for what would be an option, or cannot be seen."""
+    return value if isinstance(value, str) and value[:1] not in ("", "-") and one_line(value) == value else None
+
+
+def calibration_source(facts: Mapping[str, Any]) -> str:
+    """What a description calls its calibration data; empty where it does not."""
+    source = (facts.get("calibration") or {}).get("source")
+    return source if isinstance(source, str) else ""
 
 
 def names_data(source: str) -> bool:
     """Whether a calibration source is a file's or a dataset's name, and not "3 texts" that were given in Python."""
-    return not re.fullmatch(r"\d+ texts|tensor", source) and " " not in source
+    return bool(source) and not re.fullmatch(r"\d+ texts|tensor", source) and " " not in source
 
 
 def dataset_id(source: str) -> str | None:
     """The Hub id of a dataset that calibration or evaluation names; `None` for a local file."""
     if source in DATASETS:
         return DATASETS[source][0]
-    return source if re.fullmatch(r"[\w.-]+/[\w.-]+", source) and not _PATH.match(source) else None
+    return source if is_repository(source) and not _PATH.match(source) else None
+
+
+def is_repository(name: Any, alone: bool = False) -> bool:
+    """Whether a text can be the Hub id of a repository, as in "user/name"; with `alone`, also as in "gpt2"."""
+    part = r"[A-Za-z0-9_][A-Za-z0-9_.-]*"
+    return isinstance(name, str) and bool(re.fullmatch(rf"({part}/){'?' if alone else ''}{part}", name))
 
 
 def papers(config: Mapping[str, Any]) -> dict[str, str]:
@@ -103,7 +126,7 @@ def papers(config: Mapping[str, Any]) -> dict[str, str]:
         for table, names in (*stages, (TRANSFORM, function.transform), (POST_PROCESS, (function.post_process,))):
             for operation in names:
                 cite(table, operation)
-    return {part: address for part, address in found.items() if address}
+    return {part: address for part, address in found.items() if address and _ADDRESS.fullmatch(address)}
 
 
 def _parsed(name: str) -> AllocationFunction | None:

@@ -12,13 +12,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from .adapter_base import check_base, has_adapters
 from .allocation import Allocation
 from .calibration import walk_blocks
 from .checkpoint import base_model, save_checkpoint
+from .common.output import OutputFolder
 from .configuration import DSAConfig
 from .data import Calibration, load_calibration
-from .description import is_unchanged, report_from
-from .loading import find_description, load_model, load_tokenizer
+from .description import Description, is_unchanged, report_from
+from .escaping import one_line
+from .loading import find_commit, find_description, load_model, load_tokenizer
 from .pruning import allocate, allocation_needs_inputs, architecture_for, prune, pruning_needs_inputs
 from .report import PruningReport
 from .verification import Verification, verify
@@ -56,6 +59,8 @@ class DSAPruner:
         self.recovery: RecoveryResult | None = None
         self._base = base_model(model)
         self._restored: PruningReport | None = None  # of a loaded model, whose weights may have been changed since
+        self._stored: str | None = None  # where the weights are, zeros included, as they are here
+        self._description: Description | None = None  # and the file that it is from
 
     @classmethod
     def from_pretrained(
@@ -86,7 +91,11 @@ class DSAPruner:
         pruner = cls(model, load_tokenizer(tokenizer or path, **transformers_kwargs))
         if found is not None:
             pruner.report = pruner._restored = report
+            pruner._description = found
             pruner._base = found["base_model"]
+            pruner._stored = path if not transformers_kwargs.get("subfolder") else None
+        else:
+            pruner._base = base_model(model, find_commit(path, **transformers_kwargs))
         return pruner
 
     def prune(self, calibration: Any, config: DSAConfig) -> PruningReport:
@@ -97,6 +106,7 @@ class DSAPruner:
                 length), or a mapping of the model's inputs; `None` where method and allocation need no data.
         """
         needed = pruning_needs_inputs(config) or allocation_needs_inputs(config)
+        self._stored = None
         self.report = prune(self.model, self._load(calibration, config, needed), config)
         self.recovery = None
         return self.report
@@ -169,8 +179,12 @@ class DSAPruner:
                 yield weight.name, walked.tensor(weight) != 0
 
     def verify(self) -> Verification:
-        """Whether zeros, pattern and budget are those of the report, counted in the weights as they are now."""
-        return verify(self.model, self._pruned())
+        """Whether zeros, pattern and budget are those of the report, counted in the weights as they are now.
+
+        Of a model that was loaded, also whether its `dsa_config.json` agrees with itself and is as it was written.
+        """
+        report = self._pruned()
+        return verify(self.model, report, self._description if report is self._restored else None)
 
     def recover(
         self,
@@ -201,28 +215,38 @@ class DSAPruner:
         if self.report is None:
             self._base = base_of(self.model)
         config = config or RecoveryConfig()
+        if config.method == "full" or config.merge:
+            self._stored = None
         self.model, self.recovery = recover(
             self.model, self.tokenizer, train, config, report, validation, teacher, checkpoints, resume
         )
         self.report = counted(report, self.model)
         return self.recovery
 
-    def save_pretrained(self, directory: str | Path, compressed: bool = False, **save_kwargs) -> None:
+    def save_pretrained(self, directory: str | Path | OutputFolder, compressed: bool = False, **save_kwargs) -> None:
         """Write an ordinary checkpoint, the tokenizer and `dsa_config.json`; whole or not at all.
 
-        An existing folder is replaced if it is empty or holds a pruned model; anything else is refused.
+        An existing folder is replaced only if all that it holds was written here and is unchanged; anything else is
+        refused, and so is a folder that another process writes. Of a model with an adapter that is not merged, the
+        adapter is written; the pruned model under it has to be saved before.
 
         Args:
-            directory (`str | Path`): the folder to write.
+            directory (`str | Path | OutputFolder`): the folder to write, or one that was begun before the work.
             compressed (`bool`, defaults to `False`): store a bit per weight and the kept weights instead of the zeros.
                 Such a checkpoint is smaller, and loads after `import optimum_dsa` only.
             save_kwargs (`dict`): go to the model's `save_pretrained` (`max_shard_size`, ...).
         """
         report = self._pruned()
         if report is self._restored and not (found := self.verify()).holds:
-            logger.warning("The model is not what its report says any more: %s.", found.problems[0])
+            logger.warning("The model is not what its report says any more: %s.", one_line(found.problems[0]))
         recovery = self.recovery.to_dict() if self.recovery else None
+        place = directory.path if isinstance(directory, OutputFolder) else Path(directory)
+        adapters = has_adapters(self.model)
+        if adapters:
+            check_base(self.model, self._stored, place, report, compressed)
         save_checkpoint(self.model, self.tokenizer, report, self._base, directory, compressed, recovery, **save_kwargs)
+        if not adapters:
+            self._stored = str(place)
 
     def _pruned(self) -> PruningReport:
         if self.report is None:
@@ -254,7 +278,9 @@ class DSAPruner:
         from .hub import push_folder
 
         with TemporaryDirectory() as folder:
+            stored = self._stored
             self.save_pretrained(Path(folder) / "model")
+            self._stored = stored
             return push_folder(
                 Path(folder) / "model",
                 repo_id,

@@ -17,6 +17,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from .conversion import COMPRESSION_VERSION, MARK, QUANT_METHOD
+from .fences import check_compressed_loading
 from .files import read_json
 from .installation import how_to_upgrade
 from .shards import COMPRESSED, check_index, check_size, count_weights, index_name, packed_headers
@@ -40,6 +41,10 @@ class DSAQuantizer(HfQuantizer):
     """Unpacks tensors while transformers loads them; the model is as if its checkpoint had been dense."""
 
     requires_calibration = True  # there is nothing to do for a checkpoint that is not compressed
+
+    def __init__(self, quantization_config, **kwargs):
+        check_compressed_loading()
+        super().__init__(quantization_config, **kwargs)
 
     def update_attn_implementation(self, config):
         """Names the compressed weights to transformers: the one step that sees the configuration before the files."""
@@ -74,7 +79,7 @@ class DSAQuantizer(HfQuantizer):
         """
         from transformers.core_model_loading import WeightConverter, WeightRenaming
 
-        from .unpacking import Unpack
+        from .unpacking import Unpack, UnpackOnly
 
         updated = []
         for conversion in weight_conversions:
@@ -85,11 +90,8 @@ class DSAQuantizer(HfQuantizer):
             updated.append(conversion)
         renamings = [conversion for conversion in updated if isinstance(conversion, WeightRenaming)]
         leaves = {_renamed(name, renamings).rpartition(".")[2] for name in self._packed}
-        self._own = [
-            WeightConverter(rf"(?<![^.]){re.escape(leaf)}$", leaf, [Unpack(alone=True)], force_cpu=True)
-            for leaf in sorted(leaves)
-        ]
-        return [*updated, *self._own]
+        own = [UnpackOnly(rf"(?<![^.]){re.escape(leaf)}$", leaf) for leaf in sorted(leaves)]
+        return [*updated, *own]
 
     def get_new_dtype(self, converter, param, dtype):
         """Types of ordinary tensors change as always; a packed one stays, and its conversion is told the type."""
@@ -103,12 +105,23 @@ class DSAQuantizer(HfQuantizer):
 
     def _process_model_after_weight_loading(self, model, **kwargs):
         """Leaves no trace: what is saved from here on is dense, under the model's own names."""
-        own = {id(conversion) for conversion in self._own}
-        kept = [conversion for conversion in model._weight_conversions if id(conversion) not in own]
-        model._weight_conversions = kept
         if hasattr(model.config, MARK):
             delattr(model.config, MARK)
         return model
+
+    def remove_quantization_config(self, model):
+        """Takes off a loaded model what marks it as quantized, and no more.
+
+        transformers 5.24 would take the conversions of its names too, and save it as if it had never been loaded.
+        """
+        for owner, name in (
+            (model, "hf_quantizer"),
+            (model, "quantization_method"),
+            (model.config, "quantization_config"),
+        ):
+            if hasattr(owner, name):
+                delattr(owner, name)
+        model.is_quantized = False
 
     def is_serializable(self, *args, **kwargs) -> bool:
         return True

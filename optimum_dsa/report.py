@@ -8,6 +8,7 @@ from typing import Any
 
 from .allocation import Allocation
 from .configuration import DSAConfig
+from .escaping import one_line
 
 
 @dataclass(frozen=True)
@@ -102,4 +103,4 @@ class PruningReport:
             notes.append(f"damping raised for {len(self.damping)} weights, to {max(self.damping.values()):g} at most")
         if self.unseen:
             notes.append(f"{len(self.unseen)} weights saw no calibration token and were scored by magnitude")
-        return "\n".join(lines + notes)
+        return "\n".join(map(one_line, lines + notes))

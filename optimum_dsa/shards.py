@@ -79,10 +79,24 @@ def index_name(stem: str) -> str:
 
 
 def check_index(index: Any, path: Path) -> tuple[str, ...]:
-    """The files that the index at `path` names, in order.
+    """The files that the index at `path` names, in order; they are there.
 
     Raises:
-        ValueError: it is no index, or names anything but a safetensors file that lies beside it.
+        ValueError: it is no index, or names anything but a safetensors file beside it.
+        FileNotFoundError: one of the files is not there.
+    """
+    files = index_files(index, path)
+    for file in files:
+        if not (path.parent / file).is_file():
+            raise FileNotFoundError(f"{path} names {file}, which is not there; the checkpoint is incomplete.")
+    return files
+
+
+def index_files(index: Any, path: Path) -> tuple[str, ...]:
+    """The files that the index at `path` names, in order, there or not.
+
+    Raises:
+        ValueError: it is no index, or names anything but a safetensors file beside it.
     """
     weight_map = index.get("weight_map") if isinstance(index, dict) else None
     if not isinstance(weight_map, dict) or not weight_map:
@@ -92,11 +106,7 @@ def check_index(index: Any, path: Path) -> tuple[str, ...]:
             raise ValueError(
                 f"{path} puts {name} into {file!r}; weights are read from safetensors files beside their index only."
             )
-    files = tuple(sorted(set(weight_map.values())))
-    for file in files:
-        if not (path.parent / file).is_file():
-            raise FileNotFoundError(f"{path} names {file}, which is not there; the checkpoint is incomplete.")
-    return files
+    return tuple(sorted(set(weight_map.values())))
 
 
 @contextmanager

@@ -9,8 +9,11 @@ from typing import Any
 
 from .allocation import Allocation
 from .allocation.layout import by_block, place
+from .description import seal_of
+from .escaping import inline_markdown, one_line, table_cell, visible
 from .outcome import Outcome
 from .plots import Measured, readable_bytes
+from .verification import SEALS
 
 
 BARS = " ▏▎▍▌▋▊▉█"
@@ -27,6 +30,19 @@ def limits(outcome: Outcome) -> str:
     return LIMITS + (COMPRESSED_FILES if outcome.compressed else DENSE_FILES)
 
 
+def vouched(outcomes: Sequence[Outcome]) -> str:
+    """What stands behind the figures of pruned models: files that say so; empty where there are only searches."""
+    models = [outcome for outcome in outcomes if outcome.achieved]
+    if not models:
+        return ""
+    seals = [(model.name, seal_of(model.facts)) for model in models]
+    changed = [f" {one_line(name)}: {SEALS[seal]}." for name, seal in seals if seal in SEALS]
+    return (
+        "Figures are as the files beside the model say, and were not counted or measured again; "
+        f"optimum-cli dsa verify counts the zeros.{''.join(changed)}"
+    )
+
+
 @dataclass(frozen=True)
 class Table:
     """A head and rows of text; `print` aligns them, `markdown` is for a card."""
@@ -35,7 +51,7 @@ class Table:
     rows: Sequence[Sequence[str]]
 
     def __str__(self) -> str:
-        lines = [self.header, *self.rows]
+        lines = [[*map(one_line, line)] for line in (self.header, *self.rows)]
         widths = [max(len(line[column]) for line in lines) for column in range(len(self.header))]
         return "\n".join(
             "  ".join([line[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(line[1:], widths[1:]))])
@@ -43,9 +59,10 @@ class Table:
         )
 
     def markdown(self) -> str:
-        """A table of GitHub's Markdown; numbers to the right."""
-        lines = [self.header, ["---", *["---:"] * (len(self.header) - 1)], *self.rows]
-        return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
+        """A table of GitHub's Markdown; numbers to the right, texts shown letter by letter."""
+        head, *rows = ([table_cell(inline_markdown(cell)) for cell in line] for line in (self.header, *self.rows))
+        rule = ["---", *["---:"] * (len(self.header) - 1)]
+        return "\n".join(f"| {' | '.join(line)} |" for line in (head, rule, *rows))
 
 
 def percent(share: float | None) -> str:
@@ -181,7 +198,9 @@ def result_tables(outcomes: Sequence[Outcome]) -> list[tuple[str, str, Table]]:
 
 def terminal(outcomes: Sequence[Outcome]) -> str:
     """The tables as text."""
-    parts = [f"{heading}. {caption}\n{table}" for heading, caption, table in result_tables(outcomes)]
+    parts = [
+        f"{one_line(heading)}. {one_line(caption)}\n{table}" for heading, caption, table in result_tables(outcomes)
+    ]
     if allocations := compared(outcomes):
         table = block_table(allocations)
         bars = [[*row, bar(percentage(row[2])).ljust(20)] for row in table.rows]
@@ -190,8 +209,10 @@ def terminal(outcomes: Sequence[Outcome]) -> str:
     else:
         losses = outcomes[0].trace.best_so_far()[1]
         best = f"best loss {losses[-1]:.4f}" if losses else "no candidate has met all windows yet"
-        parts.append(f"{outcomes[0].name}: a search under way, {len(outcomes[0].trace.trials)} trials, {best}")
-    return "\n\n".join(parts)
+        parts.append(
+            f"{one_line(outcomes[0].name)}: a search under way, {len(outcomes[0].trace.trials)} trials, {best}"
+        )
+    return visible("\n\n".join(filter(None, [*parts, vouched(outcomes)])))
 
 
 def percentage(text: str) -> float:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from transformers.core_model_loading import ConversionOps
+from transformers.core_model_loading import ConversionOps, WeightConverter
 
 from .bitmask import is_packed, unpack
 
@@ -38,6 +38,25 @@ class Unpack(ConversionOps):
     @property
     def reverse_op(self) -> ConversionOps:
         return _Nothing()
+
+
+class UnpackOnly(WeightConverter):
+    """Unpacks the tensors of one name where the model itself has nothing to convert, and is forgotten afterwards.
+
+    A model keeps the conversions that "were used" and reverses them when it is saved; these never say so.
+
+    Args:
+        source_patterns (`str`): a regular expression that the tensors' names match.
+        target_patterns (`str`): what the match is called in the model.
+        operations (`list`, *optional*): the `Unpack` of a copy.
+        force_cpu (`bool`): whether tensors are gathered on the CPU; on a GPU, faster than they are unpacked.
+    """
+
+    def __init__(self, source_patterns: str, target_patterns: str, operations=None, force_cpu: bool = True):
+        super().__init__(source_patterns, target_patterns, operations or [Unpack(alone=True)], force_cpu=force_cpu)
+
+    def was_used(self) -> bool:
+        return False
 
 
 class _Nothing(ConversionOps):

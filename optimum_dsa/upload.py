@@ -9,42 +9,23 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from fnmatch import fnmatch
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
+from .common.manifest import MANIFEST
 from .configuration import CONFIG_NAME
-from .description import checksum, is_unchanged
+from .description import checksum, report_from, seal_of
+from .escaping import one_line
 from .files import read_json
+from .folder_files import OTHERS, TOKENIZER, WEIGHTS, is_part, own_file, own_files
+from .loading import load_model
 from .outcome import Outcome
 from .provenance import last_part, without_places
+from .verification import verify
 
 
 logger = logging.getLogger(__name__)
 
-WEIGHTS = ("*.safetensors", "*.safetensors.index.json")
-TOKENIZER = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "vocab.txt",
-    "merges.txt",
-    "*.model",
-    "*.tiktoken",
-    "chat_template.jinja",
-    "chat_template.json",
-    "additional_chat_templates/*.jinja",
-)
-OTHERS = (
-    "config.json",
-    "generation_config.json",
-    "*processor_config.json",
-    "*.py",
-    "README.md",
-    "LICENSE",
-    "LICENSE.txt",
-    "LICENSE.md",
-)
 ALLOWED = (*WEIGHTS, *TOKENIZER, *OTHERS)
 
 
@@ -74,19 +55,20 @@ def collect(folder: str | Path) -> Upload:
 
     Raises:
         FileNotFoundError: the folder holds no pruned model, or no weights.
+        ValueError: what would go is a link out of the folder, or to a file in it that does not go.
     """
     path = Path(folder)
     if not (path / CONFIG_NAME).is_file():
         raise FileNotFoundError(f"{path} holds no {CONFIG_NAME}; give the folder of a pruned model.")
+    own_file(path / CONFIG_NAME, path)
     outcome = Outcome.read(path)
     files: dict[str, Path | bytes] = {}
     left_out = []
-    for file in sorted(path.rglob("*")):
-        name = file.relative_to(path).as_posix()
-        if file.is_dir() or name == CONFIG_NAME:
+    for name, file in own_files(path):
+        if name in (CONFIG_NAME, MANIFEST):
             continue
-        if any(fnmatch(name, pattern) and name.count("/") == pattern.count("/") for pattern in ALLOWED):
-            files[name] = file
+        if is_part(name, ALLOWED) or any(pattern.startswith(f"{name}/") for pattern in ALLOWED):
+            files[name] = _sendable(file, path)
         else:
             left_out.append(name)
     if not any(fnmatch(name, WEIGHTS[0]) for name in files):
@@ -97,16 +79,50 @@ def collect(folder: str | Path) -> Upload:
             cut = _without_paths(content)
             if cut != content:
                 files[name] = _json(cut)
-    files[CONFIG_NAME] = _description(path / CONFIG_NAME, outcome.facts)
+    files[CONFIG_NAME] = _description(path / CONFIG_NAME)
     model_config = read_json(path / "config.json") if (path / "config.json").is_file() else {}
     return Upload(outcome, model_config, files, tuple(left_out))
 
 
+def count(upload: Upload, folder: str | Path) -> tuple[Upload, str]:
+    """`upload` with its outcome's zeros counted in the weights, and an empty text; else as it is, and why not.
+
+    Weights are read block by block. Code that a model brings along is not run for it.
+
+    Raises:
+        ValueError: the weights are not what `dsa_config.json` says.
+    """
+    facts = upload.outcome.facts
+    try:
+        report = report_from(facts)
+        with TemporaryDirectory(prefix="optimum-dsa-") as scratch:
+            options = {"device_map": {"": "disk"}, "offload_folder": scratch, "dtype": "auto"}
+            found = verify(load_model(str(folder), trust_remote_code=False, **options), report)
+    except (ValueError, OSError, ImportError) as error:
+        logger.warning(
+            "The zeros of %s cannot be counted, so its card does not tell them: %s", folder, one_line(str(error))
+        )
+        return upload, f"the model could not be loaded ({type(error).__name__})"
+    if not found.holds:
+        raise ValueError(
+            f"{folder} is not what its {CONFIG_NAME} says: {found.problems[0]}. Nothing was sent; see "
+            f"'optimum-cli dsa verify {folder}', and save the model again with save_pretrained."
+        )
+    shares = {unit: found.zeros[unit] / max(size, 1) for unit, size in found.sizes.items()}
+    allocation = replace(upload.outcome.allocation, sparsity=shares, sizes=dict(found.sizes))
+    return replace(upload, outcome=replace(upload.outcome, counted=found, allocation=allocation)), ""
+
+
 def pictures(outcome: Outcome, name: str) -> dict[str, bytes]:
-    """Path in the repository -> PNG: "plots/allocation.png", "plots/heatmap.png"; none without matplotlib."""
+    """Path in the repository -> PNG: "plots/allocation.png", "plots/heatmap.png".
+
+    None without matplotlib, and none of shares that were not counted.
+    """
     from .plots import allocation_chart, heat_map
     from .tables import compared
 
+    if outcome.counted is None:
+        return {}
     try:
         figures = {
             "allocation": allocation_chart(compared([replace(outcome, name=name)]), "Weights removed per block"),
@@ -123,12 +139,24 @@ def pictures(outcome: Outcome, name: str) -> dict[str, bytes]:
     return found
 
 
-def _description(file: Path, facts: Mapping[str, Any]) -> Path | bytes:
-    """`dsa_config.json` as it is where there is nothing to cut; else cut, and signed again if nobody had edited it."""
-    written, cut = read_json(file), without_places(facts)
+def _sendable(file: Path, folder: Path) -> Path:
+    """`file`; `ValueError` where it is a link to something that would not go under its own name."""
+    target, whole = own_file(file, folder).resolve(), folder.resolve()
+    if target.is_relative_to(whole) and not is_part(target.relative_to(whole).as_posix(), ALLOWED):
+        raise ValueError(f"{file} is a link to {target.name}, which does not go to the Hub; replace or remove it.")
+    return file
+
+
+def _description(file: Path) -> Path | bytes:
+    """`dsa_config.json` as it is where there is nothing to cut; else cut, and signed again if it was kept as it was.
+
+    It stays in its version: a checksum vouches for nothing that had none when it was written.
+    """
+    written = read_json(file)
+    cut = without_places(written)
     if cut == written:
         return file
-    if is_unchanged(written):
+    if seal_of(written) == "kept":
         cut["checksum"] = checksum(cut)
     return _json(cut)
 

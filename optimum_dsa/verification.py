@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import nn
@@ -11,9 +12,20 @@ from torch import nn
 from .allocation import split_count
 from .architecture import Architecture
 from .calibration import walk_blocks
+from .description import contradictions, seal_of
+from .escaping import one_line
 from .masks import Pattern
 from .pruning import architecture_for
 from .report import PruningReport
+
+
+# What a checksum tells of the file; of one that is as it was written, nothing needs to be said.
+SEALS = {
+    "broken": "dsa_config.json was changed after it was written: its checksum is another",
+    "missing": "dsa_config.json has no checksum, and every file of its version is written with one: it was removed",
+}
+NO_SEAL = "that dsa_config.json is as it was written: version 1 has no checksum, so nothing vouches for the file"
+TRAINING = "training after pruning, its losses and perplexities"
 
 
 @dataclass(frozen=True)
@@ -25,15 +37,24 @@ class Verification:
         removed (`int`): zeros counted in the prunable weights.
         prunable (`int`): prunable weights.
         pattern (`str`): the pattern that was checked.
+        unproven (`tuple[str, ...]`): what is described and cannot be told from weights, be it true or not.
+        parameters (`int`): all parameters, counted.
+        zeros (`Mapping[str, int]`): zeros counted in every unit; empty where units could not be counted.
+        sizes (`Mapping[str, int]`): weights counted in every unit.
     """
 
     problems: tuple[str, ...]
     removed: int
     prunable: int
     pattern: str
+    unproven: tuple[str, ...] = ()
+    parameters: int = 0
+    zeros: Mapping[str, int] = field(default_factory=dict)
+    sizes: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def holds(self) -> bool:
+        """Whether nothing that was checked is wrong. What is in `unproven` may be wrong all the same."""
         return not self.problems
 
     def __str__(self) -> str:
@@ -41,42 +62,76 @@ class Verification:
         counted = (
             f"{self.removed:,} of {self.prunable:,} prunable weights are zero ({share:.4f}), pattern {self.pattern}"
         )
-        if self.holds:
-            return f"holds: {counted}"
-        return "\n".join([*(f"wrong: {problem}" for problem in self.problems), f"counted: {counted}"])
+        lines = [f"holds: {counted}"]
+        if not self.holds:
+            lines = [*(f"wrong: {problem}" for problem in self.problems), f"counted: {counted}"]
+        return "\n".join(map(one_line, [*lines, *(f"not proven: {part}" for part in self.unproven)]))
 
 
 @torch.no_grad()
-def verify(model: nn.Module, report: PruningReport) -> Verification:
+def verify(model: nn.Module, report: PruningReport, description: Mapping[str, Any] | None = None) -> Verification:
     """Count the zeros of `model`, block by block, and hold them against `report`.
 
     Checked are: that the report agrees with itself (every unit's share is a whole number of weights, their sum is the
-    sparsity asked for, as near as the pattern lets it be); that the model has the units and sizes; that every unit has
-    exactly the zeros that were counted when it was pruned; and that every matrix has its share of them in the pattern.
+    sparsity asked for, as near as the pattern lets it be); that the model has the units, sizes and parameters; that
+    every unit has exactly the zeros that were counted when it was pruned; and that every matrix has its share of them
+    in the pattern. Of a `description`, the content of `dsa_config.json` that the report is from, also its totals and
+    its checksum.
     """
-    problems = list(_disagreements(report))
+    checked = _Checked(list(_disagreements(report)), [_recipe(report)])
+    if description is not None:
+        checked.problems += [problem for problem in contradictions(description) if problem not in checked.problems]
+        seal = seal_of(description)
+        checked.problems += [SEALS[seal]] if seal in SEALS else []
+        checked.unproven += [NO_SEAL] if seal == "none" else []
+        checked.unproven += [TRAINING] if "recovery" in description else []
+    pattern, parameters = _pattern(report), sum(parameter.numel() for parameter in model.parameters())
     try:
         architecture = architecture_for(model, report.config)
     except ValueError as error:
-        return Verification((*problems, f"the model cannot be pruned as described: {error}"), 0, 0, _pattern(report))
+        checked.problems.append(f"the model cannot be pruned as described: {error}")
+        return checked.result(0, 0, pattern, parameters)
     described = report.allocation.sizes
     granularity = max(("block", "matrix"), key=lambda name: len(architecture.units(name).keys() & described.keys()))
     units = architecture.units(granularity)
     sizes = {unit: sum(weight.size for weight in weights) for unit, weights in units.items()}
     if sizes != described:
         odd = next(unit for unit in {**sizes, **described} if sizes.get(unit) != described.get(unit))
-        problems.append(
+        checked.problems.append(
             f"the model has other units or sizes than described, such as {odd}: {sizes.get(odd, 'none')} weights, "
             f"described are {described.get(odd, 'none')}"
         )
-        return Verification(tuple(problems), 0, sum(sizes.values()), _pattern(report))
+        return checked.result(0, sum(sizes.values()), pattern, parameters)
+    if parameters != report.parameters:
+        checked.problems.append(f"the model has {parameters:,} parameters, described are {report.parameters:,}")
     zeros, breaches = _count(model, architecture, report, granularity)
     for unit, size in sizes.items():
         expected = round(report.achieved.get(unit, 0.0) * size)
         if zeros[unit] != expected:
             difference = f"{abs(zeros[unit] - expected):,} {'fewer' if zeros[unit] < expected else 'more'}"
-            problems.append(f"{unit} has {zeros[unit]:,} zeros, {difference} than the {expected:,} described")
-    return Verification((*problems, *breaches), sum(zeros.values()), sum(sizes.values()), _pattern(report))
+            checked.problems.append(f"{unit} has {zeros[unit]:,} zeros, {difference} than the {expected:,} described")
+    checked.problems += breaches
+    return checked.result(sum(zeros.values()), sum(sizes.values()), pattern, parameters, zeros, sizes)
+
+
+@dataclass
+class _Checked:
+    problems: list[str]
+    unproven: list[str]
+
+    def result(self, removed: int, prunable: int, pattern: str, *counted) -> Verification:
+        return Verification(tuple(self.problems), removed, prunable, pattern, tuple(self.unproven), *counted)
+
+
+def _recipe(report: PruningReport) -> str:
+    """What pruned the model, as far as zeros cannot tell it."""
+    config = report.config
+    name = report.allocation.name
+    data = (report.calibration or {}).get("source") or "none"
+    return (
+        f"method {config.method} (metric {config.recipe.metric}, update {config.recipe.update}), the name {name} of "
+        f"the allocation, calibration data ({data}), base model and versions: weights do not tell them"
+    )
 
 
 def _disagreements(report: PruningReport) -> Iterator[str]:

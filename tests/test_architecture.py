@@ -29,6 +29,7 @@ def halved(model, inputs, **options):
     return model, DSAPruner(model).prune(inputs, DSAConfig(**{"sparsity": 0.5, "allocation": "uniform"} | options))
 
 
+@pytest.mark.contract
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_matrix_of_a_block_is_a_weight_or_dense_for_a_reason(family, tiny):
     model = tiny(family)
@@ -198,6 +199,7 @@ def test_exclude_takes_back_what_include_names(tiny):
     assert [weight.name for weight in found.head.weights] == ["lm_head.weight"]
 
 
+@pytest.mark.contract
 def test_a_shared_embedding_is_pruned_once():
     config = tf.LlamaConfig(vocab_size=VOCABULARY, hidden_size=32, intermediate_size=48, num_hidden_layers=1,
                             num_attention_heads=4, tie_word_embeddings=True)  # fmt: skip

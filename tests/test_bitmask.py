@@ -3,7 +3,18 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from optimum_dsa.bitmask import CHUNK, MAGIC, TYPES, pack, read_header, unpack
+from optimum_dsa.bitmask import (
+    CHUNK,
+    DIMENSIONS,
+    LARGEST,
+    MAGIC,
+    TYPES,
+    can_pack,
+    is_packed,
+    pack,
+    read_header,
+    unpack,
+)
 
 
 def sparse(shape, share, dtype=torch.bfloat16, seed=0):
@@ -83,7 +94,18 @@ def test_damage_is_refused_by_name():
         bad[: 8 * 6].view(torch.int64)[place] = value
         return bad
 
-    for place, value in [(1, 99), (1, -1), (2, -1), (2, 10**9), (3, 0), (3, 99), (4, 2**40), (4, -64), (5, 2**62)]:
+    for place, value in [
+        (1, 99),
+        (1, len(TYPES)),
+        (1, -1),
+        (2, -1),
+        (2, 10**9),
+        (3, 0),
+        (3, 99),
+        (4, 2**40),
+        (4, -64),
+        (5, 2**62),
+    ]:
         with pytest.raises(ValueError, match="w is damaged"):
             unpack(with_fact(place, value), "w")
     with pytest.raises(ValueError, match="w is damaged"):
@@ -105,3 +127,37 @@ def test_bits_beyond_the_last_weight_are_refused():
     packed[:40].view(torch.int64)[2] = 1
     with pytest.raises(ValueError, match="is damaged"):
         unpack(packed)
+
+
+def test_a_packed_tensor_is_known_by_its_mark():
+    packed = pack(torch.zeros(64, 64))
+    assert is_packed(packed) and is_packed(pack(torch.zeros(300)))
+    assert not is_packed(packed[:39]) and not is_packed(packed[None]) and not is_packed(packed.view(torch.int64))
+    assert not is_packed(torch.zeros(100, dtype=torch.uint8)) and not is_packed(torch.zeros(64, 64))
+    assert not is_packed(packed.roll(1))
+
+
+def test_what_can_be_packed_has_a_type_and_one_to_eight_dimensions():
+    assert all(can_pack(dtype, (4, 4)) for dtype in TYPES) and not can_pack(torch.int32, (4, 4))
+    assert can_pack(torch.float32, (1,) * DIMENSIONS) and not can_pack(torch.float32, (1,) * (DIMENSIONS + 1))
+    assert can_pack(torch.float32, (1,)) and not can_pack(torch.float32, ())
+    weights = sparse((2, 1, 3, 1, 4, 2, 2, 30), 0.8, torch.float32)
+    packed = pack(weights)
+    assert header_of(packed).mask.start == LARGEST and torch.equal(unpack(packed), weights)
+
+
+@pytest.mark.parametrize(
+    "dtype,width", [(torch.float64, 8), (torch.float32, 4), (torch.bfloat16, 2), (torch.float16, 2)]
+)
+def test_the_parts_lie_where_the_table_says(dtype, width):
+    weights = sparse((10, 31), 0.7, dtype)
+    kept = int((weights != 0).sum())
+    header = header_of(pack(weights))
+    assert (header.dtype, header.shape, header.kept, header.size) == (dtype, (10, 31), kept, 310)
+    assert (header.mask, header.values) == (slice(48, 48 + 39), slice(88, 88 + kept * width))
+    assert header.bytes == pack(weights).numel() == 88 + -(-kept * width // 8) * 8
+
+
+def test_an_empty_tensor_has_an_empty_mask():
+    assert read_header(pack(torch.zeros(64)).numpy().tobytes(), 48).kept == 0
+    assert pack(torch.zeros(0, 4)) is None

@@ -21,6 +21,7 @@ from .test_architecture import Layer, Toy
 EXPERTS = ["mixtral", "qwen3_moe", "gpt_oss", "deepseek_v3", "jetmoe"]
 
 
+@pytest.mark.contract
 @pytest.mark.parametrize("sequential", [True, False], ids=["sequential", "dense"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_walk_that_changes_nothing_equals_the_plain_forward(family, sequential, tiny, inputs):
@@ -139,6 +140,7 @@ def test_an_encoder_and_its_decoder_are_padded_each_by_its_own_mask(tiny, inputs
     check_equal(walked(model, [batch]), plain(model, find_architecture(model), *single))
 
 
+@pytest.mark.contract
 @pytest.mark.parametrize("implementation", ["eager", "batched_mm", "grouped_mm"])
 @pytest.mark.parametrize("family", ["mixtral", "gpt_oss"])
 def test_experts_are_watched_behind_fused_kernels(family, implementation, tiny, inputs):
@@ -222,6 +224,7 @@ def test_a_walk_does_not_need_the_losses_of_routers(tiny, inputs):
     assert len(list(walk_blocks(model, found, [inputs("mixtral")]))) == 3
 
 
+@pytest.mark.contract
 def test_a_language_model_that_starts_a_cache_of_its_own_is_walked_without(inputs):
     torch.manual_seed(0)
     model = vision_language("AyaVision", "Siglip", "Cohere2", {}, downsample_factor=1).make().eval()

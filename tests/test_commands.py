@@ -43,6 +43,7 @@ def run(monkeypatch, capsys, *arguments):
     return code, *capsys.readouterr()
 
 
+@pytest.mark.contract
 def test_prune_then_evaluate(tmp_path, text):
     out = str(tmp_path / "out")
     options = ["--sparsity", "0.6", "--allocation", "owl", "--num-samples", "8", "--sequence-length", "64"]
@@ -145,6 +146,7 @@ def test_a_model_without_a_tokenizer_cannot_be_evaluated_on_text(monkeypatch, ca
     assert code == 2 and "has no tokenizer" in errors
 
 
+@pytest.mark.contract
 def test_help_teaches_every_name(monkeypatch, capsys):
     _, output, _ = run(monkeypatch, capsys, "prune", "--help")
     for name in (*METHODS, *ALLOCATIONS, *UPDATES):

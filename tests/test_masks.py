@@ -3,7 +3,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from optimum_dsa.masks import Pattern, count_in_columns
+from optimum_dsa.masks import Pattern, count_in_columns, removal_order
 
 
 COUNTED = ("row", "matrix", "group:4", "group:128")
@@ -109,3 +109,57 @@ def test_what_a_pattern_keeps_holds_and_one_weight_less_does_not(text, count):
         revived = removed.clone()
         revived[row, column] = False
         assert not pattern.holds(revived, count)
+
+
+@pytest.mark.parametrize("text", ["row", "matrix", "group:4", "group:5", "group:128"])
+@pytest.mark.parametrize("levels", [None, 3])
+def test_one_order_holds_the_masks_of_all_counts(text, levels):
+    values, pattern = scores(5, 13, 0, levels), Pattern.parse(text)
+    order = removal_order(pattern, values)
+    assert sorted(order.flatten().tolist()) == list(range(65))
+    for count in range(66):
+        assert torch.equal(pattern.keep(values, count), order >= count)
+
+
+@pytest.mark.parametrize("text,width", [("mixed:4", 4), ("2:4", 4), ("mixed:8", 8)])
+def test_an_order_of_groups_goes_level_by_level(text, width):
+    values = scores(5, 16, 0)
+    order = removal_order(Pattern.parse(text), values)
+    for removed in range(width + 1):
+        expected = Pattern.parse(f"mixed:{width}").keep(values, 80 * removed // width)
+        assert torch.equal(expected, order >= 80 * removed // width)
+
+
+@pytest.mark.parametrize("chunk", [10, 40])
+@pytest.mark.parametrize("text", ["row", "matrix", "group:4", "2:4", "mixed:8"])
+def test_large_matrices_are_done_in_parts_as_at_once(text, chunk, monkeypatch):
+    values, pattern = scores(30, 16, 1, 5), Pattern.parse(text)
+    count = 240
+    whole = pattern.keep(values, count)
+    monkeypatch.setattr("optimum_dsa.masks.CHUNK", chunk)
+    assert torch.equal(pattern.keep(values, count), whole)
+    assert pattern.holds(~whole, count)
+    revived = ~whole
+    revived[29, int(revived[29].nonzero()[0])] = False
+    assert not pattern.holds(revived, count)
+
+
+@pytest.mark.parametrize("text", ["row", "matrix", "group:3"])
+def test_counts_beyond_the_matrix_remove_all_and_below_nothing(text):
+    values, pattern = scores(4, 7, 2), Pattern.parse(text)
+    assert pattern.keep(values, 0).all() and not pattern.keep(values, 28).any()
+
+
+def test_which_patterns_have_one_sparsity():
+    assert [Pattern.parse(text).sparsity for text in ("2:4", "1:4", "3:5")] == pytest.approx([0.5, 0.75, 0.4])
+    assert {Pattern.parse(text).sparsity for text in (*COUNTED, "mixed:8")} == {None}
+    assert (
+        Pattern.parse("group:1").width == 1 and Pattern.parse("mixed:2").width == 2 and Pattern.parse("1:2").kept == 1
+    )
+    for text in ("2:4", "mixed:4"):
+        Pattern.parse(text).check("w", 8)
+        with pytest.raises(ValueError, match="divisible by 4"):
+            Pattern.parse(text).check("w", 6)
+        assert not Pattern.parse(text).holds(torch.ones(2, 6, dtype=torch.bool), 6)
+    for text in COUNTED:
+        Pattern.parse(text).check("w", 7)

@@ -81,6 +81,7 @@ def same_weights(model, other) -> bool:
     return all(torch.equal(value, weights[name]) for name, value in model.state_dict().items())
 
 
+@pytest.mark.contract
 @pytest.mark.parametrize("place", PLACES)
 @pytest.mark.parametrize("name", MODELS)
 def test_an_offloaded_model_is_pruned_as_if_it_were_in_memory(name, place, checkpoints, inputs, tmp_path):
@@ -107,6 +108,7 @@ def test_methods_without_inputs_and_with_updates_write_back_too(method, checkpoi
     assert same_output(expected.model, found.model, batch)
 
 
+@pytest.mark.contract
 @pytest.mark.parametrize("place", PLACES)
 @pytest.mark.parametrize("name", ["llama", "gemma"])
 def test_a_pruned_head_stays_tied_or_untied(name, place, checkpoints, inputs, tmp_path):
@@ -119,6 +121,7 @@ def test_a_pruned_head_stays_tied_or_untied(name, place, checkpoints, inputs, tm
     assert same_weights(load(name, tmp_path / "out"), expected.model)
 
 
+@pytest.mark.contract
 @pytest.mark.parametrize("place", PLACES)
 def test_a_tied_weight_is_saved_once(place, checkpoints, inputs, tmp_path):
     pruner = DSAPruner(place("gemma", checkpoints["gemma"], tmp_path / "offload"))
@@ -183,6 +186,7 @@ def test_models_that_share_an_offload_folder_do_not_share_weights(checkpoints, i
     assert same_output(first.model, expected.model, batch)
 
 
+@pytest.mark.contract
 @pytest.mark.parametrize("folder", ["offload", None])
 def test_written_weights_go_with_the_model(folder, checkpoints, inputs, tmp_path, monkeypatch):
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))

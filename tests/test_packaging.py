@@ -58,6 +58,7 @@ def wheel(tmp_path_factory):
     return folder / "site"
 
 
+@pytest.mark.contract
 def test_the_command_is_registered_where_this_is_installed():
     assert "Prune transformers models" in " ".join(cli().split())
 

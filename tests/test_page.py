@@ -6,6 +6,7 @@ from html.parser import HTMLParser
 import pytest
 
 from optimum_dsa import Allocation, DSAConfig, DSAPruner, RecoveryConfig
+from optimum_dsa.common.manifest import MANIFEST
 from optimum_dsa.data import Calibration
 from optimum_dsa.installation import how_to_install
 from optimum_dsa.outcome import Outcome, read_all
@@ -164,7 +165,7 @@ def test_the_finalists_table_is_in_order(outcomes):
 def test_a_table_is_text_and_markdown():
     table = Table(["name", "n"], [["a|b", "12"], ["c", "3"]])
     assert str(table).splitlines() == ["name   n", "a|b   12", "c      3"]
-    assert table.markdown().splitlines() == ["| name | n |", "| --- | ---: |", "| a\\|b | 12 |", "| c | 3 |"]
+    assert table.markdown().splitlines() == ["| name | n |", "| --- | ---: |", "| `a\\|b` | 12 |", "| c | 3 |"]
 
 
 # -- the page
@@ -174,7 +175,8 @@ def test_a_report_has_a_page_and_a_picture_of_everything(folders, tmp_path):
     said = write_report(folders / "by-owl", [folders / "by-uniform", folders / "found"], tmp_path / "out")
     assert "12.50" in said and "model.layers.2" in said and "█" in said
     names = {"allocation", "heatmap", "heatmap-2", "heatmap-3", "search", "training", "quality"}
-    assert {path.name for path in (tmp_path / "out").iterdir()} == {f"{name}.png" for name in names} | {"report.html"}
+    written = {path.name for path in (tmp_path / "out").iterdir()} - {MANIFEST}
+    assert written == {f"{name}.png" for name in names} | {"report.html"}
     tags = Elements((tmp_path / "out" / "report.html").read_text()).found
     assert sum(tag == "figure" for tag, _ in tags) == len(names)
     labels = [attributes["aria-label"] for tag, attributes in tags if tag == "svg"]
@@ -319,7 +321,7 @@ def test_the_command_refuses_in_one_line(monkeypatch, capsys, folders, tmp_path)
     (tmp_path / "file").write_text("x")
     for arguments, message in (
         ([str(tmp_path)], "holds neither dsa_config.json nor a search"),
-        ([str(folders / "found"), "-o", str(tmp_path / "file")], "is a file; --output is a folder"),
+        ([str(folders / "found"), "-o", str(tmp_path / "file")], "is a file, and a folder is to be written"),
     ):
         code, output, errors = run(monkeypatch, capsys, "report", *arguments)
         assert code == 2 and output == "" and message in errors

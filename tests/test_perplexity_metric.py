@@ -10,6 +10,7 @@ from .common import tiny_llama, tokens
 
 
 evaluate = pytest.importorskip("evaluate")
+pytestmark = pytest.mark.contract
 
 
 def test_the_metric_is_perplexity_of_a_model_in_memory_and_of_a_folder():

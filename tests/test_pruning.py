@@ -1,4 +1,5 @@
 import json
+import logging
 
 import pytest
 import torch
@@ -6,7 +7,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from optimum_dsa import ALLOCATIONS, METHODS, Allocation, DSAConfig, allocate, find_architecture, prune
-from optimum_dsa.pruning import allocation_needs_inputs, pruning_needs_inputs
+from optimum_dsa.calibration import walk_blocks
+from optimum_dsa.pruning import allocation_needs_inputs, needs_gram, pruning_needs_inputs
+from optimum_dsa.statistics import CollectedStatistics
 
 from .common import VOCABULARY, same_state, state, tiny_llama, tokens
 
@@ -140,8 +143,11 @@ def test_an_allocation_per_matrix_is_recognised():
 @pytest.mark.parametrize(
     "allocation,message",
     [
-        ({"model.layers.0": 0.5}, "does not fit the model: it lacks.*model.layers.1"),
-        ({f"model.layers.{i}": 0.5 for i in range(4)}, "model.layers.3"),
+        (
+            {"model.layers.0": 0.5},
+            r"does not fit the model: it lacks \['model.layers.1', 'model.layers.2'\] and names nothing",
+        ),
+        ({f"model.layers.{i}": 0.5 for i in range(4)}, r"lacks nothing and names \['model.layers.3'\]"),
         ({f"model.layers.{i}": 0.9 for i in range(3)}, "mean sparsity is 0.9000.*asks for 0.6; use sparsity=0.9"),
     ],
 )
@@ -239,3 +245,64 @@ def test_low_precision_models_are_pruned_in_their_own_dtype():
     prune(model, tokens(), DSAConfig(0.5, "sparsegpt", "dsa"))
     assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
     assert zeros(model.model.layers) == round(0.5 * size(model.model.layers))
+
+
+@pytest.mark.parametrize(
+    "allocation,changes,blocks,told",
+    [
+        ("sigmoid/outlier_share/no_op", {}, 3, True),  # nothing is five times a mean of a half
+        ("sigmoid/outlier_share/no_op", {}, 1, False),
+        ("sigmoid/outlier_share/no_op", {"spread": 0.0}, 3, False),
+        ("uniform", {}, 3, False),
+        ("abs/var/atan", {}, 3, False),
+    ],
+)
+def test_an_allocation_that_does_not_tell_units_apart_is_told(allocation, changes, blocks, told, caplog):
+    model = tiny_llama(num_hidden_layers=blocks)
+    with caplog.at_level(logging.WARNING, "optimum_dsa.pruning"):
+        found = allocate(model, tokens(), DSAConfig(0.5, allocation=allocation, **changes))
+    assert ("does not tell the units of this model apart: all get 0.5" in caplog.text) is told
+    assert (len(set(found.sparsity.values())) == 1) is (allocation != "abs/var/atan")
+
+
+def test_a_given_allocation_may_leave_the_bounds_and_is_fitted_to_the_exact_total():
+    model = tiny_llama()
+    per_block = size(model.model.layers[0])
+    given = Allocation({"model.layers.0": 0.02, "model.layers.1": 0.9903, "model.layers.2": 0.79}, dict.fromkeys(
+        (f"model.layers.{index}" for index in range(3)), per_block
+    ), "mine")  # fmt: skip
+    for low, high in ((0.0, 0.99), (0.5, 0.7)):
+        found = allocate(model, None, DSAConfig(0.6, allocation=given, min_sparsity=low, max_sparsity=high))
+        assert found.name == "mine" and found.sparsity == pytest.approx(given.sparsity, abs=2e-3)
+        assert sum(found.counts().values()) == round(0.6 * 3 * per_block)
+    for wrong in (0.6004, 0.5996):
+        allocate(model, None, DSAConfig(wrong, allocation=given))
+    for wrong in (0.6007, 0.5993):
+        with pytest.raises(ValueError, match="mean sparsity is 0.6001"):
+            allocate(model, None, DSAConfig(wrong, allocation=given))
+
+
+def test_what_a_config_reads_of_calibration():
+    for changes, expected in (
+        ({"method": "wanda", "allocation": "uniform"}, False),
+        ({"method": "sparsegpt", "allocation": "uniform"}, True),
+        ({"method": "wanda", "allocation": "lsa"}, True),
+        ({"method": "magnitude", "allocation": "uniform", "metric": "obs"}, True),
+        ({"method": "wanda", "allocation": "dsa", "allocation_metric": "obs"}, True),
+    ):
+        assert needs_gram(DSAConfig(0.5, **changes)) is expected, changes
+    with pytest.raises(ValueError, match="allocation 'owl' needs calibration data"):
+        allocate(tiny_llama(), None, DSAConfig(0.5, allocation="owl"))
+
+
+def test_statistics_that_are_there_already_are_used_and_nothing_is_run():
+    model = tiny_llama()
+    found = find_architecture(model)
+    statistics = {name: each for block in walk_blocks(model, found, [{"input_ids": tokens()}], sequential=False)
+                  for name, each in block.statistics.items()}  # fmt: skip
+    expected = tiny_llama()
+    prune(expected, tokens(), DSAConfig(0.5, sequential=False))
+    model.forward = None
+    report = prune(model, CollectedStatistics(statistics, "elsewhere"), DSAConfig(0.5))
+    assert same_state(model, state(expected))
+    assert report.calibration["source"] == "elsewhere" and report.calibration["tokens"] == 96

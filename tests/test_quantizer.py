@@ -16,8 +16,11 @@ from optimum_dsa.conversion import MARK, convert
 from optimum_dsa.installation import how_to_install
 from optimum_dsa.shards import find_shards, packed_headers
 
-from .common import same_state, state, tiny_llama, tokens
+from .common import needs_compressed_loading, same_state, state, tiny_llama, tokens
 from .conftest import FAMILIES
+
+
+pytestmark = [pytest.mark.contract, needs_compressed_loading]
 
 
 @pytest.fixture(scope="module")

@@ -80,3 +80,66 @@ def test_the_width_of_the_lazy_updates_does_not_change_the_result(columns):
     lazy = UPDATES["sparsegpt"](weight, stats, Choice(Pattern("row"), 0, keep))
     eager = UPDATES["sparsegpt"](weight, stats, Choice(Pattern("group", 1), 0, keep))
     assert torch.allclose(lazy, eager, rtol=1e-2, atol=1e-3)
+
+
+def plain_sparsegpt(weight, factor, text, count):
+    """Algorithm 1 column by column, nothing put off, in float64; what goes is chosen where its group begins."""
+    new, factor = weight.double().clone(), factor.double()
+    rows, columns = new.shape
+    pattern = Pattern.parse(text)
+    keep = torch.ones_like(new, dtype=torch.bool)
+    for j in range(columns):
+        if j % pattern.width == 0:
+            group = slice(j, min(j + pattern.width, columns))
+            scores = (new[:, group] / factor.diagonal()[group]).square()
+            if pattern.kind == "group":
+                share = sum(count // columns + (i < count % columns) for i in range(columns)[group])
+                order = scores.flatten().argsort()[:share]
+                keep[:, group] = (
+                    torch.ones(scores.numel(), dtype=torch.bool).index_fill_(0, order, False).view_as(scores)
+                )
+            else:
+                share = round(count * pattern.width / columns / rows)
+                keep[:, group] = torch.ones_like(scores, dtype=torch.bool).scatter_(
+                    1, scores.argsort()[:, :share], False
+                )
+        error = torch.where(keep[:, j], 0.0, new[:, j] / factor[j, j])
+        new[:, j:] -= error[:, None] * factor[j, j:]
+    return new.masked_fill(~keep, 0), keep
+
+
+@pytest.mark.parametrize(
+    "text,columns",
+    [
+        ("3:12", 132), ("6:12", 156), ("mixed:12", 276), ("2:4", 136), ("mixed:8", 264), ("2:4", 260), ("60:150", 300),
+        ("group:96", 200), ("group:128", 130), ("group:200", 150), ("group:7", 130),
+    ],
+)  # fmt: skip
+def test_widths_that_128_does_not_divide_are_done_as_column_by_column(text, columns):
+    """Groups that would lie across two runs of lazy updates, a last run that is short, groups wider than a run."""
+    weight, stats, _ = problem(rows=4, columns=columns)
+    pattern = Pattern.parse(text)
+    count = round(weight.numel() * (1 - pattern.kept / pattern.width if pattern.kept else 0.5))
+    factor = stats.inverse_factor(0.01).factor
+    expected, keep = plain_sparsegpt(weight, factor, text, count)
+    new = UPDATES["sparsegpt"](weight, stats, Choice(pattern, count))
+    assert torch.equal(new != 0, keep)
+    assert torch.allclose(new.double(), expected, rtol=1e-2, atol=2e-3)
+    assert int((new == 0).sum()) == count
+
+
+def test_the_damping_of_the_choice_is_the_one_that_is_used():
+    weight, stats, _ = problem()
+    choice = choose(Pattern("row"), weight, stats, 100)
+    little = UPDATES["sparsegpt"](weight, stats, choice)
+    assert stats.damping_used == choice.damping == 0.01
+    much = UPDATES["sparsegpt"](weight, stats, Choice(choice.pattern, 100, choice.keep, 1e6))
+    assert not torch.allclose(little, much, atol=1e-2)
+    assert torch.allclose(much, weight * choice.keep, atol=1e-3)  # nothing is correlated any more
+
+
+@pytest.mark.parametrize(
+    "text,can", [("row", False), ("matrix", False), ("group:4", True), ("2:4", True), ("mixed:4", True)]
+)
+def test_what_is_chosen_as_it_goes(text, can):
+    assert Choice(Pattern.parse(text), 3).as_it_goes is can

@@ -93,8 +93,71 @@ def test_a_report_that_contradicts_itself():
     assert "fewer were removed" in wrong.problems[0]
     wrong = verify(model, replace(report, achieved={unit: 0.5}))
     assert "given for different units" in wrong.problems[0]
+    assert [problem.split(" more than ")[1] for problem in wrong.problems[1:]] == ["the 0 described"] * 2
     allocation = Allocation({**report.allocation.sparsity, unit: 0.25}, report.allocation.sizes)
     assert not verify(model, replace(report, allocation=allocation)).holds
+
+
+@pytest.mark.parametrize("over", [1, -1])
+def test_a_budget_that_n_of_m_cannot_be_blamed_for_is_a_problem(over):
+    """Rounding to levels misses a budget by half of the coarsest step of a unit, and not by one weight more."""
+    model = tiny_llama()
+    report = prune(model, tokens(), DSAConfig(0.5, allocation="owl", pattern="mixed:8"))
+    sizes = report.allocation.sizes
+    total, step = sum(sizes.values()), max(sizes.values()) // 8
+
+    def asking(count):
+        return replace(report, config=replace(report.config, sparsity=count / total))
+
+    assert verify(model, asking(total // 2 + over * step // 2)).holds
+    (problem,) = verify(model, asking(total // 2 + over * (step // 2 + 1))).problems
+    assert f"removes {total // 2:,} of {total:,} weights, and a sparsity of" in problem
+
+
+@pytest.mark.parametrize("over", [1, -1])
+def test_other_patterns_meet_their_budget_to_one_weight(over):
+    model = tiny_llama()
+    report = prune(model, None, DSAConfig(0.5, "magnitude", "uniform"))
+    total = sum(report.allocation.sizes.values())
+    wrong = replace(report, config=replace(report.config, sparsity=(total // 2 + over) / total))
+    (problem,) = verify(model, wrong).problems
+    assert f"removes {total // 2 + over:,}" in problem
+
+
+def test_every_unit_that_differs_is_told_with_both_numbers():
+    model = tiny_llama()
+    report = prune(model, None, DSAConfig(0.5, "magnitude", "uniform"))
+    size = next(iter(report.allocation.sizes.values()))
+    for index, way in ((0, "fewer"), (2, "more")):
+        weight = model.model.layers[index].mlp.up_proj.weight.data
+        weight[(weight == 0) if way == "fewer" else slice(None)] = 1e-3 if way == "fewer" else 0
+    found = verify(model, report)
+    first, last = (problem for problem in found.problems if "described" in problem)
+    zeros = [sum(int((p == 0).sum()) for p in model.model.layers[i].parameters() if p.dim() == 2) for i in (0, 2)]
+    described = size // 2
+    assert (
+        first
+        == f"model.layers.0 has {zeros[0]:,} zeros, {described - zeros[0]:,} fewer than the {described:,} described"
+    )
+    assert (
+        last
+        == f"model.layers.2 has {zeros[1]:,} zeros, {zeros[1] - described:,} more than the {described:,} described"
+    )
+    assert found.removed == sum(zeros) + described and found.prunable == 3 * size
+    assert f"counted: {found.removed:,} of {found.prunable:,}" in str(found).splitlines()[-1]
+    assert str(found).count("wrong: ") == len(found.problems)
+
+
+def test_fewer_removed_than_allocated_is_a_contradiction_where_a_pattern_counts_weights():
+    model = tiny_llama()
+    report = prune(model, None, DSAConfig(0.5, "magnitude", "uniform"))
+    unit, size = next(iter(report.allocation.sizes.items()))
+    less, more = (
+        verify(model, replace(report, achieved={**report.achieved, unit: (size // 2 + by) / size})).problems
+        for by in (-1, 1)
+    )
+    assert any("were allocated, and fewer were removed" in problem for problem in less)
+    assert not any("fewer were removed" in problem for problem in more)
 
 
 # -- on disk, by the command
@@ -124,7 +187,9 @@ def run(capsys, *arguments):
 @pytest.mark.parametrize("form", ["dense", "compressed"])
 def test_the_exit_code_tells(folders, form, capsys):
     code, output, errors = run(capsys, "verify", folders / form)
-    assert (code, output.splitlines()[-1].split(":")[0]) == (0, "holds"), output + errors
+    assert (code, [line.split(":")[0] for line in output.splitlines()]) == (0, ["holds", "not proven"]), (
+        output + errors
+    )
     pruner = DSAPruner.from_pretrained(folders / form)
     weight = pruner.model.model.layers[0].mlp.gate_proj.weight.data
     weight[tuple((weight == 0).nonzero()[0])] = 0.5

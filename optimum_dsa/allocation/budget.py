@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..files import read_json
+from ..files import read_json, write_text
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ class Allocation:
 
     def save(self, path: str | Path) -> None:
         """Write a JSON file that `load`, and `allocation` of a config, read."""
-        Path(path).write_text(json.dumps(self.to_dict(), indent=2) + "\n", encoding="utf-8")
+        write_text(Path(path), json.dumps(self.to_dict(), indent=2) + "\n")
 
     @classmethod
     def load(cls, path: str | Path) -> Allocation:
@@ -111,7 +111,7 @@ def fit_to_budget(
 def fit_counts(wanted: Tensor, sizes: Tensor, target: float, low: float, high: float) -> Tensor:
     """`fit_to_budget` of many wishes at once: (..., units) float64 -> weights to remove, (..., units) int64."""
     exact = _shift_to_mean(wanted, sizes, target, low, high)
-    return _round_to_total(exact * sizes, sizes, round(target * int(sizes.sum())))
+    return _round_to_total(exact * sizes, round(target * int(sizes.sum())))
 
 
 def _shift_to_mean(values: Tensor, weights: Tensor, target: float, low: float, high: float) -> Tensor:
@@ -137,23 +137,23 @@ def _shift_to_mean(values: Tensor, weights: Tensor, target: float, low: float, h
     return (values + low_kink + share * (high_kink - low_kink)).clamp(low, high)
 
 
-def _round_to_total(amounts: Tensor, limits: Tensor, total: int) -> Tensor:
-    """Whole numbers near `amounts`, at most `limits`, that add up to `total`; largest remainders are rounded up."""
-    floor = (amounts + 1e-9).floor().clamp(min=0)
+def _round_to_total(amounts: Tensor, total: int) -> Tensor:
+    """Whole numbers that add up to `total`, which is the sum of `amounts` rounded; largest remainders are rounded up.
+
+    Who is whole already stays: fewer are missing than have a remainder.
+    """
+    floor = (amounts + 1e-9).floor()
     missing = total - floor.sum(-1, keepdim=True)
-    room = torch.where(missing > 0, limits - floor > 0, floor > 0)
-    remainder = (amounts - floor) * -missing.sign()
-    order = remainder.masked_fill(~room, torch.inf).argsort(dim=-1, stable=True)
-    chosen = torch.arange(floor.shape[-1]).expand_as(order) < missing.abs()
-    floor.scatter_add_(-1, order, torch.where(chosen, missing.sign(), 0.0))
-    return floor.long()
+    order = (amounts - floor).argsort(dim=-1, descending=True, stable=True)
+    chosen = torch.arange(floor.shape[-1]).expand_as(order) < missing
+    return floor.scatter_add(-1, order, chosen.double()).long()
 
 
 def split_count(count: int, sizes: Mapping[str, int]) -> dict[str, int]:
     """`count` weights divided over matrices in proportion to their sizes, to one weight each."""
     limits = torch.tensor(list(sizes.values()), dtype=torch.float64)
     shares = limits * (count / max(int(limits.sum()), 1))
-    return dict(zip(sizes, _round_to_total(shares, limits, count).tolist()))
+    return dict(zip(sizes, _round_to_total(shares, count).tolist()))
 
 
 def fit_to_matrices(

@@ -202,7 +202,7 @@ def tail_exponent(eigenvalues: Tensor) -> float:
     low, high = logs[0], logs[-1]
     peak = 10 ** (low + (high - low) * int(counts.argmax()) / 100)
     first = int((eigenvalues < torch.log10(0.95 * peak)).sum())
-    last = max(int((eigenvalues <= 1.5 * peak).sum()), first + 1)
+    last = int((eigenvalues <= 1.5 * peak).sum())
     best, exponent = torch.inf, 1.0
     for index in range(first, min(last, len(eigenvalues) - 1)):
         tail = eigenvalues[index:]

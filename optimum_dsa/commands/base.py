@@ -23,23 +23,35 @@ class LeafCommand(BaseOptimumCLICommand):
         parser.formatter_class = RawDescriptionHelpFormatter
 
     def execute(self) -> None:
-        """What the command does; errors in what the user gave are `ValueError`, `OSError` or `UnknownNameError`."""
+        """What the command does; errors in what the user gave are `ValueError`, `OSError` or `UnknownNameError`.
+
+        A release of a dependency that cannot do it is a `DependencyError`.
+        """
         raise NotImplementedError
 
     def run(self) -> None:
+        from ..escaping import one_line
+        from ..fences import DependencyError
         from ..registry import UnknownNameError
 
         if hasattr(sys.stdout, "reconfigure"):
             sys.stdout.reconfigure(errors="replace")  # a terminal without our bars and signs shows ? and goes on
         try:
             self.execute()
-        except (ValueError, OSError, UnknownNameError) as error:
-            message = " ".join(str(error).split()) or type(error).__name__
+        except (ValueError, OSError, UnknownNameError, DependencyError) as error:
+            message = one_line(" ".join(str(error).split())) or type(error).__name__
             print(f"optimum-cli dsa {self.COMMAND.name}: error: {message}", file=sys.stderr)
             sys.exit(2)
         except KeyboardInterrupt:
             print(f"optimum-cli dsa {self.COMMAND.name}: interrupted, nothing was written", file=sys.stderr)
             sys.exit(130)
+
+
+def say(text: str) -> None:
+    """Print a text that may hold names from a stranger's files: nothing in it moves the cursor or hides letters."""
+    from ..escaping import visible
+
+    print(visible(text))
 
 
 def add_loading_options(parser: ArgumentParser) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .base import LeafCommand, add_loading_options, loading_options
+from .base import LeafCommand, add_loading_options, loading_options, say
 
 
 class EvaluateCommand(LeafCommand):
@@ -46,7 +46,7 @@ boolq,rte,hellaswag,winogrande,arc_easy,arc_challenge,openbookqa.
         import json
         import sys
 
-        from ..comparison import comparison_table, save_results
+        from ..comparison import check_results, comparison_table, save_results
 
         args = self.args
         if not args.dataset and not args.tasks:
@@ -54,6 +54,8 @@ boolq,rte,hellaswag,winogrande,arc_easy,arc_challenge,openbookqa.
         for name in ("sequence_length", "num_samples", "batch_size", "limit"):
             if getattr(args, name) is not None and getattr(args, name) < (2 if name == "sequence_length" else 1):
                 raise ValueError(f"--{name.replace('_', '-')} is too small: {getattr(args, name)}.")
+        if args.output:
+            check_results(args.output)
         with contextlib.redirect_stdout(sys.stderr):  # data sets and lm-eval print
             results = [self.measure(model) for model in args.model]
         if args.output:
@@ -62,9 +64,9 @@ boolq,rte,hellaswag,winogrande,arc_easy,arc_challenge,openbookqa.
             found = [result.to_dict() for result in results]
             print(json.dumps(found if len(found) > 1 else found[0]))
         elif len(results) > 1:
-            print(comparison_table(results))
+            say(comparison_table(results))
         else:
-            print(describe(results[0]))
+            say(describe(results[0]))
 
     def measure(self, model: str):
         """The `Measured` of one model."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .base import LeafCommand, add_loading_options, loading_options
+from .base import LeafCommand, add_loading_options, loading_options, say
 
 
 class PruneCommand(LeafCommand):
@@ -34,7 +34,9 @@ pattern     row, matrix, group:128, 2:4 (any N:M), mixed:8 (N:8, N from the allo
     def parse_args(parser):
         PruneCommand.describe(parser, "prune")
         parser.add_argument("model", help="folder or Hub id of the model to prune")
-        parser.add_argument("-o", "--output", required=True, help="folder to write; a pruned model there is replaced")
+        parser.add_argument(
+            "-o", "--output", required=True, help="folder to write; an earlier result there is replaced"
+        )
         what = parser.add_argument_group("what to remove")
         what.add_argument("-s", "--sparsity", type=float, help="share of the prunable weights to remove, in [0, 1)")
         what.add_argument("--method", help="see above (default: wanda)")
@@ -67,16 +69,17 @@ pattern     row, matrix, group:128, 2:4 (any N:M), mixed:8 (N:8, N from the allo
         )
 
     def execute(self) -> None:
-        from ..configuration import CONFIG_NAME
-        from ..files import check_output
+        from ..checkpoint import weight_bytes
+        from ..common.output import OutputFolder
         from ..pruner import DSAPruner
 
         config = asked_config(self.args)
-        check_output(self.args.output, CONFIG_NAME)
-        pruner = DSAPruner.from_pretrained(self.args.model, **loading_options(self.args))
-        print(pruner.prune(self.args.dataset, config))
         options = {"max_shard_size": self.args.max_shard_size} if self.args.max_shard_size else {}
-        pruner.save_pretrained(self.args.output, self.args.compressed, **options)
+        with OutputFolder(self.args.output) as output:
+            pruner = DSAPruner.from_pretrained(self.args.model, **loading_options(self.args))
+            output.require(weight_bytes(pruner.model))
+            say(str(pruner.prune(self.args.dataset, config)))
+            pruner.save_pretrained(output, self.args.compressed, **options)
         print(f"saved to {self.args.output}; next: optimum-cli dsa evaluate {self.args.output} --dataset FILE")
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .base import LeafCommand, add_loading_options, loading_options
+from .base import LeafCommand, add_loading_options, loading_options, say
 
 
 class RecoverCommand(LeafCommand):
@@ -29,7 +29,9 @@ mode    what the adapters add to a weight W, with small factors A and B
     def parse_args(parser):
         RecoverCommand.describe(parser, "recover")
         parser.add_argument("model", help="folder or Hub id of the pruned model")
-        parser.add_argument("-o", "--output", required=True, help="folder to write; a pruned model there is replaced")
+        parser.add_argument(
+            "-o", "--output", required=True, help="folder to write; an earlier result there is replaced"
+        )
         how = parser.add_argument_group("training")
         how.add_argument("--method", help="see above (default: sparse-lora)")
         how.add_argument("--mode", help="see above (default: mask)")
@@ -59,16 +61,16 @@ mode    what the adapters add to a weight W, with small factors A and B
         run.add_argument("--eval-steps", type=int, help="steps between validations (default: 50)")
         run.add_argument("--patience", type=int, help="stop after so many validations without a new best")
         run.add_argument("--save-steps", type=int, help="steps between checkpoints (default: none)")
-        run.add_argument("--checkpoints", help="their folder (default: OUTPUT-checkpoints, removed at the end)")
+        run.add_argument("--checkpoints", help="their folder (default: beside OUTPUT, hidden, removed at the end)")
         run.add_argument("--resume", action="store_true", help="go on from the last checkpoint")
         add_loading_options(parser)
 
     def execute(self) -> None:
-        import shutil
         from dataclasses import fields
+        from pathlib import Path
 
-        from ..configuration import CONFIG_NAME
-        from ..files import check_output
+        from ..checkpoint import weight_bytes
+        from ..common.output import OutputFolder
         from ..pruner import DSAPruner
         from ..recovery.configuration import RecoveryConfig
 
@@ -78,15 +80,18 @@ mode    what the adapters add to a weight W, with small factors A and B
         if args.teacher and "distillation" not in asked:
             asked["distillation"] = 0.5
         config = RecoveryConfig(**asked, merge=not args.keep_adapter)
-        check_output(args.output, CONFIG_NAME)
-        keeps = config.save_steps is not None or args.resume or args.checkpoints
-        checkpoints = (args.checkpoints or f"{args.output.rstrip('/')}-checkpoints") if keeps else None
-        pruner = DSAPruner.from_pretrained(args.model, **loading_options(args))
-        result = pruner.recover(args.dataset, config, args.validation, args.teacher, checkpoints, args.resume)
-        print(result)
-        pruner.save_pretrained(args.output)
-        if checkpoints and not args.checkpoints:
-            shutil.rmtree(checkpoints, ignore_errors=True)
+        output, model = Path(args.output), Path(args.model)
+        if args.keep_adapter and model.is_dir() and model.resolve() == output.resolve():
+            raise ValueError(f"--keep-adapter needs another --output: {model} holds the weights under the adapter.")
+        with OutputFolder(output, resume=args.resume) as place:
+            checkpoints = args.checkpoints
+            if checkpoints is None and (config.save_steps is not None or args.resume):
+                checkpoints = place.scratch("checkpoints")
+            pruner = DSAPruner.from_pretrained(args.model, **loading_options(args))
+            place.require(weight_bytes(pruner.model))
+            result = pruner.recover(args.dataset, config, args.validation, args.teacher, checkpoints, args.resume)
+            say(str(result))
+            pruner.save_pretrained(place)
         print(
             f"saved to {args.output}, sparsity {pruner.report.sparsity:.4f} as before; next: optimum-cli dsa evaluate "
             f"{args.output} --dataset FILE"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .base import LeafCommand
+from .base import LeafCommand, say
 
 
 class ReportCommand(LeafCommand):
@@ -34,7 +34,7 @@ Needs matplotlib, which the extra `plots` brings.
         try:
             from ..page import write_report
 
-            print(write_report(self.args.folder, self.args.compare, self.args.output))
+            say(write_report(self.args.folder, self.args.compare, self.args.output))
         except ImportError as error:
             raise ValueError(str(error)) from None
         print(f"\nsaved to {Path(self.args.output or self.args.folder) / 'report.html'}")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .base import LeafCommand, add_loading_options, loading_options
+from .base import LeafCommand, add_loading_options, loading_options, say
 from .prune import add_calibration_options, asked_config
 
 
@@ -56,13 +56,15 @@ strategy    named         uniform and every named allocator
         add_loading_options(parser)
 
     def execute(self) -> None:
+        from contextlib import ExitStack
         from dataclasses import replace
         from pathlib import Path
 
+        from ..common.output import OutputFolder
         from ..devices import process_state
         from ..pruner import DSAPruner
         from ..search.problem import parse_budget
-        from ..search.result import robustness_table
+        from ..search.result import RESULT_FILES, robustness_table
         from ..search.strategies import STRATEGIES
 
         args, config = self.args, asked_config(self.args)
@@ -70,28 +72,35 @@ strategy    named         uniform and every named allocator
         STRATEGIES[args.strategy]
         if args.seeds < 1:
             raise ValueError(f"--seeds is a number of searches, at least 1, got {args.seeds}.")
+        if process_state().is_main_process:
+            with OutputFolder(args.output, RESULT_FILES):
+                pass  # found before the model is loaded: what cannot or must not be written
         pruner = DSAPruner.from_pretrained(args.model, **loading_options(args))
-        output, results = Path(args.output), []
-        for seed in range(config.seed, config.seed + args.seeds):
-            results.append(
-                pruner.search(
-                    args.dataset,
-                    replace(config, seed=seed),
-                    args.strategy,
-                    args.budget,
-                    args.validation,
-                    output / f"seed-{seed}" if args.seeds > 1 else output,
-                    args.resume,
-                    args.report_to,
+        output, several = Path(args.output), args.seeds > 1
+        with ExitStack() as stack:
+            if several and process_state().is_main_process:
+                whole = stack.enter_context(OutputFolder(output, RESULT_FILES))
+            results = []
+            for seed in range(config.seed, config.seed + args.seeds):
+                results.append(
+                    pruner.search(
+                        args.dataset,
+                        replace(config, seed=seed),
+                        args.strategy,
+                        args.budget,
+                        args.validation,
+                        output / f"seed-{seed}" if several else output,
+                        args.resume,
+                        args.report_to,
+                    )
                 )
-            )
-            if process_state().is_main_process:
-                print(results[-1])
-        if not process_state().is_main_process:
-            return
-        if args.seeds > 1:
-            print(f"\n{robustness_table(results)}")
-            min(results, key=lambda result: result.finalists[0].loss).save(output)
+                if process_state().is_main_process:
+                    say(str(results[-1]))
+            if not process_state().is_main_process:
+                return
+            if several:
+                say(f"\n{robustness_table(results)}")
+                min(results, key=lambda result: result.finalists[0].loss).save(whole)
         print(
             f"saved to {output}; next: optimum-cli dsa prune {args.model} -o OUT -s {args.sparsity} "
             f"--allocation {output}"

@@ -14,6 +14,7 @@ from transformers import TrainerCallback
 from ..configuration import DSAConfig
 from ..data import Calibration, load_calibration
 from ..description import describe, write_description
+from ..fences import insert_callback
 from ..masks import Pattern
 from ..pruning import allocation_needs_inputs, needs_gram, prune, pruning_needs_inputs
 from ..report import PruningReport
@@ -113,7 +114,7 @@ class DSACallback(TrainerCallback):
         Given as `callbacks=[...]` it does the same, but reporters that come before it do not see its numbers.
         """
         refuse_shared_devices()
-        trainer.callback_handler.callbacks.insert(0, self)
+        insert_callback(trainer, self)
         return self
 
     # -- events, in the order of a run

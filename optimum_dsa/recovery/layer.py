@@ -11,6 +11,7 @@ from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from ..fences import check_adapter_arguments
 from .held import keep_alive_
 from .modes import MODES
 from .product import Part, changed_weight, sparse_linear
@@ -49,7 +50,7 @@ class SparseLoraLinear(LoraLinear):
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
     def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
-        self._check_forward_args(x, *args, **kwargs)
+        check_adapter_arguments(self, x, *args, **kwargs)
         names = kwargs.pop("adapter_names", None)
         kwargs.pop("alora_offsets", None)
         if self.disable_adapters:

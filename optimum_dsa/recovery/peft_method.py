@@ -12,6 +12,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from ..allocation import Allocation
+from ..fences import add_peft_type
 from .layer import SparseLoraLinear
 from .modes import MODES
 from .ranks import pattern_of, ranks_for
@@ -33,21 +34,7 @@ REFUSED = (
     "kasa_config",
 )
 
-
-def _add_peft_type(name: str) -> None:
-    """Add a member to PEFT's enumeration of methods, which its registration asks for and has no function for."""
-    if name in PeftType.__members__:
-        return
-    member = str.__new__(PeftType, name)
-    member._name_ = member._value_ = name
-    member.__objclass__ = PeftType
-    member._sort_order_ = len(PeftType._member_names_)
-    PeftType._member_names_.append(name)
-    PeftType._member_map_[name] = PeftType._value2member_map_[name] = member
-    type.__setattr__(PeftType, name, member)
-
-
-_add_peft_type(NAME)
+add_peft_type(NAME)
 
 
 @dataclass

@@ -25,7 +25,7 @@ from .precision import in_float32
 from .result import RecoveryResult, by_step
 from .targets import prunable
 from .texts import read_windows
-from .trainer import RecoveryTrainer
+from .trainer import RecoveryTrainer, StopWhereItDiverges, check_finite, check_loss
 
 
 def recover(
@@ -48,6 +48,10 @@ def recover(
         teacher (`str | Path | nn.Module`, *optional*): the dense model, where `config.distillation` is not 0.
         checkpoints (`str | Path`, *optional*): folder for the Trainer's checkpoints; by default a temporary one.
         resume (`bool`, defaults to `False`): go on from the last of them.
+
+    Raises:
+        DivergedError: the loss or a weight is no number any more. With adapters the model is as it was before; with
+            `method="full"` it has to be loaded again.
     """
     _check(model, config, teacher, checkpoints, resume)
     windows, held_out, data = read_windows(model, tokenizer, train, validation, config)
@@ -66,6 +70,7 @@ def recover(
             last = get_last_checkpoint(str(folder)) if resume and folder.is_dir() else None
             trainer.train(resume_from_checkpoint=last)
             trainer.accelerator.unwrap_model(trainer.model_wrapped, keep_fp32_wrapper=False)
+            check_finite(trained, config)
             if trained is not model and config.merge:
                 trained = trained.merge_and_unload(safe_merge=True)
         except BaseException:
@@ -75,6 +80,7 @@ def recover(
     trained.eval()
     seconds = time.perf_counter() - start
     after = perplexity(trained, held_out, config.batch_size)
+    check_loss(after, config)
     history = by_step(trainer.state.log_history)
     return trained, RecoveryResult(config, before, after, trainer.state.global_step, history, data, seconds)
 
@@ -91,6 +97,11 @@ def _check(model: nn.Module, config: RecoveryConfig, teacher: Any, checkpoints: 
         raise ValueError("recover runs in one process; under torchrun, train with a Trainer and DSACallback.")
     if (resume or config.save_steps) and checkpoints is None:
         raise ValueError("Resuming needs a folder of checkpoints; name one.")
+    if checkpoints is not None and not resume and (left := sorted(Path(checkpoints).glob("checkpoint-*"))):
+        raise FileExistsError(
+            f"{checkpoints} holds {left[0].name} of another run, which this one would replace; resume that run, or "
+            "name another folder."
+        )
 
 
 def _with_adapters(model: nn.Module, config: RecoveryConfig, report: PruningReport) -> nn.Module:
@@ -179,7 +190,7 @@ def make_trainer(
         default_data_collator,
         [{"input_ids": row, "labels": row} for row in windows],
         [{"input_ids": row, "labels": row} for row in held_out],
-        callbacks=[EarlyStoppingCallback(config.patience)] if early else None,
+        callbacks=[StopWhereItDiverges(config), *([EarlyStoppingCallback(config.patience)] if early else ())],
         teacher=teacher,
         share=config.distillation,
         temperature=config.temperature,

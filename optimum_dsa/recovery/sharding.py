@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 import torch
-from accelerate.state import AcceleratorState
+from accelerate import PartialState
+from accelerate.utils import DistributedType
 from torch import Tensor
 
 from ..devices import processes_and_devices
@@ -33,8 +34,8 @@ def refuse_shared_devices() -> None:
 
 def refuse_sharded() -> None:
     """Raise `ValueError` under FSDP or DeepSpeed, where no process has whole weights."""
-    for plugin, name in (("fsdp_plugin", "FSDP"), ("deepspeed_plugins", "DeepSpeed")):
-        if AcceleratorState._shared_state.get(plugin):
+    for kind, name in ((DistributedType.FSDP, "FSDP"), (DistributedType.DEEPSPEED, "DeepSpeed")):
+        if PartialState().distributed_type == kind:
             raise ValueError(
                 f"DSACallback needs whole weights in every process, and {name} divides them; train with DDP "
                 "(torchrun), or with a sparse adapter and without the callback: its zeros hold by themselves."

@@ -139,7 +139,7 @@ def _origin(model: nn.Module) -> PruningReport | None:
 
 def _described(model: nn.Module) -> dict[str, Any]:
     """The `dsa_config.json` in the folder that `model` was loaded from; empty where there is none."""
-    path = Path(getattr(getattr(model, "config", None), "_name_or_path", "") or "", CONFIG_NAME)
+    path = Path(getattr(getattr(model, "config", None), "name_or_path", "") or "", CONFIG_NAME)
     return (read_description(path) or {}) if path.is_file() else {}
 
 

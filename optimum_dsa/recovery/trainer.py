@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from huggingface_hub.utils import tqdm
 from torch import Tensor, nn
 from torch.nn import functional
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
+
+from .configuration import RecoveryConfig
 
 
 REFERENCE = "https://arxiv.org/abs/1503.02531"  # of distillation
@@ -59,6 +63,39 @@ def divergence(logits: Tensor, expected: Tensor, temperature: float = 1.0) -> Te
     student = functional.log_softmax(logits.float() / temperature, dim=-1).flatten(0, -2)
     teacher = functional.log_softmax(expected.float() / temperature, dim=-1).flatten(0, -2)
     return functional.kl_div(student, teacher, reduction="batchmean", log_target=True) * temperature**2
+
+
+class DivergedError(ValueError):
+    """Training left the numbers; what came of it is not kept."""
+
+
+def check_loss(loss: float, config: RecoveryConfig) -> None:
+    """Raise `DivergedError` for a loss, or a perplexity, that is no number."""
+    if not math.isfinite(loss):
+        raise DivergedError(
+            f"Training diverged: the validation loss is {loss}. Nothing was kept; take a learning rate below "
+            f"{config.rate:g}."
+        )
+
+
+def check_finite(model: nn.Module, config: RecoveryConfig) -> None:
+    """Raise `DivergedError` for a weight, of the model or of an adapter, that is NaN or infinite."""
+    for name, parameter in model.named_parameters():
+        if not parameter.isfinite().all():
+            raise DivergedError(
+                f"Training diverged: {name} holds NaN or infinities. Nothing was kept; take a learning rate below "
+                f"{config.rate:g}."
+            )
+
+
+class StopWhereItDiverges(TrainerCallback):
+    """Ends a training at the first validation loss that is no number."""
+
+    def __init__(self, config: RecoveryConfig):
+        self.config = config
+
+    def on_evaluate(self, args, state, control, metrics=None, **kwargs):
+        check_loss((metrics or {}).get("eval_loss", 0.0), self.config)
 
 
 class ProgressBar(TrainerCallback):

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..architecture import Architecture, Weight
+from ..fences import innermost_forward, parameters_in
 from ..offload import resident
 
 
@@ -88,16 +89,16 @@ class MaskedModel:
     @contextmanager
     def _substituted(self, module: nn.Module, attribute: str, weights: Sequence[Weight]) -> Iterator[None]:
         """The module computing with its masked parameter, at the innermost place (behind offloading hooks)."""
-        where = "_old_forward" if "_old_forward" in vars(module) else "forward"
+        where, parameters = innermost_forward(module), parameters_in(module)
         own, inner = vars(module).get(where), getattr(module, where)
 
         def forward(*args, **kwargs):
-            parameter = module._parameters[attribute]
-            module._parameters[attribute] = self._masked(parameter, weights)
+            parameter = parameters[attribute]
+            parameters[attribute] = self._masked(parameter, weights)
             try:
                 return inner(*args, **kwargs)
             finally:
-                module._parameters[attribute] = parameter
+                parameters[attribute] = parameter
 
         setattr(module, where, forward)
         try:

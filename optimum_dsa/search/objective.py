@@ -14,6 +14,7 @@ from ..calibration import walk_blocks
 from ..configuration import DSAConfig
 from ..data import Calibration
 from ..evaluation import check_tokens
+from ..fences import has_device_map
 from ..masks import Pattern, removal_order
 from ..metrics import METRICS
 from ..pruning import _pruning_reads, architecture_for, pruned
@@ -52,7 +53,7 @@ class Objective:
         self.pattern = Pattern.parse(config.recipe.pattern)
         self.sizes = {weight.name: weight.size for weight in self.architecture.weights}
         self.anchor: Mapping[str, int] | None = None
-        self._device = torch.device("cpu") if hasattr(model, "hf_device_map") else model.device
+        self._device = torch.device("cpu") if has_device_map(model) else model.device
         self._dense = self._dense_predictions(top)
         self._anchored = False
         # at the anchor: weight -> how an update changes it from a little fewer removed to a little more, and how many

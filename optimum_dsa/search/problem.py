@@ -65,17 +65,16 @@ def parse_budget(text: str | int | Budget) -> Budget:
     """
     if isinstance(text, Budget):
         return text
-    found = re.fullmatch(r"\s*([\d.]+)\s*([kM]?)\s*(tokens|evaluations|s|min|h|)\s*", str(text))
-    if not found or float(found[1]) <= 0:
+    found = re.fullmatch(r"\s*(\d+\.?\d*|\.\d+)\s*([kM]?)\s*(tokens|evaluations|s|min|h|)\s*", str(text))
+    amount = float(found[1]) * {"": 1, "k": 1e3, "M": 1e6}[found[2]] if found else 0.0
+    seconds = {"s": 1, "min": 60, "h": 3600}.get(found[3]) if found else None
+    if amount <= 0 or (seconds is None and amount < 1):  # no whole token would be no limit
         raise ValueError(
             f"Cannot read the budget {text!r}: expected '2M tokens', '500 evaluations', '10 min' or '90 s'."
         )
-    amount = float(found[1]) * {"": 1, "k": 1e3, "M": 1e6}[found[2]]
-    if found[3] == "evaluations":
-        return Budget(evaluations=int(amount))
-    if found[3] in ("s", "min", "h"):
-        return Budget(seconds=amount * {"s": 1, "min": 60, "h": 3600}[found[3]])
-    return Budget(tokens=int(amount))
+    if seconds is not None:
+        return Budget(seconds=amount * seconds)
+    return Budget(evaluations=int(amount)) if found[3] == "evaluations" else Budget(tokens=int(amount))
 
 
 @dataclass

@@ -10,6 +10,7 @@ from pathlib import Path
 from statistics import correlation, mean, stdev
 
 from ..allocation import Allocation
+from ..common.output import OutputFolder
 from ..configuration import DSAConfig
 from ..files import write_text
 from .problem import Budget
@@ -18,6 +19,8 @@ from .trace import SearchTrace
 
 
 logger = logging.getLogger(__name__)
+
+RESULT_FILES = ("allocation.json", "search.json", "search.png", "allocation.png", "heatmap.png")
 
 
 @dataclass(frozen=True)
@@ -73,14 +76,20 @@ class SearchResult:
         pairs = [(row.proxy, row.loss) for row in self.finalists if row.proxy is not None]
         return rank_correlation(*zip(*pairs)) if len(pairs) >= 3 else None
 
-    def save(self, folder: str | Path) -> None:
+    def save(self, folder: str | Path | OutputFolder) -> None:
         """Write `allocation.json` (the winner) and `search.json` (the finalists) into `folder`.
 
-        With matplotlib also pictures: `search.png`, `allocation.png` (against the baselines) and `heatmap.png`.
+        With matplotlib also pictures: `search.png`, `allocation.png` (against the baselines) and `heatmap.png`. A file
+        of such a name that was not written here is left alone: then `ForeignFileError`.
         """
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        write_text(folder / "allocation.json", json.dumps(self.best.to_dict(), indent=2) + "\n")
+        if isinstance(folder, OutputFolder):
+            folder.write(self._fill)
+        else:
+            with OutputFolder(folder, RESULT_FILES) as output:
+                output.write(self._fill, rescue=False)
+
+    def _fill(self, folder: Path) -> None:
+        self.best.save(folder / "allocation.json")
         write_text(folder / "search.json", json.dumps(self.to_dict(), indent=2) + "\n")
         try:
             figures = self.figures()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from huggingface_hub.utils import tqdm
 from torch import Tensor, nn
 
 from ..allocation import ALLOCATIONS, Allocation
+from ..common.output import OutputFolder
 from ..configuration import DSAConfig
 from ..data import Calibration
 from ..devices import process_state, use_cpu
@@ -21,7 +22,7 @@ from .evaluator import Evaluator
 from .objective import Objective
 from .problem import UNIFORM, Budget, Problem, parse_budget
 from .resolve import Resolver
-from .result import Finalist, SearchResult
+from .result import RESULT_FILES, Finalist, SearchResult
 from .space import Candidate, SearchSpace
 from .strategies import STRATEGIES
 from .trace import Request, SearchTrace, Trial
@@ -72,11 +73,14 @@ def search(
     if named is None:
         named = ALLOCATIONS if STRATEGIES.fact(strategy, "named", True) else ()
     named = tuple(name for name in named if name != "uniform")
-    main = process_state().is_main_process
-    path = Path(folder) / "trace.jsonl" if folder is not None else None
-    logger = _Logger(report_to, folder, settings)
-    trace = SearchTrace.open(path if main else None, settings, resume)
-    try:
+    with ExitStack() as stack:
+        output = None
+        if folder is not None and process_state().is_main_process:
+            output = stack.enter_context(OutputFolder(folder, RESULT_FILES))
+        logger = _Logger(report_to, folder, settings)
+        stack.callback(logger.close)
+        trace = SearchTrace.open(output and output.path / "trace.jsonl", settings, resume)
+        stack.callback(trace.close)
         objective = Objective(model, calibration, validation, config)
         resolver = Resolver(model, objective.architecture, calibration, config, named)
         evaluator = Evaluator(objective, resolver)
@@ -86,12 +90,9 @@ def search(
         ranking = conductor.conduct(run(problem))
         table = _table(conductor, problem, _finalists(ranking, resolver, finalists))
         result = SearchResult(config, table, trace, budget, tuple(problem.notes), _baselines(resolver))
-        if folder is not None and main:
-            result.save(folder)
+        if output is not None:
+            result.save(output)
         return result
-    finally:
-        trace.close()
-        logger.close()
 
 
 def _problem(

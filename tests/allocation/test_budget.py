@@ -128,6 +128,111 @@ def test_a_count_is_split_in_proportion_and_without_loss(sizes, share):
         assert 0 <= split[unit] <= size
 
 
+@pytest.mark.parametrize(
+    "low,high,target,rounded",
+    [
+        (0.0, 0.5, 0.5, {"a": 4, "b": 50}),  # three of 4/9 · 3 are 3: b would go over its bound for it
+        (0.0, 1.0, 0.5, {"a": 3, "b": 51}),
+        (0.5, 1.0, 0.5, {"a": 5, "b": 49}),  # 5 is below what the bounds allow it, 4 of them are not
+    ],
+)
+def test_no_unit_leaves_its_bounds_for_the_rounding_of_its_matrices(low, high, target, rounded):
+    matrices = {"a": [3, 3, 3], "b": [100]}
+    sizes = {"a": 9, "b": 100}
+    counts = {"a": 4, "b": 50} if low == 0 else {"a": 5, "b": 49}
+    exact = Allocation({unit: counts[unit] / sizes[unit] for unit in sizes}, sizes)
+    assert fit_to_matrices(exact, matrices, low, high).counts() == rounded
+
+
+def test_a_unit_that_rounding_takes_over_its_bounds_is_brought_back_to_them():
+    """Half of 3 rounds to 2, three times over; half of 5 to 2."""
+    sizes = {"odd": 9, "more": 15, "even": 100}
+    exact = Allocation({"odd": 4 / 9, "more": 8 / 15, "even": 0.5}, sizes)
+    matrices = {"odd": [3, 3, 3], "more": [5, 5, 5], "even": [100]}
+    assert fit_to_matrices(exact, matrices).counts() == {"odd": 3, "more": 9, "even": 50}
+    assert fit_to_matrices(exact, matrices, 0.0, 0.55).counts() == {"odd": 3, "more": 8, "even": 51}
+    assert fit_to_matrices(exact, matrices, 0.4, 1.0).counts() == {"odd": 4, "more": 9, "even": 49}
+
+
+def test_the_last_units_make_up_for_the_roundings_as_far_as_they_can():
+    sizes = {"a": 60, "b": 10, "c": 4}
+    matrices = {"a": [6] * 10, "b": [10], "c": [4]}
+    exact = Allocation({"a": 24 / 60, "b": 0.5, "c": 0.5}, sizes)  # 2.4 of each six are 2: four are missing
+    assert fit_to_matrices(exact, matrices).counts() == {"a": 20, "b": 7, "c": 4}
+    exact = Allocation({"a": 26 / 60, "b": 0.5, "c": 0.5}, sizes)  # 2.6 are 3: four are too many
+    assert fit_to_matrices(exact, matrices).counts() == {"a": 30, "b": 3, "c": 0}
+
+
+@given(sizes=st.lists(st.integers(1, 10**6), min_size=1, max_size=9), share=st.floats(0, 1))
+def test_who_is_nearest_to_the_next_whole_number_gets_it(sizes, share):
+    """The split is the nearest to the exact shares that whole numbers of this sum can be."""
+    count = round(share * sum(sizes))
+    exact = {unit: size * count / sum(sizes) for unit, size in named(sizes).items()}
+    split = split_count(count, named(sizes))
+    up = [exact[unit] - split[unit] for unit in split if split[unit] > exact[unit] + 1e-6]
+    down = [exact[unit] - split[unit] for unit in split if split[unit] < exact[unit] - 1e-6]
+    assert not up or not down or 1 + min(up) >= max(down) - 1e-6
+
+
+def test_among_equal_remainders_the_first_are_rounded_up():
+    assert split_count(5, {"a": 10, "b": 10, "c": 10, "d": 10}) == {"a": 2, "b": 1, "c": 1, "d": 1}
+    assert split_count(3, {"a": 12, "b": 19}) == {"a": 1, "b": 2}
+    assert split_count(0, {"a": 0}) == {"a": 0} and split_count(0, {}) == {}
+
+
+@given(units=units, target=st.floats(0, 1), low=st.floats(0, 0.5), high=st.floats(0.5, 1))
+@settings(max_examples=100, deadline=None)
+def test_a_fit_is_the_wish_moved_by_one_number_and_cut_at_the_bounds(units, target, low, high):
+    assume(low <= target <= high)
+    wanted, sizes = named(w for w, _ in units), named(n for _, n in units)
+    fitted = fit_to_budget(wanted, sizes, target, low, high).counts()
+    for a in wanted:
+        for b in wanted:
+            # who was moved up less than another is held by a bound: it at its highest, or the other at its lowest
+            if (
+                fitted[a] / sizes[a] - wanted[a]
+                < fitted[b] / sizes[b] - wanted[b] - 1.001 / sizes[a] - 1.001 / sizes[b]
+            ):
+                assert fitted[a] >= high * sizes[a] - 1.001 or fitted[b] <= low * sizes[b] + 1.001
+
+
+def test_levels_prefer_the_units_that_are_nearest_to_the_next_one():
+    exact = Allocation({"a": 0.30, "b": 0.45, "c": 0.60, "d": 0.65}, dict.fromkeys("abcd", 100))
+    assert fit_to_levels(exact, 4).sparsity == {"a": 0.25, "b": 0.5, "c": 0.5, "d": 0.75}
+    assert fit_to_levels(Allocation({"a": 1.0, "b": 0.0}, {"a": 8, "b": 8}), 8).sparsity == {"a": 1.0, "b": 0.0}
+    assert fit_to_levels(Allocation({}, {}), 4).sparsity == {}
+
+
+def test_an_allocation_counts_whole_weights_and_weighs_by_size():
+    allocation = Allocation({"a": 1 / 3, "b": 1.0}, {"a": 300, "b": 100}, "mine")
+    assert allocation.counts() == {"a": 100, "b": 100} and allocation.overall == 0.5
+    assert Allocation({}, {}).overall == 0
+    assert Allocation.from_dict(allocation.to_dict()) == allocation
+    plain = Allocation.from_dict({"a": 0.5})
+    assert (plain.sparsity, plain.sizes, plain.name) == ({"a": 0.5}, {"a": 0}, "custom")
+    named_unit = Allocation.from_dict({"sparsity": 0.5})  # a unit of this name
+    assert named_unit.sparsity == {"sparsity": 0.5}
+
+
+@pytest.mark.parametrize("value", [-0.01, 1.01, float("nan"), "0.5", None])
+def test_a_share_is_a_number_from_0_to_1(value):
+    with pytest.raises(ValueError, match="gives a a sparsity of"):
+        Allocation({"a": value}, {"a": 1})
+    assert Allocation({"a": 0, "b": 1}, {"a": 1, "b": 1}).counts() == {"a": 0, "b": 1}
+    with pytest.raises(ValueError, match="lack a size or a sparsity: b, c"):
+        Allocation({"a": 0.5, "b": 0.5}, {"a": 1, "c": 1})
+
+
+def test_a_folder_gives_what_was_found_before_what_was_pruned(tmp_path):
+    found, pruned = Allocation({"a": 0.5}, {"a": 2}, "found"), Allocation({"a": 1.0}, {"a": 2}, "pruned")
+    (tmp_path / "dsa_config.json").write_text(json.dumps({"allocation": pruned.to_dict()}))
+    assert Allocation.load(tmp_path) == pruned
+    found.save(tmp_path / "allocation.json")
+    assert Allocation.load(tmp_path) == found
+    with pytest.raises(FileNotFoundError, match="dsa_config.json"):
+        Allocation.load(tmp_path.parent)
+
+
 def test_an_allocation_survives_json(tmp_path):
     allocation = fit_to_budget({"a": 0.3, "b": 0.61}, {"a": 1000, "b": 37}, 0.4, name="mine")
     allocation.save(tmp_path / "allocation.json")

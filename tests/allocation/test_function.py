@@ -129,6 +129,78 @@ def test_what_has_no_arcsine_is_most_protected_as_published():
     assert x[0] == 0 and x[1] == pytest.approx(math.asin(math.atan(1.3)))
 
 
+@pytest.mark.parametrize("transform,post", [((), "no_op"), ((), "abs"), (("exp",), "no_op"), (("log",), "no_op")])
+def test_infinities_count_as_minus_one_and_what_is_no_number_as_zero(transform, post):
+    """As in the published code, after the transforms and after the post-process."""
+    function = AllocationFunction(transform=transform, post_process=post)
+    values = {
+        (): [math.inf, -math.inf, math.nan, 0.5],
+        ("exp",): [1e4, 0.0, math.nan, math.log(0.5)],
+        ("log",): [math.inf, 0.0, -3.0, math.exp(0.5)],
+    }[transform]
+    expected = {(): [-1, -1, 0, 0.5], ("exp",): [-1, 1, 0, 0.5], ("log",): [-1, -1, 0, 0.5]}[transform]
+    found = function.importance(torch.tensor(values)).tolist()
+    assert found == pytest.approx([abs(x) for x in expected] if post == "abs" else expected, abs=1e-3)
+
+
+def test_infinities_of_the_post_process_count_as_minus_one_too():
+    assert AllocationFunction(post_process="exp").importance(torch.tensor([1e4, 0.0])).tolist() == [-1.0, 1.0]
+    assert AllocationFunction(post_process="log").importance(torch.tensor([0.0, -1.0, 1.0])).tolist() == [
+        -1.0,
+        0.0,
+        0.0,
+    ]
+
+
+def test_an_infinite_measurement_is_pruned_least_or_most_as_the_sign_says_and_too_wide_a_span_is_uniform():
+    measured = {"a": 0.5, "b": math.inf, "c": 1.0}
+    up, down = (AllocationFunction(sign=sign, spread=0.1).wish(measured, 0.5) for sign in (1, -1))
+    assert min(up, key=up.get) == max(down, key=down.get) == "b"
+    assert up["c"] - up["b"] == pytest.approx(0.2) == down["b"] - down["c"]
+    assert set(AllocationFunction().wish({"a": 1e308, "b": -1e308, "c": 0.0}, 0.5).values()) == {0.5}
+    assert set(AllocationFunction().wish({"a": 3.0, "b": 3.0}, 0.5).values()) == {0.5}
+
+
+def test_a_post_process_sees_each_row_of_units_by_itself():
+    rows = torch.tensor([[1.0, 2.0, 3.0], [5.0, 4.0, 9.0]])
+    function = AllocationFunction(post_process="rank", spread=0.1)
+    assert function.importance(rows).tolist() == [[0, 1, 2], [1, 0, 2]]
+    both = function.wishes(rows, 0.5)
+    assert torch.equal(both, torch.stack([function.wishes(row, 0.5) for row in rows]))
+    assert both[1].tolist() == pytest.approx([0.5, 0.4, 0.6])
+
+
+def test_defaults_of_what_is_written_shortly():
+    short = AllocationFunction.parse("abs/var/")
+    assert short == AllocationFunction(("abs",), "var")
+    assert AllocationFunction.parse("/mean//tanh@-.5") == AllocationFunction((), "mean", (), "tanh", -1, 0.5)
+    assert AllocationFunction.parse(" no_op,abs/VAR/no_op@0.1 ") == AllocationFunction(("abs",), "var", (), spread=0.1)
+    assert AllocationFunction.parse("/mean/@+1e-3").spread == 0.001
+    with pytest.raises(ValueError, match="spread '1.2.3'"):
+        AllocationFunction.parse("/mean/@+1.2.3")
+
+
+@pytest.mark.parametrize(
+    "changes", [{"sign": 0}, {"sign": 2}, {"spread": -0.01}, {"spread": 1.01}, {"spread": math.nan}]
+)
+def test_signs_and_spreads_that_mean_nothing_are_refused(changes):
+    with pytest.raises(ValueError, match="of an allocation function is"):
+        AllocationFunction(**changes)
+    for spread in (0, 1):
+        assert AllocationFunction(spread=spread).spread == spread
+    for stage in ("pre_process", "transform"):
+        AllocationFunction(**{stage: ("abs", "abs")})
+        with pytest.raises(ValueError, match="At most two"):
+            AllocationFunction(**{stage: ("abs", "abs", "abs")})
+
+
+def test_what_the_published_form_cannot_write():
+    for changes in ({"sign": -1}, {"spread": 0.1}, {"post_process": "tanh"}):
+        with pytest.raises(ValueError, match="cannot write"):
+            AllocationFunction(**changes).published()
+    assert AllocationFunction().published() == "W:(NO_OP)-(MEAN)-(NO_OP)-(7)"
+
+
 def test_one_unit_measures_its_matrices_as_one_vector():
     a, b = torch.randn(3, 4), torch.randn(5, 2)
     whole = torch.cat([a.flatten(), b.flatten()]).abs()

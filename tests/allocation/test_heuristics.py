@@ -124,6 +124,132 @@ def test_the_tail_exponent_of_a_power_law_is_recovered():
         assert tail_exponent(uniform ** (-1 / (alpha - 1))) == pytest.approx(alpha, rel=0.1)
 
 
+def published_exponent(eigenvalues):
+    """The published loop over all eigenvalues, xmin at the peak of the histogram, in plain Python."""
+    largest = max(eigenvalues)
+    values = sorted(value for value in eigenvalues if value > 1e-5 * largest)
+    logs = [math.log10(value) for value in values]
+    low, high = logs[0], logs[-1]
+    bins = [0] * 100
+    for value in logs:
+        bins[min(int((value - low) / (high - low) * 100), 99)] += 1
+    peak = 10 ** (low + (high - low) * bins.index(max(bins)) / 100)
+    best, exponent = math.inf, None
+    for i, smallest in enumerate(values[:-1]):
+        if smallest < math.log10(0.95 * peak):
+            continue
+        if smallest > 1.5 * peak and exponent is not None:
+            break
+        n = len(values) - i
+        alpha = 1 + n / sum(math.log(value / smallest) for value in values[i:])
+        gap = max(abs(1 - (value / smallest) ** (1 - alpha) - k / n) for k, value in enumerate(values[i:]))
+        if gap < best:
+            best, exponent = gap, alpha
+    return exponent
+
+
+@pytest.mark.parametrize("scale", [0.3, 1.0, 40.0, 3000.0])
+@pytest.mark.parametrize("seed", range(4))
+def test_the_tail_exponent_is_that_of_the_published_loop(seed, scale):
+    generator = torch.Generator().manual_seed(seed)
+    spectrum = torch.linalg.svdvals(torch.randn(60, 90, generator=generator).double()).square() / 90 * scale
+    heavy = spectrum * torch.rand(60, generator=generator).double() ** -0.7
+    for values in (spectrum, heavy):
+        assert tail_exponent(values) == pytest.approx(published_exponent(values.tolist()), rel=1e-6)
+
+
+def test_eigenvalues_that_are_noise_beside_the_largest_do_not_count():
+    values = torch.linspace(1, 100, 40, dtype=torch.float64)
+    noise = torch.full((7,), 100 * 0.9e-5, dtype=torch.float64)
+    assert tail_exponent(torch.cat([noise, values])) == tail_exponent(values)
+    assert tail_exponent(torch.cat([noise * 1.3, values])) != tail_exponent(values)
+    assert tail_exponent(values.flip(0)) == tail_exponent(values)
+
+
+def test_a_spectrum_of_fewer_than_three_values_has_no_tail():
+    assert tail_exponent(torch.tensor([5.0, 1.0])) == tail_exponent(torch.tensor([5.0, 1.0, 1e-9])) == 1.0
+    assert tail_exponent(torch.tensor([5.0, 2.0, 1.0])) > 1.0
+    assert tail_exponent(torch.full((9,), 2.0)) == pytest.approx(2e12)  # flat: as steep as can be written
+
+
+@pytest.mark.parametrize(
+    "spread,expected", [(None, [0.7, 1.3, 1.3, 1.0]), (0.07, [0.9, 1.1, 1.1, 1.0]), (0.0, [1.0, 1.0, 1.0, 1.0])]
+)
+def test_alphapruning_is_proportional_to_the_scaled_exponents_at_the_mean_asked_for(spread, expected):
+    """Heavier tails (a smaller exponent) are pruned less; ratios run from 1 − ε to 1 + ε, their mean is the target."""
+    measured = {"a": 2.0, "b": 6.0, "c": 6.0, "d": 4.0}
+    wanted = ALLOCATIONS["alphapruning"].wish(measured, 0.7, spread)
+    mean = sum(expected) / 4
+    assert list(wanted.values()) == pytest.approx([0.7 * ratio / mean for ratio in expected])
+    assert sum(wanted.values()) / 4 == pytest.approx(0.7)
+    assert set(ALLOCATIONS["alphapruning"].wish({"a": 3.0, "b": 3.0}, 0.7).values()) == {0.7}
+
+
+def test_alphapruning_takes_the_mean_over_a_blocks_matrices():
+    generator = torch.Generator().manual_seed(0)
+    weights = [torch.randn(20, 30, generator=generator), torch.randn(40, 25, generator=generator) ** 3]
+    measure = ALLOCATIONS["alphapruning"].measure
+    single = [measure(Unit("u", 0.0, [weight], [None], wanda)) for weight in weights]
+    expected = [tail_exponent(torch.linalg.svdvals(weight.double()).square()) for weight in weights]
+    assert single == pytest.approx(expected, rel=1e-4)
+    assert measure(Unit("u", 0.0, weights, [None] * 2, wanda)) == pytest.approx(sum(single) / 2)
+
+
+def test_a_threshold_within_one_bin_takes_its_share_of_all_that_lie_there():
+    counts = torch.zeros(1 << 16, dtype=torch.int64)
+    first, second = counts.clone(), counts.clone()
+    first[10], first[20], second[20], second[30] = 10, 10, 30, 50
+    wish = ALLOCATIONS["global"].wish
+    assert wish({"a": first, "b": second}, 0.1) == pytest.approx({"a": 0.5, "b": 0.0})
+    assert wish({"a": first, "b": second}, 0.3) == pytest.approx({"a": 0.75, "b": 0.1875})
+    assert wish({"a": first, "b": second}, 0.5) == pytest.approx({"a": 1.0, "b": 0.375})
+    assert wish({"a": first, "b": second}, 1.0) == pytest.approx({"a": 1.0, "b": 1.0})
+    assert wish({"a": first, "b": second}, 0.0) == pytest.approx({"a": 0.0, "b": 0.0})
+    last = counts.clone()
+    last[-1] = 4
+    assert wish({"a": last}, 0.5) == pytest.approx({"a": 0.5})
+
+
+def test_erdos_renyi_keeps_its_last_matrix_dense_as_long_as_the_budget_allows():
+    shapes = {"a": (64, 64), "b": (32, 128), "last": (64, 48)}
+    sizes = {name: rows * columns for name, (rows, columns) in shapes.items()}
+    for target in (0.5, 0.6):
+        plain, plus = (ALLOCATIONS[name].wish(shapes, target) for name in ("er", "er_plus"))
+        assert plus["last"] == 0.0 < plain["last"]
+        for wanted in (plain, plus):
+            assert sum(wanted[name] * sizes[name] for name in sizes) == pytest.approx(target * sum(sizes.values()))
+    assert ALLOCATIONS["er_plus"].wish(shapes, 0.95) == pytest.approx({"a": 1.0, "b": 1.0, "last": 0.0})
+
+
+def test_the_published_widths_are_joined_by_lines():
+    assert [published_spread(s) for s in (0.3, 0.4, 0.15, 0.25, 0.45, 0.55, 0.75)] == pytest.approx(
+        [0.04, 0.02, 0.04, 0.03, 0.03, 0.07, 0.135]
+    )
+    wide = ALLOCATIONS["dlp"].wish({"a": 0.0, "b": 1.0}, 0.7)
+    assert wide == pytest.approx({"a": 0.55, "b": 0.85})
+    assert ALLOCATIONS["dlp"].wish({"a": 0.0, "b": 1.0}, 0.7, 0.02) == pytest.approx({"a": 0.68, "b": 0.72})
+    assert ALLOCATIONS["lsa"].wish({"a": 0.0, "b": 1.0}, 0.7) == pytest.approx({"a": 0.55, "b": 0.85})
+    assert ALLOCATIONS["atp"].wish({"a": 0.0, "b": 1.0}, 0.7) == pytest.approx({"a": 0.62, "b": 0.78})
+
+
+def test_the_greedy_error_is_taken_within_groups_of_columns():
+    generator = torch.Generator().manual_seed(4)
+    weight, x = torch.randn(3, 10, generator=generator), torch.randn(10, 40, generator=generator)
+    gram = x @ x.t()
+    parts = [(slice(0, 4), 4), (slice(4, 8), 4), (slice(8, 10), 2)]
+    apart = sum(greedy_error(weight[:, part], gram[part, part], width) for part, width in parts)
+    assert greedy_error(weight, gram, 4) == pytest.approx(apart, rel=1e-5)
+    wide = torch.randn(2, 130, generator=generator)
+    x = torch.randn(130, 300, generator=generator)
+    gram = x @ x.t()
+    apart = greedy_error(wide[:, :128], gram[:128, :128]) + greedy_error(wide[:, 128:], gram[128:, 128:])
+    assert greedy_error(wide, gram) == pytest.approx(apart, rel=1e-5)
+    of_both = Unit("u", 0.0, [weight, weight], [statistics(10), statistics(10, 1)], wanda)
+    single = [Unit("u", 0.0, [weight], [each], wanda) for each in of_both.statistics]
+    measure = ALLOCATIONS["lsa"].measure
+    assert measure(of_both) == pytest.approx(sum(map(measure, single)))
+
+
 def test_the_greedy_error_is_the_error_of_what_it_removes():
     """Against a plain loop that removes one weight at a time and measures ‖W X − W' X‖² itself."""
     generator = torch.Generator().manual_seed(3)

@@ -107,3 +107,72 @@ def test_published_pre_process_conventions():
     assert torch.equal(PRE_PROCESS["abslog"](x), torch.tensor([0.0, math.log(2), 0.0]))
     assert PRE_PROCESS["log"](x)[:2].tolist() == pytest.approx([math.log(1 + 1e-6)] * 2, rel=0.1)
     assert PRE_PROCESS["normalize"](torch.ones(4)).tolist() == [0.0] * 4
+
+
+def test_scaling_and_logarithms_by_hand():
+    x = torch.tensor([2.0, 3.0, 4.0])
+    assert PRE_PROCESS["mms"](x).tolist() == pytest.approx([0, 0.5, 1])
+    assert PRE_PROCESS["mms"](torch.tensor([0.0, 1e-9])).tolist() == pytest.approx([0, 0.5])
+    assert PRE_PROCESS["log"](torch.tensor([0.5, 2.0, -1.0])).tolist() == pytest.approx(
+        [math.log(0.5 + 1e-6), math.log(2 + 1e-6), math.log(1 + 1e-6)], abs=1e-6
+    )
+    assert PRE_PROCESS["abslog"](torch.tensor([0.5, -0.5])).tolist() == pytest.approx([math.log(0.5)] * 2)
+    assert PRE_PROCESS["normalize"](x).tolist() == pytest.approx([-1, 0, 1])
+    assert PRE_PROCESS["pow"](x).tolist() == [4, 9, 16]
+
+
+@pytest.mark.parametrize("name", ["corref", "rank"])
+@pytest.mark.parametrize("scale", [1e-4, 1e4])
+def test_correlations_and_ranks_do_not_depend_on_the_scale(name, scale):
+    m = CASES["signed"].view(6, 10)
+    assert REDUCTION[name]([m * scale]).item() == pytest.approx(REDUCTION[name]([m]).item(), rel=1e-3)
+
+
+def test_a_constant_row_correlates_with_none():
+    m = torch.stack([CASES["signed"][:10], torch.full((10,), 3.0)])
+    assert REDUCTION["corref"]([m]).item() == pytest.approx(0.25)  # one of four pairs: the first row with itself
+
+
+def test_matrices_count_by_their_size():
+    small, large = torch.full((2, 3), 1.0), torch.full((6, 9), 4.0)
+    assert REDUCTION["diagonal"]([small, large]).item() == pytest.approx((1 * 6 + 4 * 54) / 60)
+
+
+def test_singular_values_that_are_nothing_beside_the_largest_count_as_a_millionth_of_it():
+    m = torch.diag(torch.tensor([8.0, 2.0, 0.0, 0.0]))
+    expected = (math.log(8) + math.log(2) + 2 * math.log(8e-6)) / 4
+    assert REDUCTION["slogdet"]([m]).item() == pytest.approx(expected, rel=1e-6)
+    assert REDUCTION["determinant"]([m]).item() == pytest.approx(math.exp(expected), rel=1e-6)
+    assert REDUCTION["rank"]([torch.diag(torch.tensor([1.0, 1.1e-3, 0.9e-3]))]).item() == 2
+    assert REDUCTION["slogdet"]([torch.zeros(3, 3)]).isfinite()
+
+
+@pytest.mark.parametrize("value", [math.inf, math.nan])
+@pytest.mark.parametrize("name", ["slogdet", "determinant", "rank"])
+def test_a_spectrum_of_what_is_not_finite_is_no_number_and_no_error(name, value):
+    m = torch.eye(3)
+    m[1, 2] = value
+    found = REDUCTION[name]([m]).item()
+    assert found == 0 if name == "rank" else math.isnan(found)
+
+
+def test_post_process_looks_at_all_units():
+    x = torch.tensor([0.0] * 9 + [1.0], dtype=torch.float64)
+    assert POST_PROCESS["normalize"](x).tolist() == pytest.approx([-0.1 / 0.1**0.5] * 9 + [2.0])
+    assert POST_PROCESS["normalize"](-x)[-1] == -2.0
+    assert POST_PROCESS["normalize"](x[:1]).tolist() == [0.0] and not POST_PROCESS["normalize"](x[:4]).any()
+    assert POST_PROCESS["rank"](torch.tensor([3.0, 1.0, 3.0, 2.0])).tolist() == [2, 0, 2, 1]
+    assert POST_PROCESS["softmax"](x).sum().item() == pytest.approx(1)
+
+
+def test_outliers_are_above_five_times_the_mean():
+    x = torch.ones(100)
+    x[0] = 5.2  # the mean is 1.042
+    assert REDUCTION["outlier_share"](x).item() == 0
+    x[:2] = 5.6  # 1.092
+    assert REDUCTION["outlier_share"](x).item() == pytest.approx(2)
+
+
+def test_entropy_takes_the_positive_part():
+    assert REDUCTION["entropy"](torch.tensor([-5.0, 1.0, 1.0, 0.0])).item() == pytest.approx(math.log(2))
+    assert REDUCTION["entropy"](torch.tensor([-5.0, 0.0])).item() == 0

@@ -8,7 +8,10 @@ import textwrap
 import time
 from pathlib import Path
 
+import huggingface_hub
 import pytest
+from huggingface_hub import HfApi
+from packaging.version import Version
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from optimum_dsa import DSAConfig, DSAPruner
@@ -36,6 +39,7 @@ def fresh_process(server, home, *arguments):
     return done.stdout
 
 
+@pytest.mark.contract
 def test_a_model_is_pushed_and_loaded_in_a_fresh_process(tmp_path):
     pruner = DSAPruner.from_pretrained(demo_model())
     report = pruner.prune(None, DSAConfig(0.5, "magnitude", "uniform"))
@@ -99,6 +103,7 @@ FAULTS = {
 }
 
 
+@pytest.mark.contract
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_failure_is_one_clear_sentence_and_the_same_push_goes_on(hub, folder, fault):
     method, path, status, reason = FAULTS[fault]
@@ -124,7 +129,15 @@ def test_a_failure_is_one_clear_sentence_and_the_same_push_goes_on(hub, folder, 
 
 def test_a_short_failure_is_not_even_noticed(hub, folder):
     hub.fail("PUT", "/_lfs/", 503, times=2)
+    assert push(folder) == f"{hub.url}/me/tiny"
+
+
+@pytest.mark.contract
+def test_a_dropped_connection_is_made_again_or_told_and_the_same_command_goes_on(hub, folder):
     hub.fail("POST", "/objects/batch", None)
+    if Version(huggingface_hub.__version__) < Version("1.22"):  # older ones do not try again
+        with pytest.raises(PushError, match="the Hub cannot be reached.*the same command goes on"):
+            push(folder)
     assert push(folder) == f"{hub.url}/me/tiny"
 
 
@@ -174,6 +187,7 @@ def test_name_branch_message_and_privacy_are_what_was_asked(hub, folder):
     assert hub.repositories["me/private"].private
 
 
+@pytest.mark.contract
 def test_a_pull_request_leaves_main_alone(hub, folder):
     assert push(folder, create_pr=True) == f"{hub.url}/me/tiny/discussions/1"
     repository = hub.repositories["me/tiny"]
@@ -197,6 +211,19 @@ def test_weights_of_an_earlier_push_go_and_other_files_stay(hub, folder):
     change(folder, "dsa_config.json", seconds=1.5)
     push(folder)
     assert "LICENSE" in hub.content("me/tiny")
+
+
+def test_weights_in_folders_of_the_repository_are_not_ours_to_delete(hub, folder):
+    """Another format, or an adapter beside the model: no loader of the model takes them for its own."""
+    push(folder)
+    api = HfApi(endpoint=hub.url, token=TOKEN)
+    for name in ("onnx/model.safetensors", "adapter/model.safetensors.index.json", "old.safetensors", "notes.txt"):
+        api.upload_file(path_or_fileobj=b"x", path_in_repo=name, repo_id="me/tiny")
+    change(folder, "dsa_config.json", seconds=1.5)
+    push(folder)
+    names = hub.content("me/tiny").keys()
+    assert {"onnx/model.safetensors", "adapter/model.safetensors.index.json", "notes.txt"} <= names
+    assert "old.safetensors" not in names and "model.safetensors" in names
 
 
 def test_the_example_prunes_measures_and_pushes_and_goes_on_after_a_failure(hub, tmp_path, monkeypatch, capsys):

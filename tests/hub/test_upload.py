@@ -5,7 +5,7 @@ import pytest
 
 from optimum_dsa import Allocation, DSAConfig, DSAPruner
 from optimum_dsa.demo import demo_model
-from optimum_dsa.description import is_unchanged
+from optimum_dsa.description import checksum, is_unchanged
 from optimum_dsa.upload import collect
 
 from ..common import same_state, state, tiny_llama, tokens
@@ -52,9 +52,14 @@ def test_a_description_is_signed_again_only_if_nobody_had_edited_it(folder):
     first = {name: value for name, value in facts.items() if name != "checksum"}
     (folder / "dsa_config.json").write_text(json.dumps(first))  # the first version had no checksum
     sent = json.loads(collect(folder).files["dsa_config.json"])
-    assert is_unchanged(sent) and sent["checksum"] and sent["calibration"]["source"] == "text.txt"
-    (folder / "dsa_config.json").write_text(json.dumps({**facts, "format_version": sent["format_version"]}))
+    assert sent["calibration"]["source"] == "text.txt"
+    assert sent["format_version"] == 1 and "checksum" not in sent  # nothing vouched for it, and nothing does now
+    written = {**facts, "format_version": 2}
+    (folder / "dsa_config.json").write_text(json.dumps(written))
     assert not is_unchanged(json.loads(collect(folder).files["dsa_config.json"]))
+    (folder / "dsa_config.json").write_text(json.dumps({**written, "checksum": checksum(written)}))
+    sent = json.loads(collect(folder).files["dsa_config.json"])
+    assert is_unchanged(sent) and sent["calibration"]["source"] == "text.txt"
 
 
 def test_a_compressed_model_goes_as_it_is_and_says_what_it_needs(hub, tmp_path):

@@ -4,6 +4,8 @@ import json
 
 import pytest
 import torch
+from accelerate import PartialState
+from accelerate.utils import DistributedType
 from peft import LoraConfig, get_peft_model
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
@@ -13,6 +15,8 @@ from optimum_dsa.recovery.sharding import refuse_sharded
 from ..common import tiny_llama, tokens
 from .test_peft_method import same_zeros, sparse_llama, zeros
 
+
+pytestmark = pytest.mark.contract
 
 LENGTH = 12
 
@@ -254,12 +258,10 @@ def started(trainer):
     return trainer.state
 
 
-@pytest.mark.parametrize("plugin,name", [("fsdp_plugin", "FSDP"), ("deepspeed_plugins", "DeepSpeed")])
-def test_sharded_weights_are_refused(monkeypatch, plugin, name):
-    from accelerate.state import AcceleratorState
-
+@pytest.mark.parametrize("kind,name", [("FSDP", "FSDP"), ("DEEPSPEED", "DeepSpeed")])
+def test_sharded_weights_are_refused(monkeypatch, kind, name):
     refuse_sharded()
-    monkeypatch.setitem(AcceleratorState._shared_state, plugin, object())
+    monkeypatch.setattr(PartialState(), "distributed_type", DistributedType[kind])
     with pytest.raises(ValueError, match=f"{name} divides them"):
         refuse_sharded()
 

@@ -7,6 +7,8 @@ import sys
 import peft
 import pytest
 import torch
+import transformers.integrations.peft
+from packaging.version import Version
 from peft import PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM
 
@@ -14,6 +16,9 @@ from optimum_dsa import MODES, Allocation, DSAConfig, SparseLoraConfig, prune
 from optimum_dsa.recovery.ranks import ranks_for
 
 from ..common import same_state, state, tiny_llama, tokens
+
+
+pytestmark = pytest.mark.contract
 
 
 def sparse_llama(pattern="row", sparsity=0.5, **changes):
@@ -291,6 +296,9 @@ def test_an_unknown_mode_and_an_embedding_are_refused():
 
 
 def test_native_adapters_of_transformers():
+    needed = transformers.integrations.peft.MIN_PEFT_VERSION
+    if Version(peft.__version__) < Version(needed):
+        pytest.skip(f"transformers {transformers.__version__} adds adapters with peft {needed} or newer")
     model = sparse_llama()
     before, dense = state(model), logits(model)
     model.add_adapter(config())

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 from optimum_dsa import DSAConfig, DSAPruner, PruningReport, RecoveryConfig, find_architecture
 from optimum_dsa.demo import demo_model, demo_texts
 from optimum_dsa.installation import how_to_install
-from optimum_dsa.recovery.trainer import divergence
+from optimum_dsa.recovery.trainer import RecoveryTrainer, divergence
 
 from ..common import tiny_llama, tokens
 from ..test_commands import run
@@ -31,6 +31,7 @@ def small(**changes):
     return RecoveryConfig(**{**settings, **changes})
 
 
+@pytest.mark.contract
 @pytest.mark.parametrize(
     "changes",
     [
@@ -78,6 +79,26 @@ def test_a_resumed_run_ends_like_an_uninterrupted_one(tmp_path, method):
         assert torch.equal(value, resumed.model.state_dict()[name]), name
 
 
+@pytest.mark.parametrize("resume,trained", [(True, 3), (False, 6)])
+def test_a_resumed_run_trains_only_what_is_left(tmp_path, resume, trained, monkeypatch):
+    config = small(save_steps=3)
+    first = DSAPruner.from_pretrained(sparse_llama(sparsity=0.6))
+    first.recover(regular(), config, checkpoints=tmp_path / "kept")
+    shutil.rmtree(tmp_path / "kept" / "checkpoint-6")
+    done, step = [], RecoveryTrainer.training_step
+    monkeypatch.setattr(
+        RecoveryTrainer, "training_step", lambda self, *args, **kwargs: done.append(1) or step(self, *args, **kwargs)
+    )
+    again = DSAPruner.from_pretrained(sparse_llama(sparsity=0.6))
+    result = again.recover(regular(), config, checkpoints=tmp_path / "kept", resume=resume)
+    assert (len(done), result.steps) == (trained, 6)
+
+
+def test_a_run_without_checkpoints_yet_begins_at_the_first_step(tmp_path):
+    pruner = DSAPruner.from_pretrained(sparse_llama(sparsity=0.6))
+    assert pruner.recover(regular(), small(), checkpoints=tmp_path / "none", resume=True).steps == 6
+
+
 def test_training_stops_early_and_keeps_the_best():
     pruner = DSAPruner.from_pretrained(sparse_llama(sparsity=0.6))
     # what is trained on has nothing to do with what is validated on: the first measurement is the best
@@ -88,6 +109,7 @@ def test_training_stops_early_and_keeps_the_best():
     assert torch.tensor(result.after).log().item() == pytest.approx(min(losses.values()), rel=1e-3)
 
 
+@pytest.mark.contract
 def test_distillation_brings_predictions_nearer_to_the_parents():
     parent, data = tiny_llama(), tokens(64, 16)
     pruner = DSAPruner.from_pretrained(sparse_llama(sparsity=0.7))

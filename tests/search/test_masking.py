@@ -36,6 +36,7 @@ def masked(model):
     return found
 
 
+@pytest.mark.contract
 @pytest.mark.parametrize("share", [0.0, 0.3, 0.77, 1.0])
 def test_a_masked_model_computes_as_the_pruned_one_and_stays_whole(share):
     model, twin = tiny_llama(), tiny_llama()

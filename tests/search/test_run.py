@@ -1,5 +1,6 @@
 import json
 import random
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -7,10 +8,10 @@ from accelerate.tracking import GeneralTracker
 from transformers import LlamaForCausalLM
 
 from optimum_dsa import ALLOCATIONS, Calibration, DSAConfig, allocate, find_architecture, prune
-from optimum_dsa.search.problem import parse_budget
+from optimum_dsa.search.problem import Budget, parse_budget
 from optimum_dsa.search.resolve import Resolver
 from optimum_dsa.search.result import rank_correlation, robustness_table
-from optimum_dsa.search.run import search
+from optimum_dsa.search.run import _problem, search
 from optimum_dsa.search.space import Candidate, SearchSpace
 from optimum_dsa.search.strategies import STRATEGIES
 from optimum_dsa.search.trace import Request, SearchTrace, Trial
@@ -153,6 +154,7 @@ def test_an_operation_that_a_user_registers_joins_the_space():
     assert "loudest" not in SearchSpace().reduction
 
 
+@pytest.mark.contract
 @pytest.mark.parametrize("method", ["wanda", "sparsegpt"])
 def test_a_model_on_disk_is_searched_as_one_in_memory(method, tmp_path):
     config = DSAConfig(0.7, method)
@@ -186,6 +188,73 @@ def test_several_seeds_are_compared_in_a_table():
     assert [line.split()[0] for line in table[1:]] == ["3", "4", "mean", "±"]
     losses = [result.finalists[0].loss for result in results]
     assert float(table[3].split()[1]) == pytest.approx(sum(losses) / 2, abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    "budget,finalists,until",
+    [
+        (Budget(tokens=40_000), 3, 1 - 4 * (8 + 8) * 16 / 40_000),  # each is looked at twice on all eight windows
+        (Budget(tokens=40_000), 0, 1 - (8 + 8) * 16 / 40_000),
+        (Budget(tokens=2_000), 4, 0.5),
+        (Budget(evaluations=100), 4, 0.9),
+        (Budget(seconds=60.0), 4, 0.9),
+    ],
+)
+def test_a_strategy_leaves_what_the_finalists_will_take(budget, finalists, until):
+    resolver = SimpleNamespace(kinds={"a": "mlp.up_proj", "b": "mlp.up_proj"})
+    problem = _problem(resolver, VALIDATION, budget, ("owl",), CONFIG, None, finalists)
+    assert problem.until == pytest.approx(until)
+    assert (problem.windows, problem.length, problem.rungs) == (8, 16, (8,))
+    assert problem.space.kinds == ("mlp.up_proj",) and problem.budget is budget
+
+
+def test_offsets_per_kind_are_searched_where_kinds_are_few():
+    for number, known in ((16, 16), (17, 0)):
+        resolver = SimpleNamespace(kinds={f"{block}.k{kind}": f"k{kind}" for block in "ab" for kind in range(number)})
+        problem = _problem(resolver, VALIDATION, Budget(tokens=10**6), (), CONFIG, None, 4)
+        assert len(problem.space.kinds) == known
+        assert _problem(resolver, VALIDATION, Budget(), (), CONFIG, SearchSpace(spreads=(0, 1)), 4).space.spreads == (
+            0,
+            1,
+        )
+
+
+def test_a_seed_is_the_source_of_all_draws():
+    resolver = SimpleNamespace(kinds={})
+    draws = [_problem(resolver, VALIDATION, Budget(), (), DSAConfig(0.7, seed=3), None, 4).rng.random() for _ in "ab"]
+    assert draws == [random.Random(3).random()] * 2
+
+
+@pytest.mark.parametrize("finalists", [1, 2])
+def test_as_many_finalists_as_asked_for_and_uniform_besides(finalists):
+    result = run("named", "20k tokens", finalists=finalists, named=["owl", "atp", "dlp"])
+    functions = [row.candidate.function for row in result.finalists]
+    assert len(functions) in (finalists, finalists + 1) and "uniform" in functions
+    tried = {trial.request.candidate.function for trial in result.trace.trials if trial.request.kind == "loss"}
+    assert tried == {"uniform", "owl", "atp", "dlp"}
+    final = [trial for trial in result.trace.trials if trial.request.kind == "sequential"]
+    assert len(final) == len(functions) and {trial.request.rows for trial in final} == {range(8)}
+    by_name = {str(trial.request.candidate): trial for trial in final}
+    for row in result.finalists:
+        assert (row.loss, row.perplexity) == (by_name[str(row.candidate)].loss, by_name[str(row.candidate)].perplexity)
+    dense = next(trial for trial in result.trace.trials if trial.request.candidate.function == "dense")
+    assert dense.request.kind == "anchor" and not any(dense.counts)
+    assert result.baselines.keys() == {"uniform", "owl"} and result.baselines["owl"].name == "owl"
+
+
+def test_names_are_not_measured_for_a_strategy_that_tries_none(monkeypatch):
+    seen = []
+    original = Resolver.__init__
+
+    def init(self, model, architecture, calibration, config, named=None):
+        seen.append(tuple(named))
+        original(self, model, architecture, calibration, config, named)
+
+    monkeypatch.setattr(Resolver, "__init__", init)
+    run("random", "1k tokens")
+    run("named", "1k tokens")
+    run("named", "1k tokens", named=["uniform", "owl"])
+    assert seen == [(), tuple(name for name in ALLOCATIONS if name != "uniform"), ("owl",)]
 
 
 class Recorder(GeneralTracker):

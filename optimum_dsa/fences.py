@@ -1,0 +1,391 @@
+"""Every place where a dependency is touched beyond its documented API: guarded, explained, and held against releases.
+
+No other module reads a private attribute of a dependency; `tests/test_fences.py` looks. A row of `FENCES` says what is
+touched and why, the page "Dependencies" shows the rows, and tests marked `contract` hold them against the oldest and
+the newest releases.
+"""
+
+from __future__ import annotations
+
+import tempfile
+import weakref
+from collections.abc import Iterator, Mapping, MutableMapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+
+class DependencyError(RuntimeError):
+    """A release of a dependency lacks what optimum-dsa needs of it; the message says which one, and the way out."""
+
+
+@dataclass(frozen=True)
+class Fence:
+    """One thing that is touched beyond a package's documented API.
+
+    Attributes:
+        package (`str`): whose it is.
+        touched (`str`): what.
+        reason (`str`): why, where no documented way leads there.
+        where (`str`): the module that uses it.
+        test (`str`): the contract test, or one of several.
+    """
+
+    package: str
+    touched: str
+    reason: str
+    where: str
+    test: str
+
+    def missing(self) -> DependencyError:
+        """The error for a release that has it no more."""
+        return DependencyError(
+            f"{self.package} {_version(self.package)} has no {self.touched} any more, which optimum-dsa needs: "
+            f"{self.reason}; install a release that it was tested with (constraints.txt names one)."
+        )
+
+
+def _version(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "(not installed)"
+
+
+_OFFLOAD = "tests/test_offload.py"
+_QUANTIZER = "tests/test_quantizer.py"
+_PEFT = "tests/recovery/test_peft_method.py"
+
+FENCES = {
+    # torch
+    "tensor version": Fence(
+        "torch",
+        "Tensor._version",
+        "it tells whether a tensor was changed in place between two blocks",
+        "capture, observation",
+        "tests/test_calibration.py",
+    ),
+    "module parameters": Fence(
+        "torch",
+        "Module._parameters",
+        "a masked weight takes a parameter's place for one forward pass, and parametrisations would rename it",
+        "search.masking",
+        "tests/search/test_masking.py",
+    ),
+    # accelerate
+    "hook": Fence(
+        "accelerate",
+        "_hf_hook of a module",
+        "it says where offloaded weights are, and nothing documented does",
+        "offload, capture",
+        _OFFLOAD,
+    ),
+    "hook state": Fence(
+        "accelerate",
+        "AlignDevicesHook.offload, .weights_map and .place_submodules",
+        "the weights of one block are brought in once, and written back",
+        "offload",
+        _OFFLOAD,
+    ),
+    "hooked forward": Fence(
+        "accelerate",
+        "_old_forward of a hooked module",
+        "a masked weight has to take its place after the hook has brought the real one",
+        "search.masking",
+        "tests/search/test_masking.py",
+    ),
+    "store": Fence(
+        "accelerate",
+        "OffloadedWeightsLoader.state_dict, .index and .save_folder, PrefixedDataset.dataset and .prefix",
+        "weights that pruning changed are written back to where they came from",
+        "offload",
+        _OFFLOAD,
+    ),
+    # transformers
+    "device map": Fence(
+        "transformers",
+        "hf_device_map of a model",
+        "it says that accelerate moves inputs, and makes transformers save offloaded weights a shard at a time",
+        "capture, checkpoint, evaluation, search.objective",
+        _OFFLOAD,
+    ),
+    "ties": Fence(
+        "transformers",
+        "PreTrainedModel.all_tied_weights_keys",
+        "tied weights are pruned once and written back under all their names",
+        "architecture, checkpoint, offload",
+        "tests/test_architecture.py",
+    ),
+    "experts": Fence(
+        "transformers",
+        "PretrainedConfig._experts_implementation",
+        "statistics of each expert need the loop over them, and set_experts_implementation changes whole models only",
+        "observation",
+        "tests/test_calibration.py",
+    ),
+    "quantizer": Fence(
+        "transformers",
+        "HfQuantizer's `_process_model_before_weight_loading`, `_process_model_after_weight_loading`, "
+        "`update_attn_implementation`, `update_weight_conversions`, `get_new_dtype`, `remove_quantization_config`; "
+        "AUTO_QUANTIZER_MAPPING",
+        "compressed checkpoints load with from_pretrained; the hooks are overridden, never called",
+        "quantizer",
+        _QUANTIZER,
+    ),
+    "conversions": Fence(
+        "transformers",
+        "core_model_loading: WeightConverter, WeightRenaming and ConversionOps",
+        "packed tensors are unpacked before the model's own conversions",
+        "quantizer, unpacking",
+        _QUANTIZER,
+    ),
+    "weights' name": Fence(
+        "transformers",
+        "transformers_weights in config.json",
+        "compressed weights have a file name of their own, so that no loader takes them for dense ones",
+        "conversion, quantizer",
+        _QUANTIZER,
+    ),
+    "callbacks": Fence(
+        "transformers",
+        "Trainer.callback_handler.callbacks",
+        "sparsity reaches reporters only from a callback before them; without it, the callback is added as usual",
+        "recovery.callback",
+        "tests/recovery/test_callback.py",
+    ),
+    "loss": Fence(
+        "transformers",
+        "Trainer.model_accepts_loss_kwargs",
+        "a loss with a teacher's share is a mean of batches",
+        "recovery.trainer",
+        "tests/recovery/test_run.py",
+    ),
+    # peft
+    "methods": Fence(
+        "peft",
+        "members of the enumeration PeftType",
+        "register_peft_method asks for a member, and there is no function that adds one",
+        "recovery.peft_method",
+        _PEFT,
+    ),
+    "layer": Fence(
+        "peft",
+        "tuners.lora: Linear._check_forward_args and update_layer, LoraModel._create_new_module",
+        "a sparse adapter is a LoRA with another product",
+        "recovery.layer, recovery.peft_method",
+        _PEFT,
+    ),
+    # huggingface_hub
+    "transport": Fence(
+        "huggingface_hub",
+        "the base class of HfHubHTTPError",
+        "a network that fails is explained in one sentence; the client under it changed its name",
+        "hub",
+        "tests/hub/test_push.py",
+    ),
+    # optimum
+    "commands": Fence(
+        "optimum",
+        "the namespace package optimum.commands.register, BaseOptimumCLICommand and CommandInfo",
+        "`optimum-cli dsa` is found there",
+        "commands",
+        "tests/test_commands.py",
+    ),
+    # evaluate
+    "metric": Fence(
+        "evaluate",
+        "Metric._info and Metric._compute",
+        "its template of a metric overrides them",
+        "perplexity_metric",
+        "tests/test_perplexity_metric.py",
+    ),
+}
+
+
+def tensor_version(tensor: Tensor) -> int:
+    """A number that grows whenever the tensor is changed in place."""
+    return _get(tensor, "_version", "tensor version")
+
+
+def parameters_in(module: nn.Module) -> MutableMapping[str, Tensor | None]:
+    """The module's own parameters, as the mapping that its attributes are looked up in."""
+    return _get(module, "_parameters", "module parameters")
+
+
+def hooks_of(module: nn.Module) -> list[Any]:
+    """accelerate's hooks on a module that move its weights or inputs (`AlignDevicesHook`), the outermost first."""
+    from accelerate.hooks import AlignDevicesHook, SequentialHook
+
+    hook = getattr(module, "_hf_hook", None)
+    hooks = hook.hooks if isinstance(hook, SequentialHook) else (hook,)
+    found = [hook for hook in hooks if isinstance(hook, AlignDevicesHook)]
+    for hook in found:
+        for name in ("offload", "weights_map", "place_submodules"):
+            _get(hook, name, "hook state")
+    return found
+
+
+def weights_behind(hook: Any, key: str) -> Any:
+    """The map from which a hook on a module loads its parameter `key`, `None` if it does not."""
+    return hook.weights_map if hook.place_submodules or "." not in key else None
+
+
+def is_placed(model: nn.Module) -> bool:
+    """Whether accelerate moves the model's inputs to where they are needed."""
+    return has_device_map(model) or hasattr(model, "_hf_hook")
+
+
+def has_device_map(model: nn.Module) -> bool:
+    """Whether the model was spread by a device map."""
+    return hasattr(model, "hf_device_map")
+
+
+@contextmanager
+def saved_by_shards(model: nn.Module) -> Iterator[None]:
+    """transformers saves the offloaded model a shard at a time, as it does where there is a device map."""
+    unmapped = not has_device_map(model)
+    if unmapped:
+        model.hf_device_map = {"": "cpu"}
+    try:
+        yield
+    finally:
+        if unmapped:
+            del model.hf_device_map
+
+
+def innermost_forward(module: nn.Module) -> str:
+    """The name of the attribute that holds the module's own forward: behind accelerate's hook, if there is one."""
+    if not hasattr(module, "_hf_hook"):
+        return "forward"
+    if "_old_forward" not in vars(module):
+        raise FENCES["hooked forward"].missing()
+    return "_old_forward"
+
+
+def check_unhooked(module: nn.Module, name: str) -> None:
+    """Raise `DependencyError` where weights are not here and no hook says where they are."""
+    if any(parameter.is_meta for parameter in module.parameters(recurse=False)):
+        raise DependencyError(
+            f"The weights of {name} are on the device 'meta', and no hook of accelerate {_version('accelerate')} says "
+            "where they are; load the model with device_map, or with a release of accelerate that optimum-dsa was "
+            "tested with (constraints.txt names one)."
+        )
+
+
+def plain_store(store: Any, key: str) -> tuple[Any, str]:
+    """The map of weights under accelerate's prefixes, and the key there."""
+    while hasattr(store, "prefix"):
+        store, key = _get(store, "dataset", "store"), store.prefix + key
+    return store, key
+
+
+def in_memory(store: Any) -> Mapping[str, Tensor]:
+    """The weights of a store that are kept in memory."""
+    return store if isinstance(store, dict) else _get(store, "state_dict", "store")
+
+
+def point_to(store: Any, key: str, file: Path, dtype: str) -> None:
+    """Have a store read `key` from a safetensors file from now on."""
+    _get(store, "index", "store")[key] = {"safetensors_file": str(file), "weight_name": key, "dtype": dtype}
+
+
+_SCRATCH: dict[int, str] = {}
+
+
+def scratch_folder(store: Any) -> str:
+    """A folder, inside the store's own if it has one, that lives as long as the store."""
+    if id(store) not in _SCRATCH:
+        folder = tempfile.TemporaryDirectory(prefix="optimum-dsa-", dir=_get(store, "save_folder", "store"))
+        _SCRATCH[id(store)] = folder.name
+        weakref.finalize(store, _forget, id(store), folder)
+    return _SCRATCH[id(store)]
+
+
+def _forget(number: int, folder: tempfile.TemporaryDirectory) -> None:
+    del _SCRATCH[number]
+    folder.cleanup()
+
+
+def tied_names(model: nn.Module) -> Mapping[str, str]:
+    """Parameter name -> the name of the one that it is tied to."""
+    if not hasattr(model, "tie_weights"):  # no model of transformers
+        return {}
+    return _get(model, "all_tied_weights_keys", "ties") or {}
+
+
+@contextmanager
+def one_expert_at_a_time(module: nn.Module) -> Iterator[None]:
+    """The experts' own loop instead of a fused kernel, which shows nobody what each expert is given."""
+    config = getattr(module, "config", None)
+    chosen = getattr(config, "_experts_implementation", None)
+    if chosen in (None, "eager"):
+        yield
+        return
+    config._experts_implementation = "eager"
+    try:
+        yield
+    finally:
+        config._experts_implementation = chosen
+
+
+def insert_callback(trainer: Any, callback: Any) -> None:
+    """Add a callback to a Trainer before all others."""
+    callbacks = getattr(getattr(trainer, "callback_handler", None), "callbacks", None)
+    if isinstance(callbacks, list):
+        callbacks.insert(0, callback)
+    else:
+        trainer.add_callback(callback)
+
+
+def add_peft_type(name: str) -> None:
+    """Add a member to PEFT's enumeration of methods."""
+    from peft.utils.peft_types import PeftType
+
+    if name in PeftType.__members__:
+        return
+    try:
+        member = str.__new__(PeftType, name)
+        member._name_ = member._value_ = name
+        member.__objclass__ = PeftType
+        member._sort_order_ = len(PeftType._member_names_)
+        PeftType._member_names_.append(name)
+        PeftType._member_map_[name] = PeftType._value2member_map_[name] = member
+        type.__setattr__(PeftType, name, member)
+    except (AttributeError, TypeError):
+        raise FENCES["methods"].missing() from None
+
+
+def check_adapter_arguments(layer: Any, x: Tensor, *args, **kwargs) -> None:
+    """What PEFT asks of the arguments of a LoRA layer."""
+    _get(layer, "_check_forward_args", "layer")(x, *args, **kwargs)
+
+
+def transport_error() -> type[Exception]:
+    """What the Hub's client raises when no answer comes: httpx's, by whichever name it is installed."""
+    from huggingface_hub.errors import HfHubHTTPError
+
+    base = HfHubHTTPError.__bases__[0]
+    return base if issubclass(base, Exception) else OSError
+
+
+def check_compressed_loading() -> None:
+    """Raise `DependencyError` on releases of transformers that do not tell a quantizer which type to load."""
+    from transformers import __version__
+    from transformers.quantizers.base import HfQuantizer
+
+    if not hasattr(HfQuantizer, "get_new_dtype"):
+        raise DependencyError(
+            f"Compressed checkpoints load with transformers 5.21 or newer, and this is {__version__}; upgrade it, or "
+            "store the folder dense with `optimum-cli dsa convert FOLDER DENSE --to dense`."
+        )
+
+
+def _get(owner: Any, name: str, row: str) -> Any:
+    try:
+        return getattr(owner, name)
+    except AttributeError:
+        raise FENCES[row].missing() from None

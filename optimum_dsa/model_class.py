@@ -1,0 +1,65 @@
+"""The class of the model that a checkpoint names: one of transformers' model classes, and nothing else it exports."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import transformers
+from torch import nn
+from transformers.models.auto import modeling_auto
+
+
+def model_class(config: Any, where: str | Path) -> type:
+    """The class whose `from_pretrained` loads the checkpoint at `where`.
+
+    The first of `architectures` that transformers has; where it has none of them, as for models that bring their own
+    code, `AutoModelForCausalLM`.
+
+    Raises:
+        ValueError: a name there that is no model class of transformers, or of another model than `config` describes.
+    """
+    names = getattr(config, "architectures", None) or []
+    if not isinstance(names, (list, tuple)) or not all(isinstance(name, str) for name in names):
+        raise ValueError(f"The config.json of {where} has architectures={names!r:.80}; expected a list of names.")
+    for name in names:
+        found = getattr(transformers, name, None)
+        if found is not None:
+            _check(found, name, config, where)
+            return found
+    return transformers.AutoModelForCausalLM
+
+
+def _check(found: Any, name: str, config: Any, where: str | Path) -> None:
+    model_type = getattr(config, "model_type", None)
+    registered = set(_registered(name))
+    if not isinstance(found, type) or not issubclass(found, transformers.PreTrainedModel):
+        why = "is no model class of transformers"
+        if registered:  # what stands in its place raises when it is used
+            why = "needs a library that is not installed"
+        raise ValueError(
+            f"The config.json of {where} names {name!r} in architectures, which {why}; name the class that the "
+            "checkpoint was saved from."
+        )
+    # A base of model classes has no forward of its own; a few models that only generate have none either.
+    if found is transformers.PreTrainedModel or (found.forward is nn.Module.forward and not registered):
+        raise ValueError(
+            f"The config.json of {where} names {name!r} in architectures, which is only the base of model classes; "
+            "name the class that the checkpoint was saved from."
+        )
+    expected = found.config_class
+    if not (isinstance(expected, type) and isinstance(config, expected)) and model_type not in registered:
+        raise ValueError(
+            f"The config.json of {where} names {name!r} in architectures, and its model_type is {model_type!r}, which "
+            "that class does not load; one of both is wrong."
+        )
+
+
+def _registered(name: str) -> Iterator[str]:
+    """The model types for which an Auto class takes the class of this name."""
+    for table, types in vars(modeling_auto).items():
+        if table.startswith("MODEL_") and table.endswith("MAPPING_NAMES"):
+            for model_type, names in types.items():
+                if name in ((names,) if isinstance(names, str) else names):
+                    yield model_type

@@ -1,0 +1,126 @@
+"""What is asked, what is computed, and what it costs, with an objective that only notes it."""
+
+import math
+
+import pytest
+import torch
+
+from optimum_dsa import DSAConfig
+from optimum_dsa.search.evaluator import Evaluator
+from optimum_dsa.search.space import Candidate
+from optimum_dsa.search.trace import Request, Trial
+
+
+LENGTH = 16
+A, B = (Candidate("a", counts=(3, 4)), Candidate("b", counts=(5, 2)))
+
+
+class Noted:
+    """An objective whose loss is the mean of the windows' numbers, and where the anchor is added."""
+
+    def __init__(self, windows=10):
+        self.validation, self.config = torch.zeros(windows, LENGTH), DSAConfig(0.5, batch_size=4)
+        self.anchor, self.calls = None, []
+
+    def move_anchor(self, counts):
+        self.anchor = counts
+
+    def value(self, rows):
+        return sum(rows) / len(rows) + (sum(self.anchor.values()) if self.anchor else 0)
+
+    def loss(self, counts, rows):
+        self.calls.append(("loss", counts, rows))
+        return self.value(rows)
+
+    def slopes(self, counts, rows):
+        self.calls.append(("slopes", counts, rows))
+        return self.value(rows), {"n": 0.25, "m": 0.5}
+
+    def sequential(self, counts, rows):
+        self.calls.append(("sequential", counts, rows))
+        self.anchor = counts  # as the real one leaves it
+        return self.value(rows), 7.0
+
+
+class Names:
+    sizes = {"m": 10, "n": 10}
+
+    def counts(self, candidate):
+        if candidate.counts is None:
+            raise ValueError(f"{candidate.function} is impossible")
+        return candidate.counts
+
+
+@pytest.fixture
+def evaluator():
+    return Evaluator(Noted(), Names())
+
+
+def test_a_backward_pass_costs_as_much_as_two_forward_ones(evaluator):
+    requests = [Request("loss", A, 2, 5), Request("slopes", A, 2, 5), Request("sequential", A, 2, 5)]
+    forward, both, final = evaluator.answer(requests, 7)
+    assert forward.tokens == final.tokens == 3 * LENGTH and both.tokens == 3 * forward.tokens
+    assert [trial.number for trial in (forward, both, final)] == [7, 8, 9]
+    assert both.slopes == (0.5, 0.25) and final.perplexity == 7.0
+    assert forward.slopes is None and forward.perplexity is both.perplexity is None
+    assert min(forward.seconds, both.seconds, final.seconds) > 0
+
+
+def test_what_is_known_is_not_computed_again_and_costs_nothing(evaluator):
+    first, again, other = evaluator.answer(
+        [Request("loss", A, 0, 4), Request("loss", A, 0, 4), Request("loss", B, 0, 4)], 0
+    )
+    assert (first.tokens, again.tokens, other.tokens) == (4 * LENGTH, 0, 4 * LENGTH) and again.seconds == 0.0
+    assert first.loss == again.loss and len(evaluator.objective.calls) == 2
+    (later,) = evaluator.answer([Request("loss", A, 0, 4)], 3)
+    assert (later.loss, later.tokens) == (first.loss, 0) and len(evaluator.objective.calls) == 2
+    (rows,) = evaluator.answer([Request("loss", A, 0, 3)], 4)
+    assert rows.tokens == 3 * LENGTH
+
+
+def test_batches_are_joined_by_their_windows(evaluator):
+    (trial,) = evaluator.answer([Request("loss", A, 1, 10)], 0)
+    assert [rows for _, _, rows in evaluator.objective.calls] == [range(1, 5), range(5, 9), range(9, 10)]
+    assert trial.loss == pytest.approx(5.0) and trial.tokens == 9 * LENGTH
+    assert evaluator.objective.calls[0][1] == {"m": 3, "n": 4}
+    evaluator.objective.calls.clear()
+    evaluator.answer([Request("slopes", A, 0, 9), Request("sequential", A, 0, 9)], 1)
+    assert [rows for _, _, rows in evaluator.objective.calls] == [range(0, 9)] * 2
+
+
+def test_another_anchor_is_another_question_but_not_for_the_sequential_prune(evaluator):
+    asked = [Request("loss", A, 0, 1), Request("sequential", A, 0, 1)]
+    before = evaluator.answer(asked, 0)
+    (anchor,) = evaluator.answer([Request("anchor", B)], 2)
+    assert (anchor.loss, anchor.tokens, anchor.counts, anchor.error) == (None, 0, (5, 2), None)
+    after = evaluator.answer(asked, 3)
+    assert before[0].loss == 0 and after[0].loss == 7 and after[0].tokens == LENGTH
+    assert (after[1].loss, after[1].tokens) == (before[1].loss, 0)
+    evaluator.answer([Request("anchor", Candidate("dense", counts=(0, 0)))], 5)
+    (dense,) = evaluator.answer([Request("loss", A, 0, 1)], 6)
+    assert (dense.loss, dense.tokens) == (0, 0)
+
+
+def test_a_sequential_prune_leaves_the_anchor_where_it_was(evaluator):
+    evaluator.answer([Request("anchor", A)], 0)
+    evaluator.answer([Request("sequential", B, 0, 1)], 1)
+    assert evaluator.objective.anchor == {"m": 3, "n": 4}
+
+
+def test_what_is_impossible_or_no_number_is_an_error_without_a_loss(evaluator, monkeypatch):
+    monkeypatch.setattr(evaluator.objective, "loss", lambda counts, rows: math.nan)
+    impossible, broken = evaluator.answer([Request("loss", Candidate("er"), 0, 2), Request("loss", A, 0, 2)], 0)
+    assert (impossible.error, impossible.loss, impossible.tokens) == ("er is impossible", None, 0)
+    assert (broken.error, broken.loss, broken.tokens) == ("the loss is not a number", None, 2 * LENGTH)
+    (anchor,) = evaluator.answer([Request("anchor", Candidate("er"))], 2)
+    assert anchor.error == "er is impossible"
+
+
+def test_replayed_trials_are_known(evaluator):
+    evaluator.replay(Trial(0, Request("anchor", B), counts=(5, 2)))
+    evaluator.replay(Trial(1, Request("slopes", A, 0, 4), 1.5, (0.1, 0.2), 64, 1.0, (3, 4)))
+    evaluator.replay(Trial(2, Request("loss", A, 0, 4), None, counts=(3, 4), error="the loss is not a number"))
+    assert evaluator.objective.anchor == {"m": 5, "n": 2}
+    known, new = evaluator.answer([Request("slopes", A, 0, 4), Request("loss", A, 0, 4)], 3)
+    assert (known.loss, known.slopes, known.tokens) == (1.5, (0.1, 0.2), 0)
+    assert new.tokens == 4 * LENGTH and new.loss == 1.5 + 7

@@ -1,0 +1,136 @@
+"""Budget moved between matrices, on losses whose best allocation is known."""
+
+import itertools
+import math
+
+import pytest
+
+from optimum_dsa.search.problem import Budget
+from optimum_dsa.search.refinement import descent, level_switch
+from optimum_dsa.search.space import Candidate
+from optimum_dsa.search.trace import Request, Trial
+
+from .toy import Bowl, play, toy_problem
+
+
+COSTS = (1.0, 2.0, 1.5, 1.2)
+
+
+def kinds(asked):
+    return [request.kind for request in asked]
+
+
+def test_descent_ends_where_one_more_weight_costs_the_same_everywhere():
+    problem = toy_problem()
+    bowl = Bowl(problem, COSTS)
+    start = problem.resolver.counts(Candidate())
+    found, _ = play(descent(problem), problem, bowl.loss, bowl.slopes)
+    shares = bowl.shares(found[0].counts)
+    assert bowl.loss(found[0].counts) < bowl.loss(start)
+    assert [cost * share for cost, share in zip(COSTS, shares)] == pytest.approx([0.638] * 4, rel=0.05)
+    assert sum(found[0].counts) == sum(start)
+    assert found[-1] == Candidate()
+
+
+def test_the_first_step_of_descent_is_the_damped_logarithm_of_the_slopes():
+    """Half the matrices cost e times as much as the others: 30 % of a step of 5 % either way from their middle."""
+    problem = toy_problem(sizes=(1000,) * 4, budget=Budget(tokens=10**9))
+    steps = descent(problem_at(problem, Candidate()))
+    next(steps)
+    steps.send([None])
+    (request,) = steps.send([answer((1.0, 1.0, math.e, math.e))])
+    assert [count - 500 for count in request.candidate.counts] == pytest.approx([7.5, 7.5, -7.5, -7.5], abs=1)
+
+
+def problem_at(problem, start):
+    problem.start = start
+    return problem
+
+
+def answer(slopes):
+    return Trial(0, Request("slopes", Candidate()), 1.0, slopes)
+
+
+def test_descent_goes_round_the_windows_and_takes_its_scores_anew_after_every_five_passes():
+    problem = problem_at(toy_problem(windows=40, budget=Budget(tokens=12 * 16 * 2048)), Candidate())
+    bowl = Bowl(problem, COSTS)
+    _, asked = play(descent(problem), problem, bowl.loss, bowl.slopes)
+    passes = [request for request in asked if request.kind == "slopes"]
+    assert [(each.start, each.stop) for each in passes] == [(0, 16), (16, 32)] * 6
+    assert kinds(asked) == ["anchor", *["slopes"] * 5] * 2 + ["anchor", *["slopes"] * 2]
+    for anchor, first in zip(asked, asked[1:]):
+        if anchor.kind == "anchor":
+            assert anchor.candidate.counts == first.candidate.counts
+
+
+def test_descent_returns_the_mean_of_its_last_quarter_and_its_last_point():
+    problem = problem_at(toy_problem(budget=Budget(tokens=8 * 4 * 2048)), Candidate())
+    bowl = Bowl(problem, COSTS)
+    found, asked = play(descent(problem), problem, bowl.loss, bowl.slopes)
+    passes = [request.candidate.counts for request in asked if request.kind == "slopes"]
+    assert len(passes) == 8 and len(found) == 3
+    late = [passes[-1], found[1].counts]  # two of the eight points that the passes led to
+    mean = [sum(pair) / 2 for pair in zip(*late)]
+    assert all(abs(a - b) <= 1 for a, b in zip(found[0].counts, mean))
+
+
+def test_descent_stops_where_slopes_cannot_be_had():
+    problem = problem_at(toy_problem(), Candidate())
+    found, asked = play(descent(problem), problem, lambda counts: None)
+    assert kinds(asked) == ["anchor", "slopes"]
+    assert found[0].counts == problem.resolver.counts(Candidate()) and found[-1] == Candidate()
+
+
+@pytest.mark.parametrize("strategy", [descent, level_switch])
+def test_without_a_start_the_best_of_the_named_is_the_start(strategy):
+    problem = toy_problem(named=("owl", "atp"), budget=Budget(tokens=1))
+    found, asked = play(strategy(problem), problem, lambda counts: 1.0, lambda counts: (1.0,) * 4)
+    first = [request.candidate.function for request in asked if request.kind == "loss"]
+    assert first[:3] == ["uniform", "owl", "atp"]
+
+
+def test_level_switch_keeps_the_total_and_goes_as_far_as_the_bounds():
+    problem = toy_problem((20, 20, 50), Budget(tokens=300 * 2048), min_sparsity=0.44, max_sparsity=0.56)
+    start = problem.resolver.counts(Candidate())
+    _, asked = play(level_switch(problem), problem, Bowl(problem, COSTS).loss)
+    tried = {request.candidate.counts for request in asked if request.candidate.counts}
+    assert {sum(counts) for counts in tried} == {sum(start)}
+    first, second, third = zip(*tried)
+    assert (min(first), max(first)) == (min(second), max(second)) == (9, 11)
+    assert (min(third), max(third)) == (23, 27)
+
+
+def test_level_switch_moves_whole_quanta_between_few_matrices():
+    problem = problem_at(toy_problem(sizes=(400,) * 9), Candidate())
+    strategy = level_switch(problem, offspring=64)
+    (anchor,) = next(strategy)
+    requests = strategy.send([None])
+    parent, *children = [request.candidate.counts for request in requests]
+    assert anchor.kind == "anchor" and anchor.candidate.counts == parent and len(children) == 64
+    moved = [[a - b for a, b in zip(child, parent)] for child in children]
+    assert all(sum(move) == 0 and any(move) for move in moved)
+    single = [move for move in moved if sum(map(bool, move)) == 2]
+    # 5 % of a matrix, twice and four times that; twice that again where a pair was drawn twice
+    assert {20, 40, 80} <= {max(move) for move in single} <= {20, 40, 80, 160}
+    assert all(amount % 20 == 0 for move in moved for amount in move)
+    assert max(sum(map(bool, move)) for move in moved) in (4, 5, 6)
+    assert len(single) > len(moved) / 2  # the lower of two draws from one to three
+
+
+def test_level_switch_finds_what_costs_less_and_moves_its_anchor_there():
+    problem = problem_at(toy_problem(budget=Budget(tokens=3000 * 2048)), Candidate())
+    bowl = Bowl(problem, COSTS)
+    found, asked = play(level_switch(problem), problem, bowl.loss)
+    slopes = bowl.slopes(found[0].counts)
+    assert max(slopes) / min(slopes) < 1.1 and found[-1] == Candidate()
+    anchors = [index for index, request in enumerate(asked) if request.kind == "anchor"]
+    losses = [bowl.loss(asked[index].candidate.counts) for index in anchors]
+    assert len(anchors) > 3 and losses == sorted(losses, reverse=True)
+    generations = [sum(request.start == 0 for request in asked[a:b]) for a, b in itertools.pairwise(anchors)]
+    assert set(generations[:2]) <= set(range(12 * 17, 12 * 17 + 13))
+
+
+def test_one_matrix_has_nothing_to_give():
+    problem = problem_at(toy_problem(sizes=(100,), budget=Budget(tokens=30 * 2048)), Candidate())
+    found, _ = play(level_switch(problem), problem, lambda counts: 1.0)
+    assert found[0].counts == (50,)

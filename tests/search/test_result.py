@@ -1,0 +1,73 @@
+"""What a search says at its end."""
+
+import json
+
+import pytest
+
+from optimum_dsa import Allocation, DSAConfig
+from optimum_dsa.search.problem import Budget
+from optimum_dsa.search.result import Finalist, SearchResult, rank_correlation, robustness_table
+from optimum_dsa.search.space import Candidate
+from optimum_dsa.search.trace import Request, SearchTrace, Trial
+
+
+def finalist(name, loss, proxy, perplexity=9.0):
+    sizes = {"h.0.a": 10, "h.1.a": 10}
+    return Finalist(Candidate(name), loss, perplexity, proxy, Allocation({"h.0.a": 0.4, "h.1.a": 0.6}, sizes, name))
+
+
+def result(*finalists, **changes):
+    trace = SearchTrace(settings={"strategy": "named"})
+    trace.append(Trial(0, Request("loss", Candidate(), 0, 2), 0.5, tokens=40, counts=(4, 6)))
+    budget = Budget(tokens=100, spent_tokens=12_345, spent_evaluations=7, spent_seconds=61.23456)
+    return SearchResult(DSAConfig(0.5), finalists, trace, budget, **changes)
+
+
+def test_the_correlation_needs_three_that_have_both_numbers():
+    rows = [finalist("a", 0.1, 0.2), finalist("b", 0.2, 0.1), finalist("c", 0.3, 0.3)]
+    assert result(*rows[:2]).proxy_correlation is None
+    assert result(*rows[:2], finalist("d", 0.4, None)).proxy_correlation is None
+    assert result(*rows).proxy_correlation == pytest.approx(0.5)
+    assert result(*rows, finalist("d", 0.4, None)).proxy_correlation == pytest.approx(0.5)
+
+
+def test_ranks_are_shared_by_equal_values():
+    assert rank_correlation([1, 2, 2, 3], [1, 2, 2, 3]) == pytest.approx(1)
+    assert rank_correlation([5, 1, 5, 5], [1, 2, 3, 4]) == pytest.approx(0.2581988897)
+    assert rank_correlation([1, 2, 3], [4, 4, 4]) == 0
+
+
+def test_the_outcome_is_printed_best_first_with_what_it_cost():
+    shown = str(result(finalist("a", 0.12345, 0.2), finalist("b", 0.2, None), notes=("a note",)))
+    lines = shown.splitlines()
+    assert lines[0].split() == ["validation", "loss", "perplexity", "one-shot", "loss", "allocation"]
+    assert lines[1].split() == ["0.1235", "9.00", "0.2000", "a"] and lines[2].split() == ["0.2000", "9.00", "b"]
+    assert lines[-2:] == ["1 trials, 12,345 validation tokens, 61 s", "a note"]
+    assert "rank correlation" not in shown
+    three = result(finalist("a", 0.1, 0.2), finalist("b", 0.2, 0.1), finalist("c", 0.3, 0.3))
+    assert "rank correlation of one-shot masks with the sequential prune: 0.50" in str(three)
+
+
+def test_the_winner_and_the_costs_are_saved(tmp_path):
+    found = result(finalist("a", 0.1, 0.2), finalist("b", 0.2, None), notes=("a note",), baselines={
+        "uniform": Allocation({"h.0.a": 0.5, "h.1.a": 0.5}, {"h.0.a": 10, "h.1.a": 10}, "uniform")
+    })  # fmt: skip
+    found.save(tmp_path / "deep" / "out")
+    assert Allocation.load(tmp_path / "deep" / "out") == found.best == found.finalists[0].allocation
+    data = json.loads((tmp_path / "deep" / "out" / "search.json").read_text())
+    assert [row["validation_loss"] for row in data["finalists"]] == [0.1, 0.2]
+    assert [row["proxy_loss"] for row in data["finalists"]] == [0.2, None]
+    assert [row["candidate"] for row in data["finalists"]] == [{"function": "a"}, {"function": "b"}]
+    assert (data["trials"], data["tokens"], data["evaluations"], data["seconds"]) == (1, 12_345, 7, 61.235)
+    assert data["notes"] == ["a note"] and data["baselines"].keys() == {"uniform"}
+    assert DSAConfig.from_dict(data["config"]) == found.config
+    for name in ("search", "allocation", "heatmap"):
+        assert (tmp_path / "deep" / "out" / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+    found.save(tmp_path / "deep" / "out")
+
+
+def test_one_seed_has_no_scatter():
+    assert len(robustness_table([result(finalist("a", 0.1, 0.2))]).splitlines()) == 2
+    two = [result(finalist("a", loss, 0.2, 10 * loss)) for loss in (0.1, 0.3)]
+    *_, mean, scatter = robustness_table(two).splitlines()
+    assert mean.split() == ["mean", "0.2000", "2.00"] and scatter.split()[:3] == ["±", "0.1414", "1.41"]

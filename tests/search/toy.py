@@ -1,0 +1,71 @@
+"""A search problem without a model: matrices of given sizes, and a loss that is known in closed form."""
+
+from __future__ import annotations
+
+import random
+
+from optimum_dsa import DSAConfig
+from optimum_dsa.allocation import fit_to_budget
+from optimum_dsa.search.problem import Budget, Problem
+from optimum_dsa.search.space import SearchSpace
+from optimum_dsa.search.trace import Trial
+
+
+class Matrices:
+    """What strategies use of a `Resolver`: every candidate without counts is uniform."""
+
+    def __init__(self, sizes, config):
+        self.sizes = {f"m{index}": size for index, size in enumerate(sizes)}
+        self.config = config
+
+    def counts(self, candidate):
+        return candidate.counts or self.fit(dict.fromkeys(self.sizes, self.config.sparsity))
+
+    def fit(self, sparsity):
+        config = self.config
+        bounds = config.min_sparsity, config.max_sparsity
+        return tuple(fit_to_budget(sparsity, self.sizes, config.sparsity, *bounds).counts().values())
+
+
+def toy_problem(sizes=(400, 400, 200, 1000), budget=None, windows=4, length=2048, seed=0, named=(), **config):
+    """A problem over matrices of these sizes; a window has so many tokens that it is a rung of a race."""
+    matrices = Matrices(sizes, DSAConfig(**{"sparsity": 0.5, **config}))
+    budget = budget or Budget(tokens=200 * windows * length)
+    return Problem(SearchSpace(), matrices, windows, length, budget, tuple(named), random.Random(seed))
+
+
+class Bowl:
+    """The loss Σ cost · size · sparsity² / 2 over matrices, smallest where cost · sparsity is the same in all."""
+
+    def __init__(self, problem, costs):
+        self.sizes, self.costs = list(problem.resolver.sizes.values()), costs
+
+    def shares(self, counts):
+        return [count / size for count, size in zip(counts, self.sizes)]
+
+    def loss(self, counts):
+        shares = self.shares(counts)
+        return sum(cost * size * share**2 / 2 for cost, size, share in zip(self.costs, self.sizes, shares))
+
+    def slopes(self, counts):
+        return tuple(cost * share for cost, share in zip(self.costs, self.shares(counts)))
+
+
+def play(strategy, problem, loss, slopes=None):
+    """What a strategy returns, and all that it asked for, with losses from `loss(counts)`."""
+    asked = []
+    try:
+        requests = next(strategy)
+        while True:
+            trials = []
+            for request in requests:
+                counts = problem.resolver.counts(request.candidate)
+                tokens = 0 if request.kind == "anchor" else len(request.rows) * problem.length
+                value = None if request.kind == "anchor" else loss(counts)
+                found = slopes(counts) if slopes and request.kind == "slopes" else None
+                trials.append(Trial(len(asked), request, value, found, tokens, counts=counts))
+                problem.budget.add(trials[-1])
+                asked.append(request)
+            requests = strategy.send(trials)
+    except StopIteration as end:
+        return end.value, asked

@@ -1,0 +1,182 @@
+"""Which class loads a checkpoint, and how much its configuration may ask for."""
+
+import json
+import resource
+import time
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+
+from optimum_dsa import DSAConfig, DSAPruner
+from optimum_dsa.limits import LAYERS, Contents, check_counts, read_contents, within
+from optimum_dsa.loading import load_model
+from optimum_dsa.model_class import model_class
+
+from .common import same_state, state, tiny_llama
+from .conftest import FAMILIES
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A checkpoint that nobody pruned."""
+    tiny_llama().save_pretrained(tmp_path / "model")
+    return tmp_path / "model"
+
+
+@pytest.fixture
+def hub(folder, tmp_path, monkeypatch):
+    """The cache of a Hub that has the checkpoint as me/tiny, without a network."""
+    repository = tmp_path / "hub" / "models--me--tiny"
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs" / "main").write_text("a" * 40)
+    (repository / "snapshots").mkdir()
+    (repository / "snapshots" / ("a" * 40)).symlink_to(folder)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr("transformers.utils.hub.TRANSFORMERS_CACHE", str(tmp_path / "hub"), raising=False)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    return "me/tiny"
+
+
+def change(folder, **facts):
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, **facts}))
+
+
+def refused(path, message, seconds=5.0):
+    """Loading `path` ends soon, in a `ValueError`, and without memory growing."""
+    before, began = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.process_time()
+    with pytest.raises(ValueError, match=message):
+        load_model(str(path))
+    assert time.process_time() - began < seconds
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 400 * 1024  # KB
+
+
+# -- which class
+
+
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+def test_every_model_is_loaded_by_its_own_class(family, tiny):
+    model = tiny(family)
+    config = type(model.config).from_dict({**model.config.to_dict(), "architectures": [type(model).__name__]})
+    assert model_class(config, "here") is type(model)
+
+
+@pytest.mark.parametrize(
+    "name,message",
+    [
+        ("pipeline", "is no model class"),
+        ("TrainingArguments", "is no model class"),
+        ("AutoModelForCausalLM", "is no model class"),
+        ("LlamaConfig", "is no model class"),
+        ("models", "is no model class"),
+        ("__name__", "is no model class"),
+        ("PreTrainedModel", "only the base of model classes"),
+        ("LlamaPreTrainedModel", "only the base of model classes"),
+        ("GPT2LMHeadModel", "its model_type is 'llama', which that class does not load"),
+        (7, "expected a list of names"),
+        (["LlamaForCausalLM"], "expected a list of names"),
+    ],
+)
+def test_what_is_no_model_class_is_neither_called_nor_read(folder, monkeypatch, name, message):
+    change(folder, architectures=[name])
+    refused(folder, message)
+
+
+@pytest.mark.parametrize("names", [None, [], ["OwnModelForCausalLM"], ["OwnModel", "LlamaForCausalLM"]])
+def test_what_transformers_does_not_have_is_left_to_its_configuration(folder, names):
+    before = state(tiny_llama())
+    change(folder, architectures=names)
+    assert same_state(load_model(str(folder)), before)
+
+
+# -- how much
+
+
+BOMBS = {
+    "layers": ({"num_hidden_layers": 4000}, "says num_hidden_layers=4,000, and the checkpoint has 30 tensors"),
+    "layers beyond memory": ({"num_hidden_layers": 10**12}, "says num_hidden_layers=1,000,000,000,000"),
+    "nested": ({"text_config": {"decoder_layers": 10**9}}, "says decoder_layers=1,000,000,000"),
+    "labels": ({"num_labels": 10**10}, "says num_labels=10,000,000,000"),
+    "layers that are few enough": (
+        {"num_hidden_layers": LAYERS, "hidden_size": 8, "head_dim": 2, "intermediate_size": 8},
+        "asks for .* (tensors|modules) or more",
+    ),
+    "hidden": ({"hidden_size": 10**6, "head_dim": 8}, "asks for .* parameters or more, and the checkpoint has"),
+    "vocabulary": ({"vocab_size": 10**10}, "asks for .* parameters or more"),
+    "wrong type": ({"num_hidden_layers": "many"}, "config.json of .* is none that transformers reads"),
+    "negative": ({"hidden_size": -8}, "."),
+}
+
+
+@pytest.mark.parametrize("form", ["plain", "pruned", "compressed", "hub"])
+@pytest.mark.parametrize("bomb", BOMBS)
+def test_a_configuration_asks_for_no_more_than_its_weights(folder, hub, tmp_path, bomb, form):
+    path, asked = (hub if form == "hub" else folder), BOMBS[bomb]
+    if form in ("pruned", "compressed"):
+        pruner = DSAPruner(tiny_llama())
+        pruner.prune(None, DSAConfig(0.6, "magnitude", "uniform"))
+        pruner.save_pretrained(tmp_path / form, compressed=form == "compressed")
+        path = tmp_path / form
+    change(folder if form == "hub" else path, **asked[0])
+    refused(path, asked[1])
+
+
+def test_a_hub_model_is_loaded_from_the_cache(hub):
+    assert same_state(load_model(hub), state(tiny_llama()))
+
+
+def test_tables_beyond_memory_are_no_weights_but_are_counted(tmp_path):
+    config = transformers.GPTNeoConfig(
+        vocab_size=97, hidden_size=8, num_layers=2, attention_types=[[["global"], 2]], num_heads=2,
+        max_position_embeddings=64,
+    )  # fmt: skip
+    transformers.GPTNeoForCausalLM(config).save_pretrained(tmp_path)
+    load_model(str(tmp_path))
+    change(tmp_path, max_position_embeddings=10**5)  # a mask of 10^10 bytes in each layer
+    refused(tmp_path, "bytes of buffers or more|parameters or more")
+
+
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+def test_every_family_is_within_the_limits(family, tiny, tmp_path):
+    model = tiny(family)
+    model.save_pretrained(tmp_path)
+    loaded = load_model(str(tmp_path))
+    assert type(loaded) is type(model)
+
+
+def test_quantised_weights_are_more_than_their_numbers(tmp_path):
+    contents = Contents(tensors=3, weights=None, widest=8)
+    with within(contents, "here"):
+        torch.nn.Linear(4096, 4096, device="meta")
+    with (
+        pytest.raises(
+            ValueError, match="asks for 16,777,216 parameters or more, and the checkpoint has 24 weights in 3"
+        ),
+        within(Contents(3, 24, 8), "here"),
+    ):
+        torch.nn.Linear(4096, 4096, device="meta")
+    torch.nn.Linear(4096, 4096, device="meta")  # outside, nothing is counted
+
+
+def test_the_headers_are_counted(tmp_path):
+    save_file({"a": torch.zeros(4, 6), "b": torch.zeros(9), "c": torch.zeros(())}, tmp_path / "x.safetensors")
+    assert read_contents([tmp_path / "x.safetensors"]) == Contents(3, 34, 9)
+    assert load_file(tmp_path / "x.safetensors")["a"].shape == (4, 6)
+
+
+def test_numbers_that_are_no_counts_may_be_large():
+    check_counts(
+        {"rope_theta": 10**9, "max_position_embeddings": 10**7, "eos_token_id": [10**6]}, Contents(9, 9, 9), "x"
+    )
+    check_counts({"max_window_layers": 28, "layer_types": ["full"] * 4}, Contents(9, 9, 9), "x")
+    check_counts({"num_hidden_layers": True}, Contents(9, 9, 9), "x")
+
+
+def test_weights_that_cannot_be_counted_still_bound_the_lists(tmp_path):
+    tiny_llama().save_pretrained(tmp_path)
+    torch.save(load_file(tmp_path / "model.safetensors"), tmp_path / "pytorch_model.bin")
+    (tmp_path / "model.safetensors").unlink()
+    change(tmp_path, num_hidden_layers=10**9)
+    refused(tmp_path, "says num_hidden_layers=1,000,000,000: at most")
