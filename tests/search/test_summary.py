@@ -45,3 +45,32 @@ def test_a_users_reduction_is_taken_on_a_sample_of_equal_shares():
         )
     finally:
         del REDUCTION["tenth"]
+
+
+@pytest.mark.parametrize("scale", [1e-7, 1e5])
+@pytest.mark.parametrize("reduction", VECTORS)
+def test_scores_of_any_scale_are_reduced_as_they_are(reduction, scale):
+    x = (scores(5000) + 0.01) * scale
+    function = AllocationFunction((), reduction)
+    exact = function.measure(Unit("u", 0.0, [x.view(50, 100)], [None], magnitude))
+    assert measure(function, ScoreSummary.of(x)) == pytest.approx(exact, rel=1e-2)
+
+
+def test_nothing_positive_has_no_entropy():
+    summary = ScoreSummary.of(torch.zeros(7))
+    assert (summary.values.tolist(), summary.weights.tolist()) == ([0.0], [7.0])
+    assert summary.reduce("entropy", summary.pre_processed(())) == 0
+
+
+def test_the_median_is_the_lower_of_the_two_in_the_middle():
+    for values, middle in (([1, 2, 3, 4], 2), ([1, 2, 3], 2), ([5], 5), ([1, 1, 1, 9], 1), ([1, 9, 9, 9], 9)):
+        summary = ScoreSummary.of(torch.tensor(values, dtype=torch.float32))
+        assert summary.reduce("median", summary.pre_processed(())) == middle
+        turned = -summary.pre_processed(())  # falling values are put in order first
+        assert summary.reduce("median", turned) == sorted(-value for value in values)[(len(values) - 1) // 2]
+
+
+def test_one_score_is_one_bin_with_its_own_value():
+    summary = ScoreSummary.of(torch.tensor([[0.3, 0.3], [7.0, 0.0]]))
+    assert summary.values.tolist() == pytest.approx([0, 0.3, 7]) and summary.weights.tolist() == [1, 2, 1]
+    assert ScoreSummary.merged([summary]) is summary
