@@ -127,6 +127,9 @@ def test_numbers_are_moved_within_their_range():
     assert 0.05 < sorted(space.mutate(Candidate("atp"), rng).spread for _ in range(101))[50] < 0.11
     offsets = [SPACE.mutate(start, rng).offsets for _ in range(400)]
     moved = [value for each in offsets for _, value in each if value]
+    for numbers in (spreads, moved):  # four digits are written down
+        assert all(round(value, 4) == value for value in numbers)
+        assert any(round(value, 3) != value for value in numbers)
     near = replace(start, offsets=(("self_attn.q_proj", 0.09), ("mlp.up_proj", -0.09)))
     beyond = [value for _ in range(50) for _, value in SPACE.mutate(near, rng).offsets]
     assert min(beyond) == -0.1 and max(beyond) == 0.1

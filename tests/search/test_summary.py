@@ -74,3 +74,19 @@ def test_one_score_is_one_bin_with_its_own_value():
     summary = ScoreSummary.of(torch.tensor([[0.3, 0.3], [7.0, 0.0]]))
     assert summary.values.tolist() == pytest.approx([0, 0.3, 7]) and summary.weights.tolist() == [1, 2, 1]
     assert ScoreSummary.merged([summary]) is summary
+
+
+def test_few_scores_are_reduced_exactly():
+    x = torch.tensor([0.5, 0.5, 2.0, 7.0])
+    summary = ScoreSummary.of(x)
+    for name, expected in (("var", x.var()), ("std", x.std()), ("mean", x.mean()), ("frobenius_norm", x.norm())):
+        assert summary.reduce(name, summary.pre_processed(())) == pytest.approx(expected.item(), rel=1e-6), name
+    normal = (x - x.mean()) / x.std()
+    assert summary.pre_processed(("normalize",)).tolist() == pytest.approx(normal[[0, 2, 3]].tolist(), rel=1e-5)
+    scaled = ((x - 0.5) / 6.5).square()
+    assert summary.pre_processed(("mms", "pow")).tolist() == pytest.approx(
+        scaled.square()[[0, 2, 3]].tolist(), rel=1e-5
+    )
+    assert ScoreSummary.of(torch.full((3,), 1e-9)).pre_processed(("mms",)).tolist() == [0]
+    near = ScoreSummary.of(torch.tensor([0.0, 1e-9]))
+    assert near.pre_processed(("mms",)).tolist() == pytest.approx([0, 0.5], rel=1e-3)
