@@ -64,14 +64,18 @@ def test_descent_goes_round_the_windows_and_takes_its_scores_anew_after_every_fi
 
 
 def test_descent_returns_the_mean_of_its_last_quarter_and_its_last_point():
-    problem = problem_at(toy_problem(budget=Budget(tokens=8 * 4 * 2048)), Candidate())
-    bowl = Bowl(problem, COSTS)
-    found, asked = play(descent(problem), problem, bowl.loss, bowl.slopes)
+    """On slopes that never change, so that all points of its way are apart."""
+    problem = problem_at(toy_problem((10_000,) * 4, Budget(tokens=13 * 4 * 2048)), Candidate())
+    found, asked = play(descent(problem), problem, lambda counts: 1.0, lambda counts: (1.0, 1.0, 2.0, 2.0))
     passes = [request.candidate.counts for request in asked if request.kind == "slopes"]
-    assert len(passes) == 8 and len(found) == 3
-    late = [passes[-1], found[1].counts]  # two of the eight points that the passes led to
-    mean = [sum(pair) / 2 for pair in zip(*late)]
+    assert len(passes) == 13 and len(found) == 3
+    late = [*passes[-2:], found[1].counts]  # three of the thirteen points that the passes led to
+    mean = [sum(column) / 3 for column in zip(*late)]
     assert all(abs(a - b) <= 1 for a, b in zip(found[0].counts, mean))
+    assert min(abs(a - b) for a, b in itertools.pairwise(point[0] for point in late)) > 20
+    short = problem_at(toy_problem((10_000,) * 4, Budget(tokens=3 * 4 * 2048)), Candidate())
+    found, _ = play(descent(short), short, lambda counts: 1.0, lambda counts: (1.0, 1.0, 2.0, 2.0))
+    assert found[0].counts == found[1].counts  # a quarter of three is one
 
 
 def test_descent_stops_where_slopes_cannot_be_had():

@@ -72,9 +72,10 @@ def test_a_child_has_every_gene_from_one_of_its_parents():
     b = Candidate("exp/var/cos,cos/no_op@+0.11", granularity="matrix", offsets=(("mlp.up_proj", -0.1),))
     first, second = _parsed(a), _parsed(b)
     seen = {gene: set() for gene in GENES}
-    offsets, granularities = set(), set()
+    offsets, granularities, mixed = set(), set(), 0
     for _ in range(200):
         child = SPACE.cross(a, b, rng)
+        mixed += child.function not in (a.function, b.function)
         for gene in GENES:
             seen[gene].add(getattr(_parsed(child), gene))
         offsets.add(child.offsets)
@@ -82,7 +83,7 @@ def test_a_child_has_every_gene_from_one_of_its_parents():
         assert child.spread is None
     assert seen == {gene: {getattr(first, gene), getattr(second, gene)} for gene in GENES}
     assert offsets == {(("self_attn.q_proj", x), ("mlp.up_proj", y)) for x in (0.0, 0.1) for y in (0.0, -0.1)}
-    assert granularities == {"block", "matrix"}
+    assert granularities == {"block", "matrix"} and mixed > 180
 
 
 def test_a_name_is_passed_on_whole_with_its_spread():
