@@ -8,9 +8,9 @@ arithmetic, bits, comparison or logic, a condition, a constant, a sign, a slice,
 any / all and floor / ceil; never annotations, decorators, texts, `raise`, `assert` or what is logged. A mutant is run
 against those tests of its own module (`test_files`) that run its line, quickest first, until one fails.
 
-A line of the log is one mutant: what was changed, and whether it was killed, survived or ran out of time. `--only`
-takes an earlier log and runs its survivors again. A survivor is a missing test, dead code, or changes nothing that can
-be observed; which of them, a person decides.
+A line of the log is one mutant: what was changed, and whether it was killed, survived or ran out of time. `--known`
+takes earlier logs and leaves out what was killed there. A survivor is a missing test, dead code, or changes nothing that
+can be observed; which of them, a person decides.
 """
 
 from __future__ import annotations
@@ -339,7 +339,7 @@ def main() -> None:
     parser.add_argument("--copy", type=Path, required=True, help="folder for the copy of the tree; it is replaced")
     parser.add_argument("--log", type=Path, required=True, help="file that a line per mutant is added to")
     parser.add_argument("--modules", nargs="*", default=[""], help="of the sample only modules that begin so")
-    parser.add_argument("--only", type=Path, help="a log whose survivors are run again")
+    parser.add_argument("--known", type=Path, nargs="*", default=[], help="logs; what was killed there is left out")
     options = parser.parse_args()
     shutil.rmtree(options.copy, ignore_errors=True)
     ignored = shutil.ignore_patterns(".venv", ".git", "build", "__pycache__", "*.egg-info", ".hypothesis")
@@ -347,17 +347,17 @@ def main() -> None:
     everything = population(options.copy / PACKAGE)
     chosen = sample(everything, options.seed, options.number)
     chosen = [mutant for mutant in chosen if mutant["module"].startswith(tuple(options.modules))]
-    if options.only:
-        lines = map(json.loads, options.only.read_text().splitlines())
-        again = {line["id"] for line in lines if line["result"] == "survived"}
-        chosen = [mutant for mutant in chosen if mutant["id"] in again]
+    lines = [json.loads(line) for path in options.known for line in path.read_text().splitlines()]
+    killed = {line["id"] for line in lines if line["result"] != "survived"}
+    counts = Counter(known=sum(mutant["id"] in killed for mutant in chosen))
+    chosen = [mutant for mutant in chosen if mutant["id"] not in killed]
     print(f"{len(everything)} mutants, {len(chosen)} chosen", flush=True)
     os.environ |= {"PYTHONPATH": os.pathsep.join([str(options.copy), *filter(None, sys.path)])}
     os.environ |= {"PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1"}
     sys.dont_write_bytecode = True
     for name in HEAVY:
         importlib.import_module(name)
-    coverage, counts = Coverage(options.copy), Counter()
+    coverage = Coverage(options.copy)
     with options.log.open("a") as log:
         for number, mutant in enumerate(chosen, 1):
             judged = judge(options.copy, coverage, mutant)

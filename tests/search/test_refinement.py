@@ -87,10 +87,17 @@ def test_descent_stops_where_slopes_cannot_be_had():
 
 @pytest.mark.parametrize("strategy", [descent, level_switch])
 def test_without_a_start_the_best_of_the_named_is_the_start(strategy):
-    problem = toy_problem(named=("owl", "atp"), budget=Budget(tokens=1))
-    found, asked = play(strategy(problem), problem, lambda counts: 1.0, lambda counts: (1.0,) * 4)
-    first = [request.candidate.function for request in asked if request.kind == "loss"]
-    assert first[:3] == ["uniform", "owl", "atp"]
+    problem = toy_problem(named=("owl", "atp"))
+    bowl = Bowl(problem, COSTS)
+    problem.resolver.known = {"owl": (240, 160, 100, 500), "atp": (160, 240, 100, 500)}
+    running = strategy(problem)
+    requests = next(running)
+    while requests[0].kind == "loss":
+        losses = [(each, problem.resolver.counts(each.candidate)) for each in requests]
+        requests = running.send([Trial(0, each, bowl.loss(c), counts=c) for each, c in losses])
+    assert [each.candidate.function for each, _ in losses] == ["owl", "uniform"]
+    (anchor,) = requests
+    assert anchor.kind == "anchor" and anchor.candidate.counts == (240, 160, 100, 500)
 
 
 def test_level_switch_keeps_the_total_and_goes_as_far_as_the_bounds():
@@ -119,6 +126,16 @@ def test_level_switch_moves_whole_quanta_between_few_matrices():
     assert all(amount % 20 == 0 for move in moved for amount in move)
     assert max(sum(map(bool, move)) for move in moved) in (4, 5, 6)
     assert len(single) > len(moved) / 2  # the lower of two draws from one to three
+
+
+def test_the_number_of_switches_is_the_lower_of_two_draws_from_one_to_three():
+    problem = problem_at(toy_problem(sizes=(400,) * 60), Candidate())
+    strategy = level_switch(problem, offspring=1000)
+    next(strategy)
+    parent, *children = [request.candidate.counts for request in strategy.send([None])]
+    moved = [sum(a != b for a, b in zip(child, parent)) for child in children]
+    single, most = moved.count(2) / 1000, max(moved)
+    assert most == 6 and single == pytest.approx(5 / 9, abs=0.025)
 
 
 def test_level_switch_finds_what_costs_less_and_moves_its_anchor_there():
