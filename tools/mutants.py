@@ -9,8 +9,8 @@ any / all and floor / ceil; never annotations, decorators, texts, `raise`, `asse
 against those tests of its own module (`test_files`) that run its line, quickest first, until one fails.
 
 A line of the log is one mutant: what was changed, and whether it was killed, survived or ran out of time. `--known`
-takes earlier logs and leaves out what was killed there. A survivor is a missing test, dead code, or changes nothing that
-can be observed; which of them, a person decides.
+takes earlier logs and leaves out what was killed there. A survivor is a missing test, dead code, or changes nothing
+that can be observed; which of them, a person decides.
 """
 
 from __future__ import annotations
