@@ -42,6 +42,36 @@ def test_the_first_step_of_descent_is_the_damped_logarithm_of_the_slopes():
     assert [count - 500 for count in request.candidate.counts] == pytest.approx([7.5, 7.5, -7.5, -7.5], abs=1)
 
 
+def test_steps_shrink_to_a_tenth_as_the_budget_runs_out_from_where_descent_began():
+    """Ten passes of forty are spent before, another ten are kept for others."""
+    window = 4 * 2048
+    problem = toy_problem((10**6,) * 4, Budget(tokens=40 * window, spent_tokens=10 * window)).with_share(0.75)
+    slopes = (1.0, 1.0, math.e, math.e)
+    found, asked = play(descent(problem_at(problem, Candidate())), problem, lambda counts: 1.0, lambda counts: slopes)
+    points = [request.candidate.counts[0] for request in asked if request.kind == "slopes"] + [found[1].counts[0]]
+    steps = [(b - a) / 10**6 for a, b in itertools.pairwise(points)]
+    expected = [0.05 * (0.1 + 0.9 * (1 - k / 20)) * (1 - 0.7 ** (k + 1)) * 0.5 for k in range(20)]
+    assert steps == pytest.approx(expected, rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    "slopes,pull",
+    [
+        ((1.0, 1.0, 1e9, 1.0), [-1.5, -1.5, 1.5, -1.5]),
+        ((1.0, 1.0, -5.0, 1.0), [math.log(10) / 4, math.log(10) / 4, -1.5, math.log(10) / 4]),
+        ((-1.0, -2.0, -1.0, -1.0), [0.0] * 4),
+    ],
+)
+def test_a_pull_is_bounded_and_a_slope_below_a_tenth_of_the_median_counts_as_that(slopes, pull):
+    steps = descent(problem_at(toy_problem((10**6,) * 4, Budget(tokens=10**9)), Candidate()))
+    next(steps)
+    steps.send([None])
+    (request,) = steps.send([answer(slopes)])
+    moved = [(500_000 - count) / (10**6 * 0.05 * 0.3) for count in request.candidate.counts]
+    # the budget stays: all are moved back by the mean
+    assert moved == pytest.approx([value - sum(pull) / 4 for value in pull], abs=1e-3)
+
+
 def problem_at(problem, start):
     problem.start = start
     return problem
