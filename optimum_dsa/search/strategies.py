@@ -95,7 +95,7 @@ def ramp(problem: Problem) -> Search:
     for _ in range(2):
         step /= 2
         center = min(tried, key=lambda spread: tried[spread].loss)
-        yield from evaluate([round(s, 5) for s in (center - step, center + step) if 0 <= s <= 0.5])
+        yield from evaluate([round(s, 5) for s in (center - step, center + step) if s >= 0])
     return [ranked.candidate for ranked in merge(list(tried.values()))]
 
 

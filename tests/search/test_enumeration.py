@@ -4,8 +4,9 @@ import pytest
 import torch
 
 from optimum_dsa import Calibration, DSAConfig, find_architecture, fit_to_budget
+from optimum_dsa.allocation import AllocationFunction
 from optimum_dsa.allocation.budget import fit_counts
-from optimum_dsa.search.enumeration import block_sizes, enumerate_space
+from optimum_dsa.search.enumeration import Enumeration, block_sizes, enumerate_space
 from optimum_dsa.search.resolve import Resolver
 from optimum_dsa.search.space import Candidate, SearchSpace
 
@@ -85,3 +86,24 @@ def test_many_wishes_are_fitted_as_one_is():
     for wish, counts in zip(wanted.tolist(), together.tolist()):
         one = fit_to_budget(dict(zip(sizes, wish)), sizes, 0.6, 0.1, 0.9)
         assert counts == list(one.counts().values())
+
+
+def test_the_most_shared_stand_for_what_is_near_them_and_among_equals_the_first():
+    functions = [AllocationFunction(spread=spread) for spread in (0.1, 0.2, 0.3, 0.4, 0.5)]
+    shares = torch.tensor([[0.50, 0.5], [0.51, 0.5], [0.9, 0.5], [0.50, 0.6], [0.9, 0.51]])
+    found = Enumeration(9, 9, functions, torch.tensor([1, 3, 2, 1, 2]), (shares * 1000).long())
+    sizes = torch.tensor([1000.0, 1000.0])
+    assert found.merged(sizes, 0.05, 9) == [functions[1], functions[2], functions[3]]
+    assert found.merged(sizes, 0.0, 9) == [functions[index] for index in (1, 2, 4, 0, 3)]
+    assert found.merged(sizes, 0.2, 9) == [functions[1], functions[2]]
+    assert found.merged(sizes, 0.0, 2) == [functions[index] for index in (1, 2, 4)]
+    assert len(found) == 5
+
+
+def test_a_small_space_by_hand(resolver):
+    """Two functions that order blocks alike give one allocation, of which the shorter is the representative."""
+    space = SearchSpace(("abs",), ("mean", "no_op"), ("no_op",), ("no_op",), (1,), (0.1, 0.1))
+    found = enumerate_space(space, resolver)
+    assert (found.functions, found.texts) == (3, (1 + 2 + 4) * 2 * (2 + 4) * 4)
+    assert found.representatives == [AllocationFunction((), "mean", spread=0.1)] and found.sharing.tolist() == [3]
+    assert found.counts.shape == (1, 4) and int(found.counts.sum()) == round(0.7 * sum(resolver.sizes.values()))

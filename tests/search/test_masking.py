@@ -67,6 +67,53 @@ def test_an_exception_inside_leaves_the_model_whole():
     assert all(isinstance(parameter, torch.nn.Parameter) for parameter in model.parameters())
 
 
+@pytest.mark.parametrize("family", ["llama", "gpt2", "mixtral", "gpt_oss"])
+@pytest.mark.parametrize("share", [0.0, 0.5])
+def test_gradients_are_those_of_the_masked_weights_one_by_one(family, share, tiny, inputs):
+    """Of transposed ones and of single experts too, (out_features, in_features), removed entries included."""
+    model, twin, batch = tiny(family), tiny(family), inputs(family)
+    found = masked(model)
+    found.counts = {name: round(share * weight.size) for name, weight in found.weights.items()}
+    received = {}
+    with found.active(), found.gradients(lambda weight, gradient: received.update({weight.name: gradient.clone()})):
+        model(**batch).logits.square().mean().backward()
+    for name, weight in found.weights.items():
+        weight.tensor(twin).data.mul_(found.keep(name, found.counts[name]))
+    twin(**batch).logits.square().mean().backward()
+    assert received.keys() == found.weights.keys()
+    for weight in found.weights.values():
+        gradient = twin.get_submodule(weight.module)._parameters[weight.attribute].grad
+        gradient = gradient if weight.expert is None else gradient[weight.expert]
+        expected = gradient.t() if weight.transposed else gradient
+        assert received[weight.name].shape == weight.shape
+        assert torch.allclose(received[weight.name], expected, rtol=1e-3, atol=1e-7), weight.name
+
+
+@pytest.mark.parametrize("family", ["gpt2", "mixtral"])
+def test_values_take_the_place_of_transposed_weights_and_of_experts(family, tiny, inputs):
+    model, twin, batch = tiny(family), tiny(family), inputs(family)
+    found = masked(model)
+    found.counts = {name: weight.size // 3 for name, weight in found.weights.items()}
+    for name, weight in found.weights.items():
+        found.values[name] = weight.tensor(model).detach() * 1.5
+        weight.tensor(twin).data.mul_(1.5 * found.keep(name, found.counts[name]))
+    with torch.no_grad(), found.active():
+        inside = model(**batch).logits
+    assert torch.allclose(inside, twin(**batch).logits, rtol=1e-4, atol=1e-5)
+
+
+def test_a_band_is_what_a_little_more_or_less_would_change():
+    found = masked(tiny_llama())
+    name, weight = next(iter(found.weights.items()))
+    for count in (0, 5, weight.size // 2, weight.size):
+        band = found.band(name, count, 20)
+        gone = found.keep(name, count - 20) & ~found.keep(name, count + 20)
+        assert torch.equal(band, gone)
+        assert int(band.sum()) == min(count + 20, weight.size) - max(count - 20, 0)
+    assert found.keep(name, 0).all() and not found.keep(name, weight.size).any()
+    assert found.keep(name, -5).all() and not found.keep(name, weight.size + 5).any()
+
+
 @pytest.fixture
 def objective():
     model = tiny_llama()

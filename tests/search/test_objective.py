@@ -151,3 +151,4 @@ def test_tokens_of_large_vocabularies_are_told_apart(vocabulary):
     assert found.loss(dict.fromkeys(found.sizes, 0), range(2)) == pytest.approx(0, abs=2e-3)
     assert max(int(ids.max()) for _, ids in found._dense) == vocabulary - 1
     assert min(int(ids.min()) for _, ids in found._dense) >= 0
+    assert {ids.element_size() for _, ids in found._dense} == {2 if vocabulary == 2**15 else 4}

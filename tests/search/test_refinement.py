@@ -42,6 +42,36 @@ def test_the_first_step_of_descent_is_the_damped_logarithm_of_the_slopes():
     assert [count - 500 for count in request.candidate.counts] == pytest.approx([7.5, 7.5, -7.5, -7.5], abs=1)
 
 
+def test_steps_shrink_to_a_tenth_as_the_budget_runs_out_from_where_descent_began():
+    """Ten passes of forty are spent before, another ten are kept for others."""
+    window = 4 * 2048
+    problem = toy_problem((10**6,) * 4, Budget(tokens=40 * window, spent_tokens=10 * window)).with_share(0.75)
+    slopes = (1.0, 1.0, math.e, math.e)
+    found, asked = play(descent(problem_at(problem, Candidate())), problem, lambda counts: 1.0, lambda counts: slopes)
+    points = [request.candidate.counts[0] for request in asked if request.kind == "slopes"] + [found[1].counts[0]]
+    steps = [(b - a) / 10**6 for a, b in itertools.pairwise(points)]
+    expected = [0.05 * (0.1 + 0.9 * (1 - k / 20)) * (1 - 0.7 ** (k + 1)) * 0.5 for k in range(20)]
+    assert steps == pytest.approx(expected, rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    "slopes,pull",
+    [
+        ((1.0, 1.0, 1e9, 1.0), [-1.5, -1.5, 1.5, -1.5]),
+        ((1.0, 1.0, -5.0, 1.0), [math.log(10) / 4, math.log(10) / 4, -1.5, math.log(10) / 4]),
+        ((-1.0, -2.0, -1.0, -1.0), [0.0] * 4),
+    ],
+)
+def test_a_pull_is_bounded_and_a_slope_below_a_tenth_of_the_median_counts_as_that(slopes, pull):
+    steps = descent(problem_at(toy_problem((10**6,) * 4, Budget(tokens=10**9)), Candidate()))
+    next(steps)
+    steps.send([None])
+    (request,) = steps.send([answer(slopes)])
+    moved = [(500_000 - count) / (10**6 * 0.05 * 0.3) for count in request.candidate.counts]
+    # the budget stays: all are moved back by the mean
+    assert moved == pytest.approx([value - sum(pull) / 4 for value in pull], abs=1e-3)
+
+
 def problem_at(problem, start):
     problem.start = start
     return problem
@@ -64,14 +94,18 @@ def test_descent_goes_round_the_windows_and_takes_its_scores_anew_after_every_fi
 
 
 def test_descent_returns_the_mean_of_its_last_quarter_and_its_last_point():
-    problem = problem_at(toy_problem(budget=Budget(tokens=8 * 4 * 2048)), Candidate())
-    bowl = Bowl(problem, COSTS)
-    found, asked = play(descent(problem), problem, bowl.loss, bowl.slopes)
+    """On slopes that never change, so that all points of its way are apart."""
+    problem = problem_at(toy_problem((10_000,) * 4, Budget(tokens=13 * 4 * 2048)), Candidate())
+    found, asked = play(descent(problem), problem, lambda counts: 1.0, lambda counts: (1.0, 1.0, 2.0, 2.0))
     passes = [request.candidate.counts for request in asked if request.kind == "slopes"]
-    assert len(passes) == 8 and len(found) == 3
-    late = [passes[-1], found[1].counts]  # two of the eight points that the passes led to
-    mean = [sum(pair) / 2 for pair in zip(*late)]
+    assert len(passes) == 13 and len(found) == 3
+    late = [*passes[-2:], found[1].counts]  # three of the thirteen points that the passes led to
+    mean = [sum(column) / 3 for column in zip(*late)]
     assert all(abs(a - b) <= 1 for a, b in zip(found[0].counts, mean))
+    assert min(abs(a - b) for a, b in itertools.pairwise(point[0] for point in late)) > 20
+    short = problem_at(toy_problem((10_000,) * 4, Budget(tokens=3 * 4 * 2048)), Candidate())
+    found, _ = play(descent(short), short, lambda counts: 1.0, lambda counts: (1.0, 1.0, 2.0, 2.0))
+    assert found[0].counts == found[1].counts  # a quarter of three is one
 
 
 def test_descent_stops_where_slopes_cannot_be_had():
@@ -83,10 +117,17 @@ def test_descent_stops_where_slopes_cannot_be_had():
 
 @pytest.mark.parametrize("strategy", [descent, level_switch])
 def test_without_a_start_the_best_of_the_named_is_the_start(strategy):
-    problem = toy_problem(named=("owl", "atp"), budget=Budget(tokens=1))
-    found, asked = play(strategy(problem), problem, lambda counts: 1.0, lambda counts: (1.0,) * 4)
-    first = [request.candidate.function for request in asked if request.kind == "loss"]
-    assert first[:3] == ["uniform", "owl", "atp"]
+    problem = toy_problem(named=("owl", "atp"))
+    bowl = Bowl(problem, COSTS)
+    problem.resolver.known = {"owl": (240, 160, 100, 500), "atp": (160, 240, 100, 500)}
+    running = strategy(problem)
+    requests = next(running)
+    while requests[0].kind == "loss":
+        losses = [(each, problem.resolver.counts(each.candidate)) for each in requests]
+        requests = running.send([Trial(0, each, bowl.loss(c), counts=c) for each, c in losses])
+    assert [each.candidate.function for each, _ in losses] == ["owl", "uniform"]
+    (anchor,) = requests
+    assert anchor.kind == "anchor" and anchor.candidate.counts == (240, 160, 100, 500)
 
 
 def test_level_switch_keeps_the_total_and_goes_as_far_as_the_bounds():
@@ -115,6 +156,16 @@ def test_level_switch_moves_whole_quanta_between_few_matrices():
     assert all(amount % 20 == 0 for move in moved for amount in move)
     assert max(sum(map(bool, move)) for move in moved) in (4, 5, 6)
     assert len(single) > len(moved) / 2  # the lower of two draws from one to three
+
+
+def test_the_number_of_switches_is_the_lower_of_two_draws_from_one_to_three():
+    problem = problem_at(toy_problem(sizes=(400,) * 60), Candidate())
+    strategy = level_switch(problem, offspring=1000)
+    next(strategy)
+    parent, *children = [request.candidate.counts for request in strategy.send([None])]
+    moved = [sum(a != b for a, b in zip(child, parent)) for child in children]
+    single, most = moved.count(2) / 1000, max(moved)
+    assert most == 6 and single == pytest.approx(5 / 9, abs=0.025)
 
 
 def test_level_switch_finds_what_costs_less_and_moves_its_anchor_there():

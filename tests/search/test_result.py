@@ -61,9 +61,13 @@ def test_the_winner_and_the_costs_are_saved(tmp_path):
     assert (data["trials"], data["tokens"], data["evaluations"], data["seconds"]) == (1, 12_345, 7, 61.235)
     assert data["notes"] == ["a note"] and data["baselines"].keys() == {"uniform"}
     assert DSAConfig.from_dict(data["config"]) == found.config
-    for name in ("search", "allocation", "heatmap"):
-        assert (tmp_path / "deep" / "out" / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+    for name, figure in found.figures().items():
+        picture = (tmp_path / "deep" / "out" / f"{name}.png").read_bytes()
+        assert picture.startswith(b"\x89PNG")
+        width, height = (int.from_bytes(picture[start : start + 4]) for start in (16, 20))
+        assert [width, height] == pytest.approx((200 * figure.get_size_inches()).tolist(), abs=1)
     found.save(tmp_path / "deep" / "out")
+    assert found.figures().keys() == {"search", "allocation", "heatmap"}
 
 
 def test_one_seed_has_no_scatter():

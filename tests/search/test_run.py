@@ -8,6 +8,7 @@ from accelerate.tracking import GeneralTracker
 from transformers import LlamaForCausalLM
 
 from optimum_dsa import ALLOCATIONS, Calibration, DSAConfig, allocate, find_architecture, prune
+from optimum_dsa.search.evaluator import Evaluator
 from optimum_dsa.search.problem import Budget, parse_budget
 from optimum_dsa.search.resolve import Resolver
 from optimum_dsa.search.result import rank_correlation, robustness_table
@@ -330,3 +331,27 @@ def test_a_search_with_nothing_left_to_try_ends(strategy):
     )
     assert result.budget.share < 1
     assert result.finalists[0].loss == pytest.approx(0, abs=1e-3)
+
+
+def test_a_trace_of_another_search_is_not_gone_on_with(tmp_path):
+    run("named", folder=tmp_path / "s", named=["owl", "dlp"])
+    with pytest.raises(ValueError, match="Trial 1 of the trace is owl, but this search asks for atp"):
+        run("named", folder=tmp_path / "s", named=["atp"], resume=True)
+
+
+def test_a_trace_that_ends_in_the_middle_of_a_rung_is_gone_on_with_from_there(tmp_path, monkeypatch):
+    whole = run("named", folder=tmp_path / "s", named=["owl", "dlp"])
+    path = tmp_path / "s" / "trace.jsonl"
+    lines = path.read_text().splitlines(keepends=True)
+    path.write_text("".join(lines[:3]))  # the settings, uniform and owl
+    asked = []
+    original = Evaluator.answer
+    monkeypatch.setattr(
+        Evaluator,
+        "answer",
+        lambda self, requests, first: asked.append((len(requests), first)) or original(self, requests, first),
+    )
+    resumed = run("named", folder=tmp_path / "s", named=["owl", "dlp"], resume=True)
+    assert asked[0] == (1, 2) and outcome(resumed) == outcome(whole)
+    assert [trial.number for trial in resumed.trace.trials] == list(range(len(resumed.trace.trials)))
+    assert resumed.budget.spent_tokens == whole.budget.spent_tokens

@@ -72,9 +72,10 @@ def test_a_child_has_every_gene_from_one_of_its_parents():
     b = Candidate("exp/var/cos,cos/no_op@+0.11", granularity="matrix", offsets=(("mlp.up_proj", -0.1),))
     first, second = _parsed(a), _parsed(b)
     seen = {gene: set() for gene in GENES}
-    offsets, granularities = set(), set()
+    offsets, granularities, mixed = set(), set(), 0
     for _ in range(200):
         child = SPACE.cross(a, b, rng)
+        mixed += child.function not in (a.function, b.function)
         for gene in GENES:
             seen[gene].add(getattr(_parsed(child), gene))
         offsets.add(child.offsets)
@@ -82,7 +83,7 @@ def test_a_child_has_every_gene_from_one_of_its_parents():
         assert child.spread is None
     assert seen == {gene: {getattr(first, gene), getattr(second, gene)} for gene in GENES}
     assert offsets == {(("self_attn.q_proj", x), ("mlp.up_proj", y)) for x in (0.0, 0.1) for y in (0.0, -0.1)}
-    assert granularities == {"block", "matrix"}
+    assert granularities == {"block", "matrix"} and mixed > 180
 
 
 def test_a_name_is_passed_on_whole_with_its_spread():
@@ -127,6 +128,9 @@ def test_numbers_are_moved_within_their_range():
     assert 0.05 < sorted(space.mutate(Candidate("atp"), rng).spread for _ in range(101))[50] < 0.11
     offsets = [SPACE.mutate(start, rng).offsets for _ in range(400)]
     moved = [value for each in offsets for _, value in each if value]
+    for numbers in (spreads, moved):  # four digits are written down
+        assert all(round(value, 4) == value for value in numbers)
+        assert any(round(value, 3) != value for value in numbers)
     near = replace(start, offsets=(("self_attn.q_proj", 0.09), ("mlp.up_proj", -0.09)))
     beyond = [value for _ in range(50) for _, value in SPACE.mutate(near, rng).offsets]
     assert min(beyond) == -0.1 and max(beyond) == 0.1

@@ -45,3 +45,46 @@ def test_a_users_reduction_is_taken_on_a_sample_of_equal_shares():
         )
     finally:
         del REDUCTION["tenth"]
+
+
+@pytest.mark.parametrize("scale", [1e-7, 1e5])
+@pytest.mark.parametrize("reduction", VECTORS)
+def test_scores_of_any_scale_are_reduced_as_they_are(reduction, scale):
+    x = (scores(5000) + 0.01) * scale
+    function = AllocationFunction((), reduction)
+    exact = function.measure(Unit("u", 0.0, [x.view(50, 100)], [None], magnitude))
+    assert measure(function, ScoreSummary.of(x)) == pytest.approx(exact, rel=1e-2)
+
+
+def test_nothing_positive_has_no_entropy():
+    summary = ScoreSummary.of(torch.zeros(7))
+    assert (summary.values.tolist(), summary.weights.tolist()) == ([0.0], [7.0])
+    assert summary.reduce("entropy", summary.pre_processed(())) == 0
+
+
+def test_the_median_is_the_lower_of_the_two_in_the_middle():
+    for values, middle in (([1, 2, 3, 4], 2), ([1, 2, 3], 2), ([5], 5), ([1, 1, 1, 9], 1), ([1, 9, 9, 9], 9)):
+        summary = ScoreSummary.of(torch.tensor(values, dtype=torch.float32))
+        assert summary.reduce("median", summary.pre_processed(())) == middle
+        turned = -summary.pre_processed(())  # falling values are put in order first
+        assert summary.reduce("median", turned) == sorted(-value for value in values)[(len(values) - 1) // 2]
+
+
+def test_one_score_is_one_bin_with_its_own_value():
+    summary = ScoreSummary.of(torch.tensor([[0.3, 0.3], [7.0, 0.0]]))
+    assert summary.values.tolist() == pytest.approx([0, 0.3, 7]) and summary.weights.tolist() == [1, 2, 1]
+    assert ScoreSummary.merged([summary]) is summary
+
+
+def test_few_scores_are_reduced_exactly():
+    x = torch.tensor([0.5, 0.5, 2.0, 7.0])
+    summary = ScoreSummary.of(x)
+    for name, expected in (("var", x.var()), ("std", x.std()), ("mean", x.mean()), ("frobenius_norm", x.norm())):
+        assert summary.reduce(name, summary.pre_processed(())) == pytest.approx(expected.item(), rel=1e-6), name
+    normal = (x - x.mean()) / x.std()
+    assert summary.pre_processed(("normalize",)).tolist() == pytest.approx(normal[[0, 2, 3]].tolist(), rel=1e-5)
+    scaled = ((x - 0.5) / 6.5).square()
+    assert summary.pre_processed(("mms", "pow")).tolist() == pytest.approx(scaled[[0, 2, 3]].tolist(), rel=1e-5)
+    assert ScoreSummary.of(torch.full((3,), 1e-9)).pre_processed(("mms",)).tolist() == [0]
+    near = ScoreSummary.of(torch.tensor([0.0, 1e-9]))
+    assert near.pre_processed(("mms",)).tolist() == pytest.approx([0, 0.5], rel=1e-3)

@@ -12,14 +12,15 @@ from optimum_dsa.search.trace import Trial
 
 
 class Matrices:
-    """What strategies use of a `Resolver`: every candidate without counts is uniform."""
+    """What strategies use of a `Resolver`: a candidate without counts is uniform, or what `known` says of its name."""
 
     def __init__(self, sizes, config):
         self.sizes = {f"m{index}": size for index, size in enumerate(sizes)}
-        self.config = config
+        self.config, self.known = config, {}
 
     def counts(self, candidate):
-        return candidate.counts or self.fit(dict.fromkeys(self.sizes, self.config.sparsity))
+        found = candidate.counts or self.known.get(candidate.function)
+        return found or self.fit(dict.fromkeys(self.sizes, self.config.sparsity))
 
     def fit(self, sparsity):
         config = self.config
