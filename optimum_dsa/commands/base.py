@@ -30,7 +30,7 @@ class LeafCommand(BaseOptimumCLICommand):
         raise NotImplementedError
 
     def run(self) -> None:
-        from ..fences import DependencyError
+        from ..fence_rows import DependencyError
         from ..registry import UnknownNameError
 
         try:
