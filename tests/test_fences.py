@@ -18,7 +18,7 @@ from transformers.quantizers.base import HfQuantizer
 
 import optimum_dsa
 from optimum_dsa import DSAConfig, DSAPruner, fences
-from optimum_dsa.fences import FENCES, DependencyError
+from optimum_dsa.fence_rows import FENCES, DependencyError
 
 from .common import tiny_llama
 from .test_commands import run
@@ -216,7 +216,7 @@ def test_a_release_that_cannot_load_compressed_checkpoints_says_so_in_one_line(m
     pruner.prune(None, DSAConfig(0.6, "magnitude", "uniform"))
     pruner.save_pretrained(tmp_path / "out", compressed=True)
     monkeypatch.delattr(HfQuantizer, "get_new_dtype", raising=False)
-    message = r"Compressed checkpoints load with transformers 5\.21 or newer, and this is .*--to dense`\.$"
+    message = r"load with transformers 5\.21 or newer .* and this is .*, without .*get_new_dtype; .*--to dense`\.$"
     with pytest.raises(DependencyError, match=message) as raised:
         AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert "\n" not in str(raised.value)

@@ -31,7 +31,7 @@ class LeafCommand(BaseOptimumCLICommand):
 
     def run(self) -> None:
         from ..escaping import one_line
-        from ..fences import DependencyError
+        from ..fence_rows import DependencyError
         from ..registry import UnknownNameError
 
         if hasattr(sys.stdout, "reconfigure"):

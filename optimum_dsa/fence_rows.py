@@ -1,0 +1,196 @@
+"""What is touched of dependencies beyond their documented API: who, what, why, and which test would notice its end.
+
+The page "Dependencies" shows these rows. `fences.py` has the code.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from importlib import metadata
+
+
+class DependencyError(RuntimeError):
+    """A release of a dependency lacks what optimum-dsa needs of it; the message says which one, and the way out."""
+
+
+@dataclass(frozen=True)
+class Fence:
+    """One thing that is touched beyond a package's documented API.
+
+    Attributes:
+        package (`str`): whose it is.
+        touched (`str`): what.
+        reason (`str`): why, where no documented way leads there.
+        where (`str`): the module that uses it.
+        test (`str`): the contract test, or one of several.
+    """
+
+    package: str
+    touched: str
+    reason: str
+    where: str
+    test: str
+
+    def missing(self) -> DependencyError:
+        """The error for a release that has it no more."""
+        return DependencyError(
+            f"{self.package} {version_of(self.package)} has no {self.touched} any more, which optimum-dsa needs: "
+            f"{self.reason}; install a release that it was tested with (constraints.txt names one)."
+        )
+
+
+def version_of(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "(not installed)"
+
+
+_OFFLOAD = "tests/test_offload.py"
+_QUANTIZER = "tests/test_quantizer.py"
+_PEFT = "tests/recovery/test_peft_method.py"
+
+FENCES = {
+    # torch
+    "tensor version": Fence(
+        "torch",
+        "Tensor._version",
+        "it tells whether a tensor was changed in place between two blocks",
+        "capture, observation",
+        "tests/test_calibration.py",
+    ),
+    "module parameters": Fence(
+        "torch",
+        "Module._parameters",
+        "a masked weight takes a parameter's place for one forward pass, and parametrisations would rename it",
+        "search.masking",
+        "tests/search/test_masking.py",
+    ),
+    # accelerate
+    "hook": Fence(
+        "accelerate",
+        "_hf_hook of a module",
+        "it says where offloaded weights are, and nothing documented does",
+        "offload, capture",
+        _OFFLOAD,
+    ),
+    "hook state": Fence(
+        "accelerate",
+        "AlignDevicesHook.offload, .weights_map and .place_submodules",
+        "the weights of one block are brought in once, and written back",
+        "offload",
+        _OFFLOAD,
+    ),
+    "hooked forward": Fence(
+        "accelerate",
+        "_old_forward of a hooked module",
+        "a masked weight has to take its place after the hook has brought the real one",
+        "search.masking",
+        "tests/search/test_masking.py",
+    ),
+    "store": Fence(
+        "accelerate",
+        "OffloadedWeightsLoader.state_dict, .index and .save_folder, PrefixedDataset.dataset and .prefix",
+        "weights that pruning changed are written back to where they came from",
+        "offload",
+        _OFFLOAD,
+    ),
+    # transformers
+    "device map": Fence(
+        "transformers",
+        "hf_device_map of a model",
+        "it says that accelerate moves inputs, and makes transformers save offloaded weights a shard at a time",
+        "capture, checkpoint, evaluation, search.objective",
+        _OFFLOAD,
+    ),
+    "ties": Fence(
+        "transformers",
+        "PreTrainedModel.all_tied_weights_keys",
+        "tied weights are pruned once and written back under all their names",
+        "architecture, checkpoint, offload",
+        "tests/test_architecture.py",
+    ),
+    "experts": Fence(
+        "transformers",
+        "PretrainedConfig._experts_implementation",
+        "statistics of each expert need the loop over them, and set_experts_implementation changes whole models only",
+        "observation",
+        "tests/test_calibration.py",
+    ),
+    "quantizer": Fence(
+        "transformers",
+        "HfQuantizer's `_process_model_before_weight_loading`, `_process_model_after_weight_loading`, "
+        "`update_attn_implementation`, `update_weight_conversions`, `get_new_dtype`, `remove_quantization_config`; "
+        "AUTO_QUANTIZER_MAPPING",
+        "compressed checkpoints load with from_pretrained; the hooks are overridden, never called",
+        "quantizer",
+        _QUANTIZER,
+    ),
+    "conversions": Fence(
+        "transformers",
+        "core_model_loading: WeightConverter, WeightRenaming and ConversionOps",
+        "packed tensors are unpacked before the model's own conversions",
+        "quantizer, unpacking",
+        _QUANTIZER,
+    ),
+    "weights' name": Fence(
+        "transformers",
+        "transformers_weights in config.json",
+        "compressed weights have a file name of their own, so that no loader takes them for dense ones",
+        "conversion, quantizer",
+        _QUANTIZER,
+    ),
+    "callbacks": Fence(
+        "transformers",
+        "Trainer.callback_handler.callbacks",
+        "sparsity reaches reporters only from a callback before them; without it, the callback is added as usual",
+        "recovery.callback",
+        "tests/recovery/test_callback.py",
+    ),
+    "loss": Fence(
+        "transformers",
+        "Trainer.model_accepts_loss_kwargs",
+        "a loss with a teacher's share is a mean of batches",
+        "recovery.trainer",
+        "tests/recovery/test_run.py",
+    ),
+    # peft
+    "methods": Fence(
+        "peft",
+        "members of the enumeration PeftType",
+        "register_peft_method asks for a member, and there is no function that adds one",
+        "recovery.peft_method",
+        _PEFT,
+    ),
+    "layer": Fence(
+        "peft",
+        "tuners.lora: Linear._check_forward_args and update_layer, LoraModel._create_new_module",
+        "a sparse adapter is a LoRA with another product",
+        "recovery.layer, recovery.peft_method",
+        _PEFT,
+    ),
+    # huggingface_hub
+    "transport": Fence(
+        "huggingface_hub",
+        "the base class of HfHubHTTPError",
+        "a network that fails is explained in one sentence; the client under it changed its name",
+        "hub",
+        "tests/hub/test_push.py",
+    ),
+    # optimum
+    "commands": Fence(
+        "optimum",
+        "the namespace package optimum.commands.register, BaseOptimumCLICommand and CommandInfo",
+        "`optimum-cli dsa` is found there",
+        "commands",
+        "tests/test_commands.py",
+    ),
+    # evaluate
+    "metric": Fence(
+        "evaluate",
+        "Metric._info and Metric._compute",
+        "its template of a metric overrides them",
+        "perplexity_metric",
+        "tests/test_perplexity_metric.py",
+    ),
+}
