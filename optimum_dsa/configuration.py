@@ -18,6 +18,7 @@ from .metrics import METRICS
 from .reconstruction import UPDATES
 from .registry import near
 from .statistics import DAMPING
+from .values import is_number
 
 
 CONFIG_NAME = "dsa_config.json"
@@ -90,7 +91,7 @@ class DSAConfig:
             if not isinstance(value, (list, tuple)) or not all(isinstance(item, str) for item in value):
                 raise ValueError(f"{name} is a list of names, got {value!r}; write {name}=['{value}'].")
             object.__setattr__(self, name, tuple(value))
-        if not _number(self.sparsity) or not 0 <= self.sparsity < 1:
+        if not is_number(self.sparsity) or not 0 <= self.sparsity < 1:
             raise ValueError(f"sparsity is the share of weights to remove, in [0, 1); got {self.sparsity!r}.")
         for name in ("num_samples", "batch_size", "sequence_length"):
             value = getattr(self, name)
@@ -98,12 +99,12 @@ class DSAConfig:
                 raise ValueError(f"{name} is a whole number of at least 1, got {value!r}.")
         if not _whole(self.seed) or self.seed < 0:
             raise ValueError(f"seed is a whole number of at least 0, got {self.seed!r}.")
-        if self.spread is not None and not (_number(self.spread) and 0 <= self.spread <= 1):
+        if self.spread is not None and not (is_number(self.spread) and 0 <= self.spread <= 1):
             raise ValueError(f"spread is a half-width in [0, 1], got {self.spread!r}.")
-        if not (_number(self.damping) and self.damping >= 0):
+        if not (is_number(self.damping) and self.damping >= 0):
             raise ValueError(f"damping is at least 0, got {self.damping!r}.")
         for name in ("min_sparsity", "max_sparsity"):
-            if not (_number(getattr(self, name)) and 0 <= getattr(self, name) <= 1):
+            if not (is_number(getattr(self, name)) and 0 <= getattr(self, name) <= 1):
                 raise ValueError(f"{name} is in [0, 1], got {getattr(self, name)!r}.")
         if not self.min_sparsity <= self.sparsity <= self.max_sparsity:
             raise ValueError(
@@ -236,10 +237,6 @@ def _exists(path: str) -> bool:
         return bool(path) and Path(path).exists()
     except (OSError, ValueError):  # no path at all: too long, or with a zero byte
         return False
-
-
-def _number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _whole(value: Any) -> bool:

@@ -89,13 +89,9 @@ def read_description(path: str | Path) -> Description | None:
             f"{path} has version {version} of the format, and this optimum-dsa knows up to {FORMAT_VERSION}; upgrade "
             f"it with {how_to_upgrade()}."
         )
-    try:
-        for number in range(version, FORMAT_VERSION):
-            data = MIGRATIONS[number](data)
-        broken = next(violations(data, schema()), None)
-        checksum(data)
-    except RecursionError:  # what the parser could just read, what walks through it may not
-        raise DescriptionError(f"{path} is nested too deep.") from None
+    for number in range(version, FORMAT_VERSION):
+        data = MIGRATIONS[number](data)
+    broken = next(violations(data, schema()), None)
     if broken:
         raise DescriptionError(f"{path} does not follow its schema: {broken}.")
     found = Description(data)
@@ -158,11 +154,17 @@ def report_from(data: dict[str, Any]) -> PruningReport:
         DescriptionError: its config is not valid, or names what is not registered here.
     """
     try:
-        return PruningReport.from_dict({**data, "config": {**data["config"], "allocation": _portable(data)}})
+        report = PruningReport.from_dict({**data, "config": {**data["config"], "allocation": _portable(data)}})
     except (ValueError, KeyError) as error:
         raise DescriptionError(
             f"{CONFIG_NAME} describes what cannot be: {error} Import what registers own names first."
         ) from None
+    if odd := sorted(report.achieved.keys() ^ report.allocation.sizes.keys()):
+        raise DescriptionError(
+            f"{CONFIG_NAME} describes what cannot be: allocation and achieved sparsity are given for different units, "
+            f"such as {odd[0]}."
+        )
+    return report
 
 
 def _portable(data: dict[str, Any]) -> Any:

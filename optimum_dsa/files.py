@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import os
 import tempfile
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 
+DEEPEST_JSON = 64  # levels: what walks through JSON calls itself, and so must end before Python's own limit
 LARGEST_JSON = 32 * 2**20  # bytes: several times what a model of 60 blocks and 400 experts needs
 
 
@@ -23,11 +25,27 @@ def read_json(path: str | Path) -> Any:
     if size > LARGEST_JSON:
         raise ValueError(f"{path} has {size:,} bytes; no file of this kind needs more than {LARGEST_JSON:,}.")
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except RecursionError:
-        raise ValueError(f"{path} is not JSON: it is nested too deep.") from None
-    except ValueError as error:  # also of bytes that are no text, and of numbers of thousands of digits
+        return parse_json(path.read_text(encoding="utf-8"))
+    except ValueError as error:  # also of bytes that are no text
         raise ValueError(f"{path} is not JSON: {error}.") from None
+
+
+def parse_json(text: str) -> Any:
+    """The content of a JSON text; `ValueError` where it is none, or nested deeper than `DEEPEST_JSON`."""
+    try:
+        value = json.loads(text)
+    except RecursionError:
+        raise ValueError("it is nested too deep") from None
+    level = [value]
+    for _ in range(DEEPEST_JSON):
+        level = [part for item in level for part in _parts(item)]
+        if not level:
+            return value
+    raise ValueError("it is nested too deep")
+
+
+def _parts(value: Any) -> Iterable[Any]:
+    return value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
 
 
 def write_text(path: Path, text: str) -> None:

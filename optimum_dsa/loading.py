@@ -17,7 +17,7 @@ from torch import nn
 from .configuration import CONFIG_NAME
 from .conversion import QUANT_METHOD
 from .description import Description, read_description
-from .fences import DependencyError
+from .fence_rows import DependencyError
 from .files import read_json
 from .folder_files import check_read_files
 from .hub_file import hub_commit, hub_file

@@ -16,10 +16,13 @@ from .files import read_json
 from .folder_files import own_file
 from .search.trace import SearchTrace
 from .shards import COMPRESSED
+from .values import is_real, is_whole, short
 from .verification import Verification
 
 
 logger = logging.getLogger(__name__)
+
+_COUNTED = {"trials": int, "tokens": int, "baselines": Mapping}  # what a search.json may say besides
 
 LARGEST_EVALUATION = 1 << 16
 
@@ -137,21 +140,20 @@ def _search(path: Path, name: str, trace: SearchTrace | None) -> Outcome:
     file = path / "search.json"
     facts = _object(file)
     _check(facts, file, {"config": Mapping, "config.sparsity": float, "finalists": list})
+    _check(facts, file, {name: kind for name, kind in _COUNTED.items() if name in facts})
     for row in facts["finalists"]:
         _check(row, file, {"validation_loss": float, "validation_perplexity": float, "allocation.name": str})
+        _check(row, file, {"proxy_loss": float} if row.get("proxy_loss") is not None else {})
     allocation = _allocation(path / "allocation.json")
     baselines = {name: Allocation.from_dict(data) for name, data in facts.get("baselines", {}).items()}
     return Outcome(name, allocation, {"uniform": uniform_like(allocation), **baselines}, facts, trace)
 
 
 def _allocation(path: Path) -> Allocation:
-    """The allocation in a file, with at least one unit, and sizes that are numbers."""
+    """The allocation in a file, with at least one unit."""
     allocation = Allocation.load(path)
     if not allocation.sparsity:
         raise ValueError(f"{path} holds an allocation without units.")
-    for unit, size in allocation.sizes.items():
-        if not isinstance(size, int) or size < 0:
-            raise ValueError(f"{path} gives {unit} a size of {size!r}; expected a whole number.")
     return allocation
 
 
@@ -161,9 +163,9 @@ def _check(facts: Any, path: Path, expected: Mapping[str, type]) -> None:
         value = facts
         for step in name.split("."):
             value = value.get(step) if isinstance(value, Mapping) else None
-        whole_for_float = kind is float and isinstance(value, int)
-        if not (isinstance(value, kind) or whole_for_float) or isinstance(value, bool):
-            shown = "nothing" if value is None else repr(value)[:40]
+        holds = is_real(value) if kind is float else is_whole(value) if kind is int else isinstance(value, kind)
+        if not holds:
+            shown = "nothing" if value is None else short(value)
             raise ValueError(f"{path}: {name} is a {kind.__name__.lower()}, got {shown}.")
 
 
@@ -193,11 +195,8 @@ def _evaluations(folder: Path) -> tuple[dict[str, Any], ...]:
 def _is_evaluation(data: Mapping[str, Any]) -> bool:
     """Whether it says what was measured on what, in values that can be shown."""
     counts = [data.get(name) for name in ("windows", "sequence_length")]
-    value = data.get("perplexity")
-    measured = isinstance(value, (int, float)) and not isinstance(value, bool)
     return (
-        measured
-        and (not isinstance(value, int) or abs(value) < 2**63)
+        is_real(data.get("perplexity"))
         and isinstance(data.get("dataset"), str)
-        and all(count is None or (isinstance(count, int) and 0 <= count < 2**63) for count in counts)
+        and all(count is None or is_whole(count) for count in counts)
     )

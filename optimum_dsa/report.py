@@ -86,7 +86,7 @@ class PruningReport:
         width = max(len("prunable weights"), *(len(unit) for unit in self.achieved))
         lines = [f"{'unit':<{width}}  {'weights':>13}  {'asked':>8}  {'achieved':>8}"]
         for unit, value in self.achieved.items():
-            size, asked = self.allocation.sizes[unit], self.allocation.sparsity[unit]
+            size, asked = self.allocation.sizes.get(unit, 0), self.allocation.sparsity.get(unit, 0.0)
             lines.append(f"{unit:<{width}}  {size:>13,}  {asked:>8.4f}  {value:>8.4f}")
         prunable = sum(self.allocation.sizes.values())
         lines.append("-" * len(lines[0]))

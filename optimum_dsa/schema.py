@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from typing import Any
+
+from .values import is_number, short
 
 
 _TYPES = {
@@ -14,7 +15,7 @@ _TYPES = {
     "boolean": lambda value: isinstance(value, bool),
     "null": lambda value: value is None,
     "integer": lambda value: isinstance(value, int) and not isinstance(value, bool),
-    "number": lambda value: isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value),
+    "number": is_number,
 }
 _BOUNDS = {
     "minimum": lambda value, bound: value >= bound,
@@ -39,15 +40,16 @@ def violations(value: Any, schema: dict[str, Any], root: dict[str, Any] | None =
     types = schema.get("type", [])
     types = [types] if isinstance(types, str) else types
     if types and not any(_TYPES[name](value) for name in types):
-        yield f"{here} is {' or '.join(types)}, got {_short(value)}"
+        yield f"{here} is {' or '.join(types)}, got {short(value)}"
         return
     if "const" in schema and value != schema["const"]:
-        yield f"{here} is {schema['const']!r}, got {_short(value)}"
+        yield f"{here} is {schema['const']!r}, got {short(value)}"
     if "enum" in schema and value not in schema["enum"]:
-        yield f"{here} is {' or '.join(map(repr, schema['enum']))}, got {_short(value)}"
-    for keyword, holds in _BOUNDS.items():
-        if keyword in schema and _TYPES["number"](value) and not holds(value, schema[keyword]):
-            yield f"{here} breaks {keyword} {schema[keyword]}, got {value}"
+        yield f"{here} is {' or '.join(map(repr, schema['enum']))}, got {short(value)}"
+    measurable = isinstance(value, (int, float)) and not isinstance(value, bool)
+    for keyword, holds in _BOUNDS.items() if measurable else ():
+        if keyword in schema and not holds(value, schema[keyword]):
+            yield f"{here} breaks {keyword} {schema[keyword]}, got {short(value)}"
     if isinstance(value, dict):
         yield from _of_object(value, schema, root, at)
     if isinstance(value, list) and "items" in schema:
@@ -68,8 +70,3 @@ def _of_object(value: dict[str, Any], schema: dict[str, Any], root: dict[str, An
             yield f"{prefix}{name} is no known key; known: {', '.join(known)}"
         elif isinstance(others, dict):
             yield from violations(item, others, root, prefix + name)
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 40 else f"{text[:40]}..."

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ..files import read_json, write_text
+from ..values import LARGEST_WHOLE, is_whole, short
 
 
 @dataclass(frozen=True)
@@ -32,12 +33,22 @@ class Allocation:
     name: str = "custom"
 
     def __post_init__(self):
+        if not isinstance(self.name, str):
+            raise ValueError(f"The name of an allocation is a text, got {short(self.name)}.")
         if self.sparsity.keys() != self.sizes.keys():
             odd = sorted(self.sparsity.keys() ^ self.sizes.keys())
             raise ValueError(f"The allocation names units that lack a size or a sparsity: {', '.join(odd[:5])}.")
         for unit, value in self.sparsity.items():
             if not isinstance(value, (int, float)) or not 0 <= value <= 1:
-                raise ValueError(f"The allocation gives {unit} a sparsity of {value!r}; expected a number in [0, 1].")
+                raise ValueError(
+                    f"The allocation gives {unit} a sparsity of {short(value)}; expected a number in [0, 1]."
+                )
+        for unit, size in self.sizes.items():
+            if not is_whole(size):
+                raise ValueError(
+                    f"The allocation gives {unit} a size of {short(size)}; expected a whole number of weights, "
+                    f"at most {LARGEST_WHOLE:,}."
+                )
 
     @property
     def overall(self) -> float:
@@ -54,11 +65,19 @@ class Allocation:
 
     @classmethod
     def from_dict(cls, data: Mapping) -> Allocation:
-        """An allocation from `to_dict`'s form, or from a plain `{unit: sparsity}` whose sizes the model will give."""
+        """An allocation from `to_dict`'s form, or from a plain `{unit: sparsity}` whose sizes the model will give.
+
+        Raises:
+            ValueError: it has neither form.
+        """
+        if not isinstance(data, Mapping):
+            raise ValueError(f"An allocation is {{unit: sparsity}}, got {short(data)}.")
         if "sparsity" not in data or not isinstance(data["sparsity"], Mapping):
             data = {"sparsity": data}
         sparsity = dict(data["sparsity"])
         sizes = data.get("sizes") or dict.fromkeys(sparsity, 0)
+        if not isinstance(sizes, Mapping):
+            raise ValueError(f"The sizes of an allocation are {{unit: weights}}, got {short(sizes)}.")
         return cls(sparsity, dict(sizes), data.get("name", "custom"))
 
     def save(self, path: str | Path) -> None:

@@ -12,6 +12,9 @@ class PushCommand(LeafCommand):
 Push a pruned model to the Hub, in one commit: weights, tokenizer, dsa_config.json, a model card and its pictures.
 Nothing of this computer goes with them. A README.md in the folder is taken as it is.
 
+The zeros are counted first, block by block: the card has the figures that were counted, and a model that is not what
+its dsa_config.json says is not sent.
+
 When the network fails, the folder is whole, and the same command goes on: what has arrived is not sent again.
 """
     EXAMPLES = """\

@@ -25,6 +25,7 @@ STRATEGIES = Registry("search strategy")
 
 UNIFORM = Candidate()
 
+LARGEST_BUDGET = 1e12
 IDLE = 200  # trials in a row that found nothing new, after which a strategy only repeats itself
 
 
@@ -68,7 +69,7 @@ def parse_budget(text: str | int | Budget) -> Budget:
     found = re.fullmatch(r"\s*(\d+\.?\d*|\.\d+)\s*([kM]?)\s*(tokens|evaluations|s|min|h|)\s*", str(text))
     amount = float(found[1]) * {"": 1, "k": 1e3, "M": 1e6}[found[2]] if found else 0.0
     seconds = {"s": 1, "min": 60, "h": 3600}.get(found[3]) if found else None
-    if amount <= 0 or (seconds is None and amount < 1):  # no whole token would be no limit
+    if not 0 < amount <= LARGEST_BUDGET or (seconds is None and amount < 1):  # no whole token would be no limit
         raise ValueError(
             f"Cannot read the budget {text!r}: expected '2M tokens', '500 evaluations', '10 min' or '90 s'."
         )

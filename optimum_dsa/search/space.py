@@ -9,6 +9,7 @@ from typing import Any
 
 from ..allocation import ALLOCATIONS, POST_PROCESS, PRE_PROCESS, REDUCTION, TRANSFORM, AllocationFunction
 from ..registry import Registry
+from ..values import is_number, is_whole, short
 
 
 DSA = "https://github.com/lliai/DSA"
@@ -57,14 +58,22 @@ class Candidate:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Candidate:
-        counts = data.get("counts")
-        return cls(
-            data.get("function", "uniform"),
-            data.get("spread"),
-            data.get("granularity", "block"),
-            tuple(data.get("offsets", {}).items()),
-            None if counts is None else tuple(counts),
-        )
+        """The candidate in `to_dict`'s form; `ValueError` where a value cannot be a candidate's."""
+        if not isinstance(data, Mapping):
+            raise ValueError(f"A candidate is an object, got {short(data)}.")
+        function, spread, counts = data.get("function", "uniform"), data.get("spread"), data.get("counts")
+        granularity, offsets = data.get("granularity", "block"), data.get("offsets", {})
+        fits = {
+            "function": isinstance(function, str),
+            "spread": spread is None or is_number(spread),
+            "granularity": granularity in ("block", "matrix"),
+            "offsets": isinstance(offsets, Mapping) and all(map(is_number, offsets.values())),
+            "counts": counts is None or (isinstance(counts, list) and all(map(is_whole, counts))),
+        }
+        for name, right in fits.items():
+            if not right:
+                raise ValueError(f"A candidate cannot have {name}={short(data[name])}.")
+        return cls(function, spread, granularity, tuple(offsets.items()), None if counts is None else tuple(counts))
 
 
 def _all(table: Mapping[str, Any]) -> tuple[str, ...]:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..files import parse_json
+from ..values import is_number, is_real, is_whole, short
 from .space import Candidate
 
 
@@ -76,7 +78,13 @@ class Trial:
 
     @classmethod
     def from_json(cls, line: str) -> Trial:
-        data = json.loads(line)
+        """The trial in a line of a trace; `ValueError` or `KeyError` where it is none."""
+        data = parse_json(line)
+        if not isinstance(data, dict):
+            raise ValueError(f"a trial is an object, got {short(data)}")
+        for name, holds in _FIELDS.items():
+            if not holds(data[name] if name in _REQUIRED else data.get(name)):
+                raise ValueError(f"a trial cannot have {name}={short(data.get(name))}")
         request = Request(data["kind"], Candidate.from_dict(data["candidate"]), *data["rows"])
         slopes, counts = (None if data.get(k) is None else tuple(data[k]) for k in ("slopes", "counts"))
         return cls(
@@ -90,6 +98,37 @@ class Trial:
             data.get("error"),
             data.get("perplexity"),
         )
+
+
+def _list_of(holds: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    return lambda value: value is None or (isinstance(value, list) and all(map(holds, value)))
+
+
+def _is_rows(value: Any) -> bool:
+    return isinstance(value, list) and len(value) == 2 and all(map(is_whole, value)) and value[0] <= value[1]
+
+
+_REQUIRED = ("number", "kind", "candidate", "rows", "loss", "tokens", "seconds")
+_FIELDS: dict[str, Callable[[Any], bool]] = {
+    "number": is_whole,
+    "kind": lambda value: isinstance(value, str),
+    "candidate": lambda value: isinstance(value, dict),
+    "rows": _is_rows,
+    "loss": lambda value: value is None or is_real(value),
+    "tokens": is_whole,
+    "seconds": is_number,
+    "slopes": _list_of(is_real),
+    "counts": _list_of(is_whole),
+    "error": lambda value: value is None or isinstance(value, str),
+    "perplexity": lambda value: value is None or is_real(value),
+}
+
+
+def _settings(line: str) -> dict[str, Any]:
+    data = parse_json(line)
+    if not isinstance(data, dict) or not isinstance(data.get("settings"), dict):
+        raise ValueError("its first line holds no settings")
+    return data["settings"]
 
 
 class SearchTrace:
@@ -144,7 +183,7 @@ class SearchTrace:
                 self.path.unlink()
             return
         try:
-            settings = json.loads(lines[0])["settings"]
+            settings = _settings(lines[0])
             self.trials = [Trial.from_json(line) for line in lines[1:]]
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{self.path} is no search trace: {error}.") from None
