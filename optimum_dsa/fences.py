@@ -134,9 +134,12 @@ def _forget(number: int, folder: tempfile.TemporaryDirectory) -> None:
 
 def tied_names(model: nn.Module) -> Mapping[str, str]:
     """Parameter name -> the name of the one that it is tied to."""
-    if not hasattr(model, "tie_weights"):  # no model of transformers
+    if hasattr(model, "all_tied_weights_keys"):
+        return model.all_tied_weights_keys or {}
+    # no model of transformers, or one that does not end its construction with `post_init`, which names the ties
+    if not hasattr(model, "tie_weights") or hasattr(model, "get_expanded_tied_weights_keys"):
         return {}
-    return _get(model, "all_tied_weights_keys", "ties") or {}
+    raise FENCES["ties"].missing()
 
 
 @contextmanager
