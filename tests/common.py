@@ -10,9 +10,10 @@ from transformers.quantizers.base import HfQuantizer
 
 VOCABULARY = 97
 
+LOADS_COMPRESSED = hasattr(HfQuantizer, "get_new_dtype")
 # what older releases say instead is tested in test_fences.py
 needs_compressed_loading = pytest.mark.skipif(
-    not hasattr(HfQuantizer, "get_new_dtype"), reason="compressed checkpoints load with transformers 5.21 or newer"
+    not LOADS_COMPRESSED, reason="compressed checkpoints load with transformers 5.21 or newer"
 )
 
 

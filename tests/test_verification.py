@@ -13,7 +13,7 @@ from optimum_dsa.demo import demo_model
 from optimum_dsa.description import read_description, write_description
 from optimum_dsa.shards import find_shards
 
-from .common import tiny_llama, tokens
+from .common import needs_compressed_loading, tiny_llama, tokens
 from .conftest import FAMILIES
 
 
@@ -184,7 +184,7 @@ def run(capsys, *arguments):
     return code, *capsys.readouterr()
 
 
-@pytest.mark.parametrize("form", ["dense", "compressed"])
+@pytest.mark.parametrize("form", ["dense", pytest.param("compressed", marks=needs_compressed_loading)])
 def test_the_exit_code_tells(folders, form, capsys):
     code, output, errors = run(capsys, "verify", folders / form)
     assert (code, [line.split(":")[0] for line in output.splitlines()]) == (0, ["holds", "not proven"]), (
@@ -233,6 +233,7 @@ def test_what_cannot_be_checked_is_bad_usage(tmp_path, capsys):
         assert code == 2 and output == "" and message in errors.splitlines()[-1]
 
 
+@needs_compressed_loading
 def test_a_model_of_the_hub(folders, tmp_path, capsys, monkeypatch):
     repository = tmp_path / "hub" / "models--me--pruned"
     (repository / "refs").mkdir(parents=True)
@@ -249,6 +250,7 @@ def test_a_model_of_the_hub(folders, tmp_path, capsys, monkeypatch):
         assert code == 2 and output == "" and "me/other" in errors
 
 
+@needs_compressed_loading
 def test_a_model_pruned_by_the_command_can_be_compressed_at_once(tmp_path, capsys):
     options = ["-s", "0.6", "--method", "magnitude", "--allocation", "uniform", "--compressed"]
     code, _, errors = run(capsys, "prune", demo_model(), "-o", tmp_path / "out", *options)
