@@ -132,7 +132,7 @@ def test_bits_beyond_the_last_weight_are_refused():
 def test_a_packed_tensor_is_known_by_its_mark():
     packed = pack(torch.zeros(64, 64))
     assert is_packed(packed) and is_packed(pack(torch.zeros(300)))
-    assert not is_packed(packed[:39]) and not is_packed(packed[None]) and not is_packed(packed.view(torch.int64))
+    assert not is_packed(packed[:39]) and not is_packed(packed[:, None]) and not is_packed(packed.view(torch.int64))
     assert not is_packed(torch.zeros(100, dtype=torch.uint8)) and not is_packed(torch.zeros(64, 64))
     assert not is_packed(packed.roll(1))
 

@@ -151,6 +151,7 @@ def test_counts_beyond_the_matrix_remove_all_and_below_nothing(text):
 
 
 def test_which_patterns_have_one_sparsity():
+    assert Pattern.parse("row") == Pattern("row", 0, 0) and Pattern.parse("matrix") == Pattern("matrix", 0, 0)
     assert [Pattern.parse(text).sparsity for text in ("2:4", "1:4", "3:5")] == pytest.approx([0.5, 0.75, 0.4])
     assert {Pattern.parse(text).sparsity for text in (*COUNTED, "mixed:8")} == {None}
     assert (
