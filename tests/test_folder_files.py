@@ -1,5 +1,6 @@
 """No file of a folder that leads out of it is sent, copied, or saved again."""
 
+import contextlib
 import os
 from pathlib import Path
 
@@ -9,6 +10,7 @@ from optimum_dsa import DSAConfig, DSAPruner, convert
 from optimum_dsa.demo import demo_model
 from optimum_dsa.folder_files import own_file, own_files
 from optimum_dsa.outcome import Outcome
+from optimum_dsa.page import write_report
 from optimum_dsa.upload import collect
 
 from .common import tiny_llama
@@ -172,3 +174,12 @@ def test_every_entry_is_told_once_and_in_order(tmp_path):
     (tmp_path / "link").symlink_to(tmp_path / "c")
     assert [name for name, _ in own_files(tmp_path)] == ["a", "b/1", "b/2", "c/d/3", "link"]
     assert own_file(tmp_path / "link" / "d" / "3", tmp_path).name == "3"
+
+
+def test_a_report_is_not_written_through_a_link_out(folder, secret):
+    pytest.importorskip("matplotlib")
+    for name in ("heatmap.png", "report.html"):
+        (folder / name).symlink_to(secret)
+    with contextlib.suppress(ValueError, OSError):
+        write_report(folder)
+    assert secret.read_text() == "PRIVATE KEY"

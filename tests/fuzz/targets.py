@@ -17,6 +17,7 @@ from optimum_dsa import Allocation, AllocationFunction, DSAConfig, DSAPruner, co
 from optimum_dsa.allocation.layout import by_block, grid
 from optimum_dsa.bitmask import LARGEST, pack, read_header, unpack
 from optimum_dsa.card import model_card
+from optimum_dsa.common.manifest import MANIFEST, files_in, recognised
 from optimum_dsa.configuration import CONFIG_NAME
 from optimum_dsa.conversion import converted_config
 from optimum_dsa.data import Calibration
@@ -223,6 +224,14 @@ def read_candidate(content: bytes, folder: Path) -> None:
     str(candidate), hash(candidate), json.dumps(candidate.to_dict())
 
 
+def read_manifest(content: bytes, folder: Path) -> None:
+    """What of a folder counts as ours, with this manifest in it."""
+    for path in pruned().iterdir():
+        (folder / path.name).write_bytes(path.read_bytes())
+    (folder / MANIFEST).write_bytes(content)
+    recognised(folder, files_in(folder))
+
+
 def attempt(read: Callable, content: object) -> object:
     """What comes back; `None` where it is refused."""
     try:
@@ -278,6 +287,7 @@ TARGETS = {
     ),
     "trace": Target(contents(searched, "trace.jsonl"), mutations.mutate_lines, read_trace, 4),
     "search.json": Target(contents(searched, "search.json"), mutations.mutate_json, read_search, 4),
+    "manifest": Target(contents(pruned, MANIFEST), mutations.mutate_json, read_manifest),
     "texts": Target(lambda: [text.encode() for text in FUNCTIONS], mutations.mutate_text, read_texts),
     "candidate": Target(cache(candidates), mutations.mutate_json, read_candidate),
 }  # fmt: skip
