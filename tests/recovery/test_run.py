@@ -79,8 +79,7 @@ def test_a_resumed_run_ends_like_an_uninterrupted_one(tmp_path, method):
         assert torch.equal(value, resumed.model.state_dict()[name]), name
 
 
-@pytest.mark.parametrize("resume,trained", [(True, 3), (False, 6)])
-def test_a_resumed_run_trains_only_what_is_left(tmp_path, resume, trained, monkeypatch):
+def test_a_resumed_run_trains_only_what_is_left_and_another_does_not_replace_it(tmp_path, monkeypatch):
     config = small(save_steps=3)
     first = DSAPruner.from_pretrained(sparse_llama(sparsity=0.6))
     first.recover(regular(), config, checkpoints=tmp_path / "kept")
@@ -90,8 +89,10 @@ def test_a_resumed_run_trains_only_what_is_left(tmp_path, resume, trained, monke
         RecoveryTrainer, "training_step", lambda self, *args, **kwargs: done.append(1) or step(self, *args, **kwargs)
     )
     again = DSAPruner.from_pretrained(sparse_llama(sparsity=0.6))
-    result = again.recover(regular(), config, checkpoints=tmp_path / "kept", resume=resume)
-    assert (len(done), result.steps) == (trained, 6)
+    with pytest.raises(FileExistsError, match="holds checkpoint-3 of another run"):
+        again.recover(regular(), config, checkpoints=tmp_path / "kept")
+    result = again.recover(regular(), config, checkpoints=tmp_path / "kept", resume=True)
+    assert (len(done), result.steps) == (3, 6)
 
 
 def test_a_run_without_checkpoints_yet_begins_at_the_first_step(tmp_path):
