@@ -171,7 +171,12 @@ def test_without_matplotlib_a_search_has_no_pictures_and_a_plot_says_what_to_ins
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with caplog.at_level(logging.INFO, "optimum_dsa"):
         run(tmp_path)
-    assert {path.name for path in tmp_path.iterdir()} == {"allocation.json", "search.json", "trace.jsonl"}
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "allocation.json",
+        "search.json",
+        "trace.jsonl",
+        "dsa_manifest.json",
+    }
     assert "No pictures beside the search" in caplog.text
     with pytest.raises(ImportError, match=re.escape(how_to_install("plots"))):
         heat_map(MATRICES)
