@@ -76,19 +76,21 @@ def test_a_resumed_run_ends_like_an_uninterrupted_one(tmp_path, method):
         assert torch.equal(value, resumed.model.state_dict()[name]), name
 
 
-@pytest.mark.parametrize("resume,trained", [(True, 3), (False, 6)])
-def test_a_resumed_run_trains_only_what_is_left(tmp_path, resume, trained, monkeypatch):
-    config = small(save_steps=3)
-    first = DSAPruner.from_pretrained(sparse_llama(sparsity=0.6))
-    first.recover(regular(), config, checkpoints=tmp_path / "kept")
-    shutil.rmtree(tmp_path / "kept" / "checkpoint-6")
+def test_a_resumed_run_trains_only_what_is_left(tmp_path, monkeypatch):
     done, step = [], RecoveryTrainer.training_step
     monkeypatch.setattr(
         RecoveryTrainer, "training_step", lambda self, *args, **kwargs: done.append(1) or step(self, *args, **kwargs)
     )
-    again = DSAPruner.from_pretrained(sparse_llama(sparsity=0.6))
-    result = again.recover(regular(), config, checkpoints=tmp_path / "kept", resume=resume)
-    assert (len(done), result.steps) == (trained, 6)
+
+    def trained(resume):
+        done.clear()
+        pruner = DSAPruner.from_pretrained(sparse_llama(sparsity=0.6))
+        result = pruner.recover(regular(), small(save_steps=3), checkpoints=tmp_path / "kept", resume=resume)
+        return len(done), result.steps
+
+    assert trained(resume=False) == (6, 6)
+    shutil.rmtree(tmp_path / "kept" / "checkpoint-6")
+    assert trained(resume=True) == (3, 6)
 
 
 def test_a_run_without_checkpoints_yet_begins_at_the_first_step(tmp_path):
