@@ -77,7 +77,10 @@ class Outcome:
                 f"{path} holds neither {CONFIG_NAME} nor a search (search.json, trace.jsonl); give the folder of a "
                 "pruned model or of a search."
             )
-        return cls(name, None, facts={"config": trace.settings.get("config")}, trace=trace)
+        facts = {"config": trace.settings.get("config")}
+        if facts["config"] is not None:
+            _check(facts, path / "trace.jsonl", {"config": Mapping, "config.sparsity": float})
+        return cls(name, None, facts=facts, trace=trace)
 
     @property
     def config(self) -> Mapping[str, Any]:

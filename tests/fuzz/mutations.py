@@ -74,7 +74,7 @@ def mutate_lines(data: bytes, rng: Random) -> bytes:
         else:
             try:
                 lines[at] = mutate_json(lines[at], rng)
-            except ValueError:  # it was mutated before
+            except (ValueError, RecursionError):  # it was mutated before
                 lines[at] = mutate_bytes(lines[at], rng)
     return b"\n".join(lines) + (b"\n" if rng.random() < 0.9 else b"")
 

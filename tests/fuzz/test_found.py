@@ -111,6 +111,15 @@ def test_a_trace_without_settings(tmp_path, line):
         SearchTrace.load(tmp_path / "trace.jsonl")
 
 
+@pytest.mark.parametrize("config", [[], 7, "x", {"sparsity": []}, {"sparsity": {}}, {}])
+def test_a_search_under_way_with_other_settings(tmp_path, config):
+    lines = (searched() / "trace.jsonl").read_text().splitlines()
+    settings = {"settings": {**json.loads(lines[0])["settings"], "config": config}}
+    (tmp_path / "trace.jsonl").write_text("\n".join([json.dumps(settings), *lines[1:], ""]))
+    with pytest.raises(ValueError, match="trace.jsonl: config"):
+        Outcome.read(tmp_path)
+
+
 @pytest.mark.parametrize(
     "name,value", [("baselines", 3), ("baselines", {"x": 3}), ("trials", "many"), ("tokens", []), ("tokens", 10**400)]
 )
