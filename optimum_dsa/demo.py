@@ -7,6 +7,7 @@ import os
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from shlex import quote
 
 from .common.output import OutputFolder
 from .configuration import DSAConfig
@@ -66,4 +67,5 @@ def _compare(output: OutputFolder, configs: Mapping[str, DSAConfig], say: Callab
     pruner.save_pretrained(output)
     path = output.shown
     say(f"\n{report}\n\nSaved the {name} model to {path}. It loads with AutoModelForCausalLM. Try next:")
-    say(f"  optimum-cli dsa prune {path} -o {path}-80 --sparsity 0.8 --dataset YOUR.txt --sequence-length {LENGTH}")
+    again, target = quote(str(path)), quote(f"{path}-80")
+    say(f"  optimum-cli dsa prune {again} -o {target} --sparsity 0.8 --dataset YOUR.txt --sequence-length {LENGTH}")

@@ -68,6 +68,11 @@ def test_a_conversion_takes_every_other_file_along(tmp_path, form):
     assert {name for name in others if (tmp_path / "new" / name).exists()} == set(list(others)[:2])
     convert(tmp_path / "out", tmp_path / "out", form)
     assert {name: (tmp_path / "out" / name).read_text() for name in others} == others
+    with pytest.raises(FileExistsError, match="which was not written by optimum-dsa"):  # they are nobody else's now
+        pruned_llama().save_pretrained(tmp_path / "out")
+    convert(tmp_path / "out", tmp_path / "out", {"compressed": "dense", "dense": "compressed"}[form])
+    convert(tmp_path / "out", tmp_path / "out", form)
+    assert {name: (tmp_path / "out" / name).read_text() for name in others} == others
     stem = {"compressed": "dsa_model", "dense": "model"}[form]
     assert all(path.name.startswith(stem) for path in (tmp_path / "out").glob("*.safetensors"))
 

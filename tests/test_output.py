@@ -178,6 +178,21 @@ def test_no_name_of_a_file_makes_a_folder_ours(tmp_path, name):
     assert (tmp_path / "out" / name).read_text() == "{}"
 
 
+@pytest.mark.parametrize("manifest", [None, "not json", "[]", "{}"])
+def test_without_its_manifest_a_folder_is_nobodys(tmp_path, manifest):
+    write(tmp_path / "out", config="1")
+    (tmp_path / "out" / MANIFEST).unlink()
+    if manifest is not None:
+        (tmp_path / "out" / MANIFEST).write_text(manifest)
+    with pytest.raises(ForeignFileError, match=r"\(no dsa_manifest.json in it says so\); move it away"):
+        OutputFolder(tmp_path / "out").begin()
+
+
+def test_an_output_has_a_name():
+    with pytest.raises(ValueError, match="has no name"):
+        OutputFolder("")
+
+
 def test_a_forged_manifest_leads_nowhere_else(tmp_path):
     write(tmp_path / "out", config="1")
     (tmp_path / "key").write_text("secret")

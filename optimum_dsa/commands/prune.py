@@ -69,6 +69,8 @@ pattern     row, matrix, group:128, 2:4 (any N:M), mixed:8 (N:8, N from the allo
         )
 
     def execute(self) -> None:
+        from shlex import quote
+
         from ..checkpoint import weight_bytes
         from ..common.output import OutputFolder
         from ..pruner import DSAPruner
@@ -80,7 +82,7 @@ pattern     row, matrix, group:128, 2:4 (any N:M), mixed:8 (N:8, N from the allo
             output.require(weight_bytes(pruner.model))
             say(str(pruner.prune(self.args.dataset, config)))
             pruner.save_pretrained(output, self.args.compressed, **options)
-        print(f"saved to {self.args.output}; next: optimum-cli dsa evaluate {self.args.output} --dataset FILE")
+        print(f"saved to {self.args.output}; next: optimum-cli dsa evaluate {quote(self.args.output)} --dataset FILE")
 
 
 def add_calibration_options(parser):

@@ -68,6 +68,7 @@ mode    what the adapters add to a weight W, with small factors A and B
     def execute(self) -> None:
         from dataclasses import fields
         from pathlib import Path
+        from shlex import quote
 
         from ..checkpoint import weight_bytes
         from ..common.output import OutputFolder
@@ -94,5 +95,5 @@ mode    what the adapters add to a weight W, with small factors A and B
             pruner.save_pretrained(place)
         print(
             f"saved to {args.output}, sparsity {pruner.report.sparsity:.4f} as before; next: optimum-cli dsa evaluate "
-            f"{args.output} --dataset FILE"
+            f"{quote(args.output)} --dataset FILE"
         )

@@ -59,6 +59,7 @@ strategy    named         uniform and every named allocator
         from contextlib import ExitStack
         from dataclasses import replace
         from pathlib import Path
+        from shlex import quote
 
         from ..common.output import OutputFolder
         from ..devices import process_state
@@ -102,6 +103,6 @@ strategy    named         uniform and every named allocator
                 say(f"\n{robustness_table(results)}")
                 min(results, key=lambda result: result.finalists[0].loss).save(whole)
         print(
-            f"saved to {output}; next: optimum-cli dsa prune {args.model} -o OUT -s {args.sparsity} "
-            f"--allocation {output}"
+            f"saved to {output}; next: optimum-cli dsa prune {quote(args.model)} -o OUT -s {args.sparsity} "
+            f"--allocation {quote(str(output))}"
         )

@@ -64,23 +64,28 @@ class OutputFolder:
         names (`Sequence[str]`, *optional*): the only files that will be written.
         resume (`bool`, defaults to `False`): keep what an interrupted run left to go on with. Otherwise such a rest is
             an error, as it may be hours of work.
-        kept (`Sequence[str]`): files in the folder that are not ours and that `write` will bring along, bit for bit.
+        kept (`Sequence[str]`): files in the folder that `write` will bring along, bit for bit. Those that are not ours
+            stay so.
 
     Raises:
         OutputBusyError: another process writes it.
         ForeignFileError: it holds what must not be replaced.
         OutputError: it cannot be written.
+        ValueError: it has no name.
     """
 
     def __init__(
         self, path: str | Path, names: Sequence[str] | None = None, resume: bool = False, kept: Sequence[str] = ()
     ):
+        if not str(path):
+            raise ValueError("The output has no name; name a folder to write.")
         self.shown = Path(path)
         self.path = Path(os.path.realpath(path))
         self.names, self.resume, self.kept = names, resume, kept
         self.work: Path | None = None
         self._lock: OutputLock | None = None
         self._known: dict[str, Stamp] = {}
+        self._foreign: set[str] = set()
         self._done = False
         self._made = names is not None and not self.path.exists()
 
@@ -244,12 +249,15 @@ class OutputFolder:
         if self.names is not None:
             names = [name for name in names if name in self.names or name == MANIFEST]
         found = recognised(self.path, names)
-        found |= {name: stamp(self.path / name) for name in names if name in self.kept}
+        self._foreign = {name for name in names if name in self.kept and name not in found}
+        found |= {name: stamp(self.path / name) for name in self._foreign}
         for name in names:
             if name not in found and not (name == MANIFEST and self.names is not None):
                 why = "which was not written by optimum-dsa"
                 if name in read_manifest(self.path):
                     why = "which was changed after optimum-dsa wrote it"
+                elif not read_manifest(self.path):
+                    why += f" (no {MANIFEST} in it says so)"
                 raise ForeignFileError(
                     f"{self.shown} exists and holds {name}, {why}; move it away or choose another path."
                 )
@@ -263,7 +271,7 @@ class OutputFolder:
         for file in folder.rglob("*"):  # some writers make files that only their owner may read
             if not file.is_symlink():
                 file.chmod((0o777 if file.is_dir() else 0o666) & ~umask())
-        names = [name for name in files_in(folder) if name != MANIFEST]
+        names = [name for name in files_in(folder) if name != MANIFEST and name not in self._foreign]
         if self.names is not None and (odd := [name for name in names if name not in self.names]):
             raise ValueError(f"{odd[0]} was written, which was not announced: {', '.join(self.names)}.")
         earlier = read_manifest(self.path) if self.names is not None else {}
