@@ -87,18 +87,24 @@ class OutputFolder:
         self._known: dict[str, Stamp] = {}
         self._foreign: set[str] = set()
         self._done = False
-        self._made = names is not None and not self.path.exists()
+        self._made = False
 
     # -- before work
 
     def begin(self) -> OutputFolder:
         """Lock the folder and make sure that it can be written. Entering the context is the same."""
-        if self.path.exists() and not self.path.is_dir():
-            raise ForeignFileError(f"{self.shown} is a file, and a folder is to be written; choose another path.")
         try:
             try:
-                (self.path if self.names is not None else self.path.parent).mkdir(parents=True, exist_ok=True)
+                self.path.parent.mkdir(parents=True, exist_ok=True)
                 self._lock = self._locked()
+                # looked at only now: whoever held the lock may have been changing folders
+                if self.path.exists() and not self.path.is_dir():
+                    raise ForeignFileError(
+                        f"{self.shown} is a file, and a folder is to be written; choose another path."
+                    )
+                if self.names is not None and not self.path.exists():
+                    self.path.mkdir()
+                    self._made = True
                 self.work = self._work_folder()
             except (OutputBusyError, ForeignFileError):
                 raise
