@@ -78,6 +78,10 @@ def check_zeros(folder, other):
 SMALL = ("--steps", 3, "--batch-size", 2, "--length", 32)
 
 
+@pytest.mark.skipif(
+    torch.version.cuda is not None and not torch.cuda.is_available(),
+    reason="a torch with CUDA asks the driver that is not there",
+)
 def test_two_processes_with_one_gpu_prune_to_the_budget_on_the_cpu_and_keep_every_zero(place):
     arguments = ("-o", place / "two", "--text", place / "train.txt", *SMALL, "--sparsity", 0.7, "--samples", 8)
     said = torchrun(place / "one_gpu.py", "finetune_pruned.py", place / "pruned", *arguments)

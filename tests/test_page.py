@@ -1,7 +1,6 @@
 import json
 import re
 import sys
-from html.parser import HTMLParser
 
 import pytest
 
@@ -16,6 +15,7 @@ from optimum_dsa.tables import Table, block_table, compared, finalists_table, qu
 
 from .browser import Browser, find_chromium
 from .common import tiny_llama, tokens
+from .elements import Elements
 from .test_commands import run
 
 
@@ -43,18 +43,6 @@ def folders(tmp_path_factory):
 @pytest.fixture(scope="module")
 def outcomes(folders):
     return read_all([folders / "by-owl", folders / "by-uniform", folders / "found"])
-
-
-class Elements(HTMLParser):
-    """The tags of a page with their attributes."""
-
-    def __init__(self, text):
-        super().__init__()
-        self.found = []
-        self.feed(text)
-
-    def handle_starttag(self, tag, attributes):
-        self.found.append((tag, dict(attributes)))
 
 
 # -- what is read

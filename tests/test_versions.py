@@ -24,7 +24,13 @@ SETUP.read(ROOT / "setup.cfg")
 # what users install, and what only whoever works on it does
 RUNTIME = ("peft", "evaluate", "plots", "eval")
 # name of an import -> name of the distribution, where they differ
-DISTRIBUTIONS = {"lm_eval": "lm-eval", "huggingface_hub": "huggingface-hub", "PIL": "pillow"}
+DISTRIBUTIONS = {
+    "lm_eval": "lm-eval",
+    "huggingface_hub": "huggingface-hub",
+    "PIL": "pillow",
+    "markdown_it": "markdown-it-py",
+    "yaml": "pyyaml",
+}
 
 
 def requirements(*extras: str) -> dict[str, Requirement]:
@@ -77,18 +83,24 @@ def test_extras_for_work_ask_for_no_other_releases_than_those_for_users():
                 assert requirement.specifier == users[name].specifier, (extra, name)
 
 
-def test_everything_that_is_imported_is_asked_for():
-    imported = set()
-    for path in (ROOT / "optimum_dsa").rglob("*.py"):
+def imported(folder: str) -> set[str]:
+    """The distributions that the code in a folder of the checkout imports."""
+    names = set()
+    for path in (ROOT / folder).rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.Import):
-                imported |= {alias.name.partition(".")[0] for alias in node.names}
+                names |= {alias.name.partition(".")[0] for alias in node.names}
             elif isinstance(node, ast.ImportFrom) and not node.level:
-                imported.add(node.module.partition(".")[0])
-    foreign = imported - set(sys.stdlib_module_names) - {"optimum_dsa"}
-    assert {"numpy", "markupsafe", "torch"} <= foreign
-    asked = requirements(*RUNTIME).keys()
-    assert {canonicalize_name(DISTRIBUTIONS.get(name, name)) for name in foreign} <= asked
+                names.add(node.module.partition(".")[0])
+            elif isinstance(node, ast.Call) and ast.unparse(node.func) == "pytest.importorskip":
+                names.add(ast.literal_eval(node.args[0]).partition(".")[0])
+    foreign = names - set(sys.stdlib_module_names) - {"optimum_dsa", "tests"}
+    return {canonicalize_name(DISTRIBUTIONS.get(name, name)) for name in foreign}
+
+
+def test_everything_that_is_imported_is_asked_for():
+    assert {"numpy", "markupsafe", "torch"} <= imported("optimum_dsa") <= requirements(*RUNTIME).keys()
+    assert {"pytest", "markdown-it-py"} <= imported("tests") <= requirements("tests").keys()
 
 
 def test_python_is_the_same_everywhere():

@@ -84,7 +84,7 @@ def test_a_search_killed_ten_times_and_one_of_two_processes_end_as_an_undisturbe
 ONE_GPU = """
 torch.cuda.is_available, torch.cuda.device_count = lambda: True, lambda: 1
 from optimum_dsa.devices import own_device, process_state
-print(own_device(), process_state().backend)
+sys.stdout.write(f"works on {own_device()} {process_state().backend}\\n")  # in one piece, beside the other process
 """
 
 
@@ -95,5 +95,6 @@ def test_two_processes_that_see_one_gpu_search_on_the_cpu(tmp_path):
     (tmp_path / "two.py").write_text(begin + ONE_GPU + run)
     program(tmp_path / "plain.py", tmp_path / "plain")
     launcher = ("-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone")
-    assert program(tmp_path / "two.py", tmp_path / "two", launcher=launcher).split() == ["cpu", "gloo"] * 2
+    said = program(tmp_path / "two.py", tmp_path / "two", launcher=launcher)  # older ones of gloo print there too
+    assert said.count("works on cpu gloo") == said.count("works on") == 2
     assert trials(tmp_path / "two") == trials(tmp_path / "plain") != []

@@ -64,7 +64,7 @@ def test_the_winner_and_the_costs_are_saved(tmp_path):
     for name, figure in found.figures().items():
         picture = (tmp_path / "deep" / "out" / f"{name}.png").read_bytes()
         assert picture.startswith(b"\x89PNG")
-        width, height = (int.from_bytes(picture[start : start + 4]) for start in (16, 20))
+        width, height = (int.from_bytes(picture[start : start + 4], "big") for start in (16, 20))
         assert [width, height] == pytest.approx((200 * figure.get_size_inches()).tolist(), abs=1)
     found.save(tmp_path / "deep" / "out")
     assert found.figures().keys() == {"search", "allocation", "heatmap"}

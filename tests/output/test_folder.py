@@ -1,65 +1,17 @@
 """`OutputFolder`: whole or not at all, one writer, and nothing is deleted that was not written here."""
 
 import json
-import logging
 import os
-import shutil
 import signal
 import subprocess
-import sys
-import textwrap
-from pathlib import Path
 
 import pytest
 
-from optimum_dsa.common import output as module
 from optimum_dsa.common.lock import OutputBusyError
 from optimum_dsa.common.manifest import MANIFEST, record
-from optimum_dsa.common.output import ForeignFileError, OutputError, OutputFolder
+from optimum_dsa.common.output import ForeignFileError, OutputFolder
 
-
-def fill(**files):
-    """What fills a folder with files of this content; `__` in a name is a folder's end."""
-
-    def into(folder):
-        for name, content in files.items():
-            path = folder / name.replace("__", "/")
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(content)
-
-    return into
-
-
-def write(path, names=None, **files):
-    with OutputFolder(path, names) as output:
-        output.write(fill(**files))
-
-
-def content(folder):
-    """Every file under `folder` but manifests, by name."""
-    files = (path for path in folder.rglob("*") if path.is_file() and path.name != MANIFEST)
-    return {path.relative_to(folder).as_posix(): path.read_text() for path in files}
-
-
-def python(code, *arguments):
-    return [sys.executable, "-c", textwrap.dedent(code), *map(str, arguments)]
-
-
-@pytest.fixture(params=["renamed", "in place"])
-def out(request, tmp_path, monkeypatch):
-    """An output, also one that cannot be renamed, as a mount point cannot."""
-    path = tmp_path / "out"
-    if request.param == "in place":
-        rename = os.rename
-
-        def refuse(source, target):
-            if path in (source, target) and not str(target).startswith(f"{path}/"):
-                raise OSError(16, "Device or resource busy")
-            rename(source, target)
-
-        monkeypatch.setattr(module.os, "rename", refuse)
-        path.mkdir()
-    return path
+from .common import KILLED, content, fill, python, write
 
 
 # -- whole or not at all
@@ -83,38 +35,6 @@ def test_an_error_leaves_the_old_folder_and_nothing_else(out, tmp_path):
         fill(config="half")(output.result)
         raise RuntimeError
     assert content(tmp_path) == {"out/config": "old"} and {path.name for path in tmp_path.iterdir()} == {"out"}
-
-
-KILLED = """
-    import os, signal, sys
-    from pathlib import Path
-    from optimum_dsa.common import output as module
-
-    path, moment, place = sys.argv[1:]
-    def kill(*_): os.kill(os.getpid(), signal.SIGKILL)
-    def before(name):
-        real = getattr(module.os, name)
-        calls = []
-        def call(*arguments, **options):
-            if moment == f"{name} {len(calls)}" and working:
-                kill()
-            if working:
-                calls.append(name)
-            elif name == "rename" and place == "in place" and Path(path) in arguments:
-                raise OSError(16, "Device or resource busy")
-            return real(*arguments, **options)
-        setattr(module.os, name, call)
-    working = False
-    before("rename")
-    before("replace")
-    with module.OutputFolder(path) as output:
-        def fill(folder):
-            (folder / "config").write_text("new")
-            if moment == "filling": kill()
-            (folder / "weights").write_text("new")
-        working = True
-        output.write(fill)
-"""
 
 
 # the manifest is what is replaced first: from then on the result is whole
@@ -327,120 +247,3 @@ def test_many_writers_at_once_one_after_the_other_or_refused(tmp_path):
     assert all(process.returncode == 0 for process in processes) and sum(done) >= 1
     found = content(tmp_path / "out")
     assert found["a"] == found["b"] and {path.name for path in tmp_path.iterdir()} == {"out"}
-
-
-# -- what cannot be written is found before work
-
-
-def test_what_is_in_the_way_is_found_before_work(tmp_path):
-    (tmp_path / "file").write_text("x")
-    with pytest.raises(ForeignFileError, match="file is a file, and a folder is to be written"):
-        OutputFolder(tmp_path / "file").begin()
-    for path in (tmp_path / "file" / "out", tmp_path / "file" / "deep" / "out"):
-        with pytest.raises(OutputError, match="cannot be written.*choose another path"):
-            OutputFolder(path).begin()
-    (tmp_path / ".out.dsa-work").mkdir()
-    (tmp_path / ".out.dsa-work" / "thesis").write_text("x")
-    with pytest.raises(ForeignFileError, match="was not made by it"):
-        OutputFolder(tmp_path / "out").begin()
-    assert content(tmp_path) == {"file": "x", ".out.dsa-work/thesis": "x"}
-
-
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="a folder that nobody may write")
-def test_a_place_that_cannot_be_written_is_found_before_work():
-    with pytest.raises(OutputError, match="/proc/out cannot be written"):
-        OutputFolder("/proc/out").begin()
-
-
-def test_a_disk_without_room_is_found_before_work(tmp_path):
-    free = shutil.disk_usage(tmp_path).free
-    with OutputFolder(tmp_path / "out") as output:
-        output.require(free // 2)
-        with pytest.raises(OutputError, match=r"out needs [\d,]+ bytes, and [\d,]+ are free there"):
-            output.require(10 * free)
-
-
-@pytest.fixture
-def small_disk(tmp_path):
-    """A mounted disk of a megabyte, where the system lets one be made."""
-    (tmp_path / "disk").mkdir()
-    mounted = shutil.which("mount") and subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", tmp_path / "disk"], capture_output=True
-    )
-    if not mounted or mounted.returncode:
-        pytest.skip("no right to mount a disk")
-    yield tmp_path / "disk"
-    subprocess.run(["umount", tmp_path / "disk"], check=True)
-
-
-def test_a_mount_point_is_written_in_place(small_disk):
-    for number in "12":
-        write(small_disk, config=number, sub__weights=number)
-        assert content(small_disk) == {"config": number, "sub/weights": number}
-    assert small_disk.is_mount() and not (small_disk / ".dsa-work").exists()
-
-
-def test_a_result_that_finds_no_room_is_saved_elsewhere(small_disk, tmp_path, monkeypatch):
-    (tmp_path / "home").mkdir()
-    monkeypatch.chdir(tmp_path / "home")
-    write(small_disk / "out", config="old")
-    with pytest.raises(OutputError, match="could not be written .*The result is whole in (.*)") as caught:
-        write(small_disk / "out", weights="x" * 2**21)
-    safe = _named(caught)
-    assert content(safe) == {"weights": "x" * 2**21}
-    assert content(small_disk) == {"out/config": "old"}
-    shutil.rmtree(safe)
-
-
-def _named(caught):
-    return Path(str(caught.value).split("is whole in ")[1].rstrip("."))
-
-
-def test_a_result_that_cannot_be_put_in_place_stays_and_comes_with_the_next_call(tmp_path, monkeypatch):
-    out, rename = tmp_path / "out", os.rename
-    write(out, config="old")
-
-    def refuse(source, target):
-        if source == tmp_path / ".out.dsa-work" / "result":
-            raise PermissionError(13, "Permission denied")
-        rename(source, target)
-
-    with monkeypatch.context() as patched:
-        patched.setattr(module.os, "rename", refuse)
-        with pytest.raises(OutputError, match="could not be replaced") as caught:
-            write(out, config="new")
-    assert content(_named(caught)) == {"config": "new"}
-    OutputFolder(out).begin().__exit__(None, None, None)
-    assert content(tmp_path) == {"out/config": "new"}
-
-
-def test_a_finished_result_is_kept_where_strangers_bar_its_way(tmp_path):
-    out = tmp_path / "out"
-    write(out, config="old")
-    subprocess.run(python(KILLED, out, "rename 0", "renamed"))
-    (out / "thesis").write_text("x")
-    for _ in range(2):
-        with pytest.raises(ForeignFileError, match="result of an earlier run, which could not replace .* of thesis"):
-            OutputFolder(out).begin()
-    assert content(tmp_path)[".out.dsa-work/result/config"] == "new"
-    os.remove(out / "thesis")
-    OutputFolder(out).begin().__exit__(None, None, None)
-    assert content(tmp_path) == {"out/config": "new", "out/weights": "new"}
-
-
-# -- what a run that can be resumed keeps
-
-
-def test_a_rest_to_go_on_with_stays_until_the_result_is_there(out, tmp_path, caplog):
-    caplog.set_level(logging.WARNING)
-    with pytest.raises(KeyboardInterrupt), OutputFolder(out) as output:
-        (output.scratch("checkpoints") / "step-1").write_text("1")
-        raise KeyboardInterrupt
-    with pytest.raises(ForeignFileError, match="An interrupted run left checkpoints in .*resume it, or remove"):
-        OutputFolder(out).begin()
-    with OutputFolder(out, resume=True) as output:
-        assert content(output.scratch("checkpoints")) == {"step-1": "1"}
-        output.write(fill(config="1"))
-    assert content(tmp_path) == {"out/config": "1"} and {path.name for path in tmp_path.iterdir()} == {"out"}
-    with OutputFolder(out, resume=True) as output:
-        output.write(fill(config="2"))
