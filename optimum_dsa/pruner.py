@@ -93,7 +93,8 @@ class DSAPruner:
             pruner.report = pruner._restored = report
             pruner._description = found
             pruner._base = found["base_model"]
-            pruner._stored = path if not transformers_kwargs.get("subfolder") else None
+            # an adapter names its base by this alone
+            pruner._stored = None if transformers_kwargs.keys() & {"subfolder", "revision"} else path
         else:
             pruner._base = base_model(model, find_commit(path, **transformers_kwargs))
         return pruner

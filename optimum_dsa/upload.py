@@ -61,6 +61,8 @@ def collect(folder: str | Path) -> Upload:
     if not (path / CONFIG_NAME).is_file():
         raise FileNotFoundError(f"{path} holds no {CONFIG_NAME}; give the folder of a pruned model.")
     own_file(path / CONFIG_NAME, path)
+    if (path / "adapter_config.json").is_file():
+        raise ValueError(f"{path} holds an adapter, which has no zeros without its base; push the merged model.")
     outcome = Outcome.read(path)
     files: dict[str, Path | bytes] = {}
     left_out = []

@@ -125,13 +125,15 @@ class Ranked:
 
 
 def race(problem: Problem, candidates: Iterable[Candidate], keep: float = 0.34) -> Generator:
-    """Candidates meet growing numbers of common windows; after each rung the best share goes on.
+    """Candidates meet growing numbers of common windows; after each rung the best share goes on, if budget is left.
 
     Returns the ranking, best first: those that met more windows come before those that dropped out.
     """
     running = [Ranked(candidate, None) for candidate in candidates]
     out: list[Ranked] = []
     for number, stop in enumerate(problem.rungs):
+        if number and problem.over:
+            break  # what was met is a ranking, if a coarse one
         start = 0 if number == 0 else problem.rungs[number - 1]
         trials = yield [Request("loss", ranked.candidate, start, stop) for ranked in running]
         survivors = []

@@ -35,6 +35,8 @@ def evolution(problem: Problem, population: int = 16, parents: int = 6, immigran
     Generation 0 holds uniform, every named allocator, and random functions.
     """
     space, rng = problem.space, problem.rng
+    if problem.over and problem.start is not None:
+        return [problem.start]
     first = [UNIFORM, *map(Candidate, problem.named)]
     if problem.start is not None:
         first.append(problem.start)
@@ -85,14 +87,14 @@ def ramp(problem: Problem) -> Search:
     tried: dict[float, Ranked] = {}
 
     def evaluate(spreads: Iterable[float]) -> Generator:
-        fresh = [spread for spread in spreads if spread not in tried]
+        fresh = [spread for spread in spreads if spread not in tried and not problem.over]
         candidates = [Candidate("atp", spread) for spread in fresh]
         ranking = yield from race(problem.with_share(1.0), candidates, keep=1.0)
         tried.update({ranked.candidate.spread: ranked for ranked in ranking})
 
     yield from evaluate((0.0, 0.05, 0.1, 0.15, 0.2))
     step = 0.05
-    for _ in range(2):
+    for _ in range(2 if tried else 0):
         step /= 2
         center = min(tried, key=lambda spread: tried[spread].loss)
         yield from evaluate([round(s, 5) for s in (center - step, center + step) if s >= 0])

@@ -100,3 +100,9 @@ def test_without_matplotlib_the_card_has_no_pictures(hub, folder, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     push(folder)
     assert hub.content("me/tiny").keys() == FILES and "![" not in card(hub).text
+
+
+def test_an_adapter_is_not_sent_without_the_weights_under_it(folder):
+    (folder / "adapter_config.json").write_text("{}")
+    with pytest.raises(ValueError, match="holds an adapter, which has no zeros without its base"):
+        collect(folder)

@@ -175,6 +175,17 @@ def test_auto_hands_the_best_of_each_stage_to_the_next(problem):
     assert len(found) == 5
 
 
+def test_a_budget_that_the_names_spend_is_not_spent_again_by_what_would_follow(problem):
+    asked_for = problem(0.1)
+    loss = tilt(asked_for.resolver, 0.0)
+    found, asked = play(auto(asked_for), asked_for, loss, lambda counts: (1.0,) * len(counts))
+    kinds = {(request.kind, request.candidate.function, request.start, request.stop) for request in asked}
+    assert {kind for kind in kinds if kind[0] != "anchor"} == {
+        ("loss", name, 0, 1) for name in ("uniform", "owl", "dlp")
+    }
+    assert UNIFORM in found
+
+
 def test_strategies_that_try_no_names_say_so():
     without = {name for name in STRATEGIES if not STRATEGIES.fact(name, "named", True)}
     assert without == {"random", "exhaustive", "ramp"}
