@@ -59,7 +59,7 @@ __all__ = sorted(_PUBLIC)
 
 
 def _register_quantizer() -> None:
-    importlib.import_module(".quantizer", __name__).register()
+    importlib.import_module(".quantizer", __name__)  # registers itself, also where it is what imported transformers
 
 
 after_import("transformers.quantizers.auto", _register_quantizer)  # so that compressed checkpoints load

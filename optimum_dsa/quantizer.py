@@ -142,3 +142,6 @@ def register() -> None:
     if QUANT_METHOD not in AUTO_QUANTIZER_MAPPING:
         register_quantization_config(QUANT_METHOD)(DSAQuantizationConfig)
         register_quantizer(QUANT_METHOD)(DSAQuantizer)
+
+
+register()

@@ -58,7 +58,9 @@ def python(code, *arguments):
     )
 
 
-@pytest.mark.parametrize("order", ["optimum_dsa, transformers", "transformers.modeling_utils, optimum_dsa"])
+@pytest.mark.parametrize(
+    "order", ["optimum_dsa, transformers", "transformers.modeling_utils, optimum_dsa", "optimum_dsa.quantizer"]
+)
 def test_a_fresh_process_loads_it_after_an_import(compressed, order):
     code = f"""
         import sys
@@ -69,6 +71,7 @@ def test_a_fresh_process_loads_it_after_an_import(compressed, order):
     """
     done = python(code, *compressed[1:])
     assert done.stdout.split() == ["True", str(len(compressed[0].state_dict()))], done.stderr
+    assert "failed" not in done.stderr
 
 
 def test_without_the_import_the_error_says_what_to_install(compressed):
