@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 
-from .import_hook import after_import
+from .common.import_hook import after_import
 
 
 __version__ = "0.1.0"
@@ -50,7 +50,7 @@ _PUBLIC = {
     "perplexity_with_error": "evaluation",
     "prune": "pruning",
     "split_windows": "data",
-    "use_cpu": "devices",
+    "use_cpu": "common.devices",
     "verify": "verification",
     "walk_blocks": "calibration",
 }

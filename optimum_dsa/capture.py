@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers import Cache
 
 from .architecture import Stack, UnprunableError
-from .fences import is_placed, tensor_version
+from .common.fences import is_placed, tensor_version
 
 
 class _AllRecorded(Exception):

@@ -11,10 +11,10 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from .allocation import Allocation
+from .common.escaping import code_block, code_span, inline_markdown, one_line, table_cell
+from .common.installation import how_to_install
 from .configuration import DSAConfig
 from .description import seal_of
-from .escaping import code_block, code_span, inline_markdown, one_line, table_cell
-from .installation import how_to_install
 from .outcome import Outcome
 from .provenance import (
     calibration_source,

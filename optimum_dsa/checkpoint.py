@@ -9,13 +9,13 @@ from typing import Any
 
 from torch import nn
 
+from .common.fences import saved_by_shards, tied_names
 from .common.output import OutputFolder
+from .common.schema import violations
 from .conversion import compress_in_place
 from .description import describe, schema, write_description
-from .fences import saved_by_shards, tied_names
 from .offload import is_offloaded
 from .report import PruningReport
-from .schema import violations
 
 
 def save_checkpoint(

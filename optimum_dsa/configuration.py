@@ -10,15 +10,15 @@ from pathlib import Path
 from typing import Any
 
 from .allocation import ALLOCATIONS, Allocation, AllocationFunction, Allocator
-from .files import read_json, write_text
-from .installation import how_to_upgrade
+from .common.files import read_json, write_text
+from .common.installation import how_to_upgrade
+from .common.registry import near
+from .common.values import is_number
 from .masks import Pattern
 from .methods import METHODS, Method
 from .metrics import METRICS
 from .reconstruction import UPDATES
-from .registry import near
 from .statistics import DAMPING
-from .values import is_number
 
 
 CONFIG_NAME = "dsa_config.json"

@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from .allocation import ALLOCATIONS, AllocationFunction
+from .common.files import read_json, write_text
+from .common.installation import how_to_upgrade
+from .common.schema import violations
 from .configuration import CONFIG_NAME, FORMAT_VERSION
-from .files import read_json, write_text
-from .installation import how_to_upgrade
 from .report import PruningReport
-from .schema import violations
 
 
 PACKAGES = ("optimum-dsa", "torch", "transformers", "optimum", "accelerate", "datasets", "safetensors")

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from .allocation.layout import place, short_names
-from .escaping import one_line
-from .installation import how_to_install
+from .common.escaping import one_line
+from .common.installation import how_to_install
 
 
 if TYPE_CHECKING:

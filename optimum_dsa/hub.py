@@ -13,8 +13,8 @@ from huggingface_hub.utils import validate_repo_id
 
 from . import __version__
 from .card import base_repository, model_card
-from .fences import transport_error
-from .folder_files import WEIGHTS
+from .common.fences import transport_error
+from .common.folder_files import WEIGHTS
 from .upload import Upload, collect, count, pictures
 
 

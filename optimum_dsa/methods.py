@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from .common.registry import Registry
 from .metrics import METRICS
-from .registry import Registry
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from .registry import Registry
+from .common.registry import Registry
 
 
 if TYPE_CHECKING:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from .architecture import Block, UnprunableError, Weight
-from .fences import one_expert_at_a_time, tensor_version
+from .common.fences import one_expert_at_a_time, tensor_version
 from .statistics import LayerStatistics
 
 

@@ -9,14 +9,14 @@ from pathlib import Path
 from typing import Any
 
 from .allocation import Allocation
+from .common.escaping import one_line
+from .common.files import read_json
+from .common.folder_files import own_file
+from .common.values import is_real, is_whole, short
 from .configuration import CONFIG_NAME
 from .description import contradictions, read_description
-from .escaping import one_line
-from .files import read_json
-from .folder_files import own_file
 from .search.trace import SearchTrace
 from .shards import COMPRESSED
-from .values import is_real, is_whole, short
 from .verification import Verification
 
 

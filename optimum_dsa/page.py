@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 from . import __version__
 from .allocation.layout import grid
+from .common.escaping import visible
+from .common.files import write_text
 from .common.output import OutputFolder
-from .escaping import visible
-from .files import write_text
 from .outcome import Outcome, read_all
 from .plots import (
     allocation_chart,

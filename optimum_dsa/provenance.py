@@ -9,13 +9,13 @@ from pathlib import PurePosixPath, PureWindowsPath
 from typing import Any
 
 from .allocation import ALLOCATIONS, POST_PROCESS, PRE_PROCESS, REDUCTION, TRANSFORM, AllocationFunction
+from .common.escaping import one_line
+from .common.registry import Registry
 from .configuration import CONFIG_NAME, DSAConfig
 from .data import DATASETS
-from .escaping import one_line
 from .methods import METHODS
 from .metrics import METRICS
 from .reconstruction import UPDATES
-from .registry import Registry
 from .search.strategies import STRATEGIES
 
 

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .common.registry import Registry
 from .masks import Pattern, count_in_columns
-from .registry import Registry
 from .statistics import DAMPING, LayerStatistics
 
 

@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from .allocation import Allocation
+from .common.escaping import one_line
 from .configuration import DSAConfig
-from .escaping import one_line
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from .bitmask import LARGEST, Header, read_header
-from .files import read_json
+from .common.files import read_json
 
 
 DENSE, COMPRESSED = "model", "dsa_model"

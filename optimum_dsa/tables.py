@@ -9,8 +9,8 @@ from typing import Any
 
 from .allocation import Allocation
 from .allocation.layout import by_block, place
+from .common.escaping import inline_markdown, one_line, table_cell, visible
 from .description import seal_of
-from .escaping import inline_markdown, one_line, table_cell, visible
 from .outcome import Outcome
 from .plots import Measured, readable_bytes
 from .verification import SEALS

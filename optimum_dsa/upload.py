@@ -12,12 +12,12 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from .common.escaping import one_line
+from .common.files import read_json
+from .common.folder_files import OTHERS, TOKENIZER, WEIGHTS, is_part, own_file, own_files
 from .common.manifest import MANIFEST
 from .configuration import CONFIG_NAME
 from .description import checksum, report_from, seal_of
-from .escaping import one_line
-from .files import read_json
-from .folder_files import OTHERS, TOKENIZER, WEIGHTS, is_part, own_file, own_files
 from .loading import load_model
 from .outcome import Outcome
 from .provenance import last_part, without_places

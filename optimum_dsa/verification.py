@@ -12,8 +12,8 @@ from torch import nn
 from .allocation import split_count
 from .architecture import Architecture
 from .calibration import walk_blocks
+from .common.escaping import one_line
 from .description import contradictions, seal_of
-from .escaping import one_line
 from .masks import Pattern
 from .pruning import architecture_for
 from .report import PruningReport

@@ -16,9 +16,9 @@ import torch
 import transformers as tf
 from torch import Tensor, nn
 
-from optimum_dsa.fence_rows import DependencyError
+from optimum_dsa.common.fence_rows import DependencyError
 
-from .common import LOADS_COMPRESSED
+from .tiny import LOADS_COMPRESSED
 
 
 VOCABULARY = 97

@@ -13,7 +13,7 @@ from optimum_dsa import ALLOCATIONS, METHODS, UPDATES
 from optimum_dsa.commands.base import LeafCommand
 from optimum_dsa.demo import demo_model, demo_texts
 
-from .common import tiny_llama
+from .tiny import tiny_llama
 
 
 @pytest.fixture(scope="module")

@@ -18,7 +18,7 @@ from optimum_dsa.common.manifest import MANIFEST
 from optimum_dsa.conversion import QUANT_METHOD
 from optimum_dsa.shards import COMPRESSED, find_shards, index_name, packed_headers
 
-from .common import state, tiny_llama
+from .tiny import state, tiny_llama
 
 
 INDEX = index_name(COMPRESSED)

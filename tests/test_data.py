@@ -7,7 +7,7 @@ import torch
 from optimum_dsa import load_tokens, split_windows
 from optimum_dsa.data import DATASETS, Calibration, iterate_texts, load_calibration
 
-from .common import VOCABULARY, tiny_llama, tokens
+from .tiny import VOCABULARY, tiny_llama, tokens
 
 
 TEXTS = [f"line {index} of a text that is long enough to fill a window\n" * 4 for index in range(12)]

@@ -6,6 +6,7 @@ from dataclasses import fields
 import pytest
 
 from optimum_dsa import Allocation, DSAConfig, PruningReport
+from optimum_dsa.common.schema import KEYWORDS, violations
 from optimum_dsa.configuration import CONFIG_NAME, FORMAT_VERSION
 from optimum_dsa.description import (
     MIGRATIONS,
@@ -18,7 +19,6 @@ from optimum_dsa.description import (
     schema,
     write_description,
 )
-from optimum_dsa.schema import KEYWORDS, violations
 
 
 BASE = {"name": "some/model", "revision": None}

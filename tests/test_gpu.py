@@ -7,7 +7,7 @@ import torch
 
 from optimum_dsa import DSAConfig, DSAPruner
 
-from .common import tiny_llama, tokens
+from .tiny import tiny_llama, tokens
 
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")

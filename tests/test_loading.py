@@ -14,8 +14,8 @@ from optimum_dsa.limits import LAYERS, Contents, check_counts, read_contents, wi
 from optimum_dsa.loading import load_model
 from optimum_dsa.model_class import model_class
 
-from .common import same_state, state, tiny_llama
 from .conftest import FAMILIES
+from .tiny import same_state, state, tiny_llama
 
 
 @pytest.fixture

@@ -14,10 +14,10 @@ from optimum_dsa.common.output import OutputError, OutputFolder
 from optimum_dsa.demo import demo_model, demo_texts
 from optimum_dsa.recovery.trainer import DivergedError
 
-from .common import tiny_llama, tokens
 from .recovery.test_peft_method import same_zeros, sparse_llama, zeros
 from .recovery.test_run import regular, small
 from .test_commands import run
+from .tiny import tiny_llama, tokens
 
 
 def pruned_llama(sparsity=0.6):

@@ -6,7 +6,7 @@ from optimum_dsa import DSAPruner, load_tokens, perplexity, perplexity_with_erro
 from optimum_dsa.demo import demo_model, demo_texts
 from optimum_dsa.evaluation import window_losses
 
-from .common import tiny_llama, tokens
+from .tiny import tiny_llama, tokens
 
 
 evaluate = pytest.importorskip("evaluate")

@@ -7,7 +7,7 @@ import pytest
 from matplotlib.colors import to_hex
 
 from optimum_dsa import Allocation, Calibration, DSAConfig, SearchTrace
-from optimum_dsa.installation import how_to_install
+from optimum_dsa.common.installation import how_to_install
 from optimum_dsa.plots import (
     Measured,
     allocation_chart,
@@ -22,7 +22,7 @@ from optimum_dsa.search.run import search
 from optimum_dsa.search.space import Candidate
 from optimum_dsa.search.trace import Request, Trial
 
-from .common import tiny_llama, tokens
+from .tiny import tiny_llama, tokens
 
 
 SIZES = {"layers.0.q.weight": 10, "layers.0.up.weight": 30, "layers.1.q.weight": 10, "layers.1.up.weight": 30}

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from optimum_dsa import Allocation, DSAConfig, DSAPruner
 from optimum_dsa.demo import demo_model, demo_texts
 
-from .common import same_state, state, tiny_llama, tokens
+from .tiny import same_state, state, tiny_llama, tokens
 
 
 @pytest.fixture(scope="module")

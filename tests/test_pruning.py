@@ -11,7 +11,7 @@ from optimum_dsa.calibration import walk_blocks
 from optimum_dsa.pruning import allocation_needs_inputs, needs_gram, pruning_needs_inputs
 from optimum_dsa.statistics import CollectedStatistics
 
-from .common import VOCABULARY, same_state, state, tiny_llama, tokens
+from .tiny import VOCABULARY, same_state, state, tiny_llama, tokens
 
 
 def blocks_of(model):

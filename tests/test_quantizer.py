@@ -12,12 +12,12 @@ import transformers
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
 from optimum_dsa import DSAConfig, DSAPruner, prune
+from optimum_dsa.common.installation import how_to_install
 from optimum_dsa.conversion import MARK, convert
-from optimum_dsa.installation import how_to_install
 from optimum_dsa.shards import find_shards, packed_headers
 
-from .common import needs_compressed_loading, same_state, state, tiny_llama, tokens
 from .conftest import FAMILIES
+from .tiny import needs_compressed_loading, same_state, state, tiny_llama, tokens
 
 
 pytestmark = [pytest.mark.contract, needs_compressed_loading]

@@ -12,10 +12,10 @@ from safetensors.torch import load_file, save_file
 
 from optimum_dsa import DSAConfig, DSAPruner, convert
 from optimum_dsa.bitmask import LARGEST
-from optimum_dsa.files import LARGEST_JSON
+from optimum_dsa.common.files import LARGEST_JSON
 from optimum_dsa.shards import COMPRESSED, index_name, packed_headers
 
-from .common import tiny_llama
+from .tiny import tiny_llama
 
 
 INDEX = index_name(COMPRESSED)

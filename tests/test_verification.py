@@ -13,8 +13,8 @@ from optimum_dsa.demo import demo_model
 from optimum_dsa.description import read_description, write_description
 from optimum_dsa.shards import find_shards
 
-from .common import needs_compressed_loading, tiny_llama, tokens
 from .conftest import FAMILIES
+from .tiny import needs_compressed_loading, tiny_llama, tokens
 
 
 CONFIGS = {

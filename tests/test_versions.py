@@ -13,7 +13,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from packaging.version import Version
 
-from optimum_dsa.fence_rows import FENCES
+from optimum_dsa.common.fence_rows import FENCES
 
 
 ROOT = Path(__file__).parents[1]

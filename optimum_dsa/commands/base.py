@@ -30,9 +30,9 @@ class LeafCommand(BaseOptimumCLICommand):
         raise NotImplementedError
 
     def run(self) -> None:
-        from ..escaping import one_line
-        from ..fence_rows import DependencyError
-        from ..registry import UnknownNameError
+        from ..common.escaping import one_line
+        from ..common.fence_rows import DependencyError
+        from ..common.registry import UnknownNameError
 
         if hasattr(sys.stdout, "reconfigure"):
             sys.stdout.reconfigure(errors="replace")  # a terminal without our bars and signs shows ? and goes on
@@ -49,7 +49,7 @@ class LeafCommand(BaseOptimumCLICommand):
 
 def say(text: str) -> None:
     """Print a text that may hold names from a stranger's files: nothing in it moves the cursor or hides letters."""
-    from ..escaping import visible
+    from ..common.escaping import visible
 
     print(visible(text))
 
@@ -76,7 +76,7 @@ def loading_options(args) -> dict:
     """The `from_pretrained` arguments that `add_loading_options` asked for."""
     import torch
 
-    from ..devices import own_device
+    from ..common.devices import own_device
 
     options: dict = {"dtype": args.dtype}
     if args.dtype != "auto" and not isinstance(getattr(torch, args.dtype, None), torch.dtype):

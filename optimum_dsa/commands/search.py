@@ -61,8 +61,8 @@ strategy    named         uniform and every named allocator
         from pathlib import Path
         from shlex import quote
 
+        from ..common.devices import process_state
         from ..common.output import OutputFolder
-        from ..devices import process_state
         from ..pruner import DSAPruner
         from ..search.problem import parse_budget
         from ..search.result import RESULT_FILES, robustness_table

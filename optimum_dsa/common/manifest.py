@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from ..files import read_json, write_text
+from .files import read_json, write_text
 
 
 MANIFEST = "dsa_manifest.json"

@@ -27,7 +27,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-from ..files import umask, write_text
+from .files import umask, write_text
 from .lock import OutputBusyError, OutputLock
 from .manifest import MANIFEST, Stamp, entries, files_in, read_manifest, recognised, stamp, write_manifest
 

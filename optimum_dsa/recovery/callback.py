@@ -11,10 +11,10 @@ from typing import Any
 from torch import nn
 from transformers import TrainerCallback
 
+from ..common.fences import insert_callback
 from ..configuration import DSAConfig
 from ..data import Calibration, load_calibration
 from ..description import describe, write_description
-from ..fences import insert_callback
 from ..masks import Pattern
 from ..pruning import allocation_needs_inputs, needs_gram, prune, pruning_needs_inputs
 from ..report import PruningReport

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
-from ..registry import near
+from ..common.registry import near
 from .modes import MODES
 
 

@@ -11,7 +11,7 @@ from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from ..fences import check_adapter_arguments
+from ..common.fences import check_adapter_arguments
 from .held import keep_alive_
 from .modes import MODES
 from .product import Part, changed_weight, sparse_linear

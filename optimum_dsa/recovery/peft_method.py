@@ -12,7 +12,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from ..allocation import Allocation
-from ..fences import add_peft_type
+from ..common.fences import add_peft_type
 from .layer import SparseLoraLinear
 from .modes import MODES
 from .ranks import pattern_of, ranks_for

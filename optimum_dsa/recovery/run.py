@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from transformers import EarlyStoppingCallback, TrainingArguments, default_data_collator, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
+from ..common.installation import how_to_install
 from ..evaluation import perplexity
-from ..installation import how_to_install
 from ..loading import load_model
 from ..offload import is_offloaded
 from ..report import PruningReport

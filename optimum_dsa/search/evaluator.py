@@ -8,7 +8,7 @@ from typing import Any
 
 from accelerate.utils import gather_object
 
-from ..devices import process_state
+from ..common.devices import process_state
 from .objective import Objective
 from .resolve import Resolver
 from .trace import Request, Trial

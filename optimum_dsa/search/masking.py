@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..architecture import Architecture, Weight
-from ..fences import innermost_forward, parameters_in
+from ..common.fences import innermost_forward, parameters_in
 from ..offload import resident
 
 

@@ -11,10 +11,10 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from ..calibration import walk_blocks
+from ..common.fences import has_device_map
 from ..configuration import DSAConfig
 from ..data import Calibration
 from ..evaluation import check_tokens
-from ..fences import has_device_map
 from ..masks import Pattern, removal_order
 from ..metrics import METRICS
 from ..pruning import _pruning_reads, architecture_for, pruned

@@ -13,7 +13,7 @@ import re
 from collections.abc import Generator, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 
-from ..registry import Registry
+from ..common.registry import Registry
 from .resolve import Resolver
 from .space import Candidate, SearchSpace
 from .trace import Request, Trial

@@ -10,9 +10,9 @@ from pathlib import Path
 from statistics import correlation, mean, stdev
 
 from ..allocation import Allocation
+from ..common.files import write_text
 from ..common.output import OutputFolder
 from ..configuration import DSAConfig
-from ..files import write_text
 from .problem import Budget
 from .space import Candidate
 from .trace import SearchTrace

@@ -14,10 +14,10 @@ from huggingface_hub.utils import tqdm
 from torch import Tensor, nn
 
 from ..allocation import ALLOCATIONS, Allocation
+from ..common.devices import process_state, use_cpu
 from ..common.output import OutputFolder
 from ..configuration import DSAConfig
 from ..data import Calibration
-from ..devices import process_state, use_cpu
 from .evaluator import Evaluator
 from .objective import Objective
 from .problem import UNIFORM, Budget, Problem, parse_budget

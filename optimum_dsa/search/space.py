@@ -8,8 +8,8 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from ..allocation import ALLOCATIONS, POST_PROCESS, PRE_PROCESS, REDUCTION, TRANSFORM, AllocationFunction
-from ..registry import Registry
-from ..values import is_number, is_whole, short
+from ..common.registry import Registry
+from ..common.values import is_number, is_whole, short
 
 
 DSA = "https://github.com/lliai/DSA"

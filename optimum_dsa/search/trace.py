@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..files import parse_json
-from ..values import is_number, is_real, is_whole, short
+from ..common.files import parse_json
+from ..common.values import is_number, is_real, is_whole, short
 from .space import Candidate
 
 

@@ -15,8 +15,8 @@ from optimum_dsa.allocation import (
     Unit,
     fit_to_budget,
 )
+from optimum_dsa.common.registry import UnknownNameError
 from optimum_dsa.metrics import magnitude
-from optimum_dsa.registry import UnknownNameError
 
 
 def operations(table, most):

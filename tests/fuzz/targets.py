@@ -17,12 +17,12 @@ from optimum_dsa import Allocation, AllocationFunction, DSAConfig, DSAPruner, co
 from optimum_dsa.allocation.layout import by_block, grid
 from optimum_dsa.bitmask import LARGEST, pack, read_header, unpack
 from optimum_dsa.card import model_card
+from optimum_dsa.common.files import parse_json, read_json
 from optimum_dsa.common.manifest import MANIFEST, files_in, recognised
 from optimum_dsa.configuration import CONFIG_NAME
 from optimum_dsa.conversion import converted_config
 from optimum_dsa.data import Calibration
 from optimum_dsa.description import contradictions, read_description, report_from, seal_of
-from optimum_dsa.files import parse_json, read_json
 from optimum_dsa.limits import read_contents
 from optimum_dsa.loading import load_model
 from optimum_dsa.masks import Pattern
@@ -36,7 +36,7 @@ from optimum_dsa.shards import count_weights, find_shards, index_name, open_shar
 from optimum_dsa.tables import terminal
 from optimum_dsa.upload import collect
 
-from ..common import tiny_llama, tokens
+from ..tiny import tiny_llama, tokens
 from . import NAMED, mutations
 
 

@@ -5,8 +5,8 @@ import pytest
 
 from optimum_dsa import DSAConfig, DSAPruner
 
-from ..common import tiny_llama, tokens
 from ..hub_server import HubServer
+from ..tiny import tiny_llama, tokens
 
 
 @pytest.fixture

@@ -18,9 +18,9 @@ from optimum_dsa import DSAConfig, DSAPruner
 from optimum_dsa.demo import demo_model, demo_texts
 from optimum_dsa.hub import PushError
 
-from ..common import same_state, state, tiny_llama, tokens
 from ..hub_server import TOKEN, HubServer
 from ..test_commands import run
+from ..tiny import same_state, state, tiny_llama, tokens
 from .common import FILES, PLOTS, change, push, snapshot
 
 

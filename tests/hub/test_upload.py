@@ -8,8 +8,8 @@ from optimum_dsa.demo import demo_model
 from optimum_dsa.description import checksum, is_unchanged
 from optimum_dsa.upload import collect
 
-from ..common import same_state, state, tiny_llama, tokens
 from ..hub_server import TOKEN
+from ..tiny import same_state, state, tiny_llama, tokens
 from .common import FILES, PLOTS, card, change, push
 
 

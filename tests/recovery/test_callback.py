@@ -12,7 +12,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from optimum_dsa import DSACallback, DSAConfig, PruningSchedule, SparseLoraConfig, prune
 from optimum_dsa.recovery.sharding import refuse_sharded
 
-from ..common import tiny_llama, tokens
+from ..tiny import tiny_llama, tokens
 from .test_peft_method import same_zeros, sparse_llama, zeros
 
 

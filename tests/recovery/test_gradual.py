@@ -6,7 +6,7 @@ from optimum_dsa import DSAConfig, find_architecture, prune
 from optimum_dsa.recovery.gradual import prune_to
 from optimum_dsa.recovery.targets import count_zeros
 
-from ..common import tiny_llama, tokens
+from ..tiny import tiny_llama, tokens
 
 
 def zeros(model):

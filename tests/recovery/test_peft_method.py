@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 from optimum_dsa import MODES, Allocation, DSAConfig, SparseLoraConfig, prune
 from optimum_dsa.recovery.ranks import ranks_for
 
-from ..common import same_state, state, tiny_llama, tokens
+from ..tiny import same_state, state, tiny_llama, tokens
 
 
 pytestmark = pytest.mark.contract

@@ -11,12 +11,12 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 from optimum_dsa import DSAConfig, DSAPruner, PruningReport, RecoveryConfig, find_architecture
+from optimum_dsa.common.installation import how_to_install
 from optimum_dsa.demo import demo_model, demo_texts
-from optimum_dsa.installation import how_to_install
 from optimum_dsa.recovery.trainer import RecoveryTrainer, divergence
 
-from ..common import tiny_llama, tokens
 from ..test_commands import run
+from ..tiny import tiny_llama, tokens
 from .test_peft_method import same_zeros, sparse_llama, zeros
 
 

@@ -14,7 +14,7 @@ from optimum_dsa import (
     prune,
 )
 
-from ..common import tiny_llama
+from ..tiny import tiny_llama
 from .test_callback import removed, trainer_for
 from .test_peft_method import same_zeros, zeros
 

@@ -10,7 +10,7 @@ from optimum_dsa.search.enumeration import Enumeration, block_sizes, enumerate_s
 from optimum_dsa.search.resolve import Resolver
 from optimum_dsa.search.space import Candidate, SearchSpace
 
-from ..common import tiny_llama, tokens
+from ..tiny import tiny_llama, tokens
 
 
 SPACE = SearchSpace(

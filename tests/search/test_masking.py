@@ -7,7 +7,7 @@ from optimum_dsa.masks import Pattern, removal_order
 from optimum_dsa.search.masking import MaskedModel, quantise
 from optimum_dsa.search.objective import Objective
 
-from ..common import same_state, state, tiny_llama, tokens
+from ..tiny import same_state, state, tiny_llama, tokens
 
 
 @pytest.mark.parametrize("text", ["row", "matrix", "group:4", "group:3"])

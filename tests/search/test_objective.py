@@ -11,7 +11,7 @@ from optimum_dsa.search.masking import quantise
 from optimum_dsa.search.objective import ANCHOR_TOKENS, Objective, _change, _first, _parts, _rest
 from optimum_dsa.statistics import LayerStatistics
 
-from ..common import same_state, state, tiny_llama, tokens
+from ..tiny import same_state, state, tiny_llama, tokens
 
 
 VALIDATION = tokens(5, 16, seed=5)

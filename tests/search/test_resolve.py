@@ -7,7 +7,7 @@ from optimum_dsa import Allocation, AllocationFunction, Calibration, DSAConfig, 
 from optimum_dsa.search.resolve import Resolver
 from optimum_dsa.search.space import Candidate
 
-from ..common import same_state, state, tiny_llama, tokens
+from ..tiny import same_state, state, tiny_llama, tokens
 
 
 CALIBRATION = Calibration({"input_ids": tokens()}, "x")

@@ -17,7 +17,7 @@ from optimum_dsa.search.space import Candidate, SearchSpace
 from optimum_dsa.search.strategies import STRATEGIES
 from optimum_dsa.search.trace import Request, SearchTrace, Trial
 
-from ..common import same_state, state, tiny_llama, tokens
+from ..tiny import same_state, state, tiny_llama, tokens
 
 
 CALIBRATION = Calibration({"input_ids": tokens()}, "x")

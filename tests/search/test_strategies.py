@@ -13,7 +13,7 @@ from optimum_dsa.search.resolve import Resolver
 from optimum_dsa.search.space import Candidate, SearchSpace
 from optimum_dsa.search.strategies import STRATEGIES, auto, evolution, exhaustive, named, ramp, random_search
 
-from ..common import tiny_llama, tokens
+from ..tiny import tiny_llama, tokens
 from .toy import play
 
 

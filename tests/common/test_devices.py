@@ -9,8 +9,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from optimum_dsa import DSACallback, devices, use_cpu
-from optimum_dsa.devices import choose_device, own_device
+from optimum_dsa import DSACallback, use_cpu
+from optimum_dsa.common import devices
+from optimum_dsa.common.devices import choose_device, own_device
 
 
 @pytest.fixture

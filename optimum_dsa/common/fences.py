@@ -1,8 +1,8 @@
 """Every place where a dependency is touched beyond its documented API: guarded, explained, and held against releases.
 
-No other module reads a private attribute of a dependency; `tests/test_fences.py` looks. A row of `FENCES` says what is
-touched and why, the page "Dependencies" shows the rows, and tests marked `contract` hold them against the oldest and
-the newest releases.
+No other module reads a private attribute of a dependency; `tests/common/test_fences.py` looks. A row of `FENCES` says
+what is touched and why, the page "Dependencies" shows the rows, and tests marked `contract` hold them against the
+oldest and the newest releases.
 """
 
 from __future__ import annotations

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from optimum_dsa import installation
-from optimum_dsa.installation import how_to_install, how_to_upgrade, install_line
+from optimum_dsa.common import installation
+from optimum_dsa.common.installation import how_to_install, how_to_upgrade, install_line
 
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 # This package asked of an index by its name: "pip install optimum-dsa", 'pip install -U "optimum_dsa[plots]==0.1"',
 # and "install optimum-dsa[peft]"; not a wheel's file name, nor prose that goes on: "install optimum-dsa from a wheel".
 FROM_AN_INDEX = re.compile(

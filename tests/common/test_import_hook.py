@@ -3,7 +3,7 @@ import sys
 
 import pytest
 
-from optimum_dsa.import_hook import after_import
+from optimum_dsa.common.import_hook import after_import
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from huggingface_hub import constants
 
-from .common.manifest import files_in
+from .manifest import files_in
 
 
 WEIGHTS = ("*.safetensors", "*.safetensors.index.json")

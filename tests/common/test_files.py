@@ -1,4 +1,4 @@
-from optimum_dsa.files import write_text
+from optimum_dsa.common.files import write_text
 
 
 def test_a_file_is_replaced_whole(tmp_path):

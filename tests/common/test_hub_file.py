@@ -3,10 +3,10 @@
 import pytest
 
 from optimum_dsa import DSAConfig, DSAPruner
+from optimum_dsa.common.hub_file import hub_commit, hub_file
 from optimum_dsa.description import read_description
-from optimum_dsa.hub_file import hub_commit, hub_file
 
-from ..common import tiny_llama
+from ..tiny import tiny_llama
 
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"

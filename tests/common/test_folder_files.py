@@ -7,13 +7,13 @@ from pathlib import Path
 import pytest
 
 from optimum_dsa import DSAConfig, DSAPruner, convert
+from optimum_dsa.common.folder_files import own_file, own_files
 from optimum_dsa.demo import demo_model
-from optimum_dsa.folder_files import own_file, own_files
 from optimum_dsa.outcome import Outcome
 from optimum_dsa.page import write_report
 from optimum_dsa.upload import collect
 
-from .common import tiny_llama
+from ..tiny import tiny_llama
 
 
 SENT = [

@@ -1,6 +1,6 @@
 import pytest
 
-from optimum_dsa.registry import Registry, UnknownNameError
+from optimum_dsa.common.registry import Registry, UnknownNameError
 
 
 @pytest.fixture
