@@ -42,7 +42,7 @@ _PUBLIC = {
     "allocate": "pruning",
     "convert": "conversion",
     "evaluate_tasks": "tasks",
-    "find_architecture": "architecture",
+    "find_architecture": "model.architecture",
     "fit_to_budget": "allocation",
     "load_calibration": "data",
     "load_tokens": "data",
@@ -52,7 +52,7 @@ _PUBLIC = {
     "split_windows": "data",
     "use_cpu": "common.devices",
     "verify": "verification",
-    "walk_blocks": "calibration",
+    "walk_blocks": "model.walk",
 }
 
 __all__ = sorted(_PUBLIC)

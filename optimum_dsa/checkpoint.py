@@ -14,7 +14,7 @@ from .common.output import OutputFolder
 from .common.schema import violations
 from .conversion import compress_in_place
 from .description import describe, schema, write_description
-from .offload import is_offloaded
+from .model.offload import is_offloaded
 from .report import PruningReport
 
 

@@ -17,8 +17,8 @@ from .common.values import is_number
 from .masks import Pattern
 from .methods import METHODS, Method
 from .metrics import METRICS
+from .model.statistics import DAMPING
 from .reconstruction import UPDATES
-from .statistics import DAMPING
 
 
 CONFIG_NAME = "dsa_config.json"

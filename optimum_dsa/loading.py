@@ -22,7 +22,7 @@ from .configuration import CONFIG_NAME
 from .conversion import QUANT_METHOD
 from .description import Description, read_description
 from .limits import Contents, check_counts, read_contents, within
-from .model_class import model_class
+from .model.model_class import model_class
 from .shards import COMPRESSED, DENSE, find_shards, index_files, index_name
 
 

@@ -15,7 +15,7 @@ from .common.registry import Registry
 
 
 if TYPE_CHECKING:
-    from .statistics import LayerStatistics
+    from .model.statistics import LayerStatistics
 
 # The fact `reads` says what a metric needs of calibration: "nothing", "inputs" (the default) or "gram" (X·Xᵀ).
 METRICS = Registry("metric")

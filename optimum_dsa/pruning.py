@@ -11,16 +11,16 @@ from huggingface_hub.utils import tqdm
 from torch import Tensor, nn
 
 from .allocation import Allocation, Unit, fit_to_budget, fit_to_levels, fit_to_matrices, split_count
-from .architecture import Architecture, Weight, find_architecture
-from .calibration import WalkedBlock, walk_blocks
-from .capture import feed
 from .configuration import DSAConfig
 from .data import Calibration, load_calibration
 from .masks import Pattern
 from .metrics import METRICS
+from .model.architecture import Architecture, Weight, find_architecture
+from .model.calls import feed
+from .model.statistics import CollectedStatistics, LayerStatistics
+from .model.walk import WalkedBlock, walk_blocks
 from .reconstruction import UPDATES, Choice
 from .report import PruningReport
-from .statistics import CollectedStatistics, LayerStatistics
 
 
 logger = logging.getLogger(__name__)

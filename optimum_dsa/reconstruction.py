@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .common.registry import Registry
 from .masks import Pattern, count_in_columns
-from .statistics import DAMPING, LayerStatistics
+from .model.statistics import DAMPING, LayerStatistics
 
 
 # The fact `reads` says what an update needs of calibration: "nothing" (the default) or "gram" (X·Xᵀ).

@@ -10,11 +10,11 @@ import torch
 from torch import nn
 
 from .allocation import split_count
-from .architecture import Architecture
-from .calibration import walk_blocks
 from .common.escaping import one_line
 from .description import contradictions, seal_of
 from .masks import Pattern
+from .model.architecture import Architecture
+from .model.walk import walk_blocks
 from .pruning import architecture_for
 from .report import PruningReport
 

@@ -5,9 +5,9 @@ from contextlib import contextmanager
 
 import torch
 
-from optimum_dsa.architecture import find_architecture
-from optimum_dsa.calibration import walk_blocks
-from optimum_dsa.capture import feed
+from optimum_dsa.model.architecture import find_architecture
+from optimum_dsa.model.calls import feed
+from optimum_dsa.model.walk import walk_blocks
 
 
 class Inputs(dict):

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from optimum_dsa.metrics import METRICS
-from optimum_dsa.statistics import LayerStatistics
+from optimum_dsa.model.statistics import LayerStatistics
 
 
 @pytest.fixture

@@ -7,9 +7,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from optimum_dsa import ALLOCATIONS, METHODS, Allocation, DSAConfig, allocate, find_architecture, prune
-from optimum_dsa.calibration import walk_blocks
+from optimum_dsa.model.statistics import CollectedStatistics
+from optimum_dsa.model.walk import walk_blocks
 from optimum_dsa.pruning import allocation_needs_inputs, needs_gram, pruning_needs_inputs
-from optimum_dsa.statistics import CollectedStatistics
 
 from .tiny import VOCABULARY, same_state, state, tiny_llama, tokens
 

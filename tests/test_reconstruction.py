@@ -3,8 +3,8 @@ import torch
 
 from optimum_dsa.masks import Pattern
 from optimum_dsa.metrics import METRICS
+from optimum_dsa.model.statistics import LayerStatistics
 from optimum_dsa.reconstruction import UPDATES, Choice
-from optimum_dsa.statistics import LayerStatistics
 
 
 def problem(rows=12, columns=32, seed=0):

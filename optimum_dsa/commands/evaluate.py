@@ -70,12 +70,12 @@ boolq,rte,hellaswag,winogrande,arc_easy,arc_challenge,openbookqa.
 
     def measure(self, model: str):
         """The `Measured` of one model."""
-        from ..architecture import find_architecture
-        from ..calibration import walk_blocks
         from ..comparison import Measured
         from ..data import default_length, load_tokens
         from ..data import describe as name_of
         from ..evaluation import perplexity_with_error
+        from ..model.architecture import find_architecture
+        from ..model.walk import walk_blocks
         from ..pruner import DSAPruner
         from ..tasks import evaluate_tasks
 

@@ -46,7 +46,7 @@ def version_of(package: str) -> str:
         return "(not installed)"
 
 
-_OFFLOAD = "tests/test_offload.py"
+_OFFLOAD = "tests/model/test_offload.py"
 _QUANTIZER = "tests/test_quantizer.py"
 _PEFT = "tests/recovery/test_peft_method.py"
 
@@ -57,7 +57,7 @@ FENCES = {
         "Tensor._version",
         "it tells whether a tensor was changed in place between two blocks",
         "capture, observation",
-        "tests/test_calibration.py",
+        "tests/model/test_walk.py",
     ),
     "module parameters": Fence(
         "torch",
@@ -108,14 +108,14 @@ FENCES = {
         "PreTrainedModel.all_tied_weights_keys",
         "tied weights are pruned once and written back under all their names",
         "architecture, checkpoint, offload",
-        "tests/test_architecture.py",
+        "tests/model/test_architecture.py",
     ),
     "experts": Fence(
         "transformers",
         "PretrainedConfig._experts_implementation",
         "statistics of each expert need the loop over them, and set_experts_implementation changes whole models only",
         "observation",
-        "tests/test_calibration.py",
+        "tests/model/test_walk.py",
     ),
     "quantizer": Fence(
         "transformers",

@@ -11,9 +11,9 @@ from torch import nn
 
 from ..allocation import Allocation
 from ..allocation.budget import fit_counts, split_count
-from ..architecture import Architecture
 from ..configuration import DSAConfig
 from ..data import Calibration
+from ..model.architecture import Architecture
 from ..pruning import allocate, architecture_for, prune
 from ..report import PruningReport
 from .targets import count_zeros, plain_name

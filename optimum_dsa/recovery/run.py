@@ -17,7 +17,7 @@ from transformers.trainer_utils import get_last_checkpoint
 from ..common.installation import how_to_install
 from ..evaluation import perplexity
 from ..loading import load_model
-from ..offload import is_offloaded
+from ..model.offload import is_offloaded
 from ..report import PruningReport
 from .callback import DSACallback
 from .configuration import RecoveryConfig

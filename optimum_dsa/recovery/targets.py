@@ -13,10 +13,10 @@ import torch
 from torch import nn
 
 from ..allocation import Allocation
-from ..architecture import Architecture, find_architecture, find_stacks
 from ..checkpoint import base_model
 from ..configuration import CONFIG_NAME, DSAConfig
 from ..description import read_description, report_from
+from ..model.architecture import Architecture, find_architecture, find_stacks
 from ..report import PruningReport
 
 

@@ -8,9 +8,9 @@ from contextlib import ExitStack, contextmanager
 import torch
 from torch import Tensor, nn
 
-from ..architecture import Architecture, Weight
 from ..common.fences import innermost_forward, parameters_in
-from ..offload import resident
+from ..model.architecture import Architecture, Weight
+from ..model.offload import resident
 
 
 LEVELS = 1 << 16

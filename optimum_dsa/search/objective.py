@@ -10,15 +10,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from ..calibration import walk_blocks
 from ..common.fences import has_device_map
 from ..configuration import DSAConfig
 from ..data import Calibration
 from ..evaluation import check_tokens
 from ..masks import Pattern, removal_order
 from ..metrics import METRICS
+from ..model.statistics import LayerStatistics
+from ..model.walk import walk_blocks
 from ..pruning import _pruning_reads, architecture_for, pruned
-from ..statistics import LayerStatistics
 from .masking import MaskedModel, quantise
 
 

@@ -19,13 +19,13 @@ from ..allocation import (
     fit_to_matrices,
     split_count,
 )
-from ..architecture import Architecture, Weight
-from ..calibration import walk_blocks
 from ..configuration import DSAConfig
 from ..data import Calibration
 from ..metrics import METRICS
-from ..offload import resident
-from ..statistics import LayerStatistics
+from ..model.architecture import Architecture, Weight
+from ..model.offload import resident
+from ..model.statistics import LayerStatistics
+from ..model.walk import walk_blocks
 from .space import Candidate, _parsed
 from .summary import ScoreSummary
 

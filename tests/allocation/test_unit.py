@@ -2,7 +2,7 @@ import torch
 
 from optimum_dsa.allocation import Unit
 from optimum_dsa.metrics import magnitude, wanda
-from optimum_dsa.statistics import LayerStatistics
+from optimum_dsa.model.statistics import LayerStatistics
 
 
 def unit(metric=magnitude):

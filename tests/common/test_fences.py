@@ -182,7 +182,7 @@ def test_a_plain_module_has_no_ties_and_no_hooks():
 
 
 def test_weights_that_nobody_knows_the_place_of_are_an_error():
-    from optimum_dsa.offload import resident
+    from optimum_dsa.model.offload import resident
 
     model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2, device="meta"))
     with resident(model, ["0"]):

@@ -6,10 +6,10 @@ import torch
 from optimum_dsa import Calibration, DSAConfig, perplexity
 from optimum_dsa.masks import Pattern, removal_order
 from optimum_dsa.metrics import METRICS
+from optimum_dsa.model.statistics import LayerStatistics
 from optimum_dsa.pruning import pruned
 from optimum_dsa.search.masking import quantise
 from optimum_dsa.search.objective import ANCHOR_TOKENS, Objective, _change, _first, _parts, _rest
-from optimum_dsa.statistics import LayerStatistics
 
 from ..tiny import same_state, state, tiny_llama, tokens
 

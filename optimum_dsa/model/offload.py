@@ -10,7 +10,7 @@ from accelerate.hooks import AlignDevicesHook
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from .common.fences import (
+from ..common.fences import (
     check_unhooked,
     hooks_of,
     in_memory,

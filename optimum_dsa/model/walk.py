@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from .architecture import Architecture, Block, Stack, UnprunableError, Weight
-from .capture import BlockCalls, capture_calls, check_calls, run_behind
-from .observation import Observer, observing
+from .calls import BlockCalls, capture_calls, check_calls, run_behind
+from .observer import Observer, observing
 from .offload import resident
 from .statistics import CollectedStatistics, LayerStatistics
 

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from ..common.fences import one_expert_at_a_time, tensor_version
 from .architecture import Block, UnprunableError, Weight
-from .common.fences import one_expert_at_a_time, tensor_version
 from .statistics import LayerStatistics
 
 

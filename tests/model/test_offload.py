@@ -16,15 +16,15 @@ import transformers
 from safetensors import safe_open
 
 from optimum_dsa import DSAConfig, DSAPruner
-from optimum_dsa.architecture import find_architecture, find_stacks
-from optimum_dsa.calibration import walk_blocks
-from optimum_dsa.capture import feed
-from optimum_dsa.offload import is_offloaded, resident
+from optimum_dsa.model.architecture import find_architecture, find_stacks
+from optimum_dsa.model.calls import feed
+from optimum_dsa.model.offload import is_offloaded, resident
+from optimum_dsa.model.walk import walk_blocks
 
-from .conftest import FAMILIES
+from ..conftest import FAMILIES
 
 
-BENCHMARK = Path(__file__).parents[1] / "examples" / "benchmarks" / "larger_than_memory.py"
+BENCHMARK = Path(__file__).parents[2] / "examples" / "benchmarks" / "larger_than_memory.py"
 CONFIG = DSAConfig(0.5, batch_size=4)
 
 # untied; tied; tied, with transposed weights; fused experts that are stored apart; two stacks, tied

@@ -2,8 +2,8 @@ import pytest
 import torch
 from torch import nn
 
-from optimum_dsa.architecture import UnprunableError, find_architecture
-from optimum_dsa.observation import Observer
+from optimum_dsa.model.architecture import UnprunableError, find_architecture
+from optimum_dsa.model.observer import Observer
 
 
 @pytest.fixture

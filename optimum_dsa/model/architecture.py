@@ -16,8 +16,8 @@ from itertools import accumulate
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from .common.fences import tied_names
-from .common.registry import near
+from ..common.fences import tied_names
+from ..common.registry import near
 
 
 logger = logging.getLogger(__name__)

@@ -3,7 +3,7 @@ import logging
 import pytest
 import torch
 
-from optimum_dsa.statistics import CollectedStatistics, LayerStatistics
+from optimum_dsa.model.statistics import CollectedStatistics, LayerStatistics
 
 
 def data(rows=40, columns=6, seed=0):
@@ -104,7 +104,7 @@ def test_new_inputs_or_another_damping_make_a_new_factor():
 
 @pytest.mark.parametrize("chunk", [4, 20, 60])
 def test_many_inputs_are_summed_part_by_part_as_at_once(chunk, monkeypatch):
-    monkeypatch.setattr("optimum_dsa.statistics.CHUNK", chunk)
+    monkeypatch.setattr("optimum_dsa.model.statistics.CHUNK", chunk)
     rows = data(37)
     for gram in (False, True):
         stats = LayerStatistics(6, with_gram=gram)

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 from transformers import Cache
 
+from ..common.fences import is_placed, tensor_version
 from .architecture import Stack, UnprunableError
-from .common.fences import is_placed, tensor_version
 
 
 class _AllRecorded(Exception):

@@ -9,10 +9,10 @@ import transformers as tf
 from torch import nn
 
 from optimum_dsa import DSAConfig, DSAPruner
-from optimum_dsa.architecture import UnprunableError, find_architecture, find_stacks
-from optimum_dsa.calibration import walk_blocks
+from optimum_dsa.model.architecture import UnprunableError, find_architecture, find_stacks
+from optimum_dsa.model.walk import walk_blocks
 
-from .conftest import FAMILIES, VOCABULARY
+from ..conftest import FAMILIES, VOCABULARY
 
 
 def parameter_names(architecture):
