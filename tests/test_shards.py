@@ -8,7 +8,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from optimum_dsa.bitmask import pack
+from optimum_dsa.packed.bitmask import pack
 from optimum_dsa.shards import (
     Shards,
     ShardWriter,

@@ -23,7 +23,7 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from optimum_dsa import DSAConfig, DSAPruner, convert
-from optimum_dsa.bitmask import pack, unpack
+from optimum_dsa.packed.bitmask import pack, unpack
 from optimum_dsa.shards import find_shards, packed_headers
 
 

@@ -15,7 +15,6 @@ import torch
 
 from optimum_dsa import Allocation, AllocationFunction, DSAConfig, DSAPruner, convert
 from optimum_dsa.allocation.layout import by_block, grid
-from optimum_dsa.bitmask import LARGEST, pack, read_header, unpack
 from optimum_dsa.card import model_card
 from optimum_dsa.common.files import parse_json, read_json
 from optimum_dsa.common.manifest import MANIFEST, files_in, recognised
@@ -27,6 +26,7 @@ from optimum_dsa.limits import read_contents
 from optimum_dsa.loading import load_model
 from optimum_dsa.masks import Pattern
 from optimum_dsa.outcome import Outcome
+from optimum_dsa.packed.bitmask import LARGEST, pack, read_header, unpack
 from optimum_dsa.page import page
 from optimum_dsa.search.problem import parse_budget
 from optimum_dsa.search.run import search

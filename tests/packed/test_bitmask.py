@@ -3,7 +3,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from optimum_dsa.bitmask import (
+from optimum_dsa.packed.bitmask import (
     CHUNK,
     DIMENSIONS,
     LARGEST,
