@@ -7,7 +7,7 @@ from pathlib import Path
 from torch import nn
 
 from .loading import find_description
-from .report import PruningReport
+from .pruning.report import PruningReport
 
 
 def has_adapters(model: nn.Module) -> bool:

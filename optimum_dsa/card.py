@@ -10,10 +10,8 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from .allocation import Allocation
 from .common.escaping import code_block, code_span, inline_markdown, one_line, table_cell
 from .common.installation import how_to_install
-from .configuration import DSAConfig
 from .description import seal_of
 from .outcome import Outcome
 from .provenance import (
@@ -26,6 +24,8 @@ from .provenance import (
     papers,
     without_places,
 )
+from .pruning.allocation import Allocation
+from .pruning.configuration import DSAConfig
 from .tables import Table, block_table, describe_text, limits, percent, text_of
 from .verification import SEALS
 

@@ -15,7 +15,7 @@ from .common.schema import violations
 from .conversion import compress_in_place
 from .description import describe, schema, write_description
 from .model.offload import is_offloaded
-from .report import PruningReport
+from .pruning.report import PruningReport
 
 
 def save_checkpoint(

@@ -10,10 +10,10 @@ from pathlib import Path
 from shlex import quote
 
 from .common.output import OutputFolder
-from .configuration import DSAConfig
 from .data import load_tokens
 from .evaluation import perplexity
 from .pruner import DSAPruner
+from .pruning.configuration import DSAConfig
 
 
 LENGTH = 256

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from . import __version__
-from .allocation.layout import grid
 from .common.escaping import visible
 from .common.files import write_text
 from .common.output import OutputFolder
@@ -23,6 +22,7 @@ from .plots import (
     short_number,
     training_curves,
 )
+from .pruning.allocation.layout import grid
 from .svg import inline_svg
 from .tables import (
     block_table,

@@ -12,8 +12,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from .allocation import Allocation
-from .allocation.layout import by_block, grid, short_names
 from .drawing import (
     FIRST,
     INK,
@@ -29,6 +27,8 @@ from .drawing import (
     plain,
     styles,
 )
+from .pruning.allocation import Allocation
+from .pruning.allocation.layout import by_block, grid, short_names
 
 
 if TYPE_CHECKING:

@@ -8,14 +8,14 @@ from collections.abc import Mapping
 from pathlib import PurePosixPath, PureWindowsPath
 from typing import Any
 
-from .allocation import ALLOCATIONS, POST_PROCESS, PRE_PROCESS, REDUCTION, TRANSFORM, AllocationFunction
 from .common.escaping import one_line
 from .common.registry import Registry
-from .configuration import CONFIG_NAME, DSAConfig
 from .data import DATASETS
-from .methods import METHODS
-from .metrics import METRICS
-from .reconstruction import UPDATES
+from .pruning.allocation import ALLOCATIONS, POST_PROCESS, PRE_PROCESS, REDUCTION, TRANSFORM, AllocationFunction
+from .pruning.configuration import CONFIG_NAME, DSAConfig
+from .pruning.unstructured.methods import METHODS
+from .pruning.unstructured.metrics import METRICS
+from .pruning.unstructured.updates import UPDATES
 from .search.strategies import STRATEGIES
 
 

@@ -13,17 +13,17 @@ import torch
 from torch import Tensor, nn
 
 from .adapter_base import check_base, has_adapters
-from .allocation import Allocation
 from .checkpoint import base_model, save_checkpoint
 from .common.escaping import one_line
 from .common.output import OutputFolder
-from .configuration import DSAConfig
 from .data import Calibration, load_calibration
 from .description import Description, is_unchanged, report_from
 from .loading import find_commit, find_description, load_model, load_tokenizer
 from .model.walk import walk_blocks
-from .pruning import allocate, allocation_needs_inputs, architecture_for, prune, pruning_needs_inputs
-from .report import PruningReport
+from .pruning.allocation import Allocation
+from .pruning.configuration import DSAConfig
+from .pruning.prune import allocate, allocation_needs_inputs, architecture_for, prune, pruning_needs_inputs
+from .pruning.report import PruningReport
 from .verification import Verification, verify
 
 

@@ -16,11 +16,11 @@ from .common.escaping import one_line
 from .common.files import read_json
 from .common.folder_files import OTHERS, TOKENIZER, WEIGHTS, is_part, own_file, own_files
 from .common.manifest import MANIFEST
-from .configuration import CONFIG_NAME
 from .description import checksum, report_from, seal_of
 from .loading import load_model
 from .outcome import Outcome
 from .provenance import last_part, without_places
+from .pruning.configuration import CONFIG_NAME
 from .verification import verify
 
 

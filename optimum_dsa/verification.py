@@ -9,14 +9,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from .allocation import split_count
 from .common.escaping import one_line
 from .description import contradictions, seal_of
-from .masks import Pattern
 from .model.architecture import Architecture
 from .model.walk import walk_blocks
-from .pruning import architecture_for
-from .report import PruningReport
+from .pruning.allocation import split_count
+from .pruning.prune import architecture_for
+from .pruning.report import PruningReport
+from .pruning.unstructured.patterns import Pattern
 
 
 # What a checksum tells of the file; of one that is as it was written, nothing needs to be said.

@@ -7,7 +7,6 @@ import pytest
 
 from optimum_dsa import Allocation, DSAConfig, PruningReport
 from optimum_dsa.common.schema import KEYWORDS, violations
-from optimum_dsa.configuration import CONFIG_NAME, FORMAT_VERSION
 from optimum_dsa.description import (
     MIGRATIONS,
     DescriptionError,
@@ -19,6 +18,7 @@ from optimum_dsa.description import (
     schema,
     write_description,
 )
+from optimum_dsa.pruning.configuration import CONFIG_NAME, FORMAT_VERSION
 
 
 BASE = {"name": "some/model", "revision": None}

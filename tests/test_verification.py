@@ -8,9 +8,9 @@ import pytest
 from torch import arange
 
 from optimum_dsa import Allocation, DSAConfig, DSAPruner, convert, prune, verify
-from optimum_dsa.configuration import CONFIG_NAME
 from optimum_dsa.demo import demo_model
 from optimum_dsa.description import read_description, write_description
+from optimum_dsa.pruning.configuration import CONFIG_NAME
 from optimum_dsa.shards import find_shards
 
 from .conftest import FAMILIES

@@ -106,7 +106,7 @@ def asked_config(args):
     """The `DSAConfig` that the options ask for, on top of `--config` where there is one."""
     from dataclasses import fields
 
-    from ..configuration import DSAConfig
+    from ..pruning.configuration import DSAConfig
 
     asked = {
         field.name: value for field in fields(DSAConfig) if (value := getattr(args, field.name, None)) is not None

@@ -12,12 +12,12 @@ from torch import nn
 from transformers import TrainerCallback
 
 from ..common.fences import insert_callback
-from ..configuration import DSAConfig
 from ..data import Calibration, load_calibration
 from ..description import describe, write_description
-from ..masks import Pattern
-from ..pruning import allocation_needs_inputs, needs_gram, prune, pruning_needs_inputs
-from ..report import PruningReport
+from ..pruning.configuration import DSAConfig
+from ..pruning.prune import allocation_needs_inputs, needs_gram, prune, pruning_needs_inputs
+from ..pruning.report import PruningReport
+from ..pruning.unstructured.patterns import Pattern
 from .gradual import prune_to
 from .held import HeldZeros
 from .running import RunningStatistics

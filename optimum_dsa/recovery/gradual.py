@@ -9,13 +9,13 @@ from dataclasses import replace
 import torch
 from torch import nn
 
-from ..allocation import Allocation
-from ..allocation.budget import fit_counts, split_count
-from ..configuration import DSAConfig
 from ..data import Calibration
 from ..model.architecture import Architecture
-from ..pruning import allocate, architecture_for, prune
-from ..report import PruningReport
+from ..pruning.allocation import Allocation
+from ..pruning.allocation.budget import fit_counts, split_count
+from ..pruning.configuration import DSAConfig
+from ..pruning.prune import allocate, architecture_for, prune
+from ..pruning.report import PruningReport
 from .targets import count_zeros, plain_name
 
 

@@ -18,7 +18,7 @@ from ..common.installation import how_to_install
 from ..evaluation import perplexity
 from ..loading import load_model
 from ..model.offload import is_offloaded
-from ..report import PruningReport
+from ..pruning.report import PruningReport
 from .callback import DSACallback
 from .configuration import RecoveryConfig
 from .precision import in_float32

@@ -12,12 +12,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..allocation import Allocation
 from ..checkpoint import base_model
-from ..configuration import CONFIG_NAME, DSAConfig
 from ..description import read_description, report_from
 from ..model.architecture import Architecture, find_architecture, find_stacks
-from ..report import PruningReport
+from ..pruning.allocation import Allocation
+from ..pruning.configuration import CONFIG_NAME, DSAConfig
+from ..pruning.report import PruningReport
 
 
 def inner_model(model: nn.Module) -> nn.Module:

@@ -11,9 +11,9 @@ from itertools import product
 import torch
 from torch import Tensor
 
-from ..allocation import PRE_PROCESS, REDUCTION, AllocationFunction
-from ..allocation.budget import fit_counts, round_matrices
-from ..allocation.operations import mean_by_size, singular_values
+from ..pruning.allocation import PRE_PROCESS, REDUCTION, AllocationFunction
+from ..pruning.allocation.budget import fit_counts, round_matrices
+from ..pruning.allocation.operations import mean_by_size, singular_values
 from .resolve import Resolver
 from .space import SearchSpace
 

@@ -11,14 +11,14 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from ..common.fences import has_device_map
-from ..configuration import DSAConfig
 from ..data import Calibration
 from ..evaluation import check_tokens
-from ..masks import Pattern, removal_order
-from ..metrics import METRICS
 from ..model.statistics import LayerStatistics
 from ..model.walk import walk_blocks
-from ..pruning import _pruning_reads, architecture_for, pruned
+from ..pruning.configuration import DSAConfig
+from ..pruning.prune import _pruning_reads, architecture_for, pruned
+from ..pruning.unstructured.metrics import METRICS
+from ..pruning.unstructured.patterns import Pattern, removal_order
 from .masking import MaskedModel, quantise
 
 

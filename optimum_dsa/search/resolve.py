@@ -9,7 +9,12 @@ from functools import cache, lru_cache
 import torch
 from torch import nn
 
-from ..allocation import (
+from ..data import Calibration
+from ..model.architecture import Architecture, Weight
+from ..model.offload import resident
+from ..model.statistics import LayerStatistics
+from ..model.walk import walk_blocks
+from ..pruning.allocation import (
     ALLOCATIONS,
     REDUCTION,
     Allocation,
@@ -19,13 +24,8 @@ from ..allocation import (
     fit_to_matrices,
     split_count,
 )
-from ..configuration import DSAConfig
-from ..data import Calibration
-from ..metrics import METRICS
-from ..model.architecture import Architecture, Weight
-from ..model.offload import resident
-from ..model.statistics import LayerStatistics
-from ..model.walk import walk_blocks
+from ..pruning.configuration import DSAConfig
+from ..pruning.unstructured.metrics import METRICS
 from .space import Candidate, _parsed
 from .summary import ScoreSummary
 

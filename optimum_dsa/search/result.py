@@ -9,10 +9,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import correlation, mean, stdev
 
-from ..allocation import Allocation
 from ..common.files import write_text
 from ..common.output import OutputFolder
-from ..configuration import DSAConfig
+from ..pruning.allocation import Allocation
+from ..pruning.configuration import DSAConfig
 from .problem import Budget
 from .space import Candidate
 from .trace import SearchTrace

@@ -13,11 +13,11 @@ from accelerate.utils import broadcast_object_list
 from huggingface_hub.utils import tqdm
 from torch import Tensor, nn
 
-from ..allocation import ALLOCATIONS, Allocation
 from ..common.devices import process_state, use_cpu
 from ..common.output import OutputFolder
-from ..configuration import DSAConfig
 from ..data import Calibration
+from ..pruning.allocation import ALLOCATIONS, Allocation
+from ..pruning.configuration import DSAConfig
 from .evaluator import Evaluator
 from .objective import Objective
 from .problem import UNIFORM, Budget, Problem, parse_budget

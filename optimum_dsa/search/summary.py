@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..allocation import PRE_PROCESS, REDUCTION, AllocationFunction
+from ..pruning.allocation import PRE_PROCESS, REDUCTION, AllocationFunction
 
 
 BINS = 1 << 16

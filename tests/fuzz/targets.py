@@ -14,20 +14,20 @@ import numpy as np
 import torch
 
 from optimum_dsa import Allocation, AllocationFunction, DSAConfig, DSAPruner, convert
-from optimum_dsa.allocation.layout import by_block, grid
 from optimum_dsa.card import model_card
 from optimum_dsa.common.files import parse_json, read_json
 from optimum_dsa.common.manifest import MANIFEST, files_in, recognised
-from optimum_dsa.configuration import CONFIG_NAME
 from optimum_dsa.conversion import converted_config
 from optimum_dsa.data import Calibration
 from optimum_dsa.description import contradictions, read_description, report_from, seal_of
 from optimum_dsa.limits import read_contents
 from optimum_dsa.loading import load_model
-from optimum_dsa.masks import Pattern
 from optimum_dsa.outcome import Outcome
 from optimum_dsa.packed.bitmask import LARGEST, pack, read_header, unpack
 from optimum_dsa.page import page
+from optimum_dsa.pruning.allocation.layout import by_block, grid
+from optimum_dsa.pruning.configuration import CONFIG_NAME
+from optimum_dsa.pruning.unstructured.patterns import Pattern
 from optimum_dsa.search.problem import parse_budget
 from optimum_dsa.search.run import search
 from optimum_dsa.search.space import Candidate

@@ -8,10 +8,10 @@ from accelerate import cpu_offload
 from torch import nn
 
 from optimum_dsa import DSAConfig, DSAPruner
-from optimum_dsa.masks import Pattern
 from optimum_dsa.model.architecture import UnprunableError, find_architecture
 from optimum_dsa.model.calls import capture_calls, feed
 from optimum_dsa.model.walk import walk_blocks, without_padding
+from optimum_dsa.pruning.unstructured.patterns import Pattern
 
 from ..conftest import FAMILIES, VOCABULARY, vision_language
 from ..plain_walk import Inputs, check_equal, check_same_state, hooks, plain, split, state, walked

@@ -2,8 +2,8 @@ import pytest
 import torch
 
 from optimum_dsa import Calibration, DSAConfig, find_architecture, prune
-from optimum_dsa.allocation import split_count
-from optimum_dsa.masks import Pattern, removal_order
+from optimum_dsa.pruning.allocation import split_count
+from optimum_dsa.pruning.unstructured.patterns import Pattern, removal_order
 from optimum_dsa.search.masking import MaskedModel, quantise
 from optimum_dsa.search.objective import Objective
 

@@ -4,10 +4,10 @@ import pytest
 import torch
 
 from optimum_dsa import Calibration, DSAConfig, perplexity
-from optimum_dsa.masks import Pattern, removal_order
-from optimum_dsa.metrics import METRICS
 from optimum_dsa.model.statistics import LayerStatistics
-from optimum_dsa.pruning import pruned
+from optimum_dsa.pruning.prune import pruned
+from optimum_dsa.pruning.unstructured.metrics import METRICS
+from optimum_dsa.pruning.unstructured.patterns import Pattern, removal_order
 from optimum_dsa.search.masking import quantise
 from optimum_dsa.search.objective import ANCHOR_TOKENS, Objective, _change, _first, _parts, _rest
 

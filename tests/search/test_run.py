@@ -145,7 +145,7 @@ def test_samples_children_and_mutants_are_valid_and_survive_json():
 
 
 def test_an_operation_that_a_user_registers_joins_the_space():
-    from optimum_dsa.allocation import REDUCTION
+    from optimum_dsa.pruning.allocation import REDUCTION
 
     REDUCTION.add("loudest", lambda x: x.max())
     try:

@@ -5,7 +5,7 @@ from dataclasses import fields, replace
 
 import pytest
 
-from optimum_dsa.allocation import AllocationFunction
+from optimum_dsa.pruning.allocation import AllocationFunction
 from optimum_dsa.search.space import Candidate, SearchSpace, _parsed
 
 

@@ -1,8 +1,8 @@
 import pytest
 import torch
 
-from optimum_dsa.allocation import PRE_PROCESS, REDUCTION, AllocationFunction, Unit
-from optimum_dsa.metrics import magnitude
+from optimum_dsa.pruning.allocation import PRE_PROCESS, REDUCTION, AllocationFunction, Unit
+from optimum_dsa.pruning.unstructured.metrics import magnitude
 from optimum_dsa.search.summary import ScoreSummary, measure
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 
 from optimum_dsa import DSAConfig
-from optimum_dsa.allocation import fit_to_budget
+from optimum_dsa.pruning.allocation import fit_to_budget
 from optimum_dsa.search.problem import Budget, Problem
 from optimum_dsa.search.space import SearchSpace
 from optimum_dsa.search.trace import Trial

@@ -3,10 +3,10 @@ import math
 import pytest
 import torch
 
-from optimum_dsa.allocation import ALLOCATIONS, Unit, fit_to_budget
-from optimum_dsa.allocation.heuristics import greedy_error, published_spread, tail_exponent
-from optimum_dsa.metrics import wanda
 from optimum_dsa.model.statistics import LayerStatistics
+from optimum_dsa.pruning.allocation import ALLOCATIONS, Unit, fit_to_budget
+from optimum_dsa.pruning.allocation.allocators import greedy_error, published_spread, tail_exponent
+from optimum_dsa.pruning.unstructured.metrics import wanda
 
 
 def statistics(in_features, seed=0, tokens=200):

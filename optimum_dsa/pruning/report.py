@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from ..common.escaping import one_line
 from .allocation import Allocation
-from .common.escaping import one_line
 from .configuration import DSAConfig
 
 

@@ -11,8 +11,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..common.files import read_json, write_text
-from ..common.values import LARGEST_WHOLE, is_whole, short
+from ...common.files import read_json, write_text
+from ...common.values import LARGEST_WHOLE, is_whole, short
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from optimum_dsa.allocation import POST_PROCESS, PRE_PROCESS, REDUCTION, TRANSFORM
+from optimum_dsa.pruning.allocation import POST_PROCESS, PRE_PROCESS, REDUCTION, TRANSFORM
 
 
 CASES = {

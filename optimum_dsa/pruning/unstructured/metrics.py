@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from .common.registry import Registry
+from ...common.registry import Registry
 
 
 if TYPE_CHECKING:
-    from .model.statistics import LayerStatistics
+    from ...model.statistics import LayerStatistics
 
 # The fact `reads` says what a metric needs of calibration: "nothing", "inputs" (the default) or "gram" (X·Xᵀ).
 METRICS = Registry("metric")

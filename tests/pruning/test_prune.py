@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 from optimum_dsa import ALLOCATIONS, METHODS, Allocation, DSAConfig, allocate, find_architecture, prune
 from optimum_dsa.model.statistics import CollectedStatistics
 from optimum_dsa.model.walk import walk_blocks
-from optimum_dsa.pruning import allocation_needs_inputs, needs_gram, pruning_needs_inputs
+from optimum_dsa.pruning.prune import allocation_needs_inputs, needs_gram, pruning_needs_inputs
 
-from .tiny import VOCABULARY, same_state, state, tiny_llama, tokens
+from ..tiny import VOCABULARY, same_state, state, tiny_llama, tokens
 
 
 def blocks_of(model):
@@ -259,7 +259,7 @@ def test_low_precision_models_are_pruned_in_their_own_dtype():
 )
 def test_an_allocation_that_does_not_tell_units_apart_is_told(allocation, changes, blocks, told, caplog):
     model = tiny_llama(num_hidden_layers=blocks)
-    with caplog.at_level(logging.WARNING, "optimum_dsa.pruning"):
+    with caplog.at_level(logging.WARNING, "optimum_dsa.pruning.prune"):
         found = allocate(model, tokens(), DSAConfig(0.5, allocation=allocation, **changes))
     assert ("does not tell the units of this model apart: all get 0.5" in caplog.text) is told
     assert (len(set(found.sparsity.values())) == 1) is (allocation != "abs/var/atan")

@@ -5,7 +5,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from optimum_dsa.allocation import (
+from optimum_dsa.common.registry import UnknownNameError
+from optimum_dsa.pruning.allocation import (
     ALLOCATIONS,
     POST_PROCESS,
     PRE_PROCESS,
@@ -15,8 +16,7 @@ from optimum_dsa.allocation import (
     Unit,
     fit_to_budget,
 )
-from optimum_dsa.common.registry import UnknownNameError
-from optimum_dsa.metrics import magnitude
+from optimum_dsa.pruning.unstructured.metrics import magnitude
 
 
 def operations(table, most):

@@ -9,16 +9,16 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from ..common.files import read_json, write_text
+from ..common.installation import how_to_upgrade
+from ..common.registry import near
+from ..common.values import is_number
+from ..model.statistics import DAMPING
 from .allocation import ALLOCATIONS, Allocation, AllocationFunction, Allocator
-from .common.files import read_json, write_text
-from .common.installation import how_to_upgrade
-from .common.registry import near
-from .common.values import is_number
-from .masks import Pattern
-from .methods import METHODS, Method
-from .metrics import METRICS
-from .model.statistics import DAMPING
-from .reconstruction import UPDATES
+from .unstructured.methods import METHODS, Method
+from .unstructured.metrics import METRICS
+from .unstructured.patterns import Pattern
+from .unstructured.updates import UPDATES
 
 
 CONFIG_NAME = "dsa_config.json"

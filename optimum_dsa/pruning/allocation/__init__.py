@@ -1,8 +1,8 @@
 """How much to prune where: operations, allocation functions, named allocators, exact budgets."""
 
+from .allocators import ALLOCATIONS, Allocator, Heuristic
 from .budget import Allocation, fit_to_budget, fit_to_levels, fit_to_matrices, split_count
 from .function import AllocationFunction
-from .heuristics import ALLOCATIONS, Allocator, Heuristic
 from .operations import POST_PROCESS, PRE_PROCESS, REDUCTION, TRANSFORM
 from .unit import Unit
 

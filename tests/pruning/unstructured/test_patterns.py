@@ -3,7 +3,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from optimum_dsa.masks import Pattern, count_in_columns, removal_order
+from optimum_dsa.pruning.unstructured.patterns import Pattern, count_in_columns, removal_order
 
 
 COUNTED = ("row", "matrix", "group:4", "group:128")
@@ -136,7 +136,7 @@ def test_large_matrices_are_done_in_parts_as_at_once(text, chunk, monkeypatch):
     values, pattern = scores(30, 16, 1, 5), Pattern.parse(text)
     count = 240
     whole = pattern.keep(values, count)
-    monkeypatch.setattr("optimum_dsa.masks.CHUNK", chunk)
+    monkeypatch.setattr("optimum_dsa.pruning.unstructured.patterns.CHUNK", chunk)
     assert torch.equal(pattern.keep(values, count), whole)
     assert pattern.holds(~whole, count)
     revived = ~whole

@@ -1,9 +1,9 @@
 import pytest
 
 from optimum_dsa import Allocation, find_architecture
-from optimum_dsa.allocation.layout import WHOLE, by_block, grid, place, short_names
+from optimum_dsa.pruning.allocation.layout import WHOLE, by_block, grid, place, short_names
 
-from ..conftest import FAMILIES
+from ...conftest import FAMILIES
 
 
 @pytest.mark.parametrize(

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .common.registry import Registry
-from .masks import Pattern, count_in_columns
-from .model.statistics import DAMPING, LayerStatistics
+from ...common.registry import Registry
+from ...model.statistics import DAMPING, LayerStatistics
+from .patterns import Pattern, count_in_columns
 
 
 # The fact `reads` says what an update needs of calibration: "nothing" (the default) or "gram" (X·Xᵀ).

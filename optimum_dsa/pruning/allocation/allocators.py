@@ -14,7 +14,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from ..common.registry import Registry
+from ...common.registry import Registry
 from .function import AllocationFunction
 from .operations import singular_values
 from .unit import Unit

@@ -7,7 +7,7 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from optimum_dsa.allocation import Allocation, fit_to_budget, fit_to_levels, fit_to_matrices, split_count
+from optimum_dsa.pruning.allocation import Allocation, fit_to_budget, fit_to_levels, fit_to_matrices, split_count
 
 
 units = st.lists(st.tuples(st.floats(-2, 3), st.integers(1, 10**7)), min_size=1, max_size=12)

@@ -1,8 +1,8 @@
 import torch
 
-from optimum_dsa.allocation import Unit
-from optimum_dsa.metrics import magnitude, wanda
 from optimum_dsa.model.statistics import LayerStatistics
+from optimum_dsa.pruning.allocation import Unit
+from optimum_dsa.pruning.unstructured.metrics import magnitude, wanda
 
 
 def unit(metric=magnitude):

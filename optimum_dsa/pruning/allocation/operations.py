@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from ..common.registry import Registry
+from ...common.registry import Registry
 
 
 DSA = "https://github.com/lliai/DSA"

@@ -10,17 +10,17 @@ import torch
 from huggingface_hub.utils import tqdm
 from torch import Tensor, nn
 
+from ..data import Calibration, load_calibration
+from ..model.architecture import Architecture, Weight, find_architecture
+from ..model.calls import feed
+from ..model.statistics import CollectedStatistics, LayerStatistics
+from ..model.walk import WalkedBlock, walk_blocks
 from .allocation import Allocation, Unit, fit_to_budget, fit_to_levels, fit_to_matrices, split_count
 from .configuration import DSAConfig
-from .data import Calibration, load_calibration
-from .masks import Pattern
-from .metrics import METRICS
-from .model.architecture import Architecture, Weight, find_architecture
-from .model.calls import feed
-from .model.statistics import CollectedStatistics, LayerStatistics
-from .model.walk import WalkedBlock, walk_blocks
-from .reconstruction import UPDATES, Choice
 from .report import PruningReport
+from .unstructured.metrics import METRICS
+from .unstructured.patterns import Pattern
+from .unstructured.updates import UPDATES, Choice
 
 
 logger = logging.getLogger(__name__)

@@ -1,10 +1,10 @@
 import pytest
 import torch
 
-from optimum_dsa.masks import Pattern
-from optimum_dsa.metrics import METRICS
 from optimum_dsa.model.statistics import LayerStatistics
-from optimum_dsa.reconstruction import UPDATES, Choice
+from optimum_dsa.pruning.unstructured.metrics import METRICS
+from optimum_dsa.pruning.unstructured.patterns import Pattern
+from optimum_dsa.pruning.unstructured.updates import UPDATES, Choice
 
 
 def problem(rows=12, columns=32, seed=0):

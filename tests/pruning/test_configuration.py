@@ -5,12 +5,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from optimum_dsa import DSAConfig
-from optimum_dsa.allocation import ALLOCATIONS, Allocation
 from optimum_dsa.common.registry import UnknownNameError
-from optimum_dsa.configuration import CONFIG_NAME
-from optimum_dsa.methods import METHODS, Method
-from optimum_dsa.metrics import METRICS
-from optimum_dsa.reconstruction import UPDATES
+from optimum_dsa.pruning.allocation import ALLOCATIONS, Allocation
+from optimum_dsa.pruning.configuration import CONFIG_NAME
+from optimum_dsa.pruning.unstructured.methods import METHODS, Method
+from optimum_dsa.pruning.unstructured.metrics import METRICS
+from optimum_dsa.pruning.unstructured.updates import UPDATES
 
 
 def optional(strategy):

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..model.statistics import LayerStatistics
+from ...model.statistics import LayerStatistics
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,8 @@
 import pytest
 import torch
 
-from optimum_dsa.metrics import METRICS
 from optimum_dsa.model.statistics import LayerStatistics
+from optimum_dsa.pruning.unstructured.metrics import METRICS
 
 
 @pytest.fixture

@@ -1,0 +1,1 @@
+"""Single weights: metrics, patterns, updates of what stays, and the published combinations."""
