@@ -38,9 +38,9 @@ _PUBLIC = {
     "SearchTrace": "search.trace",
     "TRANSFORM": "pruning.allocation",
     "UPDATES": "pruning.unstructured.updates",
-    "Verification": "verification",
+    "Verification": "checkpoint.verify",
     "allocate": "pruning.prune",
-    "convert": "conversion",
+    "convert": "checkpoint.convert",
     "evaluate_tasks": "tasks",
     "find_architecture": "model.architecture",
     "fit_to_budget": "pruning.allocation",
@@ -51,7 +51,7 @@ _PUBLIC = {
     "prune": "pruning.prune",
     "split_windows": "data",
     "use_cpu": "common.devices",
-    "verify": "verification",
+    "verify": "checkpoint.verify",
     "walk_blocks": "model.walk",
 }
 
@@ -59,7 +59,8 @@ __all__ = sorted(_PUBLIC)
 
 
 def _register_quantizer() -> None:
-    importlib.import_module(".quantizer", __name__)  # registers itself, also where it is what imported transformers
+    # registers itself, also where it is what imported transformers
+    importlib.import_module(".checkpoint.transformers_loader", __name__)
 
 
 after_import("transformers.quantizers.auto", _register_quantizer)  # so that compressed checkpoints load

@@ -10,9 +10,10 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
+from .checkpoint.description import seal_of
+from .checkpoint.verify import SEALS
 from .common.escaping import code_block, code_span, inline_markdown, one_line, table_cell
 from .common.installation import how_to_install
-from .description import seal_of
 from .outcome import Outcome
 from .provenance import (
     calibration_source,
@@ -27,7 +28,6 @@ from .provenance import (
 from .pruning.allocation import Allocation
 from .pruning.configuration import DSAConfig
 from .tables import Table, block_table, describe_text, limits, percent, text_of
-from .verification import SEALS
 
 
 # The Hub knows finetune, adapter, merge and quantized. Pruned weights are the base model's own, compressed with loss.

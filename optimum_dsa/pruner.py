@@ -12,19 +12,19 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from .adapter_base import check_base, has_adapters
-from .checkpoint import base_model, save_checkpoint
+from .checkpoint.adapter_base import check_base, has_adapters
+from .checkpoint.description import Description, is_unchanged, report_from
+from .checkpoint.load import find_commit, find_description, load_model, load_tokenizer
+from .checkpoint.save import base_model, save_checkpoint
+from .checkpoint.verify import Verification, verify
 from .common.escaping import one_line
 from .common.output import OutputFolder
 from .data import Calibration, load_calibration
-from .description import Description, is_unchanged, report_from
-from .loading import find_commit, find_description, load_model, load_tokenizer
 from .model.walk import walk_blocks
 from .pruning.allocation import Allocation
 from .pruning.configuration import DSAConfig
 from .pruning.prune import allocate, allocation_needs_inputs, architecture_for, prune, pruning_needs_inputs
 from .pruning.report import PruningReport
-from .verification import Verification, verify
 
 
 if TYPE_CHECKING:

@@ -12,16 +12,16 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from .checkpoint.description import checksum, report_from, seal_of
+from .checkpoint.load import load_model
+from .checkpoint.verify import verify
 from .common.escaping import one_line
 from .common.files import read_json
 from .common.folder_files import OTHERS, TOKENIZER, WEIGHTS, is_part, own_file, own_files
 from .common.manifest import MANIFEST
-from .description import checksum, report_from, seal_of
-from .loading import load_model
 from .outcome import Outcome
 from .provenance import last_part, without_places
 from .pruning.configuration import CONFIG_NAME
-from .verification import verify
 
 
 logger = logging.getLogger(__name__)

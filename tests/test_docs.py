@@ -28,11 +28,11 @@ from optimum_dsa import (
     TRANSFORM,
     UPDATES,
 )
+from optimum_dsa.checkpoint.description import schema
 from optimum_dsa.commands.dsa import DSACommand
 from optimum_dsa.commands.prune import asked_config
 from optimum_dsa.common.registry import Registry
 from optimum_dsa.demo import demo_model, demo_texts
-from optimum_dsa.description import schema
 from optimum_dsa.recovery.trainer import REFERENCE as DISTILLATION
 
 

@@ -67,7 +67,7 @@ def test_the_wheel_brings_the_command_the_model_and_no_init_in_the_namespace(whe
     names = {str(path.relative_to(wheel)) for path in wheel.rglob("*") if path.is_file()}
     assert REGISTER in names
     assert {"optimum/__init__.py", "optimum/commands/__init__.py"}.isdisjoint(names)
-    assert {"optimum_dsa/dsa_config.schema.json", "optimum_dsa/py.typed"} <= names
+    assert {"optimum_dsa/checkpoint/dsa_config.schema.json", "optimum_dsa/py.typed"} <= names
     assert {"optimum_dsa/tiny_llama/model.safetensors", "optimum_dsa/tiny_llama/training.json"} <= names
     assert not any(name.startswith("tests/") for name in names)
     packaged = {name for name in names if name.startswith("optimum_dsa/") and name.endswith(".py")}

@@ -11,9 +11,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from optimum_dsa import DSAConfig, DSAPruner, convert
+from optimum_dsa.checkpoint.shards import COMPRESSED, index_name, packed_headers
 from optimum_dsa.common.files import LARGEST_JSON
 from optimum_dsa.packed.bitmask import LARGEST
-from optimum_dsa.shards import COMPRESSED, index_name, packed_headers
 
 from .tiny import tiny_llama
 

@@ -23,8 +23,8 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from optimum_dsa import DSAConfig, DSAPruner, convert
+from optimum_dsa.checkpoint.shards import find_shards, packed_headers
 from optimum_dsa.packed.bitmask import pack, unpack
-from optimum_dsa.shards import find_shards, packed_headers
 
 
 MB = 2**20

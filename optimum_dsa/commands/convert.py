@@ -29,8 +29,8 @@ compressed  a bit per weight and the kept weights: smaller, loads with transform
         parser.add_argument("--revision", help="branch, tag or commit of a Hub model")
 
     def execute(self) -> None:
-        from ..conversion import convert
-        from ..loading import local_folder
+        from ..checkpoint.convert import convert
+        from ..checkpoint.load import local_folder
 
         folder = local_folder(self.args.model, self.args.revision)
         before, after = convert(folder, self.args.output, self.args.to)

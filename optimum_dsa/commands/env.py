@@ -19,7 +19,7 @@ class EnvCommand(LeafCommand):
 
         import torch
 
-        from ..description import versions
+        from ..checkpoint.description import versions
 
         gpus = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
         facts = {**versions(), "platform": platform.platform(), "gpu": ", ".join(gpus) or "none"}

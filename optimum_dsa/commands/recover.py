@@ -70,7 +70,7 @@ mode    what the adapters add to a weight W, with small factors A and B
         from pathlib import Path
         from shlex import quote
 
-        from ..checkpoint import weight_bytes
+        from ..checkpoint.save import weight_bytes
         from ..common.output import OutputFolder
         from ..pruner import DSAPruner
         from ..recovery.configuration import RecoveryConfig

@@ -32,9 +32,9 @@ exit code  0 all that can be counted holds, 1 something does not, 2 it cannot be
     def execute(self) -> None:
         import tempfile
 
-        from ..description import DescriptionError, report_from
-        from ..loading import find_description, load_model
-        from ..verification import verify
+        from ..checkpoint.description import DescriptionError, report_from
+        from ..checkpoint.load import find_description, load_model
+        from ..checkpoint.verify import verify
 
         options = loading_options(self.args)
         try:

@@ -47,7 +47,7 @@ def version_of(package: str) -> str:
 
 
 _OFFLOAD = "tests/model/test_offload.py"
-_QUANTIZER = "tests/test_quantizer.py"
+_QUANTIZER = "tests/checkpoint/test_transformers_loader.py"
 _PEFT = "tests/recovery/test_peft_method.py"
 
 FENCES = {

@@ -11,9 +11,9 @@ from typing import Any
 from torch import nn
 from transformers import TrainerCallback
 
+from ..checkpoint.description import describe, write_description
 from ..common.fences import insert_callback
 from ..data import Calibration, load_calibration
-from ..description import describe, write_description
 from ..pruning.configuration import DSAConfig
 from ..pruning.prune import allocation_needs_inputs, needs_gram, prune, pruning_needs_inputs
 from ..pruning.report import PruningReport

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from transformers import EarlyStoppingCallback, TrainingArguments, default_data_collator, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
+from ..checkpoint.load import load_model
 from ..common.installation import how_to_install
 from ..evaluation import perplexity
-from ..loading import load_model
 from ..model.offload import is_offloaded
 from ..pruning.report import PruningReport
 from .callback import DSACallback

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..checkpoint import base_model
-from ..description import read_description, report_from
+from ..checkpoint.description import read_description, report_from
+from ..checkpoint.save import base_model
 from ..model.architecture import Architecture, find_architecture, find_stacks
 from ..pruning.allocation import Allocation
 from ..pruning.configuration import CONFIG_NAME, DSAConfig

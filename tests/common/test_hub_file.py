@@ -3,8 +3,8 @@
 import pytest
 
 from optimum_dsa import DSAConfig, DSAPruner
+from optimum_dsa.checkpoint.description import read_description
 from optimum_dsa.common.hub_file import hub_commit, hub_file
-from optimum_dsa.description import read_description
 
 from ..tiny import tiny_llama
 

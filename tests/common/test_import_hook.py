@@ -50,7 +50,7 @@ def test_a_module_that_is_not_there_is_still_not_there(module):
 def test_registering_twice_changes_nothing():
     from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 
-    from optimum_dsa.quantizer import DSAQuantizer, register
+    from optimum_dsa.checkpoint.transformers_loader import DSAQuantizer, register
 
     register()
     register()

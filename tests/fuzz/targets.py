@@ -15,13 +15,14 @@ import torch
 
 from optimum_dsa import Allocation, AllocationFunction, DSAConfig, DSAPruner, convert
 from optimum_dsa.card import model_card
+from optimum_dsa.checkpoint.convert import converted_config
+from optimum_dsa.checkpoint.description import contradictions, read_description, report_from, seal_of
+from optimum_dsa.checkpoint.limits import read_contents
+from optimum_dsa.checkpoint.load import load_model
+from optimum_dsa.checkpoint.shards import count_weights, find_shards, index_name, open_shard
 from optimum_dsa.common.files import parse_json, read_json
 from optimum_dsa.common.manifest import MANIFEST, files_in, recognised
-from optimum_dsa.conversion import converted_config
 from optimum_dsa.data import Calibration
-from optimum_dsa.description import contradictions, read_description, report_from, seal_of
-from optimum_dsa.limits import read_contents
-from optimum_dsa.loading import load_model
 from optimum_dsa.outcome import Outcome
 from optimum_dsa.packed.bitmask import LARGEST, pack, read_header, unpack
 from optimum_dsa.page import page
@@ -32,7 +33,6 @@ from optimum_dsa.search.problem import parse_budget
 from optimum_dsa.search.run import search
 from optimum_dsa.search.space import Candidate
 from optimum_dsa.search.trace import SearchTrace
-from optimum_dsa.shards import count_weights, find_shards, index_name, open_shard
 from optimum_dsa.tables import terminal
 from optimum_dsa.upload import collect
 
@@ -140,7 +140,9 @@ def read_index(content: bytes, folder: Path) -> None:
 
 
 def read_config(content: bytes, folder: Path) -> None:
-    from optimum_dsa.quantizer import DSAQuantizationConfig  # after transformers' own module, which it is added to
+    from optimum_dsa.checkpoint.transformers_loader import (
+        DSAQuantizationConfig,  # after transformers' own module, which it is added to
+    )
 
     path = folder / "config.json"
     path.write_bytes(content)

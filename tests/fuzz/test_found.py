@@ -5,9 +5,9 @@ import json
 import pytest
 
 from optimum_dsa import Allocation, DSAConfig
+from optimum_dsa.checkpoint.description import read_description, report_from
 from optimum_dsa.common.files import DEEPEST_JSON, parse_json
 from optimum_dsa.common.schema import violations
-from optimum_dsa.description import read_description, report_from
 from optimum_dsa.outcome import Outcome
 from optimum_dsa.pruning.configuration import CONFIG_NAME
 from optimum_dsa.search.problem import parse_budget

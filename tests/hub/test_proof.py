@@ -6,14 +6,14 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from optimum_dsa import DSAPruner
-from optimum_dsa.description import read_description, write_description
+from optimum_dsa.checkpoint.description import read_description, write_description
 from optimum_dsa.outcome import Outcome
 from optimum_dsa.page import page
 from optimum_dsa.pruning.configuration import CONFIG_NAME
 from optimum_dsa.tables import terminal
 from optimum_dsa.upload import collect, count
 
-from ..test_verification import run
+from ..checkpoint.test_verify import run
 from .common import card, change, push
 
 

@@ -4,8 +4,8 @@ import sys
 import pytest
 
 from optimum_dsa import Allocation, DSAConfig, DSAPruner
+from optimum_dsa.checkpoint.description import checksum, is_unchanged
 from optimum_dsa.demo import demo_model
-from optimum_dsa.description import checksum, is_unchanged
 from optimum_dsa.upload import collect
 
 from ..hub_server import TOKEN

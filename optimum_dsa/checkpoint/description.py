@@ -12,12 +12,12 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from .common.files import read_json, write_text
-from .common.installation import how_to_upgrade
-from .common.schema import violations
-from .pruning.allocation import ALLOCATIONS, AllocationFunction
-from .pruning.configuration import CONFIG_NAME, FORMAT_VERSION
-from .pruning.report import PruningReport
+from ..common.files import read_json, write_text
+from ..common.installation import how_to_upgrade
+from ..common.schema import violations
+from ..pruning.allocation import ALLOCATIONS, AllocationFunction
+from ..pruning.configuration import CONFIG_NAME, FORMAT_VERSION
+from ..pruning.report import PruningReport
 
 
 PACKAGES = ("optimum-dsa", "torch", "transformers", "optimum", "accelerate", "datasets", "safetensors")

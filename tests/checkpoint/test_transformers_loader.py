@@ -12,12 +12,12 @@ import transformers
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
 from optimum_dsa import DSAConfig, DSAPruner, prune
+from optimum_dsa.checkpoint.convert import MARK, convert
+from optimum_dsa.checkpoint.shards import find_shards, packed_headers
 from optimum_dsa.common.installation import how_to_install
-from optimum_dsa.conversion import MARK, convert
-from optimum_dsa.shards import find_shards, packed_headers
 
-from .conftest import FAMILIES
-from .tiny import needs_compressed_loading, same_state, state, tiny_llama, tokens
+from ..conftest import FAMILIES
+from ..tiny import needs_compressed_loading, same_state, state, tiny_llama, tokens
 
 
 pytestmark = [pytest.mark.contract, needs_compressed_loading]
@@ -59,7 +59,12 @@ def python(code, *arguments):
 
 
 @pytest.mark.parametrize(
-    "order", ["optimum_dsa, transformers", "transformers.modeling_utils, optimum_dsa", "optimum_dsa.quantizer"]
+    "order",
+    [
+        "optimum_dsa, transformers",
+        "transformers.modeling_utils, optimum_dsa",
+        "optimum_dsa.checkpoint.transformers_loader",
+    ],
 )
 def test_a_fresh_process_loads_it_after_an_import(compressed, order):
     code = f"""

@@ -16,10 +16,10 @@ from transformers.quantizers.auto import (
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from .common.fences import check_compressed_loading
-from .common.files import read_json
-from .common.installation import how_to_upgrade
-from .conversion import COMPRESSION_VERSION, MARK, QUANT_METHOD
+from ..common.fences import check_compressed_loading
+from ..common.files import read_json
+from ..common.installation import how_to_upgrade
+from .convert import COMPRESSION_VERSION, MARK, QUANT_METHOD
 from .shards import COMPRESSED, check_index, check_size, count_weights, index_name, packed_headers
 
 

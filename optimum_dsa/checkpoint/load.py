@@ -14,15 +14,15 @@ import torch
 import transformers
 from torch import nn
 
-from .common.fence_rows import DependencyError
-from .common.files import read_json
-from .common.folder_files import check_read_files
-from .common.hub_file import hub_commit, hub_file
-from .conversion import QUANT_METHOD
+from ..common.fence_rows import DependencyError
+from ..common.files import read_json
+from ..common.folder_files import check_read_files
+from ..common.hub_file import hub_commit, hub_file
+from ..model.model_class import model_class
+from ..pruning.configuration import CONFIG_NAME
+from .convert import QUANT_METHOD
 from .description import Description, read_description
 from .limits import Contents, check_counts, read_contents, within
-from .model.model_class import model_class
-from .pruning.configuration import CONFIG_NAME
 from .shards import COMPRESSED, DENSE, find_shards, index_files, index_name
 
 

@@ -15,8 +15,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from .common.files import read_json
-from .packed.bitmask import LARGEST, Header, read_header
+from ..common.files import read_json
+from ..packed.bitmask import LARGEST, Header, read_header
 
 
 DENSE, COMPRESSED = "model", "dsa_model"

@@ -9,14 +9,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from .common.escaping import one_line
+from ..common.escaping import one_line
+from ..model.architecture import Architecture
+from ..model.walk import walk_blocks
+from ..pruning.allocation import split_count
+from ..pruning.prune import architecture_for
+from ..pruning.report import PruningReport
+from ..pruning.unstructured.patterns import Pattern
 from .description import contradictions, seal_of
-from .model.architecture import Architecture
-from .model.walk import walk_blocks
-from .pruning.allocation import split_count
-from .pruning.prune import architecture_for
-from .pruning.report import PruningReport
-from .pruning.unstructured.patterns import Pattern
 
 
 # What a checksum tells of the file; of one that is as it was written, nothing needs to be said.

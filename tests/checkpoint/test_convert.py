@@ -13,12 +13,12 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from optimum_dsa import DSAConfig, DSAPruner, convert
+from optimum_dsa.checkpoint.convert import QUANT_METHOD
+from optimum_dsa.checkpoint.shards import COMPRESSED, find_shards, index_name, packed_headers
 from optimum_dsa.common.manifest import MANIFEST
-from optimum_dsa.conversion import QUANT_METHOD
 from optimum_dsa.packed.bitmask import TYPES, pack
-from optimum_dsa.shards import COMPRESSED, find_shards, index_name, packed_headers
 
-from .tiny import state, tiny_llama
+from ..tiny import state, tiny_llama
 
 
 INDEX = index_name(COMPRESSED)

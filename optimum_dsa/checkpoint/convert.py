@@ -11,12 +11,12 @@ from typing import Any
 
 import torch
 
-from .common.files import read_json, write_text
-from .common.folder_files import own_file
-from .common.installation import how_to_install
-from .common.manifest import MANIFEST, files_in
-from .common.output import OutputFolder
-from .packed.bitmask import Header, can_pack, pack, unpack
+from ..common.files import read_json, write_text
+from ..common.folder_files import own_file
+from ..common.installation import how_to_install
+from ..common.manifest import MANIFEST, files_in
+from ..common.output import OutputFolder
+from ..packed.bitmask import Header, can_pack, pack, unpack
 from .shards import FORMS, Shards, ShardWriter, find_shards, index_name, open_shard, packed_headers
 
 

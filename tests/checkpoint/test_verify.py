@@ -8,13 +8,13 @@ import pytest
 from torch import arange
 
 from optimum_dsa import Allocation, DSAConfig, DSAPruner, convert, prune, verify
+from optimum_dsa.checkpoint.description import read_description, write_description
+from optimum_dsa.checkpoint.shards import find_shards
 from optimum_dsa.demo import demo_model
-from optimum_dsa.description import read_description, write_description
 from optimum_dsa.pruning.configuration import CONFIG_NAME
-from optimum_dsa.shards import find_shards
 
-from .conftest import FAMILIES
-from .tiny import needs_compressed_loading, tiny_llama, tokens
+from ..conftest import FAMILIES
+from ..tiny import needs_compressed_loading, tiny_llama, tokens
 
 
 CONFIGS = {
@@ -168,7 +168,7 @@ def folders(tmp_path):
 
 
 def run(capsys, *arguments):
-    from .test_docs import commands
+    from ..test_docs import commands
 
     args = commands().parse_args(["dsa", *map(str, arguments)])
     code = 0

@@ -6,8 +6,8 @@ from pathlib import Path
 
 from torch import nn
 
-from .loading import find_description
-from .pruning.report import PruningReport
+from ..pruning.report import PruningReport
+from .load import find_description
 
 
 def has_adapters(model: nn.Module) -> bool:

@@ -6,8 +6,7 @@ from dataclasses import fields
 import pytest
 
 from optimum_dsa import Allocation, DSAConfig, PruningReport
-from optimum_dsa.common.schema import KEYWORDS, violations
-from optimum_dsa.description import (
+from optimum_dsa.checkpoint.description import (
     MIGRATIONS,
     DescriptionError,
     checksum,
@@ -18,6 +17,7 @@ from optimum_dsa.description import (
     schema,
     write_description,
 )
+from optimum_dsa.common.schema import KEYWORDS, violations
 from optimum_dsa.pruning.configuration import CONFIG_NAME, FORMAT_VERSION
 
 

@@ -8,8 +8,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from optimum_dsa.packed.bitmask import pack
-from optimum_dsa.shards import (
+from optimum_dsa.checkpoint.shards import (
     Shards,
     ShardWriter,
     check_index,
@@ -20,6 +19,7 @@ from optimum_dsa.shards import (
     open_shard,
     packed_headers,
 )
+from optimum_dsa.packed.bitmask import pack
 
 
 def model_of(parameters):

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from transformers.core_model_loading import ConversionOps, WeightConverter
 
-from .packed.bitmask import is_packed, unpack
+from ..packed.bitmask import is_packed, unpack
 
 
 class Unpack(ConversionOps):

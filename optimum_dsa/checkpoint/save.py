@@ -9,13 +9,13 @@ from typing import Any
 
 from torch import nn
 
-from .common.fences import saved_by_shards, tied_names
-from .common.output import OutputFolder
-from .common.schema import violations
-from .conversion import compress_in_place
+from ..common.fences import saved_by_shards, tied_names
+from ..common.output import OutputFolder
+from ..common.schema import violations
+from ..model.offload import is_offloaded
+from ..pruning.report import PruningReport
+from .convert import compress_in_place
 from .description import describe, schema, write_description
-from .model.offload import is_offloaded
-from .pruning.report import PruningReport
 
 
 def save_checkpoint(

@@ -10,12 +10,12 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 from optimum_dsa import DSAConfig, DSAPruner
-from optimum_dsa.limits import LAYERS, Contents, check_counts, read_contents, within
-from optimum_dsa.loading import load_model
+from optimum_dsa.checkpoint.limits import LAYERS, Contents, check_counts, read_contents, within
+from optimum_dsa.checkpoint.load import load_model
 from optimum_dsa.model.model_class import model_class
 
-from .conftest import FAMILIES
-from .tiny import same_state, state, tiny_llama
+from ..conftest import FAMILIES
+from ..tiny import same_state, state, tiny_llama
 
 
 @pytest.fixture

@@ -1,0 +1,1 @@
+"""Folders of weights: written, read, converted, described and checked."""
