@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .evaluation import check_tokens
+from .evaluation.perplexity import check_tokens
 
 
 # Short names: (repository, configuration, split, text column).

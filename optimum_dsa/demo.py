@@ -11,7 +11,7 @@ from shlex import quote
 
 from .common.output import OutputFolder
 from .data import load_tokens
-from .evaluation import perplexity
+from .evaluation.perplexity import perplexity
 from .pruner import DSAPruner
 from .pruning.configuration import DSAConfig
 

@@ -46,7 +46,7 @@ boolq,rte,hellaswag,winogrande,arc_easy,arc_challenge,openbookqa.
         import json
         import sys
 
-        from ..comparison import check_results, comparison_table, save_results
+        from ..evaluation.comparison import check_results, comparison_table, save_results
 
         args = self.args
         if not args.dataset and not args.tasks:
@@ -70,14 +70,14 @@ boolq,rte,hellaswag,winogrande,arc_easy,arc_challenge,openbookqa.
 
     def measure(self, model: str):
         """The `Measured` of one model."""
-        from ..comparison import Measured
         from ..data import default_length, load_tokens
         from ..data import describe as name_of
-        from ..evaluation import perplexity_with_error
+        from ..evaluation.comparison import Measured
+        from ..evaluation.perplexity import perplexity_with_error
+        from ..evaluation.tasks import evaluate_tasks
         from ..model.architecture import find_architecture
         from ..model.walk import walk_blocks
         from ..pruner import DSAPruner
-        from ..tasks import evaluate_tasks
 
         args = self.args
         pruner = DSAPruner.from_pretrained(model, **loading_options(args))

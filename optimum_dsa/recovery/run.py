@@ -16,7 +16,7 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from ..checkpoint.load import load_model
 from ..common.installation import how_to_install
-from ..evaluation import perplexity
+from ..evaluation.perplexity import perplexity
 from ..model.offload import is_offloaded
 from ..pruning.report import PruningReport
 from .callback import DSACallback

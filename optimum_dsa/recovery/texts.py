@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..data import _windows, default_length, describe, iterate_texts
-from ..evaluation import check_tokens
+from ..evaluation.perplexity import check_tokens
 from .configuration import RecoveryConfig
 
 

@@ -12,7 +12,7 @@ from torch.nn.functional import cross_entropy
 
 from ..common.fences import has_device_map
 from ..data import Calibration
-from ..evaluation import check_tokens
+from ..evaluation.perplexity import check_tokens
 from ..model.statistics import LayerStatistics
 from ..model.walk import walk_blocks
 from ..pruning.configuration import DSAConfig

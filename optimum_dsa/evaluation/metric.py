@@ -9,9 +9,9 @@ import datasets
 import evaluate
 from torch import nn
 
-from .checkpoint.load import load_model, load_tokenizer
-from .data import default_length, load_tokens
-from .evaluation import perplexity_with_error
+from ..checkpoint.load import load_model, load_tokenizer
+from ..data import default_length, load_tokens
+from .perplexity import perplexity_with_error
 
 
 class Perplexity(evaluate.Metric):

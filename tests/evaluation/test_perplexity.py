@@ -5,7 +5,7 @@ import torch
 
 from optimum_dsa import perplexity
 
-from .tiny import VOCABULARY, same_state, state, tiny_llama, tokens
+from ..tiny import VOCABULARY, same_state, state, tiny_llama, tokens
 
 
 def test_perplexity_is_exp_of_the_mean_loss_over_predicted_tokens():

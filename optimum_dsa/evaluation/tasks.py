@@ -10,9 +10,9 @@ from typing import Any
 
 from torch import nn
 
-from .common.installation import how_to_install
-from .common.registry import UnknownNameError, near
-from .data import default_length
+from ..common.installation import how_to_install
+from ..common.registry import UnknownNameError, near
+from ..data import default_length
 
 
 # The zero-shot tasks of the DSA paper.

@@ -8,7 +8,7 @@ import torch
 from huggingface_hub.utils import tqdm
 from torch import Tensor, nn
 
-from .common.fences import has_device_map
+from ..common.fences import has_device_map
 
 
 def perplexity(model: nn.Module, tokens: Tensor, batch_size: int = 8) -> float:

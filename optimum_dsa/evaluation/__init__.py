@@ -1,0 +1,1 @@
+"""How good a model is: perplexity, tasks, and results side by side."""
