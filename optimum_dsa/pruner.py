@@ -209,7 +209,7 @@ class DSAPruner:
             resume (`bool`, defaults to `False`): go on from the last of them.
         """
         from .recovery.configuration import RecoveryConfig
-        from .recovery.run import recover
+        from .recovery.recover import recover
         from .recovery.targets import base_of, counted, report_of
 
         report = self.report or report_of(self.model)

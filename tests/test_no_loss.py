@@ -14,8 +14,8 @@ from optimum_dsa.common.output import OutputError, OutputFolder
 from optimum_dsa.demo import demo_model, demo_texts
 from optimum_dsa.recovery.trainer import DivergedError
 
-from .recovery.test_peft_method import same_zeros, sparse_llama, zeros
-from .recovery.test_run import regular, small
+from .recovery.adapters.test_peft_method import same_zeros, sparse_llama, zeros
+from .recovery.test_recover import regular, small
 from .test_commands import run
 from .tiny import tiny_llama, tokens
 

@@ -43,7 +43,7 @@ SOME = (
     "tests/test_commands.py::test_help_teaches_every_name",
     "tests/test_commands.py::test_bad_usage_is_one_clear_line_and_exit_code_2",
     "tests/evaluation/test_metric.py",
-    "tests/recovery/test_run.py::test_without_peft_all_weights_can_be_trained_and_adapters_say_what_to_install",
+    "tests/recovery/test_recover.py::test_without_peft_all_weights_can_be_trained_and_adapters_say_what_to_install",
 )
 
 

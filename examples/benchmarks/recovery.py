@@ -46,7 +46,7 @@ from optimum_dsa import (
     perplexity,
 )
 from optimum_dsa.demo import demo_model, demo_texts
-from optimum_dsa.recovery.run import make_trainer
+from optimum_dsa.recovery.recover import make_trainer
 
 
 ROWS = ("none", "lora", "mask", "scale", "spp", "full", "gradual")

@@ -48,7 +48,7 @@ def version_of(package: str) -> str:
 
 _OFFLOAD = "tests/model/test_offload.py"
 _QUANTIZER = "tests/checkpoint/test_transformers_loader.py"
-_PEFT = "tests/recovery/test_peft_method.py"
+_PEFT = "tests/recovery/adapters/test_peft_method.py"
 
 FENCES = {
     # torch
@@ -145,14 +145,14 @@ FENCES = {
         "Trainer.callback_handler.callbacks",
         "sparsity reaches reporters only from a callback before them; without it, the callback is added as usual",
         "recovery.callback",
-        "tests/recovery/test_callback.py",
+        "tests/recovery/gradual/test_callback.py",
     ),
     "loss": Fence(
         "transformers",
         "Trainer.model_accepts_loss_kwargs",
         "a loss with a teacher's share is a mean of batches",
         "recovery.trainer",
-        "tests/recovery/test_run.py",
+        "tests/recovery/test_recover.py",
     ),
     # peft
     "methods": Fence(

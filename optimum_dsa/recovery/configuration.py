@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from ..common.registry import near
-from .modes import MODES
+from .adapters.modes import MODES
 
 
 METHODS = ("sparse-lora", "full")

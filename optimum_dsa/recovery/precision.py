@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
-from .held import keep_alive_
+from .gradual.held_zeros import keep_alive_
 
 
 @contextmanager

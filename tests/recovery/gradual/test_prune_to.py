@@ -3,10 +3,10 @@ import logging
 import pytest
 
 from optimum_dsa import DSAConfig, find_architecture, prune
-from optimum_dsa.recovery.gradual import prune_to
+from optimum_dsa.recovery.gradual.prune_to import prune_to
 from optimum_dsa.recovery.targets import count_zeros
 
-from ..tiny import tiny_llama, tokens
+from ...tiny import tiny_llama, tokens
 
 
 def zeros(model):

@@ -11,8 +11,8 @@ from peft.utils.peft_types import PeftType, register_peft_method
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from ..common.fences import add_peft_type
-from ..pruning.allocation import Allocation
+from ...common.fences import add_peft_type
+from ...pruning.allocation import Allocation
 from .layer import SparseLoraLinear
 from .modes import MODES
 from .ranks import pattern_of, ranks_for

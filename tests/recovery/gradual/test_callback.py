@@ -10,10 +10,10 @@ from peft import LoraConfig, get_peft_model
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from optimum_dsa import DSACallback, DSAConfig, PruningSchedule, SparseLoraConfig, prune
-from optimum_dsa.recovery.sharding import refuse_sharded
+from optimum_dsa.recovery.gradual.sharding import refuse_sharded
 
-from ..tiny import tiny_llama, tokens
-from .test_peft_method import same_zeros, sparse_llama, zeros
+from ...tiny import tiny_llama, tokens
+from ..adapters.test_peft_method import same_zeros, sparse_llama, zeros
 
 
 pytestmark = pytest.mark.contract

@@ -9,14 +9,14 @@ from dataclasses import replace
 import torch
 from torch import nn
 
-from ..data import Calibration
-from ..model.architecture import Architecture
-from ..pruning.allocation import Allocation
-from ..pruning.allocation.budget import fit_counts, split_count
-from ..pruning.configuration import DSAConfig
-from ..pruning.prune import allocate, architecture_for, prune
-from ..pruning.report import PruningReport
-from .targets import count_zeros, plain_name
+from ...data import Calibration
+from ...model.architecture import Architecture
+from ...pruning.allocation import Allocation
+from ...pruning.allocation.budget import fit_counts, split_count
+from ...pruning.configuration import DSAConfig
+from ...pruning.prune import allocate, architecture_for, prune
+from ...pruning.report import PruningReport
+from ..targets import count_zeros, plain_name
 
 
 logger = logging.getLogger(__name__)

@@ -19,8 +19,8 @@ from ..common.installation import how_to_install
 from ..evaluation.perplexity import perplexity
 from ..model.offload import is_offloaded
 from ..pruning.report import PruningReport
-from .callback import DSACallback
 from .configuration import RecoveryConfig
+from .gradual.callback import DSACallback
 from .precision import in_float32
 from .result import RecoveryResult, by_step
 from .targets import prunable
@@ -109,7 +109,7 @@ def _with_adapters(model: nn.Module, config: RecoveryConfig, report: PruningRepo
     try:
         from peft import get_peft_model
 
-        from .peft_method import SparseLoraConfig
+        from .adapters.peft_method import SparseLoraConfig
     except ImportError as error:
         raise ValueError(
             f"Sparse adapters need peft: {how_to_install('peft')}; or use method='full' ({error})."

@@ -5,8 +5,8 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 
-from ..pruning.allocation import Allocation
-from ..pruning.allocation.budget import split_count
+from ...pruning.allocation import Allocation
+from ...pruning.allocation.budget import split_count
 
 
 def ranks_for(allocation: Allocation, rank: int) -> dict[str, int]:

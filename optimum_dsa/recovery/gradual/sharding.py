@@ -9,7 +9,7 @@ from accelerate import PartialState
 from accelerate.utils import DistributedType
 from torch import Tensor
 
-from ..common.devices import processes_and_devices
+from ...common.devices import processes_and_devices
 
 
 @torch.no_grad()

@@ -17,7 +17,7 @@ from optimum_dsa.recovery.trainer import RecoveryTrainer, divergence
 
 from ..test_commands import run
 from ..tiny import tiny_llama, tokens
-from .test_peft_method import same_zeros, sparse_llama, zeros
+from .adapters.test_peft_method import same_zeros, sparse_llama, zeros
 
 
 def regular(samples=64, length=16):

@@ -14,9 +14,9 @@ from optimum_dsa import (
     prune,
 )
 
-from ..tiny import tiny_llama
+from ...tiny import tiny_llama
+from ..adapters.test_peft_method import same_zeros, zeros
 from .test_callback import removed, trainer_for
-from .test_peft_method import same_zeros, zeros
 
 
 @pytest.mark.parametrize("method,allocation", [("wanda", "owl"), ("sparsegpt", "uniform"), ("magnitude", "er")])

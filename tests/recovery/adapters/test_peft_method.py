@@ -13,9 +13,9 @@ from peft import PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM
 
 from optimum_dsa import MODES, Allocation, DSAConfig, SparseLoraConfig, prune
-from optimum_dsa.recovery.ranks import ranks_for
+from optimum_dsa.recovery.adapters.ranks import ranks_for
 
-from ..tiny import same_state, state, tiny_llama, tokens
+from ...tiny import same_state, state, tiny_llama, tokens
 
 
 pytestmark = pytest.mark.contract

@@ -11,19 +11,14 @@ from typing import Any
 from torch import nn
 from transformers import TrainerCallback
 
-from ..checkpoint.description import describe, write_description
-from ..common.fences import insert_callback
-from ..data import Calibration, load_calibration
-from ..pruning.configuration import DSAConfig
-from ..pruning.prune import allocation_needs_inputs, needs_gram, prune, pruning_needs_inputs
-from ..pruning.report import PruningReport
-from ..pruning.unstructured.patterns import Pattern
-from .gradual import prune_to
-from .held import HeldZeros
-from .running import RunningStatistics
-from .schedule import PruningSchedule
-from .sharding import refuse_sharded, refuse_shared_devices, synchronise
-from .targets import (
+from ...checkpoint.description import describe, write_description
+from ...common.fences import insert_callback
+from ...data import Calibration, load_calibration
+from ...pruning.configuration import DSAConfig
+from ...pruning.prune import allocation_needs_inputs, needs_gram, prune, pruning_needs_inputs
+from ...pruning.report import PruningReport
+from ...pruning.unstructured.patterns import Pattern
+from ..targets import (
     base_of,
     count_parameters,
     count_zeros,
@@ -36,6 +31,11 @@ from .targets import (
     with_adapters_excluded,
     without_adapters,
 )
+from .held_zeros import HeldZeros
+from .prune_to import prune_to
+from .running_statistics import RunningStatistics
+from .schedule import PruningSchedule
+from .sharding import refuse_sharded, refuse_shared_devices, synchronise
 
 
 logger = logging.getLogger(__name__)

@@ -10,8 +10,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from ..model.architecture import Architecture
-from ..model.statistics import CollectedStatistics, LayerStatistics
+from ...model.architecture import Architecture
+from ...model.statistics import CollectedStatistics, LayerStatistics
 
 
 FILE = "dsa_statistics.safetensors"  # in a Trainer's checkpoint

@@ -11,8 +11,8 @@ from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from ..common.fences import check_adapter_arguments
-from .held import keep_alive_
+from ...common.fences import check_adapter_arguments
+from ..gradual.held_zeros import keep_alive_
 from .modes import MODES
 from .product import Part, changed_weight, sparse_linear
 

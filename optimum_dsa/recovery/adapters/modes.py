@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ..common.registry import Registry
+from ...common.registry import Registry
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ..common.registry import Registry
+from ...common.registry import Registry
 
 
 SCHEDULES = Registry("schedule")

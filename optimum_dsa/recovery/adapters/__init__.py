@@ -1,0 +1,1 @@
+"""Inside PEFT: adapters that keep every zero when they are merged."""

@@ -1,0 +1,1 @@
+"""Inside any Trainer: zeros that stay, and sparsity that grows."""
