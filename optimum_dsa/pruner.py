@@ -141,7 +141,7 @@ class DSAPruner:
             resume (`bool`, defaults to `False`): go on with the search in `output`.
             report_to (`Any`, *optional*): an experiment tracker that accelerate knows, such as `"trackio"`.
         """
-        from .search.run import search
+        from .search.search import search
 
         options = {"num_samples": config.num_samples, "sequence_length": config.sequence_length, "seed": config.seed}
         columns = {"text_column": config.text_column, "split": config.split}

@@ -10,7 +10,7 @@ from optimum_dsa.common.manifest import MANIFEST
 from optimum_dsa.data import Calibration
 from optimum_dsa.outcome import Outcome, read_all
 from optimum_dsa.page import _lists, figures, page, write_report
-from optimum_dsa.search.run import search
+from optimum_dsa.search.search import search
 from optimum_dsa.tables import Table, block_table, compared, finalists_table, quality_table, terminal
 
 from .browser import Browser, find_chromium

@@ -18,7 +18,7 @@ from optimum_dsa.plots import (
     short_number,
     training_curves,
 )
-from optimum_dsa.search.run import search
+from optimum_dsa.search.search import search
 from optimum_dsa.search.space import Candidate
 from optimum_dsa.search.trace import Request, Trial
 

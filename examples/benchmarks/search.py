@@ -38,9 +38,9 @@ from optimum_dsa.pruning.prune import architecture_for
 from optimum_dsa.search.enumeration import enumerate_space
 from optimum_dsa.search.objective import Objective
 from optimum_dsa.search.problem import parse_budget
-from optimum_dsa.search.resolve import Resolver
+from optimum_dsa.search.resolver import Resolver
 from optimum_dsa.search.result import SearchResult
-from optimum_dsa.search.run import search
+from optimum_dsa.search.search import search
 from optimum_dsa.search.trace import SearchTrace
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from ..pruning.allocation import PRE_PROCESS, REDUCTION, AllocationFunction
 from ..pruning.allocation.budget import fit_counts, round_matrices
 from ..pruning.allocation.operations import mean_by_size, singular_values
-from .resolve import Resolver
+from .resolver import Resolver
 from .space import SearchSpace
 
 

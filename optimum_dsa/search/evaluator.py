@@ -10,7 +10,7 @@ from accelerate.utils import gather_object
 
 from ..common.devices import process_state
 from .objective import Objective
-from .resolve import Resolver
+from .resolver import Resolver
 from .trace import Request, Trial
 
 

@@ -14,7 +14,7 @@ from collections.abc import Generator, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 
 from ..common.registry import Registry
-from .resolve import Resolver
+from .resolver import Resolver
 from .space import Candidate, SearchSpace
 from .trace import Request, Trial
 

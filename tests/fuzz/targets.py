@@ -30,7 +30,7 @@ from optimum_dsa.pruning.allocation.layout import by_block, grid
 from optimum_dsa.pruning.configuration import CONFIG_NAME
 from optimum_dsa.pruning.unstructured.patterns import Pattern
 from optimum_dsa.search.problem import parse_budget
-from optimum_dsa.search.run import search
+from optimum_dsa.search.search import search
 from optimum_dsa.search.space import Candidate
 from optimum_dsa.search.trace import SearchTrace
 from optimum_dsa.tables import terminal

@@ -7,7 +7,7 @@ from optimum_dsa import Calibration, DSAConfig, find_architecture, fit_to_budget
 from optimum_dsa.pruning.allocation import AllocationFunction
 from optimum_dsa.pruning.allocation.budget import fit_counts
 from optimum_dsa.search.enumeration import Enumeration, block_sizes, enumerate_space
-from optimum_dsa.search.resolve import Resolver
+from optimum_dsa.search.resolver import Resolver
 from optimum_dsa.search.space import Candidate, SearchSpace
 
 from ..tiny import tiny_llama, tokens

@@ -9,7 +9,7 @@ import pytest
 from optimum_dsa import Calibration, DSAConfig, find_architecture
 from optimum_dsa.search.enumeration import block_sizes, enumerate_space
 from optimum_dsa.search.problem import UNIFORM, Budget, Problem
-from optimum_dsa.search.resolve import Resolver
+from optimum_dsa.search.resolver import Resolver
 from optimum_dsa.search.space import Candidate, SearchSpace
 from optimum_dsa.search.strategies import STRATEGIES, auto, evolution, exhaustive, named, ramp, random_search
 

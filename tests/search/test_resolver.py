@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from optimum_dsa import Allocation, AllocationFunction, Calibration, DSAConfig, allocate, find_architecture
-from optimum_dsa.search.resolve import Resolver
+from optimum_dsa.search.resolver import Resolver
 from optimum_dsa.search.space import Candidate
 
 from ..tiny import same_state, state, tiny_llama, tokens

@@ -10,9 +10,9 @@ from transformers import LlamaForCausalLM
 from optimum_dsa import ALLOCATIONS, Calibration, DSAConfig, allocate, find_architecture, prune
 from optimum_dsa.search.evaluator import Evaluator
 from optimum_dsa.search.problem import Budget, parse_budget
-from optimum_dsa.search.resolve import Resolver
+from optimum_dsa.search.resolver import Resolver
 from optimum_dsa.search.result import rank_correlation, robustness_table
-from optimum_dsa.search.run import _problem, search
+from optimum_dsa.search.search import _problem, search
 from optimum_dsa.search.space import Candidate, SearchSpace
 from optimum_dsa.search.strategies import STRATEGIES
 from optimum_dsa.search.trace import Request, SearchTrace, Trial

@@ -21,7 +21,7 @@ from ..pruning.configuration import DSAConfig
 from .evaluator import Evaluator
 from .objective import Objective
 from .problem import UNIFORM, Budget, Problem, parse_budget
-from .resolve import Resolver
+from .resolver import Resolver
 from .result import RESULT_FILES, Finalist, SearchResult
 from .space import Candidate, SearchSpace
 from .strategies import STRATEGIES
