@@ -10,7 +10,7 @@ import json
 from pathlib import Path
 
 from optimum_dsa import DSAConfig, DSAPruner, load_tokens, perplexity
-from optimum_dsa.hub import push_folder
+from optimum_dsa.sharing.push import push_folder
 
 
 def parse_arguments() -> argparse.Namespace:

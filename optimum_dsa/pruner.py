@@ -276,7 +276,7 @@ class DSAPruner:
         Raises:
             OSError: the Hub refused or the network failed; the model is as it was, and the same call goes on.
         """
-        from .hub import push_folder
+        from .sharing.push import push_folder
 
         with TemporaryDirectory() as folder:
             stored = self._stored

@@ -35,7 +35,7 @@ When the network fails, the folder is whole, and the same command goes on: what 
         parser.add_argument("--token", help="default: the one that 'hf auth login' stored")
 
     def execute(self) -> None:
-        from ..hub import push_folder
+        from ..sharing.push import push_folder
 
         args = self.args
         address = push_folder(

@@ -32,7 +32,7 @@ Needs matplotlib, which the extra `plots` brings.
         from pathlib import Path
 
         try:
-            from ..page import write_report
+            from ..sharing.page import write_report
 
             say(write_report(self.args.folder, self.args.compare, self.args.output))
         except ImportError as error:

@@ -175,7 +175,7 @@ FENCES = {
         "the base class of HfHubHTTPError",
         "a network that fails is explained in one sentence; the client under it changed its name",
         "hub",
-        "tests/hub/test_push.py",
+        "tests/sharing/test_push.py",
     ),
     # optimum
     "commands": Fence(

@@ -101,7 +101,7 @@ class SearchResult:
 
     def figures(self) -> dict:
         """Matplotlib figures by name: "search", "allocation" and "heatmap"."""
-        from ..plots import allocation_chart, heat_map, search_curves
+        from ..sharing.charts import allocation_chart, heat_map, search_curves
 
         strategy = self.trace.settings.get("strategy", "search")
         return {

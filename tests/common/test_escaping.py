@@ -10,14 +10,14 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from optimum_dsa import Allocation, DSAConfig, PruningReport
-from optimum_dsa.card import base_repository, model_card
 from optimum_dsa.checkpoint.description import checksum, describe
 from optimum_dsa.checkpoint.verify import Verification
 from optimum_dsa.common.escaping import code_block, code_span, inline_markdown, one_line, table_cell, visible
-from optimum_dsa.outcome import Outcome
-from optimum_dsa.page import figures, page
-from optimum_dsa.provenance import command, dataset_id
-from optimum_dsa.tables import Table, block_table, compared, terminal
+from optimum_dsa.sharing.card import base_repository, model_card
+from optimum_dsa.sharing.outcome import Outcome
+from optimum_dsa.sharing.page import figures, page
+from optimum_dsa.sharing.provenance import command, dataset_id
+from optimum_dsa.sharing.tables import Table, block_table, compared, terminal
 
 from ..elements import Elements
 

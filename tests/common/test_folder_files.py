@@ -9,9 +9,9 @@ import pytest
 from optimum_dsa import DSAConfig, DSAPruner, convert
 from optimum_dsa.common.folder_files import own_file, own_files
 from optimum_dsa.demo import demo_model
-from optimum_dsa.outcome import Outcome
-from optimum_dsa.page import write_report
-from optimum_dsa.upload import collect
+from optimum_dsa.sharing.outcome import Outcome
+from optimum_dsa.sharing.page import write_report
+from optimum_dsa.sharing.upload import collect
 
 from ..tiny import tiny_llama
 
@@ -66,9 +66,9 @@ def test_a_link_out_of_the_folder_is_not_sent(folder, secret, name):
 
 
 def test_it_is_refused_before_anything_is_sent(folder, secret, monkeypatch):
-    from optimum_dsa.hub import push_folder
+    from optimum_dsa.sharing.push import push_folder
 
-    monkeypatch.setattr("optimum_dsa.hub.HfApi", lambda **options: pytest.fail("the Hub was asked"))
+    monkeypatch.setattr("optimum_dsa.sharing.push.HfApi", lambda **options: pytest.fail("the Hub was asked"))
     link(folder, "LICENSE", secret)
     with pytest.raises(ValueError, match="is a link out of its folder"):
         push_folder(folder, "me/tiny")

@@ -30,7 +30,8 @@ def texts() -> dict[str, str]:
 
 def test_nothing_claims_that_an_index_has_this_package():
     found = texts()
-    assert {"README.md", "optimum_dsa/checkpoint/convert.py", "optimum_dsa/templates/model_card.md"} <= found.keys()
+    expected = {"README.md", "optimum_dsa/checkpoint/convert.py", "optimum_dsa/sharing/templates/model_card.md"}
+    assert expected <= found.keys()
     claims = {name: match[0] for name, text in found.items() if (match := FROM_AN_INDEX.search(text))}
     assert not claims
 

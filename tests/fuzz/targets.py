@@ -14,7 +14,6 @@ import numpy as np
 import torch
 
 from optimum_dsa import Allocation, AllocationFunction, DSAConfig, DSAPruner, convert
-from optimum_dsa.card import model_card
 from optimum_dsa.checkpoint.convert import converted_config
 from optimum_dsa.checkpoint.description import contradictions, read_description, report_from, seal_of
 from optimum_dsa.checkpoint.limits import read_contents
@@ -23,9 +22,7 @@ from optimum_dsa.checkpoint.shards import count_weights, find_shards, index_name
 from optimum_dsa.common.files import parse_json, read_json
 from optimum_dsa.common.manifest import MANIFEST, files_in, recognised
 from optimum_dsa.data import Calibration
-from optimum_dsa.outcome import Outcome
 from optimum_dsa.packed.bitmask import LARGEST, pack, read_header, unpack
-from optimum_dsa.page import page
 from optimum_dsa.pruning.allocation.layout import by_block, grid
 from optimum_dsa.pruning.configuration import CONFIG_NAME
 from optimum_dsa.pruning.unstructured.patterns import Pattern
@@ -33,8 +30,11 @@ from optimum_dsa.search.problem import parse_budget
 from optimum_dsa.search.search import search
 from optimum_dsa.search.space import Candidate
 from optimum_dsa.search.trace import SearchTrace
-from optimum_dsa.tables import terminal
-from optimum_dsa.upload import collect
+from optimum_dsa.sharing.card import model_card
+from optimum_dsa.sharing.outcome import Outcome
+from optimum_dsa.sharing.page import page
+from optimum_dsa.sharing.tables import terminal
+from optimum_dsa.sharing.upload import collect
 
 from ..tiny import tiny_llama, tokens
 from . import NAMED, mutations

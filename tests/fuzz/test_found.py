@@ -8,11 +8,11 @@ from optimum_dsa import Allocation, DSAConfig
 from optimum_dsa.checkpoint.description import read_description, report_from
 from optimum_dsa.common.files import DEEPEST_JSON, parse_json
 from optimum_dsa.common.schema import violations
-from optimum_dsa.outcome import Outcome
 from optimum_dsa.pruning.configuration import CONFIG_NAME
 from optimum_dsa.search.problem import parse_budget
 from optimum_dsa.search.space import Candidate
 from optimum_dsa.search.trace import SearchTrace, Trial
+from optimum_dsa.sharing.outcome import Outcome
 
 from . import NAMED
 from .targets import pruned, searched

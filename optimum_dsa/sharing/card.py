@@ -10,10 +10,12 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from .checkpoint.description import seal_of
-from .checkpoint.verify import SEALS
-from .common.escaping import code_block, code_span, inline_markdown, one_line, table_cell
-from .common.installation import how_to_install
+from ..checkpoint.description import seal_of
+from ..checkpoint.verify import SEALS
+from ..common.escaping import code_block, code_span, inline_markdown, one_line, table_cell
+from ..common.installation import how_to_install
+from ..pruning.allocation import Allocation
+from ..pruning.configuration import DSAConfig
 from .outcome import Outcome
 from .provenance import (
     calibration_source,
@@ -25,8 +27,6 @@ from .provenance import (
     papers,
     without_places,
 )
-from .pruning.allocation import Allocation
-from .pruning.configuration import DSAConfig
 from .tables import Table, block_table, describe_text, limits, percent, text_of
 
 
@@ -93,7 +93,7 @@ def model_card(
     base_name = (facts.get("base_model") or {}).get("name")
     return ModelCard.from_template(
         data,
-        template_str=files("optimum_dsa").joinpath("templates/model_card.md").read_text(encoding="utf-8"),
+        template_str=files("optimum_dsa.sharing").joinpath("templates/model_card.md").read_text(encoding="utf-8"),
         name=name,
         repo_id=repo_id,
         base_link=f"[{inline_markdown(base_id)}](https://huggingface.co/{base_id})" if base_id else None,

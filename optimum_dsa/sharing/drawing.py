@@ -6,9 +6,9 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from .common.escaping import one_line
-from .common.installation import how_to_install
-from .pruning.allocation.layout import place, short_names
+from ..common.escaping import one_line
+from ..common.installation import how_to_install
+from ..pruning.allocation.layout import place, short_names
 
 
 if TYPE_CHECKING:

@@ -4,7 +4,7 @@ import json
 
 from huggingface_hub import ModelCard
 
-from optimum_dsa.hub import push_folder
+from optimum_dsa.sharing.push import push_folder
 
 from ..hub_server import TOKEN
 

@@ -8,7 +8,10 @@ from matplotlib.colors import to_hex
 
 from optimum_dsa import Allocation, Calibration, DSAConfig, SearchTrace
 from optimum_dsa.common.installation import how_to_install
-from optimum_dsa.plots import (
+from optimum_dsa.search.search import search
+from optimum_dsa.search.space import Candidate
+from optimum_dsa.search.trace import Request, Trial
+from optimum_dsa.sharing.charts import (
     Measured,
     allocation_chart,
     heat_map,
@@ -18,11 +21,8 @@ from optimum_dsa.plots import (
     short_number,
     training_curves,
 )
-from optimum_dsa.search.search import search
-from optimum_dsa.search.space import Candidate
-from optimum_dsa.search.trace import Request, Trial
 
-from .tiny import tiny_llama, tokens
+from ..tiny import tiny_llama, tokens
 
 
 SIZES = {"layers.0.q.weight": 10, "layers.0.up.weight": 30, "layers.1.q.weight": 10, "layers.1.up.weight": 30}

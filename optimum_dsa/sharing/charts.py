@@ -12,6 +12,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from ..pruning.allocation import Allocation
+from ..pruning.allocation.layout import by_block, grid, short_names
 from .drawing import (
     FIRST,
     INK,
@@ -27,14 +29,12 @@ from .drawing import (
     plain,
     styles,
 )
-from .pruning.allocation import Allocation
-from .pruning.allocation.layout import by_block, grid, short_names
 
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from .search.trace import SearchTrace
+    from ..search.trace import SearchTrace
 
 ANNOTATED = 16  # blocks, up to which a heat map's cells carry their number
 

@@ -7,11 +7,11 @@ from safetensors.torch import load_file, save_file
 
 from optimum_dsa import DSAPruner
 from optimum_dsa.checkpoint.description import read_description, write_description
-from optimum_dsa.outcome import Outcome
-from optimum_dsa.page import page
 from optimum_dsa.pruning.configuration import CONFIG_NAME
-from optimum_dsa.tables import terminal
-from optimum_dsa.upload import collect, count
+from optimum_dsa.sharing.outcome import Outcome
+from optimum_dsa.sharing.page import page
+from optimum_dsa.sharing.tables import terminal
+from optimum_dsa.sharing.upload import collect, count
 
 from ..checkpoint.test_verify import run
 from .common import card, change, push

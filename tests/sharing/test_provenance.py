@@ -5,9 +5,9 @@ import pytest
 
 from optimum_dsa import ALLOCATIONS, METHODS, METRICS, PRE_PROCESS, REDUCTION, UPDATES, Allocation, DSAConfig
 from optimum_dsa.commands.prune import asked_config
-from optimum_dsa.provenance import command, dataset_id, last_part, names_data, papers, without_places
+from optimum_dsa.sharing.provenance import command, dataset_id, last_part, names_data, papers, without_places
 
-from .test_docs import commands
+from ..test_docs import commands
 
 
 GIVEN = Allocation({"layers.0": 0.5, "layers.1": 0.7}, {"layers.0": 10, "layers.1": 10}, "mine")

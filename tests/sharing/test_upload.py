@@ -6,7 +6,7 @@ import pytest
 from optimum_dsa import Allocation, DSAConfig, DSAPruner
 from optimum_dsa.checkpoint.description import checksum, is_unchanged
 from optimum_dsa.demo import demo_model
-from optimum_dsa.upload import collect
+from optimum_dsa.sharing.upload import collect
 
 from ..hub_server import TOKEN
 from ..tiny import same_state, state, tiny_llama, tokens

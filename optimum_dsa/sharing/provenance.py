@@ -8,15 +8,15 @@ from collections.abc import Mapping
 from pathlib import PurePosixPath, PureWindowsPath
 from typing import Any
 
-from .common.escaping import one_line
-from .common.registry import Registry
-from .data import DATASETS
-from .pruning.allocation import ALLOCATIONS, POST_PROCESS, PRE_PROCESS, REDUCTION, TRANSFORM, AllocationFunction
-from .pruning.configuration import CONFIG_NAME, DSAConfig
-from .pruning.unstructured.methods import METHODS
-from .pruning.unstructured.metrics import METRICS
-from .pruning.unstructured.updates import UPDATES
-from .search.strategies import STRATEGIES
+from ..common.escaping import one_line
+from ..common.registry import Registry
+from ..data import DATASETS
+from ..pruning.allocation import ALLOCATIONS, POST_PROCESS, PRE_PROCESS, REDUCTION, TRANSFORM, AllocationFunction
+from ..pruning.configuration import CONFIG_NAME, DSAConfig
+from ..pruning.unstructured.methods import METHODS
+from ..pruning.unstructured.metrics import METRICS
+from ..pruning.unstructured.updates import UPDATES
+from ..search.strategies import STRATEGIES
 
 
 FLAGS = {

@@ -8,12 +8,12 @@ from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from . import __version__
-from .common.escaping import visible
-from .common.files import write_text
-from .common.output import OutputFolder
-from .outcome import Outcome, read_all
-from .plots import (
+from .. import __version__
+from ..common.escaping import visible
+from ..common.files import write_text
+from ..common.output import OutputFolder
+from ..pruning.allocation.layout import grid
+from .charts import (
     allocation_chart,
     heat_map,
     quality_chart,
@@ -22,7 +22,7 @@ from .plots import (
     short_number,
     training_curves,
 )
-from .pruning.allocation.layout import grid
+from .outcome import Outcome, read_all
 from .svg import inline_svg
 from .tables import (
     block_table,
@@ -226,7 +226,7 @@ def _listed(names: Sequence[str]) -> str:
 def _template():
     from jinja2 import Environment, StrictUndefined
 
-    text = files("optimum_dsa").joinpath("templates/report.html").read_text(encoding="utf-8")
+    text = files("optimum_dsa.sharing").joinpath("templates/report.html").read_text(encoding="utf-8")
     environment = Environment(autoescape=True, undefined=StrictUndefined, finalize=_harmless)
     return environment.from_string(text)
 

@@ -11,10 +11,10 @@ from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 from huggingface_hub.errors import HfHubHTTPError
 from huggingface_hub.utils import validate_repo_id
 
-from . import __version__
+from .. import __version__
+from ..common.fences import transport_error
+from ..common.folder_files import WEIGHTS
 from .card import base_repository, model_card
-from .common.fences import transport_error
-from .common.folder_files import WEIGHTS
 from .upload import Upload, collect, count, pictures
 
 

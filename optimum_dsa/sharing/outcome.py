@@ -8,16 +8,16 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from .checkpoint.description import contradictions, read_description
-from .checkpoint.shards import COMPRESSED
-from .checkpoint.verify import Verification
-from .common.escaping import one_line
-from .common.files import read_json
-from .common.folder_files import own_file
-from .common.values import is_real, is_whole, short
-from .pruning.allocation import Allocation
-from .pruning.configuration import CONFIG_NAME
-from .search.trace import SearchTrace
+from ..checkpoint.description import contradictions, read_description
+from ..checkpoint.shards import COMPRESSED
+from ..checkpoint.verify import Verification
+from ..common.escaping import one_line
+from ..common.files import read_json
+from ..common.folder_files import own_file
+from ..common.values import is_real, is_whole, short
+from ..pruning.allocation import Allocation
+from ..pruning.configuration import CONFIG_NAME
+from ..search.trace import SearchTrace
 
 
 logger = logging.getLogger(__name__)

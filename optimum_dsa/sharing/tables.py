@@ -7,13 +7,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from .checkpoint.description import seal_of
-from .checkpoint.verify import SEALS
-from .common.escaping import inline_markdown, one_line, table_cell, visible
+from ..checkpoint.description import seal_of
+from ..checkpoint.verify import SEALS
+from ..common.escaping import inline_markdown, one_line, table_cell, visible
+from ..pruning.allocation import Allocation
+from ..pruning.allocation.layout import by_block, place
+from .charts import Measured, readable_bytes
 from .outcome import Outcome
-from .plots import Measured, readable_bytes
-from .pruning.allocation import Allocation
-from .pruning.allocation.layout import by_block, place
 
 
 BARS = " ▏▎▍▌▋▊▉█"

@@ -12,16 +12,16 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from .checkpoint.description import checksum, report_from, seal_of
-from .checkpoint.load import load_model
-from .checkpoint.verify import verify
-from .common.escaping import one_line
-from .common.files import read_json
-from .common.folder_files import OTHERS, TOKENIZER, WEIGHTS, is_part, own_file, own_files
-from .common.manifest import MANIFEST
+from ..checkpoint.description import checksum, report_from, seal_of
+from ..checkpoint.load import load_model
+from ..checkpoint.verify import verify
+from ..common.escaping import one_line
+from ..common.files import read_json
+from ..common.folder_files import OTHERS, TOKENIZER, WEIGHTS, is_part, own_file, own_files
+from ..common.manifest import MANIFEST
+from ..pruning.configuration import CONFIG_NAME
 from .outcome import Outcome
 from .provenance import last_part, without_places
-from .pruning.configuration import CONFIG_NAME
 
 
 logger = logging.getLogger(__name__)
@@ -120,7 +120,7 @@ def pictures(outcome: Outcome, name: str) -> dict[str, bytes]:
 
     None without matplotlib, and none of shares that were not counted.
     """
-    from .plots import allocation_chart, heat_map
+    from .charts import allocation_chart, heat_map
     from .tables import compared
 
     if outcome.counted is None:

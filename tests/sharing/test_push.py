@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from optimum_dsa import DSAConfig, DSAPruner
 from optimum_dsa.demo import demo_model, demo_texts
-from optimum_dsa.hub import PushError
+from optimum_dsa.sharing.push import PushError
 
 from ..hub_server import TOKEN, HubServer
 from ..test_commands import run

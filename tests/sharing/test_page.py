@@ -8,15 +8,15 @@ from optimum_dsa import Allocation, DSAConfig, DSAPruner, RecoveryConfig
 from optimum_dsa.common.installation import how_to_install
 from optimum_dsa.common.manifest import MANIFEST
 from optimum_dsa.data import Calibration
-from optimum_dsa.outcome import Outcome, read_all
-from optimum_dsa.page import _lists, figures, page, write_report
 from optimum_dsa.search.search import search
-from optimum_dsa.tables import Table, block_table, compared, finalists_table, quality_table, terminal
+from optimum_dsa.sharing.outcome import Outcome, read_all
+from optimum_dsa.sharing.page import _lists, figures, page, write_report
+from optimum_dsa.sharing.tables import Table, block_table, compared, finalists_table, quality_table, terminal
 
-from .browser import Browser, find_chromium
-from .elements import Elements
-from .test_commands import run
-from .tiny import tiny_llama, tokens
+from ..browser import Browser, find_chromium
+from ..elements import Elements
+from ..test_commands import run
+from ..tiny import tiny_llama, tokens
 
 
 def evaluation(perplexity, dataset="test.txt"):
