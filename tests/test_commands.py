@@ -11,7 +11,7 @@ from optimum.commands.optimum_cli import main
 
 from optimum_dsa import ALLOCATIONS, METHODS, UPDATES
 from optimum_dsa.commands.base import LeafCommand
-from optimum_dsa.demo import demo_model, demo_texts
+from optimum_dsa.commands.embedded import demo_model, demo_texts
 
 from .tiny import tiny_llama
 

@@ -30,9 +30,9 @@ from optimum_dsa import (
 )
 from optimum_dsa.checkpoint.description import schema
 from optimum_dsa.commands.dsa import DSACommand
+from optimum_dsa.commands.embedded import demo_model, demo_texts
 from optimum_dsa.commands.prune import asked_config
 from optimum_dsa.common.registry import Registry
-from optimum_dsa.demo import demo_model, demo_texts
 from optimum_dsa.recovery.trainer import REFERENCE as DISTILLATION
 
 

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 from optimum_dsa import DSAConfig, DSAPruner
-from optimum_dsa.demo import demo_model, demo_texts
+from optimum_dsa.commands.embedded import demo_model, demo_texts
 
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"

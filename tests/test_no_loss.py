@@ -8,10 +8,10 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 from optimum_dsa import DSAConfig, DSAPruner, RecoveryConfig, convert
+from optimum_dsa.commands.embedded import demo_model, demo_texts
 from optimum_dsa.common.lock import OutputBusyError
 from optimum_dsa.common.manifest import MANIFEST
 from optimum_dsa.common.output import OutputError, OutputFolder
-from optimum_dsa.demo import demo_model, demo_texts
 from optimum_dsa.recovery.trainer import DivergedError
 
 from .recovery.adapters.test_peft_method import same_zeros, sparse_llama, zeros

@@ -92,7 +92,7 @@ def test_the_wheel_works_beside_another_plugin(wheel, tmp_path):
 
 
 def test_the_wheel_finds_its_own_model(wheel, tmp_path):
-    output = python("from optimum_dsa.demo import demo_model; print(demo_model())", [wheel], tmp_path)
+    output = python("from optimum_dsa.commands.embedded import demo_model; print(demo_model())", [wheel], tmp_path)
     assert output.strip() == str(wheel / "optimum_dsa" / "tiny_llama")
 
 

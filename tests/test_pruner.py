@@ -11,7 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from optimum_dsa import Allocation, DSAConfig, DSAPruner
-from optimum_dsa.demo import demo_model, demo_texts
+from optimum_dsa.commands.embedded import demo_model, demo_texts
 
 from .tiny import same_state, state, tiny_llama, tokens
 

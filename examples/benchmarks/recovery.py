@@ -45,7 +45,7 @@ from optimum_dsa import (
     load_tokens,
     perplexity,
 )
-from optimum_dsa.demo import demo_model, demo_texts
+from optimum_dsa.commands.embedded import demo_model, demo_texts
 from optimum_dsa.recovery.recover import make_trainer
 
 

@@ -32,8 +32,8 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from optimum_dsa import DSAConfig, SearchSpace, load_calibration, load_tokens, perplexity, prune
+from optimum_dsa.commands.embedded import demo_model, demo_texts
 from optimum_dsa.common.devices import own_device
-from optimum_dsa.demo import demo_model, demo_texts
 from optimum_dsa.pruning.prune import architecture_for
 from optimum_dsa.search.enumeration import enumerate_space
 from optimum_dsa.search.objective import Objective

@@ -23,6 +23,6 @@ their perplexity on sealed text, and save the one pruned with DSA. Needs no netw
         parser.add_argument("--method", default="wanda", help="default: %(default)s")
 
     def execute(self) -> None:
-        from ..demo import run_demo
+        from .embedded import run_demo
 
         run_demo(self.args.output, self.args.sparsity, self.args.method, print)

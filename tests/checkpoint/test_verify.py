@@ -10,7 +10,7 @@ from torch import arange
 from optimum_dsa import Allocation, DSAConfig, DSAPruner, convert, prune, verify
 from optimum_dsa.checkpoint.description import read_description, write_description
 from optimum_dsa.checkpoint.shards import find_shards
-from optimum_dsa.demo import demo_model
+from optimum_dsa.commands.embedded import demo_model
 from optimum_dsa.pruning.configuration import CONFIG_NAME
 
 from ..conftest import FAMILIES

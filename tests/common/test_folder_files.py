@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from optimum_dsa import DSAConfig, DSAPruner, convert
+from optimum_dsa.commands.embedded import demo_model
 from optimum_dsa.common.folder_files import own_file, own_files
-from optimum_dsa.demo import demo_model
 from optimum_dsa.sharing.outcome import Outcome
 from optimum_dsa.sharing.page import write_report
 from optimum_dsa.sharing.upload import collect

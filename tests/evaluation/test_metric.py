@@ -3,7 +3,7 @@ import math
 import pytest
 
 from optimum_dsa import DSAPruner, load_tokens, perplexity, perplexity_with_error
-from optimum_dsa.demo import demo_model, demo_texts
+from optimum_dsa.commands.embedded import demo_model, demo_texts
 from optimum_dsa.evaluation.perplexity import window_losses
 
 from ..tiny import tiny_llama, tokens

@@ -7,9 +7,9 @@ import sys
 import pytest
 
 from optimum_dsa import DSAConfig, DSAPruner, evaluate_tasks
+from optimum_dsa.commands.embedded import demo_model, demo_texts
 from optimum_dsa.common.installation import how_to_install
 from optimum_dsa.common.registry import UnknownNameError
-from optimum_dsa.demo import demo_model, demo_texts
 from optimum_dsa.evaluation.comparison import Measured, comparison_table, save_results
 from optimum_dsa.evaluation.tasks import task_names, tidy
 

@@ -11,8 +11,8 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 from optimum_dsa import DSAConfig, DSAPruner, PruningReport, RecoveryConfig, find_architecture
+from optimum_dsa.commands.embedded import demo_model, demo_texts
 from optimum_dsa.common.installation import how_to_install
-from optimum_dsa.demo import demo_model, demo_texts
 from optimum_dsa.recovery.trainer import RecoveryTrainer, divergence
 
 from ..test_commands import run

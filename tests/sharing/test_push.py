@@ -15,7 +15,7 @@ from packaging.version import Version
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from optimum_dsa import DSAConfig, DSAPruner
-from optimum_dsa.demo import demo_model, demo_texts
+from optimum_dsa.commands.embedded import demo_model, demo_texts
 from optimum_dsa.sharing.push import PushError
 
 from ..hub_server import TOKEN, HubServer

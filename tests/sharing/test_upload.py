@@ -5,7 +5,7 @@ import pytest
 
 from optimum_dsa import Allocation, DSAConfig, DSAPruner
 from optimum_dsa.checkpoint.description import checksum, is_unchanged
-from optimum_dsa.demo import demo_model
+from optimum_dsa.commands.embedded import demo_model
 from optimum_dsa.sharing.upload import collect
 
 from ..hub_server import TOKEN

@@ -9,11 +9,11 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from shlex import quote
 
-from .common.output import OutputFolder
-from .data import load_tokens
-from .evaluation.perplexity import perplexity
-from .pruner import DSAPruner
-from .pruning.configuration import DSAConfig
+from ..common.output import OutputFolder
+from ..data import load_tokens
+from ..evaluation.perplexity import perplexity
+from ..pruner import DSAPruner
+from ..pruning.configuration import DSAConfig
 
 
 LENGTH = 256
@@ -22,7 +22,7 @@ ALLOCATIONS = ("uniform", "owl", "dsa")
 
 def demo_model() -> Path:
     """The folder of the embedded model: inside the installed package, or `examples/` of a checkout."""
-    package = Path(__file__).resolve().parent
+    package = Path(__file__).resolve().parents[1]
     for folder in (package / "tiny_llama", package.parent / "examples" / "tiny-llama"):
         if (folder / "config.json").is_file():
             return folder
