@@ -49,6 +49,7 @@ _PUBLIC = {
     "convert": "checkpoint.convert",
     "demo_model": "commands.embedded",
     "demo_texts": "commands.embedded",
+    "environment": "common.environment",
     "evaluate_tasks": "evaluation.tasks",
     "find_architecture": "model.architecture",
     "fit_to_budget": "pruning.allocation",

@@ -9,9 +9,10 @@ import pytest
 from optimum.commands.base import CommandInfo
 from optimum.commands.optimum_cli import main
 
-from optimum_dsa import ALLOCATIONS, METHODS, UPDATES
+from optimum_dsa import ALLOCATIONS, METHODS, UPDATES, demo_model, demo_texts, environment
 from optimum_dsa.commands.base import LeafCommand
-from optimum_dsa.commands.embedded import demo_model, demo_texts
+from optimum_dsa.commands.dsa import DSACommand
+from optimum_dsa.commands.embedded import DemoRow, story
 
 from .tiny import tiny_llama
 
@@ -162,16 +163,57 @@ def test_env_prints_versions(monkeypatch, capsys):
         assert f"- {package}: " in output
 
 
-def test_the_demo_compares_three_allocations_and_saves_a_model(tmp_path):
+def test_the_demo_discovers_an_allocation_that_beats_the_named_ones(tmp_path):
     code, output, errors = command("demo", "-o", str(tmp_path / "out"))
-    assert code == 0, errors
+    assert (code, errors) == (0, "")
     rows = {line.split()[0]: line.split()[1:] for line in output.splitlines() if len(line.split()) in (3, 4)}
-    dense = float(rows["dense"][0])
-    for name in ("uniform", "owl", "dsa"):
-        perplexity, sparsity, seconds = map(float, rows[name])
-        assert perplexity > dense and sparsity == 0.6 and seconds > 0
-    assert json.loads((tmp_path / "out" / "dsa_config.json").read_text())["config"]["allocation"] == "dsa"
-    assert "Try next" in output
+    assert list(rows)[1:6] == ["dense", "uniform", "owl", "dsa", "discovered"]
+    found = {name: float(cells[0]) for name, cells in list(rows.items())[1:6]}
+    assert found["dense"] < found["discovered"] < min(found["uniform"], found["owl"], found["dsa"])
+    assert {cells[1] for name, cells in rows.items() if name in found and name != "dense"} == {"0.6000"}
+    assert "lower than owl's" in output and "Try next" in output
+    described = json.loads((tmp_path / "out" / "dsa_config.json").read_text())
+    assert described["achieved"]["sparsity"] == pytest.approx(0.6, abs=1e-6)
+
+
+def test_the_demo_does_not_boast():
+    rows = [DemoRow("dense", 10.0), DemoRow("uniform", 14.0), DemoRow("owl", 12.0), DemoRow("discovered", 12.0)]
+    assert story(rows) == "As many zeros in each; here the search found nothing better than owl."
+    assert "25% lower than owl's" in story([*rows[:-1], DemoRow("discovered", 9.0, 0.6, 20.0)])
+
+
+def test_every_command_has_json_quiet_and_verbose_and_a_public_function():
+    for info in DSACommand.SUBCOMMANDS:
+        parser = ArgumentParser()
+        info.subcommand_class.parse_args(parser)
+        options = {option for action in parser._actions for option in action.option_strings}
+        assert {"--json", "-q", "--quiet", "-v", "--verbose"} <= options, info.name
+
+
+def test_json_is_all_that_is_printed(monkeypatch, capsys):
+    code, output, errors = run(monkeypatch, capsys, "env", "--json")
+    assert code == 0 and json.loads(output) == environment() and errors == ""
+
+
+def test_quiet_prints_nothing_and_verbose_says_what_is_done(monkeypatch, capsys, tmp_path):
+    work = ["-s", "0.5", "--method", "magnitude", "--allocation", "uniform"]
+    assert run(monkeypatch, capsys, "prune", str(demo_model()), "-o", str(tmp_path / "out"), *work, "-q") == (
+        0,
+        "",
+        "",
+    )
+    code, output, errors = run(monkeypatch, capsys, "verify", str(tmp_path / "out"), "--json")
+    assert (code, errors) == (0, "") and json.loads(output)["holds"] is True
+    code, output, errors = run(monkeypatch, capsys, "verify", str(tmp_path / "out"), "-q", "--json")
+    assert code == 0 and json.loads(output)["prunable"] == 1_843_200
+    assert run(monkeypatch, capsys, "env", "-q", "-v")[0] == 2
+
+
+def test_a_log_file_has_no_bars(tmp_path, text):
+    arguments = [str(demo_model()), "--dataset", text, "--sequence-length", "64"]
+    executable = os.path.join(os.path.dirname(sys.executable), "optimum-cli")
+    done = subprocess.run([executable, "dsa", "evaluate", *arguments], capture_output=True, text=True)
+    assert done.returncode == 0 and "\r" not in done.stderr and "|" not in done.stderr
 
 
 def test_search_then_prune_with_what_was_found(monkeypatch, capsys, tmp_path, text):

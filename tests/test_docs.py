@@ -187,9 +187,10 @@ def test_readme_and_help_name_every_method_and_allocation(table):
 @pytest.mark.parametrize("command", sorted(command_parsers()))
 def test_cli_page_has_every_option(command):
     text = section(PAGES["cli"], command)
+    everywhere = {"-h", "--help", *quoted(" ".join(cells[0] for cells in rows(section(PAGES["cli"], "Command line"))))}
     for action in command_parsers()[command]._actions:
         for option in action.option_strings or [action.dest]:
-            assert option in quoted(text) or option in ("-h", "--help"), option
+            assert option in quoted(text) or option in everywhere, option
     known = {option for action in command_parsers()[command]._actions for option in action.option_strings}
     assert {word for word in quoted(" ".join(cells[0] for cells in rows(text))) if word[0] == "-"} <= known
 

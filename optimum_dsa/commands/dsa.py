@@ -27,6 +27,6 @@ class DSACommand(BaseOptimumCLICommand):
         CommandInfo("verify", "Check that a pruned model is what it says.", VerifyCommand),
         CommandInfo("convert", "Store a pruned model without its zeros, or with them again.", ConvertCommand),
         CommandInfo("push", "Push a pruned model to the Hub, with a model card.", PushCommand),
-        CommandInfo("demo", "Prune the embedded model in three ways and compare them.", DemoCommand),
+        CommandInfo("demo", "Prune the embedded model, discover an allocation, compare.", DemoCommand),
         CommandInfo("env", "Print the versions that a bug report needs.", EnvCommand),
     )

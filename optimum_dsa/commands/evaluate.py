@@ -38,12 +38,10 @@ boolq,rte,hellaswag,winogrande,arc_easy,arc_challenge,openbookqa.
         tasks.add_argument("--limit", type=int, help="questions per task (default: all)")
         parser.add_argument("--batch-size", type=int, default=8)
         parser.add_argument("--output", help="JSON file to write all results to")
-        parser.add_argument("--json", action="store_true", help="print JSON and nothing else")
         add_loading_options(parser)
 
-    def execute(self) -> None:
+    def execute(self) -> dict | list[dict]:
         import contextlib
-        import json
         import sys
 
         from ..evaluation.comparison import check_results, comparison_table, save_results
@@ -60,13 +58,9 @@ boolq,rte,hellaswag,winogrande,arc_easy,arc_challenge,openbookqa.
             results = [self.measure(model) for model in args.model]
         if args.output:
             save_results(args.output, results)
-        if args.json:
-            found = [result.to_dict() for result in results]
-            print(json.dumps(found if len(found) > 1 else found[0]))
-        elif len(results) > 1:
-            say(comparison_table(results))
-        else:
-            say(describe(results[0]))
+        say(comparison_table(results) if len(results) > 1 else describe(results[0]))
+        found = [result.to_dict() for result in results]
+        return found if len(found) > 1 else found[0]
 
     def measure(self, model: str):
         """The `Measured` of one model."""

@@ -68,7 +68,7 @@ pattern     row, matrix, group:128, 2:4 (any N:M), mixed:8 (N:8, N from the allo
             help="store no zeros: smaller, and loads after import optimum_dsa only",
         )
 
-    def execute(self) -> None:
+    def execute(self) -> dict:
         from shlex import quote
 
         from ..checkpoint.save import weight_bytes
@@ -80,9 +80,11 @@ pattern     row, matrix, group:128, 2:4 (any N:M), mixed:8 (N:8, N from the allo
         with OutputFolder(self.args.output) as output:
             pruner = DSAPruner.from_pretrained(self.args.model, **loading_options(self.args))
             output.require(weight_bytes(pruner.model))
-            say(str(pruner.prune(self.args.dataset, config)))
+            report = pruner.prune(self.args.dataset, config)
+            say(str(report))
             pruner.save_pretrained(output, self.args.compressed, **options)
         print(f"saved to {self.args.output}; next: optimum-cli dsa evaluate {quote(self.args.output)} --dataset FILE")
+        return {"output": self.args.output, **report.to_dict()}
 
 
 def add_calibration_options(parser):

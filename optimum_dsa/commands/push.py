@@ -34,7 +34,7 @@ When the network fails, the folder is whole, and the same command goes on: what 
         parser.add_argument("--commit-message", help="default: what was removed")
         parser.add_argument("--token", help="default: the one that 'hf auth login' stored")
 
-    def execute(self) -> None:
+    def execute(self) -> dict:
         from ..sharing.push import push_folder
 
         args = self.args
@@ -48,3 +48,4 @@ When the network fails, the folder is whole, and the same command goes on: what 
             token=args.token,
         )
         print(f"pushed to {address}")
+        return {"address": address}

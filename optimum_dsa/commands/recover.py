@@ -65,7 +65,7 @@ mode    what the adapters add to a weight W, with small factors A and B
         run.add_argument("--resume", action="store_true", help="go on from the last checkpoint")
         add_loading_options(parser)
 
-    def execute(self) -> None:
+    def execute(self) -> dict:
         from dataclasses import fields
         from pathlib import Path
         from shlex import quote
@@ -97,3 +97,4 @@ mode    what the adapters add to a weight W, with small factors A and B
             f"saved to {args.output}, sparsity {pruner.report.sparsity:.4f} as before; next: optimum-cli dsa evaluate "
             f"{quote(args.output)} --dataset FILE"
         )
+        return {"output": args.output, "sparsity": pruner.report.sparsity, **result.to_dict()}

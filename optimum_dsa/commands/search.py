@@ -55,7 +55,7 @@ strategy    named         uniform and every named allocator
         )
         add_loading_options(parser)
 
-    def execute(self) -> None:
+    def execute(self) -> dict | None:
         from contextlib import ExitStack
         from dataclasses import replace
         from pathlib import Path
@@ -98,7 +98,7 @@ strategy    named         uniform and every named allocator
                 if process_state().is_main_process:
                     say(str(results[-1]))
             if not process_state().is_main_process:
-                return
+                return None
             if several:
                 say(f"\n{robustness_table(results)}")
                 min(results, key=lambda result: result.finalists[0].loss).save(whole)
@@ -106,3 +106,5 @@ strategy    named         uniform and every named allocator
             f"saved to {output}; next: optimum-cli dsa prune {quote(args.model)} -o OUT -s {args.sparsity} "
             f"--allocation {quote(str(output))}"
         )
+        best = min(results, key=lambda result: result.finalists[0].loss)
+        return {"output": str(output), **best.to_dict()}

@@ -166,6 +166,14 @@ def block_table(allocations: Mapping[str, Allocation]) -> Table:
     return Table(["block", "weights", *shares], rows)
 
 
+def block_bars(allocations: Mapping[str, Allocation], bars: int = -1) -> str:
+    """`block_table` as text, with the shares of one allocation, by its place, drawn as bars."""
+    table = block_table(allocations)
+    column = range(2, len(table.header))[bars]
+    rows = [[*row, bar(percentage(row[column])).ljust(20)] for row in table.rows]
+    return "\n".join(line.rstrip() for line in str(Table([*table.header, ""], rows)).splitlines())
+
+
 def block_sizes(allocation: Allocation) -> dict[str, int]:
     """Block -> prunable weights in it."""
     sizes: dict[str, int] = {}
@@ -202,10 +210,7 @@ def terminal(outcomes: Sequence[Outcome]) -> str:
         f"{one_line(heading)}. {one_line(caption)}\n{table}" for heading, caption, table in result_tables(outcomes)
     ]
     if allocations := compared(outcomes):
-        table = block_table(allocations)
-        bars = [[*row, bar(percentage(row[2])).ljust(20)] for row in table.rows]
-        lines = str(Table([*table.header, ""], bars)).splitlines()
-        parts.append("\n".join(line.rstrip() for line in lines))
+        parts.append(block_bars(allocations, bars=0))
     else:
         losses = outcomes[0].trace.best_so_far()[1]
         best = f"best loss {losses[-1]:.4f}" if losses else "no candidate has met all windows yet"
