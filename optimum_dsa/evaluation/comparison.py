@@ -9,9 +9,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..checkpoint.description import versions
 from ..common.files import read_json, write_text
 from ..common.manifest import record
+from ..common.versions import versions
 
 
 @dataclass(frozen=True)
