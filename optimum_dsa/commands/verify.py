@@ -37,6 +37,7 @@ exit code  0 all that can be counted holds, 1 something does not, 2 it cannot be
         from ..checkpoint.verify import verify
 
         options = loading_options(self.args)
+        options.pop("tokenizer", None)  # no text is read
         try:
             data = find_description(self.args.model, **options)
             report = None if data is None else report_from(data)

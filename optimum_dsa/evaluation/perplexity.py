@@ -32,7 +32,11 @@ def perplexity_with_error(model: nn.Module, tokens: Tensor, batch_size: int = 8)
 
     The error of the mean loss per window, carried over to its exponential.
     """
-    losses = window_losses(model, tokens, batch_size)
+    return mean_perplexity(window_losses(model, tokens, batch_size))
+
+
+def mean_perplexity(losses: Tensor) -> tuple[float, float | None]:
+    """Perplexity and its standard error from the mean losses of windows, (samples,)."""
     value = math.exp(min(losses.mean().item(), 700))
     return value, value * losses.std().item() / math.sqrt(len(losses)) if len(losses) > 1 else None
 
