@@ -63,8 +63,8 @@ def add_bos_option(parser) -> None:
     )
 
 
-def add_loading_options(parser: ArgumentParser) -> None:
-    """Options that say how a model is loaded."""
+def add_loading_options(parser: ArgumentParser, reads_text: bool = True) -> None:
+    """Options that say how a model is loaded, and its tokenizer where the command reads text."""
     group = parser.add_argument_group("loading the model")
     group.add_argument(
         "--device", default="auto", help="cpu, cuda, cuda:1, ...; auto takes a GPU if there is one for every process"
@@ -77,7 +77,8 @@ def add_loading_options(parser: ArgumentParser) -> None:
         help="auto spreads over the devices; disk keeps weights there and brings them in block by block",
     )
     group.add_argument("--offload-folder", help="where changed weights go with --device-map disk (default: temporary)")
-    group.add_argument("--tokenizer", help="folder or Hub id of the tokenizer (default: the model's own)")
+    if reads_text:
+        group.add_argument("--tokenizer", help="folder or Hub id of the tokenizer (default: the model's own)")
     group.add_argument("--revision", help="branch, tag or commit of a Hub model")
     group.add_argument("--trust-remote-code", action="store_true", help="run the code that a Hub model brings along")
 
@@ -102,7 +103,7 @@ def loading_options(args) -> dict:
             raise ValueError(f"Device {device!r} cannot be used: {str(error).splitlines()[0]}") from None
         if device != "cpu":
             options["device_map"] = device
-    if args.tokenizer:
+    if getattr(args, "tokenizer", None):
         options["tokenizer"] = args.tokenizer
     if args.revision:
         options["revision"] = args.revision
