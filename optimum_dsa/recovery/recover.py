@@ -17,13 +17,13 @@ from transformers.trainer_utils import get_last_checkpoint
 from ..checkpoint.load import load_model
 from ..common.installation import how_to_install
 from ..evaluation.perplexity import perplexity
+from ..model.architecture import find_architecture
 from ..model.offload import is_offloaded
 from ..pruning.report import PruningReport
 from .configuration import RecoveryConfig
 from .gradual.callback import DSACallback
 from .precision import in_float32
 from .result import RecoveryResult, by_step
-from .targets import prunable
 from .texts import read_windows
 from .trainer import RecoveryTrainer, StopWhereItDiverges, check_finite, check_loss
 
@@ -115,7 +115,7 @@ def _with_adapters(model: nn.Module, config: RecoveryConfig, report: PruningRepo
             f"Sparse adapters need peft: {how_to_install('peft')}; or use method='full' ({error})."
         ) from None
     asked = report.config
-    weights = prunable(model, asked.exclude, asked.include, asked.blocks).weights
+    weights = find_architecture(model, asked.blocks, asked.exclude, asked.include, skip_unprunable=True).weights
     modules = [weight.module for weight in weights if weight.expert is None]
     if not modules:
         raise ValueError(f"{type(model).__name__} has no pruned nn.Linear or Conv1D; use method='full'.")
