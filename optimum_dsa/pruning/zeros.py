@@ -16,6 +16,11 @@ from .configuration import CONFIG_NAME
 from .report import PruningReport
 
 
+MEASURED = "measured"  # the name of an allocation that nobody gave: the zeros that were found
+# A share of zeros that nobody made: weights of a dense model that rounding brought there are fewer by far.
+FEWEST_ZEROS = 0.01
+
+
 @torch.no_grad()
 def count_zeros(
     model: nn.Module, architecture: Architecture, look: Callable[[Weight, Tensor], None] | None = None
@@ -62,4 +67,4 @@ def _shares(zeros: dict[str, int], architecture: Architecture, granularity: str)
     units = architecture.units(granularity)
     sizes = {plain_name(unit): sum(weight.size for weight in weights) for unit, weights in units.items()}
     counts = {plain_name(unit): sum(zeros[weight.name] for weight in weights) for unit, weights in units.items()}
-    return Allocation({unit: counts[unit] / size for unit, size in sizes.items()}, sizes, "measured")
+    return Allocation({unit: counts[unit] / size for unit, size in sizes.items()}, sizes, MEASURED)

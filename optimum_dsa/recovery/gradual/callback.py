@@ -22,7 +22,7 @@ from ...pruning.configuration import DSAConfig
 from ...pruning.prune import allocation_needs_inputs, needs_gram, prune, pruning_needs_inputs
 from ...pruning.report import PruningReport
 from ...pruning.unstructured.patterns import Pattern
-from ...pruning.zeros import count_zeros, counted, measured_allocation
+from ...pruning.zeros import FEWEST_ZEROS, count_zeros, counted, measured_allocation
 from .held_zeros import HeldZeros
 from .prune_to import plain_report, prune_to
 from .running_statistics import RunningStatistics
@@ -119,7 +119,7 @@ class DSACallback(TrainerCallback):
         inner = inner_model(model)
         self._hold(inner)
         if self.config is None:
-            if not any(self._zeros(inner).values()):
+            if measured_allocation(inner, self._architecture(inner)).overall < FEWEST_ZEROS:
                 logger.warning("DSACallback has nothing to hold: %s has no zeros to speak of.", type(inner).__name__)
             return
         later = len(self.schedule.moments) > 1 or self.schedule.last > 0
