@@ -12,19 +12,22 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from .checkpoint.adapter_base import check_base, has_adapters
+from .checkpoint.adapter_base import check_base
 from .checkpoint.description import Description, is_unchanged, report_from
 from .checkpoint.load import find_commit, find_description, load_model, load_tokenizer
+from .checkpoint.origin import base_of, report_of
 from .checkpoint.save import base_model, save_checkpoint
 from .checkpoint.verify import Verification, verify
 from .common.escaping import one_line
 from .common.output import OutputFolder
 from .data import Calibration, load_calibration
+from .model.adapters import has_adapters
 from .model.walk import walk_blocks
 from .pruning.allocation import Allocation
 from .pruning.configuration import DSAConfig
 from .pruning.prune import allocate, allocation_needs_inputs, architecture_for, prune, pruning_needs_inputs
 from .pruning.report import PruningReport
+from .pruning.zeros import counted
 
 
 if TYPE_CHECKING:
@@ -214,7 +217,6 @@ class DSAPruner:
         """
         from .recovery.configuration import RecoveryConfig
         from .recovery.recover import recover
-        from .recovery.targets import base_of, counted, report_of
 
         report = self.report or report_of(self.model)
         if self.report is None:
