@@ -12,19 +12,22 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from .checkpoint.adapter_base import check_base, has_adapters
+from .checkpoint.adapter_base import check_base
 from .checkpoint.description import Description, is_unchanged, report_from
 from .checkpoint.load import find_commit, find_description, load_model, load_tokenizer
+from .checkpoint.origin import base_of, report_of
 from .checkpoint.save import base_model, save_checkpoint
 from .checkpoint.verify import Verification, verify
 from .common.escaping import one_line
 from .common.output import OutputFolder
 from .data import Calibration, load_calibration
+from .model.adapters import has_adapters
 from .model.walk import walk_blocks
 from .pruning.allocation import Allocation
 from .pruning.configuration import DSAConfig
 from .pruning.prune import allocate, allocation_needs_inputs, architecture_for, prune, pruning_needs_inputs
 from .pruning.report import PruningReport
+from .pruning.zeros import counted
 
 
 if TYPE_CHECKING:
@@ -81,14 +84,18 @@ class DSAPruner:
         if isinstance(model_or_path, nn.Module):
             if transformers_kwargs:
                 raise ValueError(f"A loaded model takes no loading options, got {', '.join(transformers_kwargs)}.")
-            return cls(model_or_path, load_tokenizer(tokenizer))
+            return cls(model_or_path, load_tokenizer(tokenizer, required=True))
         path = str(model_or_path)
+        if tokenizer is not None:  # before the model: of another place, and so of none of the model's revisions
+            apart = {"revision", "subfolder"}
+            theirs = {name: value for name, value in transformers_kwargs.items() if name not in apart}
+            tokenizer = load_tokenizer(tokenizer, required=True, **theirs)
         found = find_description(path, **transformers_kwargs)
         report = None if found is None else report_from(found)
         if found is not None and not is_unchanged(found):
             logger.warning("The dsa_config.json of %s was changed after it was written.", path)
         model = load_model(path, **transformers_kwargs)
-        pruner = cls(model, load_tokenizer(tokenizer or path, **transformers_kwargs))
+        pruner = cls(model, load_tokenizer(path if tokenizer is None else tokenizer, **transformers_kwargs))
         if found is not None:
             pruner.report = pruner._restored = report
             pruner._description = found
@@ -210,7 +217,6 @@ class DSAPruner:
         """
         from .recovery.configuration import RecoveryConfig
         from .recovery.recover import recover
-        from .recovery.targets import base_of, counted, report_of
 
         report = self.report or report_of(self.model)
         if self.report is None:

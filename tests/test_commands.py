@@ -55,7 +55,7 @@ def test_prune_then_evaluate(tmp_path, text):
     assert table[12].split()[-2:] == ["0.6000", "0.6000"]
     code, output, errors = command("evaluate", out, "--dataset", text, "--sequence-length", "64", "--json")
     assert (code, errors) == (0, "")
-    result = json.loads(output)
+    (result,) = json.loads(output)["models"]
     assert result["sparsity"] == pytest.approx(0.6, abs=1e-6)
     assert result["perplexity"] > 1 and result["windows"] > 8 and result["sequence_length"] == 64
 
@@ -109,7 +109,14 @@ def test_options_reach_the_config(monkeypatch, capsys, tmp_path, text):
         ("prune {missing} -o {new} -s 0.5 --dataset {text}", "missing"),
         ("prune {model} -o {new} --config {missing}", "missing"),
         ("evaluate {model} --dataset {empty}", "holds 0 windows"),
-        ("evaluate {model} --dataset {text} --sequence-length 1", "--sequence-length is too small: 1"),
+        ("evaluate {model} --dataset /nope", "No such file or folder: '/nope'"),
+        ("evaluate {model} --dataset {text} --tokenizer /nope", "No tokenizer can be loaded from '/nope'"),
+        ("evaluate {model} --dataset {text} --bos", "has no beginning-of-sequence token; leave bos out"),
+        ("evaluate {model} --dataset {text} --windows paper --num-samples 3", "the whole text"),
+        (
+            "evaluate {model} --dataset {text} --sequence-length 1",
+            "sequence_length is a whole number of at least 2, got 1",
+        ),
         ("demo -o {other}", "was not written by optimum-dsa"),
     ],
 )

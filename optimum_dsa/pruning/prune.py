@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ..data import Calibration, load_calibration
 from ..model.architecture import Architecture, Weight, find_architecture
 from ..model.calls import feed
+from ..model.parameters import count_parameters
 from ..model.statistics import CollectedStatistics, LayerStatistics
 from ..model.walk import WalkedBlock, walk_blocks
 from .allocation import Allocation, Unit, fit_to_budget, fit_to_levels, fit_to_matrices, split_count
@@ -207,7 +208,7 @@ def prune(model: nn.Module, calibration: Source | None, config: DSAConfig) -> Pr
         config=config,
         allocation=allocation,
         achieved={unit: zeros[unit] / size for unit, size in allocation.sizes.items()},
-        parameters=sum(parameter.numel() for parameter in model.parameters()),
+        parameters=count_parameters(model),
         calibration=calibration.facts() if calibration else None,
         dense=architecture.dense,
         damping=damping,

@@ -42,6 +42,8 @@ class RecoveryConfig:
         sequence_length (`int`, *optional*): Tokens per sequence. Defaults to the model's longest, at most 2048.
         text_column (`str`, defaults to `"text"`): The column of a dataset that holds the text.
         split (`str`, *optional*): The split of a named dataset. Defaults to `"train"`.
+        bos (`bool`, *optional*): Whether each sequence starts with the tokenizer's beginning-of-sequence token. By
+            default where the tokenizer adds it.
         seed (`int`, defaults to 0): Order of the text, and the adapters' start.
         validation_windows (`int`, defaults to 32): Windows on which perplexity is measured; where no validation text
             is given, they are taken from the training text, which then does without them.
@@ -68,6 +70,7 @@ class RecoveryConfig:
     sequence_length: int | None = None
     text_column: str = "text"
     split: str | None = None
+    bos: bool | None = None
     seed: int = 0
     validation_windows: int = 32
     eval_steps: int = 50
@@ -88,6 +91,8 @@ class RecoveryConfig:
             if getattr(self, name) is not None:
                 self._whole(name, 2 if name == "sequence_length" else 1)
         self._whole("seed", 0)
+        if not (self.bos is None or isinstance(self.bos, bool)):
+            raise ValueError(f"bos is true, false or None, got {self.bos!r}.")
         for name, low, high in (
             ("distillation", 0.0, 1.0),
             ("weight_decay", 0.0, math.inf),

@@ -6,8 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..data import _windows, default_length, describe, iterate_texts
-from ..evaluation.perplexity import check_tokens
+from ..data import check_tokens, cut_windows, default_length, describe, iterate_texts, starts_with_bos
 from .configuration import RecoveryConfig
 
 
@@ -41,6 +40,8 @@ def read_windows(
         "sequence_length": windows.shape[1],
         "tokens": config.windows * windows.shape[1],
     }
+    if not isinstance(train, Tensor):
+        data["bos"] = starts_with_bos(tokenizer, config.bos)
     return windows, held_out, data
 
 
@@ -52,7 +53,8 @@ def _read(model: nn.Module, tokenizer: Any, source: Any, config: RecoveryConfig,
     if tokenizer is None:
         raise ValueError("Training text needs a tokenizer; pass one, or token ids of shape (samples, length).")
     length = config.sequence_length or default_length(model)
-    windows = _windows(iterate_texts(source, config.text_column, config.split), tokenizer, length, wanted)
+    texts, bos = iterate_texts(source, config.text_column, config.split), starts_with_bos(tokenizer, config.bos)
+    windows = cut_windows(texts, tokenizer, length, wanted, bos)
     if len(windows) == 0:
         raise ValueError(f"{describe(source)} holds 0 windows of {length} tokens; give more text or shorter windows.")
     check_tokens(windows, model)

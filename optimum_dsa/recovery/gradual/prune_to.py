@@ -10,13 +10,14 @@ import torch
 from torch import nn
 
 from ...data import Calibration
+from ...model.adapters import plain_name
 from ...model.architecture import Architecture
 from ...pruning.allocation import Allocation
 from ...pruning.allocation.budget import fit_counts, split_count
 from ...pruning.configuration import DSAConfig
 from ...pruning.prune import allocate, architecture_for, prune
 from ...pruning.report import PruningReport
-from ..targets import count_zeros, plain_name
+from ...pruning.zeros import count_zeros
 
 
 logger = logging.getLogger(__name__)
@@ -66,6 +67,20 @@ def prune_to(
             config.recipe.pattern,
         )
     return report, dict(wished)
+
+
+def plain_report(report: PruningReport) -> PruningReport:
+    """`report` under the names that weights have without adapters."""
+    allocation = report.allocation
+    sparsity, sizes = (
+        {plain_name(name): value for name, value in part.items()} for part in (allocation.sparsity, allocation.sizes)
+    )
+    return replace(
+        report,
+        allocation=Allocation(sparsity, sizes, allocation.name),
+        achieved={plain_name(name): value for name, value in report.achieved.items()},
+        dense={plain_name(name): why for name, why in report.dense.items()},
+    )
 
 
 def _counts(
