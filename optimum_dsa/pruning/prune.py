@@ -7,9 +7,9 @@ import time
 from collections.abc import Mapping, Sequence
 
 import torch
-from huggingface_hub.utils import tqdm
 from torch import Tensor, nn
 
+from ..common.progress import progress
 from ..data import Calibration, load_calibration
 from ..model.architecture import Architecture, Weight, find_architecture
 from ..model.calls import feed
@@ -277,5 +277,5 @@ def _batches(calibration: Known | None, config: DSAConfig, who: str) -> list[dic
 
 
 def _progress(description: str):
-    """A progress bar over blocks, silenced by the Hugging Face switches."""
-    return lambda blocks: tqdm(blocks, desc=description, unit="block", name="optimum_dsa.prune", leave=False)
+    """Shows how many blocks are done; silenced by the Hugging Face switches."""
+    return lambda blocks: progress(blocks, description, "block", "optimum_dsa.prune")
