@@ -3,10 +3,11 @@ import random
 import pytest
 import torch
 
-from optimum_dsa import Calibration, DSAConfig, find_architecture, fit_to_budget
+from optimum_dsa import Calibration, DSAConfig, fit_to_budget
 from optimum_dsa.pruning.allocation import AllocationFunction
 from optimum_dsa.pruning.allocation.budget import fit_counts
 from optimum_dsa.search.enumeration import Enumeration, block_sizes, enumerate_space
+from optimum_dsa.search.realise import realise
 from optimum_dsa.search.resolver import Resolver
 from optimum_dsa.search.space import Candidate, SearchSpace
 
@@ -26,7 +27,8 @@ SPACE = SearchSpace(
 @pytest.fixture(scope="module")
 def resolver():
     model = tiny_llama(num_hidden_layers=4)
-    return Resolver(model, find_architecture(model), Calibration({"input_ids": tokens()}, "x"), DSAConfig(0.7), ())
+    calibration, config = Calibration({"input_ids": tokens()}, "x"), DSAConfig(0.7)
+    return Resolver(model, realise(model, calibration, config), calibration, config, ())
 
 
 @pytest.fixture(scope="module")

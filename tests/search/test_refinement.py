@@ -105,14 +105,15 @@ def test_descent_returns_the_mean_of_its_last_quarter_and_its_last_point():
     assert min(abs(a - b) for a, b in itertools.pairwise(point[0] for point in late)) > 20
     short = problem_at(toy_problem((10_000,) * 4, Budget(tokens=3 * 4 * 2048)), Candidate())
     found, _ = play(descent(short), short, lambda counts: 1.0, lambda counts: (1.0, 1.0, 2.0, 2.0))
-    assert found[0].counts == found[1].counts  # a quarter of three is one
+    # a quarter of three is one: the mean is the last point, and that is one finalist
+    assert len(found) == 2 and found[0].counts is not None and found[1] == Candidate()
 
 
 def test_descent_stops_where_slopes_cannot_be_had():
     problem = problem_at(toy_problem(), Candidate())
     found, asked = play(descent(problem), problem, lambda counts: None)
     assert kinds(asked) == ["anchor", "slopes"]
-    assert found[0].counts == problem.resolver.counts(Candidate()) and found[-1] == Candidate()
+    assert found == [Candidate()]  # where nothing was moved there is nothing new to rank
 
 
 @pytest.mark.parametrize("strategy", [descent, level_switch])
