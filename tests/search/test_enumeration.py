@@ -109,3 +109,16 @@ def test_a_small_space_by_hand(resolver):
     assert (found.functions, found.texts) == (3, (1 + 2 + 4) * 2 * (2 + 4) * 4)
     assert found.representatives == [AllocationFunction((), "mean", spread=0.1)] and found.sharing.tolist() == [3]
     assert found.counts.shape == (1, 4) and int(found.counts.sum()) == round(0.7 * sum(resolver.sizes.values()))
+
+
+def test_allocations_of_a_pattern_of_whole_n_are_those_that_prune_makes():
+    model, calibration = tiny_llama(num_hidden_layers=4), Calibration({"input_ids": tokens()}, "x")
+    config = DSAConfig(0.7, pattern="mixed:8")
+    resolver = Resolver(model, realise(model, calibration, config), calibration, config, ())
+    found = enumerate_space(SPACE, resolver)
+    assert len(found.counts.unique(dim=0)) == len(found) and int(found.sharing.sum()) == found.functions
+    assert ((found.counts * 8) % block_sizes(resolver).long() == 0).all()
+    blocks = list(resolver.units["block"].values())
+    for function, counts in zip(found.representatives, found.counts.tolist()):
+        removed = dict(zip(resolver.sizes, resolver.removed(Candidate(str(function)))))
+        assert counts == [sum(removed[weight.name] for weight in weights) for weights in blocks]

@@ -182,6 +182,18 @@ def test_level_switch_finds_what_costs_less_and_moves_its_anchor_there():
     assert set(generations[:2]) <= set(range(12 * 17, 12 * 17 + 13))
 
 
+def test_level_switch_moves_at_least_what_both_matrices_can_change_by():
+    problem = problem_at(toy_problem(sizes=(400, 400, 800)), Candidate())
+    problem.resolver.steps = (50, 50, 100)
+    strategy = level_switch(problem, offspring=64)
+    next(strategy)
+    parent, *children = [request.candidate.counts for request in strategy.send([None])]
+    moved = [[a - b for a, b in zip(child, parent)] for child in children]
+    single = [[abs(amount) for amount in move] for move in moved if sum(map(bool, move)) == 2]
+    assert {min(filter(None, move)) for move in single if not move[2]} >= {50, 80}
+    assert min(move[2] for move in single if move[2]) == 100
+
+
 def test_one_matrix_has_nothing_to_give():
     problem = problem_at(toy_problem(sizes=(100,), budget=Budget(tokens=30 * 2048)), Candidate())
     found, _ = play(level_switch(problem), problem, lambda counts: 1.0)
