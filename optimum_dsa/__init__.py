@@ -61,6 +61,7 @@ _PUBLIC = {
     "own_device": "common.devices",
     "perplexity": "evaluation.perplexity",
     "perplexity_with_error": "evaluation.perplexity",
+    "plot_search": "sharing.pictures",
     "prune": "pruning.prune",
     "push_folder": "sharing.push",
     "split_windows": "data",

@@ -148,8 +148,11 @@ class DSAPruner:
             resume (`bool`, defaults to `False`): go on with the search in `output`.
             report_to (`Any`, *optional*): an experiment tracker that accelerate knows, such as `"trackio"`.
         """
+        from .search.realise import check_searchable
         from .search.search import search
+        from .sharing.pictures import plot_search
 
+        check_searchable(config)  # before any text is read
         options = {"num_samples": config.num_samples, "sequence_length": config.sequence_length, "seed": config.seed}
         columns = {"text_column": config.text_column, "split": config.split}
         if validation is None and not isinstance(calibration, (Tensor, Mapping)):
@@ -173,6 +176,7 @@ class DSAPruner:
             folder=output,
             resume=resume,
             report_to=report_to,
+            pictures=plot_search,
         )
 
     @torch.no_grad()

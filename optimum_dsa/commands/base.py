@@ -47,6 +47,10 @@ class LeafCommand(BaseOptimumCLICommand):
         """
         raise NotImplementedError
 
+    def left_behind(self) -> str:
+        """What an interrupted run tells the user that it leaves."""
+        return "nothing was written"
+
     def run(self) -> None:
         from ..common.escaping import one_line
         from ..common.fence_rows import DependencyError
@@ -65,16 +69,12 @@ class LeafCommand(BaseOptimumCLICommand):
             print(f"optimum-cli dsa {self.COMMAND.name}: error: {message}", file=sys.stderr)
             sys.exit(2)
         except KeyboardInterrupt:
-            print(f"optimum-cli dsa {self.COMMAND.name}: {self.interrupted()}", file=sys.stderr)
+            print(f"optimum-cli dsa {self.COMMAND.name}: interrupted, {one_line(self.left_behind())}", file=sys.stderr)
             sys.exit(130)
         if as_json:
             print(json.dumps(facts))
         if self.exit_code:
             sys.exit(self.exit_code)
-
-    def interrupted(self) -> str:
-        """What Ctrl-C leaves behind, in a line."""
-        return "interrupted, nothing was written"
 
 
 @contextmanager

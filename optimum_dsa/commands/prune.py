@@ -104,8 +104,8 @@ def add_calibration_options(parser):
     return data
 
 
-def asked_config(args):
-    """The `DSAConfig` that the options ask for, on top of `--config` where there is one."""
+def asked_config(args, **given):
+    """The `DSAConfig` that the options ask for, on top of `given` and of `--config` where there is one."""
     from dataclasses import fields
 
     from ..pruning.configuration import DSAConfig
@@ -117,4 +117,4 @@ def asked_config(args):
     base = DSAConfig.from_pretrained(path).to_dict() if path else {}
     if "sparsity" not in base | asked:
         raise ValueError("say how much to remove, for example --sparsity 0.6")
-    return DSAConfig.from_dict(base | asked)
+    return DSAConfig.from_dict(given | base | asked)

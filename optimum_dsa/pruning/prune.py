@@ -100,6 +100,11 @@ def allocate(
                 config.allocation,
                 config.sparsity,
             )
+    return fit_to_pattern(allocation, config)
+
+
+def fit_to_pattern(allocation: Allocation, config: DSAConfig) -> Allocation:
+    """The allocation that the pattern of `config` can follow: itself, or with N:M rounded to whole N in every unit."""
     pattern = Pattern.parse(config.recipe.pattern)
     return fit_to_levels(allocation, pattern.width) if pattern.kind in ("mixed", "n:m") else allocation
 
