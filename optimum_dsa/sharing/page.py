@@ -12,6 +12,7 @@ from .. import __version__
 from ..common.escaping import visible
 from ..common.files import write_text
 from ..common.output import OutputFolder
+from ..evaluation.measurement import with_error
 from ..pruning.allocation import ALLOCATIONS
 from ..pruning.allocation.layout import grid, place
 from .charts import (
@@ -263,7 +264,8 @@ def _training(outcome: Outcome) -> list[tuple[str, str]]:
     if "perplexity" in training:
         asked, perplexity = training["config"], training["perplexity"]
         facts |= {"method": asked["method"], "mode": asked["mode"] if asked["method"] == "sparse-lora" else None}
-        facts["validation perplexity"] = f"{perplexity['before']:.3f} before, {perplexity['after']:.3f} after"
+        told = {name: with_error(perplexity[name], perplexity.get(f"{name}_error"), 3) for name in ("before", "after")}
+        facts["validation perplexity"] = f"{told['before']} before, {told['after']} after"
     return [(name, str(value)) for name, value in facts.items() if value is not None]
 
 

@@ -95,11 +95,16 @@ def model_rows(outcomes: Sequence[Outcome]) -> list[Row]:
     parents: dict[str, list[Measurement]] = {}
     models = [outcome for outcome in outcomes if outcome.achieved or outcome.is_dense]
     for outcome in models:
-        if outcome.achieved and (outcome.base or outcome.parent):
-            known = parents.setdefault(outcome.base or last_part(outcome.parent[0].model), [])
+        if outcome.achieved:
+            name = outcome.base or (last_part(outcome.parent[0].model) if outcome.parent else "")
+            known = parents.setdefault(name, [])
             known += [found for found in outcome.parent if found not in known]
     there = {outcome.name for outcome in models if outcome.is_dense}
-    dense = [Row(f"{name} (dense)", None, found) for name, found in parents.items() if name not in there]
+    dense = [
+        Row("dense" if name in ("", "dense") else f"{name} (dense)", None, found)
+        for name, found in parents.items()
+        if name not in there
+    ]
     return [*dense, *(Row(outcome.name, outcome, outcome.evaluations) for outcome in models)]
 
 
@@ -128,10 +133,10 @@ def quality_table(outcomes: Sequence[Outcome]) -> Table:
 
 
 def perplexity_tables(outcomes: Sequence[Outcome]) -> list[tuple[Protocol, Table]]:
-    """A table per protocol, where there are several: rows of two protocols cannot be compared."""
+    """A table per protocol: rows of two protocols cannot be compared."""
     rows = model_rows(outcomes)
     tables = []
-    for protocol in found if len(found := protocols(rows)) > 1 else []:
+    for protocol in protocols(rows):
         there = [row for row in rows if row.on(protocol)]
         tables.append(
             (protocol, _from_columns({"model": [row.name for row in there], **_perplexities(there, protocol)}))
@@ -253,16 +258,15 @@ def block_sizes(allocation: Allocation) -> dict[str, int]:
 def result_tables(outcomes: Sequence[Outcome]) -> list[tuple[str, str, Table]]:
     """Heading, caption and table of what was measured."""
     found = []
-    quality = quality_table(outcomes)
+    quality, known = quality_table(outcomes), protocols(model_rows(outcomes))
     if quality.rows:
-        known = protocols(model_rows(outcomes))
         on = f"Perplexity on {known[0]}: lower is better. " if len(known) == 1 else ""
         if "difference" in quality.header:
             on += (
                 f"The difference is to {quality.rows[0][0]}, with its standard error over the windows that both met. "
             )
         found.append(("In numbers", f"{on}{not_measured(outcomes)}".strip(), quality))
-    for protocol, table in perplexity_tables(outcomes):
+    for protocol, table in perplexity_tables(outcomes) if len(known) != 1 else []:
         found.append(("Perplexity", f"On {protocol}: lower is better, and only comparable on one text.", table))
     for protocol, table in task_tables(outcomes):
         found.append(("Tasks", f"Of lm-eval: {protocol}. Higher is better." if protocol else "Of lm-eval.", table))
