@@ -7,13 +7,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from ..data import check_source, default_length, describe, fingerprint, load_tokens, starts_with_bos
-from ..model.architecture import Architecture, find_architecture
-from ..model.walk import walk_blocks
+from ..model.adapters import inner_model
+from ..model.architecture import find_architecture
 from ..pruning.report import PruningReport
+from ..pruning.zeros import count_zeros
 from .measurement import Measurement, Protocol, TaskProtocol
 from .perplexity import mean_perplexity, window_losses
 from .tasks import Tasks, evaluate_tasks, find_tasks
@@ -149,19 +149,13 @@ def _dtype(model: nn.Module) -> str:
     return str(model.dtype).removeprefix("torch.")
 
 
-@torch.no_grad()
 def _count(model: nn.Module, report: PruningReport | None) -> tuple[int, int]:
     """Zeros in the prunable weights, and how many these are: of a pruned model what was pruned, else all of blocks."""
-    zeros = size = 0
-    for walked in walk_blocks(model, _prunable(model, report), None):
-        for weight in walked.weights:
-            zeros += int((walked.tensor(weight) == 0).sum())
-            size += weight.size
-    return zeros, size
-
-
-def _prunable(model: nn.Module, report: PruningReport | None) -> Architecture:
+    model = inner_model(model)
     if report is None:
-        return find_architecture(model, skip_unprunable=True)
-    asked = report.config
-    return find_architecture(model, asked.blocks, asked.exclude, asked.include, skip_unprunable=True)
+        architecture = find_architecture(model, skip_unprunable=True)
+    else:
+        asked = report.config
+        architecture = find_architecture(model, asked.blocks, asked.exclude, asked.include, skip_unprunable=True)
+    zeros = count_zeros(model, architecture)
+    return sum(zeros.values()), sum(weight.size for weight in architecture.weights)

@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from optimum_dsa import DSAConfig, DSAPruner, load_tokens, measure, perplexity
+from optimum_dsa import DSAConfig, DSAPruner, RecoveryConfig, load_tokens, measure, perplexity
 from optimum_dsa.commands.embedded import demo_model
 from optimum_dsa.data import fingerprint
 
@@ -55,6 +55,20 @@ def test_zeros_are_counted_where_the_model_was_pruned(model, tmp_path):
         assert found.sparsity == pytest.approx(0.6, abs=1e-3)
     # a stranger's model, whose dsa_config.json is not there: all weights of the blocks
     assert measure(model, tokens(2, 8, vocabulary=93)).sparsity < 0.4
+
+
+def test_what_adapters_brought_is_not_counted(model, tmp_path):
+    pytest.importorskip("peft")
+    pruner = DSAPruner(model, bos_tokenizer())
+    pruner.prune(None, DSAConfig(0.6, "magnitude", "uniform"))
+    pruner.save_pretrained(tmp_path / "out")
+    text = tokens(40, 8, vocabulary=93)
+    before = measure(pruner, text)
+    loaded = DSAPruner.from_pretrained(tmp_path / "out")
+    loaded.recover(text, RecoveryConfig(steps=1, batch_size=2, validation_windows=2, merge=False))
+    for subject in (loaded, loaded.model):
+        found = measure(subject, text)
+        assert (found.size, found.sparsity) == (before.size, before.sparsity)
 
 
 def test_what_is_wrong_is_said_before_the_model_is_loaded(monkeypatch, tmp_path):
