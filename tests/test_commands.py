@@ -9,7 +9,7 @@ import pytest
 from optimum.commands.base import CommandInfo
 from optimum.commands.optimum_cli import main
 
-from optimum_dsa import ALLOCATIONS, METHODS, UPDATES
+from optimum_dsa import ALLOCATIONS, METHODS, UPDATES, DSAPruner
 from optimum_dsa.commands.base import LeafCommand
 from optimum_dsa.commands.embedded import demo_model, demo_texts
 
@@ -132,6 +132,30 @@ def test_bad_usage_is_one_clear_line_and_exit_code_2(monkeypatch, capsys, tmp_pa
     assert code == 2 and output == "" and len(lines) == 1
     assert message in lines[0]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["empty.txt", "other"]
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        "search {model} -o {new} -s 0.5 --dataset {bad}",
+        "search {model} -o {new} -s 0.5 --dataset {text} --validation {bad}",
+        "recover {model} -o {new} --dataset {bad}",
+        "recover {model} -o {new} --dataset {text} --validation {bad}",
+        "evaluate {model} --dataset {bad}",
+    ],
+)
+@pytest.mark.parametrize("name", ["broken.jsonl", "latin.txt", "plain", "/nope"])
+def test_a_text_that_cannot_be_read_is_found_before_the_model_is_loaded(
+    monkeypatch, capsys, tmp_path, text, arguments, name
+):
+    (tmp_path / "broken.jsonl").write_text('{"text": "a"')
+    (tmp_path / "latin.txt").write_bytes(b"caf\xe9")
+    (tmp_path / "plain").write_text("a text in a file without suffix")
+    monkeypatch.setattr(DSAPruner, "from_pretrained", lambda *_, **__: pytest.fail("the model was loaded"))
+    places = {"model": demo_model(), "text": text, "new": tmp_path / "new", "bad": tmp_path / name}
+    code, output, errors = run(monkeypatch, capsys, *[part.format(**places) for part in arguments.split()])
+    assert code == 2 and output == "" and len(errors.splitlines()) == 1 and name in errors
+    assert not (tmp_path / "new").exists()
 
 
 def test_a_terminal_that_cannot_show_a_sign_shows_another(monkeypatch):

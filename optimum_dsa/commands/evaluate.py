@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .base import LeafCommand, add_bos_option, add_loading_options, loading_options, say
+from .base import LeafCommand, add_bos_option, add_loading_options, check_texts, loading_options, say
 
 
 class EvaluateCommand(LeafCommand):
@@ -55,7 +55,6 @@ boolq,rte,hellaswag,winogrande,arc_easy,arc_challenge,openbookqa.
         import contextlib
         import sys
 
-        from ..data import check_source
         from ..evaluation.comparison import comparison_table
         from ..evaluation.measure import measure
         from ..evaluation.results import check_results, results_json, save_results
@@ -66,8 +65,7 @@ boolq,rte,hellaswag,winogrande,arc_easy,arc_challenge,openbookqa.
             raise ValueError("say what to measure: --dataset FILE, --tasks NAMES, or both")
         if args.output:
             check_results(args.output)
-        if args.dataset:
-            check_source(args.dataset, args.text_column, args.split)
+        check_texts(args)
         names = ("windows", "bos", "sequence_length", "num_samples", "seed", "split", "text_column", "num_fewshot")
         options = {name: getattr(args, name) for name in (*names, "limit", "batch_size")}
         with contextlib.redirect_stdout(sys.stderr):  # data sets and lm-eval print
