@@ -59,6 +59,21 @@ def test_prune_then_evaluate(tmp_path, text):
     assert result["perplexity"] > 1 and result["windows"] > 8 and result["sequence_length"] == 64
 
 
+def test_evaluate_as_papers_do_and_of_one_name(monkeypatch, capsys, tmp_path, text):
+    arguments = ["evaluate", str(demo_model()), str(demo_model()), "--dataset", text, "--sequence-length", "64"]
+    code, output, errors = run(monkeypatch, capsys, *arguments, "--windows", "paper", "--json")
+    assert code == 0, errors
+    first, second = json.loads(output)["models"]
+    assert (first["cut"], first["bos"], first["dtype"]) == ("paper", False, "bfloat16")
+    assert [first["model"], second["model"]] == [demo_model().name, f"{demo_model().name} (2)"]
+    assert first["fingerprint"] == second["fingerprint"] and len(first["losses"]) == first["windows"]
+    options = ["--num-samples", "4", "--output", str(tmp_path / "results.json")]
+    code, output, errors = run(monkeypatch, capsys, *arguments, *options)
+    assert code == 0, errors
+    assert "4 windows of 64 tokens, no BOS, bfloat16" in output and "+0.000 ± 0.000" in output
+    assert run(monkeypatch, capsys, *arguments, *options)[0] == 0  # results are replaced by results
+
+
 def test_progress_bars_honour_the_switch_and_errors_are_one_line(tmp_path, text):
     code, output, errors = command("prune", str(demo_model()), "-o", str(tmp_path / "out"), "-s", "1.5")
     assert code == 2 and output == "" and len(errors.splitlines()) == 1

@@ -55,6 +55,7 @@ boolq,rte,hellaswag,winogrande,arc_easy,arc_challenge,openbookqa.
         import contextlib
         import sys
 
+        from ..data import describe
         from ..evaluation.comparison import comparison_table
         from ..evaluation.measure import measure
         from ..evaluation.results import check_results, results_json, save_results
@@ -72,10 +73,24 @@ boolq,rte,hellaswag,winogrande,arc_easy,arc_challenge,openbookqa.
             asked = [name.strip() for name in (args.tasks or "").split(",") if name.strip()]
             tasks = find_tasks(asked, args.include_path) if asked else ()
             loading = loading_options(args)
-            results = [measure(model, args.dataset, tasks, **options, **loading) for model in args.model]
+            results = [
+                measure(model, args.dataset, tasks, name=name, **options, **loading)
+                for name, model in zip(distinct([describe(model) for model in args.model]), args.model)
+            ]
         if args.output:
             save_results(args.output, results)
         if args.json:
             print(results_json(results))
         else:
             say(comparison_table(results) if len(results) > 1 else str(results[0]))
+
+
+def distinct(names: list[str]) -> list[str]:
+    """The names, where one comes again with a number behind it: a table's rows are told apart by them."""
+    found: list[str] = []
+    for name in names:
+        number, shown = 2, name
+        while shown in found:
+            number, shown = number + 1, f"{name} ({number})"
+        found.append(shown)
+    return found

@@ -7,6 +7,7 @@ import torch
 from optimum_dsa import DSAConfig, DSAPruner, RecoveryConfig, load_tokens, measure, perplexity
 from optimum_dsa.commands.embedded import demo_model
 from optimum_dsa.data import fingerprint
+from optimum_dsa.evaluation.comparison import comparison_table
 
 from ..tiny import bos_tokenizer, tiny_llama, tokens
 
@@ -42,6 +43,33 @@ def test_the_protocol_stands_beside_the_number(model):
         assert how.dataset == f"{len(NUMBERS)} texts"
     given = measure(model, tokens(3, 8, vocabulary=93)).protocol
     assert (given.dataset, given.cut, given.bos, given.windows) == ("tokens", None, None, 3)
+
+
+def test_windows_of_papers_give_what_the_published_loop_gives(model):
+    """The loop of GPTQ, SparseGPT and Wanda, line by line."""
+    tokenizer, seqlen = bos_tokenizer(), 16
+    encoded = tokenizer("\n\n".join(NUMBERS), return_tensors="pt").input_ids
+    samples = encoded.numel() // seqlen
+    nlls = []
+    for i in range(samples):
+        batch = encoded[:, (i * seqlen) : ((i + 1) * seqlen)]
+        logits = model(batch).logits
+        shifted, labels = logits[:, :-1, :].contiguous(), batch[:, 1:]
+        loss = torch.nn.CrossEntropyLoss()(shifted.view(-1, shifted.size(-1)), labels.reshape(-1))
+        nlls.append(loss.float() * seqlen)
+    published = torch.exp(torch.stack(nlls).sum() / (samples * seqlen)).item()
+    found = measure(model, NUMBERS, tokenizer=tokenizer, sequence_length=seqlen, windows="paper")
+    assert found.perplexity == pytest.approx(published, rel=1e-5) and found.protocol.windows == samples
+
+
+def test_models_with_other_longest_inputs_do_not_share_a_table(model):
+    short = tiny_llama(vocab_size=93, max_position_embeddings=32)
+    rows = [
+        measure(one, NUMBERS, tokenizer=bos_tokenizer(), name=str(number)) for number, one in enumerate((model, short))
+    ]
+    assert [row.protocol.sequence_length for row in rows] == [64, 32]
+    first, second = comparison_table(rows).split("\n\n")
+    assert "windows of 64 tokens" in first and "windows of 32 tokens" in second
 
 
 def test_zeros_are_counted_where_the_model_was_pruned(model, tmp_path):
