@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..data import check_source, default_length, describe, fingerprint, load_tokens, starts_with_bos
+from ..data import check_cut, check_source, default_length, describe, fingerprint, load_tokens, starts_with_bos
 from ..model.adapters import inner_model
 from ..model.architecture import find_architecture
 from ..pruning.report import PruningReport
@@ -72,6 +72,7 @@ def measure(
     if text is None and not has_tasks:
         raise ValueError("Say what to measure: a text, tasks, or both.")
     _check(sequence_length=sequence_length, num_samples=num_samples, batch_size=batch_size, limit=limit)
+    check_cut(windows, num_samples)
     if text is not None and not isinstance(text, Tensor):
         check_source(text, text_column, split)
     if has_tasks and not isinstance(tasks, Tasks):
@@ -83,14 +84,8 @@ def measure(
     length = sequence_length or default_length(pruner.model)
     found: dict[str, Any] = {}
     if text is not None:
-        options = {
-            "sequence_length": length,
-            "windows": windows,
-            "bos": bos,
-            "split": split,
-            "text_column": text_column,
-        }
-        found |= _on_text(pruner, text, batch_size, {**options, "num_samples": num_samples, "seed": seed})
+        cut = {"sequence_length": length, "windows": windows, "bos": bos, "num_samples": num_samples, "seed": seed}
+        found |= _on_text(pruner, text, batch_size, {**cut, "split": split, "text_column": text_column})
     if has_tasks:
         options = {"sequence_length": length, "num_fewshot": num_fewshot, "limit": limit, "bos": bos}
         found["tasks"] = evaluate_tasks(pruner.model, pruner.tokenizer, tasks, batch_size=batch_size, **options)

@@ -109,6 +109,8 @@ def test_what_is_wrong_is_said_before_the_model_is_loaded(monkeypatch, tmp_path)
     ):
         with pytest.raises((ValueError, OSError), match=message):
             measure(demo_model(), text)
+    with pytest.raises(ValueError, match="Did you mean 'paper'"):
+        measure(demo_model(), NUMBERS, windows="papers")
     for name, value in (("sequence_length", 1), ("num_samples", 0), ("batch_size", 0), ("limit", 0)):
         with pytest.raises(ValueError, match=f"{name} is a whole number of at least"):
             measure(demo_model(), NUMBERS, **{name: value})
