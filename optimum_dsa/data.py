@@ -140,10 +140,7 @@ def load_tokens(
     Raises:
         ValueError: the text holds fewer windows than were asked for; no beginning-of-sequence token to put in front.
     """
-    if windows not in CUTS:
-        raise ValueError(f"windows is one of {', '.join(CUTS)}, got {windows!r}.{near(str(windows), CUTS)}")
-    if windows == "paper" and num_samples is not None:
-        raise ValueError("windows='paper' measures the whole text, as published figures do; leave num_samples out.")
+    check_cut(windows, num_samples)
     bos = starts_with_bos(tokenizer, bos)
     texts = iterate_texts(source, text_column, split)
     if windows == "paper":
@@ -162,6 +159,14 @@ def load_tokens(
         return found
     order = torch.randperm(len(found), generator=torch.Generator().manual_seed(seed))
     return found[order[:num_samples]]
+
+
+def check_cut(windows: str, num_samples: int | None) -> None:
+    """Raise `ValueError` unless `windows` is one of `CUTS`, and can be had of so many windows (`None`: of all)."""
+    if windows not in CUTS:
+        raise ValueError(f"windows is one of {', '.join(CUTS)}, got {windows!r}.{near(str(windows), CUTS)}")
+    if windows == "paper" and num_samples is not None:
+        raise ValueError("windows='paper' measures the whole text, as published figures do; leave num_samples out.")
 
 
 def starts_with_bos(tokenizer: Any, bos: bool | None = None) -> bool:

@@ -61,6 +61,21 @@ def test_prune_then_evaluate(tmp_path, text):
     assert result["perplexity"] > 1 and result["windows"] > 8 and result["sequence_length"] == 64
 
 
+def test_evaluate_as_papers_do_and_of_one_name(monkeypatch, capsys, tmp_path, text):
+    arguments = ["evaluate", str(demo_model()), str(demo_model()), "--dataset", text, "--sequence-length", "64"]
+    code, output, errors = run(monkeypatch, capsys, *arguments, "--windows", "paper", "--json")
+    assert code == 0, errors
+    first, second = json.loads(output)["models"]
+    assert (first["cut"], first["bos"], first["dtype"]) == ("paper", False, "bfloat16")
+    assert [first["model"], second["model"]] == [demo_model().name, f"{demo_model().name} (2)"]
+    assert first["fingerprint"] == second["fingerprint"] and len(first["losses"]) == first["windows"]
+    options = ["--num-samples", "4", "--output", str(tmp_path / "results.json")]
+    code, output, errors = run(monkeypatch, capsys, *arguments, *options)
+    assert code == 0, errors
+    assert "4 windows of 64 tokens, no BOS, bfloat16" in output and "+0.000 ± 0.000" in output
+    assert run(monkeypatch, capsys, *arguments, *options)[0] == 0  # results are replaced by results
+
+
 def test_progress_bars_honour_the_switch_and_errors_are_one_line(tmp_path, text):
     code, output, errors = command("prune", str(demo_model()), "-o", str(tmp_path / "out"), "-s", "1.5")
     assert code == 2 and output == "" and len(errors.splitlines()) == 1
@@ -134,6 +149,30 @@ def test_bad_usage_is_one_clear_line_and_exit_code_2(monkeypatch, capsys, tmp_pa
     assert code == 2 and output == "" and len(lines) == 1
     assert message in lines[0]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["empty.txt", "other"]
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        "search {model} -o {new} -s 0.5 --dataset {bad}",
+        "search {model} -o {new} -s 0.5 --dataset {text} --validation {bad}",
+        "recover {model} -o {new} --dataset {bad}",
+        "recover {model} -o {new} --dataset {text} --validation {bad}",
+        "evaluate {model} --dataset {bad}",
+    ],
+)
+@pytest.mark.parametrize("name", ["broken.jsonl", "latin.txt", "plain", "/nope"])
+def test_a_text_that_cannot_be_read_is_found_before_the_model_is_loaded(
+    monkeypatch, capsys, tmp_path, text, arguments, name
+):
+    (tmp_path / "broken.jsonl").write_text('{"text": "a"')
+    (tmp_path / "latin.txt").write_bytes(b"caf\xe9")
+    (tmp_path / "plain").write_text("a text in a file without suffix")
+    monkeypatch.setattr(DSAPruner, "from_pretrained", lambda *_, **__: pytest.fail("the model was loaded"))
+    places = {"model": demo_model(), "text": text, "new": tmp_path / "new", "bad": tmp_path / name}
+    code, output, errors = run(monkeypatch, capsys, *[part.format(**places) for part in arguments.split()])
+    assert code == 2 and output == "" and len(errors.splitlines()) == 1 and name in errors
+    assert not (tmp_path / "new").exists()
 
 
 def test_a_terminal_that_cannot_show_a_sign_shows_another(monkeypatch):

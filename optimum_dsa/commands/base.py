@@ -140,6 +140,15 @@ def add_bos_option(parser) -> None:
     )
 
 
+def check_texts(args) -> None:
+    """Raise what is wrong with the texts that the options name; before a model is loaded, which may take minutes."""
+    from ..data import check_source
+
+    for source in (args.dataset, getattr(args, "validation", None)):
+        if source:
+            check_source(source, args.text_column or "text", args.split)
+
+
 def add_loading_options(parser: ArgumentParser, reads_text: bool = True) -> None:
     """Options that say how a model is loaded, and its tokenizer where the command reads text."""
     group = parser.add_argument_group("loading the model")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .base import LeafCommand, add_bos_option, add_loading_options, loading_options, say
+from .base import LeafCommand, add_bos_option, add_loading_options, check_texts, loading_options, say
 
 
 class EvaluateCommand(LeafCommand):
@@ -17,6 +17,7 @@ boolq,rte,hellaswag,winogrande,arc_easy,arc_challenge,openbookqa.
     EXAMPLES = """\
   optimum-cli dsa evaluate out --dataset test.txt
   optimum-cli dsa evaluate out --dataset wikitext2 --sequence-length 2048 --windows paper --json
+  optimum-cli dsa evaluate out --dense Qwen/Qwen3-0.6B --dataset test.txt --output out/evaluation.json
   optimum-cli dsa evaluate out --tasks boolq,rte,arc_easy
   optimum-cli dsa evaluate dense pruned recovered --dataset test.txt --tasks ./my_task.yaml --output results.json
 """
@@ -47,7 +48,12 @@ boolq,rte,hellaswag,winogrande,arc_easy,arc_challenge,openbookqa.
         tasks.add_argument("--num-fewshot", type=int, help="examples before each question (default: the task's)")
         tasks.add_argument("--limit", type=int, help="questions per task (default: all)")
         parser.add_argument("--batch-size", type=int, default=8)
-        parser.add_argument("--output", help="JSON file to write all results to")
+        parser.add_argument(
+            "--dense",
+            metavar="MODEL",
+            help="the dense parent, as the first row; measured once by each protocol, and kept",
+        )
+        parser.add_argument("--output", help="JSON file to write all results to; in a model's folder, report shows it")
         add_loading_options(parser)
 
     def execute(self) -> dict:
@@ -55,8 +61,9 @@ boolq,rte,hellaswag,winogrande,arc_easy,arc_challenge,openbookqa.
         import json
         import sys
 
-        from ..data import check_source
+        from ..data import describe
         from ..evaluation.comparison import comparison_table
+        from ..evaluation.kept import measured_once
         from ..evaluation.measure import measure
         from ..evaluation.results import check_results, results_json, save_results
         from ..evaluation.tasks import find_tasks
@@ -66,16 +73,35 @@ boolq,rte,hellaswag,winogrande,arc_easy,arc_challenge,openbookqa.
             raise ValueError("say what to measure: --dataset FILE, --tasks NAMES, or both")
         if args.output:
             check_results(args.output)
-        if args.dataset:
-            check_source(args.dataset, args.text_column, args.split)
+        check_texts(args)
         names = ("windows", "bos", "sequence_length", "num_samples", "seed", "split", "text_column", "num_fewshot")
         options = {name: getattr(args, name) for name in (*names, "limit", "batch_size")}
         with contextlib.redirect_stdout(sys.stderr):  # data sets and lm-eval print
             asked = [name.strip() for name in (args.tasks or "").split(",") if name.strip()]
             tasks = find_tasks(asked, args.include_path) if asked else ()
             loading = loading_options(args)
-            results = [measure(model, args.dataset, tasks, **options, **loading) for model in args.model]
+            models = [*args.model, *([args.dense] if args.dense else [])]
+            named = dict(zip(models, distinct([describe(model) for model in models])))
+
+            def measured(model: str, **loading):
+                return measure(model, args.dataset, tasks, name=named[model], **options, **loading)
+
+            results = [measured(model, **loading) for model in args.model]
+            if args.dense:
+                loading.pop("revision", None)  # of the pruned models
+                results.insert(0, measured_once(args.dense, results[0], lambda: measured(args.dense, **loading)))
         if args.output:
             save_results(args.output, results)
         say(comparison_table(results) if len(results) > 1 else str(results[0]))
         return json.loads(results_json(results))
+
+
+def distinct(names: list[str]) -> list[str]:
+    """The names, where one comes again with a number behind it: a table's rows are told apart by them."""
+    found: list[str] = []
+    for name in names:
+        number, shown = 2, name
+        while shown in found:
+            number, shown = number + 1, f"{name} ({number})"
+        found.append(shown)
+    return found

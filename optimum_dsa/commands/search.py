@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .base import LeafCommand, add_loading_options, loading_options, say
+from .base import LeafCommand, add_loading_options, check_texts, loading_options, say
 from .prune import add_calibration_options, asked_config
 
 
@@ -82,6 +82,7 @@ strategy    named         uniform and every named allocator
         check_searchable(config)
         parse_budget(args.budget)
         STRATEGIES[args.strategy]
+        check_texts(args)
         if args.seeds < 1:
             raise ValueError(f"--seeds is a number of searches, at least 1, got {args.seeds}.")
         if process_state().is_main_process:

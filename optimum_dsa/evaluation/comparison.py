@@ -69,7 +69,7 @@ def _lines(group: Sequence[Measurement]) -> list[str]:
     head, *cells = zip(*([head, *column] for head, column in columns.items()))
     first, *others = widths.values()
     return [
-        "  ".join([line[0].ljust(first), *(cell.rjust(width) for cell, width in zip(line[1:], others))])
+        "  ".join([line[0].ljust(first), *(cell.rjust(width) for cell, width in zip(line[1:], others))]).rstrip()
         for line in (head, *cells)
     ]
 

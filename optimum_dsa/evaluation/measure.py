@@ -7,13 +7,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from ..data import check_source, default_length, describe, fingerprint, load_tokens, starts_with_bos
-from ..model.architecture import Architecture, find_architecture
-from ..model.walk import walk_blocks
+from ..data import check_cut, check_source, default_length, describe, fingerprint, load_tokens, starts_with_bos
+from ..model.adapters import inner_model
+from ..model.architecture import find_architecture
 from ..pruning.report import PruningReport
+from ..pruning.zeros import count_zeros
 from .measurement import Measurement, Protocol, TaskProtocol
 from .perplexity import mean_perplexity, window_losses
 from .tasks import Tasks, evaluate_tasks, find_tasks
@@ -72,6 +72,7 @@ def measure(
     if text is None and not has_tasks:
         raise ValueError("Say what to measure: a text, tasks, or both.")
     _check(sequence_length=sequence_length, num_samples=num_samples, batch_size=batch_size, limit=limit)
+    check_cut(windows, num_samples)
     if text is not None and not isinstance(text, Tensor):
         check_source(text, text_column, split)
     if has_tasks and not isinstance(tasks, Tasks):
@@ -83,14 +84,8 @@ def measure(
     length = sequence_length or default_length(pruner.model)
     found: dict[str, Any] = {}
     if text is not None:
-        options = {
-            "sequence_length": length,
-            "windows": windows,
-            "bos": bos,
-            "split": split,
-            "text_column": text_column,
-        }
-        found |= _on_text(pruner, text, batch_size, {**options, "num_samples": num_samples, "seed": seed})
+        cut = {"sequence_length": length, "windows": windows, "bos": bos, "num_samples": num_samples, "seed": seed}
+        found |= _on_text(pruner, text, batch_size, {**cut, "split": split, "text_column": text_column})
     if has_tasks:
         options = {"sequence_length": length, "num_fewshot": num_fewshot, "limit": limit, "bos": bos}
         found["tasks"] = evaluate_tasks(pruner.model, pruner.tokenizer, tasks, batch_size=batch_size, **options)
@@ -149,19 +144,13 @@ def _dtype(model: nn.Module) -> str:
     return str(model.dtype).removeprefix("torch.")
 
 
-@torch.no_grad()
 def _count(model: nn.Module, report: PruningReport | None) -> tuple[int, int]:
     """Zeros in the prunable weights, and how many these are: of a pruned model what was pruned, else all of blocks."""
-    zeros = size = 0
-    for walked in walk_blocks(model, _prunable(model, report), None):
-        for weight in walked.weights:
-            zeros += int((walked.tensor(weight) == 0).sum())
-            size += weight.size
-    return zeros, size
-
-
-def _prunable(model: nn.Module, report: PruningReport | None) -> Architecture:
+    model = inner_model(model)
     if report is None:
-        return find_architecture(model, skip_unprunable=True)
-    asked = report.config
-    return find_architecture(model, asked.blocks, asked.exclude, asked.include, skip_unprunable=True)
+        architecture = find_architecture(model, skip_unprunable=True)
+    else:
+        asked = report.config
+        architecture = find_architecture(model, asked.blocks, asked.exclude, asked.include, skip_unprunable=True)
+    zeros = count_zeros(model, architecture)
+    return sum(zeros.values()), sum(weight.size for weight in architecture.weights)

@@ -4,9 +4,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from optimum_dsa import DSAConfig, DSAPruner, load_tokens, measure, perplexity
+from optimum_dsa import DSAConfig, DSAPruner, RecoveryConfig, load_tokens, measure, perplexity
 from optimum_dsa.commands.embedded import demo_model
 from optimum_dsa.data import fingerprint
+from optimum_dsa.evaluation.comparison import comparison_table
 
 from ..tiny import bos_tokenizer, tiny_llama, tokens
 
@@ -44,6 +45,33 @@ def test_the_protocol_stands_beside_the_number(model):
     assert (given.dataset, given.cut, given.bos, given.windows) == ("tokens", None, None, 3)
 
 
+def test_windows_of_papers_give_what_the_published_loop_gives(model):
+    """The loop of GPTQ, SparseGPT and Wanda, line by line."""
+    tokenizer, seqlen = bos_tokenizer(), 16
+    encoded = tokenizer("\n\n".join(NUMBERS), return_tensors="pt").input_ids
+    samples = encoded.numel() // seqlen
+    nlls = []
+    for i in range(samples):
+        batch = encoded[:, (i * seqlen) : ((i + 1) * seqlen)]
+        logits = model(batch).logits
+        shifted, labels = logits[:, :-1, :].contiguous(), batch[:, 1:]
+        loss = torch.nn.CrossEntropyLoss()(shifted.view(-1, shifted.size(-1)), labels.reshape(-1))
+        nlls.append(loss.float() * seqlen)
+    published = torch.exp(torch.stack(nlls).sum() / (samples * seqlen)).item()
+    found = measure(model, NUMBERS, tokenizer=tokenizer, sequence_length=seqlen, windows="paper")
+    assert found.perplexity == pytest.approx(published, rel=1e-5) and found.protocol.windows == samples
+
+
+def test_models_with_other_longest_inputs_do_not_share_a_table(model):
+    short = tiny_llama(vocab_size=93, max_position_embeddings=32)
+    rows = [
+        measure(one, NUMBERS, tokenizer=bos_tokenizer(), name=str(number)) for number, one in enumerate((model, short))
+    ]
+    assert [row.protocol.sequence_length for row in rows] == [64, 32]
+    first, second = comparison_table(rows).split("\n\n")
+    assert "windows of 64 tokens" in first and "windows of 32 tokens" in second
+
+
 def test_zeros_are_counted_where_the_model_was_pruned(model, tmp_path):
     pruner = DSAPruner(model, bos_tokenizer())
     pruner.prune(None, DSAConfig(0.6, "magnitude", "uniform", exclude=["mlp"]))
@@ -57,6 +85,20 @@ def test_zeros_are_counted_where_the_model_was_pruned(model, tmp_path):
     assert measure(model, tokens(2, 8, vocabulary=93)).sparsity < 0.4
 
 
+def test_what_adapters_brought_is_not_counted(model, tmp_path):
+    pytest.importorskip("peft")
+    pruner = DSAPruner(model, bos_tokenizer())
+    pruner.prune(None, DSAConfig(0.6, "magnitude", "uniform"))
+    pruner.save_pretrained(tmp_path / "out")
+    text = tokens(40, 8, vocabulary=93)
+    before = measure(pruner, text)
+    loaded = DSAPruner.from_pretrained(tmp_path / "out")
+    loaded.recover(text, RecoveryConfig(steps=1, batch_size=2, validation_windows=2, merge=False))
+    for subject in (loaded, loaded.model):
+        found = measure(subject, text)
+        assert (found.size, found.sparsity) == (before.size, before.sparsity)
+
+
 def test_what_is_wrong_is_said_before_the_model_is_loaded(monkeypatch, tmp_path):
     monkeypatch.setattr(DSAPruner, "from_pretrained", lambda *_, **__: pytest.fail("the model was loaded"))
     (tmp_path / "broken.jsonl").write_text("{")
@@ -67,6 +109,8 @@ def test_what_is_wrong_is_said_before_the_model_is_loaded(monkeypatch, tmp_path)
     ):
         with pytest.raises((ValueError, OSError), match=message):
             measure(demo_model(), text)
+    with pytest.raises(ValueError, match="Did you mean 'paper'"):
+        measure(demo_model(), NUMBERS, windows="papers")
     for name, value in (("sequence_length", 1), ("num_samples", 0), ("batch_size", 0), ("limit", 0)):
         with pytest.raises(ValueError, match=f"{name} is a whole number of at least"):
             measure(demo_model(), NUMBERS, **{name: value})
