@@ -344,3 +344,21 @@ def test_search_over_seeds_compares_them_and_leaves_the_best_for_prune(monkeypat
     )
     assert code == 0, errors
     assert "0.6000" in output.splitlines()[-3]
+
+
+def test_the_dense_parent_is_asked_for_once_and_feeds_the_report(monkeypatch, capsys, tmp_path, text):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HOME", str(tmp_path / "cache"))
+    out = tmp_path / "out"
+    work = ["-s", "0.5", "--method", "magnitude", "--allocation", "uniform", "-q"]
+    assert run(monkeypatch, capsys, "prune", str(demo_model()), "-o", str(out), *work)[0] == 0
+    options = ["--dense", str(demo_model()), "--dataset", text, "--sequence-length", "64"]
+    options += ["--output", str(out / "evaluation.json"), "--json"]
+    first = run(monkeypatch, capsys, "evaluate", str(out), *options)
+    monkeypatch.setattr("optimum_dsa.evaluation.kept.results_json", None)  # nothing is measured a second time
+    assert run(monkeypatch, capsys, "evaluate", str(out), *options) == first
+    dense, pruned = json.loads(first[1])["models"]
+    assert dense["sparsity"] < 0.01 < pruned["sparsity"] and dense["perplexity"] < pruned["perplexity"]
+    code, output, errors = run(monkeypatch, capsys, "report", str(out), "-o", str(tmp_path / "report"))
+    assert (code, errors) == (0, "")
+    rows = [line.split() for line in output.splitlines() if "±" in line]
+    assert [row[0] for row in rows] == [demo_model().name, "out"] and f"{dense['perplexity']:.2f}" in rows[0]

@@ -81,15 +81,16 @@ boolq,rte,hellaswag,winogrande,arc_easy,arc_challenge,openbookqa.
             tasks = find_tasks(asked, args.include_path) if asked else ()
             loading = loading_options(args)
             models = [*args.model, *([args.dense] if args.dense else [])]
-            named = dict(zip(models, distinct([describe(model) for model in models])))
+            names = distinct([describe(model) for model in models])
 
-            def measured(model: str, **loading):
-                return measure(model, args.dataset, tasks, name=named[model], **options, **loading)
+            def measured(model: str, name: str, **loading):
+                return measure(model, args.dataset, tasks, name=name, **options, **loading)
 
-            results = [measured(model, **loading) for model in args.model]
+            results = [measured(model, name, **loading) for name, model in zip(names, args.model)]
             if args.dense:
                 loading.pop("revision", None)  # of the pruned models
-                results.insert(0, measured_once(args.dense, results[0], lambda: measured(args.dense, **loading)))
+                dense = measured_once(args.dense, results[0], lambda: measured(args.dense, names[-1], **loading))
+                results.insert(0, dense)
         if args.output:
             save_results(args.output, results)
         say(comparison_table(results) if len(results) > 1 else str(results[0]))
