@@ -118,7 +118,8 @@ def _compare(output: OutputFolder, config: DSAConfig, budget: str, say: Callable
 def _discover(model: Any, calibration: Tensor, validation: Tensor, config: DSAConfig, budget: str) -> Allocation:
     """The allocation that a search finds; of the test text it sees nothing."""
     data = load_calibration(calibration, model)
-    return search(model, data, validation, config, strategy="descent", budget=budget, finalists=1).best
+    options = {"strategy": "descent", "budget": budget, "named": NAMED[1:], "finalists": 1}
+    return search(model, data, validation, config, **options).best
 
 
 def story(rows: Sequence[DemoRow]) -> str:
