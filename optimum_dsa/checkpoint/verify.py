@@ -12,10 +12,9 @@ from torch import nn
 from ..common.escaping import one_line
 from ..model.architecture import Architecture
 from ..model.walk import walk_blocks
+from ..pruning.allocate import architecture_for
 from ..pruning.allocation import split_count
-from ..pruning.prune import architecture_for
 from ..pruning.report import PruningReport
-from ..pruning.unstructured.patterns import Pattern
 from .description import contradictions, seal_of
 
 
@@ -92,7 +91,7 @@ def verify(model: nn.Module, report: PruningReport, description: Mapping[str, An
         checked.problems.append(f"the model cannot be pruned as described: {error}")
         return checked.result(0, 0, pattern, parameters)
     described = report.allocation.sizes
-    granularity = max(("block", "matrix"), key=lambda name: len(architecture.units(name).keys() & described.keys()))
+    granularity = report.allocation.granularity or architecture.granularity_of(described) or "block"
     units = architecture.units(granularity)
     sizes = {unit: sum(weight.size for weight in weights) for unit, weights in units.items()}
     if sizes != described:
@@ -136,7 +135,7 @@ def _recipe(report: PruningReport) -> str:
 
 def _disagreements(report: PruningReport) -> Iterator[str]:
     """Where a report contradicts itself."""
-    sizes, counts, pattern = report.allocation.sizes, report.allocation.counts(), Pattern.parse(_pattern(report))
+    sizes, counts, pattern = report.allocation.sizes, report.allocation.counts(), report.config.resolved.pattern
     if report.achieved.keys() != sizes.keys():
         odd = sorted(report.achieved.keys() ^ sizes.keys())
         yield f"allocation and achieved sparsity are given for different units, such as {odd[0]}"
@@ -144,7 +143,7 @@ def _disagreements(report: PruningReport) -> Iterator[str]:
     total = sum(sizes.values())
     asked = round(report.config.sparsity * total)
     # N:M removes whole numbers per group: rounding is over by half of the coarsest step of a unit at most
-    slack = max(sizes.values(), default=0) / pattern.width / 2 if pattern.kind in ("n:m", "mixed") else 0
+    slack = max(sizes.values(), default=0) / pattern.width / 2 if pattern.in_groups else 0
     if abs(sum(counts.values()) - asked) > slack:
         yield (
             f"the allocation removes {sum(counts.values()):,} of {total:,} weights, and a sparsity of "
@@ -153,7 +152,7 @@ def _disagreements(report: PruningReport) -> Iterator[str]:
     for unit, size in sizes.items():
         if abs(report.achieved[unit] * size - round(report.achieved[unit] * size)) > 1e-3:
             yield f"{unit}: a share of {report.achieved[unit]} is no whole number of its {size:,} weights"
-        if round(report.achieved[unit] * size) < counts[unit] and pattern.kind not in ("n:m", "mixed"):
+        if round(report.achieved[unit] * size) < counts[unit] and not pattern.in_groups:
             yield f"{unit}: {counts[unit]:,} weights were allocated, and fewer were removed"
 
 
@@ -161,16 +160,11 @@ def _count(
     model: nn.Module, architecture: Architecture, report: PruningReport, granularity: str
 ) -> tuple[dict[str, int], list[str]]:
     """Zeros per unit, and the matrices that break the pattern."""
-    pattern, counts = Pattern.parse(_pattern(report)), report.allocation.counts()
+    pattern, counts = report.config.resolved.pattern, report.allocation.counts()
     zeros: dict[str, int] = {}
     breaches = []
     for walked in walk_blocks(model, architecture, None):
-        if not walked.weights:
-            continue
-        units = {walked.name: walked.weights}
-        if granularity == "matrix":
-            units = {weight.name: (weight,) for weight in walked.weights}
-        for unit, weights in units.items():
+        for unit, weights in walked.block.units(granularity).items():
             shares = split_count(counts[unit], {weight.name: weight.size for weight in weights})
             zeros[unit] = 0
             for weight in weights:

@@ -14,7 +14,7 @@ from torch import nn
 
 from ..checkpoint.description import read_description, report_from
 from ..checkpoint.save import base_model
-from ..model.architecture import Architecture, find_architecture, find_stacks
+from ..model.architecture import GRANULARITIES, Architecture, find_architecture, find_stacks
 from ..pruning.allocation import Allocation
 from ..pruning.configuration import CONFIG_NAME, DSAConfig
 from ..pruning.report import PruningReport
@@ -78,7 +78,7 @@ def measured_allocation(model: nn.Module, architecture: Architecture, granularit
     units = architecture.units(granularity)
     sizes = {plain_name(unit): sum(weight.size for weight in weights) for unit, weights in units.items()}
     counts = {plain_name(unit): sum(zeros[weight.name] for weight in weights) for unit, weights in units.items()}
-    return Allocation({unit: counts[unit] / size for unit, size in sizes.items()}, sizes, "measured")
+    return Allocation({unit: counts[unit] / size for unit, size in sizes.items()}, sizes, "measured", granularity)
 
 
 def report_of(model: nn.Module) -> PruningReport:
@@ -102,7 +102,7 @@ def counted(report: PruningReport, model: nn.Module) -> PruningReport:
     """`report` with the zeros as they are now."""
     inner, config = inner_model(model), report.config
     architecture = prunable(inner, config.exclude, config.include, config.blocks)
-    for granularity in ("block", "matrix"):
+    for granularity in (report.allocation.granularity,) if report.allocation.granularity else GRANULARITIES:
         found = measured_allocation(inner, architecture, granularity).sparsity
         if found.keys() == report.allocation.sizes.keys():
             return replace(report, achieved=found)
@@ -119,7 +119,7 @@ def plain_report(report: PruningReport) -> PruningReport:
     ]
     return replace(
         report,
-        allocation=Allocation(*renamed, allocation.name),
+        allocation=Allocation(*renamed, allocation.name, allocation.granularity),
         achieved={plain_name(name): value for name, value in report.achieved.items()},
         dense={name: why for name, why in report.dense.items() if why != "excluded" or ".lora_" not in name},
     )

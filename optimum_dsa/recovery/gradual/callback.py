@@ -15,9 +15,8 @@ from ...checkpoint.description import describe, write_description
 from ...common.fences import insert_callback
 from ...data import Calibration, load_calibration
 from ...pruning.configuration import DSAConfig
-from ...pruning.prune import allocation_needs_inputs, needs_gram, prune, pruning_needs_inputs
+from ...pruning.prune import prune
 from ...pruning.report import PruningReport
-from ...pruning.unstructured.patterns import Pattern
 from ..targets import (
     base_of,
     count_parameters,
@@ -97,8 +96,7 @@ class DSACallback(TrainerCallback):
         if isinstance(reallocate, str) and reallocate not in ("always", "once"):
             raise ValueError(f"reallocate is 'always', 'once' or steps, got {reallocate!r}.")
         if config is not None:
-            kind = Pattern.parse(config.recipe.pattern).kind
-            if kind in ("n:m", "mixed") and len(self.schedule.moments) > 1:
+            if config.resolved.pattern.in_groups and len(self.schedule.moments) > 1:
                 raise ValueError(
                     f"Pattern {config.recipe.pattern} has no sparsities in between; give a schedule of one step."
                 )
@@ -141,9 +139,9 @@ class DSACallback(TrainerCallback):
                 "load_best_model_at_end would bring back a model of an earlier, lower sparsity; leave it out, or "
                 "prune before the first step."
             )
-        needed = pruning_needs_inputs(self.config) or allocation_needs_inputs(self.config)
+        needed = self.config.resolved.reads | self.config.resolved.allocation_reads
         if needed and self._running:
-            self._running.watch(inner, prunable(inner, **self.names), needs_gram(self.config))
+            self._running.watch(inner, prunable(inner, **self.names), "gram" in needed)
             if state.is_world_process_zero and state.global_step:
                 self._running.load(Path(args.output_dir, f"checkpoint-{state.global_step}"))
         elif needed and self._data is None:
@@ -251,10 +249,8 @@ class DSACallback(TrainerCallback):
         logger.info("Pruned before step %d.", moment)
 
     def _load(self, inner: nn.Module, tokenizer: Any) -> Calibration:
-        config = self.config
         if self.calibration is None:
             raise ValueError("This pruning needs calibration data; pass texts, a file, a dataset or tokens.")
         if isinstance(self.calibration, Calibration):
             return self.calibration
-        options = (config.num_samples, config.sequence_length, config.seed, config.text_column, config.split)
-        return load_calibration(self.calibration, inner, tokenizer, *options)
+        return load_calibration(self.calibration, inner, tokenizer, self.config.data)
