@@ -110,7 +110,7 @@ def test_an_adapter_does_not_replace_the_weights_under_it(monkeypatch, capsys, t
     code, _, errors = run(monkeypatch, capsys, "recover", out, "-o", f"{out}/", "--keep-adapter", "--dataset", text)
     assert code == 2 and "needs another --output" in errors
     again = DSAPruner.from_pretrained(out)
-    again.recover(text, small(merge=False, sequence_length=16, steps=1, validation_windows=2))
+    again.recover(text, small(merge=False, data=DataConfig(sequence_length=16), steps=1, validation_windows=2))
     with pytest.raises(ValueError, match="holds the pruned model under the adapter"):
         again.save_pretrained(out)
     assert {path.name: path.stat() for path in (tmp_path / "out").iterdir()} == before
