@@ -12,20 +12,23 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from .checkpoint.adapter_base import check_base, has_adapters
+from .checkpoint.adapter_base import check_base
 from .checkpoint.description import Description, is_unchanged, report_from
 from .checkpoint.load import find_commit, find_description, load_model, load_tokenizer
+from .checkpoint.origin import base_of, report_of
 from .checkpoint.save import base_model, save_checkpoint
 from .checkpoint.verify import Verification, verify
 from .common.escaping import one_line
 from .common.output import OutputFolder
 from .data import SAMPLES, Calibration, load_calibration
+from .model.adapters import has_adapters
 from .model.walk import walk_blocks
 from .pruning.allocate import allocate, architecture_for
 from .pruning.allocation import Allocation
 from .pruning.configuration import DSAConfig
 from .pruning.prune import prune
 from .pruning.report import PruningReport
+from .pruning.zeros import counted
 
 
 if TYPE_CHECKING:
@@ -209,7 +212,6 @@ class DSAPruner:
         """
         from .recovery.configuration import RecoveryConfig
         from .recovery.recover import recover
-        from .recovery.targets import base_of, counted, report_of
 
         report = self.report or report_of(self.model)
         if self.report is None:

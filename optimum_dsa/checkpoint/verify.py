@@ -7,14 +7,15 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..common.escaping import one_line
-from ..model.architecture import Architecture
-from ..model.walk import walk_blocks
+from ..model.architecture import Architecture, Weight
+from ..model.parameters import count_parameters
 from ..pruning.allocate import architecture_for
 from ..pruning.allocation import split_count
 from ..pruning.report import PruningReport
+from ..pruning.zeros import count_zeros
 from .description import contradictions, seal_of
 
 
@@ -84,7 +85,7 @@ def verify(model: nn.Module, report: PruningReport, description: Mapping[str, An
         checked.problems += [SEALS[seal]] if seal in SEALS else []
         checked.unproven += [NO_SEAL] if seal == "none" else []
         checked.unproven += [TRAINING] if "recovery" in description else []
-    pattern, parameters = _pattern(report), sum(parameter.numel() for parameter in model.parameters())
+    pattern, parameters = _pattern(report), count_parameters(model)
     try:
         architecture = architecture_for(model, report.config)
     except ValueError as error:
@@ -161,20 +162,18 @@ def _count(
 ) -> tuple[dict[str, int], list[str]]:
     """Zeros per unit, and the matrices that break the pattern."""
     pattern, counts = report.config.resolved.pattern, report.allocation.counts()
-    zeros: dict[str, int] = {}
+    units = architecture.units(granularity)
+    shares: dict[str, int] = {}
+    for unit, weights in units.items():
+        shares |= split_count(counts[unit], {weight.name: weight.size for weight in weights})
     breaches = []
-    for walked in walk_blocks(model, architecture, None):
-        for unit, weights in walked.block.units(granularity).items():
-            shares = split_count(counts[unit], {weight.name: weight.size for weight in weights})
-            zeros[unit] = 0
-            for weight in weights:
-                removed = walked.tensor(weight) == 0
-                zeros[unit] += int(removed.sum())
-                if not pattern.holds(removed, shares[weight.name]):
-                    breaches.append(
-                        f"{weight.name} does not have the pattern {pattern} at {shares[weight.name]:,} zeros"
-                    )
-    return zeros, breaches
+
+    def look(weight: Weight, removed: Tensor) -> None:
+        if not pattern.holds(removed, shares[weight.name]):
+            breaches.append(f"{weight.name} does not have the pattern {pattern} at {shares[weight.name]:,} zeros")
+
+    zeros = count_zeros(model, architecture, look)
+    return {unit: sum(zeros[weight.name] for weight in weights) for unit, weights in units.items()}, breaches
 
 
 def _pattern(report: PruningReport) -> str:

@@ -83,8 +83,8 @@ pattern     row, matrix, group:128, 2:4 (any N:M), mixed:8 (N:8, N from the allo
     def execute(self) -> None:
         from shlex import quote
 
-        from ..checkpoint.save import weight_bytes
         from ..common.output import OutputFolder
+        from ..model.parameters import weight_bytes
         from ..pruner import DSAPruner
 
         config = asked_config(self.args)

@@ -69,9 +69,9 @@ mode    what the adapters add to a weight W, with small factors A and B
         from pathlib import Path
         from shlex import quote
 
-        from ..checkpoint.save import weight_bytes
         from ..common.output import OutputFolder
         from ..common.settings import nested, options_of
+        from ..model.parameters import weight_bytes
         from ..pruner import DSAPruner
         from ..recovery.configuration import RecoveryConfig
 

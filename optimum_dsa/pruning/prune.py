@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from ..model.architecture import Architecture
+from ..model.parameters import count_parameters
 from ..model.walk import walk_blocks
 from .allocate import allocate, architecture_for, check_finite_weights
 from .configuration import DSAConfig
@@ -47,7 +48,7 @@ def prune(model: nn.Module, calibration: Source | None, config: DSAConfig) -> Pr
             unit: sum(sink.zeros[weight.name] for weight in weights) / allocation.sizes[unit]
             for unit, weights in architecture.units(allocation.granularity).items()
         },
-        parameters=sum(parameter.numel() for parameter in model.parameters()),
+        parameters=count_parameters(model),
         calibration=calibration.facts() if calibration else None,
         dense=architecture.dense,
         damping=remove.damping,

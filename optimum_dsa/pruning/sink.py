@@ -7,6 +7,7 @@ from typing import Protocol
 import torch
 
 from ..model.walk import WalkedBlock
+from .zeros import zeros_in
 
 
 class Sink(Protocol):
@@ -30,4 +31,4 @@ class KeepBlocks:
     @torch.no_grad()
     def __call__(self, walked: WalkedBlock) -> None:
         for weight in walked.weights:
-            self.zeros[weight.name] = int((walked.tensor(weight) == 0).sum())
+            self.zeros[weight.name] = zeros_in(walked.tensor(weight))

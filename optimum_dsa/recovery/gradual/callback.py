@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -12,26 +12,18 @@ from torch import nn
 from transformers import TrainerCallback
 
 from ...checkpoint.description import describe, write_description
+from ...checkpoint.origin import base_of, report_of
 from ...common.fences import insert_callback
 from ...data import Calibration, load_calibration
+from ...model.adapters import inner_model, without_adapters
+from ...model.architecture import Architecture, find_architecture
+from ...model.parameters import count_parameters
 from ...pruning.configuration import DSAConfig
 from ...pruning.prune import prune
 from ...pruning.report import PruningReport
-from ..targets import (
-    base_of,
-    count_parameters,
-    count_zeros,
-    counted,
-    inner_model,
-    measured_allocation,
-    plain_report,
-    prunable,
-    report_of,
-    with_adapters_excluded,
-    without_adapters,
-)
+from ...pruning.zeros import FEWEST_ZEROS, count_zeros, counted, measured_allocation
 from .held_zeros import HeldZeros
-from .prune_to import prune_to
+from .prune_to import plain_report, prune_to
 from .running_statistics import RunningStatistics
 from .schedule import PruningSchedule
 from .sharding import refuse_sharded, refuse_shared_devices, synchronise
@@ -125,7 +117,7 @@ class DSACallback(TrainerCallback):
         inner = inner_model(model)
         self._hold(inner)
         if self.config is None:
-            if not any(self._zeros(inner).values()):
+            if measured_allocation(inner, self._architecture(inner)).overall < FEWEST_ZEROS:
                 logger.warning("DSACallback has nothing to hold: %s has no zeros to speak of.", type(inner).__name__)
             return
         later = len(self.schedule.moments) > 1 or self.schedule.last > 0
@@ -141,7 +133,7 @@ class DSACallback(TrainerCallback):
             )
         needed = self.config.resolved.reads | self.config.resolved.allocation_reads
         if needed and self._running:
-            self._running.watch(inner, prunable(inner, **self.names), "gram" in needed)
+            self._running.watch(inner, self._architecture(inner), "gram" in needed)
             if state.is_world_process_zero and state.global_step:
                 self._running.load(Path(args.output_dir, f"checkpoint-{state.global_step}"))
         elif needed and self._data is None:
@@ -165,7 +157,8 @@ class DSACallback(TrainerCallback):
     def on_log(self, args, state, control, model=None, logs=None, **kwargs):
         if logs is None or self._held is None:
             return
-        found = measured_allocation(inner_model(model), prunable(inner_model(model), **self.names))
+        inner = inner_model(model)
+        found = measured_allocation(inner, self._architecture(inner))
         numbers = {"sparsity": found.overall}
         if found.sparsity != self._logged:
             numbers |= {f"sparsity/{unit}": value for unit, value in found.sparsity.items()}
@@ -205,12 +198,15 @@ class DSACallback(TrainerCallback):
     def _hold(self, inner: nn.Module) -> None:
         if self._held is not None:
             self._held.release()
-        architecture = prunable(inner, **self.names)
+        architecture = self._architecture(inner)
         names = dict.fromkeys(f"{weight.module}.{weight.attribute}" for weight in architecture.weights)
         self._held = HeldZeros(inner, list(names))
 
     def _zeros(self, inner: nn.Module) -> dict[str, int]:
-        return count_zeros(inner, prunable(inner, **self.names))
+        return count_zeros(inner, self._architecture(inner))
+
+    def _architecture(self, inner: nn.Module) -> Architecture:
+        return find_architecture(inner, **self.names, skip_unprunable=True)
 
     def _catch_up(self, model: nn.Module, state) -> None:
         """Do at the start of a resumed run what its schedule asked for before."""
@@ -218,12 +214,12 @@ class DSACallback(TrainerCallback):
         if not missed:
             return
         inner = inner_model(model)
-        total = sum(weight.size for weight in prunable(inner, **self.names).weights)
+        total = sum(weight.size for weight in self._architecture(inner).weights)
         expected = round(self.schedule.sparsity(missed[-1], self.config.sparsity) * total)
         if sum(self._zeros(inner).values()) < expected:
             self._prune(model, state, missed[-1])
         else:
-            found = measured_allocation(inner, prunable(inner, **self.names))
+            found = measured_allocation(inner, self._architecture(inner))
             self.report = PruningReport(self.config, found, found.sparsity, count_parameters(inner))
 
     def _prune(self, model: nn.Module, state, moment: int) -> None:
@@ -233,18 +229,17 @@ class DSACallback(TrainerCallback):
             return
         self._due = None
         inner = inner_model(model)
-        config = with_adapters_excluded(self.config, inner)
         anew = self.reallocate == "always" or (self.reallocate != "once" and moment in self.reallocate)
         with without_adapters(model):
             if len(self.schedule.moments) == 1:
-                report = prune(inner, data, config)
+                report = prune(inner, data, self.config)
             else:
-                sparsity = self.schedule.sparsity(moment, config.sparsity)
-                report, self._wish = prune_to(inner, data, config, sparsity, None if anew else self._wish)
+                sparsity = self.schedule.sparsity(moment, self.config.sparsity)
+                report, self._wish = prune_to(inner, data, self.config, sparsity, None if anew else self._wish)
         synchronise(self._held.parameters.values())
         self._held.refresh()
         if report is not None:
-            self.report = plain_report(replace(report, config=self.config))
+            self.report = plain_report(report)
         state.stateful_callbacks[STATE] = {"wish": self._wish}
         logger.info("Pruned before step %d.", moment)
 

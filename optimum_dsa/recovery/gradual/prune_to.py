@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from ...data import Calibration
+from ...model.adapters import plain_name
 from ...model.architecture import GRANULARITIES, Architecture
 from ...pruning.allocate import allocate, architecture_for
 from ...pruning.allocation import Allocation
@@ -17,7 +18,7 @@ from ...pruning.allocation.budget import fit_counts, split_count
 from ...pruning.configuration import DSAConfig
 from ...pruning.prune import prune
 from ...pruning.report import PruningReport
-from ..targets import count_zeros, plain_name
+from ...pruning.zeros import count_zeros
 
 
 logger = logging.getLogger(__name__)
@@ -68,6 +69,20 @@ def prune_to(
             config.recipe.pattern,
         )
     return report, dict(proposed)
+
+
+def plain_report(report: PruningReport) -> PruningReport:
+    """`report` under the names that weights have without adapters."""
+    allocation = report.allocation
+    sparsity, sizes = (
+        {plain_name(name): value for name, value in part.items()} for part in (allocation.sparsity, allocation.sizes)
+    )
+    return replace(
+        report,
+        allocation=Allocation(sparsity, sizes, allocation.name, allocation.granularity),
+        achieved={plain_name(name): value for name, value in report.achieved.items()},
+        dense={plain_name(name): why for name, why in report.dense.items()},
+    )
 
 
 def _counts(
