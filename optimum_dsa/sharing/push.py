@@ -11,9 +11,9 @@ from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 from huggingface_hub.errors import HfHubHTTPError
 from huggingface_hub.utils import validate_repo_id
 
-from .. import __version__
 from ..common.fences import transport_error
 from ..common.folder_files import WEIGHTS
+from ..common.version import VERSION
 from .card import base_repository, model_card
 from .upload import Upload, collect, count, pictures
 
@@ -72,7 +72,7 @@ def push_folder(
     validate_repo_id(repo_id)
     upload, uncounted = count(collect(folder), folder)
     kept = kept or f"{folder} is whole, and the same command goes on."
-    api = HfApi(endpoint=endpoint, token=token, library_name="optimum-dsa", library_version=__version__)
+    api = HfApi(endpoint=endpoint, token=token, library_name="optimum-dsa", library_version=VERSION)
     with explained(repo_id, kept):
         repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
         validate_repo_id(repo_id)  # it goes into the card's code
