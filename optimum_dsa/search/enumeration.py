@@ -220,6 +220,8 @@ def _functions(space: SearchSpace, transforms: Sequence[Stage], numbers: Numbers
     makers, wishes = [], []
     for transform, post_process, sign in product(transforms, dict.fromkeys(space.post_process), space.signs):
         tail = AllocationFunction((), "mean", transform, post_process, sign, space.spreads[0])
-        makers += [partial(replace, tail, **base._asdict()) for base in numbers.bases]
+        makers += [
+            partial(replace, tail, pre_process=base.pre_process, reduction=base.reduction) for base in numbers.bases
+        ]
         wishes.append(tail.wishes(numbers.values, target))
     return Functions(makers, torch.cat(wishes))
