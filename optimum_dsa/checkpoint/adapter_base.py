@@ -10,11 +10,6 @@ from ..pruning.report import PruningReport
 from .load import find_description
 
 
-def has_adapters(model: nn.Module) -> bool:
-    """Whether saving `model` writes PEFT adapters and not its weights."""
-    return bool(getattr(model, "peft_config", None))
-
-
 def check_base(
     model: nn.Module, stored: str | None, directory: Path, report: PruningReport, compressed: bool = False
 ) -> None:

@@ -13,6 +13,7 @@ from ..common.fences import saved_by_shards, tied_names
 from ..common.output import OutputFolder
 from ..common.schema import violations
 from ..model.offload import is_offloaded
+from ..model.parameters import weight_bytes
 from ..pruning.report import PruningReport
 from .convert import compress_in_place
 from .description import describe, schema, write_description
@@ -63,11 +64,6 @@ def save_checkpoint(
         with OutputFolder(directory) as output:
             output.require(weight_bytes(model))
             output.write(fill, rescue=False)  # the model is still there
-
-
-def weight_bytes(model: nn.Module) -> int:
-    """Bytes that the model's weights take in a file, about."""
-    return sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
 
 
 def _save_offloaded(model: nn.Module, directory: Path, **save_kwargs) -> None:

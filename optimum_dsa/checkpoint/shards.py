@@ -16,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from ..common.files import read_json
+from ..model.parameters import count_parameters
 from ..packed.bitmask import LARGEST, Header, read_header
 
 
@@ -152,7 +153,7 @@ def check_size(model: nn.Module, weights: int, where: str | Path) -> None:
 
     What a checkpoint lacks is filled with random numbers, so that a `config.json` could ask for any amount of memory.
     """
-    wanted = sum(parameter.numel() for parameter in model.parameters())
+    wanted = count_parameters(model)
     if wanted > 3 * weights + 2**20:  # shared weights are stored once
         raise ValueError(
             f"The config.json of {where} asks for {wanted:,} parameters, and the checkpoint has {weights:,} weights; "

@@ -9,18 +9,23 @@ from __future__ import annotations
 
 import fnmatch
 import logging
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
 
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from ..common.fences import tied_names
 from ..common.registry import near
+from .adapters import adapter_parameters
+from .parameters import one_name_each
 
 
 logger = logging.getLogger(__name__)
+
+
+# What a unit of an allocation is: a block, one matrix, or a part of a block (its attention, its MLP).
+GRANULARITIES = ("block", "matrix", "block:kind")
 
 
 class UnprunableError(ValueError):
@@ -70,6 +75,22 @@ class Block:
     def size(self) -> int:
         return sum(weight.size for weight in self.weights)
 
+    def units(self, granularity: str) -> dict[str, tuple[Weight, ...]]:
+        """Unit name -> its weights, of those that this block holds.
+
+        At "block:kind" a unit is named after the part of the block that its weights are in: "layers.3.self_attn".
+        """
+        if granularity == "matrix":
+            return {weight.name: (weight,) for weight in self.weights}
+        if granularity == "block":
+            return {self.name: self.weights} if self.weights else {}
+        found: dict[str, list[Weight]] = {}
+        for weight in self.weights:
+            inside = weight.module.removeprefix(f"{self.name}.")
+            part = self.name if inside == weight.module else f"{self.name}.{inside.split('.')[0]}"
+            found.setdefault(part, []).append(weight)
+        return {name: tuple(weights) for name, weights in found.items()}
+
 
 @dataclass(frozen=True)
 class Stack:
@@ -103,10 +124,12 @@ class Architecture:
         return [weight for block in self.blocks for weight in block.weights]
 
     def units(self, granularity: str) -> dict[str, tuple[Weight, ...]]:
-        """Unit name -> its weights, at granularity "block" or "matrix"; blocks without weights are left out."""
-        if granularity == "matrix":
-            return {weight.name: (weight,) for weight in self.weights}
-        return {block.name: block.weights for block in self.blocks if block.weights}
+        """Unit name -> its weights, at "block", "matrix" or "block:kind"; blocks without weights are left out."""
+        return {name: weights for block in self.blocks for name, weights in block.units(granularity).items()}
+
+    def granularity_of(self, units: Collection[str]) -> str | None:
+        """The granularity whose units have these names; `None` if none has."""
+        return next((known for known in GRANULARITIES if self.units(known).keys() == set(units)), None)
 
 
 def find_architecture(
@@ -119,7 +142,8 @@ def find_architecture(
     """The stacks, blocks and prunable weights of `model`.
 
     Args:
-        model (`nn.Module`): any transformers model; of a model with several towers, the language tower is taken.
+        model (`nn.Module`): any transformers model; of a model with several towers, the language tower is taken. What
+            PEFT adapters brought into it is passed over without a word.
         blocks (`Sequence[str]`, *optional*): names of the module lists to prune instead, such as
             `vision_tower.encoder.layers`.
         exclude (`Sequence[str]`, *optional*): names or glob patterns of weights or modules to leave dense; parts of a
@@ -133,7 +157,7 @@ def find_architecture(
         ValueError: a name in `blocks`, `exclude` or `include` that matches nothing.
     """
     names = _named_stacks(model, blocks) if blocks else find_stacks(model)
-    tied = _tied_parameters(model, names)
+    tied, adapters = _tied_parameters(model, names), adapter_parameters(model)
     dense: dict[str, str] = {}
     refused: dict[str, str] = {}
     used: set[str] = set()
@@ -143,7 +167,7 @@ def find_architecture(
         found = []
         for index, (child, module) in enumerate(modules.named_children()):
             name = f"{stack_name}.{child}"
-            weights = tuple(_block_weights(name, module, tied, exclude, used, dense, refused))
+            weights = tuple(_block_weights(name, module, tied, adapters, exclude, used, dense, refused))
             found.append(Block(name, weights, index / max(len(modules) - 1, 1)))
         stacks.append(Stack(stack_name, tuple(found)))
     if refused and not skip_unprunable:
@@ -245,13 +269,10 @@ def _named_stacks(model: nn.Module, names: Iterable[str]) -> list[str]:
 
 def _tied_parameters(model: nn.Module, stacks: Sequence[str]) -> set[str]:
     """Names of block parameters that another part of the model shares."""
-    seen: dict[int, list[str]] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        seen.setdefault(id(parameter), []).append(name)
-    tied = {name for group in seen.values() if len(group) > 1 for name in group}
-    for target, source in tied_names(model).items():
-        tied |= {target, source}
-    return {name for name in tied if _within(name, stacks)}
+    names: dict[str, list[str]] = {}
+    for name, one in one_name_each(model).items():
+        names.setdefault(one, []).append(name)
+    return {name for group in names.values() if len(group) > 1 for name in group if _within(name, stacks)}
 
 
 def _within(name: str, stacks: Sequence[str]) -> bool:
@@ -262,6 +283,7 @@ def _block_weights(
     block: str,
     module: nn.Module,
     tied: set[str],
+    adapters: set[int],
     exclude: Sequence[str],
     used: set[str],
     dense: dict[str, str],
@@ -274,6 +296,9 @@ def _block_weights(
         for attribute, parameter in owner.named_parameters(recurse=False):
             name = f"{owner_name}.{attribute}"
             if parameter.dim() < 2:
+                continue
+            if id(parameter) in adapters:
+                _matches(name, exclude, used)  # whoever excludes it by name has what was asked
                 continue
             if _matches(name, exclude, used):
                 dense[name] = "excluded"
@@ -350,23 +375,30 @@ def _fused(module: nn.Module) -> list[str]:
 def _head(
     model: nn.Module, stacks: Sequence[str], include: Sequence[str], exclude: Sequence[str], used: set[str]
 ) -> Block | None:
-    """The matrices outside the blocks that `include` names and `exclude` does not, each shared parameter once."""
-    weights, seen = [], set()
+    """The matrices outside the blocks that `include` names and `exclude` does not; of a shared one, the product."""
+    weights: dict[str, Weight] = {}
+    one_name = one_name_each(model)
     for path, owner in model.named_modules():
         if _within(path, stacks):
             continue
         for attribute, parameter in owner.named_parameters(recurse=False):
             name = f"{path}.{attribute}" if path else attribute
-            if parameter.dim() != 2 or not _matches(name, include, used):
+            if parameter.dim() != 2 or name not in one_name or not _matches(name, include, used):
                 continue
             if _matches(name, exclude, used):
                 continue
             if not isinstance(owner, (nn.Linear, Conv1D, nn.Embedding)):
                 raise UnprunableError(f"{name} ({type(owner).__name__}) cannot be pruned; take it out of include.")
-            if id(parameter) not in seen:
-                seen.add(id(parameter))
-                weights.append(_weight(name, path, attribute, parameter.shape, isinstance(owner, Conv1D)))
-    return Block("outside the blocks", tuple(weights), 1.0) if weights else None
+            if one_name[name] not in weights or not isinstance(owner, nn.Embedding):
+                weights[one_name[name]] = _weight(name, path, attribute, parameter.shape, isinstance(owner, Conv1D))
+    for name, one in one_name.items():
+        if one in weights and not (_matches(name, include, set()) and not _matches(name, exclude, set())):
+            named = weights[one].name
+            raise UnprunableError(
+                f"{named} and {name} are one matrix in this model, so zeros in the one are zeros in the other; to "
+                f"prune both, include {name!r} as well, or else leave {named!r} out."
+            )
+    return Block("outside the blocks", tuple(weights.values()), 1.0) if weights else None
 
 
 def _unmatched(model: nn.Module, stacks: Sequence[str], pattern: str, inside: bool) -> str:

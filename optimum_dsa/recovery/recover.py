@@ -12,18 +12,19 @@ from typing import Any
 
 from torch import Tensor, nn
 from transformers import EarlyStoppingCallback, TrainingArguments, default_data_collator, set_seed
-from transformers.trainer_utils import get_last_checkpoint
 
 from ..checkpoint.load import load_model
 from ..common.installation import how_to_install
 from ..evaluation.perplexity import perplexity
+from ..model.architecture import find_architecture
 from ..model.offload import is_offloaded
 from ..pruning.report import PruningReport
+from ..pruning.zeros import FEWEST_ZEROS, MEASURED
+from .checkpoints import last_whole_checkpoint
 from .configuration import RecoveryConfig
 from .gradual.callback import DSACallback
 from .precision import in_float32
 from .result import RecoveryResult, by_step
-from .targets import prunable
 from .texts import read_windows
 from .trainer import RecoveryTrainer, StopWhereItDiverges, check_finite, check_loss
 
@@ -50,10 +51,11 @@ def recover(
         resume (`bool`, defaults to `False`): go on from the last of them.
 
     Raises:
+        ValueError: nothing was removed from the model, or it cannot be trained as asked.
         DivergedError: the loss or a weight is no number any more. With adapters the model is as it was before; with
             `method="full"` it has to be loaded again.
     """
-    _check(model, config, teacher, checkpoints, resume)
+    _check(model, config, report, teacher, checkpoints, resume)
     windows, held_out, data = read_windows(model, tokenizer, train, validation, config)
     teacher = _teacher(model, teacher)
     before = perplexity(model, held_out, config.batch_size)
@@ -67,8 +69,8 @@ def recover(
             trainer = make_trainer(trained, windows, held_out, config, teacher, folder)
             if config.method == "full":
                 DSACallback(exclude=report.config.exclude, include=report.config.include).attach(trainer)
-            last = get_last_checkpoint(str(folder)) if resume and folder.is_dir() else None
-            trainer.train(resume_from_checkpoint=last)
+            last = last_whole_checkpoint(folder) if resume else None
+            trainer.train(resume_from_checkpoint=None if last is None else str(last))
             trainer.accelerator.unwrap_model(trainer.model_wrapped, keep_fp32_wrapper=False)
             check_finite(trained, config)
             if trained is not model and config.merge:
@@ -85,7 +87,14 @@ def recover(
     return trained, RecoveryResult(config, before, after, trainer.state.global_step, history, data, seconds)
 
 
-def _check(model: nn.Module, config: RecoveryConfig, teacher: Any, checkpoints: Any, resume: bool) -> None:
+def _check(
+    model: nn.Module, config: RecoveryConfig, report: PruningReport, teacher: Any, checkpoints: Any, resume: bool
+) -> None:
+    if report.allocation.name == MEASURED and report.sparsity < FEWEST_ZEROS:
+        raise ValueError(
+            f"{type(model).__name__} was not pruned: no dsa_config.json says so, and {report.sparsity:.2%} of its "
+            "prunable weights are zero. Prune it first; a dense model is trained with transformers' Trainer."
+        )
     if is_offloaded(model):
         raise ValueError("A model with offloaded weights cannot be trained; load it on one device.")
     if bool(config.distillation) != (teacher is not None):
@@ -115,11 +124,11 @@ def _with_adapters(model: nn.Module, config: RecoveryConfig, report: PruningRepo
             f"Sparse adapters need peft: {how_to_install('peft')}; or use method='full' ({error})."
         ) from None
     asked = report.config
-    weights = prunable(model, asked.exclude, asked.include, asked.blocks).weights
+    weights = find_architecture(model, asked.blocks, asked.exclude, asked.include, skip_unprunable=True).weights
     modules = [weight.module for weight in weights if weight.expert is None]
     if not modules:
         raise ValueError(f"{type(model).__name__} has no pruned nn.Linear or Conv1D; use method='full'.")
-    set_seed(config.seed)
+    set_seed(config.data.seed)
     options = {
         "r": config.rank,
         "lora_alpha": config.alpha if config.alpha is not None else 2 * config.rank,
@@ -169,7 +178,7 @@ def make_trainer(
         gradient_accumulation_steps=config.accumulation,
         bf16=config.bf16,
         **memory,
-        seed=config.seed,
+        seed=config.data.seed,
         eval_strategy="steps",
         eval_steps=config.eval_steps,
         logging_steps=config.eval_steps,

@@ -203,8 +203,18 @@ def test_exclude_takes_back_what_include_names(tiny):
 def test_a_shared_embedding_is_pruned_once():
     config = tf.LlamaConfig(vocab_size=VOCABULARY, hidden_size=32, intermediate_size=48, num_hidden_layers=1,
                             num_attention_heads=4, tie_word_embeddings=True)  # fmt: skip
-    found = find_architecture(tf.LlamaForCausalLM(config), include=["lm_head", "embed_tokens"])
-    assert [weight.name for weight in found.head.weights] == ["model.embed_tokens.weight"]
+    model = tf.LlamaForCausalLM(config)
+    found = find_architecture(model, include=["lm_head", "embed_tokens"])
+    assert [weight.name for weight in found.head.weights] == ["lm_head.weight"]  # which has inputs to score by
+
+
+@pytest.mark.parametrize("family", ["gemma", "gpt2", "t5", "bert"])
+def test_half_of_a_shared_matrix_is_not_pruned_without_a_word(tiny, family):
+    names = {"bert": "cls.predictions.decoder"}
+    with pytest.raises(UnprunableError, match="are one matrix in this model.*include '.*' as well, or else leave"):
+        find_architecture(tiny(family), include=[names.get(family, "lm_head")])
+    with pytest.raises(UnprunableError, match="are one matrix"):
+        find_architecture(tiny(family), include=["*"], exclude=[names.get(family, "lm_head")])
 
 
 class Layer(nn.Module):

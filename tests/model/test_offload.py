@@ -115,7 +115,8 @@ def test_a_pruned_head_stays_tied_or_untied(name, place, checkpoints, inputs, tm
     path, batch = checkpoints[name], inputs(name)
     expected, found = DSAPruner(load(name, path)), DSAPruner(place(name, path, tmp_path / "offload"))
     for pruner in (expected, found):
-        pruner.prune(batch, DSAConfig(0.5, allocation="uniform", include=("lm_head",)))
+        report = pruner.prune(batch, DSAConfig(0.5, allocation="uniform", include=("lm_head", "embed_tokens")))
+        assert sum(report.allocation.sizes.values()) <= report.parameters
     assert same_output(expected.model, found.model, batch)
     found.save_pretrained(tmp_path / "out")
     assert same_weights(load(name, tmp_path / "out"), expected.model)

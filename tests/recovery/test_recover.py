@@ -10,7 +10,7 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-from optimum_dsa import DSAConfig, DSAPruner, PruningReport, RecoveryConfig, find_architecture
+from optimum_dsa import DataConfig, DSAConfig, DSAPruner, PruningReport, RecoveryConfig, find_architecture
 from optimum_dsa.commands.embedded import demo_model, demo_texts
 from optimum_dsa.common.installation import how_to_install
 from optimum_dsa.recovery.trainer import RecoveryTrainer, divergence
@@ -95,15 +95,59 @@ def test_a_resumed_run_trains_only_what_is_left_and_another_does_not_replace_it(
     assert (len(done), result.steps) == (3, 6)
 
 
-def test_a_run_without_checkpoints_yet_begins_at_the_first_step(tmp_path):
+def test_a_run_without_checkpoints_yet_begins_at_the_first_step(tmp_path, caplog):
     pruner = DSAPruner.from_pretrained(sparse_llama(sparsity=0.6))
     assert pruner.recover(regular(), small(), checkpoints=tmp_path / "none", resume=True).steps == 6
+    assert "holds no whole checkpoint; training begins at the first step" in caplog.text
+
+
+def empty(checkpoint):
+    shutil.rmtree(checkpoint)
+    checkpoint.mkdir()
+
+
+def without_state(checkpoint):
+    (checkpoint / "trainer_state.json").unlink()
+
+
+def cut_state(checkpoint):
+    (checkpoint / "trainer_state.json").write_text((checkpoint / "trainer_state.json").read_text()[:100])
+
+
+def cut_weights(checkpoint):
+    (weights,) = checkpoint.glob("*.safetensors")
+    weights.write_bytes(weights.read_bytes()[:-100])
+
+
+@pytest.mark.parametrize("method", ["sparse-lora", "full"])
+@pytest.mark.parametrize("damage", [empty, without_state, cut_state, cut_weights])
+def test_a_run_goes_on_from_the_last_whole_checkpoint(tmp_path, damage, method, caplog):
+    config = small(save_steps=2, method=method)
+    whole = DSAPruner.from_pretrained(sparse_llama(sparsity=0.6))
+    whole.recover(regular(), config, checkpoints=tmp_path / "kept")
+    damage(tmp_path / "kept" / "checkpoint-6")  # as if it had been interrupted there
+    resumed = DSAPruner.from_pretrained(sparse_llama(sparsity=0.6))
+    assert resumed.recover(regular(), config, checkpoints=tmp_path / "kept", resume=True).steps == 6
+    assert "checkpoint-6 was not written to its end; it is passed over" in caplog.text
+    for name, value in whole.model.state_dict().items():
+        assert torch.equal(value, resumed.model.state_dict()[name]), name
+
+
+def test_a_dense_model_is_not_recovered(tmp_path):
+    dense = tiny_llama()
+    dense.model.layers[0].mlp.up_proj.weight.data[0, :3] = 0  # no weight is zero by design
+    with pytest.raises(ValueError, match="was not pruned: no dsa_config.json says so, and 0.01% of its prunable"):
+        DSAPruner.from_pretrained(dense).recover(regular(), small(steps=1))
+    pruner = DSAPruner.from_pretrained(tiny_llama())
+    pruner.prune(None, DSAConfig(0.005, "magnitude", "uniform"))
+    pruner.save_pretrained(tmp_path / "hardly")
+    assert DSAPruner.from_pretrained(tmp_path / "hardly").recover(regular(), small(steps=1)).steps == 1
 
 
 def test_training_stops_early_and_keeps_the_best():
     pruner = DSAPruner.from_pretrained(sparse_llama(sparsity=0.6))
     # what is trained on has nothing to do with what is validated on: the first measurement is the best
-    config = small(steps=60, eval_steps=2, patience=2, learning_rate=0.05, seed=1)
+    config = small(steps=60, eval_steps=2, patience=2, learning_rate=0.05, data=DataConfig(seed=1))
     result = pruner.recover(tokens(64, 16), config, validation=regular(8))
     losses = {entry["step"]: entry["eval_loss"] for entry in result.history if "eval_loss" in entry}
     assert result.steps < 60 and result.steps == max(losses)
@@ -169,8 +213,8 @@ def test_a_sparse_model_from_elsewhere_is_recovered_as_well(tmp_path):
         ({"method": "sparse_lora"}, "Did you mean 'sparse-lora'"),
         ({"mode": "masked"}, "Did you mean 'mask'"),
         ({"steps": 0}, "steps is a whole number of at least 1, got 0"),
-        ({"distillation": 1.5}, r"distillation is a number in \[0, 1\], got 1.5"),
-        ({"sequence_length": 1}, "sequence_length is a whole number of at least 2"),
+        ({"distillation": 1.5}, r"distillation is a number, in \[0, 1\], got 1.5"),
+        ({"data": {"sequence_length": 1}}, "sequence_length is a whole number of at least 2"),
     ],
 )
 def test_what_is_no_recovery_is_refused(changes, message):

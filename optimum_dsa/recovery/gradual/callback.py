@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -12,27 +12,18 @@ from torch import nn
 from transformers import TrainerCallback
 
 from ...checkpoint.description import describe, write_description
+from ...checkpoint.origin import base_of, report_of
 from ...common.fences import insert_callback
 from ...data import Calibration, load_calibration
+from ...model.adapters import inner_model, without_adapters
+from ...model.architecture import Architecture, find_architecture
+from ...model.parameters import count_parameters
 from ...pruning.configuration import DSAConfig
-from ...pruning.prune import allocation_needs_inputs, needs_gram, prune, pruning_needs_inputs
+from ...pruning.prune import prune
 from ...pruning.report import PruningReport
-from ...pruning.unstructured.patterns import Pattern
-from ..targets import (
-    base_of,
-    count_parameters,
-    count_zeros,
-    counted,
-    inner_model,
-    measured_allocation,
-    plain_report,
-    prunable,
-    report_of,
-    with_adapters_excluded,
-    without_adapters,
-)
+from ...pruning.zeros import FEWEST_ZEROS, count_zeros, counted, measured_allocation
 from .held_zeros import HeldZeros
-from .prune_to import prune_to
+from .prune_to import plain_report, prune_to
 from .running_statistics import RunningStatistics
 from .schedule import PruningSchedule
 from .sharding import refuse_sharded, refuse_shared_devices, synchronise
@@ -97,8 +88,7 @@ class DSACallback(TrainerCallback):
         if isinstance(reallocate, str) and reallocate not in ("always", "once"):
             raise ValueError(f"reallocate is 'always', 'once' or steps, got {reallocate!r}.")
         if config is not None:
-            kind = Pattern.parse(config.recipe.pattern).kind
-            if kind in ("n:m", "mixed") and len(self.schedule.moments) > 1:
+            if config.resolved.pattern.in_groups and len(self.schedule.moments) > 1:
                 raise ValueError(
                     f"Pattern {config.recipe.pattern} has no sparsities in between; give a schedule of one step."
                 )
@@ -127,7 +117,7 @@ class DSACallback(TrainerCallback):
         inner = inner_model(model)
         self._hold(inner)
         if self.config is None:
-            if not any(self._zeros(inner).values()):
+            if measured_allocation(inner, self._architecture(inner)).overall < FEWEST_ZEROS:
                 logger.warning("DSACallback has nothing to hold: %s has no zeros to speak of.", type(inner).__name__)
             return
         later = len(self.schedule.moments) > 1 or self.schedule.last > 0
@@ -141,9 +131,9 @@ class DSACallback(TrainerCallback):
                 "load_best_model_at_end would bring back a model of an earlier, lower sparsity; leave it out, or "
                 "prune before the first step."
             )
-        needed = pruning_needs_inputs(self.config) or allocation_needs_inputs(self.config)
+        needed = self.config.resolved.reads | self.config.resolved.allocation_reads
         if needed and self._running:
-            self._running.watch(inner, prunable(inner, **self.names), needs_gram(self.config))
+            self._running.watch(inner, self._architecture(inner), "gram" in needed)
             if state.is_world_process_zero and state.global_step:
                 self._running.load(Path(args.output_dir, f"checkpoint-{state.global_step}"))
         elif needed and self._data is None:
@@ -167,7 +157,8 @@ class DSACallback(TrainerCallback):
     def on_log(self, args, state, control, model=None, logs=None, **kwargs):
         if logs is None or self._held is None:
             return
-        found = measured_allocation(inner_model(model), prunable(inner_model(model), **self.names))
+        inner = inner_model(model)
+        found = measured_allocation(inner, self._architecture(inner))
         numbers = {"sparsity": found.overall}
         if found.sparsity != self._logged:
             numbers |= {f"sparsity/{unit}": value for unit, value in found.sparsity.items()}
@@ -207,12 +198,15 @@ class DSACallback(TrainerCallback):
     def _hold(self, inner: nn.Module) -> None:
         if self._held is not None:
             self._held.release()
-        architecture = prunable(inner, **self.names)
+        architecture = self._architecture(inner)
         names = dict.fromkeys(f"{weight.module}.{weight.attribute}" for weight in architecture.weights)
         self._held = HeldZeros(inner, list(names))
 
     def _zeros(self, inner: nn.Module) -> dict[str, int]:
-        return count_zeros(inner, prunable(inner, **self.names))
+        return count_zeros(inner, self._architecture(inner))
+
+    def _architecture(self, inner: nn.Module) -> Architecture:
+        return find_architecture(inner, **self.names, skip_unprunable=True)
 
     def _catch_up(self, model: nn.Module, state) -> None:
         """Do at the start of a resumed run what its schedule asked for before."""
@@ -220,12 +214,12 @@ class DSACallback(TrainerCallback):
         if not missed:
             return
         inner = inner_model(model)
-        total = sum(weight.size for weight in prunable(inner, **self.names).weights)
+        total = sum(weight.size for weight in self._architecture(inner).weights)
         expected = round(self.schedule.sparsity(missed[-1], self.config.sparsity) * total)
         if sum(self._zeros(inner).values()) < expected:
             self._prune(model, state, missed[-1])
         else:
-            found = measured_allocation(inner, prunable(inner, **self.names))
+            found = measured_allocation(inner, self._architecture(inner))
             self.report = PruningReport(self.config, found, found.sparsity, count_parameters(inner))
 
     def _prune(self, model: nn.Module, state, moment: int) -> None:
@@ -235,26 +229,23 @@ class DSACallback(TrainerCallback):
             return
         self._due = None
         inner = inner_model(model)
-        config = with_adapters_excluded(self.config, inner)
         anew = self.reallocate == "always" or (self.reallocate != "once" and moment in self.reallocate)
         with without_adapters(model):
             if len(self.schedule.moments) == 1:
-                report = prune(inner, data, config)
+                report = prune(inner, data, self.config)
             else:
-                sparsity = self.schedule.sparsity(moment, config.sparsity)
-                report, self._wish = prune_to(inner, data, config, sparsity, None if anew else self._wish)
+                sparsity = self.schedule.sparsity(moment, self.config.sparsity)
+                report, self._wish = prune_to(inner, data, self.config, sparsity, None if anew else self._wish)
         synchronise(self._held.parameters.values())
         self._held.refresh()
         if report is not None:
-            self.report = plain_report(replace(report, config=self.config))
+            self.report = plain_report(report)
         state.stateful_callbacks[STATE] = {"wish": self._wish}
         logger.info("Pruned before step %d.", moment)
 
     def _load(self, inner: nn.Module, tokenizer: Any) -> Calibration:
-        config = self.config
         if self.calibration is None:
             raise ValueError("This pruning needs calibration data; pass texts, a file, a dataset or tokens.")
         if isinstance(self.calibration, Calibration):
             return self.calibration
-        options = (config.num_samples, config.sequence_length, config.seed, config.text_column, config.split)
-        return load_calibration(self.calibration, inner, tokenizer, *options)
+        return load_calibration(self.calibration, inner, tokenizer, self.config.data)

@@ -3,8 +3,8 @@ import logging
 import pytest
 
 from optimum_dsa import DSAConfig, find_architecture, prune
+from optimum_dsa.pruning.zeros import count_zeros
 from optimum_dsa.recovery.gradual.prune_to import prune_to
-from optimum_dsa.recovery.targets import count_zeros
 
 from ...tiny import tiny_llama, tokens
 

@@ -1,0 +1,75 @@
+"""What is zero in a model now: counted once, for every place that speaks of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+
+from ..model.adapters import inner_model, plain_name
+from ..model.architecture import GRANULARITIES, Architecture, Weight, find_architecture
+from ..model.walk import walk_blocks
+from .allocation import Allocation
+from .configuration import CONFIG_NAME
+from .report import PruningReport
+
+
+MEASURED = "measured"  # the name of an allocation that nobody gave: the zeros that were found
+# A share of zeros that nobody made: weights of a dense model that rounding brought there are fewer by far.
+FEWEST_ZEROS = 0.01
+
+
+def zeros_in(tensor: Tensor) -> int:
+    """How many entries of a tensor are zero."""
+    return int((tensor == 0).sum())
+
+
+@torch.no_grad()
+def count_zeros(
+    model: nn.Module, architecture: Architecture, look: Callable[[Weight, Tensor], None] | None = None
+) -> dict[str, int]:
+    """Weight name -> how many of its entries are zero; of an offloaded model too, a block at a time.
+
+    Args:
+        look (`Callable`, *optional*): is given each weight and where it is zero, (out_features, in_features).
+    """
+    found = {}
+    for walked in walk_blocks(model, architecture, None):
+        for weight in walked.weights:
+            removed = walked.tensor(weight) == 0
+            found[weight.name] = int(removed.sum())
+            if look is not None:
+                look(weight, removed)
+    return found
+
+
+def measured_allocation(model: nn.Module, architecture: Architecture, granularity: str = "block") -> Allocation:
+    """The share of zeros in every unit, under plain names."""
+    return _shares(count_zeros(model, architecture), architecture, granularity)
+
+
+def counted(report: PruningReport, model: nn.Module) -> PruningReport:
+    """`report` with the zeros as they are now.
+
+    Raises:
+        ValueError: the model has other units than the report.
+    """
+    inner, config = inner_model(model), report.config
+    architecture = find_architecture(inner, config.blocks, config.exclude, config.include, skip_unprunable=True)
+    zeros = count_zeros(inner, architecture)
+    for granularity in (report.allocation.granularity,) if report.allocation.granularity else GRANULARITIES:
+        found = _shares(zeros, architecture, granularity).sparsity
+        if found.keys() == report.allocation.sizes.keys():
+            return replace(report, achieved=found)
+    raise ValueError(
+        f"{CONFIG_NAME} speaks of other weights than {type(inner).__name__} has; it belongs to another model."
+    )
+
+
+def _shares(zeros: dict[str, int], architecture: Architecture, granularity: str) -> Allocation:
+    units = architecture.units(granularity)
+    sizes = {plain_name(unit): sum(weight.size for weight in weights) for unit, weights in units.items()}
+    counts = {plain_name(unit): sum(zeros[weight.name] for weight in weights) for unit, weights in units.items()}
+    return Allocation({unit: counts[unit] / size for unit, size in sizes.items()}, sizes, MEASURED, granularity)
