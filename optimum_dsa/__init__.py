@@ -63,6 +63,7 @@ _PUBLIC = {
     "load_tokens": "data",
     "perplexity": "evaluation.perplexity",
     "perplexity_with_error": "evaluation.perplexity",
+    "plot_search": "sharing.pictures",
     "prune": "pruning.prune",
     "split_windows": "data",
     "use_cpu": "common.devices",

@@ -145,8 +145,11 @@ class DSAPruner:
             resume (`bool`, defaults to `False`): go on with the search in `output`.
             report_to (`Any`, *optional*): an experiment tracker that accelerate knows, such as `"trackio"`.
         """
+        from .search.realise import check_searchable
         from .search.search import search
+        from .sharing.pictures import plot_search
 
+        check_searchable(config)  # before any text is read
         if validation is None and isinstance(calibration, (Tensor, Mapping)):
             raise ValueError("Give validation text or tokens: calibration inputs given as tensors are used whole.")
         if validation is None:
@@ -168,6 +171,7 @@ class DSAPruner:
             folder=output,
             resume=resume,
             report_to=report_to,
+            pictures=plot_search,
         )
 
     @torch.no_grad()
