@@ -12,10 +12,9 @@ from torch import Tensor, nn
 from ..common.escaping import one_line
 from ..model.architecture import Architecture, Weight
 from ..model.parameters import count_parameters
+from ..pruning.allocate import architecture_for
 from ..pruning.allocation import split_count
-from ..pruning.prune import architecture_for
 from ..pruning.report import PruningReport
-from ..pruning.unstructured.patterns import Pattern
 from ..pruning.zeros import count_zeros
 from .description import contradictions, seal_of
 
@@ -93,7 +92,7 @@ def verify(model: nn.Module, report: PruningReport, description: Mapping[str, An
         checked.problems.append(f"the model cannot be pruned as described: {error}")
         return checked.result(0, 0, pattern, parameters)
     described = report.allocation.sizes
-    granularity = max(("block", "matrix"), key=lambda name: len(architecture.units(name).keys() & described.keys()))
+    granularity = report.allocation.granularity or architecture.granularity_of(described) or "block"
     units = architecture.units(granularity)
     sizes = {unit: sum(weight.size for weight in weights) for unit, weights in units.items()}
     if sizes != described:
@@ -137,7 +136,7 @@ def _recipe(report: PruningReport) -> str:
 
 def _disagreements(report: PruningReport) -> Iterator[str]:
     """Where a report contradicts itself."""
-    sizes, counts, pattern = report.allocation.sizes, report.allocation.counts(), Pattern.parse(_pattern(report))
+    sizes, counts, pattern = report.allocation.sizes, report.allocation.counts(), report.config.resolved.pattern
     if report.achieved.keys() != sizes.keys():
         odd = sorted(report.achieved.keys() ^ sizes.keys())
         yield f"allocation and achieved sparsity are given for different units, such as {odd[0]}"
@@ -145,7 +144,7 @@ def _disagreements(report: PruningReport) -> Iterator[str]:
     total = sum(sizes.values())
     asked = round(report.config.sparsity * total)
     # N:M removes whole numbers per group: rounding is over by half of the coarsest step of a unit at most
-    slack = max(sizes.values(), default=0) / pattern.width / 2 if pattern.kind in ("n:m", "mixed") else 0
+    slack = max(sizes.values(), default=0) / pattern.width / 2 if pattern.in_groups else 0
     if abs(sum(counts.values()) - asked) > slack:
         yield (
             f"the allocation removes {sum(counts.values()):,} of {total:,} weights, and a sparsity of "
@@ -154,7 +153,7 @@ def _disagreements(report: PruningReport) -> Iterator[str]:
     for unit, size in sizes.items():
         if abs(report.achieved[unit] * size - round(report.achieved[unit] * size)) > 1e-3:
             yield f"{unit}: a share of {report.achieved[unit]} is no whole number of its {size:,} weights"
-        if round(report.achieved[unit] * size) < counts[unit] and pattern.kind not in ("n:m", "mixed"):
+        if round(report.achieved[unit] * size) < counts[unit] and not pattern.in_groups:
             yield f"{unit}: {counts[unit]:,} weights were allocated, and fewer were removed"
 
 
@@ -162,7 +161,7 @@ def _count(
     model: nn.Module, architecture: Architecture, report: PruningReport, granularity: str
 ) -> tuple[dict[str, int], list[str]]:
     """Zeros per unit, and the matrices that break the pattern."""
-    pattern, counts = Pattern.parse(_pattern(report)), report.allocation.counts()
+    pattern, counts = report.config.resolved.pattern, report.allocation.counts()
     units = architecture.units(granularity)
     shares: dict[str, int] = {}
     for unit, weights in units.items():
