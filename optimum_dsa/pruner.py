@@ -85,14 +85,18 @@ class DSAPruner:
         if isinstance(model_or_path, nn.Module):
             if transformers_kwargs:
                 raise ValueError(f"A loaded model takes no loading options, got {', '.join(transformers_kwargs)}.")
-            return cls(model_or_path, load_tokenizer(tokenizer))
+            return cls(model_or_path, load_tokenizer(tokenizer, required=True))
         path = str(model_or_path)
+        if tokenizer is not None:  # before the model: of another place, and so of none of the model's revisions
+            apart = {"revision", "subfolder"}
+            theirs = {name: value for name, value in transformers_kwargs.items() if name not in apart}
+            tokenizer = load_tokenizer(tokenizer, required=True, **theirs)
         found = find_description(path, **transformers_kwargs)
         report = None if found is None else report_from(found)
         if found is not None and not is_unchanged(found):
             logger.warning("The dsa_config.json of %s was changed after it was written.", path)
         model = load_model(path, **transformers_kwargs)
-        pruner = cls(model, load_tokenizer(tokenizer or path, **transformers_kwargs))
+        pruner = cls(model, load_tokenizer(path if tokenizer is None else tokenizer, **transformers_kwargs))
         if found is not None:
             pruner.report = pruner._restored = report
             pruner._description = found

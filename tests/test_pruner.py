@@ -51,7 +51,8 @@ def test_dsa_config_says_everything_that_made_the_model(pruned):
     assert data["format_version"] == 3
     assert data["base_model"] == {"name": demo_model().name, "revision": None}
     assert data["config"]["allocation"] == "owl"
-    assert data["calibration"] == {"source": "2 texts", "samples": 8, "length": 64, "tokens": 512, "seed": 3}
+    expected = {"source": "2 texts", "samples": 8, "length": 64, "tokens": 512, "seed": 3, "bos": False}
+    assert data["calibration"] == expected
     assert data["achieved"]["removed"] == report.removed
     assert data["achieved"]["units"] == report.achieved
     assert {"torch", "transformers", "optimum-dsa", "python"} <= data["versions"].keys()
