@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..common.escaping import one_line
+from ..model.adapters import inner_model, plain_name
 from ..model.architecture import Architecture, Weight
 from ..model.parameters import count_parameters
 from ..pruning.allocation import split_count
@@ -86,6 +87,7 @@ def verify(model: nn.Module, report: PruningReport, description: Mapping[str, An
         checked.problems += [SEALS[seal]] if seal in SEALS else []
         checked.unproven += [NO_SEAL] if seal == "none" else []
         checked.unproven += [TRAINING] if "recovery" in description else []
+    model = inner_model(model)
     pattern, parameters = _pattern(report), count_parameters(model)
     try:
         architecture = architecture_for(model, report.config)
@@ -93,8 +95,8 @@ def verify(model: nn.Module, report: PruningReport, description: Mapping[str, An
         checked.problems.append(f"the model cannot be pruned as described: {error}")
         return checked.result(0, 0, pattern, parameters)
     described = report.allocation.sizes
-    granularity = max(("block", "matrix"), key=lambda name: len(architecture.units(name).keys() & described.keys()))
-    units = architecture.units(granularity)
+    granularity = max(("block", "matrix"), key=lambda name: len(_units(architecture, name).keys() & described.keys()))
+    units = _units(architecture, granularity)
     sizes = {unit: sum(weight.size for weight in weights) for unit, weights in units.items()}
     if sizes != described:
         odd = next(unit for unit in {**sizes, **described} if sizes.get(unit) != described.get(unit))
@@ -163,7 +165,7 @@ def _count(
 ) -> tuple[dict[str, int], list[str]]:
     """Zeros per unit, and the matrices that break the pattern."""
     pattern, counts = Pattern.parse(_pattern(report)), report.allocation.counts()
-    units = architecture.units(granularity)
+    units = _units(architecture, granularity)
     shares: dict[str, int] = {}
     for unit, weights in units.items():
         shares |= split_count(counts[unit], {weight.name: weight.size for weight in weights})
@@ -175,6 +177,10 @@ def _count(
 
     zeros = count_zeros(model, architecture, look)
     return {unit: sum(zeros[weight.name] for weight in weights) for unit, weights in units.items()}, breaches
+
+
+def _units(architecture: Architecture, granularity: str) -> dict[str, tuple[Weight, ...]]:
+    return {plain_name(unit): weights for unit, weights in architecture.units(granularity).items()}
 
 
 def _pattern(report: PruningReport) -> str:
