@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -20,12 +20,13 @@ from .checkpoint.save import base_model, save_checkpoint
 from .checkpoint.verify import Verification, verify
 from .common.escaping import one_line
 from .common.output import OutputFolder
-from .data import Calibration, load_calibration
+from .data import SAMPLES, Calibration, load_calibration
 from .model.adapters import has_adapters, inner_model, plain_name
 from .model.walk import walk_blocks
+from .pruning.allocate import allocate, architecture_for
 from .pruning.allocation import Allocation
 from .pruning.configuration import DSAConfig
-from .pruning.prune import allocate, allocation_needs_inputs, architecture_for, prune, pruning_needs_inputs
+from .pruning.prune import prune
 from .pruning.report import PruningReport
 from .pruning.zeros import counted
 
@@ -109,7 +110,7 @@ class DSAPruner:
             calibration (`Any`): texts, a .txt / .jsonl / .parquet path, a dataset or its name, a LongTensor (samples,
                 length), or a mapping of the model's inputs; `None` where method and allocation need no data.
         """
-        needed = pruning_needs_inputs(config) or allocation_needs_inputs(config)
+        needed = config.resolved.reads | config.resolved.allocation_reads
         self._stored = None
         self.report = prune(self.model, self._load(calibration, config, needed), config)
         self.recovery = None
@@ -117,7 +118,7 @@ class DSAPruner:
 
     def allocate(self, calibration: Any, config: DSAConfig) -> Allocation:
         """The allocation that `prune` would use; nothing is changed."""
-        return allocate(self.model, self._load(calibration, config, allocation_needs_inputs(config)), config)
+        return allocate(self.model, self._load(calibration, config, config.resolved.allocation_reads), config)
 
     def search(
         self,
@@ -146,19 +147,17 @@ class DSAPruner:
         """
         from .search.search import search
 
-        options = {"num_samples": config.num_samples, "sequence_length": config.sequence_length, "seed": config.seed}
-        columns = {"text_column": config.text_column, "split": config.split}
-        if validation is None and not isinstance(calibration, (Tensor, Mapping)):
-            options["num_samples"] = 2 * config.num_samples
-            drawn = load_calibration(calibration, self.model, self.tokenizer, **options, **columns)
-            windows = drawn.inputs["input_ids"]
-            data = replace(drawn, inputs={"input_ids": windows[: config.num_samples]})
-            tokens = windows[config.num_samples :]
-        elif validation is None:
+        if validation is None and isinstance(calibration, (Tensor, Mapping)):
             raise ValueError("Give validation text or tokens: calibration inputs given as tensors are used whole.")
+        if validation is None:
+            number = config.data.num_samples or SAMPLES
+            twice = replace(config.data, num_samples=2 * number)
+            drawn = load_calibration(calibration, self.model, self.tokenizer, twice)
+            windows = drawn.inputs["input_ids"]
+            data, tokens = replace(drawn, inputs={"input_ids": windows[:number]}), windows[number:]
         else:
-            data = load_calibration(calibration, self.model, self.tokenizer, **options, **columns)
-            tokens = load_calibration(validation, self.model, self.tokenizer, **options, **columns).inputs["input_ids"]
+            data = load_calibration(calibration, self.model, self.tokenizer, config.data)
+            tokens = load_calibration(validation, self.model, self.tokenizer, config.data).inputs["input_ids"]
         return search(
             self.model,
             data,
@@ -298,17 +297,8 @@ class DSAPruner:
                 kept="The model is as it was; save_pretrained keeps it, and the same call goes on.",
             )
 
-    def _load(self, calibration: Any, config: DSAConfig, needed: bool) -> Calibration | None:
+    def _load(self, calibration: Any, config: DSAConfig, needed: Collection[str]) -> Calibration | None:
         if calibration is None or not needed:
             return None
         architecture_for(self.model, config)  # a model that cannot be pruned is refused before any text is read
-        return load_calibration(
-            calibration,
-            self.model,
-            self.tokenizer,
-            config.num_samples,
-            config.sequence_length,
-            config.seed,
-            config.text_column,
-            config.split,
-        )
+        return load_calibration(calibration, self.model, self.tokenizer, config.data)

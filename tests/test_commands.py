@@ -79,10 +79,11 @@ def test_options_reach_the_config(monkeypatch, capsys, tmp_path, text):
     config = json.loads((out / "dsa_config.json").read_text())["config"]
     expected = {
         "sparsity": 0.5, "method": "magnitude", "allocation": "atp", "spread": 0.1, "pattern": "matrix",
-        "update": "none", "granularity": "matrix", "exclude": ["down_proj"], "num_samples": 4, "sequence_length": 32,
-        "seed": 5, "batch_size": 2, "sequential": False,
+        "update": {"name": "none", "damping": 0.01, "true_sequential": False}, "granularity": "matrix",
+        "exclude": ["down_proj"], "batch_size": 2, "sequential": False,
+        "data": {"num_samples": 4, "sequence_length": 32, "text_column": "text", "split": None, "seed": 5},
     }  # fmt: skip
-    assert expected.items() <= config.items()
+    assert {name: config[name] for name in expected} == expected
     assert len(list(out.glob("model-*.safetensors"))) > 1
     again = tmp_path / "again"
     code, _, errors = run(

@@ -4,7 +4,7 @@ import datasets
 import pytest
 import torch
 
-from optimum_dsa import load_tokens, split_windows
+from optimum_dsa import DataConfig, load_tokens, split_windows
 from optimum_dsa.data import DATASETS, Calibration, iterate_texts, load_calibration
 
 from .tiny import VOCABULARY, tiny_llama, tokens
@@ -120,9 +120,9 @@ def test_calibration_from_tokens_texts_and_inputs_by_name():
     assert load_calibration(tokens(4, 8).int(), model).facts() == {
         "source": "tensor", "samples": 4, "length": 8, "tokens": 32, "seed": None,
     }  # fmt: skip
-    found = load_calibration(TEXTS, model, Letters(), num_samples=3, sequence_length=16, seed=7)
+    found = load_calibration(TEXTS, model, Letters(), config=DataConfig(num_samples=3, sequence_length=16, seed=7))
     assert found.facts() == {"source": "12 texts", "samples": 3, "length": 16, "tokens": 48, "seed": 7}
-    assert load_calibration(TEXTS, model, Letters(), num_samples=3).facts()["length"] == 64
+    assert load_calibration(TEXTS, model, Letters(), config=DataConfig(num_samples=3)).facts()["length"] == 64
     named = load_calibration({"input_ids": tokens(5, 8), "attention_mask": torch.ones(5, 8)}, model)
     assert [len(batch["attention_mask"]) for batch in named.batches(2)] == [2, 2, 1]
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from optimum_dsa import Allocation, DSAConfig, DSAPruner
+from optimum_dsa import Allocation, DataConfig, DSAConfig, DSAPruner
 from optimum_dsa.commands.embedded import demo_model, demo_texts
 
 from .tiny import same_state, state, tiny_llama, tokens
@@ -21,7 +21,7 @@ def pruned(tmp_path_factory):
     """The embedded model, pruned with text and saved."""
     folder = tmp_path_factory.mktemp("pruned") / "out"
     pruner = DSAPruner.from_pretrained(demo_model())
-    config = DSAConfig(0.6, allocation="owl", num_samples=8, sequence_length=64, seed=3)
+    config = DSAConfig(0.6, allocation="owl", data=DataConfig(num_samples=8, sequence_length=64, seed=3))
     report = pruner.prune(demo_texts("calibration")[:2], config)
     pruner.save_pretrained(folder)
     return pruner, report, folder
@@ -115,7 +115,7 @@ def test_a_refused_model_is_refused_before_any_text_is_read(tmp_path):
 
 def test_allocation_and_pruning_agree_on_text():
     pruner = DSAPruner.from_pretrained(demo_model())
-    config = DSAConfig(0.6, num_samples=4, sequence_length=32)
+    config = DSAConfig(0.6, data=DataConfig(num_samples=4, sequence_length=32))
     texts = demo_texts("calibration")[:1]
     assert pruner.allocate(texts, config) == pruner.prune(texts, config).allocation
 

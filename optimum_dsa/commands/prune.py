@@ -44,7 +44,18 @@ pattern     row, matrix, group:128, 2:4 (any N:M), mixed:8 (N:8, N from the allo
         what.add_argument("--spread", type=float, help="half the distance between most and least pruned block")
         what.add_argument("--pattern", help="see above (default: the method's)")
         what.add_argument("--update", help="none or sparsegpt (default: the method's)")
-        what.add_argument("--granularity", help="one sparsity per block (default) or per matrix")
+        what.add_argument("--granularity", help="one sparsity per block (default), matrix, or block:kind")
+        what.add_argument("--metric", help="what scores weights (default: the method's)")
+        what.add_argument("--allocation-metric", help="what the allocation is computed from (default: wanda)")
+        what.add_argument("--min-sparsity", type=float, help="least that a unit is pruned (default: 0)")
+        what.add_argument("--max-sparsity", type=float, help="most that a unit is pruned (default: 0.99)")
+        what.add_argument("--damping", type=float, help="added to X·Xᵀ, as a share of its mean (default: 0.01)")
+        what.add_argument(
+            "--true-sequential",
+            action="store_true",
+            default=None,
+            help="calibrate later matrices of a block on the pruned earlier ones",
+        )
         what.add_argument("--exclude", nargs="+", metavar="NAME", help="names or globs of weights to leave dense")
         what.add_argument("--include", nargs="+", metavar="NAME", help="matrices outside the blocks, such as lm_head")
         what.add_argument("--blocks", nargs="+", metavar="NAME", help="module lists to prune instead of those found")
@@ -54,6 +65,7 @@ pattern     row, matrix, group:128, 2:4 (any N:M), mixed:8 (N:8, N from the allo
         what.add_argument("--config", help="dsa_config.json, or a folder with one, to start from")
         data = add_calibration_options(parser)
         data.add_argument(
+            "--no-sequential",
             "--one-pass",
             dest="sequential",
             action="store_false",
@@ -104,15 +116,12 @@ def add_calibration_options(parser):
 
 def asked_config(args):
     """The `DSAConfig` that the options ask for, on top of `--config` where there is one."""
-    from dataclasses import fields
-
+    from ..common.settings import nested, options_of
     from ..pruning.configuration import DSAConfig
 
-    asked = {
-        field.name: value for field in fields(DSAConfig) if (value := getattr(args, field.name, None)) is not None
-    }
+    asked = {name: value for name in options_of(DSAConfig) if (value := getattr(args, name, None)) is not None}
     path = getattr(args, "config", None)
     base = DSAConfig.from_pretrained(path).to_dict() if path else {}
     if "sparsity" not in base | asked:
         raise ValueError("say how much to remove, for example --sparsity 0.6")
-    return DSAConfig.from_dict(base | asked)
+    return DSAConfig.from_dict(nested(DSAConfig, base | asked))

@@ -66,21 +66,22 @@ mode    what the adapters add to a weight W, with small factors A and B
         add_loading_options(parser)
 
     def execute(self) -> None:
-        from dataclasses import fields
         from pathlib import Path
         from shlex import quote
 
         from ..common.output import OutputFolder
+        from ..common.settings import nested, options_of
         from ..model.parameters import weight_bytes
         from ..pruner import DSAPruner
         from ..recovery.configuration import RecoveryConfig
 
         args = self.args
-        names = [field.name for field in fields(RecoveryConfig)]
-        asked = {name: value for name in names if (value := getattr(args, name, None)) is not None}
+        asked = {
+            name: value for name in options_of(RecoveryConfig) if (value := getattr(args, name, None)) is not None
+        }
         if args.teacher and "distillation" not in asked:
             asked["distillation"] = 0.5
-        config = RecoveryConfig(**asked, merge=not args.keep_adapter)
+        config = RecoveryConfig(**nested(RecoveryConfig, asked), merge=not args.keep_adapter)
         output, model = Path(args.output), Path(args.model)
         if args.keep_adapter and model.is_dir() and model.resolve() == output.resolve():
             raise ValueError(f"--keep-adapter needs another --output: {model} holds the weights under the adapter.")

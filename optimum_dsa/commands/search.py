@@ -82,11 +82,11 @@ strategy    named         uniform and every named allocator
             if several and process_state().is_main_process:
                 whole = stack.enter_context(OutputFolder(output, RESULT_FILES))
             results = []
-            for seed in range(config.seed, config.seed + args.seeds):
+            for seed in range(config.data.seed, config.data.seed + args.seeds):
                 results.append(
                     pruner.search(
                         args.dataset,
-                        replace(config, seed=seed),
+                        replace(config, data=replace(config.data, seed=seed)),
                         args.strategy,
                         args.budget,
                         args.validation,

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import fnmatch
 import logging
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
 
@@ -22,6 +22,10 @@ from .parameters import one_name_each
 
 
 logger = logging.getLogger(__name__)
+
+
+# What a unit of an allocation is: a block, one matrix, or a part of a block (its attention, its MLP).
+GRANULARITIES = ("block", "matrix", "block:kind")
 
 
 class UnprunableError(ValueError):
@@ -71,6 +75,22 @@ class Block:
     def size(self) -> int:
         return sum(weight.size for weight in self.weights)
 
+    def units(self, granularity: str) -> dict[str, tuple[Weight, ...]]:
+        """Unit name -> its weights, of those that this block holds.
+
+        At "block:kind" a unit is named after the part of the block that its weights are in: "layers.3.self_attn".
+        """
+        if granularity == "matrix":
+            return {weight.name: (weight,) for weight in self.weights}
+        if granularity == "block":
+            return {self.name: self.weights} if self.weights else {}
+        found: dict[str, list[Weight]] = {}
+        for weight in self.weights:
+            inside = weight.module.removeprefix(f"{self.name}.")
+            part = self.name if inside == weight.module else f"{self.name}.{inside.split('.')[0]}"
+            found.setdefault(part, []).append(weight)
+        return {name: tuple(weights) for name, weights in found.items()}
+
 
 @dataclass(frozen=True)
 class Stack:
@@ -104,10 +124,12 @@ class Architecture:
         return [weight for block in self.blocks for weight in block.weights]
 
     def units(self, granularity: str) -> dict[str, tuple[Weight, ...]]:
-        """Unit name -> its weights, at granularity "block" or "matrix"; blocks without weights are left out."""
-        if granularity == "matrix":
-            return {weight.name: (weight,) for weight in self.weights}
-        return {block.name: block.weights for block in self.blocks if block.weights}
+        """Unit name -> its weights, at "block", "matrix" or "block:kind"; blocks without weights are left out."""
+        return {name: weights for block in self.blocks for name, weights in block.units(granularity).items()}
+
+    def granularity_of(self, units: Collection[str]) -> str | None:
+        """The granularity whose units have these names; `None` if none has."""
+        return next((known for known in GRANULARITIES if self.units(known).keys() == set(units)), None)
 
 
 def find_architecture(

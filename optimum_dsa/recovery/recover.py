@@ -131,7 +131,7 @@ def _with_adapters(model: nn.Module, config: RecoveryConfig, report: PruningRepo
     modules = [weight.module for weight in weights if weight.expert is None]
     if not modules:
         raise ValueError(f"{type(model).__name__} has no pruned nn.Linear or Conv1D; use method='full'.")
-    set_seed(config.seed)
+    set_seed(config.data.seed)
     options = {
         "r": config.rank,
         "lora_alpha": config.alpha if config.alpha is not None else 2 * config.rank,
@@ -181,7 +181,7 @@ def make_trainer(
         gradient_accumulation_steps=config.accumulation,
         bf16=config.bf16,
         **memory,
-        seed=config.seed,
+        seed=config.data.seed,
         eval_strategy="steps",
         eval_steps=config.eval_steps,
         logging_steps=config.eval_steps,

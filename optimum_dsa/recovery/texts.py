@@ -19,7 +19,7 @@ def read_windows(
     Raises:
         ValueError: too little text, no tokenizer for text, or tokens that the model does not know.
     """
-    wanted = config.windows + (config.validation_windows if validation is None else 0)
+    wanted = (config.data.num_samples or config.windows) + (config.validation_windows if validation is None else 0)
     windows = _read(model, tokenizer, train, config, wanted)
     if validation is not None:
         held_out = _read(model, tokenizer, validation, config, config.validation_windows)[: config.validation_windows]
@@ -51,8 +51,8 @@ def _read(model: nn.Module, tokenizer: Any, source: Any, config: RecoveryConfig,
         return source.long()
     if tokenizer is None:
         raise ValueError("Training text needs a tokenizer; pass one, or token ids of shape (samples, length).")
-    length = config.sequence_length or default_length(model)
-    windows = _windows(iterate_texts(source, config.text_column, config.split), tokenizer, length, wanted)
+    length = config.data.sequence_length or default_length(model)
+    windows = _windows(iterate_texts(source, config.data.text_column, config.data.split), tokenizer, length, wanted)
     if len(windows) == 0:
         raise ValueError(f"{describe(source)} holds 0 windows of {length} tokens; give more text or shorter windows.")
     check_tokens(windows, model)

@@ -166,7 +166,7 @@ def _wanted(space: SearchSpace, transforms: Sequence[Stage], bases, measured: Te
     for transform, post_process, sign in product(transforms, dict.fromkeys(space.post_process), space.signs):
         tail = AllocationFunction((), "mean", transform, post_process, sign, space.spreads[0])
         makers += [_maker(tail, base) for base in bases]
-        parts.append(tail.wishes(measured, target))
+        parts.append(tail.proposals(measured, target))
     return makers, torch.cat(parts)
 
 

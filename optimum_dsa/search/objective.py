@@ -15,10 +15,10 @@ from ..data import Calibration
 from ..evaluation.perplexity import check_tokens
 from ..model.statistics import LayerStatistics
 from ..model.walk import walk_blocks
+from ..pruning.allocate import architecture_for
 from ..pruning.configuration import DSAConfig
-from ..pruning.prune import _pruning_reads, architecture_for, pruned
-from ..pruning.unstructured.metrics import METRICS
-from ..pruning.unstructured.patterns import Pattern, removal_order
+from ..pruning.resolved_method import ResolvedMethod
+from ..pruning.unstructured.patterns import removal_order
 from .masking import MaskedModel, quantise
 
 
@@ -50,7 +50,8 @@ class Objective:
         self.calibration, self.validation = calibration, validation
         self.architecture = architecture_for(model, config)
         self.masked = MaskedModel(model, self.architecture)
-        self.pattern = Pattern.parse(config.recipe.pattern)
+        self.method = config.resolved
+        self.pattern = self.method.pattern
         self.sizes = {weight.name: weight.size for weight in self.architecture.weights}
         self.anchor: Mapping[str, int] | None = None
         self._device = torch.device("cpu") if has_device_map(model) else model.device
@@ -81,28 +82,26 @@ class Objective:
     @torch.no_grad()
     def _ensure_anchor(self, tokens: int = ANCHOR_TOKENS, band: float = 0.0) -> None:
         """Have the orders, values and, where an update is used, changes over `band` at the anchor."""
-        config, metric = self.config, METRICS[self.config.recipe.metric]
-        updates = config.recipe.update != "none"
+        method, updates = self.method, self.method.updates
         if self._anchored and (self._changes or not (updates and band and self.anchor)):
             return
-        reads = _pruning_reads(config)
         if updates:
             tokens = sys.maxsize
         self._changes = {}
-        batches = None if reads == "nothing" else _first(self.calibration.batches(config.batch_size), tokens)
+        batches = _first(self.calibration.batches(self.config.batch_size), tokens) if method.reads else None
         self.masked.orders, self.masked.values, self.masked.counts = {}, {}, self.anchor or {}
         with self.masked.active():
             for walked in walk_blocks(
-                self.model, self.architecture, batches, gram=reads == "gram", sequential=self.anchor is not None
+                self.model, self.architecture, batches, reads=method.reads, sequential=self.anchor is not None
             ):
                 for weight in walked.weights:
                     tensor, statistics = walked.tensor(weight), walked.statistics.get(weight.name)
                     count = self.masked.counts.get(weight.name, 0)
-                    scores = metric(tensor, statistics)
+                    scores = method.metric(tensor, statistics)
                     if count and updates:
                         if band:
-                            self._changes[weight.name] = _change(tensor, statistics, config, count, band)
-                        new = pruned(tensor, statistics, config, count).to(tensor.dtype)
+                            self._changes[weight.name] = _change(tensor, statistics, method, count, band)
+                        new = method.pruned(tensor, statistics, count).to(tensor.dtype)
                         gone = new == 0
                         self.masked.values[weight.name] = torch.where(gone, tensor, new)
                         # what the update has chosen goes first, whatever its score was before
@@ -198,17 +197,17 @@ class Objective:
 
 
 def _change(
-    tensor: Tensor, statistics: LayerStatistics | None, config: DSAConfig, count: int, band: float
+    tensor: Tensor, statistics: LayerStatistics | None, method: ResolvedMethod, count: int, band: float
 ) -> tuple[Tensor, int]:
     """What a matrix becomes with `band` of it more removed than `count`, less what it is with `band` less; how many.
 
     In bfloat16: it is only ever summed over.
     """
-    pattern = Pattern.parse(config.recipe.pattern)
-    step = tensor.numel() // pattern.width if pattern.kind in ("n:m", "mixed") else 1  # one more of every group
+    pattern = method.pattern
+    step = tensor.numel() // pattern.width if pattern.in_groups else 1  # one more of every group
     width = max(int(band * tensor.numel()), step)
     fewer, more = max(count - width, 0), min(count + width, tensor.numel())
-    change = pruned(tensor, statistics, config, more) - pruned(tensor, statistics, config, fewer)
+    change = method.pruned(tensor, statistics, more) - method.pruned(tensor, statistics, fewer)
     return change.bfloat16(), more - fewer
 
 

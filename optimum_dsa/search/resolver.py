@@ -64,9 +64,9 @@ class Resolver:
 
     @torch.no_grad()
     def _walk(self, calibration: Calibration) -> None:
-        gram = any(heuristic.reads == "gram" for heuristic in self.heuristics.values())
+        reads = ("inputs", "gram") if any(each.reads == "gram" for each in self.heuristics.values()) else ("inputs",)
         batches = calibration.batches(self.config.batch_size)
-        for walked in walk_blocks(self.model, self.architecture, batches, gram=gram, sequential=False):
+        for walked in walk_blocks(self.model, self.architecture, batches, reads=reads, sequential=False):
             tensors = {weight.name: walked.tensor(weight) for weight in walked.weights}
             for weight in walked.weights:
                 statistics = walked.statistics[weight.name]
@@ -103,11 +103,11 @@ class Resolver:
         if function is None:
             heuristic = self.heuristics[candidate.function]
             granularity = heuristic.granularity or "block"
-            wanted = heuristic.wish(self.measured[candidate.function], target, candidate.spread)
+            wanted = heuristic.propose(self.measured[candidate.function], target, candidate.spread)
         else:
             granularity = candidate.granularity
             stages = (function.pre_process, function.reduction, granularity)
-            wanted = function.wish(dict(zip(self.units[granularity], self._measure(*stages))), target)
+            wanted = function.propose(dict(zip(self.units[granularity], self._measure(*stages))), target)
         offsets = dict(candidate.offsets)
         if offsets and granularity == "block":
             blocks = self.units["block"]
@@ -130,7 +130,7 @@ class Resolver:
         return tuple(counts[name] for name in self.sizes)
 
     def fit(self, sparsity: dict[str, float]) -> tuple[int, ...]:
-        """The counts nearest to a wished-for sparsity per matrix."""
+        """The counts nearest to a proposed sparsity per matrix."""
         return self._fit(sparsity, "matrix")
 
     def allocation(self, counts: Sequence[int], name: str) -> Allocation:
@@ -140,8 +140,8 @@ class Resolver:
         totals = {unit: sum(by_name[name] for name in sizes) for unit, sizes in blocks.items()}
         if all(split_count(totals[unit], sizes) == {n: by_name[n] for n in sizes} for unit, sizes in blocks.items()):
             sizes = {unit: sum(parts.values()) for unit, parts in blocks.items()}
-            return Allocation({unit: totals[unit] / sizes[unit] for unit in sizes}, sizes, name)
-        return Allocation({n: by_name[n] / size for n, size in self.sizes.items()}, dict(self.sizes), name)
+            return Allocation({unit: totals[unit] / sizes[unit] for unit in sizes}, sizes, name, "block")
+        return Allocation({n: by_name[n] / size for n, size in self.sizes.items()}, dict(self.sizes), name, "matrix")
 
     @torch.no_grad()
     def _measure_function(self, pre_process: tuple[str, ...], reduction: str, granularity: str) -> tuple[float, ...]:

@@ -109,7 +109,7 @@ def _problem(
     if space is None:
         kinds = tuple(dict.fromkeys(resolver.kinds.values()))
         space = SearchSpace(kinds=kinds) if len(kinds) <= 16 else SearchSpace()
-    problem = Problem(space, resolver, windows, length, budget, named, random.Random(config.seed))
+    problem = Problem(space, resolver, windows, length, budget, named, random.Random(config.data.seed))
     needed = (finalists + 1) * (windows + problem.rungs[-1]) * length
     return problem.with_share(1 - (min(needed / budget.tokens, 0.5) if budget.tokens else 0.1))
 

@@ -5,7 +5,6 @@ import torch
 
 from optimum_dsa import Calibration, DSAConfig, perplexity
 from optimum_dsa.model.statistics import LayerStatistics
-from optimum_dsa.pruning.prune import pruned
 from optimum_dsa.pruning.unstructured.metrics import METRICS
 from optimum_dsa.pruning.unstructured.patterns import Pattern, removal_order
 from optimum_dsa.search.masking import quantise
@@ -102,12 +101,16 @@ def test_a_change_is_from_a_little_fewer_to_a_little_more_removed(pattern, share
     weight, stats = torch.randn(6, 8, generator=generator), LayerStatistics(8, with_gram=True)
     stats.update_(torch.randn(50, 8, generator=generator))
     config = DSAConfig(0.5, "sparsegpt", pattern=pattern)
-    change, number = _change(weight, stats, config, 24, share)
+    change, number = _change(weight, stats, config.resolved, 24, share)
     width = max(int(share * 48), 12 if pattern == "mixed:4" else 1)
     assert number == 2 * width
-    both = [pruned(weight, stats, config, count) for count in (24 - width, 24 + width)]
+    both = [config.resolved.pruned(weight, stats, count) for count in (24 - width, 24 + width)]
     assert torch.allclose(change.float(), both[1] - both[0], rtol=1e-2, atol=1e-2) and change.dtype == torch.bfloat16
-    assert _change(weight, stats, config, 0, share)[1] == _change(weight, stats, config, 48, share)[1] == width
+    assert (
+        _change(weight, stats, config.resolved, 0, share)[1]
+        == _change(weight, stats, config.resolved, 48, share)[1]
+        == width
+    )
 
 
 def test_what_an_update_removes_goes_first_and_what_it_keeps_takes_its_value():

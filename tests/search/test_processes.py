@@ -14,8 +14,8 @@ import os, random, signal, sys, time
 import torch
 torch.set_num_threads(1)
 from optimum_dsa import Calibration, DSAConfig
-from optimum_dsa.search.run import search
-from tests.common import tiny_llama, tokens
+from optimum_dsa.search.search import search
+from tests.tiny import tiny_llama, tokens
 
 def run(**options):
     options = {"budget": "12k tokens", "named": ["owl", "dsa", "atp"], "folder": sys.argv[1], **options}
@@ -83,7 +83,7 @@ def test_a_search_killed_ten_times_and_one_of_two_processes_end_as_an_undisturbe
 # torch as on a machine with one GPU, where nothing is computed on it.
 ONE_GPU = """
 torch.cuda.is_available, torch.cuda.device_count = lambda: True, lambda: 1
-from optimum_dsa.devices import own_device, process_state
+from optimum_dsa.common.devices import own_device, process_state
 sys.stdout.write(f"works on {own_device()} {process_state().backend}\\n")  # in one piece, beside the other process
 """
 

@@ -7,7 +7,7 @@ import torch
 from accelerate.tracking import GeneralTracker
 from transformers import LlamaForCausalLM
 
-from optimum_dsa import ALLOCATIONS, Calibration, DSAConfig, allocate, find_architecture, prune
+from optimum_dsa import ALLOCATIONS, Calibration, DataConfig, DSAConfig, allocate, find_architecture, prune
 from optimum_dsa.search.evaluator import Evaluator
 from optimum_dsa.search.problem import Budget, parse_budget
 from optimum_dsa.search.resolver import Resolver
@@ -184,7 +184,7 @@ def test_rank_correlation_is_spearmans():
 
 
 def test_several_seeds_are_compared_in_a_table():
-    results = [run("named", config=DSAConfig(0.7, seed=seed)) for seed in (3, 4)]
+    results = [run("named", config=DSAConfig(0.7, data=DataConfig(seed=seed))) for seed in (3, 4)]
     table = robustness_table(results).splitlines()
     assert [line.split()[0] for line in table[1:]] == ["3", "4", "mean", "±"]
     losses = [result.finalists[0].loss for result in results]
@@ -222,7 +222,10 @@ def test_offsets_per_kind_are_searched_where_kinds_are_few():
 
 def test_a_seed_is_the_source_of_all_draws():
     resolver = SimpleNamespace(kinds={})
-    draws = [_problem(resolver, VALIDATION, Budget(), (), DSAConfig(0.7, seed=3), None, 4).rng.random() for _ in "ab"]
+    draws = [
+        _problem(resolver, VALIDATION, Budget(), (), DSAConfig(0.7, data=DataConfig(seed=3)), None, 4).rng.random()
+        for _ in "ab"
+    ]
     assert draws == [random.Random(3).random()] * 2
 
 

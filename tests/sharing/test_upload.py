@@ -5,7 +5,7 @@ import huggingface_hub.constants
 import pytest
 from huggingface_hub import HfApi
 
-from optimum_dsa import Allocation, DSAConfig, DSAPruner, RecoveryConfig
+from optimum_dsa import Allocation, DataConfig, DSAConfig, DSAPruner, RecoveryConfig
 from optimum_dsa.checkpoint.description import checksum, is_unchanged
 from optimum_dsa.commands.embedded import demo_model
 from optimum_dsa.sharing.push import PushError
@@ -23,7 +23,7 @@ def test_nothing_of_this_computer_goes_along(hub, tmp_path, monkeypatch):
     DSAPruner(tiny_llama()).allocate(tokens(), DSAConfig(0.6, allocation="owl")).save(home / "mine.json")
     (home / "text.txt").write_text("def f(x):\n    return x\n" * 400)
     pruner = DSAPruner.from_pretrained(demo_model())
-    settings = DSAConfig(0.6, "wanda", "owl", num_samples=4, sequence_length=32)
+    settings = DSAConfig(0.6, "wanda", "owl", data=DataConfig(num_samples=4, sequence_length=32))
     pruner.prune(str(home / "text.txt"), settings)
     pruner.model.config._name_or_path = str(home / "base")
     pruner.save_pretrained(home / "model")

@@ -1,6 +1,6 @@
 """Named allocators: the published ones as rows of one table.
 
-An allocator has two halves: `measure(unit)` sees the weights and is called once per unit; `wish(measured, target,
+An allocator has two halves: `measure(unit)` sees the weights and is called once per unit; `propose(measured, target,
 spread)` maps all measurements to a sparsity per unit, in microseconds. `fit_to_budget` comes after, always.
 """
 
@@ -34,7 +34,7 @@ class Allocator(Protocol):
 
     def measure(self, unit: Unit) -> Any: ...
 
-    def wish(self, measured: Mapping[str, Any], target: float, spread: float | None = None) -> dict[str, float]: ...
+    def propose(self, measured: Mapping[str, Any], target: float, spread: float | None = None) -> dict[str, float]: ...
 
 
 @dataclass(frozen=True)
@@ -42,12 +42,12 @@ class Heuristic:
     """An `Allocator` made of two functions."""
 
     measure: Callable[[Unit], Any]
-    wish_for: Callable[[Mapping[str, Any], float, float | None], dict[str, float]]
+    from_measured: Callable[[Mapping[str, Any], float, float | None], dict[str, float]]
     reads: str = "scores"
     granularity: str | None = None
 
-    def wish(self, measured: Mapping[str, Any], target: float, spread: float | None = None) -> dict[str, float]:
-        return self.wish_for(measured, target, spread)
+    def propose(self, measured: Mapping[str, Any], target: float, spread: float | None = None) -> dict[str, float]:
+        return self.from_measured(measured, target, spread)
 
 
 ALLOCATIONS = Registry("allocation")
@@ -79,10 +79,10 @@ def published_spread(target: float) -> float:
 
 
 def _with_published_spread(function: AllocationFunction) -> Heuristic:
-    def wish(measured, target, spread):
-        return function.wish(measured, target, published_spread(target) if spread is None else spread)
+    def propose(measured, target, spread):
+        return function.propose(measured, target, published_spread(target) if spread is None else spread)
 
-    return Heuristic(function.measure, wish)
+    return Heuristic(function.measure, propose)
 
 
 ALLOCATIONS.add("dlp", _with_published_spread(AllocationFunction(reduction="mean")), reference=DLP)
@@ -260,7 +260,7 @@ def greedy_error(weight: Tensor, gram: Tensor, width: int = 128) -> float:
 def _lsa(measured: Mapping[str, float], target: float, spread: float | None) -> dict[str, float]:
     """A higher error means more sparsity: LSA reads it as redundancy. Widths as in DLP."""
     half_width = published_spread(target) if spread is None else spread
-    return AllocationFunction(spread=half_width).wish(measured, target)
+    return AllocationFunction(spread=half_width).propose(measured, target)
 
 
 ALLOCATIONS.add(

@@ -17,7 +17,9 @@ from ...model.statistics import DAMPING, LayerStatistics
 from .patterns import Pattern, count_in_columns
 
 
-# The fact `reads` says what an update needs of calibration: "nothing" (the default) or "gram" (X·Xᵀ).
+# Facts of an update: `reads` says what it needs of calibration, "nothing" (the default) or "gram" (X·Xᵀ). One that
+# `chooses` is given no mask and takes out `count` weights of its own choice; with `criterion` it does so only where
+# that metric is asked for, which it evaluates as it goes, and with `kinds` only for patterns of these kinds.
 UPDATES = Registry("update")
 
 
@@ -37,11 +39,6 @@ class Choice:
     keep: Tensor | None = None
     damping: float = DAMPING
 
-    @property
-    def as_it_goes(self) -> bool:
-        """Whether an update can choose while it eliminates: the set is known before its columns are reached."""
-        return self.pattern.kind in ("group", "n:m", "mixed")
-
 
 @UPDATES.register()
 def none(weight: Tensor, statistics: LayerStatistics | None, choice: Choice) -> Tensor:
@@ -49,7 +46,14 @@ def none(weight: Tensor, statistics: LayerStatistics | None, choice: Choice) -> 
     return weight.masked_fill(~choice.keep, 0)
 
 
-@UPDATES.register(reference="https://arxiv.org/abs/2301.00774", reads="gram")
+# It can choose while it eliminates where the set to choose from is known before its columns are reached.
+@UPDATES.register(
+    reference="https://arxiv.org/abs/2301.00774",
+    reads="gram",
+    chooses=True,
+    criterion="obs",
+    kinds=("group", "n:m", "mixed"),
+)
 @torch.no_grad()
 def sparsegpt(weight: Tensor, statistics: LayerStatistics, choice: Choice) -> Tensor:
     """The pruned weight whose kept entries make up, column by column, for the removed ones.
@@ -67,7 +71,7 @@ def sparsegpt(weight: Tensor, statistics: LayerStatistics, choice: Choice) -> Te
     new = weight.t().to(torch.float32, copy=True, memory_format=torch.contiguous_format)
     columns = len(new)
     width = choice.pattern.width if choice.pattern.kind == "group" else 128
-    if choice.pattern.kind in ("n:m", "mixed"):
+    if choice.pattern.in_groups:
         width = max(width // choice.pattern.width, 1) * choice.pattern.width
     for start in range(0, columns, width):
         stop = min(start + width, columns)

@@ -33,7 +33,7 @@ def units(granularity, blocks=5):
 
 def wish(name, granularity="block", target=0.6, spread=None):
     allocator = ALLOCATIONS[name]
-    return allocator.wish(
+    return allocator.propose(
         {unit.name: allocator.measure(unit) for unit in units(allocator.granularity or granularity)}, target, spread
     )
 
@@ -55,8 +55,8 @@ def test_every_allocator_is_deterministic_and_leaves_the_weights_alone(name):
     allocator = ALLOCATIONS[name]
     seen = units(allocator.granularity or "block")
     before = [[weight.clone() for weight in unit.weights] for unit in seen]
-    first = allocator.wish({unit.name: allocator.measure(unit) for unit in seen}, 0.6)
-    again = allocator.wish({unit.name: allocator.measure(unit) for unit in seen}, 0.6)
+    first = allocator.propose({unit.name: allocator.measure(unit) for unit in seen}, 0.6)
+    again = allocator.propose({unit.name: allocator.measure(unit) for unit in seen}, 0.6)
     assert first == again
     assert all(torch.equal(a, b) for unit, old in zip(seen, before) for a, b in zip(unit.weights, old))
 
@@ -80,7 +80,7 @@ def test_one_threshold_over_all_scores():
     """`global` gives every unit the share of its scores below the quantile of all scores."""
     seen = units("block")
     allocator = ALLOCATIONS["global"]
-    wanted = allocator.wish({unit.name: allocator.measure(unit) for unit in seen}, 0.6)
+    wanted = allocator.propose({unit.name: allocator.measure(unit) for unit in seen}, 0.6)
     flat = {unit.name: unit.flat_scores() for unit in seen}
     threshold = torch.cat(list(flat.values())).quantile(0.6)
     for name, scores in flat.items():
@@ -96,20 +96,20 @@ def test_owl_protects_the_unit_with_more_outliers():
         for name, weight in (("calm", calm), ("wild", wild))
     }
     assert measured == pytest.approx({"calm": 0.0, "wild": 3.0})
-    assert ALLOCATIONS["owl"].wish(measured, 0.7) == pytest.approx({"calm": 0.78, "wild": 0.62})
+    assert ALLOCATIONS["owl"].propose(measured, 0.7) == pytest.approx({"calm": 0.78, "wild": 0.62})
 
 
 def test_erdos_renyi_densities_follow_the_shapes_until_one_is_full():
     shapes = {"square": (64, 64), "flat": (8, 512), "small": (8, 8)}
-    wanted = ALLOCATIONS["er"].wish(shapes, 0.9)
+    wanted = ALLOCATIONS["er"].propose(shapes, 0.9)
     density = {name: 1 - value for name, value in wanted.items()}
     ratio = (8 + 512) / (8 * 512) / ((64 + 64) / (64 * 64))
     assert density["flat"] / density["square"] == pytest.approx(ratio)
     sizes = {name: rows * columns for name, (rows, columns) in shapes.items()}
     kept = sum(density[name] * sizes[name] for name in sizes)
     assert kept == pytest.approx(0.1 * sum(sizes.values()))
-    assert ALLOCATIONS["er"].wish(shapes, 0.5)["small"] == 0.0
-    assert ALLOCATIONS["er_plus"].wish(shapes, 0.5)["small"] == 0.0
+    assert ALLOCATIONS["er"].propose(shapes, 0.5)["small"] == 0.0
+    assert ALLOCATIONS["er_plus"].propose(shapes, 0.5)["small"] == 0.0
 
 
 def test_dlp_uses_its_published_widths():
@@ -178,11 +178,11 @@ def test_a_spectrum_of_fewer_than_three_values_has_no_tail():
 def test_alphapruning_is_proportional_to_the_scaled_exponents_at_the_mean_asked_for(spread, expected):
     """Heavier tails (a smaller exponent) are pruned less; ratios run from 1 − ε to 1 + ε, their mean is the target."""
     measured = {"a": 2.0, "b": 6.0, "c": 6.0, "d": 4.0}
-    wanted = ALLOCATIONS["alphapruning"].wish(measured, 0.7, spread)
+    wanted = ALLOCATIONS["alphapruning"].propose(measured, 0.7, spread)
     mean = sum(expected) / 4
     assert list(wanted.values()) == pytest.approx([0.7 * ratio / mean for ratio in expected])
     assert sum(wanted.values()) / 4 == pytest.approx(0.7)
-    assert set(ALLOCATIONS["alphapruning"].wish({"a": 3.0, "b": 3.0}, 0.7).values()) == {0.7}
+    assert set(ALLOCATIONS["alphapruning"].propose({"a": 3.0, "b": 3.0}, 0.7).values()) == {0.7}
 
 
 def test_alphapruning_takes_the_mean_over_a_blocks_matrices():
@@ -199,37 +199,37 @@ def test_a_threshold_within_one_bin_takes_its_share_of_all_that_lie_there():
     counts = torch.zeros(1 << 16, dtype=torch.int64)
     first, second = counts.clone(), counts.clone()
     first[10], first[20], second[20], second[30] = 10, 10, 30, 50
-    wish = ALLOCATIONS["global"].wish
-    assert wish({"a": first, "b": second}, 0.1) == pytest.approx({"a": 0.5, "b": 0.0})
-    assert wish({"a": first, "b": second}, 0.3) == pytest.approx({"a": 0.75, "b": 0.1875})
-    assert wish({"a": first, "b": second}, 0.5) == pytest.approx({"a": 1.0, "b": 0.375})
-    assert wish({"a": first, "b": second}, 1.0) == pytest.approx({"a": 1.0, "b": 1.0})
-    assert wish({"a": first, "b": second}, 0.0) == pytest.approx({"a": 0.0, "b": 0.0})
+    propose = ALLOCATIONS["global"].propose
+    assert propose({"a": first, "b": second}, 0.1) == pytest.approx({"a": 0.5, "b": 0.0})
+    assert propose({"a": first, "b": second}, 0.3) == pytest.approx({"a": 0.75, "b": 0.1875})
+    assert propose({"a": first, "b": second}, 0.5) == pytest.approx({"a": 1.0, "b": 0.375})
+    assert propose({"a": first, "b": second}, 1.0) == pytest.approx({"a": 1.0, "b": 1.0})
+    assert propose({"a": first, "b": second}, 0.0) == pytest.approx({"a": 0.0, "b": 0.0})
     last = counts.clone()
     last[-1] = 4
-    assert wish({"a": last}, 0.5) == pytest.approx({"a": 0.5})
+    assert propose({"a": last}, 0.5) == pytest.approx({"a": 0.5})
 
 
 def test_erdos_renyi_keeps_its_last_matrix_dense_as_long_as_the_budget_allows():
     shapes = {"a": (64, 64), "b": (32, 128), "last": (64, 48)}
     sizes = {name: rows * columns for name, (rows, columns) in shapes.items()}
     for target in (0.5, 0.6):
-        plain, plus = (ALLOCATIONS[name].wish(shapes, target) for name in ("er", "er_plus"))
+        plain, plus = (ALLOCATIONS[name].propose(shapes, target) for name in ("er", "er_plus"))
         assert plus["last"] == 0.0 < plain["last"]
         for wanted in (plain, plus):
             assert sum(wanted[name] * sizes[name] for name in sizes) == pytest.approx(target * sum(sizes.values()))
-    assert ALLOCATIONS["er_plus"].wish(shapes, 0.95) == pytest.approx({"a": 1.0, "b": 1.0, "last": 0.0})
+    assert ALLOCATIONS["er_plus"].propose(shapes, 0.95) == pytest.approx({"a": 1.0, "b": 1.0, "last": 0.0})
 
 
 def test_the_published_widths_are_joined_by_lines():
     assert [published_spread(s) for s in (0.3, 0.4, 0.15, 0.25, 0.45, 0.55, 0.75)] == pytest.approx(
         [0.04, 0.02, 0.04, 0.03, 0.03, 0.07, 0.135]
     )
-    wide = ALLOCATIONS["dlp"].wish({"a": 0.0, "b": 1.0}, 0.7)
+    wide = ALLOCATIONS["dlp"].propose({"a": 0.0, "b": 1.0}, 0.7)
     assert wide == pytest.approx({"a": 0.55, "b": 0.85})
-    assert ALLOCATIONS["dlp"].wish({"a": 0.0, "b": 1.0}, 0.7, 0.02) == pytest.approx({"a": 0.68, "b": 0.72})
-    assert ALLOCATIONS["lsa"].wish({"a": 0.0, "b": 1.0}, 0.7) == pytest.approx({"a": 0.55, "b": 0.85})
-    assert ALLOCATIONS["atp"].wish({"a": 0.0, "b": 1.0}, 0.7) == pytest.approx({"a": 0.62, "b": 0.78})
+    assert ALLOCATIONS["dlp"].propose({"a": 0.0, "b": 1.0}, 0.7, 0.02) == pytest.approx({"a": 0.68, "b": 0.72})
+    assert ALLOCATIONS["lsa"].propose({"a": 0.0, "b": 1.0}, 0.7) == pytest.approx({"a": 0.55, "b": 0.85})
+    assert ALLOCATIONS["atp"].propose({"a": 0.0, "b": 1.0}, 0.7) == pytest.approx({"a": 0.62, "b": 0.78})
 
 
 def test_the_greedy_error_is_taken_within_groups_of_columns():

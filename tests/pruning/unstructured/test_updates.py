@@ -136,10 +136,3 @@ def test_the_damping_of_the_choice_is_the_one_that_is_used():
     much = UPDATES["sparsegpt"](weight, stats, Choice(choice.pattern, 100, choice.keep, 1e6))
     assert not torch.allclose(little, much, atol=1e-2)
     assert torch.allclose(much, weight * choice.keep, atol=1e-3)  # nothing is correlated any more
-
-
-@pytest.mark.parametrize(
-    "text,can", [("row", False), ("matrix", False), ("group:4", True), ("2:4", True), ("mixed:4", True)]
-)
-def test_what_is_chosen_as_it_goes(text, can):
-    assert Choice(Pattern.parse(text), 3).as_it_goes is can
