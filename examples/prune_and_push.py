@@ -9,7 +9,7 @@ import argparse
 import json
 from pathlib import Path
 
-from optimum_dsa import DSAConfig, DSAPruner, load_tokens, perplexity, push_folder
+from optimum_dsa import DataConfig, DSAConfig, DSAPruner, load_tokens, perplexity, push_folder
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -30,7 +30,7 @@ def main() -> None:
     args = parse_arguments()
     if not (args.output / "evaluation.json").is_file():
         pruner = DSAPruner.from_pretrained(args.model)
-        config = DSAConfig(args.sparsity, num_samples=args.samples, sequence_length=args.length)
+        config = DSAConfig(args.sparsity, data=DataConfig(num_samples=args.samples, sequence_length=args.length))
         print(pruner.prune(args.calibration, config))
         pruner.save_pretrained(args.output)
         tokens = load_tokens(args.test, pruner.tokenizer, sequence_length=args.length)

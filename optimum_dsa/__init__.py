@@ -5,9 +5,8 @@ from __future__ import annotations
 import importlib
 
 from .common.import_hook import after_import
+from .common.version import VERSION as __version__  # noqa: F401 - of the package
 
-
-__version__ = "0.1.0"
 
 # Public name -> module. Nothing is imported before it is used: `optimum-cli --help` imports this package.
 _PUBLIC = {
@@ -15,21 +14,26 @@ _PUBLIC = {
     "Allocation": "pruning.allocation",
     "AllocationFunction": "pruning.allocation",
     "Calibration": "data",
+    "Candidate": "search.space",
+    "Choice": "pruning.unstructured.updates",
     "DSACallback": "recovery.gradual.callback",
     "DSAConfig": "pruning.configuration",
     "DSAPruner": "pruner",
+    "DataConfig": "data",
     "Heuristic": "pruning.allocation",
     "LayerStatistics": "model.statistics",
     "METHODS": "pruning.unstructured.methods",
     "METRICS": "pruning.unstructured.metrics",
     "MODES": "recovery.adapters.modes",
+    "Measurement": "evaluation.measurement",
     "Method": "pruning.unstructured.methods",
+    "Mode": "recovery.adapters.modes",
     "OutputFolder": "common.output",
     "POST_PROCESS": "pruning.allocation",
     "PRE_PROCESS": "pruning.allocation",
+    "Pattern": "pruning.unstructured.patterns",
     "Perplexity": "evaluation.metric",
     "Protocol": "evaluation.measurement",
-    "Measurement": "evaluation.measurement",
     "PruningReport": "pruning.report",
     "PruningSchedule": "recovery.gradual.schedule",
     "REDUCTION": "pruning.allocation",
@@ -44,9 +48,13 @@ _PUBLIC = {
     "SearchTrace": "search.trace",
     "SparseLoraConfig": "recovery.adapters.peft_method",
     "TRANSFORM": "pruning.allocation",
+    "Trial": "search.trace",
     "UPDATES": "pruning.unstructured.updates",
+    "Unit": "pruning.allocation",
+    "UpdateConfig": "pruning.configuration",
     "Verification": "checkpoint.verify",
-    "allocate": "pruning.prune",
+    "WalkedBlock": "model.walk",
+    "allocate": "pruning.allocate",
     "capture_calls": "model.calls",
     "convert": "checkpoint.convert",
     "demo_model": "commands.embedded",
@@ -64,6 +72,7 @@ _PUBLIC = {
     "plot_search": "sharing.pictures",
     "prune": "pruning.prune",
     "push_folder": "sharing.push",
+    "schema": "checkpoint.description",
     "split_windows": "data",
     "use_cpu": "common.devices",
     "verify": "checkpoint.verify",

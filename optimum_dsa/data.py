@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import warnings
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any
 
@@ -12,14 +13,46 @@ import torch
 from torch import Tensor, nn
 
 from .common.registry import near
+from .common.settings import check_settings, setting
 from .common.texts import DATASETS, check_source, describe, iterate_texts  # noqa: F401 - the door of reading
 
+
+SAMPLES = 128  # sequences of calibration where nobody says how many
 
 # Windows are drawn from the first POOL times as many as are asked for: enough to be mixed, bounded for any corpus.
 POOL = 8
 
 # How windows are cut: a BOS before each, or one before the whole text, as in the code behind published figures.
 CUTS = ("each", "paper")
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Which text is taken, and how it becomes windows of tokens.
+
+    Args:
+        num_samples (`int`, *optional*): Sequences to take from a text source. By default 128 for calibration, and as
+            many as the steps need for training.
+        sequence_length (`int`, *optional*): Tokens per sequence. Defaults to the model's longest, at most 2048.
+        text_column (`str`, defaults to `"text"`): The column of a dataset that holds the text.
+        split (`str`, *optional*): The split of a named dataset. Defaults to `"train"`.
+        bos (`bool`, *optional*): Whether each sequence starts with the tokenizer's beginning-of-sequence token. By
+            default where the tokenizer adds it.
+        seed (`int`, defaults to 0): Which sequences are taken.
+    """
+
+    num_samples: int | None = setting(None, low=1)
+    sequence_length: int | None = setting(None, low=2)
+    text_column: str = "text"
+    split: str | None = None
+    bos: bool | None = None
+    seed: int = setting(0, low=0)
+
+    def __post_init__(self):
+        check_settings(self)
+
+
+DEFAULT = DataConfig()
 
 
 @dataclass(frozen=True)
@@ -59,27 +92,22 @@ class Calibration:
 
 
 def load_calibration(
-    source: Any,
-    model: nn.Module,
-    tokenizer: Any = None,
-    num_samples: int = 128,
-    sequence_length: int | None = None,
-    seed: int = 0,
-    text_column: str = "text",
-    split: str | None = None,
-    bos: bool | None = None,
+    source: Any, model: nn.Module, tokenizer: Any = None, config: DataConfig = DEFAULT, **settings
 ) -> Calibration:
     """What `source` offers, as inputs of `model`.
 
     Args:
         source (`Any`): a LongTensor (samples, length) or a mapping of the model's inputs by name, both used whole; or
-            a source of text as `iterate_texts` reads it, of which `num_samples` windows are drawn.
-        bos (`bool`, *optional*): whether each window starts with the tokenizer's beginning-of-sequence token; by
-            default where the tokenizer adds it.
+            a source of text as `iterate_texts` reads it, of which windows are drawn.
+        config (`DataConfig`, *optional*): how many windows, how long, from which column and split, by which seed.
+        settings (`dict`): those of `config`, as in releases before it was there.
 
     Raises:
         ValueError: too little text, no tokenizer for text, or tokens that the model does not know.
     """
+    if settings:
+        warnings.warn("Settings of text are a DataConfig: config=DataConfig(...).", FutureWarning, stacklevel=2)
+        config = replace(config, **settings)
     main = model.main_input_name
     if isinstance(source, Tensor):
         source = {main: source}
@@ -92,19 +120,18 @@ def load_calibration(
         return Calibration({name: v.long() if name == "input_ids" else v for name, v in source.items()}, "tensor")
     if tokenizer is None:
         raise ValueError("Calibration text needs a tokenizer; pass one, or token ids of shape (samples, length).")
-    length = sequence_length or default_length(model)
     tokens = load_tokens(
         source,
         tokenizer,
-        num_samples=num_samples,
-        sequence_length=length,
-        seed=seed,
-        text_column=text_column,
-        split=split,
-        bos=bos,
+        num_samples=config.num_samples or SAMPLES,
+        sequence_length=config.sequence_length or default_length(model),
+        seed=config.seed,
+        text_column=config.text_column,
+        split=config.split,
+        bos=config.bos,
     )
     check_tokens(tokens, model)
-    return Calibration({"input_ids": tokens}, describe(source), seed, starts_with_bos(tokenizer, bos))
+    return Calibration({"input_ids": tokens}, describe(source), config.seed, starts_with_bos(tokenizer, config.bos))
 
 
 def default_length(model: nn.Module) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -14,18 +14,19 @@ from torch import Tensor, nn
 
 from .checkpoint.adapter_base import check_base
 from .checkpoint.description import Description, is_unchanged, report_from
-from .checkpoint.load import find_commit, find_description, load_model, load_tokenizer
+from .checkpoint.load import find_commit, find_description, load_model, load_tokenizer, weights_of
 from .checkpoint.origin import base_of, report_of
 from .checkpoint.save import base_model, save_checkpoint
 from .checkpoint.verify import Verification, verify
 from .common.escaping import one_line
 from .common.output import OutputFolder
-from .data import Calibration, load_calibration
-from .model.adapters import has_adapters
+from .data import SAMPLES, Calibration, load_calibration
+from .model.adapters import has_adapters, inner_model, plain_name
 from .model.walk import walk_blocks
+from .pruning.allocate import allocate, architecture_for
 from .pruning.allocation import Allocation
 from .pruning.configuration import DSAConfig
-from .pruning.prune import allocate, allocation_needs_inputs, architecture_for, prune, pruning_needs_inputs
+from .pruning.prune import prune
 from .pruning.report import PruningReport
 from .pruning.zeros import counted
 
@@ -101,7 +102,7 @@ class DSAPruner:
             pruner._description = found
             pruner._base = found["base_model"]
             # an adapter names its base by this alone
-            pruner._stored = None if transformers_kwargs.keys() & {"subfolder", "revision"} else path
+            pruner._stored = None if transformers_kwargs.keys() & {"subfolder", "revision"} else weights_of(path)
         else:
             pruner._base = base_model(model, find_commit(path, **transformers_kwargs))
         return pruner
@@ -113,7 +114,7 @@ class DSAPruner:
             calibration (`Any`): texts, a .txt / .jsonl / .parquet path, a dataset or its name, a LongTensor (samples,
                 length), or a mapping of the model's inputs; `None` where method and allocation need no data.
         """
-        needed = pruning_needs_inputs(config) or allocation_needs_inputs(config)
+        needed = config.resolved.reads | config.resolved.allocation_reads
         self._stored = None
         self.report = prune(self.model, self._load(calibration, config, needed), config)
         self.recovery = None
@@ -121,7 +122,7 @@ class DSAPruner:
 
     def allocate(self, calibration: Any, config: DSAConfig) -> Allocation:
         """The allocation that `prune` would use; nothing is changed."""
-        return allocate(self.model, self._load(calibration, config, allocation_needs_inputs(config)), config)
+        return allocate(self.model, self._load(calibration, config, config.resolved.allocation_reads), config)
 
     def search(
         self,
@@ -153,19 +154,17 @@ class DSAPruner:
         from .sharing.pictures import plot_search
 
         check_searchable(config)  # before any text is read
-        options = {"num_samples": config.num_samples, "sequence_length": config.sequence_length, "seed": config.seed}
-        columns = {"text_column": config.text_column, "split": config.split}
-        if validation is None and not isinstance(calibration, (Tensor, Mapping)):
-            options["num_samples"] = 2 * config.num_samples
-            drawn = load_calibration(calibration, self.model, self.tokenizer, **options, **columns)
-            windows = drawn.inputs["input_ids"]
-            data = replace(drawn, inputs={"input_ids": windows[: config.num_samples]})
-            tokens = windows[config.num_samples :]
-        elif validation is None:
+        if validation is None and isinstance(calibration, (Tensor, Mapping)):
             raise ValueError("Give validation text or tokens: calibration inputs given as tensors are used whole.")
+        if validation is None:
+            number = config.data.num_samples or SAMPLES
+            twice = replace(config.data, num_samples=2 * number)
+            drawn = load_calibration(calibration, self.model, self.tokenizer, twice)
+            windows = drawn.inputs["input_ids"]
+            data, tokens = replace(drawn, inputs={"input_ids": windows[:number]}), windows[number:]
         else:
-            data = load_calibration(calibration, self.model, self.tokenizer, **options, **columns)
-            tokens = load_calibration(validation, self.model, self.tokenizer, **options, **columns).inputs["input_ids"]
+            data = load_calibration(calibration, self.model, self.tokenizer, config.data)
+            tokens = load_calibration(validation, self.model, self.tokenizer, config.data).inputs["input_ids"]
         return search(
             self.model,
             data,
@@ -185,10 +184,10 @@ class DSAPruner:
 
         One at a time, in the model's order; `dict(pruner.masks())` holds them all, a byte per weight.
         """
-        architecture = architecture_for(self.model, self._pruned().config)
-        for walked in walk_blocks(self.model, architecture, None):
+        model = inner_model(self.model)
+        for walked in walk_blocks(model, architecture_for(model, self._pruned().config), None):
             for weight in walked.weights:
-                yield weight.name, walked.tensor(weight) != 0
+                yield plain_name(weight.name), walked.tensor(weight) != 0
 
     def verify(self) -> Verification:
         """Whether zeros, pattern and budget are those of the report, counted in the weights as they are now.
@@ -254,7 +253,10 @@ class DSAPruner:
         place = directory.path if isinstance(directory, OutputFolder) else Path(directory)
         adapters = has_adapters(self.model)
         if adapters:
-            check_base(self.model, self._stored, place, report, compressed)
+            if compressed:
+                raise ValueError("An adapter has no zeros to leave out; save it without compressed=True, or merge it.")
+            described = None if self._stored is None else find_description(self._stored)
+            check_base(self.model, self._stored, place, report, described)
         save_checkpoint(self.model, self.tokenizer, report, self._base, directory, compressed, recovery, **save_kwargs)
         if not adapters:
             self._stored = str(place)
@@ -303,17 +305,8 @@ class DSAPruner:
                 kept="The model is as it was; save_pretrained keeps it, and the same call goes on.",
             )
 
-    def _load(self, calibration: Any, config: DSAConfig, needed: bool) -> Calibration | None:
+    def _load(self, calibration: Any, config: DSAConfig, needed: Collection[str]) -> Calibration | None:
         if calibration is None or not needed:
             return None
         architecture_for(self.model, config)  # a model that cannot be pruned is refused before any text is read
-        return load_calibration(
-            calibration,
-            self.model,
-            self.tokenizer,
-            config.num_samples,
-            config.sequence_length,
-            config.seed,
-            config.text_column,
-            config.split,
-        )
+        return load_calibration(calibration, self.model, self.tokenizer, config.data)

@@ -88,10 +88,10 @@ def check_equal(statistics, expected, gram=False):
                 torch.testing.assert_close(found.gram, reference, rtol=1e-3, atol=1e-3, msg=name)
 
 
-def walked(model, batches, **options):
+def walked(model, batches, gram=False, **options):
     """All statistics of a walk that changes nothing."""
     found = find_architecture(model)
-    blocks = list(walk_blocks(model, found, batches, **options))
+    blocks = list(walk_blocks(model, found, batches, reads={"inputs", "gram"} if gram else {"inputs"}, **options))
     assert [block.name for block in blocks] == [block.name for block in found.blocks]
     return {name: statistics for block in blocks for name, statistics in block.statistics.items()}
 

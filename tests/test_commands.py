@@ -86,8 +86,8 @@ def test_options_reach_the_config(monkeypatch, capsys, tmp_path, text):
     out = tmp_path / "out"
     options = (
         "-s 0.5 --method magnitude --allocation atp --spread 0.1 --pattern matrix --update none --granularity matrix "
-        "--exclude down_proj --num-samples 4 --sequence-length 32 --seed 5 --batch-size 2 --one-pass --dtype float32 "
-        "--device cpu --max-shard-size 2MB"
+        "--exclude down_proj --num-samples 4 --sequence-length 32 --no-bos --seed 5 --batch-size 2 --one-pass "
+        "--dtype float32 --device cpu --max-shard-size 2MB"
     )
     code, _, errors = run(
         monkeypatch, capsys, "prune", str(demo_model()), "-o", str(out), "--dataset", text, *options.split()
@@ -96,10 +96,12 @@ def test_options_reach_the_config(monkeypatch, capsys, tmp_path, text):
     config = json.loads((out / "dsa_config.json").read_text())["config"]
     expected = {
         "sparsity": 0.5, "method": "magnitude", "allocation": "atp", "spread": 0.1, "pattern": "matrix",
-        "update": "none", "granularity": "matrix", "exclude": ["down_proj"], "num_samples": 4, "sequence_length": 32,
-        "seed": 5, "batch_size": 2, "sequential": False,
+        "update": {"name": "none", "damping": 0.01, "true_sequential": False}, "granularity": "matrix",
+        "exclude": ["down_proj"], "batch_size": 2, "sequential": False,
+        "data": {"num_samples": 4, "sequence_length": 32, "text_column": "text", "split": None, "bos": False,
+                 "seed": 5},
     }  # fmt: skip
-    assert expected.items() <= config.items()
+    assert {name: config[name] for name in expected} == expected
     assert len(list(out.glob("model-*.safetensors"))) > 1
     again = tmp_path / "again"
     code, _, errors = run(
@@ -118,7 +120,7 @@ def test_options_reach_the_config(monkeypatch, capsys, tmp_path, text):
         ("prune {model} -o {new} -s 0.5 --pattern 2:4", "nothing to allocate"),
         ("prune {model} -o {new} -s 0.5 --dtype float33", "Unknown dtype 'float33'"),
         ("prune {model} -o {new} -s 0.5 --device cuda:99", "Device 'cuda:99' cannot be used"),
-        ("prune {model} -o {new} -s 0.5 --exclude router", "Nothing in LlamaForCausalLM is named 'router'"),
+        ("prune {model} -o {new} -s 0.5 --exclude router --dataset {text}", "LlamaForCausalLM is named 'router'"),
         ("prune {model} -o {new} -s 0.5 --dataset {missing}.txt", "missing.txt"),
         ("prune {model} -o {new} -s 0.5 --dataset {empty}", "holds 0 windows"),
         ("prune {model} -o {other} -s 0.5 --dataset {text}", "was not written by optimum-dsa"),
@@ -154,6 +156,7 @@ def test_bad_usage_is_one_clear_line_and_exit_code_2(monkeypatch, capsys, tmp_pa
 @pytest.mark.parametrize(
     "arguments",
     [
+        "prune {model} -o {new} -s 0.5 --dataset {bad}",
         "search {model} -o {new} -s 0.5 --dataset {bad}",
         "search {model} -o {new} -s 0.5 --dataset {text} --validation {bad}",
         "recover {model} -o {new} --dataset {bad}",

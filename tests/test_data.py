@@ -4,7 +4,7 @@ import datasets
 import pytest
 import torch
 
-from optimum_dsa import load_tokens, split_windows
+from optimum_dsa import DataConfig, load_tokens, split_windows
 from optimum_dsa.data import (
     DATASETS,
     Calibration,
@@ -208,12 +208,14 @@ def test_calibration_from_tokens_texts_and_inputs_by_name():
     assert load_calibration(tokens(4, 8).int(), model).facts() == {
         "source": "tensor", "samples": 4, "length": 8, "tokens": 32, "seed": None,
     }  # fmt: skip
-    found = load_calibration(TEXTS, model, Letters(), num_samples=3, sequence_length=16, seed=7)
+    config = DataConfig(num_samples=3, sequence_length=16, seed=7)
     expected = {"source": "12 texts", "samples": 3, "length": 16, "tokens": 48, "seed": 7, "bos": False}
-    assert found.facts() == expected
-    found = load_calibration(NUMBERS, model, bos_tokenizer(), num_samples=3, sequence_length=16)
+    assert load_calibration(TEXTS, model, Letters(), config).facts() == expected
+    found = load_calibration(NUMBERS, model, bos_tokenizer(), config)
     assert found.facts()["bos"] is True and (found.inputs["input_ids"][:, 0] == BOS).all()
-    assert load_calibration(TEXTS, model, Letters(), num_samples=3).facts()["length"] == 64
+    plain = load_calibration(NUMBERS, model, bos_tokenizer(), DataConfig(num_samples=3, sequence_length=15, bos=False))
+    assert plain.facts()["bos"] is False and not (plain.inputs["input_ids"] == BOS).any()
+    assert load_calibration(TEXTS, model, Letters(), config=DataConfig(num_samples=3)).facts()["length"] == 64
     named = load_calibration({"input_ids": tokens(5, 8), "attention_mask": torch.ones(5, 8)}, model)
     assert [len(batch["attention_mask"]) for batch in named.batches(2)] == [2, 2, 1]
 

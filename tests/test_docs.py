@@ -211,7 +211,7 @@ def test_package_reference_has_every_public_name():
 
 
 def test_architectures_page_has_every_reason_for_staying_dense():
-    tree = ast.parse((ROOT / "optimum_dsa" / "architecture.py").read_text())
+    tree = ast.parse((ROOT / "optimum_dsa" / "model" / "architecture.py").read_text())
     reasons = {
         node.value.value
         for node in ast.walk(tree)

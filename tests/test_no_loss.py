@@ -7,7 +7,7 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-from optimum_dsa import DSAConfig, DSAPruner, RecoveryConfig, convert
+from optimum_dsa import DataConfig, DSAConfig, DSAPruner, RecoveryConfig, convert
 from optimum_dsa.commands.embedded import demo_model, demo_texts
 from optimum_dsa.common.lock import OutputBusyError
 from optimum_dsa.common.manifest import MANIFEST
@@ -110,7 +110,7 @@ def test_an_adapter_does_not_replace_the_weights_under_it(monkeypatch, capsys, t
     code, _, errors = run(monkeypatch, capsys, "recover", out, "-o", f"{out}/", "--keep-adapter", "--dataset", text)
     assert code == 2 and "needs another --output" in errors
     again = DSAPruner.from_pretrained(out)
-    again.recover(text, small(merge=False, sequence_length=16, steps=1, validation_windows=2))
+    again.recover(text, small(merge=False, data=DataConfig(sequence_length=16), steps=1, validation_windows=2))
     with pytest.raises(ValueError, match="holds the pruned model under the adapter"):
         again.save_pretrained(out)
     assert {path.name: path.stat() for path in (tmp_path / "out").iterdir()} == before
@@ -164,7 +164,7 @@ def test_a_search_leaves_an_allocation_that_was_made_by_hand(monkeypatch, capsys
 def test_a_search_is_resumed_by_one_process_only(tmp_path):
     pruner = DSAPruner(tiny_llama())
     options = {"strategy": "named", "budget": "2k tokens", "output": tmp_path / "found"}
-    data, config = tokens(8), DSAConfig(0.5, num_samples=4, sequence_length=16)
+    data, config = tokens(8), DSAConfig(0.5, data=DataConfig(num_samples=4, sequence_length=16))
     whole = pruner.search(data[:4], config, validation=data[4:], **options)
     trace = (tmp_path / "found" / "trace.jsonl").read_bytes()
     with OutputFolder(tmp_path / "found", ["allocation.json"]), pytest.raises(OutputBusyError):

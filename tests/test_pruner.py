@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from optimum_dsa import Allocation, DSAConfig, DSAPruner
+from optimum_dsa import Allocation, DataConfig, DSAConfig, DSAPruner
 from optimum_dsa.commands.embedded import demo_model, demo_texts
 
 from .tiny import same_state, state, tiny_llama, tokens
@@ -21,7 +21,7 @@ def pruned(tmp_path_factory):
     """The embedded model, pruned with text and saved."""
     folder = tmp_path_factory.mktemp("pruned") / "out"
     pruner = DSAPruner.from_pretrained(demo_model())
-    config = DSAConfig(0.6, allocation="owl", num_samples=8, sequence_length=64, seed=3)
+    config = DSAConfig(0.6, allocation="owl", data=DataConfig(num_samples=8, sequence_length=64, seed=3))
     report = pruner.prune(demo_texts("calibration")[:2], config)
     pruner.save_pretrained(folder)
     return pruner, report, folder
@@ -48,7 +48,7 @@ def test_a_saved_model_is_an_ordinary_checkpoint(pruned):
 def test_dsa_config_says_everything_that_made_the_model(pruned):
     _, report, folder = pruned
     data = json.loads((folder / "dsa_config.json").read_text())
-    assert data["format_version"] == 2
+    assert data["format_version"] == 3
     assert data["base_model"] == {"name": demo_model().name, "revision": None}
     assert data["config"]["allocation"] == "owl"
     expected = {"source": "2 texts", "samples": 8, "length": 64, "tokens": 512, "seed": 3, "bos": False}
@@ -116,7 +116,7 @@ def test_a_refused_model_is_refused_before_any_text_is_read(tmp_path):
 
 def test_allocation_and_pruning_agree_on_text():
     pruner = DSAPruner.from_pretrained(demo_model())
-    config = DSAConfig(0.6, num_samples=4, sequence_length=32)
+    config = DSAConfig(0.6, data=DataConfig(num_samples=4, sequence_length=32))
     texts = demo_texts("calibration")[:1]
     assert pruner.allocate(texts, config) == pruner.prune(texts, config).allocation
 
@@ -177,9 +177,9 @@ def test_an_edited_description_is_told_and_a_broken_one_refused(pruned, tmp_path
     folder = tmp_path / "copy"
     shutil.copytree(pruned[2], folder)
     data = json.loads((folder / "dsa_config.json").read_text())
-    data["config"]["seed"] = 9
+    data["config"]["data"]["seed"] = 9
     (folder / "dsa_config.json").write_text(json.dumps(data))
-    assert DSAPruner.from_pretrained(folder).report.config.seed == 9
+    assert DSAPruner.from_pretrained(folder).report.config.data.seed == 9
     assert "was changed after it was written" in caplog.text
     del data["achieved"]["units"]
     (folder / "dsa_config.json").write_text(json.dumps(data))

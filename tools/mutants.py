@@ -34,22 +34,25 @@ from pathlib import Path
 PACKAGE = "optimum_dsa"
 # module -> the files that test it; for others the one that mirrors it
 TESTS = {
-    "unpacking.py": ["test_unpacking.py", "test_quantizer.py"],
-    "shards.py": ["test_shards.py", "test_conversion.py", "test_untrusted.py"],
-    "conversion.py": ["test_conversion.py", "test_untrusted.py"],
-    "calibration.py": ["test_calibration.py"],
-    "allocation/unit.py": ["allocation/test_unit.py", "allocation/test_function.py"],
+    "pruning/allocation/levels.py": ["pruning/allocation/test_budget.py"],
+    **{f"pruning/{name}.py": ["pruning/test_prune.py"] for name in ("allocate", "report", "resolved_method", "sink")},
+    **{f"pruning/{name}.py": ["pruning/test_prune.py"] for name in ("source", "steps")},
+    "checkpoint/unpacking.py": ["checkpoint/test_transformers_loader.py"],
+    "checkpoint/shards.py": ["checkpoint/test_shards.py", "checkpoint/test_convert.py", "test_untrusted.py"],
+    "checkpoint/convert.py": ["checkpoint/test_convert.py", "test_untrusted.py"],
+    "model/walk.py": ["model/test_walk.py"],
+    "pruning/allocation/unit.py": ["pruning/allocation/test_unit.py", "pruning/allocation/test_function.py"],
     "search/objective.py": ["search/test_objective.py", "search/test_masking.py"],
-    "search/resolve.py": ["search/test_resolve.py", "search/test_run.py"],
+    "search/resolver.py": ["search/test_resolver.py", "search/test_search.py"],
     **{
-        f"search/{name}.py": [f"search/test_{name}.py", "search/test_run.py"]
-        for name in ("evaluator", "trace", "problem", "strategies", "result", "refinement", "space", "run")
+        f"search/{name}.py": [f"search/test_{name}.py", "search/test_search.py"]
+        for name in ("evaluator", "trace", "problem", "strategies", "result", "refinement", "space", "search")
     },
 }
 MODULES = (
-    *("pruning.py", "metrics.py", "masks.py", "reconstruction.py", "statistics.py", "calibration.py"),
-    *("allocation/*.py", "search/*.py"),
-    *("bitmask.py", "shards.py", "conversion.py", "description.py", "verification.py", "unpacking.py"),
+    *("pruning/*.py", "pruning/unstructured/*.py", "pruning/allocation/*.py", "search/*.py"),
+    *("model/statistics.py", "model/walk.py", "packed/bitmask.py"),
+    *(f"checkpoint/{name}.py" for name in ("shards", "convert", "description", "verify", "unpacking")),
 )
 
 # imported once, before every child begins

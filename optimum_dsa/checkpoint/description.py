@@ -13,9 +13,10 @@ from typing import Any
 from ..common.files import read_json, write_text
 from ..common.installation import how_to_upgrade
 from ..common.schema import violations
+from ..common.settings import nested, settings_schema
 from ..common.versions import versions
 from ..pruning.allocation import ALLOCATIONS, AllocationFunction
-from ..pruning.configuration import CONFIG_NAME, FORMAT_VERSION
+from ..pruning.configuration import CONFIG_NAME, FORMAT_VERSION, DSAConfig
 from ..pruning.report import PruningReport
 
 
@@ -28,15 +29,21 @@ class Description(dict):
 
     Attributes:
         version (`int`): of the format in which it was written.
+        written (`dict`): what was written, where that was an earlier version.
     """
 
     version = FORMAT_VERSION
+    written: dict[str, Any] | None = None
 
 
 @cache
 def schema() -> dict[str, Any]:
-    """The JSON schema of `dsa_config.json`, in the version that is written."""
-    return json.loads(Path(__file__).with_name("dsa_config.schema.json").read_text(encoding="utf-8"))
+    """The JSON schema of `dsa_config.json`, in the version that is written; what a config may be, from its fields."""
+    found = json.loads(Path(__file__).with_name("dsa_config.schema.json").read_text(encoding="utf-8"))
+    allocation = {"anyOf": [{"type": "string"}, {"$ref": "#/$defs/allocation"}]}
+    note = {"description": "The DSAConfig; which names exist is checked against the tables."}
+    found["properties"]["config"] = note | settings_schema(DSAConfig, {"allocation": allocation})
+    return found
 
 
 def describe(
@@ -85,13 +92,14 @@ def read_description(path: str | Path) -> Description | None:
             f"{path} has version {version} of the format, and this optimum-dsa knows up to {FORMAT_VERSION}; upgrade "
             f"it with {how_to_upgrade()}."
         )
+    written = data if version < FORMAT_VERSION else None
     for number in range(version, FORMAT_VERSION):
         data = MIGRATIONS[number](data)
     broken = next(violations(data, schema()), None)
     if broken:
         raise DescriptionError(f"{path} does not follow its schema: {broken}.")
     found = Description(data)
-    found.version = version
+    found.version, found.written = version, written
     return found
 
 
@@ -110,10 +118,11 @@ def seal_of(data: Mapping[str, Any]) -> str:
     version = data.version if isinstance(data, Description) else data.get("format_version", 1)
     if version == 1:
         return "none"
-    stated = data.get("checksum")
+    content = getattr(data, "written", None) or data
+    stated = content.get("checksum")
     if stated is None:
         return "missing"
-    return "kept" if stated == checksum(data) else "broken"
+    return "kept" if stated == checksum(content) else "broken"
 
 
 def is_unchanged(data: Mapping[str, Any]) -> bool:
@@ -183,4 +192,17 @@ def _from_version_1(data: dict[str, Any]) -> dict[str, Any]:
     return {"base_model": {"name": None, "revision": None}, "versions": {}, **data}
 
 
-MIGRATIONS: dict[int, Callable[[dict[str, Any]], dict[str, Any]]] = {1: _from_version_1}
+def _from_version_2(data: dict[str, Any]) -> dict[str, Any]:
+    """Version 3 has sections in the config: what is said of data and of the update."""
+    data = {**data, "format_version": 3}
+    if isinstance(data.get("config"), dict):
+        try:
+            data["config"] = nested(DSAConfig, data["config"])
+        except ValueError as error:
+            raise DescriptionError(f"{CONFIG_NAME}: {error}") from None
+        if not isinstance(data["config"].get("update", {}), dict):  # before, only the update's name
+            data["config"]["update"] = {"name": data["config"]["update"]}
+    return data
+
+
+MIGRATIONS: dict[int, Callable[[dict[str, Any]], dict[str, Any]]] = {1: _from_version_1, 2: _from_version_2}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,12 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from ..common.escaping import one_line
-from ..model.architecture import Architecture, Weight
+from ..model.adapters import inner_model, plain_name
+from ..model.architecture import GRANULARITIES, Architecture, Weight
 from ..model.parameters import count_parameters
+from ..pruning.allocate import architecture_for
 from ..pruning.allocation import split_count
-from ..pruning.prune import architecture_for
 from ..pruning.report import PruningReport
-from ..pruning.unstructured.patterns import Pattern
 from ..pruning.zeros import count_zeros
 from .description import contradictions, seal_of
 
@@ -86,6 +86,7 @@ def verify(model: nn.Module, report: PruningReport, description: Mapping[str, An
         checked.problems += [SEALS[seal]] if seal in SEALS else []
         checked.unproven += [NO_SEAL] if seal == "none" else []
         checked.unproven += [TRAINING] if "recovery" in description else []
+    model = inner_model(model)
     pattern, parameters = _pattern(report), count_parameters(model)
     try:
         architecture = architecture_for(model, report.config)
@@ -93,8 +94,8 @@ def verify(model: nn.Module, report: PruningReport, description: Mapping[str, An
         checked.problems.append(f"the model cannot be pruned as described: {error}")
         return checked.result(0, 0, pattern, parameters)
     described = report.allocation.sizes
-    granularity = max(("block", "matrix"), key=lambda name: len(architecture.units(name).keys() & described.keys()))
-    units = architecture.units(granularity)
+    granularity = report.allocation.granularity or _granularity_of(described, architecture) or "block"
+    units = _units(architecture, granularity)
     sizes = {unit: sum(weight.size for weight in weights) for unit, weights in units.items()}
     if sizes != described:
         odd = next(unit for unit in {**sizes, **described} if sizes.get(unit) != described.get(unit))
@@ -137,7 +138,7 @@ def _recipe(report: PruningReport) -> str:
 
 def _disagreements(report: PruningReport) -> Iterator[str]:
     """Where a report contradicts itself."""
-    sizes, counts, pattern = report.allocation.sizes, report.allocation.counts(), Pattern.parse(_pattern(report))
+    sizes, counts, pattern = report.allocation.sizes, report.allocation.counts(), report.config.resolved.pattern
     if report.achieved.keys() != sizes.keys():
         odd = sorted(report.achieved.keys() ^ sizes.keys())
         yield f"allocation and achieved sparsity are given for different units, such as {odd[0]}"
@@ -145,7 +146,7 @@ def _disagreements(report: PruningReport) -> Iterator[str]:
     total = sum(sizes.values())
     asked = round(report.config.sparsity * total)
     # N:M removes whole numbers per group: rounding is over by half of the coarsest step of a unit at most
-    slack = max(sizes.values(), default=0) / pattern.width / 2 if pattern.kind in ("n:m", "mixed") else 0
+    slack = max(sizes.values(), default=0) / pattern.width / 2 if pattern.in_groups else 0
     if abs(sum(counts.values()) - asked) > slack:
         yield (
             f"the allocation removes {sum(counts.values()):,} of {total:,} weights, and a sparsity of "
@@ -154,7 +155,7 @@ def _disagreements(report: PruningReport) -> Iterator[str]:
     for unit, size in sizes.items():
         if abs(report.achieved[unit] * size - round(report.achieved[unit] * size)) > 1e-3:
             yield f"{unit}: a share of {report.achieved[unit]} is no whole number of its {size:,} weights"
-        if round(report.achieved[unit] * size) < counts[unit] and pattern.kind not in ("n:m", "mixed"):
+        if round(report.achieved[unit] * size) < counts[unit] and not pattern.in_groups:
             yield f"{unit}: {counts[unit]:,} weights were allocated, and fewer were removed"
 
 
@@ -162,8 +163,8 @@ def _count(
     model: nn.Module, architecture: Architecture, report: PruningReport, granularity: str
 ) -> tuple[dict[str, int], list[str]]:
     """Zeros per unit, and the matrices that break the pattern."""
-    pattern, counts = Pattern.parse(_pattern(report)), report.allocation.counts()
-    units = architecture.units(granularity)
+    pattern, counts = report.config.resolved.pattern, report.allocation.counts()
+    units = _units(architecture, granularity)
     shares: dict[str, int] = {}
     for unit, weights in units.items():
         shares |= split_count(counts[unit], {weight.name: weight.size for weight in weights})
@@ -175,6 +176,14 @@ def _count(
 
     zeros = count_zeros(model, architecture, look)
     return {unit: sum(zeros[weight.name] for weight in weights) for unit, weights in units.items()}, breaches
+
+
+def _units(architecture: Architecture, granularity: str) -> dict[str, tuple[Weight, ...]]:
+    return {plain_name(unit): weights for unit, weights in architecture.units(granularity).items()}
+
+
+def _granularity_of(described: Collection[str], architecture: Architecture) -> str | None:
+    return next((known for known in GRANULARITIES if _units(architecture, known).keys() == set(described)), None)
 
 
 def _pattern(report: PruningReport) -> str:

@@ -140,13 +140,16 @@ def add_bos_option(parser) -> None:
     )
 
 
-def check_texts(args) -> None:
-    """Raise what is wrong with the texts that the options name; before a model is loaded, which may take minutes."""
+def check_texts(args, data) -> None:
+    """Raise what is wrong with the texts that the options name, read as the `DataConfig` says.
+
+    To be called before a model is loaded, which may take minutes.
+    """
     from ..data import check_source
 
     for source in (args.dataset, getattr(args, "validation", None)):
         if source:
-            check_source(source, args.text_column or "text", args.split)
+            check_source(source, data.text_column, data.split)
 
 
 def add_loading_options(parser: ArgumentParser, reads_text: bool = True) -> None:

@@ -61,7 +61,7 @@ boolq,rte,hellaswag,winogrande,arc_easy,arc_challenge,openbookqa.
         import json
         import sys
 
-        from ..data import describe
+        from ..data import DataConfig, describe
         from ..evaluation.comparison import comparison_table
         from ..evaluation.kept import measured_once
         from ..evaluation.measure import measure
@@ -73,7 +73,7 @@ boolq,rte,hellaswag,winogrande,arc_easy,arc_challenge,openbookqa.
             raise ValueError("say what to measure: --dataset FILE, --tasks NAMES, or both")
         if args.output:
             check_results(args.output)
-        check_texts(args)
+        check_texts(args, DataConfig(text_column=args.text_column, split=args.split))
         names = ("windows", "bos", "sequence_length", "num_samples", "seed", "split", "text_column", "num_fewshot")
         options = {name: getattr(args, name) for name in (*names, "limit", "batch_size")}
         with contextlib.redirect_stdout(sys.stderr):  # data sets and lm-eval print

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .base import LeafCommand, add_loading_options, loading_options, say
+from .base import LeafCommand, add_bos_option, add_loading_options, check_texts, loading_options, say
 
 
 class PruneCommand(LeafCommand):
@@ -44,7 +44,18 @@ pattern     row, matrix, group:128, 2:4 (any N:M), mixed:8 (N:8, N from the allo
         what.add_argument("--spread", type=float, help="half the distance between most and least pruned block")
         what.add_argument("--pattern", help="see above (default: the method's)")
         what.add_argument("--update", help="none or sparsegpt (default: the method's)")
-        what.add_argument("--granularity", help="one sparsity per block (default) or per matrix")
+        what.add_argument("--granularity", help="one sparsity per block (default), matrix, or block:kind")
+        what.add_argument("--metric", help="what scores weights (default: the method's)")
+        what.add_argument("--allocation-metric", help="what the allocation is computed from (default: wanda)")
+        what.add_argument("--min-sparsity", type=float, help="least that a unit is pruned (default: 0)")
+        what.add_argument("--max-sparsity", type=float, help="most that a unit is pruned (default: 0.99)")
+        what.add_argument("--damping", type=float, help="added to X·Xᵀ, as a share of its mean (default: 0.01)")
+        what.add_argument(
+            "--true-sequential",
+            action="store_true",
+            default=None,
+            help="calibrate later matrices of a block on the pruned earlier ones",
+        )
         what.add_argument("--exclude", nargs="+", metavar="NAME", help="names or globs of weights to leave dense")
         what.add_argument("--include", nargs="+", metavar="NAME", help="matrices outside the blocks, such as lm_head")
         what.add_argument("--blocks", nargs="+", metavar="NAME", help="module lists to prune instead of those found")
@@ -54,6 +65,7 @@ pattern     row, matrix, group:128, 2:4 (any N:M), mixed:8 (N:8, N from the allo
         what.add_argument("--config", help="dsa_config.json, or a folder with one, to start from")
         data = add_calibration_options(parser)
         data.add_argument(
+            "--no-sequential",
             "--one-pass",
             dest="sequential",
             action="store_false",
@@ -77,8 +89,11 @@ pattern     row, matrix, group:128, 2:4 (any N:M), mixed:8 (N:8, N from the allo
 
         config = asked_config(self.args)
         options = {"max_shard_size": self.args.max_shard_size} if self.args.max_shard_size else {}
+        loading = loading_options(self.args)
+        if config.resolved.reads | config.resolved.allocation_reads:
+            check_texts(self.args, config.data)
         with OutputFolder(self.args.output) as output:
-            pruner = DSAPruner.from_pretrained(self.args.model, **loading_options(self.args))
+            pruner = DSAPruner.from_pretrained(self.args.model, **loading)
             output.require(weight_bytes(pruner.model))
             report = pruner.prune(self.args.dataset, config)
             say(str(report))
@@ -99,6 +114,7 @@ def add_calibration_options(parser):
     data.add_argument("--text-column", help="column that holds the text (default: text)")
     data.add_argument("--num-samples", type=int, help="sequences to draw (default: 128)")
     data.add_argument("--sequence-length", type=int, help="tokens per sequence (default: the model's, max 2048)")
+    add_bos_option(data)
     data.add_argument("--seed", type=int, help="which sequences are drawn (default: 0)")
     data.add_argument("--batch-size", type=int, help="sequences per forward pass (default: 8)")
     return data
@@ -106,15 +122,12 @@ def add_calibration_options(parser):
 
 def asked_config(args, **given):
     """The `DSAConfig` that the options ask for, on top of `given` and of `--config` where there is one."""
-    from dataclasses import fields
-
+    from ..common.settings import nested, options_of
     from ..pruning.configuration import DSAConfig
 
-    asked = {
-        field.name: value for field in fields(DSAConfig) if (value := getattr(args, field.name, None)) is not None
-    }
+    asked = {name: value for name in options_of(DSAConfig) if (value := getattr(args, name, None)) is not None}
     path = getattr(args, "config", None)
     base = DSAConfig.from_pretrained(path).to_dict() if path else {}
     if "sparsity" not in base | asked:
         raise ValueError("say how much to remove, for example --sparsity 0.6")
-    return DSAConfig.from_dict(given | base | asked)
+    return DSAConfig.from_dict(nested(DSAConfig, given | base | asked))

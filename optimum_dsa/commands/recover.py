@@ -67,30 +67,32 @@ mode    what the adapters add to a weight W, with small factors A and B
         add_loading_options(parser)
 
     def execute(self) -> dict:
-        from dataclasses import fields
         from pathlib import Path
         from shlex import quote
 
         from ..common.output import OutputFolder
+        from ..common.settings import nested, options_of
         from ..model.parameters import weight_bytes
         from ..pruner import DSAPruner
         from ..recovery.configuration import RecoveryConfig
 
         args = self.args
-        names = [field.name for field in fields(RecoveryConfig)]
-        asked = {name: value for name in names if (value := getattr(args, name, None)) is not None}
+        asked = {
+            name: value for name in options_of(RecoveryConfig) if (value := getattr(args, name, None)) is not None
+        }
         if args.teacher and "distillation" not in asked:
             asked["distillation"] = 0.5
-        config = RecoveryConfig(**asked, merge=not args.keep_adapter)
+        config = RecoveryConfig(**nested(RecoveryConfig, asked), merge=not args.keep_adapter)
         output, model = Path(args.output), Path(args.model)
         if args.keep_adapter and model.is_dir() and model.resolve() == output.resolve():
             raise ValueError(f"--keep-adapter needs another --output: {model} holds the weights under the adapter.")
-        check_texts(args)
+        loading = loading_options(args)
+        check_texts(args, config.data)
         with OutputFolder(output, resume=args.resume) as place:
             checkpoints = args.checkpoints
             if checkpoints is None and (config.save_steps is not None or args.resume):
                 checkpoints = place.scratch("checkpoints")
-            pruner = DSAPruner.from_pretrained(args.model, **loading_options(args))
+            pruner = DSAPruner.from_pretrained(args.model, **loading)
             place.require(weight_bytes(pruner.model))
             result = pruner.recover(args.dataset, config, args.validation, args.teacher, checkpoints, args.resume)
             say(str(result))

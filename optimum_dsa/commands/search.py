@@ -82,23 +82,24 @@ strategy    named         uniform and every named allocator
         check_searchable(config)
         parse_budget(args.budget)
         STRATEGIES[args.strategy]
-        check_texts(args)
+        loading = loading_options(args)
+        check_texts(args, config.data)
         if args.seeds < 1:
             raise ValueError(f"--seeds is a number of searches, at least 1, got {args.seeds}.")
         if process_state().is_main_process:
             with OutputFolder(args.output, RESULT_FILES):
                 pass  # found before the model is loaded: what cannot or must not be written
-        pruner = DSAPruner.from_pretrained(args.model, **loading_options(args))
+        pruner = DSAPruner.from_pretrained(args.model, **loading)
         output, several = Path(args.output), args.seeds > 1
         with ExitStack() as stack:
             if several and process_state().is_main_process:
                 whole = stack.enter_context(OutputFolder(output, RESULT_FILES))
             results = []
-            for seed in range(config.seed, config.seed + args.seeds):
+            for seed in range(config.data.seed, config.data.seed + args.seeds):
                 results.append(
                     pruner.search(
                         args.dataset,
-                        replace(config, seed=seed),
+                        replace(config, data=replace(config.data, seed=seed)),
                         args.strategy,
                         args.budget,
                         args.validation,

@@ -1,15 +1,17 @@
 """One walk over the blocks: what every one-shot pruner does, said once.
 
 for block in walk_blocks(model, architecture, batches):   # first block first
-    for weight in block.weights:
-        tensor, statistics = block.tensor(weight), block.statistics[weight.name]
-        ...                                               # change the tensor, then say so: block.changed(weight)
+    for group in block.groups():                          # matrices that multiply the same input: q, k, v; o; ...
+        for weight in group.weights:
+            tensor, statistics = block.tensor(weight), group.statistics[weight.name]
+            ...                                           # change the tensor, then say so: block.changed(weight)
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+import warnings
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +23,26 @@ from .offload import resident
 from .statistics import CollectedStatistics, LayerStatistics
 
 
+# What a walk can collect of each weight's input: "inputs" (Σ x²), "gram" (X·Xᵀ as well).
+Reads = frozenset[str]
+_READS = {"nothing": frozenset(), "inputs": frozenset({"inputs"}), "gram": frozenset({"inputs", "gram"})}
+
+
+def reads_of(fact: str) -> Reads:
+    """What the fact `reads` of a registered metric, update or allocator stands for."""
+    if fact not in _READS:
+        raise ValueError(f"A registered operation reads {', '.join(map(repr, _READS))}, got {fact!r}.")
+    return _READS[fact]
+
+
+@dataclass(frozen=True)
+class Group:
+    """Weights of a block that multiply one and the same input, with its statistics."""
+
+    weights: tuple[Weight, ...]
+    statistics: Mapping[str, LayerStatistics]
+
+
 @dataclass(frozen=True)
 class WalkedBlock:
     """The block at which a walk stands: its weights on their device, and the statistics of their inputs."""
@@ -29,6 +51,8 @@ class WalkedBlock:
     statistics: Mapping[str, LayerStatistics]
     model: nn.Module = field(repr=False)
     changes: set[str] = field(repr=False)
+    # weights -> statistics of their inputs in the block as it is now; None where nothing is run
+    again: Callable[[Sequence[Weight]], Mapping[str, LayerStatistics]] | None = field(default=None, repr=False)
 
     @property
     def name(self) -> str:
@@ -42,6 +66,22 @@ class WalkedBlock:
         """The live weight, (out_features, in_features); the walk sees what is written to it."""
         return weight.tensor(self.model)
 
+    def groups(self, true_sequential: bool = False) -> Iterator[Group]:
+        """The weights in groups that share an input, in the order in which the block runs them.
+
+        With `true_sequential` each group but the first gets statistics that are collected when its turn comes, from
+        the block as the groups before it were left: one more forward pass a group.
+        """
+        shared: dict[int, list[Weight]] = {}
+        order = {name: number for number, name in enumerate(self.statistics)}
+        for weight in sorted(self.weights, key=lambda weight: order.get(weight.name, 0)):
+            shared.setdefault(id(self.statistics.get(weight.name)), []).append(weight)
+        for number, weights in enumerate(shared.values()):
+            found = {weight.name: self.statistics[weight.name] for weight in weights if self.statistics}
+            if true_sequential and number and self.again is not None:
+                found = self.again(weights)
+            yield Group(tuple(weights), found)
+
     def changed(self, weight: Weight) -> None:
         """Say that `tensor(weight)` was written to, so that an offloaded weight is written back."""
         self.changes.add(f"{weight.module}.{weight.attribute}")
@@ -54,9 +94,10 @@ def walk_blocks(
     architecture: Architecture,
     batches: Sequence[Mapping[str, Tensor]] | CollectedStatistics | None,
     *,
-    gram: bool = False,
+    reads: Collection[str] = _READS["inputs"],
     sequential: bool = True,
     progress: Callable[[Sequence[Block]], Iterable[Block]] = iter,
+    gram: bool | None = None,
 ) -> Iterator[WalkedBlock]:
     """Each block with the statistics of its inputs, first block first.
 
@@ -68,14 +109,19 @@ def walk_blocks(
         batches (`Sequence[Mapping[str, Tensor]]`): inputs of the model by name, first dimension the samples. What an
             attention mask marks as padding is cut off. `None` runs nothing and gives no statistics, and
             `CollectedStatistics` runs nothing and gives those.
-        gram (`bool`, defaults to `False`): collect X·Xᵀ as well.
+        reads (`Collection[str]`, defaults to `{"inputs"}`): what is collected of each weight's input: "inputs" is Σ x²
+            (and always collected where there are batches), "gram" is X·Xᵀ as well.
         progress (`Callable[[Sequence[Block]], Iterable[Block]]`, defaults to `iter`): wraps the sequence of blocks, as
             tqdm does.
+        gram (`bool`, *optional*): earlier name of "gram" in `reads`.
 
     Raises:
         ValueError: NaN or infinities in the input of a weight, which it names.
         UnprunableError: the model does not run its blocks one after the other.
     """
+    if gram is not None:
+        warnings.warn("walk_blocks(gram=True) is walk_blocks(reads={'inputs', 'gram'}).", FutureWarning, stacklevel=2)
+    gram = gram or "gram" in reads
     blocks = iter(progress(architecture.blocks))
     if batches is None or isinstance(batches, CollectedStatistics):
         collected = batches.statistics if batches else {}
@@ -85,6 +131,7 @@ def walk_blocks(
                 yield WalkedBlock(block, found, model, changes)
         return
     batches = [part for batch in batches for part in without_padding(batch)]
+    real = [_real_tokens(model, batch) for batch in batches]
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:
@@ -99,9 +146,9 @@ def walk_blocks(
             for index, block in enumerate(stack.blocks):
                 next(blocks)
                 last = index + 1 == len(stack.blocks) and not needed
-                yield from _walk_block(model, block, calls, index, gram, sequential, last)
+                yield from _walk_block(model, block, calls, index, real, gram, sequential, last)
         if architecture.head is not None:
-            yield from _walk_head(model, next(blocks), stack, calls, batches, gram)
+            yield from _walk_head(model, next(blocks), stack, calls, batches, real, gram)
         next(blocks, None)  # lets a progress bar finish
     finally:
         for module in training:
@@ -109,19 +156,32 @@ def walk_blocks(
 
 
 def _walk_block(
-    model: nn.Module, block: Block, calls: BlockCalls, index: int, gram: bool, sequential: bool, last: bool
+    model: nn.Module,
+    block: Block,
+    calls: BlockCalls,
+    index: int,
+    real: Sequence[Tensor | None],
+    gram: bool,
+    sequential: bool,
+    last: bool,
 ) -> Iterator[WalkedBlock]:
     """One step of the walk: collect, hand out, move the activations on (unless it is the last)."""
     module = model.get_submodule(block.name)
-    with resident(model, [block.name]) as changes:
-        observer = Observer(gram)
-        with observing(model, block, observer):
+
+    def collect(weights: Sequence[Weight], move_on: bool = False) -> Mapping[str, LayerStatistics]:
+        """Statistics of what `weights` multiply in the block as it is now; `move_on` replaces what goes into it."""
+        part, observer = replace(block, weights=tuple(weights)), Observer(gram)
+        with observing(model, part, observer):
             for number in range(len(calls)):
-                observer.start_batch(calls.samples[number])
+                observer.start_batch(calls.samples[number], real[number])
                 output = calls.run(module, index, number)
-                if not sequential:
+                if move_on:
                     calls.hidden[number] = output
-        yield WalkedBlock(block, _checked(block, observer), model, changes)
+        return _checked(part, observer)
+
+    with resident(model, [block.name]) as changes:
+        again = collect if sequential else None  # otherwise what went into the block is gone
+        yield WalkedBlock(block, collect(block.weights, move_on=not sequential), model, changes, again)
         if sequential and not last:
             for number in range(len(calls)):
                 calls.hidden[number] = calls.run(module, index, number)
@@ -133,6 +193,7 @@ def _walk_head(
     stack: Stack,
     calls: BlockCalls,
     batches: Sequence[Mapping[str, Tensor]],
+    real: Sequence[Tensor | None],
     gram: bool,
 ) -> Iterator[WalkedBlock]:
     """The weights outside the blocks, on what the last stack gives."""
@@ -140,7 +201,7 @@ def _walk_head(
         observer = Observer(gram)
         with observing(model, head, observer):
             for number, batch in enumerate(batches):
-                observer.start_batch(calls.samples[number])
+                observer.start_batch(calls.samples[number], real[number])
                 run_behind(model, stack, calls, batch, number)
         yield WalkedBlock(head, _checked(head, observer), model, changes)
 
@@ -154,8 +215,13 @@ def without_padding(batch: Mapping[str, Tensor]) -> list[Mapping[str, Tensor]]:
 
 
 def _cut(batch: Mapping[str, Tensor], side: str) -> Iterator[Mapping[str, Tensor]]:
-    ids, mask = batch.get(f"{side}input_ids"), batch.get(f"{side}attention_mask")
-    if ids is None or mask is None or mask.shape != ids.shape or mask.bool().all():
+    """Parts of a batch whose samples are padded alike, without the padding of this side.
+
+    Whatever the mask runs along is cut, be it token ids, embeddings or the samples of a recording.
+    """
+    mask = batch.get(f"{side}attention_mask")
+    along = [] if mask is None or mask.dim() != 2 else _masked(batch, side, mask)
+    if not along or mask.bool().all():
         yield batch
         return
     samples: dict[tuple[int, int], list[int]] = {}
@@ -166,10 +232,35 @@ def _cut(batch: Mapping[str, Tensor], side: str) -> Iterator[Mapping[str, Tensor
         raise ValueError(f"The {side}attention_mask marks every token of a batch as padding.")
     for (start, stop), chosen in samples.items():
         part = {name: value[chosen] for name, value in batch.items()}
-        for name, value in part.items():
-            if name.startswith("decoder_") == bool(side) and batch[name].shape[:2] == ids.shape:
-                part[name] = value[:, start:stop]
+        for name in (*along, f"{side}attention_mask"):
+            part[name] = part[name][:, start:stop]
         yield part
+
+
+def _masked(batch: Mapping[str, Tensor], side: str, mask: Tensor) -> list[str]:
+    """Names of the inputs of one side that the mask runs along, without the mask itself."""
+    return [
+        name
+        for name, value in batch.items()
+        if name.startswith("decoder_") == bool(side)
+        and name != f"{side}attention_mask"
+        and value.shape[:2] == mask.shape
+    ]
+
+
+def _real_tokens(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor | None:
+    """(samples, length) bool where padding is left between tokens; `None` where it was at the ends, and is cut off."""
+    for side in ("", "decoder_"):
+        mask = batch.get(f"{side}attention_mask")
+        if mask is None or mask.dim() != 2 or mask.bool().all() or not _masked(batch, side, mask):
+            continue
+        if model.config.is_encoder_decoder:
+            raise ValueError(
+                f"The {side}attention_mask has holes between tokens, and which statistics they belong to cannot be "
+                "told in an encoder-decoder; give sequences that are padded at their ends only."
+            )
+        return mask.bool()
+    return None
 
 
 def _modules(block: Block) -> list[str]:

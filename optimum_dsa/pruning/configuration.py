@@ -5,26 +5,51 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from ..common.files import read_json, write_text
 from ..common.installation import how_to_upgrade
-from ..common.registry import near
-from ..common.values import is_number
+from ..common.settings import check_settings, section, setting, settings_from, settings_to, takes_flat_names
+from ..common.values import is_whole
+from ..data import DataConfig
+from ..model.architecture import GRANULARITIES
 from ..model.statistics import DAMPING
-from .allocation import ALLOCATIONS, Allocation, AllocationFunction, Allocator
+from .allocation import ALLOCATIONS, Allocation, AllocationFunction, Allocator, levels_within
+from .resolved_method import ResolvedMethod
 from .unstructured.methods import METHODS, Method
-from .unstructured.metrics import METRICS
 from .unstructured.patterns import Pattern
 from .unstructured.updates import UPDATES
 
 
 CONFIG_NAME = "dsa_config.json"
-FORMAT_VERSION = 2  # of that file
+FORMAT_VERSION = 3  # of that file
 
 
+@dataclass(frozen=True)
+class UpdateConfig:
+    """What becomes of the weights that stay.
+
+    Args:
+        name (`str`, *optional*): A row of `UPDATES`. Defaults to the method's.
+        damping (`float`, defaults to 0.01): Share of mean diag(X·Xᵀ) added to it before it is inverted.
+        true_sequential (`bool`, defaults to `False`): Whether the matrices of a block that come later (o; gate, up;
+            down) are calibrated on the pruned ones before them (q, k, v), too: more forward passes, better weights.
+    """
+
+    name: str | None = None
+    damping: float = setting(DAMPING, low=0)
+    true_sequential: bool = False
+
+    def __post_init__(self):
+        check_settings(self)
+        if self.name is not None:
+            UPDATES[self.name]
+
+
+@takes_flat_names
 @dataclass(frozen=True)
 class DSAConfig:
     """How to prune a model. Checked when it is made; a wrong value raises `ValueError` or `UnknownNameError`.
@@ -39,16 +64,13 @@ class DSAConfig:
             allocation's own.
         pattern (`str`, *optional*): `"row"`, `"matrix"`, `"group:128"`, `"2:4"` (any N:M) or `"mixed:8"`. Defaults to
             the method's.
-        update (`str`, *optional*): A row of `UPDATES`. Defaults to the method's.
-        granularity (`str`, defaults to `"block"`): One sparsity per `"block"` or per `"matrix"`. An allocation that
-            exists per matrix only (`er`, `er_plus`) is computed per matrix.
+        update (`UpdateConfig` or `str`, *optional*): What becomes of the weights that stay; a text is its name, a row
+            of `UPDATES`. Defaults to the method's.
+        granularity (`str`, defaults to `"block"`): One sparsity per `"block"`, per `"matrix"`, or per `"block:kind"`:
+            the attention of a block and its MLP apart. An allocation that exists per matrix only (`er`, `er_plus`) is
+            computed per matrix.
         sequential (`bool`, defaults to `True`): Whether each block is calibrated on the outputs of the pruned blocks
             before it.
-        num_samples (`int`, defaults to 128): Sequences to take from a text source.
-        sequence_length (`int`, *optional*): Tokens per sequence. Defaults to the model's longest, at most 2048.
-        text_column (`str`, defaults to `"text"`): The column of a dataset that holds the text.
-        split (`str`, *optional*): The split of a named dataset. Defaults to `"train"`.
-        seed (`int`, defaults to 0): Which sequences are taken.
         exclude (`tuple[str, ...]`): Names or glob patterns of weights to leave dense.
         include (`tuple[str, ...]`): Names of matrices outside the blocks to prune as well, such as `"lm_head"`.
         blocks (`tuple[str, ...]`): Names of the module lists to prune instead of the ones that are found.
@@ -57,77 +79,48 @@ class DSAConfig:
         allocation_metric (`str`, defaults to `"wanda"`): The scores from which the allocation is computed.
         min_sparsity (`float`, defaults to 0.0): The least that any unit is pruned.
         max_sparsity (`float`, defaults to 0.99): The most that any unit is pruned.
-        damping (`float`, defaults to 0.01): Share of mean diag(X·Xᵀ) added to it before it is inverted.
+        data (`DataConfig`): Which text feeds the statistics: samples, their length, column, split, seed.
         batch_size (`int`, defaults to 8): Sequences per forward pass. It does not change the result.
     """
 
-    sparsity: float
+    sparsity: float = setting(low=0, below=1, what="the share of weights to remove")
     method: str = "wanda"
     allocation: str | Allocation = "dsa"
-    spread: float | None = None
+    spread: float | None = setting(None, low=0, high=1, what="a half-width")
     pattern: str | None = None
-    update: str | None = None
-    granularity: str = "block"
+    update: UpdateConfig = section(UpdateConfig, shorthand="name")
+    granularity: str = setting("block", choices=GRANULARITIES)
     sequential: bool = True
-    num_samples: int = 128
-    sequence_length: int | None = None
-    text_column: str = "text"
-    split: str | None = None
-    seed: int = 0
     exclude: tuple[str, ...] = ()
     include: tuple[str, ...] = ()
     blocks: tuple[str, ...] = ()
     skip_unprunable: bool = False
     metric: str | None = None
     allocation_metric: str = "wanda"
-    min_sparsity: float = 0.0
-    max_sparsity: float = 0.99
-    damping: float = DAMPING
-    batch_size: int = 8
+    min_sparsity: float = setting(0.0, low=0, high=1)
+    max_sparsity: float = setting(0.99, low=0, high=1)
+    data: DataConfig = section(DataConfig)
+    batch_size: int = setting(8, low=1)
 
     def __post_init__(self):
-        for name in ("exclude", "include", "blocks"):
-            value = getattr(self, name)
-            if not isinstance(value, (list, tuple)) or not all(isinstance(item, str) for item in value):
-                raise ValueError(f"{name} is a list of names, got {value!r}; write {name}=['{value}'].")
-            object.__setattr__(self, name, tuple(value))
-        if not is_number(self.sparsity) or not 0 <= self.sparsity < 1:
-            raise ValueError(f"sparsity is the share of weights to remove, in [0, 1); got {self.sparsity!r}.")
-        for name in ("num_samples", "batch_size", "sequence_length"):
-            value = getattr(self, name)
-            if not (value is None and name == "sequence_length") and not (_whole(value) and value >= 1):
-                raise ValueError(f"{name} is a whole number of at least 1, got {value!r}.")
-        if not _whole(self.seed) or self.seed < 0:
-            raise ValueError(f"seed is a whole number of at least 0, got {self.seed!r}.")
-        if self.spread is not None and not (is_number(self.spread) and 0 <= self.spread <= 1):
-            raise ValueError(f"spread is a half-width in [0, 1], got {self.spread!r}.")
-        if not (is_number(self.damping) and self.damping >= 0):
-            raise ValueError(f"damping is at least 0, got {self.damping!r}.")
-        for name in ("min_sparsity", "max_sparsity"):
-            if not (is_number(getattr(self, name)) and 0 <= getattr(self, name) <= 1):
-                raise ValueError(f"{name} is in [0, 1], got {getattr(self, name)!r}.")
+        check_settings(self)
         if not self.min_sparsity <= self.sparsity <= self.max_sparsity:
             raise ValueError(
                 f"A sparsity of {self.sparsity} cannot be met with every unit in [{self.min_sparsity}, "
                 f"{self.max_sparsity}]; widen min_sparsity / max_sparsity or change the sparsity."
             )
-        if self.granularity not in ("block", "matrix"):
-            raise ValueError(f"granularity is 'block' or 'matrix', got {self.granularity!r}.")
-        for name in ("sequential", "skip_unprunable"):
-            if not isinstance(getattr(self, name), bool):
-                raise ValueError(f"{name} is true or false, got {getattr(self, name)!r}.")
-        names = {"method": False, "allocation_metric": False, "text_column": False}
-        for name, optional in (names | {"metric": True, "update": True, "split": True}).items():
-            value = getattr(self, name)
-            if not (isinstance(value, str) or (value is None and optional)):
-                raise ValueError(f"{name} is a name, got {value!r}.")
-        METHODS[self.method], METRICS[self.allocation_metric], METRICS[self.recipe.metric], UPDATES[self.recipe.update]
-        _ = self.allocator  # an unknown allocation is an error here
-        if not isinstance(self.recipe.pattern, str):
-            raise ValueError(f"pattern is a text such as '2:4', got {self.pattern!r}.")
-        self._check_pattern(Pattern.parse(self.recipe.pattern))
+        METHODS[self.method]
+        self._check_pattern(self.resolved.pattern)
 
     def _check_pattern(self, pattern: Pattern) -> None:
+        if pattern.kind == "mixed":
+            least, most = levels_within(pattern.width, self.min_sparsity, self.max_sparsity)
+            if not least <= self.sparsity * pattern.width <= most:
+                raise ValueError(
+                    f"A sparsity of {self.sparsity} cannot be met with pattern {pattern} and every unit in "
+                    f"[{self.min_sparsity}, {self.max_sparsity}], which leaves {least}/{pattern.width} to "
+                    f"{most}/{pattern.width}; choose a larger M, or widen min_sparsity / max_sparsity."
+                )
         if pattern.sparsity is None:
             return
         if not math.isclose(pattern.sparsity, self.sparsity, abs_tol=1e-6):
@@ -145,7 +138,12 @@ class DSAConfig:
     def recipe(self) -> Method:
         """Metric, pattern and update: the method's row with what this config replaces in it."""
         row = METHODS[self.method]
-        return Method(self.metric or row.metric, self.pattern or row.pattern, self.update or row.update)
+        return Method(self.metric or row.metric, self.pattern or row.pattern, self.update.name or row.update)
+
+    @cached_property
+    def resolved(self) -> ResolvedMethod:
+        """The functions behind metric, pattern and update, and what they need."""
+        return ResolvedMethod.of(self)
 
     @property
     def allocator(self) -> Allocator | None:
@@ -175,26 +173,20 @@ class DSAConfig:
         return self.allocation if isinstance(self.allocation, Allocation) else Allocation.load(self.allocation)
 
     def to_dict(self) -> dict[str, Any]:
-        """All fields as JSON values."""
-        data = {field.name: getattr(self, field.name) for field in fields(self)}
-        data |= {name: list(data[name]) for name in ("exclude", "include", "blocks")}
-        if isinstance(self.allocation, Allocation):
-            data["allocation"] = self.allocation.to_dict()
-        return data
+        """All fields as JSON values, sections as objects."""
+        data = settings_to(self)
+        return data | ({"allocation": self.allocation.to_dict()} if isinstance(self.allocation, Allocation) else {})
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> DSAConfig:
-        """The config in `to_dict`'s form; an unknown key raises `ValueError`."""
-        known = [field.name for field in fields(cls)]
-        for key in data:
-            if key not in known:
-                raise ValueError(f"DSAConfig has no {key!r}.{near(key, known)} Known: {', '.join(known)}.")
-        if "sparsity" not in data:
-            raise ValueError("DSAConfig needs a 'sparsity'.")
-        data = dict(data)
-        if isinstance(data.get("allocation"), Mapping):
-            data["allocation"] = Allocation.from_dict(data["allocation"])
-        return cls(**data)
+        """The config in `to_dict`'s form; settings of its sections may stand beside them, as before version 3.
+
+        Raises:
+            ValueError: a key that is no setting.
+        """
+        allocation = data.get("allocation")
+        given = {"allocation": Allocation.from_dict(allocation)} if isinstance(allocation, Mapping) else {}
+        return settings_from(cls, {**data, **given})
 
     def save_pretrained(self, directory: str | Path) -> None:
         """Write `dsa_config.json` with this config into `directory`; never over that of a pruned model."""
@@ -214,7 +206,7 @@ class DSAConfig:
         if not isinstance(data, Mapping) or not isinstance(data.get("config", data), Mapping):
             raise ValueError(f"{path} holds no DSAConfig.")
         version = data.get("format_version", 1)
-        if not _whole(version) or not 1 <= version <= FORMAT_VERSION:
+        if not is_whole(version) or not 1 <= version <= FORMAT_VERSION:
             raise ValueError(
                 f"{path} has version {version!r} of the format, and this optimum-dsa knows up to {FORMAT_VERSION}; "
                 f"upgrade it with {how_to_upgrade()}."
@@ -237,7 +229,3 @@ def _exists(path: str) -> bool:
         return bool(path) and Path(path).exists()
     except (OSError, ValueError):  # no path at all: too long, or with a zero byte
         return False
-
-
-def _whole(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..model.adapters import inner_model, plain_name
-from ..model.architecture import Architecture, Weight, find_architecture
+from ..model.architecture import GRANULARITIES, Architecture, Weight, find_architecture
 from ..model.walk import walk_blocks
 from .allocation import Allocation
 from .configuration import CONFIG_NAME
@@ -19,6 +19,11 @@ from .report import PruningReport
 MEASURED = "measured"  # the name of an allocation that nobody gave: the zeros that were found
 # A share of zeros that nobody made: weights of a dense model that rounding brought there are fewer by far.
 FEWEST_ZEROS = 0.01
+
+
+def zeros_in(tensor: Tensor) -> int:
+    """How many entries of a tensor are zero."""
+    return int((tensor == 0).sum())
 
 
 @torch.no_grad()
@@ -54,7 +59,7 @@ def counted(report: PruningReport, model: nn.Module) -> PruningReport:
     inner, config = inner_model(model), report.config
     architecture = find_architecture(inner, config.blocks, config.exclude, config.include, skip_unprunable=True)
     zeros = count_zeros(inner, architecture)
-    for granularity in ("block", "matrix"):
+    for granularity in (report.allocation.granularity,) if report.allocation.granularity else GRANULARITIES:
         found = _shares(zeros, architecture, granularity).sparsity
         if found.keys() == report.allocation.sizes.keys():
             return replace(report, achieved=found)
@@ -67,4 +72,4 @@ def _shares(zeros: dict[str, int], architecture: Architecture, granularity: str)
     units = architecture.units(granularity)
     sizes = {plain_name(unit): sum(weight.size for weight in weights) for unit, weights in units.items()}
     counts = {plain_name(unit): sum(zeros[weight.name] for weight in weights) for unit, weights in units.items()}
-    return Allocation({unit: counts[unit] / size for unit, size in sizes.items()}, sizes, MEASURED)
+    return Allocation({unit: counts[unit] / size for unit, size in sizes.items()}, sizes, MEASURED, granularity)

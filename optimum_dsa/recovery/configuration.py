@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
-from ..common.registry import near
+from ..common.settings import check_settings, section, setting, settings_from, settings_to, takes_flat_names
+from ..data import DataConfig
 from .adapters.modes import MODES
 
 
@@ -17,6 +17,7 @@ RANKS = ("allocation", "uniform")
 LEARNING_RATES = {"mask": 1e-3, "scale": 1e-3, "spp": 4e-3, "full": 3e-4}
 
 
+@takes_flat_names
 @dataclass(frozen=True)
 class RecoveryConfig:
     """How to train a pruned model back. Checked when it is made; a wrong value raises `ValueError`.
@@ -39,12 +40,8 @@ class RecoveryConfig:
         distillation (`float`, defaults to 0.0): Weight of the divergence from the dense model's predictions, in
             [0, 1]; the rest is the language modelling loss.
         temperature (`float`, defaults to 1.0): Softens both predictions that are compared.
-        sequence_length (`int`, *optional*): Tokens per sequence. Defaults to the model's longest, at most 2048.
-        text_column (`str`, defaults to `"text"`): The column of a dataset that holds the text.
-        split (`str`, *optional*): The split of a named dataset. Defaults to `"train"`.
-        bos (`bool`, *optional*): Whether each sequence starts with the tokenizer's beginning-of-sequence token. By
-            default where the tokenizer adds it.
-        seed (`int`, defaults to 0): Order of the text, and the adapters' start.
+        data (`DataConfig`): Which text is trained on: how much, how long a sequence, column, split, and the seed of
+            its order and of the adapters' start.
         validation_windows (`int`, defaults to 32): Windows on which perplexity is measured; where no validation text
             is given, they are taken from the training text, which then does without them.
         eval_steps (`int`, defaults to 50): Steps between two measurements of the validation loss.
@@ -54,62 +51,30 @@ class RecoveryConfig:
         gradient_checkpointing (`bool`, defaults to `False`): Less memory for more time.
     """
 
-    method: str = "sparse-lora"
+    method: str = setting("sparse-lora", choices=METHODS)
     mode: str = "mask"
-    steps: int = 300
-    learning_rate: float | None = None
-    batch_size: int = 8
-    accumulation: int = 1
-    weight_decay: float = 0.0
-    rank: int = 16
-    alpha: float | None = None
-    ranks: str = "allocation"
+    steps: int = setting(300, low=1)
+    learning_rate: float | None = setting(None, low=0)
+    batch_size: int = setting(8, low=1)
+    accumulation: int = setting(1, low=1)
+    weight_decay: float = setting(0.0, low=0)
+    rank: int = setting(16, low=1)
+    alpha: float | None = setting(None, low=0)
+    ranks: str = setting("allocation", choices=RANKS)
     merge: bool = True
-    distillation: float = 0.0
-    temperature: float = 1.0
-    sequence_length: int | None = None
-    text_column: str = "text"
-    split: str | None = None
-    bos: bool | None = None
-    seed: int = 0
-    validation_windows: int = 32
-    eval_steps: int = 50
-    patience: int | None = None
-    save_steps: int | None = None
+    distillation: float = setting(0.0, low=0, high=1)
+    temperature: float = setting(1.0, low=1e-3)
+    data: DataConfig = section(DataConfig)
+    validation_windows: int = setting(32, low=1)
+    eval_steps: int = setting(50, low=1)
+    patience: int | None = setting(None, low=1)
+    save_steps: int | None = setting(None, low=1)
     bf16: bool = False
     gradient_checkpointing: bool = False
 
     def __post_init__(self):
-        for name, known in (("method", METHODS), ("ranks", RANKS)):
-            value = getattr(self, name)
-            if value not in known:
-                raise ValueError(f"{name} is one of {', '.join(known)}, got {value!r}.{near(str(value), known)}")
+        check_settings(self)
         MODES[self.mode]
-        for name in ("steps", "batch_size", "accumulation", "rank", "validation_windows", "eval_steps"):
-            self._whole(name, 1)
-        for name in ("sequence_length", "patience", "save_steps"):
-            if getattr(self, name) is not None:
-                self._whole(name, 2 if name == "sequence_length" else 1)
-        self._whole("seed", 0)
-        if not (self.bos is None or isinstance(self.bos, bool)):
-            raise ValueError(f"bos is true, false or None, got {self.bos!r}.")
-        for name, low, high in (
-            ("distillation", 0.0, 1.0),
-            ("weight_decay", 0.0, math.inf),
-            ("temperature", 1e-3, math.inf),
-            ("learning_rate", 0.0, math.inf),
-            ("alpha", 0.0, math.inf),
-        ):
-            value = getattr(self, name)
-            if value is None and name in ("learning_rate", "alpha"):
-                continue
-            if not isinstance(value, (int, float)) or not low <= value <= high:
-                raise ValueError(f"{name} is a number in [{low:g}, {high:g}], got {value!r}.")
-
-    def _whole(self, name: str, least: int) -> None:
-        value = getattr(self, name)
-        if not isinstance(value, int) or isinstance(value, bool) or value < least:
-            raise ValueError(f"{name} is a whole number of at least {least}, got {value!r}.")
 
     @property
     def rate(self) -> float:
@@ -123,14 +88,10 @@ class RecoveryConfig:
         return self.steps * self.batch_size * self.accumulation
 
     def to_dict(self) -> dict[str, Any]:
-        """All fields as JSON values."""
-        return asdict(self)
+        """All fields as JSON values, sections as objects."""
+        return settings_to(self)
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> RecoveryConfig:
         """The config in `to_dict`'s form; an unknown key raises `ValueError`."""
-        known = [field.name for field in fields(cls)]
-        for key in data:
-            if key not in known:
-                raise ValueError(f"RecoveryConfig has no {key!r}.{near(key, known)} Known: {', '.join(known)}.")
-        return cls(**data)
+        return settings_from(cls, data)

@@ -17,6 +17,7 @@ from transformers import EarlyStoppingCallback, TrainingArguments, default_data_
 from ..checkpoint.load import load_model
 from ..common.installation import how_to_install
 from ..evaluation.perplexity import perplexity_with_error
+from ..model.adapters import has_adapters
 from ..model.architecture import find_architecture
 from ..model.offload import is_offloaded
 from ..model.parameters import one_name_each
@@ -99,6 +100,8 @@ def _check(
             f"{type(model).__name__} was not pruned: no dsa_config.json says so, and {report.sparsity:.2%} of its "
             "prunable weights are zero. Prune it first; a dense model is trained with transformers' Trainer."
         )
+    if has_adapters(model):
+        raise ValueError("The model has an adapter already; merge it first (model.merge_and_unload()).")
     if is_offloaded(model):
         raise ValueError("A model with offloaded weights cannot be trained; load it on one device.")
     if bool(config.distillation) != (teacher is not None):
@@ -135,7 +138,7 @@ def _with_adapters(model: nn.Module, config: RecoveryConfig, report: PruningRepo
     modules = [weight.module for weight in weights if weight.expert is None and users[one_name[weight.name]] == 1]
     if not modules:
         raise ValueError(f"{type(model).__name__} has no pruned nn.Linear or Conv1D; use method='full'.")
-    set_seed(config.seed)
+    set_seed(config.data.seed)
     options = {
         "r": config.rank,
         "lora_alpha": config.alpha if config.alpha is not None else 2 * config.rank,
@@ -185,7 +188,7 @@ def make_trainer(
         gradient_accumulation_steps=config.accumulation,
         bf16=config.bf16,
         **memory,
-        seed=config.seed,
+        seed=config.data.seed,
         eval_strategy="steps",
         eval_steps=config.eval_steps,
         logging_steps=config.eval_steps,

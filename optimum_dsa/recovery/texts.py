@@ -18,7 +18,7 @@ def read_windows(
     Raises:
         ValueError: too little text, no tokenizer for text, or tokens that the model does not know.
     """
-    wanted = config.windows + (config.validation_windows if validation is None else 0)
+    wanted = (config.data.num_samples or config.windows) + (config.validation_windows if validation is None else 0)
     windows = _read(model, tokenizer, train, config, wanted)
     if validation is not None:
         held_out = _read(model, tokenizer, validation, config, config.validation_windows)[: config.validation_windows]
@@ -41,7 +41,7 @@ def read_windows(
         "tokens": config.windows * windows.shape[1],
     }
     if not isinstance(train, Tensor):
-        data["bos"] = starts_with_bos(tokenizer, config.bos)
+        data["bos"] = starts_with_bos(tokenizer, config.data.bos)
     return windows, held_out, data
 
 
@@ -52,8 +52,8 @@ def _read(model: nn.Module, tokenizer: Any, source: Any, config: RecoveryConfig,
         return source.long()
     if tokenizer is None:
         raise ValueError("Training text needs a tokenizer; pass one, or token ids of shape (samples, length).")
-    length = config.sequence_length or default_length(model)
-    texts, bos = iterate_texts(source, config.text_column, config.split), starts_with_bos(tokenizer, config.bos)
+    data, length = config.data, config.data.sequence_length or default_length(model)
+    texts, bos = iterate_texts(source, data.text_column, data.split), starts_with_bos(tokenizer, data.bos)
     windows = cut_windows(texts, tokenizer, length, wanted, bos)
     if len(windows) == 0:
         raise ValueError(f"{describe(source)} holds 0 windows of {length} tokens; give more text or shorter windows.")

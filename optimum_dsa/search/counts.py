@@ -22,10 +22,10 @@ def allocation_of(counts: Mapping[str, int], blocks: Units, name: str = "custom"
     totals = {block: sum(counts[matrix] for matrix in sizes) for block, sizes in parts.items()}
     if all(split_count(totals[block], sizes) == {m: counts[m] for m in sizes} for block, sizes in parts.items()):
         sizes = {block: sum(matrices.values()) for block, matrices in parts.items()}
-        return Allocation({block: totals[block] / sizes[block] for block in sizes}, sizes, name)
+        return Allocation({block: totals[block] / sizes[block] for block in sizes}, sizes, name, "block")
     sizes = {matrix: size for matrices in parts.values() for matrix, size in matrices.items()}
     sizes = {matrix: sizes[matrix] for matrix in counts}
-    return Allocation({matrix: counts[matrix] / size for matrix, size in sizes.items()}, sizes, name)
+    return Allocation({matrix: counts[matrix] / size for matrix, size in sizes.items()}, sizes, name, "matrix")
 
 
 def counts_of(allocation: Allocation, units: Units) -> dict[str, int]:

@@ -47,11 +47,11 @@ class Functions(NamedTuple):
 
     Attributes:
         makers: each makes the function of its place: most are never looked at.
-        wishes: (functions, units) float64, the sparsity that each would like, before it is fitted to the budget.
+        proposals: (functions, units) float64, the sparsity that each would like, before it is fitted to the budget.
     """
 
     makers: list[Callable[[], AllocationFunction]]
-    wishes: Tensor
+    proposals: Tensor
 
 
 @dataclass(frozen=True)
@@ -99,7 +99,7 @@ def enumerate_space(space: SearchSpace, resolver: Resolver) -> Enumeration:
     reductions = tuple(name for name in space.reduction if name != "no_op")
     config = resolver.config
     functions = _functions(space, transforms, _numbers(resolver, pre_processes, reductions), config.sparsity)
-    allocations = _removed(resolver, functions.wishes)
+    allocations = _removed(resolver, functions.proposals)
     pre, transform = len(space.pre_process) + 1, len(space.transform) + 1
     texts = (1 + pre + pre**2) * (len(reductions) + 1) * (transform + transform**2)
     # functions are listed with the shorter stages first, so that the first of a group is its shortest
@@ -135,12 +135,12 @@ class _Distinct(NamedTuple):
         )
 
 
-def _removed(resolver: Resolver, wishes: Tensor) -> _Distinct:
-    """The allocations of blocks that `prune` would make of wishes, (functions, units)."""
+def _removed(resolver: Resolver, proposals: Tensor) -> _Distinct:
+    """The allocations of blocks that `prune` would make of proposals, (functions, units)."""
     config = resolver.config
     bounds = config.min_sparsity, config.max_sparsity
     matrices = [[weight.size for weight in weights] for weights in resolver.units["block"].values()]
-    counts = round_matrices(fit_counts(wishes, block_sizes(resolver), config.sparsity, *bounds), matrices, *bounds)
+    counts = round_matrices(fit_counts(proposals, block_sizes(resolver), config.sparsity, *bounds), matrices, *bounds)
     asked = _Distinct.of(counts, torch.ones(len(counts), dtype=torch.int64), torch.arange(len(counts)))
     if max(resolver.steps) == 1:
         return asked
@@ -217,9 +217,11 @@ def _reduce_matrices(resolver, stages, names, rows, columns, found) -> None:
 
 def _functions(space: SearchSpace, transforms: Sequence[Stage], numbers: Numbers, target: float) -> Functions:
     """Every base with every tail; shorter stages come first, so that the first of a group is its shortest."""
-    makers, wishes = [], []
+    makers, proposals = [], []
     for transform, post_process, sign in product(transforms, dict.fromkeys(space.post_process), space.signs):
         tail = AllocationFunction((), "mean", transform, post_process, sign, space.spreads[0])
-        makers += [partial(replace, tail, **base._asdict()) for base in numbers.bases]
-        wishes.append(tail.wishes(numbers.values, target))
-    return Functions(makers, torch.cat(wishes))
+        makers += [
+            partial(replace, tail, pre_process=base.pre_process, reduction=base.reduction) for base in numbers.bases
+        ]
+        proposals.append(tail.proposals(numbers.values, target))
+    return Functions(makers, torch.cat(proposals))

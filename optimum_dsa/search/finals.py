@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from .problem import UNIFORM, Budget, Problem
 from .resolver import Resolver
@@ -65,22 +65,25 @@ class FinalRound:
 
     def note(self, whole: FinalRound) -> str | None:
         """What is less than in `whole`, for the user."""
-        if self == whole:
-            return None
-        return (
-            f"the budget had room for {self.finalists} of {whole.finalists} finalists besides uniform, on "
-            f"{self.windows} of {whole.windows} validation windows"
-        )
+        less = []
+        if self.finalists < whole.finalists:
+            less.append(f"{self.finalists} of {whole.finalists} finalists besides uniform")
+        if self.windows < whole.windows:
+            less.append(f"{self.windows} of {whole.windows} validation windows after the prune")
+        return f"the budget had room for {' and '.join(less)}" if less else None
 
 
 def rank(serve: Serve, problem: Problem, ranking: Sequence[Candidate], whole: FinalRound) -> tuple[Finalist, ...]:
     """The finalists by their loss after the prune, best first; beside it that of one-shot masks."""
     resolver, budget = problem.resolver, problem.budget
     budget.strategy_tokens = budget.spent_tokens
+    chosen = choose(ranking, resolver, whole.finalists)
+    whole = replace(whole, finalists=len(chosen) - 1)
     final = whole.within(budget, problem.length)
+    if final.finalists < whole.finalists:
+        chosen = choose(ranking, resolver, final.finalists)
     if (note := final.note(whole)) is not None:
         problem.notes.append(note)
-    chosen = choose(ranking, resolver, final.finalists)
     serve([Request("anchor", Candidate("dense", counts=(0,) * len(resolver.sizes)))])
     proxies = _proxies(serve, chosen, problem.rungs, final.proxy_windows)
     trials = serve([Request("sequential", candidate, 0, final.windows) for candidate in chosen])

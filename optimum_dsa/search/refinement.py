@@ -99,8 +99,8 @@ def descent(
         logs = (slopes / middle).clamp_min(0.1).log()
         pull = (logs - (logs * sizes).sum() / sizes.sum()).clamp(-1.5, 1.5)
         motion = inertia * motion + (1 - inertia) * pull
-        wishes = torch.tensor(counts) / sizes - step * (0.1 + 0.9 * left) * motion
-        counts = resolver.fit(dict(zip(resolver.sizes, wishes.tolist())))
+        proposed = torch.tensor(counts) / sizes - step * (0.1 + 0.9 * left) * motion
+        counts = resolver.fit(dict(zip(resolver.sizes, proposed.tolist())))
         path.append(counts)
     if not path:
         return [best]

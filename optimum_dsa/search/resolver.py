@@ -69,10 +69,10 @@ class Resolver:
 
     @torch.no_grad()
     def _walk(self, calibration: Calibration) -> None:
-        gram = any(allocator.reads == "gram" for allocator in self.allocators.values())
+        reads = ("inputs", "gram") if any(each.reads == "gram" for each in self.allocators.values()) else ("inputs",)
         batches = calibration.batches(self.config.batch_size)
         for walked in walk_blocks(
-            self.model, self.architecture, batches, gram=gram, sequential=False, progress=_shown
+            self.model, self.architecture, batches, reads=reads, sequential=False, progress=_shown
         ):
             tensors = {weight.name: walked.tensor(weight) for weight in walked.weights}
             for weight in walked.weights:
@@ -111,19 +111,19 @@ class Resolver:
         if function is None or (allocator is not None and candidate.granularity == "block"):
             # what goes by a name was measured on the scores themselves, as `allocate` does, others on histograms
             granularity = allocator.granularity or "block"
-            wishes = allocator.wish(self.measured[candidate.function], target, candidate.spread)
+            proposed = allocator.propose(self.measured[candidate.function], target, candidate.spread)
         else:
             granularity = candidate.granularity
             stages = (function.pre_process, function.reduction, granularity)
-            wishes = function.wish(dict(zip(self.units[granularity], self._measure(*stages))), target)
+            proposed = function.propose(dict(zip(self.units[granularity], self._measure(*stages))), target)
         offsets = dict(candidate.offsets)
         if offsets and granularity == "block":
             blocks = self.units["block"]
-            wishes = {w.name: wishes[block] for block, weights in blocks.items() for w in weights}
+            proposed = {w.name: proposed[block] for block, weights in blocks.items() for w in weights}
             granularity = "matrix"
         if offsets:
-            wishes = {name: value + offsets.get(self.kinds[name], 0.0) for name, value in wishes.items()}
-        return self._fit(wishes, granularity)
+            proposed = {name: value + offsets.get(self.kinds[name], 0.0) for name, value in proposed.items()}
+        return self._fit(proposed, granularity)
 
     def removed(self, candidate: Candidate) -> tuple[int, ...]:
         """What `prune` removes per matrix where the candidate's counts are asked for; raises as `counts` does."""
@@ -141,19 +141,19 @@ class Resolver:
         rounded = self.realisation.rounded(counts_of(Allocation(shares, sizes), blocks))
         return tuple(sum(rounded[weight.name] for weight in weights) for weights in blocks.values())
 
-    def _fit(self, wishes: dict[str, float], granularity: str) -> tuple[int, ...]:
+    def _fit(self, proposed: dict[str, float], granularity: str) -> tuple[int, ...]:
         units = self.units[granularity]
         sizes = {name: sum(weight.size for weight in weights) for name, weights in units.items()}
         bounds = self.config.min_sparsity, self.config.max_sparsity
-        allocation = fit_to_budget(wishes, sizes, self.config.sparsity, *bounds)
+        allocation = fit_to_budget(proposed, sizes, self.config.sparsity, *bounds)
         matrices = {name: [weight.size for weight in weights] for name, weights in units.items()}
         allocation = fit_to_matrices(allocation, matrices, *bounds)
         counts = counts_of(allocation, units)
         return tuple(counts[name] for name in self.sizes)
 
-    def fit(self, wishes: dict[str, float]) -> tuple[int, ...]:
+    def fit(self, proposed: dict[str, float]) -> tuple[int, ...]:
         """The counts nearest to a wished-for sparsity per matrix."""
-        return self._fit(wishes, "matrix")
+        return self._fit(proposed, "matrix")
 
     def allocation(self, counts: Sequence[int], name: str) -> Allocation:
         """Counts per matrix as an `Allocation`: per block where all matrices of every block have one sparsity."""

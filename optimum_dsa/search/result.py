@@ -179,7 +179,7 @@ def robustness_table(results: Sequence[SearchResult]) -> str:
     lines = [f"{'seed':>4}{'validation loss':>17}{'perplexity':>12}  allocation"]
     winners = [result.finalists[0] for result in results]
     for result, row in zip(results, winners):
-        lines.append(f"{result.config.seed:>4}{row.loss:>17.4f}{row.perplexity:>12.2f}  {row.candidate}")
+        lines.append(f"{result.config.data.seed:>4}{row.loss:>17.4f}{row.perplexity:>12.2f}  {row.candidate}")
     if len(results) > 1:
         losses, perplexities = [row.loss for row in winners], [row.perplexity for row in winners]
         lines.append(f"mean{mean(losses):>17.4f}{mean(perplexities):>12.2f}")

@@ -148,7 +148,7 @@ def _problem(
     if space is None:
         kinds = tuple(dict.fromkeys(resolver.kinds.values()))
         space = SearchSpace(kinds=kinds) if len(kinds) <= 16 else SearchSpace()
-    problem = Problem(space, resolver, windows, length, budget, named, random.Random(config.seed))
+    problem = Problem(space, resolver, windows, length, budget, named, random.Random(config.data.seed))
     final = FinalRound(finalists, windows, problem.rungs[-1])
     return problem.with_share(1 - final.reserved(budget, length)), final
 

@@ -133,7 +133,7 @@ def uniform_like(allocation: Allocation) -> Allocation:
     """The same units and mean sparsity, all units alike."""
     shares = allocation.sparsity.values()
     mean = allocation.overall if any(allocation.sizes.values()) else sum(shares) / max(len(shares), 1)
-    return Allocation(dict.fromkeys(allocation.sizes, mean), dict(allocation.sizes), "uniform")
+    return Allocation(dict.fromkeys(allocation.sizes, mean), dict(allocation.sizes), "uniform", allocation.granularity)
 
 
 def _model(path: Path, name: str) -> Outcome:

@@ -10,6 +10,7 @@ from typing import Any
 
 from ..common.escaping import one_line
 from ..common.registry import Registry
+from ..common.settings import flag_of, flattened
 from ..data import DATASETS
 from ..pruning.allocation import ALLOCATIONS, POST_PROCESS, PRE_PROCESS, REDUCTION, TRANSFORM, AllocationFunction
 from ..pruning.configuration import CONFIG_NAME, DSAConfig
@@ -20,23 +21,6 @@ from ..recovery.configuration import RecoveryConfig
 from ..search.strategies import STRATEGIES
 
 
-FLAGS = {
-    "method": "--method",
-    "spread": "--spread",
-    "pattern": "--pattern",
-    "update": "--update",
-    "granularity": "--granularity",
-    "exclude": "--exclude",
-    "include": "--include",
-    "blocks": "--blocks",
-    "split": "--split",
-    "text_column": "--text-column",
-    "num_samples": "--num-samples",
-    "sequence_length": "--sequence-length",
-    "seed": "--seed",
-    "batch_size": "--batch-size",
-}
-FILE_ONLY = ("metric", "allocation_metric", "min_sparsity", "max_sparsity", "damping")
 _ADDRESS = re.compile(r"https?://[^\s<>()\[\]\"]+")
 _PATH = re.compile(r"~|\.{0,2}/|[A-Za-z]:[\\/]|\\\\|file:")
 
@@ -46,26 +30,24 @@ def command(facts: Mapping[str, Any]) -> str:
 
     Texts that were given in Python have no name; then the command says so.
     """
-    config = facts["config"]
-    defaults = DSAConfig(config["sparsity"]).to_dict()
+    config = flattened(DSAConfig, facts["config"])
+    defaults = flattened(DSAConfig, DSAConfig(config["sparsity"]).to_dict())
     base = facts.get("base_model") or {}
     words = ["optimum-cli", "dsa", "prune", _word(base.get("name")) or "BASE_MODEL", "-o", "OUT"]
     words += ["--sparsity", f"{config['sparsity']}"]
     changed = {name: value for name, value in config.items() if name in defaults and value != defaults[name]}
+    switches = [name for name, value in changed.items() if isinstance(value, bool)]
     options = {
-        flag: [_word(str(part)) for part in (value if isinstance(value, list) else [value])]
-        for name, flag in FLAGS.items()
-        if (value := changed.get(name)) is not None
+        flag_of(name): [_word(str(part)) for part in (value if isinstance(value, list) else [value])]
+        for name, value in changed.items()
+        if value is not None and name not in ("sparsity", "allocation", *switches)
     }
-    if any(name in changed for name in FILE_ONLY) or any(None in values for values in options.values()):
+    if any(None in values for values in options.values()):
         words += ["--config", CONFIG_NAME]
     for flag, values in options.items():
         words += [] if None in values else [flag, *values]
     words += ["--allocation", _word(config.get("allocation")) or CONFIG_NAME]
-    if "skip_unprunable" in changed:
-        words.append("--skip-unprunable")
-    if "sequential" in changed:
-        words.append("--one-pass")
+    words += [flag_of(name, off=not changed[name]) for name in switches]
     if facts.get("calibration"):
         source = calibration_source(facts)
         words += ["--dataset", (names_data(source) and _word(source)) or "YOUR_TEXT"]
@@ -133,7 +115,7 @@ def papers(config: Mapping[str, Any]) -> dict[str, str]:
 
     cite(METHODS, config.get("method"))
     cite(METRICS, config.get("metric"))
-    cite(UPDATES, config.get("update"))
+    cite(UPDATES, (config.get("update") or {}).get("name"))
     name = config.get("allocation")
     name = name.get("name") if isinstance(name, Mapping) else name
     name = str(name).split(", ")[0]  # a searched one goes on with its spread and offsets

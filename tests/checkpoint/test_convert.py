@@ -144,7 +144,7 @@ def test_one_tensor_at_a_time_is_in_memory(tmp_path):
     checkpoint(tmp_path / "in", tensors)
     code = """
         import sys, threading, time
-        from optimum_dsa.conversion import convert
+        from optimum_dsa.checkpoint.convert import convert
 
         def used():
             return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("RssAnon"))

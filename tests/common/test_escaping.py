@@ -9,7 +9,7 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from optimum_dsa import Allocation, DSAConfig, PruningReport
+from optimum_dsa import Allocation, DataConfig, DSAConfig, PruningReport
 from optimum_dsa.checkpoint.description import checksum, describe
 from optimum_dsa.checkpoint.verify import Verification
 from optimum_dsa.common.escaping import code_block, code_span, inline_markdown, one_line, table_cell, visible
@@ -135,7 +135,9 @@ def outcome(text: str, number: float = 0.5) -> Outcome:
     units = {f"{text}.0": 8, f"{text}.1.{text}.weight": 8, f"{text}{text}": 8}
     shares = dict.fromkeys(units, 0.5)
     allocation = Allocation(shares, units, text)
-    config = DSAConfig(0.5, exclude=(text,), include=(text, text), blocks=(text,), text_column=text, split=text)
+    config = DSAConfig(
+        0.5, exclude=(text,), include=(text, text), blocks=(text,), data=DataConfig(text_column=text, split=text)
+    )
     calibration = {"source": text, text: text, "samples": 8}
     report = PruningReport(config, allocation, shares, 100, calibration, {text: text}, {text: 0.1}, (text,), 1.0)
     recovery = {

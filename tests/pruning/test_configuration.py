@@ -1,11 +1,13 @@
 import json
+from dataclasses import replace
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from optimum_dsa import DSAConfig
+from optimum_dsa import DataConfig, DSAConfig, RecoveryConfig, UpdateConfig
 from optimum_dsa.common.registry import UnknownNameError
+from optimum_dsa.model.architecture import GRANULARITIES
 from optimum_dsa.pruning.allocation import ALLOCATIONS, Allocation
 from optimum_dsa.pruning.configuration import CONFIG_NAME
 from optimum_dsa.pruning.unstructured.methods import METHODS, Method
@@ -24,18 +26,25 @@ configs = st.builds(
     allocation=st.sampled_from([*sorted(ALLOCATIONS), "abslog/var/atan,asin/no_op@+0.1"])
     | st.just(Allocation({"a": 0.5}, {"a": 4})),
     spread=optional(st.floats(0, 1)),
-    pattern=optional(st.sampled_from(["row", "matrix", "group:64", "mixed:8"])),
-    update=optional(st.sampled_from(sorted(UPDATES))),
-    granularity=st.sampled_from(["block", "matrix"]),
+    pattern=optional(st.sampled_from(["row", "matrix", "group:64", "mixed:1000"])),
+    update=st.builds(
+        UpdateConfig,
+        name=optional(st.sampled_from(sorted(UPDATES))),
+        damping=st.floats(0, 10),
+        true_sequential=st.booleans(),
+    ),
+    granularity=st.sampled_from(GRANULARITIES),
     sequential=st.booleans(),
-    num_samples=st.integers(1, 10**6),
-    sequence_length=optional(st.integers(1, 10**6)),
-    seed=st.integers(0, 2**31),
+    data=st.builds(
+        DataConfig,
+        num_samples=optional(st.integers(1, 10**6)),
+        sequence_length=optional(st.integers(2, 10**6)),
+        seed=st.integers(0, 2**31),
+    ),
     exclude=st.lists(st.text(max_size=9), max_size=3),
     include=st.lists(st.text(max_size=9), max_size=3).map(tuple),
     skip_unprunable=st.booleans(),
     metric=optional(st.sampled_from(sorted(METRICS))),
-    damping=st.floats(0, 10),
     batch_size=st.integers(1, 999),
 )
 
@@ -70,7 +79,7 @@ def test_any_json_is_a_config_or_a_clear_error(data, sparsity):
 @pytest.mark.parametrize(
     "changes,message",
     [
-        ({"sparsity": 1.0}, r"in \[0, 1\); got 1.0"),
+        ({"sparsity": 1.0}, r"in \[0, 1\), got 1.0"),
         ({"sparsity": -0.1}, "got -0.1"),
         ({"sparsity": float("nan")}, "got nan"),
         ({"sparsity": "0.5"}, "got '0.5'"),
@@ -82,12 +91,17 @@ def test_any_json_is_a_config_or_a_clear_error(data, sparsity):
         ({"pattern": "two:four"}, "Unknown pattern"),
         ({"update": "obs"}, "Unknown update 'obs'"),
         ({"metric": "wnada"}, "Did you mean 'wanda'"),
-        ({"granularity": "layer"}, "'block' or 'matrix'"),
-        ({"num_samples": 0}, "num_samples is a whole number of at least 1"),
-        ({"sequence_length": 2.5}, "sequence_length"),
-        ({"seed": -1}, "seed"),
+        ({"granularity": "layer"}, "'block' or 'matrix' or 'block:kind', got 'layer'"),
+        ({"data": {"num_samples": 0}}, "num_samples is a whole number of at least 1"),
+        ({"data": {"sequence_length": 2.5}}, "sequence_length"),
+        ({"data": {"seed": -1}}, "seed"),
+        ({"data": {"sede": 1}}, "DataConfig has no 'sede'. Did you mean 'seed'"),
+        ({"data": 3}, "data is a DataConfig, got 3"),
+        ({"update": {"damping": -1}}, "damping is a number of at least 0, got -1"),
+        ({"pattern": "mixed:8", "sparsity": 0.9}, "which leaves 0/8 to 7/8; choose a larger M"),
+        ({"pattern": "mixed:4", "sparsity": 0.8}, "which leaves 0/4 to 3/4; choose a larger M"),
         ({"spread": 2}, "half-width"),
-        ({"exclude": "lm_head"}, r"write exclude=\['lm_head'\]"),
+        ({"exclude": "lm_head"}, r"Write exclude=\['lm_head'\]"),
         ({"max_sparsity": 0.4}, "widen min_sparsity / max_sparsity"),
         ({"pattern": "2:4", "sparsity": 0.7, "allocation": "uniform"}, "use sparsity=0.5 or pattern='mixed:4'"),
         ({"pattern": "2:4"}, "nothing to allocate; use allocation='uniform'"),
@@ -130,3 +144,24 @@ def test_every_method_is_made_of_known_parts_with_a_reference():
 def test_an_allocator_that_exists_per_matrix_only_is_computed_per_matrix():
     assert DSAConfig(0.5, allocation="er").unit_granularity == "matrix"
     assert DSAConfig(0.5, allocation="dsa").unit_granularity == "block"
+
+
+@pytest.mark.parametrize("cls,first", [(DSAConfig, {"sparsity": 0.5}), (RecoveryConfig, {})])
+def test_settings_of_a_section_are_taken_and_read_by_their_own_name_with_a_warning(cls, first):
+    with pytest.warns(FutureWarning, match=r"seed is a setting of its data: write data=DataConfig\(seed=...\)"):
+        config = cls(**first, seed=3)
+    assert config == cls(**first, data=DataConfig(seed=3))
+    with pytest.warns(FutureWarning, match=r"read .data.seed"):
+        assert config.seed == 3
+    with pytest.warns(FutureWarning):
+        assert replace(config, split="test").data == DataConfig(seed=3, split="test")
+    with pytest.raises(AttributeError, match="sede"):
+        _ = config.sede
+
+
+def test_a_file_of_an_earlier_version_is_read(tmp_path):
+    earlier = {"sparsity": 0.5, "update": "sparsegpt", "damping": 0.1, "num_samples": 4, "seed": 2}
+    expected = DSAConfig(0.5, update=UpdateConfig("sparsegpt", 0.1), data=DataConfig(4, seed=2))
+    for content in ({"format_version": 2, "config": earlier}, {"format_version": 1, "config": earlier}, earlier):
+        (tmp_path / CONFIG_NAME).write_text(json.dumps(content))
+        assert DSAConfig.from_pretrained(tmp_path) == expected

@@ -6,10 +6,18 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from optimum_dsa import ALLOCATIONS, METHODS, Allocation, DSAConfig, allocate, find_architecture, prune
+from optimum_dsa import (
+    ALLOCATIONS,
+    METHODS,
+    Allocation,
+    DSAConfig,
+    UpdateConfig,
+    allocate,
+    find_architecture,
+    prune,
+)
 from optimum_dsa.model.statistics import CollectedStatistics
 from optimum_dsa.model.walk import walk_blocks
-from optimum_dsa.pruning.prune import allocation_needs_inputs, needs_gram, pruning_needs_inputs
 
 from ..tiny import VOCABULARY, same_state, state, tiny_llama, tokens
 
@@ -162,7 +170,7 @@ def test_an_allocation_that_does_not_fit_is_refused(allocation, message):
 def test_data_are_needed_only_where_something_reads_them():
     def needs(**changes):
         config = DSAConfig(0.5, **changes)
-        return pruning_needs_inputs(config), allocation_needs_inputs(config)
+        return bool(config.resolved.reads), bool(config.resolved.allocation_reads)
 
     assert needs(method="magnitude", allocation="uniform") == (False, False)
     assert needs(method="magnitude", allocation="er") == (False, False)
@@ -235,7 +243,7 @@ def test_the_report_says_what_was_asked_and_achieved():
 
 def test_raised_damping_is_reported():
     model = tiny_llama(num_hidden_layers=2)
-    report = prune(model, tokens(1, 4), DSAConfig(0.5, "sparsegpt", "uniform", damping=0.0))
+    report = prune(model, tokens(1, 4), DSAConfig(0.5, "sparsegpt", "uniform", update=UpdateConfig(damping=0.0)))
     assert report.damping and "damping raised for" in str(report)
     assert all(parameter.isfinite().all() for parameter in model.parameters())
 
@@ -290,7 +298,8 @@ def test_what_a_config_reads_of_calibration():
         ({"method": "magnitude", "allocation": "uniform", "metric": "obs"}, True),
         ({"method": "wanda", "allocation": "dsa", "allocation_metric": "obs"}, True),
     ):
-        assert needs_gram(DSAConfig(0.5, **changes)) is expected, changes
+        found = DSAConfig(0.5, **changes).resolved
+        assert ("gram" in found.reads | found.allocation_reads) is expected, changes
     with pytest.raises(ValueError, match="allocation 'owl' needs calibration data"):
         allocate(tiny_llama(), None, DSAConfig(0.5, allocation="owl"))
 

@@ -10,7 +10,15 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-from optimum_dsa import DSAConfig, DSAPruner, PruningReport, RecoveryConfig, find_architecture, perplexity
+from optimum_dsa import (
+    DataConfig,
+    DSAConfig,
+    DSAPruner,
+    PruningReport,
+    RecoveryConfig,
+    find_architecture,
+    perplexity,
+)
 from optimum_dsa.commands.embedded import demo_model, demo_texts
 from optimum_dsa.common.installation import how_to_install
 from optimum_dsa.recovery.texts import read_windows
@@ -74,14 +82,13 @@ def test_sequences_start_with_what_the_tokenizer_adds(bos, there):
     pruner = DSAPruner(tiny_llama(), bos_tokenizer())
     pruner.prune(None, DSAConfig(0.5, "magnitude", "uniform"))
     text = [" ".join(str((start + step) % 90) for step in range(40)) for start in range(60)]
-    windows, held_out, data = read_windows(
-        pruner.model, pruner.tokenizer, text, None, small(sequence_length=8, bos=bos)
-    )
+    asked = small(data=DataConfig(sequence_length=8, bos=bos))
+    windows, held_out, data = read_windows(pruner.model, pruner.tokenizer, text, None, asked)
     for part in (windows, held_out):
         assert part.shape[1] == 8 and (part[:, 0] == 0).all() == (part == 0).any() == there
     assert data["bos"] is there
-    with pytest.raises(ValueError, match="bos is true, false or None"):
-        small(bos="yes")
+    with pytest.raises(ValueError, match="bos is true or false, got 'yes'"):
+        DataConfig(bos="yes")
 
 
 @pytest.mark.parametrize("method", ["sparse-lora", "full"])
@@ -175,7 +182,7 @@ def test_a_dense_model_is_not_recovered(tmp_path):
 def test_training_stops_early_and_keeps_the_best():
     pruner = DSAPruner.from_pretrained(sparse_llama(sparsity=0.6))
     # what is trained on has nothing to do with what is validated on: the first measurement is the best
-    config = small(steps=60, eval_steps=2, patience=2, learning_rate=0.05, seed=1)
+    config = small(steps=60, eval_steps=2, patience=2, learning_rate=0.05, data=DataConfig(seed=1))
     result = pruner.recover(tokens(64, 16), config, validation=regular(8))
     losses = {entry["step"]: entry["eval_loss"] for entry in result.history if "eval_loss" in entry}
     assert result.steps < 60 and result.steps == max(losses)
@@ -241,8 +248,8 @@ def test_a_sparse_model_from_elsewhere_is_recovered_as_well(tmp_path):
         ({"method": "sparse_lora"}, "Did you mean 'sparse-lora'"),
         ({"mode": "masked"}, "Did you mean 'mask'"),
         ({"steps": 0}, "steps is a whole number of at least 1, got 0"),
-        ({"distillation": 1.5}, r"distillation is a number in \[0, 1\], got 1.5"),
-        ({"sequence_length": 1}, "sequence_length is a whole number of at least 2"),
+        ({"distillation": 1.5}, r"distillation is a number, in \[0, 1\], got 1.5"),
+        ({"data": {"sequence_length": 1}}, "sequence_length is a whole number of at least 2"),
     ],
 )
 def test_what_is_no_recovery_is_refused(changes, message):

@@ -34,7 +34,9 @@ def test_of_the_smallest_round_nothing_is_left_out():
     assert WHOLE.within(Budget(tokens=10), LENGTH) == FinalRound(1, 1, 1)
     assert WHOLE.within(Budget(evaluations=1), LENGTH) == FinalRound(1, 8, 8)
     assert WHOLE.within(Budget(tokens=1000, spent_tokens=2000), LENGTH) == FinalRound(1, 1, 1)
-    assert "room for 1 of 4 finalists besides uniform, on 1 of 8" in FinalRound(1, 1, 1).note(WHOLE)
+    assert "room for 1 of 4 finalists besides uniform and 1 of 8 validation windows after" in FinalRound(1, 1, 1).note(
+        WHOLE
+    )
 
 
 def test_evaluations_are_two_for_each():

@@ -91,7 +91,7 @@ def test_the_perplexity_of_a_finalist_is_that_of_the_pruned_model():
     assert same_state(found.model, before)
     for weight in found.realisation.architecture.weights:
         tensor = weight.tensor(found.model)
-        tensor.data.mul_(found.realisation.pattern.keep(tensor.abs(), counts[weight.name]))
+        tensor.data.mul_(found.realisation.method.pattern.keep(tensor.abs(), counts[weight.name]))
     assert measured == pytest.approx(perplexity(found.model, VALIDATION[1:4]), rel=1e-4)
 
 

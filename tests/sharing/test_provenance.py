@@ -3,21 +3,38 @@ import shlex
 
 import pytest
 
-from optimum_dsa import ALLOCATIONS, METHODS, METRICS, PRE_PROCESS, REDUCTION, UPDATES, Allocation, DSAConfig
+from optimum_dsa import (
+    ALLOCATIONS,
+    METHODS,
+    METRICS,
+    PRE_PROCESS,
+    REDUCTION,
+    UPDATES,
+    Allocation,
+    DataConfig,
+    DSAConfig,
+    UpdateConfig,
+)
 from optimum_dsa.commands.prune import asked_config
 from optimum_dsa.sharing.provenance import command, dataset_id, last_part, names_data, papers, without_places
 
 from ..test_docs import commands
 
 
+UPDATE = UpdateConfig("sparsegpt", damping=0.1)
 GIVEN = Allocation({"layers.0": 0.5, "layers.1": 0.7}, {"layers.0": 10, "layers.1": 10}, "mine")
 CONFIGS = [
     DSAConfig(0.6),
-    DSAConfig(0.7, "sparsegpt", "owl", num_samples=64, sequence_length=512, seed=3, sequential=False),
+    DSAConfig(0.7, "sparsegpt", "owl", sequential=False, data=DataConfig(num_samples=64, sequence_length=512, seed=3)),
     DSAConfig(0.5, "magnitude", "uniform", pattern="2:4", exclude=["layers.0", "*.down_proj.weight"]),
     DSAConfig(0.5, "ria", "abslog/var/atan,asin/no_op@+0.08", spread=0.1, granularity="matrix", skip_unprunable=True),
-    DSAConfig(0.5, metric="ria", allocation_metric="magnitude", max_sparsity=0.8, damping=0.1, update="sparsegpt"),
-    DSAConfig(0.6, allocation=GIVEN, split="test", text_column="code", batch_size=2, include=["lm_head"]),
+    DSAConfig(0.5, metric="ria", allocation_metric="magnitude", max_sparsity=0.8, update=UPDATE),
+    DSAConfig(0.5, data=DataConfig(bos=False)),
+    DSAConfig(0.5, data=DataConfig(bos=True)),
+    DSAConfig(0.5, sequential=False, update=UpdateConfig(true_sequential=True)),
+    DSAConfig(
+        0.6, allocation=GIVEN, batch_size=2, include=["lm_head"], data=DataConfig(split="test", text_column="code")
+    ),
 ]
 
 
@@ -61,7 +78,9 @@ def test_a_dataset_has_an_id_where_it_is_on_the_hub():
 )
 def test_every_part_that_was_published_is_cited(table, field):
     for name in table:
-        cited = papers({**DSAConfig(0.5, "magnitude", "uniform").to_dict(), field: name})
+        cited = papers(
+            {**DSAConfig(0.5, "magnitude", "uniform").to_dict(), field: {"name": name} if field == "update" else name}
+        )
         assert cited.get(f"{table.kind} {name}") == table.references[name]
 
 

@@ -1,8 +1,9 @@
 """How much to prune where: operations, allocation functions, named allocators, exact budgets."""
 
 from .allocators import ALLOCATIONS, Allocator, Heuristic
-from .budget import Allocation, fit_to_budget, fit_to_levels, fit_to_matrices, split_count
+from .budget import Allocation, fit_to_budget, fit_to_matrices, split_count
 from .function import AllocationFunction
+from .levels import fit_to_levels, levels_within
 from .operations import POST_PROCESS, PRE_PROCESS, REDUCTION, TRANSFORM
 from .unit import Unit
 
@@ -21,5 +22,6 @@ __all__ = [
     "fit_to_budget",
     "fit_to_levels",
     "fit_to_matrices",
+    "levels_within",
     "split_count",
 ]

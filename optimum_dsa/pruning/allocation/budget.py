@@ -1,4 +1,4 @@
-"""Budgets: wished-for sparsities -> an `Allocation` that meets the target exactly."""
+"""Budgets: proposed sparsities -> an `Allocation` that meets the target exactly."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ...common.files import read_json, write_text
 from ...common.values import LARGEST_WHOLE, is_whole, short
+from ...model.architecture import GRANULARITIES
 
 
 @dataclass(frozen=True)
@@ -24,17 +25,22 @@ class Allocation:
             `count`.
         sizes (`dict[str, int]`): unit name -> prunable weights in it.
         name (`str`): what made it, such as "owl" or an allocation function.
-
-    A unit is a block or a single matrix, and has its name.
+        granularity (`str`, *optional*): what its units are, a value of `GRANULARITIES`; `None` where nobody has said,
+            as in files of earlier releases: then the model tells, by the names of its units.
     """
 
     sparsity: dict[str, float]
     sizes: dict[str, int]
     name: str = "custom"
+    granularity: str | None = None
 
     def __post_init__(self):
         if not isinstance(self.name, str):
             raise ValueError(f"The name of an allocation is a text, got {short(self.name)}.")
+        if self.granularity not in (None, *GRANULARITIES):
+            raise ValueError(
+                f"The granularity of an allocation is {', '.join(GRANULARITIES)}, got {short(self.granularity)}."
+            )
         if self.sparsity.keys() != self.sizes.keys():
             odd = sorted(self.sparsity.keys() ^ self.sizes.keys())
             raise ValueError(f"The allocation names units that lack a size or a sparsity: {', '.join(odd[:5])}.")
@@ -60,8 +66,13 @@ class Allocation:
         return {unit: round(self.sparsity[unit] * size) for unit, size in self.sizes.items()}
 
     def to_dict(self) -> dict:
-        """Name, sparsity and sizes as JSON values."""
-        return {"name": self.name, "sparsity": dict(self.sparsity), "sizes": dict(self.sizes)}
+        """Name, granularity, sparsity and sizes as JSON values."""
+        return {
+            "name": self.name,
+            "granularity": self.granularity,
+            "sparsity": dict(self.sparsity),
+            "sizes": dict(self.sizes),
+        }
 
     @classmethod
     def from_dict(cls, data: Mapping) -> Allocation:
@@ -78,7 +89,7 @@ class Allocation:
         sizes = data.get("sizes") or dict.fromkeys(sparsity, 0)
         if not isinstance(sizes, Mapping):
             raise ValueError(f"The sizes of an allocation are {{unit: weights}}, got {short(sizes)}.")
-        return cls(sparsity, dict(sizes), data.get("name", "custom"))
+        return cls(sparsity, dict(sizes), data.get("name", "custom"), data.get("granularity"))
 
     def save(self, path: str | Path) -> None:
         """Write a JSON file that `load`, and `allocation` of a config, read."""
@@ -98,38 +109,39 @@ class Allocation:
 
 
 def fit_to_budget(
-    wanted: Mapping[str, float],
+    proposed: Mapping[str, float],
     sizes: Mapping[str, int],
     target: float,
     low: float = 0.0,
     high: float = 1.0,
     name: str = "custom",
+    granularity: str | None = None,
 ) -> Allocation:
-    """The `Allocation` nearest to `wanted` whose parameter-weighted mean is `target`, to one weight.
+    """The `Allocation` nearest to `proposed` whose parameter-weighted mean is `target`, to one weight.
 
     Water-filling: all units are shifted by one constant and clipped to [low, high]; then every unit gets a whole
     number of weights, largest remainders first, so that the numbers add up to round(target · Σ sizes).
 
     Raises:
-        ValueError: a value of `wanted` is not finite, or no allocation within the bounds has this mean.
+        ValueError: a value of `proposed` is not finite, or no allocation within the bounds has this mean.
     """
     if not low <= target <= high:
         raise ValueError(
             f"A mean sparsity of {target} cannot be met with every unit in [{low}, {high}]; "
             "widen min_sparsity / max_sparsity or change the target."
         )
-    values = torch.tensor([float(wanted[unit]) for unit in sizes], dtype=torch.float64)
+    values = torch.tensor([float(proposed[unit]) for unit in sizes], dtype=torch.float64)
     if not values.isfinite().all():
         bad = [unit for unit, value in zip(sizes, values.tolist()) if value - value != 0]
         raise ValueError(f"Allocation {name} is not finite for {', '.join(bad[:5])}.")
     counts = fit_counts(values, torch.tensor(list(sizes.values()), dtype=torch.float64), target, low, high)
     sparsity = {unit: count / max(size, 1) for (unit, size), count in zip(sizes.items(), counts.tolist())}
-    return Allocation(sparsity, dict(sizes), name)
+    return Allocation(sparsity, dict(sizes), name, granularity)
 
 
-def fit_counts(wanted: Tensor, sizes: Tensor, target: float, low: float, high: float) -> Tensor:
-    """`fit_to_budget` of many wishes at once: (..., units) float64 -> weights to remove, (..., units) int64."""
-    exact = _shift_to_mean(wanted, sizes, target, low, high)
+def fit_counts(proposed: Tensor, sizes: Tensor, target: float, low: float, high: float) -> Tensor:
+    """`fit_to_budget` of many proposals at once: (..., units) float64 -> weights to remove, (..., units) int64."""
+    exact = _shift_to_mean(proposed, sizes, target, low, high)
     return _round_to_total(exact * sizes, round(target * int(sizes.sum())))
 
 
@@ -215,34 +227,3 @@ def round_matrices(counts: Tensor, matrices: Sequence[Sequence[int]], low: float
         rounded[..., unit] = (before - over).clamp(least[..., unit], most[..., unit])
         over = over - (before - rounded[..., unit])
     return rounded
-
-
-def fit_to_levels(allocation: Allocation, levels: int) -> Allocation:
-    """The allocation with every unit's sparsity rounded to k / `levels`, for mixed N:M.
-
-    The whole numbers k are chosen so that the weights removed are as near to the allocation's total as any choice of
-    rounding each unit up or down can come: exactly that total whenever it can be met.
-    """
-    units = list(allocation.sizes)
-    exact = {unit: allocation.sparsity[unit] * levels for unit in units}
-    level = {unit: min(int(exact[unit] + 1e-9), levels) for unit in units}
-    quantum = {unit: allocation.sizes[unit] / levels for unit in units}
-    goal = sum(allocation.counts().values()) - sum(level[unit] * quantum[unit] for unit in units)
-    by_quantum: dict[float, list[str]] = {}
-    for unit in sorted(units, key=lambda unit: level[unit] - exact[unit]):
-        if level[unit] < levels:
-            by_quantum.setdefault(quantum[unit], []).append(unit)
-    slack = max(quantum.values(), default=0)
-    reachable = {0.0: ()}  # sum of quanta -> how many units of each size are rounded up
-    for size, group in by_quantum.items():
-        grown = {}
-        for total, taken in reachable.items():
-            for number in range(len(group) + 1):
-                if total + number * size <= goal + slack:
-                    grown.setdefault(total + number * size, (*taken, number))
-        reachable = grown
-    taken = reachable[min(reachable, key=lambda total: abs(total - goal))]
-    for group, number in zip(by_quantum.values(), taken):
-        for unit in group[:number]:
-            level[unit] += 1
-    return Allocation({unit: level[unit] / levels for unit in units}, dict(allocation.sizes), allocation.name)

@@ -115,13 +115,13 @@ class AllocationFunction:
         rows = x.reshape(-1, x.shape[-1])
         return _defined(torch.stack([POST_PROCESS[self.post_process](row) for row in rows])).view_as(x)
 
-    def wish(self, measured: Mapping[str, float], target: float, spread: float | None = None) -> dict[str, float]:
-        """The light half: the sparsity that each unit asks for, see `wishes`."""
+    def propose(self, measured: Mapping[str, float], target: float, spread: float | None = None) -> dict[str, float]:
+        """The light half: the sparsity that each unit asks for, see `proposals`."""
         function = self if spread is None else replace(self, spread=spread)
-        wanted = function.wishes(torch.tensor(list(measured.values()), dtype=torch.float64), target)
-        return dict(zip(measured, wanted.tolist()))
+        proposed = function.proposals(torch.tensor(list(measured.values()), dtype=torch.float64), target)
+        return dict(zip(measured, proposed.tolist()))
 
-    def wishes(self, measured: Tensor, target: float) -> Tensor:
+    def proposals(self, measured: Tensor, target: float) -> Tensor:
         """Sparsities S + sign · 2 spread · (v − mean v) with v scaled to [0, 1], of numbers (..., units).
 
         Constant v gives `target` everywhere.

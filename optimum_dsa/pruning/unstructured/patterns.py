@@ -61,9 +61,14 @@ class Pattern:
         """The one sparsity that an N:M pattern has; `None` for a pattern that takes any."""
         return 1 - self.kept / self.width if self.kind == "n:m" else None
 
+    @property
+    def in_groups(self) -> bool:
+        """Whether whole numbers are removed from every M neighbours: N:M, the same N everywhere or not."""
+        return self.kind in ("n:m", "mixed")
+
     def check(self, name: str, in_features: int) -> None:
         """Raise `ValueError` where a matrix named `name` of `in_features` columns cannot carry this pattern."""
-        if self.kind in ("n:m", "mixed") and in_features % self.width:
+        if self.in_groups and in_features % self.width:
             raise ValueError(
                 f"{name}: pattern {self} needs in_features divisible by {self.width}, got {in_features}; "
                 f"leave it dense with exclude=['{name}'] or choose another pattern."
@@ -95,7 +100,7 @@ class Pattern:
 
         More zeros than asked for are no breach: some weights are zero by themselves.
         """
-        if self.kind in ("n:m", "mixed"):
+        if self.in_groups:
             per_group = self.width - self.kept
             if self.kind == "mixed":
                 per_group = round(count * self.width / removed.numel())

@@ -17,7 +17,9 @@ from ...model.statistics import DAMPING, LayerStatistics
 from .patterns import Pattern, count_in_columns
 
 
-# The fact `reads` says what an update needs of calibration: "nothing" (the default) or "gram" (X·Xᵀ).
+# Facts of an update: `reads` says what it needs of calibration, "nothing" (the default) or "gram" (X·Xᵀ). One that
+# `chooses` is given no mask and takes out `count` weights of its own choice; with `criterion` it does so only where
+# that metric is asked for, which it evaluates as it goes, and with `kinds` only for patterns of these kinds.
 UPDATES = Registry("update")
 
 
@@ -37,11 +39,6 @@ class Choice:
     keep: Tensor | None = None
     damping: float = DAMPING
 
-    @property
-    def as_it_goes(self) -> bool:
-        """Whether an update can choose while it eliminates: the set is known before its columns are reached."""
-        return self.pattern.kind in ("group", "n:m", "mixed")
-
 
 @UPDATES.register()
 def none(weight: Tensor, statistics: LayerStatistics | None, choice: Choice) -> Tensor:
@@ -49,30 +46,38 @@ def none(weight: Tensor, statistics: LayerStatistics | None, choice: Choice) -> 
     return weight.masked_fill(~choice.keep, 0)
 
 
-@UPDATES.register(reference="https://arxiv.org/abs/2301.00774", reads="gram")
+# It can choose while it eliminates where the set to choose from is known before its columns are reached.
+@UPDATES.register(
+    reference="https://arxiv.org/abs/2301.00774",
+    reads="gram",
+    chooses=True,
+    criterion="obs",
+    kinds=("group", "n:m", "mixed"),
+)
 @torch.no_grad()
 def sparsegpt(weight: Tensor, statistics: LayerStatistics, choice: Choice) -> Tensor:
     """The pruned weight whose kept entries make up, column by column, for the removed ones.
 
     `statistics` need `gram`. Without `choice.keep`, the weights to remove are the lowest of (w / U_jj)² at the moment
-    when their group of columns is reached, U being the upper Cholesky factor of (X Xᵀ + damping)⁻¹.
+    when their group of columns is reached, U being the upper Cholesky factor of (X Xᵀ + damping)⁻¹. Weights of inputs
+    that never fired go first: they multiply nothing, whatever their size (the published code sets them to zero).
 
     Returns float32. The updates of 128 columns (or one group) are applied to the rest at once, which changes the speed
     and not the result.
 
     Frantar & Alistarh, 2023, https://arxiv.org/abs/2301.00774, algorithm 1.
     """
-    factor = statistics.inverse_factor(choice.damping).factor
+    factor, dead = statistics.inverse_factor(choice.damping).factor, statistics.dead
     # transposed, so that each column lies together in memory
     new = weight.t().to(torch.float32, copy=True, memory_format=torch.contiguous_format)
     columns = len(new)
     width = choice.pattern.width if choice.pattern.kind == "group" else 128
-    if choice.pattern.kind in ("n:m", "mixed"):
+    if choice.pattern.in_groups:
         width = max(width // choice.pattern.width, 1) * choice.pattern.width
     for start in range(0, columns, width):
         stop = min(start + width, columns)
         block, upper = new[start:stop], factor[start:stop, start:stop]
-        keep_column = _chooser(block.t(), upper, choice, start, columns)
+        keep_column = _chooser(block.t(), upper, dead[start:stop], choice, start, columns)
         errors = torch.empty_like(block)
         for j in range(stop - start):
             kept = keep_column(j)
@@ -83,8 +88,13 @@ def sparsegpt(weight: Tensor, statistics: LayerStatistics, choice: Choice) -> Te
     return new.t()
 
 
-def _chooser(block: Tensor, upper: Tensor, choice: Choice, start: int, columns: int) -> Callable[[int], Tensor]:
-    """A function from a column of `block`, which begins at column `start` of `columns`, to the rows that it keeps."""
+def _chooser(
+    block: Tensor, upper: Tensor, dead: Tensor, choice: Choice, start: int, columns: int
+) -> Callable[[int], Tensor]:
+    """A function from a column of `block`, which begins at column `start` of `columns`, to the rows that it keeps.
+
+    `block` is (out_features, width), `upper` (width, width), `dead` (width,) bool.
+    """
     stop = start + block.shape[1]
     if choice.keep is not None:
         fixed = choice.keep[:, start:stop]
@@ -92,7 +102,7 @@ def _chooser(block: Tensor, upper: Tensor, choice: Choice, start: int, columns: 
     pattern, diagonal = choice.pattern, upper.diagonal()
     if pattern.kind == "group":
         here = count_in_columns(choice.count, columns, start, stop)
-        chosen = Pattern("matrix").keep((block / diagonal).square_(), here)
+        chosen = Pattern("matrix").keep((block / diagonal).square_().masked_fill_(dead, 0), here)
         return lambda j: chosen[:, j]
     chosen = torch.ones_like(block, dtype=torch.bool)
     per_group = round(choice.count * pattern.width / columns)
@@ -100,7 +110,8 @@ def _chooser(block: Tensor, upper: Tensor, choice: Choice, start: int, columns: 
     def keep_of_the_group(j: int) -> Tensor:
         if j % pattern.width == 0:
             group = slice(j, j + pattern.width)
-            chosen[:, group] = pattern.keep((block[:, group] / diagonal[group]).square_(), per_group)
+            scores = (block[:, group] / diagonal[group]).square_().masked_fill_(dead[group], 0)
+            chosen[:, group] = pattern.keep(scores, per_group)
         return chosen[:, j]
 
     return keep_of_the_group

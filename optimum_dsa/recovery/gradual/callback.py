@@ -19,9 +19,8 @@ from ...model.adapters import inner_model, without_adapters
 from ...model.architecture import Architecture, find_architecture
 from ...model.parameters import count_parameters
 from ...pruning.configuration import DSAConfig
-from ...pruning.prune import allocation_needs_inputs, needs_gram, prune, pruning_needs_inputs
+from ...pruning.prune import prune
 from ...pruning.report import PruningReport
-from ...pruning.unstructured.patterns import Pattern
 from ...pruning.zeros import FEWEST_ZEROS, count_zeros, counted, measured_allocation
 from .held_zeros import HeldZeros
 from .prune_to import plain_report, prune_to
@@ -89,8 +88,7 @@ class DSACallback(TrainerCallback):
         if isinstance(reallocate, str) and reallocate not in ("always", "once"):
             raise ValueError(f"reallocate is 'always', 'once' or steps, got {reallocate!r}.")
         if config is not None:
-            kind = Pattern.parse(config.recipe.pattern).kind
-            if kind in ("n:m", "mixed") and len(self.schedule.moments) > 1:
+            if config.resolved.pattern.in_groups and len(self.schedule.moments) > 1:
                 raise ValueError(
                     f"Pattern {config.recipe.pattern} has no sparsities in between; give a schedule of one step."
                 )
@@ -133,9 +131,9 @@ class DSACallback(TrainerCallback):
                 "load_best_model_at_end would bring back a model of an earlier, lower sparsity; leave it out, or "
                 "prune before the first step."
             )
-        needed = pruning_needs_inputs(self.config) or allocation_needs_inputs(self.config)
+        needed = self.config.resolved.reads | self.config.resolved.allocation_reads
         if needed and self._running:
-            self._running.watch(inner, self._architecture(inner), needs_gram(self.config))
+            self._running.watch(inner, self._architecture(inner), "gram" in needed)
             if state.is_world_process_zero and state.global_step:
                 self._running.load(Path(args.output_dir, f"checkpoint-{state.global_step}"))
         elif needed and self._data is None:
@@ -246,10 +244,8 @@ class DSACallback(TrainerCallback):
         logger.info("Pruned before step %d.", moment)
 
     def _load(self, inner: nn.Module, tokenizer: Any) -> Calibration:
-        config = self.config
         if self.calibration is None:
             raise ValueError("This pruning needs calibration data; pass texts, a file, a dataset or tokens.")
         if isinstance(self.calibration, Calibration):
             return self.calibration
-        options = (config.num_samples, config.sequence_length, config.seed, config.text_column, config.split)
-        return load_calibration(self.calibration, inner, tokenizer, *options)
+        return load_calibration(self.calibration, inner, tokenizer, self.config.data)

@@ -11,11 +11,12 @@ from torch import nn
 
 from ...data import Calibration
 from ...model.adapters import plain_name
-from ...model.architecture import Architecture
+from ...model.architecture import GRANULARITIES, Architecture
+from ...pruning.allocate import allocate, architecture_for
 from ...pruning.allocation import Allocation
 from ...pruning.allocation.budget import fit_counts, split_count
 from ...pruning.configuration import DSAConfig
-from ...pruning.prune import allocate, architecture_for, prune
+from ...pruning.prune import prune
 from ...pruning.report import PruningReport
 from ...pruning.zeros import count_zeros
 
@@ -28,33 +29,34 @@ def prune_to(
     calibration: Calibration | None,
     config: DSAConfig,
     sparsity: float,
-    wished: Mapping[str, float] | None = None,
+    proposed: Mapping[str, float] | None = None,
 ) -> tuple[PruningReport | None, dict[str, float]]:
-    """Prune `model` in place until `sparsity`, and what was wished for each unit at the config's own sparsity.
+    """Prune `model` in place until `sparsity`, and what was proposed for each unit at the config's own sparsity.
 
     No zero is given back: every unit loses at least what its emptiest matrix has lost. Zeros that do not fit the
     pattern, such as those of a matrix pruned as a whole, come on top of what is asked, with a warning.
 
     Args:
         sparsity (`float`): at most the config's, which is met to one weight.
-        wished (`Mapping[str, float]`, *optional*): what an earlier call gave back, to allocate alike; by default the
+        proposed (`Mapping[str, float]`, *optional*): what an earlier call gave back, to allocate alike; by default the
             allocation is computed from the model as it is now.
 
     Returns:
-        The report, `None` where the model is as sparse already, and the wish.
+        The report, `None` where the model is as sparse already, and the proposal.
     """
     architecture = architecture_for(model, config)
     zeros = count_zeros(model, architecture)
     total = sum(weight.size for weight in architecture.weights)
-    if wished is None:
+    if proposed is None:
         allocation = allocate(model, calibration, config, architecture)
-        wished = {plain_name(unit): value for unit, value in allocation.sparsity.items()}
+        proposed = {plain_name(unit): value for unit, value in allocation.sparsity.items()}
     if round(sparsity * total) <= sum(zeros.values()):
-        return None, dict(wished)
+        return None, dict(proposed)
     share = sparsity / config.sparsity
-    counts = _counts(architecture, config, {unit: value * share for unit, value in wished.items()}, sparsity, zeros)
+    counts = _counts(architecture, config, {unit: value * share for unit, value in proposed.items()}, sparsity, zeros)
     sizes = {weight.name: weight.size for weight in architecture.weights}
-    given = Allocation({name: counts[name] / size for name, size in sizes.items()}, sizes, str(config.allocation))
+    shares = {name: counts[name] / size for name, size in sizes.items()}
+    given = Allocation(shares, sizes, str(config.allocation), "matrix")
     step = replace(
         config, sparsity=given.overall, allocation=given, granularity="matrix", min_sparsity=0.0, max_sparsity=1.0
     )
@@ -66,7 +68,7 @@ def prune_to(
             surplus,
             config.recipe.pattern,
         )
-    return report, dict(wished)
+    return report, dict(proposed)
 
 
 def plain_report(report: PruningReport) -> PruningReport:
@@ -77,7 +79,7 @@ def plain_report(report: PruningReport) -> PruningReport:
     )
     return replace(
         report,
-        allocation=Allocation(sparsity, sizes, allocation.name),
+        allocation=Allocation(sparsity, sizes, allocation.name, allocation.granularity),
         achieved={plain_name(name): value for name, value in report.achieved.items()},
         dense={plain_name(name): why for name, why in report.dense.items()},
     )
@@ -86,14 +88,14 @@ def plain_report(report: PruningReport) -> PruningReport:
 def _counts(
     architecture: Architecture,
     config: DSAConfig,
-    wanted: Mapping[str, float],
+    proposed: Mapping[str, float],
     sparsity: float,
     zeros: Mapping[str, int],
 ) -> dict[str, int]:
-    """Weights to remove from each matrix, as near to `wanted` as what is removed already allows."""
-    for granularity in ("block", "matrix"):
+    """Weights to remove from each matrix, as near to `proposed` as what is removed already allows."""
+    for granularity in GRANULARITIES:
         units = {plain_name(unit): weights for unit, weights in architecture.units(granularity).items()}
-        if units.keys() == wanted.keys():
+        if units.keys() == proposed.keys():
             break
     low = [max(zeros[weight.name] / weight.size for weight in weights) for weights in units.values()]
     sizes = torch.tensor([sum(weight.size for weight in weights) for weights in units.values()], dtype=torch.float64)
@@ -104,7 +106,7 @@ def _counts(
             f"A sparsity of {sparsity:.4f} cannot be reached without giving zeros back: the zeros that the model has "
             "are too unevenly spread over the matrices of its blocks; use granularity='matrix'."
         )
-    values = torch.tensor([wanted[unit] for unit in units], dtype=torch.float64)
+    values = torch.tensor([proposed[unit] for unit in units], dtype=torch.float64)
     counts = fit_counts(values, sizes, sparsity, low, high).tolist()
     divided = {}
     for weights, count in zip(units.values(), counts):

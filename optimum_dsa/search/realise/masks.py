@@ -14,9 +14,9 @@ from ...data import Calibration
 from ...model.architecture import Architecture
 from ...model.statistics import LayerStatistics
 from ...model.walk import WalkedBlock, walk_blocks
+from ...pruning.allocate import fit_to_pattern
 from ...pruning.configuration import DSAConfig
-from ...pruning.prune import _pruning_reads, fit_to_pattern, pruned
-from ...pruning.unstructured.metrics import METRICS
+from ...pruning.resolved_method import ResolvedMethod
 from ...pruning.unstructured.patterns import Pattern, removal_order
 from ..counts import allocation_of, counts_of
 from .masked_model import MaskedModel, quantise
@@ -46,15 +46,13 @@ class Masks:
     ):
         self.model, self.architecture, self.calibration, self.config = model, architecture, calibration, config
         self.masked = MaskedModel(model, architecture)
-        self.pattern = Pattern.parse(config.recipe.pattern)
+        self.method = config.resolved
         self.sizes = {weight.name: weight.size for weight in architecture.weights}
-        self.steps = {name: _step(self.pattern, size) for name, size in self.sizes.items()}
+        self.steps = {name: _step(self.method.pattern, size) for name, size in self.sizes.items()}
         self.anchor: Mapping[str, int] | None = None
         self._anchored = False
         # at the anchor: weight -> how an update changes it from a little fewer removed to a little more, and how many
         self._changes: dict[str, tuple[Tensor, int]] = {}
-        self._reads = _pruning_reads(config)
-        self._updates = config.recipe.update != "none"
 
     def rounded(self, counts: Mapping[str, int]) -> dict[str, int]:
         """What `prune` would remove of each matrix where it is asked for `counts`: the pattern may need whole N."""
@@ -63,8 +61,7 @@ class Masks:
         blocks = self.architecture.units("block")
         asked = allocation_of(counts, blocks)
         fitted = fit_to_pattern(asked, self.config)
-        granularity = "block" if fitted.sizes.keys() == blocks.keys() else "matrix"
-        found = counts_of(fitted, self.architecture.units(granularity))
+        found = counts_of(fitted, self.architecture.units(fitted.granularity))
         return {name: found[name] for name in self.sizes}
 
     def move_anchor(self, counts: Mapping[str, int] | None) -> None:
@@ -127,21 +124,22 @@ class Masks:
     def _prune(self, counts: Mapping[str, int]) -> None:
         """The very masks of a prune and, where an update is used, what it makes of the kept weights."""
         for walked in self._walk(self.config.sequential, sys.maxsize, _shown("Pruning a finalist")):
-            for weight in walked.weights:
-                tensor, statistics = walked.tensor(weight), walked.statistics.get(weight.name)
-                new = pruned(tensor, statistics, self.config, counts[weight.name]).to(tensor.dtype)
-                self.masked.exact[weight.name] = new != 0
-                if self._updates:
-                    self.masked.values[weight.name] = new
+            for group in walked.groups(self.config.update.true_sequential):
+                for weight in group.weights:
+                    tensor, statistics = walked.tensor(weight), group.statistics.get(weight.name)
+                    new = self.method.pruned(tensor, statistics, counts[weight.name]).to(tensor.dtype)
+                    self.masked.exact[weight.name] = new != 0
+                    if self.method.updates:
+                        self.masked.values[weight.name] = new
 
     @torch.no_grad()
     def _ensure_anchor(self, band: float = 0.0) -> None:
         """Have the orders, values and, where an update is used, changes over `band` at the anchor."""
-        if self._anchored and (self._changes or not (self._updates and band and self.anchor)):
+        if self._anchored and (self._changes or not (self.method.updates and band and self.anchor)):
             return
         self._forget()
         self.masked.counts = self.anchor or {}
-        tokens = sys.maxsize if self._updates else ANCHOR_TOKENS
+        tokens = sys.maxsize if self.method.updates else ANCHOR_TOKENS
         with self.masked.active():
             for walked in self._walk(self.config.sequential and self.anchor is not None, tokens):
                 self._order(walked, band)
@@ -149,29 +147,28 @@ class Masks:
 
     def _order(self, walked: WalkedBlock, band: float) -> None:
         """The removal orders of a block's weights and, where an update is used, values and changes."""
-        metric = METRICS[self.config.recipe.metric]
         for weight in walked.weights:
             tensor, statistics = walked.tensor(weight), walked.statistics.get(weight.name)
             count = self.masked.counts.get(weight.name, 0)
-            scores = metric(tensor, statistics)
-            if count and self._updates:
+            scores = self.method.metric(tensor, statistics)
+            if count and self.method.updates:
                 if band:
                     width = max(int(band * weight.size), self.steps[weight.name])
-                    self._changes[weight.name] = _change(tensor, statistics, self.config, count, width)
-                new = pruned(tensor, statistics, self.config, count).to(tensor.dtype)
+                    self._changes[weight.name] = _change(tensor, statistics, self.method, count, width)
+                new = self.method.pruned(tensor, statistics, count).to(tensor.dtype)
                 gone = new == 0
                 self.masked.values[weight.name] = torch.where(gone, tensor, new)
                 # what the update has chosen goes first, whatever its score was before
                 scores -= gone * (scores.max() + 1)
-            self.masked.orders[weight.name] = quantise(removal_order(self.pattern, scores))
+            self.masked.orders[weight.name] = quantise(removal_order(self.method.pattern, scores))
 
     @torch.no_grad()
     def _walk(self, sequential: bool, tokens: int, shown: Callable = iter) -> Iterator[WalkedBlock]:
         batches = None
-        if self._reads != "nothing":
+        if self.method.reads:
             batches = _first(self.calibration.batches(self.config.batch_size), tokens)
         yield from walk_blocks(
-            self.model, self.architecture, batches, gram=self._reads == "gram", sequential=sequential, progress=shown
+            self.model, self.architecture, batches, reads=self.method.reads, sequential=sequential, progress=shown
         )
 
     def _forget(self) -> None:
@@ -189,18 +186,18 @@ def _shown(description: str) -> Callable:
 
 def _step(pattern: Pattern, size: int) -> int:
     """The least by which a matrix of so many weights changes: one weight, or one of every group."""
-    return size // pattern.width if pattern.kind in ("n:m", "mixed") else 1
+    return size // pattern.width if pattern.in_groups else 1
 
 
 def _change(
-    tensor: Tensor, statistics: LayerStatistics | None, config: DSAConfig, count: int, width: int
+    tensor: Tensor, statistics: LayerStatistics | None, method: ResolvedMethod, count: int, width: int
 ) -> tuple[Tensor, int]:
     """What a matrix becomes with `width` weights more removed than `count`, less what it is with `width` less.
 
     And how many weights lie between both. In bfloat16: it is only ever summed over.
     """
     fewer, more = max(count - width, 0), min(count + width, tensor.numel())
-    change = pruned(tensor, statistics, config, more) - pruned(tensor, statistics, config, fewer)
+    change = method.pruned(tensor, statistics, more) - method.pruned(tensor, statistics, fewer)
     return change.bfloat16(), more - fewer
 
 

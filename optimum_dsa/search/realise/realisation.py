@@ -11,9 +11,8 @@ from torch import nn
 from ...common.registry import Registry
 from ...data import Calibration
 from ...model.architecture import Architecture
+from ...pruning.allocate import architecture_for
 from ...pruning.configuration import DSAConfig
-from ...pruning.prune import architecture_for
-from ...pruning.unstructured.patterns import Pattern
 
 
 class Realisation(Protocol):
@@ -62,7 +61,7 @@ def realise(model: nn.Module, calibration: Calibration | None, config: DSAConfig
 
 def check_searchable(config: DSAConfig) -> None:
     """Raise `ValueError` where `config` leaves nothing to allocate."""
-    pattern = Pattern.parse(config.recipe.pattern)
+    pattern = config.resolved.pattern
     if pattern.sparsity is not None:
         raise ValueError(
             f"Pattern {pattern} removes {pattern.sparsity:.4g} of every matrix, so there is no allocation to search "

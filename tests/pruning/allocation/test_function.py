@@ -88,7 +88,7 @@ def test_a_wrong_function_says_what_is_wrong(text, message):
 def test_any_function_of_any_numbers_meets_the_budget(function, values, target):
     measured = {f"u{index}": value for index, value in enumerate(values)}
     sizes = {name: 1000 + 7 * index for index, name in enumerate(measured)}
-    allocation = fit_to_budget(function.wish(measured, target), sizes, target)
+    allocation = fit_to_budget(function.propose(measured, target), sizes, target)
     assert sum(allocation.counts().values()) == round(target * sum(sizes.values()))
 
 
@@ -104,18 +104,18 @@ def test_any_reduction_measures_any_unit(reduction):
 
 @given(function=functions, target=st.floats(0.1, 0.9))
 @settings(max_examples=50, deadline=None)
-def test_permuting_the_units_permutes_the_wishes(function, target):
+def test_permuting_the_units_permutes_the_proposals(function, target):
     measured = {"a": 0.3, "b": 1.7, "c": 0.9, "d": -2.0}
     turned = dict(reversed(measured.items()))
-    wanted = function.wish(measured, target)
-    assert function.wish(turned, target) == pytest.approx({name: wanted[name] for name in turned}, abs=1e-9)
+    wanted = function.propose(measured, target)
+    assert function.propose(turned, target) == pytest.approx({name: wanted[name] for name in turned}, abs=1e-9)
 
 
 def test_no_spread_is_uniform_and_the_sign_turns_the_order():
     measured = {"a": 1.0, "b": 2.0, "c": 4.0}
-    assert set(AllocationFunction(spread=0.0).wish(measured, 0.6).values()) == {0.6}
-    up = AllocationFunction(spread=0.1).wish(measured, 0.6)
-    down = AllocationFunction(spread=0.1, sign=-1).wish(measured, 0.6)
+    assert set(AllocationFunction(spread=0.0).propose(measured, 0.6).values()) == {0.6}
+    up = AllocationFunction(spread=0.1).propose(measured, 0.6)
+    down = AllocationFunction(spread=0.1, sign=-1).propose(measured, 0.6)
     assert up["a"] < up["b"] < up["c"] and max(up.values()) - min(up.values()) == pytest.approx(0.2)
     assert {name: 1.2 - value for name, value in up.items()} == pytest.approx(down)
 
@@ -123,7 +123,7 @@ def test_no_spread_is_uniform_and_the_sign_turns_the_order():
 def test_what_has_no_arcsine_is_most_protected_as_published():
     """asin(atan(v)) is NaN for v > tan(1); the published code turns that into 0, the lowest value."""
     measured = {"early": 2.0, "late": 1.3, "middle": 1.0}
-    wanted = ALLOCATIONS["dsa"].wish(measured, 0.7)
+    wanted = ALLOCATIONS["dsa"].propose(measured, 0.7)
     assert wanted["early"] < wanted["middle"] < wanted["late"]
     x = ALLOCATIONS["dsa"].importance(torch.tensor([2.0, 1.3, float("inf")]))
     assert x[0] == 0 and x[1] == pytest.approx(math.asin(math.atan(1.3)))
@@ -154,19 +154,19 @@ def test_infinities_of_the_post_process_count_as_minus_one_too():
 
 def test_an_infinite_measurement_is_pruned_least_or_most_as_the_sign_says_and_too_wide_a_span_is_uniform():
     measured = {"a": 0.5, "b": math.inf, "c": 1.0}
-    up, down = (AllocationFunction(sign=sign, spread=0.1).wish(measured, 0.5) for sign in (1, -1))
+    up, down = (AllocationFunction(sign=sign, spread=0.1).propose(measured, 0.5) for sign in (1, -1))
     assert min(up, key=up.get) == max(down, key=down.get) == "b"
     assert up["c"] - up["b"] == pytest.approx(0.2) == down["b"] - down["c"]
-    assert set(AllocationFunction().wish({"a": 1e308, "b": -1e308, "c": 0.0}, 0.5).values()) == {0.5}
-    assert set(AllocationFunction().wish({"a": 3.0, "b": 3.0}, 0.5).values()) == {0.5}
+    assert set(AllocationFunction().propose({"a": 1e308, "b": -1e308, "c": 0.0}, 0.5).values()) == {0.5}
+    assert set(AllocationFunction().propose({"a": 3.0, "b": 3.0}, 0.5).values()) == {0.5}
 
 
 def test_a_post_process_sees_each_row_of_units_by_itself():
     rows = torch.tensor([[1.0, 2.0, 3.0], [5.0, 4.0, 9.0]])
     function = AllocationFunction(post_process="rank", spread=0.1)
     assert function.importance(rows).tolist() == [[0, 1, 2], [1, 0, 2]]
-    both = function.wishes(rows, 0.5)
-    assert torch.equal(both, torch.stack([function.wishes(row, 0.5) for row in rows]))
+    both = function.proposals(rows, 0.5)
+    assert torch.equal(both, torch.stack([function.proposals(row, 0.5) for row in rows]))
     assert both[1].tolist() == pytest.approx([0.5, 0.4, 0.6])
 
 

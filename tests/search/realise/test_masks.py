@@ -8,7 +8,6 @@ import torch
 from optimum_dsa import Calibration, DSAConfig, allocate, prune
 from optimum_dsa.model.statistics import LayerStatistics
 from optimum_dsa.pruning.allocation import split_count
-from optimum_dsa.pruning.prune import pruned
 from optimum_dsa.pruning.unstructured.metrics import METRICS
 from optimum_dsa.pruning.unstructured.patterns import Pattern, removal_order
 from optimum_dsa.search.realise import check_searchable, realise
@@ -144,15 +143,15 @@ def test_a_change_is_from_a_little_fewer_to_a_little_more_removed(pattern, share
     generator = torch.Generator().manual_seed(0)
     weight, stats = torch.randn(6, 8, generator=generator), LayerStatistics(8, with_gram=True)
     stats.update_(torch.randn(50, 8, generator=generator))
-    config = DSAConfig(0.5, "sparsegpt", pattern=pattern)
+    method = DSAConfig(0.5, "sparsegpt", pattern=pattern).resolved
     step = _step(Pattern.parse(pattern), 48)
     assert step == (12 if pattern == "mixed:4" else 1)
     width = max(int(share * 48), step)
-    change, number = _change(weight, stats, config, 24, width)
+    change, number = _change(weight, stats, method, 24, width)
     assert number == 2 * width
-    both = [pruned(weight, stats, config, count) for count in (24 - width, 24 + width)]
+    both = [method.pruned(weight, stats, count) for count in (24 - width, 24 + width)]
     assert torch.allclose(change.float(), both[1] - both[0], rtol=1e-2, atol=1e-2) and change.dtype == torch.bfloat16
-    assert _change(weight, stats, config, 0, width)[1] == _change(weight, stats, config, 48, width)[1] == width
+    assert _change(weight, stats, method, 0, width)[1] == _change(weight, stats, method, 48, width)[1] == width
 
 
 def test_what_an_update_removes_goes_first_and_what_it_keeps_takes_its_value():

@@ -1,0 +1,91 @@
+"""A configuration's method, looked up once: the functions behind its names, and what they need."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from ..model.statistics import LayerStatistics
+from ..model.walk import Reads, reads_of
+from .unstructured.metrics import METRICS
+from .unstructured.patterns import Pattern
+from .unstructured.updates import UPDATES, Choice
+
+
+if TYPE_CHECKING:
+    from .configuration import DSAConfig
+
+
+@dataclass(frozen=True)
+class ResolvedMethod:
+    """Metric × pattern × update of a [`DSAConfig`], ready to be called.
+
+    Attributes:
+        metric (`Callable`): (weight, statistics) -> scores, of what is removed.
+        pattern (`Pattern`): within which sets of weights.
+        update (`Callable`): (weight, statistics, choice) -> what the matrix becomes.
+        damping (`float`): of the update, see [`UpdateConfig`].
+        chooses (`bool`): whether the update chooses what is removed itself; then the metric is not asked.
+        reads (`frozenset[str]`): what scores and update need of calibration: "inputs", "gram".
+        allocation_metric (`Callable`): the scores from which the allocation is computed.
+        allocation_reads (`frozenset[str]`): what the allocation needs.
+    """
+
+    metric: Callable[[Tensor, LayerStatistics | None], Tensor]
+    pattern: Pattern
+    update: Callable[[Tensor, LayerStatistics | None, Choice], Tensor]
+    damping: float
+    chooses: bool
+    reads: Reads
+    allocation_metric: Callable[[Tensor, LayerStatistics | None], Tensor]
+    allocation_reads: Reads
+
+    @classmethod
+    def of(cls, config: DSAConfig) -> ResolvedMethod:
+        """What the names in `config` stand for."""
+        recipe, pattern = config.recipe, Pattern.parse(config.recipe.pattern)
+        chooses = _chooses(recipe.update, recipe.metric, pattern)
+        reads = reads_of(UPDATES.fact(recipe.update, "reads", "nothing"))
+        if not chooses:
+            reads |= reads_of(METRICS.fact(recipe.metric, "reads", "inputs"))
+        of_allocator = getattr(config.allocator, "reads", "nothing")
+        if of_allocator == "scores":
+            of_allocator = METRICS.fact(config.allocation_metric, "reads", "inputs")
+        return cls(
+            metric=METRICS[recipe.metric],
+            pattern=pattern,
+            update=UPDATES[recipe.update],
+            damping=config.update.damping,
+            chooses=chooses,
+            reads=reads,
+            allocation_metric=METRICS[config.allocation_metric],
+            allocation_reads=reads_of(of_allocator),
+        )
+
+    @property
+    def updates(self) -> bool:
+        """Whether weights that stay are changed."""
+        return self.update is not UPDATES["none"]
+
+    @torch.no_grad()
+    def pruned(self, weight: Tensor, statistics: LayerStatistics | None, count: int) -> Tensor:
+        """A matrix, (out_features, in_features), without `count` of its weights, and with what makes up for them.
+
+        The result has the weight's shape, in its dtype or in float32. At a count of 0 it is the weight, bit for bit.
+        """
+        if count == 0 and not self.pattern.sparsity:
+            return weight.clone()
+        keep = None if self.chooses else self.pattern.keep(self.metric(weight, statistics), count)
+        return self.update(weight, statistics, Choice(self.pattern, count, keep, self.damping))
+
+
+def _chooses(update: str, metric: str, pattern: Pattern) -> bool:
+    """Whether the update chooses under this metric and pattern: what it said of itself when it was registered."""
+    if not UPDATES.fact(update, "chooses", False):
+        return False
+    by, kinds = UPDATES.fact(update, "criterion"), UPDATES.fact(update, "kinds")
+    return (by is None or by == metric) and (kinds is None or pattern.kind in kinds)

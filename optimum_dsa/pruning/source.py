@@ -1,0 +1,65 @@
+"""What pruning is told about the inputs of the weights: text, tensors, or statistics that are there already."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from torch import Tensor, nn
+
+from ..common.progress import progress as shown
+from ..data import Calibration, load_calibration
+from ..model.architecture import Architecture
+from ..model.calls import feed
+from ..model.statistics import CollectedStatistics
+from .configuration import DSAConfig
+
+
+Known = Calibration | CollectedStatistics  # what statistics come from, or are
+Source = Known | Tensor | Mapping[str, Tensor]
+
+
+def as_calibration(source: Source | None, model: nn.Module) -> Known | None:
+    """`source` as something that batches or statistics can be taken from."""
+    known = source is None or isinstance(source, (Calibration, CollectedStatistics))
+    return source if known else load_calibration(source, model)
+
+
+def batches_of(
+    calibration: Known | None, config: DSAConfig, who: str
+) -> list[dict[str, Tensor]] | CollectedStatistics:
+    """What a walk is fed; raises `ValueError` where there is nothing and `who` needs it."""
+    if calibration is None:
+        raise ValueError(f"The {who} needs calibration data; pass texts, a file, a dataset or tokens.")
+    return calibration.batches(config.batch_size) if isinstance(calibration, Calibration) else calibration
+
+
+def check_finite_outputs(model: nn.Module, architecture: Architecture, calibration: Known | None) -> None:
+    """Raise `ValueError` for a NaN or infinity in what a block makes of the first sample, by name."""
+    if not isinstance(calibration, Calibration):
+        return
+
+    def check(name: str):
+        def hook(module, args, output):
+            hidden = output if isinstance(output, Tensor) else output[0]
+            if not hidden.isfinite().all():
+                raise ValueError(
+                    f"The output of {name} holds NaN or infinities on the first calibration sample; "
+                    "try another dtype (bfloat16 or float32)."
+                )
+
+        return hook
+
+    handles = []
+    try:
+        for stack in architecture.stacks:
+            for block in stack.blocks:
+                handles.append(model.get_submodule(block.name).register_forward_hook(check(block.name)))
+        feed(model, calibration.batches(1)[0])
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def progress(description: str):
+    """Shows how many blocks are done; silenced by the Hugging Face switches."""
+    return lambda blocks: shown(blocks, description, "block", "optimum_dsa.prune")

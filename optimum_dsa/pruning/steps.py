@@ -1,0 +1,75 @@
+"""What is done to a block while a walk stands at it: one `Step` after the other; the walk reads what they need.
+
+for walked in walk_blocks(model, architecture, batches, reads=union(steps)):
+    for step in steps:
+        step(walked)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Protocol
+
+import torch
+
+from ..model.statistics import LayerStatistics
+from ..model.walk import Reads, WalkedBlock
+from .allocation import Allocation, split_count
+from .resolved_method import ResolvedMethod
+
+
+class Step(Protocol):
+    """Changes one walked block, in place.
+
+    Attributes:
+        reads: what the walk has to collect for it: "inputs" (Σ x² of every weight's input), "gram" (X·Xᵀ as well).
+    """
+
+    reads: Reads
+
+    def __call__(self, walked: WalkedBlock) -> None: ...
+
+
+def union(steps: Sequence[Step]) -> Reads:
+    """What a walk has to read so that every step has what it needs."""
+    return frozenset().union(*(step.reads for step in steps))
+
+
+class RemoveWeights:
+    """Takes single weights out of every matrix of a block, as many as the allocation says, and updates the rest.
+
+    Attributes:
+        damping: weights whose X·Xᵀ needed more damping than asked -> the damping that it took.
+        unseen: weights that no calibration token reached.
+    """
+
+    def __init__(self, method: ResolvedMethod, allocation: Allocation, true_sequential: bool = False):
+        self.method, self.counts, self.granularity = method, allocation.counts(), allocation.granularity
+        self.true_sequential = true_sequential
+        self.reads: Reads = method.reads
+        self.damping: dict[str, float] = {}
+        self.unseen: list[str] = []
+
+    @torch.no_grad()
+    def __call__(self, walked: WalkedBlock) -> None:
+        counts = self._shares(walked)
+        for group in walked.groups(self.true_sequential):
+            for weight in group.weights:
+                tensor, statistics = walked.tensor(weight), group.statistics.get(weight.name)
+                tensor.copy_(self.method.pruned(tensor, statistics, counts[weight.name]))
+                walked.changed(weight)
+                if statistics is not None:
+                    self._note(weight.name, statistics)
+
+    def _shares(self, walked: WalkedBlock) -> Mapping[str, int]:
+        """Weight -> how many of its entries go: each unit's number, divided over its matrices by their size."""
+        shares: dict[str, int] = {}
+        for unit, weights in walked.block.units(self.granularity).items():
+            shares |= split_count(self.counts[unit], {weight.name: weight.size for weight in weights})
+        return shares
+
+    def _note(self, name: str, statistics: LayerStatistics) -> None:
+        if statistics.tokens == 0:
+            self.unseen.append(name)
+        if (used := statistics.damping_used) and used > self.method.damping:
+            self.damping[name] = used
