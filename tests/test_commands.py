@@ -1,18 +1,33 @@
 import io
 import json
 import os
+import re
 import subprocess
 import sys
 from argparse import ArgumentParser
+from dataclasses import dataclass
+from types import SimpleNamespace
 
 import pytest
 from optimum.commands.base import CommandInfo
 from optimum.commands.optimum_cli import main
 
-from optimum_dsa import ALLOCATIONS, METHODS, UPDATES, DSAPruner, demo_model, demo_texts, environment
+from optimum_dsa import (
+    ALLOCATIONS,
+    METHODS,
+    UPDATES,
+    DSAConfig,
+    DSAPruner,
+    RecoveryConfig,
+    demo_model,
+    demo_texts,
+    environment,
+)
 from optimum_dsa.commands.base import LeafCommand
 from optimum_dsa.commands.dsa import DSACommand
 from optimum_dsa.commands.embedded import DemoRow, story
+from optimum_dsa.commands.options import CommandParser, add_settings, asked_settings
+from optimum_dsa.common.settings import options_of, section
 from optimum_dsa.search.evaluator import Evaluator
 
 from .tiny import tiny_llama
@@ -232,12 +247,92 @@ def test_the_demo_does_not_boast():
     assert "25% lower than owl's" in story([*rows[:-1], DemoRow("discovered", 9.0, 0.6, 20.0)])
 
 
-def test_every_command_has_json_quiet_and_verbose_and_a_public_function():
-    for info in DSACommand.SUBCOMMANDS:
-        parser = ArgumentParser()
-        info.subcommand_class.parse_args(parser)
-        options = {option for action in parser._actions for option in action.option_strings}
-        assert {"--json", "-q", "--quiet", "-v", "--verbose"} <= options, info.name
+# Every option of the first version; scripts have them.
+FIRST = {
+    "prune": "-o --output -s --sparsity --method --allocation --spread --pattern --update --granularity --exclude "
+    "--include --blocks --skip-unprunable --config --dataset --split --text-column --num-samples --sequence-length "
+    "--seed --batch-size --one-pass --device --dtype --device-map --offload-folder --revision --trust-remote-code "
+    "--max-shard-size --compressed",
+    "search": "-o --output -s --sparsity --method --strategy --budget --resume --min-sparsity --max-sparsity --seeds "
+    "--report-to --dataset --split --text-column --num-samples --sequence-length --seed --batch-size --validation "
+    "--device --dtype --device-map --offload-folder --revision --trust-remote-code",
+    "recover": "-o --output --method --mode --steps --learning-rate --weight-decay --batch-size --accumulation --rank "
+    "--alpha --ranks --keep-adapter --teacher --distillation --temperature --bf16 --gradient-checkpointing --dataset "
+    "--validation --validation-windows --split --text-column --sequence-length --seed --eval-steps --patience "
+    "--save-steps --checkpoints --resume --device --dtype --device-map --offload-folder --revision "
+    "--trust-remote-code",
+    "evaluate": "--dataset --split --text-column --sequence-length --num-samples --seed --tasks --include-path "
+    "--num-fewshot --limit --batch-size --output --json --device --dtype --device-map --offload-folder --revision "
+    "--trust-remote-code",
+    "report": "--compare -o --output",
+    "verify": "--device --dtype --device-map --offload-folder --revision --trust-remote-code",
+    "convert": "--to --revision",
+    "push": "--private --revision --create-pr --commit-message --token",
+    "demo": "-o --output -s --sparsity --method",
+    "env": "",
+}
+
+
+@pytest.mark.parametrize("info", DSACommand.SUBCOMMANDS, ids=lambda info: info.name)
+def test_no_option_went_away_and_every_command_can_be_quiet(info):
+    parser = ArgumentParser()
+    info.subcommand_class.parse_args(parser)
+    options = {option for action in parser._actions for option in action.option_strings}
+    assert {*FIRST[info.name].split(), "--json", "-q", "--quiet", "-v", "--verbose"} <= options
+
+
+@pytest.mark.parametrize("name,config", [("prune", DSAConfig), ("search", DSAConfig), ("recover", RecoveryConfig)])
+def test_every_setting_is_an_option_with_a_help(name, config):
+    parser = ArgumentParser()
+    info = next(info for info in DSACommand.SUBCOMMANDS if info.name == name)
+    info.subcommand_class.parse_args(parser)
+    helps = {action.dest: action.help for action in parser._actions}
+    searched = {"allocation", "spread", "granularity"} if name == "search" else set()
+    for setting in options_of(config).keys() - searched:
+        assert helps[setting] and not re.search(r"[`*]|: $", helps[setting]), setting
+
+
+def test_a_new_setting_is_an_option_by_being_a_field():
+    @dataclass(frozen=True)
+    class Part:
+        """A section.
+
+        Args:
+            width (`int`, defaults to 3): How wide `it` is.
+        """
+
+        width: "int" = 3
+
+    @dataclass(frozen=True)
+    class Config:
+        """A configuration.
+
+        Args:
+            share (`float`, *optional*): Up to 100 % of all. By default none.
+            names (`tuple[str, ...]`): Names.
+            sequential (`bool`, defaults to `True`): Whether one comes after the other.
+            part (`Part`): Of it.
+        """
+
+        share: "float | None" = None
+        names: "tuple[str, ...]" = ()
+        sequential: "bool" = True
+        part: Part = section(Part)
+
+    sys.modules["optimum_dsa.made_up"] = SimpleNamespace(Config=Config)
+    try:
+        parser = CommandParser()
+        group = parser.add_argument_group("parts")
+        add_settings(parser, [(group, ("part",))], "made_up.Config", parser.add_argument_group("rest"))
+        assert len(parser._actions) == 1  # nothing is imported before it is used
+        args = parser.parse_args(["--share", "0.5", "--names", "a", "b", "--one-pass", "--width", "4"])
+    finally:
+        del sys.modules["optimum_dsa.made_up"]
+    assert asked_settings(args, Config) == {"share": 0.5, "names": ["a", "b"], "sequential": False, "width": 4}
+    assert asked_settings(parser.parse_args([]), Config) == {}
+    text = " ".join(parser.format_help().split())
+    assert "up to 100 % of all. By default none" in text and "how wide it is (default: 3)" in text
+    assert text.index("parts:") < text.index("how wide") < text.index("rest:")
 
 
 def test_json_is_all_that_is_printed(monkeypatch, capsys):

@@ -96,7 +96,7 @@ def commands() -> ArgumentParser:
 def command_parsers() -> dict[str, ArgumentParser]:
     (subparsers,) = commands()._subparsers._group_actions
     (leaves,) = subparsers.choices["dsa"]._subparsers._group_actions
-    return leaves.choices
+    return {name: parser.complete() for name, parser in leaves.choices.items()}
 
 
 def command_lines(text: str, only_run: bool = False) -> list[list[str]]:

@@ -33,9 +33,8 @@ class LeafCommand(BaseOptimumCLICommand):
         parser.usage = None
         parser.description, parser.epilog = cls.DESCRIPTION, f"examples:\n{cls.EXAMPLES}" if cls.EXAMPLES else None
         parser.formatter_class = RawDescriptionHelpFormatter
-        group = parser.add_argument_group("output")
-        group.add_argument("--json", action="store_true", help="print JSON and nothing else")
-        loudness = group.add_mutually_exclusive_group()
+        parser.add_argument("--json", action="store_true", help="print JSON and nothing else")
+        loudness = parser.add_mutually_exclusive_group()
         loudness.add_argument("-q", "--quiet", action="store_true", help="print errors, and the JSON asked for")
         loudness.add_argument("-v", "--verbose", action="store_true", help="say what is done meanwhile")
 
