@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import importlib.metadata
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
+from ..checkpoint.opened import Opened, open_checkpoint
 from ..data import check_cut, check_source, default_length, describe, fingerprint, load_tokens, starts_with_bos
 from ..model.adapters import inner_model
 from ..model.architecture import find_architecture
@@ -78,34 +80,34 @@ def measure(
     if has_tasks and not isinstance(tasks, Tasks):
         tasks = find_tasks(tasks, include)
     called = name or _name(model)
-    pruner = _opened(model, tokenizer, loading)
-    if pruner.tokenizer is None and (has_tasks or not isinstance(text, Tensor)):
+    opened = _opened(model, tokenizer, loading)
+    if opened.tokenizer is None and (has_tasks or not isinstance(text, Tensor)):
         raise ValueError(f"{called} has no tokenizer, so text cannot be read; name the one it was trained with.")
-    length = sequence_length or default_length(pruner.model)
+    length = sequence_length or default_length(opened.model)
     found: dict[str, Any] = {}
     if text is not None:
         cut = {"sequence_length": length, "windows": windows, "bos": bos, "num_samples": num_samples, "seed": seed}
-        found |= _on_text(pruner, text, batch_size, {**cut, "split": split, "text_column": text_column})
+        found |= _on_text(opened, text, batch_size, {**cut, "split": split, "text_column": text_column})
     if has_tasks:
         options = {"sequence_length": length, "num_fewshot": num_fewshot, "limit": limit, "bos": bos}
-        found["tasks"] = evaluate_tasks(pruner.model, pruner.tokenizer, tasks, batch_size=batch_size, **options)
+        found["tasks"] = evaluate_tasks(opened.model, opened.tokenizer, tasks, batch_size=batch_size, **options)
         release = importlib.metadata.version("lm_eval")
-        found["task_protocol"] = TaskProtocol(**options, dtype=_dtype(pruner.model), lm_eval=release)
-    zeros, size = _count(pruner.model, pruner.report)
+        found["task_protocol"] = TaskProtocol(**options, dtype=_dtype(opened.model), lm_eval=release)
+    zeros, size = _count(opened.model, opened.report)
     return Measurement(called, zeros / size, size, **found)
 
 
-def _on_text(pruner: Any, text: Any, batch_size: int, options: dict[str, Any]) -> dict[str, Any]:
+def _on_text(opened: Opened, text: Any, batch_size: int, options: dict[str, Any]) -> dict[str, Any]:
     """Perplexity, its error, losses and protocol: entries of a `Measurement`."""
     if isinstance(text, Tensor):
         tokens, cut, bos = text, None, None  # how tokens were made, they do not tell
     else:
-        tokens = load_tokens(text, pruner.tokenizer, **options)
-        cut, bos = options["windows"], starts_with_bos(pruner.tokenizer, options["bos"])
-    losses = window_losses(pruner.model, tokens, batch_size)
+        tokens = load_tokens(text, opened.tokenizer, **options)
+        cut, bos = options["windows"], starts_with_bos(opened.tokenizer, options["bos"])
+    losses = window_losses(opened.model, tokens, batch_size)
     value, error = mean_perplexity(losses)
     source = "tokens" if isinstance(text, Tensor) else describe(text)
-    protocol = Protocol(source, *tokens.shape, cut, bos, _dtype(pruner.model), fingerprint(tokens))
+    protocol = Protocol(source, *tokens.shape, cut, bos, _dtype(opened.model), fingerprint(tokens))
     return {"perplexity": value, "perplexity_error": error, "losses": tuple(losses.tolist()), "protocol": protocol}
 
 
@@ -116,20 +118,12 @@ def _check(**numbers: int | None) -> None:
             raise ValueError(f"{name} is a whole number of at least {least}, got {value!r}.")
 
 
-def _opened(model: Any, tokenizer: Any, loading: dict[str, Any]) -> Any:
-    """A `DSAPruner` of the model: it has the tokenizer, and what is known of its pruning."""
-    # the public door, and only now: measuring knows models in memory, and loading is for those who name a folder
-    from .. import DSAPruner
-
-    if not isinstance(model, DSAPruner):
-        return DSAPruner.from_pretrained(model, tokenizer, **loading)
-    if loading:
-        raise ValueError(f"A loaded model takes no loading options, got {', '.join(loading)}.")
-    if tokenizer is None:
-        return model
-    other = DSAPruner.from_pretrained(model.model, tokenizer)
-    other.report = model.report
-    return other
+def _opened(model: Any, tokenizer: Any, loading: dict[str, Any]) -> Opened:
+    """The model, its tokenizer, and what is known of its pruning: of a folder, a Hub id, a `DSAPruner` or a model."""
+    if isinstance(model, (str, Path, nn.Module)):
+        return open_checkpoint(model, tokenizer, **loading)
+    opened = open_checkpoint(model.model, model.tokenizer if tokenizer is None else tokenizer, **loading)
+    return replace(opened, report=model.report)
 
 
 def _name(model: Any) -> str:
