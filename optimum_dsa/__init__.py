@@ -5,9 +5,8 @@ from __future__ import annotations
 import importlib
 
 from .common.import_hook import after_import
+from .common.version import VERSION as __version__  # noqa: F401 - of the package
 
-
-__version__ = "0.1.0"
 
 # Public name -> module. Nothing is imported before it is used: `optimum-cli --help` imports this package.
 _PUBLIC = {
@@ -67,6 +66,7 @@ _PUBLIC = {
     "measure": "evaluation.measure",
     "perplexity": "evaluation.perplexity",
     "perplexity_with_error": "evaluation.perplexity",
+    "plot_search": "sharing.pictures",
     "prune": "pruning.prune",
     "split_windows": "data",
     "use_cpu": "common.devices",

@@ -12,6 +12,7 @@ from optimum.commands.optimum_cli import main
 from optimum_dsa import ALLOCATIONS, METHODS, UPDATES, DSAPruner
 from optimum_dsa.commands.base import LeafCommand
 from optimum_dsa.commands.embedded import demo_model, demo_texts
+from optimum_dsa.search.evaluator import Evaluator
 
 from .tiny import tiny_llama
 
@@ -237,6 +238,40 @@ def test_search_then_prune_with_what_was_found(monkeypatch, capsys, tmp_path, te
     assert code == 0, errors
     best = json.loads((tmp_path / "found" / "allocation.json").read_text())
     assert json.loads((tmp_path / "out" / "dsa_config.json").read_text())["allocation"]["sparsity"] == best["sparsity"]
+
+
+def test_an_interrupted_search_says_what_is_there_and_how_to_go_on(monkeypatch, capsys, tmp_path, text):
+    found = tmp_path / "found"
+    search = ["search", str(demo_model()), "-o", str(found), "-s", "0.6", "--dataset", text, "--num-samples", "4"]
+    search += ["--sequence-length", "32", "--budget", "2k tokens", "--strategy", "named"]
+    original = Evaluator.answer
+
+    def interrupt(self, requests, first, room):
+        if first:
+            raise KeyboardInterrupt
+        return original(self, requests, first, room)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(DSAPruner, "from_pretrained", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
+        code, _, errors = run(patch, capsys, *search)
+        assert code == 130 and "interrupted, nothing was written" in errors
+    with monkeypatch.context() as patch:
+        patch.setattr(Evaluator, "answer", interrupt)
+        code, _, errors = run(patch, capsys, *search)
+        assert code == 130 and f"what was tried is in {found}; the same command with --resume goes on" in errors
+    assert len((found / "trace.jsonl").read_text().splitlines()) > 1
+    code, output, errors = run(monkeypatch, capsys, *search, "--resume")
+    assert code == 0 and "validation loss" in output, errors
+
+
+def test_a_search_for_a_pattern_hands_it_on_to_prune(monkeypatch, capsys, tmp_path, text):
+    found = str(tmp_path / "found")
+    data = ["--dataset", text, "--num-samples", "4", "--sequence-length", "32"]
+    search = ["search", str(demo_model()), "-o", found, "-s", "0.5", *data, "--budget", "2k tokens"]
+    code, _, errors = run(monkeypatch, capsys, *search, "--pattern", "2:4")
+    assert code == 2 and "use pattern='mixed:4'" in errors and not (tmp_path / "found").exists()
+    code, output, errors = run(monkeypatch, capsys, *search, "--pattern", "mixed:4", "--strategy", "named")
+    assert code == 0 and f"-s 0.5 --pattern mixed:4 --allocation {found}" in output, errors
 
 
 @pytest.mark.parametrize(

@@ -48,7 +48,7 @@ def test_a_saved_model_is_an_ordinary_checkpoint(pruned):
 def test_dsa_config_says_everything_that_made_the_model(pruned):
     _, report, folder = pruned
     data = json.loads((folder / "dsa_config.json").read_text())
-    assert data["format_version"] == 2
+    assert data["format_version"] == 3
     assert data["base_model"] == {"name": demo_model().name, "revision": None}
     assert data["config"]["allocation"] == "owl"
     expected = {"source": "2 texts", "samples": 8, "length": 64, "tokens": 512, "seed": 3, "bos": False}
@@ -177,9 +177,9 @@ def test_an_edited_description_is_told_and_a_broken_one_refused(pruned, tmp_path
     folder = tmp_path / "copy"
     shutil.copytree(pruned[2], folder)
     data = json.loads((folder / "dsa_config.json").read_text())
-    data["config"]["seed"] = 9
+    data["config"]["data"]["seed"] = 9
     (folder / "dsa_config.json").write_text(json.dumps(data))
-    assert DSAPruner.from_pretrained(folder).report.config.seed == 9
+    assert DSAPruner.from_pretrained(folder).report.config.data.seed == 9
     assert "was changed after it was written" in caplog.text
     del data["achieved"]["units"]
     (folder / "dsa_config.json").write_text(json.dumps(data))

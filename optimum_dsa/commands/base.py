@@ -29,6 +29,10 @@ class LeafCommand(BaseOptimumCLICommand):
         """
         raise NotImplementedError
 
+    def left_behind(self) -> str:
+        """What an interrupted run tells the user that it leaves."""
+        return "nothing was written"
+
     def run(self) -> None:
         from ..common.escaping import one_line
         from ..common.fence_rows import DependencyError
@@ -43,7 +47,7 @@ class LeafCommand(BaseOptimumCLICommand):
             print(f"optimum-cli dsa {self.COMMAND.name}: error: {message}", file=sys.stderr)
             sys.exit(2)
         except KeyboardInterrupt:
-            print(f"optimum-cli dsa {self.COMMAND.name}: interrupted, nothing was written", file=sys.stderr)
+            print(f"optimum-cli dsa {self.COMMAND.name}: interrupted, {one_line(self.left_behind())}", file=sys.stderr)
             sys.exit(130)
 
 

@@ -118,8 +118,8 @@ def add_calibration_options(parser):
     return data
 
 
-def asked_config(args):
-    """The `DSAConfig` that the options ask for, on top of `--config` where there is one."""
+def asked_config(args, **given):
+    """The `DSAConfig` that the options ask for, on top of `given` and of `--config` where there is one."""
     from ..common.settings import nested, options_of
     from ..pruning.configuration import DSAConfig
 
@@ -128,4 +128,4 @@ def asked_config(args):
     base = DSAConfig.from_pretrained(path).to_dict() if path else {}
     if "sparsity" not in base | asked:
         raise ValueError("say how much to remove, for example --sparsity 0.6")
-    return DSAConfig.from_dict(nested(DSAConfig, base | asked))
+    return DSAConfig.from_dict(nested(DSAConfig, given | base | asked))

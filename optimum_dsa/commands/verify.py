@@ -47,7 +47,7 @@ exit code  0 all that can be counted holds, 1 something does not, 2 it cannot be
             raise ValueError(f"{self.args.model} has no dsa_config.json of a pruned model, so nothing can be checked.")
         with tempfile.TemporaryDirectory(prefix="optimum-dsa-") as scratch:
             options["offload_folder"] = self.args.offload_folder or scratch
-            found = verify(load_model(self.args.model, **options), report, data)
+            found = verify(load_model(self.args.model, adapter=False, **options), report, data)
         say(str(found))
         if not found.holds:
             sys.exit(1)

@@ -17,6 +17,7 @@ from transformers import EarlyStoppingCallback, TrainingArguments, default_data_
 from ..checkpoint.load import load_model
 from ..common.installation import how_to_install
 from ..evaluation.perplexity import perplexity
+from ..model.adapters import has_adapters
 from ..model.architecture import find_architecture
 from ..model.offload import is_offloaded
 from ..model.parameters import one_name_each
@@ -97,6 +98,8 @@ def _check(
             f"{type(model).__name__} was not pruned: no dsa_config.json says so, and {report.sparsity:.2%} of its "
             "prunable weights are zero. Prune it first; a dense model is trained with transformers' Trainer."
         )
+    if has_adapters(model):
+        raise ValueError("The model has an adapter already; merge it first (model.merge_and_unload()).")
     if is_offloaded(model):
         raise ValueError("A model with offloaded weights cannot be trained; load it on one device.")
     if bool(config.distillation) != (teacher is not None):
