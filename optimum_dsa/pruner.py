@@ -33,6 +33,7 @@ from .pruning.zeros import counted
 
 
 if TYPE_CHECKING:
+    from .evaluation.measurement import Measurement
     from .recovery.configuration import RecoveryConfig
     from .recovery.result import RecoveryResult
     from .search.result import SearchResult
@@ -178,6 +179,22 @@ class DSAPruner:
         """
         report = self._pruned()
         return verify(self.model, report, self._description if report is self._restored else None)
+
+    def measure(self, text: Any = None, tasks: Any = (), **options) -> Measurement:
+        """Perplexity on a text, results on tasks of lm-eval, and zeros, with the protocol of each.
+
+        ```python
+        print(DSAPruner.from_pretrained("qwen3-0.6b-dsa-60").measure("wikitext2", windows="paper"))
+        ```
+
+        Args:
+            text (`Any`, *optional*): texts, a file, a dataset or its name, or a LongTensor (samples, length).
+            tasks (`Sequence[str]`): names of lm-eval's tasks, or YAML files that describe one.
+            options (`dict`): of [`measure`]: `sequence_length`, `windows`, `bos`, ...
+        """
+        from .evaluation.measure import measure
+
+        return measure(self.model, text, tasks, tokenizer=self.tokenizer, report=self.report, **options)
 
     def recover(
         self,
