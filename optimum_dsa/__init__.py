@@ -5,9 +5,8 @@ from __future__ import annotations
 import importlib
 
 from .common.import_hook import after_import
+from .common.version import VERSION as __version__  # noqa: F401 - of the package
 
-
-__version__ = "0.1.0"
 
 # Public name -> module. Nothing is imported before it is used: `optimum-cli --help` imports this package.
 _PUBLIC = {
@@ -39,6 +38,8 @@ _PUBLIC = {
     "POST_PROCESS": "pruning.allocation",
     "PRE_PROCESS": "pruning.allocation",
     "Perplexity": "evaluation.metric",
+    "Protocol": "evaluation.measurement",
+    "Measurement": "evaluation.measurement",
     "PruningReport": "pruning.report",
     "PruningSchedule": "recovery.gradual.schedule",
     "REDUCTION": "pruning.allocation",
@@ -62,6 +63,7 @@ _PUBLIC = {
     "fit_to_budget": "pruning.allocation",
     "load_calibration": "data",
     "load_tokens": "data",
+    "measure": "evaluation.measure",
     "perplexity": "evaluation.perplexity",
     "perplexity_with_error": "evaluation.perplexity",
     "plot_search": "sharing.pictures",

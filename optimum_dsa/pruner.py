@@ -14,14 +14,14 @@ from torch import Tensor, nn
 
 from .checkpoint.adapter_base import check_base
 from .checkpoint.description import Description, is_unchanged, report_from
-from .checkpoint.load import find_commit, find_description, load_model, load_tokenizer
+from .checkpoint.load import find_commit, find_description, load_model, load_tokenizer, weights_of
 from .checkpoint.origin import base_of, report_of
 from .checkpoint.save import base_model, save_checkpoint
 from .checkpoint.verify import Verification, verify
 from .common.escaping import one_line
 from .common.output import OutputFolder
 from .data import SAMPLES, Calibration, load_calibration
-from .model.adapters import has_adapters
+from .model.adapters import has_adapters, inner_model, plain_name
 from .model.walk import walk_blocks
 from .pruning.allocate import allocate, architecture_for
 from .pruning.allocation import Allocation
@@ -85,20 +85,24 @@ class DSAPruner:
         if isinstance(model_or_path, nn.Module):
             if transformers_kwargs:
                 raise ValueError(f"A loaded model takes no loading options, got {', '.join(transformers_kwargs)}.")
-            return cls(model_or_path, load_tokenizer(tokenizer))
+            return cls(model_or_path, load_tokenizer(tokenizer, required=True))
         path = str(model_or_path)
+        if tokenizer is not None:  # before the model: of another place, and so of none of the model's revisions
+            apart = {"revision", "subfolder"}
+            theirs = {name: value for name, value in transformers_kwargs.items() if name not in apart}
+            tokenizer = load_tokenizer(tokenizer, required=True, **theirs)
         found = find_description(path, **transformers_kwargs)
         report = None if found is None else report_from(found)
         if found is not None and not is_unchanged(found):
             logger.warning("The dsa_config.json of %s was changed after it was written.", path)
         model = load_model(path, **transformers_kwargs)
-        pruner = cls(model, load_tokenizer(tokenizer or path, **transformers_kwargs))
+        pruner = cls(model, load_tokenizer(path if tokenizer is None else tokenizer, **transformers_kwargs))
         if found is not None:
             pruner.report = pruner._restored = report
             pruner._description = found
             pruner._base = found["base_model"]
             # an adapter names its base by this alone
-            pruner._stored = None if transformers_kwargs.keys() & {"subfolder", "revision"} else path
+            pruner._stored = None if transformers_kwargs.keys() & {"subfolder", "revision"} else weights_of(path)
         else:
             pruner._base = base_model(model, find_commit(path, **transformers_kwargs))
         return pruner
@@ -180,10 +184,10 @@ class DSAPruner:
 
         One at a time, in the model's order; `dict(pruner.masks())` holds them all, a byte per weight.
         """
-        architecture = architecture_for(self.model, self._pruned().config)
-        for walked in walk_blocks(self.model, architecture, None):
+        model = inner_model(self.model)
+        for walked in walk_blocks(model, architecture_for(model, self._pruned().config), None):
             for weight in walked.weights:
-                yield weight.name, walked.tensor(weight) != 0
+                yield plain_name(weight.name), walked.tensor(weight) != 0
 
     def verify(self) -> Verification:
         """Whether zeros, pattern and budget are those of the report, counted in the weights as they are now.
@@ -249,7 +253,10 @@ class DSAPruner:
         place = directory.path if isinstance(directory, OutputFolder) else Path(directory)
         adapters = has_adapters(self.model)
         if adapters:
-            check_base(self.model, self._stored, place, report, compressed)
+            if compressed:
+                raise ValueError("An adapter has no zeros to leave out; save it without compressed=True, or merge it.")
+            described = None if self._stored is None else find_description(self._stored)
+            check_base(self.model, self._stored, place, report, described)
         save_checkpoint(self.model, self.tokenizer, report, self._base, directory, compressed, recovery, **save_kwargs)
         if not adapters:
             self._stored = str(place)

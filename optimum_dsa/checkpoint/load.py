@@ -20,6 +20,7 @@ from ..common.folder_files import check_read_files
 from ..common.hub_file import hub_commit, hub_file
 from ..model.model_class import model_class
 from ..pruning.configuration import CONFIG_NAME
+from .adapter_base import ADAPTER_CONFIG, ADAPTER_WEIGHTS, base_under, is_adapter, with_adapter
 from .convert import QUANT_METHOD
 from .description import Description, read_description
 from .limits import Contents, check_counts, read_contents, within
@@ -37,8 +38,10 @@ _OTHER_WEIGHTS = ("variant", "gguf_file", "state_dict", "use_safetensors")
 _NO_WEIGHTS = ["*.bin", "*.pt", "*.pth", "*.h5", "*.msgpack", "*.gguf", "*.onnx"]
 
 
-def load_model(path: str, **kwargs) -> nn.Module:
+def load_model(path: str, adapter: bool = True, **kwargs) -> nn.Module:
     """The model at `path` in its own architecture (language model, encoder, vision model, ...), for inference.
+
+    Of an adapter, the model that it names as its base, with the adapter on it, or with `adapter=False` without.
 
     Raises:
         ValueError: its `config.json` cannot be a model's, names no model class, or asks for more than the checkpoint
@@ -49,6 +52,10 @@ def load_model(path: str, **kwargs) -> nn.Module:
     folder = Path(path, kwargs.get("subfolder") or "")
     if folder.is_dir():
         check_read_files(folder)
+    if (found := _adapter_at(path, folder, shared)) is not None:
+        others = {name: value for name, value in kwargs.items() if name not in ("revision", "subfolder")}
+        base = load_model(base_under(found), **others)
+        return with_adapter(base, found) if adapter else base
     found = folder / "config.json" if folder.is_dir() else _cached(path, "config.json", shared)
     # read here first: larger than any configuration, it is refused before transformers reads it
     stated = read_json(found) if found is not None and found.is_file() else {}
@@ -60,6 +67,23 @@ def load_model(path: str, **kwargs) -> nn.Module:
     loader = model_class(config, path)
     with within(contents, path), _explained(f"The checkpoint at {path} cannot be loaded"):
         return loader.from_pretrained(path, config=config, **kwargs).eval()
+
+
+def weights_of(path: str) -> str:
+    """Where the weights at `path` are: of an adapter in a folder, the base that it names; else `path` itself."""
+    return base_under(path) if is_adapter(path) else path
+
+
+def _adapter_at(path: str, folder: Path, options: Mapping[str, Any]) -> Path | None:
+    """The folder of the adapter at `path`, in the cache if it is of the Hub; `None` where a model is."""
+    if folder.is_dir():
+        return folder if is_adapter(folder) else None
+    if _cached(path, "config.json", options) is not None:
+        return None
+    found = _cached(path, ADAPTER_CONFIG, options)
+    if found is not None:
+        _cached(path, ADAPTER_WEIGHTS, options)
+    return None if found is None else found.parent
 
 
 def _configuration(path: str, options: Mapping[str, Any]) -> Any:
@@ -121,14 +145,19 @@ def _cached(path: str, name: str, options: Mapping[str, Any]) -> Path | None:
     return hub_file(path, name, **{option: options[option] for option in _FILE_OPTIONS if option in options})
 
 
-def load_tokenizer(source: Any, **kwargs) -> Any:
+def load_tokenizer(source: Any, required: bool = False, **kwargs) -> Any:
     """`source` itself if it is a tokenizer; else the one at that path or Hub id, `None` if there is none.
+
+    Args:
+        required (`bool`, defaults to `False`): raise where there is none.
 
     Raises:
         ValueError: a file of it is a link out of its folder, which would be saved with it.
+        ValueError: there is none, and one is required.
     """
-    if source is None or not isinstance(source, str):
+    if source is None or not isinstance(source, (str, Path)):
         return source
+    source = str(source)
     shared = {name: kwargs[name] for name in _HUB_OPTIONS if name in kwargs}
     folder = Path(source, kwargs.get("subfolder") or "")
     if folder.is_dir():
@@ -136,6 +165,9 @@ def load_tokenizer(source: Any, **kwargs) -> Any:
     try:
         return transformers.AutoTokenizer.from_pretrained(source, **shared)
     except (OSError, ValueError, KeyError, TypeError) as error:
+        if required:
+            why = " ".join(str(error).split())
+            raise ValueError(f"No tokenizer can be loaded from {source!r}: {why:.300}") from error
         logger.info("No tokenizer at %s: %s", source, error)
         return None
 

@@ -12,6 +12,7 @@ from torch import nn
 from ..common.fences import saved_by_shards, tied_names
 from ..common.output import OutputFolder
 from ..common.schema import violations
+from ..model.adapters import has_adapters
 from ..model.offload import is_offloaded
 from ..model.parameters import weight_bytes
 from ..pruning.report import PruningReport
@@ -52,6 +53,8 @@ def save_checkpoint(
             _save_offloaded(model, folder, **save_kwargs)
         else:
             model.save_pretrained(folder, **save_kwargs)
+        if has_adapters(model):
+            (folder / "README.md").unlink(missing_ok=True)  # PEFT's empty card; a push writes one that says something
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
         if compressed:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from ..common.escaping import one_line
-from ..model.architecture import Architecture, Weight
+from ..model.adapters import inner_model, plain_name
+from ..model.architecture import GRANULARITIES, Architecture, Weight
 from ..model.parameters import count_parameters
 from ..pruning.allocate import architecture_for
 from ..pruning.allocation import split_count
@@ -85,6 +86,7 @@ def verify(model: nn.Module, report: PruningReport, description: Mapping[str, An
         checked.problems += [SEALS[seal]] if seal in SEALS else []
         checked.unproven += [NO_SEAL] if seal == "none" else []
         checked.unproven += [TRAINING] if "recovery" in description else []
+    model = inner_model(model)
     pattern, parameters = _pattern(report), count_parameters(model)
     try:
         architecture = architecture_for(model, report.config)
@@ -92,8 +94,8 @@ def verify(model: nn.Module, report: PruningReport, description: Mapping[str, An
         checked.problems.append(f"the model cannot be pruned as described: {error}")
         return checked.result(0, 0, pattern, parameters)
     described = report.allocation.sizes
-    granularity = report.allocation.granularity or architecture.granularity_of(described) or "block"
-    units = architecture.units(granularity)
+    granularity = report.allocation.granularity or _granularity_of(described, architecture) or "block"
+    units = _units(architecture, granularity)
     sizes = {unit: sum(weight.size for weight in weights) for unit, weights in units.items()}
     if sizes != described:
         odd = next(unit for unit in {**sizes, **described} if sizes.get(unit) != described.get(unit))
@@ -162,7 +164,7 @@ def _count(
 ) -> tuple[dict[str, int], list[str]]:
     """Zeros per unit, and the matrices that break the pattern."""
     pattern, counts = report.config.resolved.pattern, report.allocation.counts()
-    units = architecture.units(granularity)
+    units = _units(architecture, granularity)
     shares: dict[str, int] = {}
     for unit, weights in units.items():
         shares |= split_count(counts[unit], {weight.name: weight.size for weight in weights})
@@ -174,6 +176,14 @@ def _count(
 
     zeros = count_zeros(model, architecture, look)
     return {unit: sum(zeros[weight.name] for weight in weights) for unit, weights in units.items()}, breaches
+
+
+def _units(architecture: Architecture, granularity: str) -> dict[str, tuple[Weight, ...]]:
+    return {plain_name(unit): weights for unit, weights in architecture.units(granularity).items()}
+
+
+def _granularity_of(described: Collection[str], architecture: Architecture) -> str | None:
+    return next((known for known in GRANULARITIES if _units(architecture, known).keys() == set(described)), None)
 
 
 def _pattern(report: PruningReport) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .base import LeafCommand, add_loading_options, loading_options, say
+from .base import LeafCommand, add_bos_option, add_loading_options, check_texts, loading_options, say
 
 
 class PruneCommand(LeafCommand):
@@ -89,8 +89,11 @@ pattern     row, matrix, group:128, 2:4 (any N:M), mixed:8 (N:8, N from the allo
 
         config = asked_config(self.args)
         options = {"max_shard_size": self.args.max_shard_size} if self.args.max_shard_size else {}
+        loading = loading_options(self.args)
+        if config.resolved.reads | config.resolved.allocation_reads:
+            check_texts(self.args, config.data)
         with OutputFolder(self.args.output) as output:
-            pruner = DSAPruner.from_pretrained(self.args.model, **loading_options(self.args))
+            pruner = DSAPruner.from_pretrained(self.args.model, **loading)
             output.require(weight_bytes(pruner.model))
             say(str(pruner.prune(self.args.dataset, config)))
             pruner.save_pretrained(output, self.args.compressed, **options)
@@ -109,6 +112,7 @@ def add_calibration_options(parser):
     data.add_argument("--text-column", help="column that holds the text (default: text)")
     data.add_argument("--num-samples", type=int, help="sequences to draw (default: 128)")
     data.add_argument("--sequence-length", type=int, help="tokens per sequence (default: the model's, max 2048)")
+    add_bos_option(data)
     data.add_argument("--seed", type=int, help="which sequences are drawn (default: 0)")
     data.add_argument("--batch-size", type=int, help="sequences per forward pass (default: 8)")
     return data

@@ -10,7 +10,8 @@ class PushCommand(LeafCommand):
 
     DESCRIPTION = """\
 Push a pruned model to the Hub, in one commit: weights, tokenizer, dsa_config.json, a model card and its pictures.
-Nothing of this computer goes with them. A README.md in the folder is taken as it is.
+Nothing of this computer goes with them. A README.md in the folder is taken as it is. Of an adapter (recover
+--keep-adapter) the pruned model under it goes first, to a repository of its own, which --base names.
 
 The zeros are counted first, block by block: the card has the figures that were counted, and a model that is not what
 its dsa_config.json says is not sent.
@@ -21,6 +22,7 @@ When the network fails, the folder is whole, and the same command goes on: what 
   optimum-cli dsa push out me/qwen3-0.6b-dsa-60
   optimum-cli dsa push out me/qwen3-0.6b-dsa-60 --private --revision owl --commit-message "with OWL"
   optimum-cli dsa push out team/qwen3-0.6b-dsa-60 --create-pr
+  optimum-cli dsa push adapter me/qwen3-0.6b-dsa-60-adapter --base me/qwen3-0.6b-dsa-60
 """
 
     @staticmethod
@@ -31,6 +33,7 @@ When the network fails, the folder is whole, and the same command goes on: what 
         parser.add_argument("--private", action="store_true", default=None, help="make the repository private")
         parser.add_argument("--revision", help="branch to push to (default: main)")
         parser.add_argument("--create-pr", action="store_true", help="open a pull request instead of pushing")
+        parser.add_argument("--base", help="of an adapter: the repository of the pruned model under it")
         parser.add_argument("--commit-message", help="default: what was removed")
         parser.add_argument("--token", help="default: the one that 'hf auth login' stored")
 
@@ -46,5 +49,6 @@ When the network fails, the folder is whole, and the same command goes on: what 
             create_pr=args.create_pr,
             commit_message=args.commit_message,
             token=args.token,
+            base=args.base,
         )
         print(f"pushed to {address}")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .base import LeafCommand, add_loading_options, loading_options, say
+from .base import LeafCommand, add_loading_options, check_texts, loading_options, say
 from .prune import add_calibration_options, asked_config
 
 
@@ -82,12 +82,14 @@ strategy    named         uniform and every named allocator
         check_searchable(config)
         parse_budget(args.budget)
         STRATEGIES[args.strategy]
+        loading = loading_options(args)
+        check_texts(args, config.data)
         if args.seeds < 1:
             raise ValueError(f"--seeds is a number of searches, at least 1, got {args.seeds}.")
         if process_state().is_main_process:
             with OutputFolder(args.output, RESULT_FILES):
                 pass  # found before the model is loaded: what cannot or must not be written
-        pruner = DSAPruner.from_pretrained(args.model, **loading_options(args))
+        pruner = DSAPruner.from_pretrained(args.model, **loading)
         output, several = Path(args.output), args.seeds > 1
         with ExitStack() as stack:
             if several and process_state().is_main_process:

@@ -26,7 +26,7 @@ exit code  0 all that can be counted holds, 1 something does not, 2 it cannot be
     def parse_args(parser):
         VerifyCommand.describe(parser, "verify")
         parser.add_argument("model", help="folder or Hub id of a pruned model")
-        add_loading_options(parser)
+        add_loading_options(parser, reads_text=False)
         parser.set_defaults(device="cpu", device_map="disk")
 
     def execute(self) -> None:
@@ -47,7 +47,7 @@ exit code  0 all that can be counted holds, 1 something does not, 2 it cannot be
             raise ValueError(f"{self.args.model} has no dsa_config.json of a pruned model, so nothing can be checked.")
         with tempfile.TemporaryDirectory(prefix="optimum-dsa-") as scratch:
             options["offload_folder"] = self.args.offload_folder or scratch
-            found = verify(load_model(self.args.model, **options), report, data)
+            found = verify(load_model(self.args.model, adapter=False, **options), report, data)
         say(str(found))
         if not found.holds:
             sys.exit(1)

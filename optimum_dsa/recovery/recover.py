@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -16,8 +17,10 @@ from transformers import EarlyStoppingCallback, TrainingArguments, default_data_
 from ..checkpoint.load import load_model
 from ..common.installation import how_to_install
 from ..evaluation.perplexity import perplexity
+from ..model.adapters import has_adapters
 from ..model.architecture import find_architecture
 from ..model.offload import is_offloaded
+from ..model.parameters import one_name_each
 from ..pruning.report import PruningReport
 from ..pruning.zeros import FEWEST_ZEROS, MEASURED
 from .checkpoints import last_whole_checkpoint
@@ -95,6 +98,8 @@ def _check(
             f"{type(model).__name__} was not pruned: no dsa_config.json says so, and {report.sparsity:.2%} of its "
             "prunable weights are zero. Prune it first; a dense model is trained with transformers' Trainer."
         )
+    if has_adapters(model):
+        raise ValueError("The model has an adapter already; merge it first (model.merge_and_unload()).")
     if is_offloaded(model):
         raise ValueError("A model with offloaded weights cannot be trained; load it on one device.")
     if bool(config.distillation) != (teacher is not None):
@@ -125,7 +130,10 @@ def _with_adapters(model: nn.Module, config: RecoveryConfig, report: PruningRepo
         ) from None
     asked = report.config
     weights = find_architecture(model, asked.blocks, asked.exclude, asked.include, skip_unprunable=True).weights
-    modules = [weight.module for weight in weights if weight.expert is None]
+    one_name = one_name_each(model)
+    users = Counter(one_name.values())
+    # an adapter on a tied head would train the head alone, and merging it would change the embedding as well
+    modules = [weight.module for weight in weights if weight.expert is None and users[one_name[weight.name]] == 1]
     if not modules:
         raise ValueError(f"{type(model).__name__} has no pruned nn.Linear or Conv1D; use method='full'.")
     set_seed(config.data.seed)

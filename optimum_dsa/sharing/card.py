@@ -58,6 +58,7 @@ def model_card(
     plots: Mapping[str, str] | None = None,
     tokenizer: bool = True,
     uncounted: str = "",
+    adapter_base: str | None = None,
 ) -> ModelCard:
     """The card of `outcome`, with nothing in it that says where it was made, and no text in it that is markup.
 
@@ -71,6 +72,7 @@ def model_card(
         plots: "allocation" and "heatmap" -> path in the repository.
         tokenizer: whether one lies beside the model.
         uncounted: why the zeros were not counted, where they were not.
+        adapter_base: of an adapter, the repository of the pruned model under it.
     """
     facts = without_places(outcome.facts)
     config = DSAConfig.from_dict(facts["config"])
@@ -80,10 +82,10 @@ def model_card(
     evaluations = [{**row, "dataset": last_part(row["dataset"])} for row in outcome.evaluations]
     data = ModelCardData(
         model_name=name,
-        library_name="transformers",
+        library_name="peft" if adapter_base else "transformers",
         pipeline_tag=task,
-        base_model=base_id,
-        base_model_relation=RELATION if base_id else None,
+        base_model=adapter_base or base_id,
+        base_model_relation="adapter" if adapter_base else RELATION if base_id else None,
         tags=["optimum-dsa", "pruned", "sparse", config.method, *_tags(facts["allocation"]["name"])],
         datasets=[found] if (found := dataset_id(calibration_source(facts))) else None,
         eval_results=[_eval_result(row) for row in evaluations if math.isfinite(row["perplexity"])] or None,
@@ -96,6 +98,7 @@ def model_card(
         template_str=files("optimum_dsa.sharing").joinpath("templates/model_card.md").read_text(encoding="utf-8"),
         name=name,
         repo_id=repo_id,
+        adapter_base=adapter_base,
         base_link=f"[{inline_markdown(base_id)}](https://huggingface.co/{base_id})" if base_id else None,
         base_name=code_span(base_name) if base_name else None,
         counted=_counted(outcome),

@@ -8,10 +8,10 @@ from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .. import __version__
 from ..common.escaping import visible
 from ..common.files import write_text
 from ..common.output import OutputFolder
+from ..common.version import VERSION
 from ..pruning.allocation.layout import grid
 from .charts import (
     allocation_chart,
@@ -120,7 +120,7 @@ def page(outcomes: Sequence[Outcome], drawn: dict[str, tuple[Figure, str, str]])
     _fill_rows(cards)
     blocks = block_table(allocations) if allocations else None
     return _template().render(
-        version=__version__,
+        version=VERSION,
         title=first.name,
         kicker="pruned model" if first.achieved else "search of an allocation",
         lead=_lead(first),

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from fnmatch import fnmatch
 from pathlib import Path
 
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
-from huggingface_hub.errors import HfHubHTTPError
+from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalEntryNotFoundError
 from huggingface_hub.utils import validate_repo_id
 
-from .. import __version__
+from ..checkpoint.description import read_description
 from ..common.fences import transport_error
+from ..common.files import read_json
 from ..common.folder_files import WEIGHTS
+from ..common.version import VERSION
+from ..pruning.configuration import CONFIG_NAME
 from .card import base_repository, model_card
 from .upload import Upload, collect, count, pictures
 
@@ -45,8 +49,11 @@ def push_folder(
     token: str | None = None,
     endpoint: str | None = None,
     kept: str | None = None,
+    base: str | None = None,
 ) -> str:
     """Push the pruned model in `folder`, in one commit; returns the address of the repository or pull request.
+
+    An adapter goes without the pruned model under it, which has to be in a repository already, with the same zeros.
 
     The repository and the branch `revision` are made where they are missing. Weight files there that the model does
     not have go in the same commit. A `README.md` in the folder is taken as it is; without one a card is written. What
@@ -62,6 +69,7 @@ def push_folder(
         token: by default the one that `hf auth login` stored.
         endpoint: of the Hub; by default `HF_ENDPOINT`.
         kept: what an error says about where the model is; by default the folder.
+        base: of an adapter, the repository of the pruned model under it; by default the one that it names.
 
     Raises:
         PushError: the Hub refused, or the network failed.
@@ -70,18 +78,22 @@ def push_folder(
         FileNotFoundError: the folder holds no pruned model.
     """
     validate_repo_id(repo_id)
-    upload, uncounted = count(collect(folder), folder)
+    upload = collect(folder, base)
     kept = kept or f"{folder} is whole, and the same command goes on."
-    api = HfApi(endpoint=endpoint, token=token, library_name="optimum-dsa", library_version=__version__)
+    api = HfApi(endpoint=endpoint, token=token, library_name="optimum-dsa", library_version=VERSION)
+    if upload.base is not None:
+        with explained(repo_id, kept):
+            upload = _on_its_base(upload, api)
+    upload, uncounted = count(upload, folder)
     with explained(repo_id, kept):
         repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
         validate_repo_id(repo_id)  # it goes into the card's code
         if revision and not create_pr:
             api.create_branch(repo_id, branch=revision, exist_ok=True)
-        base = _base_metadata(api, upload)
+        metadata = _base_metadata(api, upload)
         there = api.list_repo_files(repo_id, revision=revision)
     contents = {**upload.files, **pictures(upload.outcome, repo_id.rpartition("/")[2])}
-    contents.setdefault("README.md", _card(upload, repo_id, base, contents, uncounted))
+    contents.setdefault("README.md", _card(upload, repo_id, metadata, contents, uncounted))
     operations = [
         CommitOperationAdd(name, content if isinstance(content, bytes) else str(content))
         for name, content in contents.items()
@@ -115,12 +127,35 @@ def explained(repo_id: str, kept: str) -> Iterator[None]:
         raise PushError(f"Not pushed to {repo_id}: {reason} ({detail}). {kept}") from error
 
 
+def _on_its_base(upload: Upload, api: HfApi) -> Upload:
+    """An adapter's `upload` with the configuration of its base.
+
+    Raises:
+        ValueError: the base's repository does not hold the zeros that the adapter was trained on.
+    """
+    try:
+        found = read_description(api.hf_hub_download(upload.base, CONFIG_NAME))
+        model_config = read_json(api.hf_hub_download(upload.base, "config.json"))
+    except LocalEntryNotFoundError:  # no answer, which is not the same as no file
+        raise
+    except EntryNotFoundError:
+        found = None
+    if found is None or found["achieved"]["units"] != upload.outcome.facts["achieved"]["units"]:
+        raise ValueError(
+            f"{upload.base} is not the pruned model that the adapter belongs to: its {CONFIG_NAME} tells of other "
+            "zeros, or there is none. Push that model there first."
+        )
+    return replace(upload, model_config=model_config)
+
+
 def _card(
     upload: Upload, repo_id: str, base: dict[str, str], contents: Mapping[str, Path | bytes], uncounted: str
 ) -> bytes:
     """A card's bytes, with the pictures that are among the contents."""
     plots = {Path(name).stem: name for name in contents if name.startswith("plots/")}
-    card = model_card(upload.outcome, repo_id, upload.model_config, base, plots, upload.has_tokenizer, uncounted)
+    card = model_card(
+        upload.outcome, repo_id, upload.model_config, base, plots, upload.has_tokenizer, uncounted, upload.base
+    )
     return str(card).encode()
 
 

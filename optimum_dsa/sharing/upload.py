@@ -12,6 +12,9 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from huggingface_hub.utils import validate_repo_id
+
+from ..checkpoint.adapter_base import ADAPTER_CONFIG, base_under, is_adapter
 from ..checkpoint.description import checksum, report_from, seal_of
 from ..checkpoint.load import load_model
 from ..checkpoint.verify import verify
@@ -21,7 +24,7 @@ from ..common.folder_files import OTHERS, TOKENIZER, WEIGHTS, is_part, own_file,
 from ..common.manifest import MANIFEST
 from ..pruning.configuration import CONFIG_NAME
 from .outcome import Outcome
-from .provenance import last_part, without_places
+from .provenance import is_repository, last_part, without_places
 
 
 logger = logging.getLogger(__name__)
@@ -38,31 +41,37 @@ class Upload:
         model_config: the content of `config.json`.
         files: path in the repository -> a file here, or content that differs from it.
         left_out: names in the folder that stay here.
+        base: of an adapter, the repository of the pruned model under it.
     """
 
     outcome: Outcome
     model_config: Mapping[str, Any]
     files: Mapping[str, Path | bytes]
     left_out: tuple[str, ...]
+    base: str | None = None
 
     @property
     def has_tokenizer(self) -> bool:
         return any(name.startswith("tokenizer") for name in self.files)
 
 
-def collect(folder: str | Path) -> Upload:
+def collect(folder: str | Path, base: str | None = None) -> Upload:
     """What of `folder` goes to the Hub.
+
+    Args:
+        folder: of a pruned model, or of an adapter on one.
+        base: of an adapter, the repository that the pruned model under it is in; by default the one that it names.
 
     Raises:
         FileNotFoundError: the folder holds no pruned model, or no weights.
-        ValueError: what would go is a link out of the folder, or to a file in it that does not go.
+        ValueError: what would go is a link out of the folder, or to a file in it that does not go; or an adapter would
+            go whose base is in no repository.
     """
     path = Path(folder)
     if not (path / CONFIG_NAME).is_file():
         raise FileNotFoundError(f"{path} holds no {CONFIG_NAME}; give the folder of a pruned model.")
     own_file(path / CONFIG_NAME, path)
-    if (path / "adapter_config.json").is_file():
-        raise ValueError(f"{path} holds an adapter, which has no zeros without its base; push the merged model.")
+    base = _base_repository(path, base)
     outcome = Outcome.read(path)
     files: dict[str, Path | bytes] = {}
     left_out = []
@@ -75,6 +84,9 @@ def collect(folder: str | Path) -> Upload:
             left_out.append(name)
     if not any(fnmatch(name, WEIGHTS[0]) for name in files):
         raise FileNotFoundError(f"{path} holds no weights (*.safetensors).")
+    if base is not None:
+        own_file(path / ADAPTER_CONFIG, path)
+        files[ADAPTER_CONFIG] = _json({**read_json(path / ADAPTER_CONFIG), "base_model_name_or_path": base})
     for name in ("config.json", "generation_config.json", "tokenizer_config.json"):
         if name in files:
             content = read_json(path / name)
@@ -83,7 +95,27 @@ def collect(folder: str | Path) -> Upload:
                 files[name] = _json(cut)
     files[CONFIG_NAME] = _description(path / CONFIG_NAME)
     model_config = read_json(path / "config.json") if (path / "config.json").is_file() else {}
-    return Upload(outcome, model_config, files, tuple(left_out))
+    left_out = [name for name in left_out if name not in files]
+    return Upload(outcome, model_config, files, tuple(left_out), base)
+
+
+def _base_repository(path: Path, base: str | None) -> str | None:
+    """The repository of the pruned model under the adapter in `path`; `None` where a model is."""
+    if not is_adapter(path):
+        if base is not None:
+            raise ValueError(f"{path} holds a whole model, which is pushed without a base; leave {base!r} out.")
+        return None
+    named = base_under(path)
+    if base is None and is_repository(named) and not Path(named).exists():
+        base = named
+    if base is None:
+        raise ValueError(
+            f"{path} holds an adapter, which has no zeros without its base, {named}. Push that first "
+            f"(optimum-cli dsa push {named} USER/NAME) and name its repository: --base USER/NAME; or push the merged "
+            "model."
+        )
+    validate_repo_id(base)
+    return base
 
 
 def count(upload: Upload, folder: str | Path) -> tuple[Upload, str]:
@@ -99,7 +131,7 @@ def count(upload: Upload, folder: str | Path) -> tuple[Upload, str]:
         report = report_from(facts)
         with TemporaryDirectory(prefix="optimum-dsa-") as scratch:
             options = {"device_map": {"": "disk"}, "offload_folder": scratch, "dtype": "auto"}
-            found = verify(load_model(str(folder), trust_remote_code=False, **options), report)
+            found = verify(load_model(str(folder), adapter=False, trust_remote_code=False, **options), report)
     except (ValueError, OSError, ImportError) as error:
         logger.warning(
             "The zeros of %s cannot be counted, so its card does not tell them: %s", folder, one_line(str(error))

@@ -15,6 +15,9 @@ def hub(monkeypatch):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_DISABLE_XET", True)
     monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", lambda seconds: None)
     with HubServer() as server:
+        template = huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE
+        moved = template.replace(huggingface_hub.constants.ENDPOINT, server.url)
+        monkeypatch.setattr(huggingface_hub.constants, "HUGGINGFACE_CO_URL_TEMPLATE", moved)
         monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", server.url)
         yield server
 

@@ -1,11 +1,14 @@
 import json
 import sys
 
+import huggingface_hub.constants
 import pytest
+from huggingface_hub import HfApi
 
-from optimum_dsa import Allocation, DataConfig, DSAConfig, DSAPruner
+from optimum_dsa import Allocation, DataConfig, DSAConfig, DSAPruner, RecoveryConfig
 from optimum_dsa.checkpoint.description import checksum, is_unchanged
 from optimum_dsa.commands.embedded import demo_model
+from optimum_dsa.sharing.push import PushError
 from optimum_dsa.sharing.upload import collect
 
 from ..hub_server import TOKEN
@@ -102,7 +105,71 @@ def test_without_matplotlib_the_card_has_no_pictures(hub, folder, monkeypatch):
     assert hub.content("me/tiny").keys() == FILES and "![" not in card(hub).text
 
 
-def test_an_adapter_is_not_sent_without_the_weights_under_it(folder):
-    (folder / "adapter_config.json").write_text("{}")
-    with pytest.raises(ValueError, match="holds an adapter, which has no zeros without its base"):
-        collect(folder)
+@pytest.fixture(scope="module")
+def adapter(tmp_path_factory):
+    """The folder of an adapter that `recover` trained, beside that of the pruned model under it; not to be written."""
+    folder = tmp_path_factory.mktemp("recovered")
+    pruner = DSAPruner(tiny_llama())
+    pruner.prune(tokens(), DSAConfig(0.6, allocation="owl"))
+    pruner.save_pretrained(folder / "pruned")
+    config = RecoveryConfig(steps=2, batch_size=4, rank=2, validation_windows=4, merge=False, learning_rate=0.05)
+    pruner.recover(tokens(16), config)
+    pruner.save_pretrained(folder / "adapter")
+    return folder / "adapter"
+
+
+def test_an_adapter_has_no_card_of_pefts_and_loads_with_the_model_under_it(adapter):
+    assert sorted(path.name for path in adapter.iterdir()) == [
+        "adapter_config.json", "adapter_model.safetensors", "dsa_config.json", "dsa_manifest.json",
+    ]  # fmt: skip
+    before = {path.name: path.read_bytes() for path in (adapter.parent / "pruned").iterdir()}
+    pruner = DSAPruner.from_pretrained(adapter)
+    assert pruner.verify().holds and pruner.recovery is None
+    assert dict(pruner.masks()).keys() == dict(DSAPruner.from_pretrained(adapter.parent / "pruned").masks()).keys()
+    for away in ({"device_map": {"": "disk"}, "offload_folder": adapter.parent / "offload"},):
+        with pytest.raises(ValueError, match="whose base has to be in memory"):
+            DSAPruner.from_pretrained(adapter, **away)
+    assert {path.name: path.read_bytes() for path in (adapter.parent / "pruned").iterdir()} == before
+    with pytest.raises(ValueError, match="has an adapter already; merge it first"):
+        pruner.recover(tokens(16), RecoveryConfig(steps=1, validation_windows=4))
+
+
+def test_an_adapter_is_not_sent_without_the_weights_under_it(hub, adapter, folder):
+    with pytest.raises(ValueError, match="holds an adapter, which has no zeros without its base.*--base USER/NAME"):
+        push(adapter, "me/adapter")
+    with pytest.raises(PushError, match="there is no such repository"):
+        push(adapter, "me/adapter", base="me/none")
+    push(folder, "me/other")  # pruned from other weights
+    change(folder, "dsa_config.json", seconds=1.5)
+    HfApi(endpoint=hub.url, token=TOKEN).create_repo("me/empty")
+    for base in ("me/empty", "me/other"):
+        if base == "me/other":
+            facts = json.loads((adapter / "dsa_config.json").read_text())
+            unit = next(iter(facts["achieved"]["units"]))
+            other = {**facts, "achieved": {**facts["achieved"], "units": {**facts["achieved"]["units"], unit: 0.5}}}
+            api = HfApi(endpoint=hub.url, token=TOKEN)
+            content = json.dumps(other).encode()
+            api.upload_file(path_or_fileobj=content, path_in_repo="dsa_config.json", repo_id=base)
+        with pytest.raises(ValueError, match=f"{base} is not the pruned model that the adapter belongs to"):
+            push(adapter, "me/adapter", base=base)
+    assert "me/adapter" not in hub.repositories
+    with pytest.raises(ValueError, match="holds a whole model, which is pushed without a base"):
+        push(folder, base="me/tiny")
+
+
+def test_an_adapter_goes_with_its_own_card_onto_a_base_in_a_repository(hub, adapter, tmp_path, monkeypatch):
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    push(adapter.parent / "pruned", "me/pruned")
+    push(adapter, "me/adapter", base="me/pruned")
+    content = hub.content("me/adapter")
+    expected = {"adapter_config.json", "adapter_model.safetensors", "dsa_config.json", "README.md"}
+    assert content.keys() == expected | PLOTS
+    assert json.loads(content["adapter_config.json"])["base_model_name_or_path"] == "me/pruned"
+    assert not any(str(adapter.parent).encode() in data for data in content.values())
+    data, text = card(hub, "me/adapter").data, card(hub, "me/adapter").text
+    assert (data.library_name, data.base_model, data.base_model_relation) == ("peft", "me/pruned", "adapter")
+    assert "[More Information Needed]" not in text and "60.00% of its prunable weights" in text
+    assert 'PeftModel.from_pretrained(model, "me/adapter")' in text
+    assert 'AutoModelForCausalLM.from_pretrained("me/pruned"' in text and "trained for 2 steps" in text
+    hub_model, local = DSAPruner.from_pretrained("me/adapter", token=TOKEN), DSAPruner.from_pretrained(adapter)
+    assert same_state(hub_model.model, state(local.model))

@@ -48,6 +48,7 @@ class RunningStatistics:
         """
         self.release()
         self.statistics.clear()
+        runs = {stack.name: self._runs_of(model, stack.name) for stack in architecture.stacks}
         for weight in architecture.weights:
             if weight.expert is not None:
                 raise ValueError(
@@ -58,7 +59,23 @@ class RunningStatistics:
             found = self.statistics[weight.name] = LayerStatistics(weight.shape[1], device, gram, sequences=1)
             # an adapter around the weight may multiply by it without calling it, but is given the same input
             module = model.get_submodule(weight.module.removesuffix(".base_layer"))
-            self._handles.append(module.register_forward_pre_hook(_observe(found), with_kwargs=True))
+            running = next((runs[stack] for stack in runs if weight.module.startswith(f"{stack}.")), None)
+            self._handles.append(module.register_forward_pre_hook(_observe(found, running), with_kwargs=True))
+
+    def _runs_of(self, model: nn.Module, stack: str) -> list[str] | None:
+        """A list that is not empty while the owner of a stack runs it; `None` where the model itself is the owner.
+
+        With gradient checkpointing a block runs a second time in the backward pass, by itself, on the same inputs.
+        PEFT calls the model's `forward` past its hooks, so of a model that owns its stack nothing is told.
+        """
+        owner = stack.rpartition(".")[0]
+        if not owner:
+            return None
+        running: list[str] = []
+        module = model.get_submodule(owner)
+        self._handles.append(module.register_forward_pre_hook(lambda *_: running.append(owner)))
+        self._handles.append(module.register_forward_hook(lambda *_: running.clear(), always_call=True))
+        return running
 
     @torch.no_grad()
     def step(self) -> None:
@@ -117,9 +134,9 @@ def _sums(found: LayerStatistics) -> list[Tensor]:
     return [found.squared_sum] if found.gram is None else [found.squared_sum, found.gram]
 
 
-def _observe(found: LayerStatistics) -> Callable:
+def _observe(found: LayerStatistics, running: list[str] | None) -> Callable:
     def observe(module, args, kwargs):
-        if module.training:
+        if module.training and (running is None or running):
             found.update_((args[0] if args else next(iter(kwargs.values()))).detach())
 
     return observe

@@ -14,7 +14,7 @@ from optimum_dsa import (
     prune,
 )
 
-from ...tiny import tiny_llama
+from ...tiny import tiny_llama, tokens
 from ..adapters.test_peft_method import same_zeros, zeros
 from .test_callback import removed, trainer_for
 
@@ -58,6 +58,33 @@ def test_what_was_seen_long_ago_is_forgotten():
     model.train()
     model(batch)
     torch.testing.assert_close(running.statistics[name].squared_sum, 0.5 * sums[2])
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("adapted", [False, True])
+def test_a_block_that_runs_again_for_its_gradients_is_seen_once(adapted, reentrant):
+    from peft import get_peft_model
+
+    seen = []
+    for checkpointing in (False, True):
+        model = tiny_llama()
+        inner = model
+        if adapted:
+            model = get_peft_model(model, SparseLoraConfig(r=2, target_modules="all-linear"))
+            model.enable_input_require_grads()
+        if checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+        running = RunningStatistics(decay=1.0)
+        running.watch(inner, find_architecture(inner, include=["lm_head"]))
+        model.train()
+        for seed in range(2):
+            data = tokens(4, 12, seed)
+            model(input_ids=data, labels=data).loss.backward()
+        seen.append(running.statistics)
+    assert {found.tokens for found in seen[0].values()} == {2 * 4 * 12}
+    for name, found in seen[0].items():
+        assert seen[1][name].tokens == found.tokens, name
+        torch.testing.assert_close(seen[1][name].squared_sum, found.squared_sum)
 
 
 def gradual():
