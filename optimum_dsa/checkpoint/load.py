@@ -151,8 +151,9 @@ def load_tokenizer(source: Any, **kwargs) -> Any:
     Raises:
         ValueError: a file of it is a link out of its folder, which would be saved with it.
     """
-    if source is None or not isinstance(source, str):
+    if source is None or not isinstance(source, (str, Path)):
         return source
+    source = str(source)
     shared = {name: kwargs[name] for name in _HUB_OPTIONS if name in kwargs}
     folder = Path(source, kwargs.get("subfolder") or "")
     if folder.is_dir():

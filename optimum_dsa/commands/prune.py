@@ -83,14 +83,18 @@ pattern     row, matrix, group:128, 2:4 (any N:M), mixed:8 (N:8, N from the allo
     def execute(self) -> None:
         from shlex import quote
 
+        from ..checkpoint.shard_size import check_shard_size
         from ..common.output import OutputFolder
         from ..model.parameters import weight_bytes
         from ..pruner import DSAPruner
 
         config = asked_config(self.args)
-        options = {"max_shard_size": self.args.max_shard_size} if self.args.max_shard_size else {}
+        options, loading = {}, loading_options(self.args)  # wrong ones end it here, before any work
+        if self.args.max_shard_size is not None:
+            check_shard_size(self.args.max_shard_size)
+            options["max_shard_size"] = self.args.max_shard_size
         with OutputFolder(self.args.output) as output:
-            pruner = DSAPruner.from_pretrained(self.args.model, **loading_options(self.args))
+            pruner = DSAPruner.from_pretrained(self.args.model, **loading)
             output.require(weight_bytes(pruner.model))
             say(str(pruner.prune(self.args.dataset, config)))
             pruner.save_pretrained(output, self.args.compressed, **options)
