@@ -73,6 +73,7 @@ _PUBLIC = {
     "plot_search": "sharing.pictures",
     "prune": "pruning.prune",
     "push_folder": "sharing.push",
+    "save_results": "evaluation.results",
     "schema": "checkpoint.description",
     "split_windows": "data",
     "use_cpu": "common.devices",

@@ -242,5 +242,5 @@ def test_the_example_prunes_measures_and_pushes_and_goes_on_after_a_failure(hub,
     assert f"pushed to {hub.url}/me/example" in capsys.readouterr().out
     content = hub.content("me/example")
     assert content["model.safetensors"] == weights
-    measured = json.loads((tmp_path / "out" / "evaluation.json").read_text())
-    assert f"{measured['perplexity']:.3f}".encode() in content["README.md"]
+    (measured,) = json.loads((tmp_path / "out" / "evaluation.json").read_text())["models"]
+    assert f"{measured['perplexity']:.2f} ± ".encode() in content["README.md"]
