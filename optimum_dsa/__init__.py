@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import importlib
+import sys
 from collections.abc import Callable
 
 from .common.import_hook import after_import
+from .common.moved import MovedModules
 from .common.version import VERSION as __version__  # noqa: F401 - of the package
 
 
@@ -86,6 +88,9 @@ def _following(module: str) -> Callable[[], None]:
 
 after_import("transformers.quantizers.auto", _following(".checkpoint.transformers_loader"))  # compressed ones load
 after_import("peft", _following(".recovery.adapters.peft_method"))  # sparse adapters load
+
+
+sys.meta_path.append(MovedModules(__name__))
 
 
 def __getattr__(name: str):
