@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Callable
 
 from .common.import_hook import after_import
+from .common.version import VERSION as __version__  # noqa: F401 - of the package
 
-
-__version__ = "0.1.0"
 
 # Public name -> module. Nothing is imported before it is used: `optimum-cli --help` imports this package.
 _PUBLIC = {
@@ -39,6 +39,8 @@ _PUBLIC = {
     "POST_PROCESS": "pruning.allocation",
     "PRE_PROCESS": "pruning.allocation",
     "Perplexity": "evaluation.metric",
+    "Protocol": "evaluation.measurement",
+    "Measurement": "evaluation.measurement",
     "PruningReport": "pruning.report",
     "PruningSchedule": "recovery.gradual.schedule",
     "REDUCTION": "pruning.allocation",
@@ -62,8 +64,10 @@ _PUBLIC = {
     "fit_to_budget": "pruning.allocation",
     "load_calibration": "data",
     "load_tokens": "data",
+    "measure": "evaluation.measure",
     "perplexity": "evaluation.perplexity",
     "perplexity_with_error": "evaluation.perplexity",
+    "plot_search": "sharing.pictures",
     "prune": "pruning.prune",
     "split_windows": "data",
     "use_cpu": "common.devices",
@@ -75,12 +79,13 @@ _PUBLIC = {
 __all__ = sorted(_PUBLIC)
 
 
-def _register_quantizer() -> None:
-    # registers itself, also where it is what imported transformers
-    importlib.import_module(".checkpoint.transformers_loader", __name__)
+def _following(module: str) -> Callable[[], None]:
+    """What makes itself known to a dependency when it is imported, also where it is what imported that."""
+    return lambda: importlib.import_module(module, __name__) and None
 
 
-after_import("transformers.quantizers.auto", _register_quantizer)  # so that compressed checkpoints load
+after_import("transformers.quantizers.auto", _following(".checkpoint.transformers_loader"))  # compressed ones load
+after_import("peft", _following(".recovery.adapters.peft_method"))  # sparse adapters load
 
 
 def __getattr__(name: str):

@@ -2,32 +2,28 @@
 
 from __future__ import annotations
 
+import hashlib
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from itertools import islice
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from .common.registry import near
 from .common.settings import check_settings, setting
-from .evaluation.perplexity import check_tokens
+from .common.texts import DATASETS, check_source, describe, iterate_texts  # noqa: F401 - the door of reading
 
-
-# Short names: (repository, configuration, split, text column).
-DATASETS = {
-    "wikitext2": ("Salesforce/wikitext", "wikitext-2-raw-v1", "train", "text"),
-    "c4": ("allenai/c4", "en", "train", "text"),
-    "fineweb-edu": ("HuggingFaceFW/fineweb-edu", "sample-10BT", "train", "text"),
-    "slimpajama": ("cerebras/SlimPajama-627B", None, "train", "text"),
-}
 
 SAMPLES = 128  # sequences of calibration where nobody says how many
 
 # Windows are drawn from the first POOL times as many as are asked for: enough to be mixed, bounded for any corpus.
 POOL = 8
+
+# How windows are cut: a BOS before each, or one before the whole text, as in the code behind published figures.
+CUTS = ("each", "paper")
 
 
 @dataclass(frozen=True)
@@ -40,6 +36,8 @@ class DataConfig:
         sequence_length (`int`, *optional*): Tokens per sequence. Defaults to the model's longest, at most 2048.
         text_column (`str`, defaults to `"text"`): The column of a dataset that holds the text.
         split (`str`, *optional*): The split of a named dataset. Defaults to `"train"`.
+        bos (`bool`, *optional*): Whether each sequence starts with the tokenizer's beginning-of-sequence token. By
+            default where the tokenizer adds it.
         seed (`int`, defaults to 0): Which sequences are taken.
     """
 
@@ -47,6 +45,7 @@ class DataConfig:
     sequence_length: int | None = setting(None, low=2)
     text_column: str = "text"
     split: str | None = None
+    bos: bool | None = None
     seed: int = setting(0, low=0)
 
     def __post_init__(self):
@@ -64,11 +63,13 @@ class Calibration:
         inputs (`Mapping[str, Tensor]`): by the name that the model's forward gives them; first dimension the samples.
         source (`str`): what the user named.
         seed (`int`): which windows were drawn.
+        bos (`bool`): whether each starts with the tokenizer's beginning-of-sequence token; `None` where not known.
     """
 
     inputs: Mapping[str, Tensor]
     source: str
     seed: int | None = None
+    bos: bool | None = None
 
     def batches(self, size: int) -> list[dict[str, Tensor]]:
         """The inputs in batches of at most `size` samples."""
@@ -76,11 +77,18 @@ class Calibration:
         return [dict(zip(parts, values)) for values in zip(*parts.values())]
 
     def facts(self) -> dict[str, Any]:
-        """Source, samples, length, tokens and seed."""
-        samples, *rest = next(iter(self.inputs.values())).shape
-        length = rest[0] if len(rest) == 1 else None
-        tokens = samples * length if length else None
-        return {"source": self.source, "samples": samples, "length": length, "tokens": tokens, "seed": self.seed}
+        """Source, samples, length, tokens, seed, and `bos` where it is known.
+
+        Tokens are positions that an `attention_mask` does not mark as padding, wherever the padding stands.
+        """
+        name, main = next(iter(self.inputs.items()))
+        flat = main.dim() == (3 if name.endswith("inputs_embeds") else 2)
+        samples, length = len(main), main.shape[1] if flat else None
+        mask = self.inputs.get(f"{'decoder_' if name.startswith('decoder_') else ''}attention_mask")
+        padded = mask is not None and length and mask.shape == (samples, length)
+        tokens = int(mask.bool().sum()) if padded else samples * length if length else None
+        facts = {"source": self.source, "samples": samples, "length": length, "tokens": tokens, "seed": self.seed}
+        return facts if self.bos is None else {**facts, "bos": self.bos}
 
 
 def load_calibration(
@@ -120,9 +128,10 @@ def load_calibration(
         seed=config.seed,
         text_column=config.text_column,
         split=config.split,
+        bos=config.bos,
     )
     check_tokens(tokens, model)
-    return Calibration({"input_ids": tokens}, describe(source), config.seed)
+    return Calibration({"input_ids": tokens}, describe(source), config.seed, starts_with_bos(tokenizer, config.bos))
 
 
 def default_length(model: nn.Module) -> int:
@@ -140,27 +149,92 @@ def load_tokens(
     seed: int = 0,
     text_column: str = "text",
     split: str | None = None,
+    bos: bool | None = None,
+    windows: str = "each",
 ) -> Tensor:
     """Non-overlapping windows of the source's text, LongTensor (samples, sequence_length).
 
     Texts are joined, with the tokenizer's end-of-text token between them. With `num_samples`, that many windows are
     drawn in an order that `seed` decides; without, all windows are taken in the order of the text.
 
+    Args:
+        bos (`bool`, *optional*): whether the tokenizer's beginning-of-sequence token stands in front, counted in the
+            length; by default where the tokenizer adds it by itself.
+        windows (`str`, defaults to `"each"`): in front of what it stands: of `"each"` window, or, as `"paper"`, once
+            of the whole text, whose rows are then joined by two line breaks, the empty ones too, with no end-of-text
+            between them. The second reproduces published perplexities, and takes the whole text.
+
     Raises:
-        ValueError: the text holds fewer windows than were asked for.
+        ValueError: the text holds fewer windows than were asked for; no beginning-of-sequence token to put in front.
     """
-    wanted = None if num_samples is None else num_samples * POOL
-    windows = _windows(iterate_texts(source, text_column, split), tokenizer, sequence_length, wanted)
+    check_cut(windows, num_samples)
+    bos = starts_with_bos(tokenizer, bos)
+    texts = iterate_texts(source, text_column, split)
+    if windows == "paper":
+        found = _paper_windows(texts, tokenizer, sequence_length, bos)
+    else:
+        found = cut_windows(
+            texts, tokenizer, sequence_length, None if num_samples is None else num_samples * POOL, bos
+        )
     needed = 1 if num_samples is None else num_samples
-    if len(windows) < needed:
+    if len(found) < needed:
         raise ValueError(
-            f"{describe(source)} holds {len(windows)} windows of {sequence_length} tokens, and {needed} are needed; "
+            f"{describe(source)} holds {len(found)} windows of {sequence_length} tokens, and {needed} are needed; "
             "give more text, or a smaller num_samples or sequence_length."
         )
     if num_samples is None:
-        return windows
-    order = torch.randperm(len(windows), generator=torch.Generator().manual_seed(seed))
-    return windows[order[:num_samples]]
+        return found
+    order = torch.randperm(len(found), generator=torch.Generator().manual_seed(seed))
+    return found[order[:num_samples]]
+
+
+def check_cut(windows: str, num_samples: int | None) -> None:
+    """Raise `ValueError` unless `windows` is one of `CUTS`, and can be had of so many windows (`None`: of all)."""
+    if windows not in CUTS:
+        raise ValueError(f"windows is one of {', '.join(CUTS)}, got {windows!r}.{near(str(windows), CUTS)}")
+    if windows == "paper" and num_samples is not None:
+        raise ValueError("windows='paper' measures the whole text, as published figures do; leave num_samples out.")
+
+
+def starts_with_bos(tokenizer: Any, bos: bool | None = None) -> bool:
+    """Whether windows of text start with the tokenizer's beginning-of-sequence token: as asked, or as it does itself.
+
+    Models that were trained with the token in front of every text are out of their depth without it: some put most of
+    their attention there, and a perplexity without it says little of them.
+    """
+    token = getattr(tokenizer, "bos_token_id", None)
+    if bos is None:
+        # by what it does: neither its class nor a setting such as add_bos_token tells what a post-processor adds
+        def begins(special: bool) -> bool:
+            return tokenizer("a", add_special_tokens=special)["input_ids"][:1] == [token]
+
+        return token is not None and begins(True) and not begins(False)
+    if bos and token is None:
+        raise ValueError(
+            f"The tokenizer ({type(tokenizer).__name__}) has no beginning-of-sequence token; leave bos out."
+        )
+    return bool(bos)
+
+
+def fingerprint(tokens: Tensor) -> str:
+    """16 letters that tell one set of windows, (samples, length), from another: text, tokenizer and cut together."""
+    content = tokens.long().cpu().contiguous().numpy().tobytes()
+    return hashlib.sha256(repr(tuple(tokens.shape)).encode() + content).hexdigest()[:16]
+
+
+def check_tokens(tokens: Tensor, model: nn.Module) -> None:
+    """Raise `ValueError` unless `tokens` are (samples, length) whole numbers within the model's vocabulary."""
+    if not isinstance(tokens, Tensor) or tokens.dim() != 2 or tokens.numel() == 0 or tokens.is_floating_point():
+        got = f"{tuple(tokens.shape)} {tokens.dtype}" if isinstance(tokens, Tensor) else type(tokens).__name__
+        raise ValueError(f"Tokens are a LongTensor (samples, length), not empty; got {got}.")
+    embeddings = model.get_input_embeddings()
+    vocabulary = getattr(embeddings, "num_embeddings", None)
+    low, high = int(tokens.min()), int(tokens.max())
+    if low < 0 or (vocabulary is not None and high >= vocabulary):
+        raise ValueError(
+            f"Tokens run from {low} to {high}, but {type(model).__name__} knows 0 to {(vocabulary or 0) - 1}: "
+            "were they made with another tokenizer?"
+        )
 
 
 def split_windows(windows: Tensor, sizes: Mapping[str, int], seed: int = 0) -> dict[str, Tensor]:
@@ -175,60 +249,12 @@ def split_windows(windows: Tensor, sizes: Mapping[str, int], seed: int = 0) -> d
     return {name: windows[list(islice(order, size))] for name, size in sizes.items()}
 
 
-def iterate_texts(source: Any, text_column: str = "text", split: str | None = None) -> Iterator[str]:
-    """The texts of a source, one by one.
-
-    A source is a list of texts; the path of a .txt (one text), .jsonl, .json or .parquet file; a `datasets` dataset;
-    or the name of one: a short name (`wikitext2`, `c4`), a local folder, or a Hub repository, which is streamed.
-    """
-    import datasets
-
-    if isinstance(source, (str, Path)):
-        path = Path(source)
-        if path.suffix == ".txt":
-            yield path.read_text(encoding="utf-8")
-            return
-        source, text_column = _open_dataset(str(source), text_column, split)
-    if isinstance(source, (datasets.DatasetDict, datasets.IterableDatasetDict)):
-        raise ValueError(f"Choose one split of the dataset: {', '.join(source)}.")
-    if isinstance(source, (datasets.Dataset, datasets.IterableDataset)):
-        columns = source.column_names
-        if columns and text_column not in columns:
-            raise ValueError(f"The dataset has no column {text_column!r}; it has {', '.join(columns)}.")
-        source = (row[text_column] for row in source)
-    if not isinstance(source, Iterable):
-        raise ValueError(f"Cannot read text from {type(source).__name__}; give texts, a path, a dataset or its name.")
-    for text in source:
-        if not isinstance(text, str):
-            raise ValueError(f"Expected texts, got {type(text).__name__}: {str(text)[:60]!r}.")
-        yield text
-
-
-def _open_dataset(name: str, text_column: str, split: str | None) -> tuple[Iterable, str]:
-    """The dataset behind a file or a name, and its column of text."""
-    import datasets
-
-    path = Path(name)
-    builders = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}
-    if path.suffix in builders:
-        if not path.is_file():
-            raise FileNotFoundError(f"No such file: {name!r}.")
-        return datasets.load_dataset(builders[path.suffix], data_files=name, split="train"), text_column
-    if path.suffix and "/" not in name and not path.exists():
-        raise FileNotFoundError(f"No such file: {name!r}.")
-    if path.suffix and path.is_file():
-        raise ValueError(f"Cannot read {name!r}: expected .txt, .jsonl, .json or .parquet, or the name of a dataset.")
-    repository, configuration, default_split, column = DATASETS.get(name, (name, None, "train", text_column))
-    try:
-        data = datasets.load_dataset(repository, configuration, split=split or default_split, streaming=True)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"Cannot load the dataset {name!r}: {error}") from error
-    return data, column
-
-
-def _windows(texts: Iterable[str], tokenizer: Any, length: int, wanted: int | None) -> Tensor:
-    """At most `wanted` windows of `length` tokens from the joined texts."""
+def cut_windows(
+    texts: Iterable[str], tokenizer: Any, length: int, wanted: int | None = None, bos: bool = False
+) -> Tensor:
+    """At most `wanted` windows, LongTensor (samples, length), of the joined texts; with `bos`, it stands in front."""
     separator = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    size = _text_tokens(length, bos)
     ids: list[int] = []
     for text in texts:
         if not text.strip():
@@ -236,16 +262,23 @@ def _windows(texts: Iterable[str], tokenizer: Any, length: int, wanted: int | No
         if ids:
             ids += separator
         ids += tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-        if wanted is not None and len(ids) >= wanted * length:
+        if wanted is not None and len(ids) >= wanted * size:
             break
-    count = len(ids) // length if wanted is None else min(len(ids) // length, wanted)
+    count = len(ids) // size if wanted is None else min(len(ids) // size, wanted)
+    found = torch.tensor(ids[: count * size], dtype=torch.long).view(count, size)
+    return torch.cat([torch.full((count, 1), tokenizer.bos_token_id), found], 1) if bos else found
+
+
+def _text_tokens(length: int, bos: bool) -> int:
+    """How many tokens of text a window of `length` tokens holds."""
+    if length <= bos:
+        raise ValueError(f"A window of {length} tokens has no room for text behind its BOS; use longer ones, or none.")
+    return length - bos
+
+
+def _paper_windows(texts: Iterable[str], tokenizer: Any, length: int, bos: bool) -> Tensor:
+    """Windows, (samples, length), of the whole text as published code cuts it; it is tokenized in one piece."""
+    ids = tokenizer("\n\n".join(texts), add_special_tokens=False, verbose=False)["input_ids"]
+    ids = [tokenizer.bos_token_id, *ids] if bos else ids
+    count = len(ids) // length
     return torch.tensor(ids[: count * length], dtype=torch.long).view(count, length)
-
-
-def describe(source: Any) -> str:
-    """A source in a few words; a path only by its last part."""
-    if isinstance(source, (str, Path)):
-        return Path(source).name if Path(source).exists() else str(source)
-    if isinstance(source, Sequence):
-        return f"{len(source)} texts"
-    return getattr(source, "info", None) and source.info.dataset_name or type(source).__name__

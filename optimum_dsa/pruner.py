@@ -13,8 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from .checkpoint.adapter_base import check_base
-from .checkpoint.description import Description, is_unchanged, report_from
-from .checkpoint.load import find_commit, find_description, load_model, load_tokenizer, weights_of
+from .checkpoint.description import Description
+from .checkpoint.load import find_description
+from .checkpoint.opened import open_checkpoint
 from .checkpoint.origin import base_of, report_of
 from .checkpoint.save import base_model, save_checkpoint
 from .checkpoint.verify import Verification, verify
@@ -32,6 +33,7 @@ from .pruning.zeros import counted
 
 
 if TYPE_CHECKING:
+    from .evaluation.measurement import Measurement
     from .recovery.configuration import RecoveryConfig
     from .recovery.result import RecoveryResult
     from .search.result import SearchResult
@@ -82,25 +84,10 @@ class DSAPruner:
             transformers_kwargs (`dict`): go to the model's `from_pretrained` (`dtype`, `device_map`, `revision`, ...).
                 The class is the one that the checkpoint names.
         """
-        if isinstance(model_or_path, nn.Module):
-            if transformers_kwargs:
-                raise ValueError(f"A loaded model takes no loading options, got {', '.join(transformers_kwargs)}.")
-            return cls(model_or_path, load_tokenizer(tokenizer))
-        path = str(model_or_path)
-        found = find_description(path, **transformers_kwargs)
-        report = None if found is None else report_from(found)
-        if found is not None and not is_unchanged(found):
-            logger.warning("The dsa_config.json of %s was changed after it was written.", path)
-        model = load_model(path, **transformers_kwargs)
-        pruner = cls(model, load_tokenizer(tokenizer or path, **transformers_kwargs))
-        if found is not None:
-            pruner.report = pruner._restored = report
-            pruner._description = found
-            pruner._base = found["base_model"]
-            # an adapter names its base by this alone
-            pruner._stored = None if transformers_kwargs.keys() & {"subfolder", "revision"} else weights_of(path)
-        else:
-            pruner._base = base_model(model, find_commit(path, **transformers_kwargs))
+        found = open_checkpoint(model_or_path, tokenizer, **transformers_kwargs)
+        pruner = cls(found.model, found.tokenizer)
+        pruner.report = pruner._restored = found.report
+        pruner._description, pruner._base, pruner._stored = found.description, found.base, found.stored
         return pruner
 
     def prune(self, calibration: Any, config: DSAConfig) -> PruningReport:
@@ -145,8 +132,11 @@ class DSAPruner:
             resume (`bool`, defaults to `False`): go on with the search in `output`.
             report_to (`Any`, *optional*): an experiment tracker that accelerate knows, such as `"trackio"`.
         """
+        from .search.realise import check_searchable
         from .search.search import search
+        from .sharing.pictures import plot_search
 
+        check_searchable(config)  # before any text is read
         if validation is None and isinstance(calibration, (Tensor, Mapping)):
             raise ValueError("Give validation text or tokens: calibration inputs given as tensors are used whole.")
         if validation is None:
@@ -168,6 +158,7 @@ class DSAPruner:
             folder=output,
             resume=resume,
             report_to=report_to,
+            pictures=plot_search,
         )
 
     @torch.no_grad()
@@ -188,6 +179,22 @@ class DSAPruner:
         """
         report = self._pruned()
         return verify(self.model, report, self._description if report is self._restored else None)
+
+    def measure(self, text: Any = None, tasks: Any = (), **options) -> Measurement:
+        """Perplexity on a text, results on tasks of lm-eval, and zeros, with the protocol of each.
+
+        ```python
+        print(DSAPruner.from_pretrained("qwen3-0.6b-dsa-60").measure("wikitext2", windows="paper"))
+        ```
+
+        Args:
+            text (`Any`, *optional*): texts, a file, a dataset or its name, or a LongTensor (samples, length).
+            tasks (`Sequence[str]`): names of lm-eval's tasks, or YAML files that describe one.
+            options (`dict`): of [`measure`]: `sequence_length`, `windows`, `bos`, ...
+        """
+        from .evaluation.measure import measure
+
+        return measure(self.model, text, tasks, tokenizer=self.tokenizer, report=self.report, **options)
 
     def recover(
         self,

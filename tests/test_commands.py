@@ -9,9 +9,10 @@ import pytest
 from optimum.commands.base import CommandInfo
 from optimum.commands.optimum_cli import main
 
-from optimum_dsa import ALLOCATIONS, METHODS, UPDATES
+from optimum_dsa import ALLOCATIONS, METHODS, UPDATES, DSAPruner
 from optimum_dsa.commands.base import LeafCommand
 from optimum_dsa.commands.embedded import demo_model, demo_texts
+from optimum_dsa.search.evaluator import Evaluator
 
 from .tiny import tiny_llama
 
@@ -54,9 +55,24 @@ def test_prune_then_evaluate(tmp_path, text):
     assert table[12].split()[-2:] == ["0.6000", "0.6000"]
     code, output, errors = command("evaluate", out, "--dataset", text, "--sequence-length", "64", "--json")
     assert (code, errors) == (0, "")
-    result = json.loads(output)
+    (result,) = json.loads(output)["models"]
     assert result["sparsity"] == pytest.approx(0.6, abs=1e-6)
     assert result["perplexity"] > 1 and result["windows"] > 8 and result["sequence_length"] == 64
+
+
+def test_evaluate_as_papers_do_and_of_one_name(monkeypatch, capsys, tmp_path, text):
+    arguments = ["evaluate", str(demo_model()), str(demo_model()), "--dataset", text, "--sequence-length", "64"]
+    code, output, errors = run(monkeypatch, capsys, *arguments, "--windows", "paper", "--json")
+    assert code == 0, errors
+    first, second = json.loads(output)["models"]
+    assert (first["cut"], first["bos"], first["dtype"]) == ("paper", False, "bfloat16")
+    assert [first["model"], second["model"]] == [demo_model().name, f"{demo_model().name} (2)"]
+    assert first["fingerprint"] == second["fingerprint"] and len(first["losses"]) == first["windows"]
+    options = ["--num-samples", "4", "--output", str(tmp_path / "results.json")]
+    code, output, errors = run(monkeypatch, capsys, *arguments, *options)
+    assert code == 0, errors
+    assert "4 windows of 64 tokens, no BOS, bfloat16" in output and "+0.000 ± 0.000" in output
+    assert run(monkeypatch, capsys, *arguments, *options)[0] == 0  # results are replaced by results
 
 
 def test_progress_bars_honour_the_switch_and_errors_are_one_line(tmp_path, text):
@@ -69,8 +85,8 @@ def test_options_reach_the_config(monkeypatch, capsys, tmp_path, text):
     out = tmp_path / "out"
     options = (
         "-s 0.5 --method magnitude --allocation atp --spread 0.1 --pattern matrix --update none --granularity matrix "
-        "--exclude down_proj --num-samples 4 --sequence-length 32 --seed 5 --batch-size 2 --one-pass --dtype float32 "
-        "--device cpu --max-shard-size 2MB"
+        "--exclude down_proj --num-samples 4 --sequence-length 32 --no-bos --seed 5 --batch-size 2 --one-pass "
+        "--dtype float32 --device cpu --max-shard-size 2MB"
     )
     code, _, errors = run(
         monkeypatch, capsys, "prune", str(demo_model()), "-o", str(out), "--dataset", text, *options.split()
@@ -81,7 +97,8 @@ def test_options_reach_the_config(monkeypatch, capsys, tmp_path, text):
         "sparsity": 0.5, "method": "magnitude", "allocation": "atp", "spread": 0.1, "pattern": "matrix",
         "update": {"name": "none", "damping": 0.01, "true_sequential": False}, "granularity": "matrix",
         "exclude": ["down_proj"], "batch_size": 2, "sequential": False,
-        "data": {"num_samples": 4, "sequence_length": 32, "text_column": "text", "split": None, "seed": 5},
+        "data": {"num_samples": 4, "sequence_length": 32, "text_column": "text", "split": None, "bos": False,
+                 "seed": 5},
     }  # fmt: skip
     assert {name: config[name] for name in expected} == expected
     assert len(list(out.glob("model-*.safetensors"))) > 1
@@ -107,14 +124,21 @@ def test_options_reach_the_config(monkeypatch, capsys, tmp_path, text):
         ("prune {model} -o {new} -s 0.5 --max-shard-size 0GB", "max_shard_size is a number of bytes"),
         ("recover {model} -o {new} --dataset x --teacher /nope", "No folder /nope, where the teacher would be"),
         ("prune {model} -o {new} -s 0.5 --device cuda:99", "Device 'cuda:99' cannot be used"),
-        ("prune {model} -o {new} -s 0.5 --exclude router", "Nothing in LlamaForCausalLM is named 'router'"),
+        ("prune {model} -o {new} -s 0.5 --exclude router --dataset {text}", "LlamaForCausalLM is named 'router'"),
         ("prune {model} -o {new} -s 0.5 --dataset {missing}.txt", "missing.txt"),
         ("prune {model} -o {new} -s 0.5 --dataset {empty}", "holds 0 windows"),
         ("prune {model} -o {other} -s 0.5 --dataset {text}", "was not written by optimum-dsa"),
         ("prune {missing} -o {new} -s 0.5 --dataset {text}", "missing"),
         ("prune {model} -o {new} --config {missing}", "missing"),
         ("evaluate {model} --dataset {empty}", "holds 0 windows"),
-        ("evaluate {model} --dataset {text} --sequence-length 1", "--sequence-length is too small: 1"),
+        ("evaluate {model} --dataset /nope", "No such file or folder: '/nope'"),
+        ("evaluate {model} --dataset {text} --tokenizer /nope", "No tokenizer can be loaded from '/nope'"),
+        ("evaluate {model} --dataset {text} --bos", "has no beginning-of-sequence token; leave bos out"),
+        ("evaluate {model} --dataset {text} --windows paper --num-samples 3", "the whole text"),
+        (
+            "evaluate {model} --dataset {text} --sequence-length 1",
+            "sequence_length is a whole number of at least 2, got 1",
+        ),
         ("demo -o {other}", "was not written by optimum-dsa"),
     ],
 )
@@ -131,6 +155,31 @@ def test_bad_usage_is_one_clear_line_and_exit_code_2(monkeypatch, capsys, tmp_pa
     assert code == 2 and output == "" and len(lines) == 1
     assert message in lines[0]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["empty.txt", "other"]
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        "prune {model} -o {new} -s 0.5 --dataset {bad}",
+        "search {model} -o {new} -s 0.5 --dataset {bad}",
+        "search {model} -o {new} -s 0.5 --dataset {text} --validation {bad}",
+        "recover {model} -o {new} --dataset {bad}",
+        "recover {model} -o {new} --dataset {text} --validation {bad}",
+        "evaluate {model} --dataset {bad}",
+    ],
+)
+@pytest.mark.parametrize("name", ["broken.jsonl", "latin.txt", "plain", "/nope"])
+def test_a_text_that_cannot_be_read_is_found_before_the_model_is_loaded(
+    monkeypatch, capsys, tmp_path, text, arguments, name
+):
+    (tmp_path / "broken.jsonl").write_text('{"text": "a"')
+    (tmp_path / "latin.txt").write_bytes(b"caf\xe9")
+    (tmp_path / "plain").write_text("a text in a file without suffix")
+    monkeypatch.setattr(DSAPruner, "from_pretrained", lambda *_, **__: pytest.fail("the model was loaded"))
+    places = {"model": demo_model(), "text": text, "new": tmp_path / "new", "bad": tmp_path / name}
+    code, output, errors = run(monkeypatch, capsys, *[part.format(**places) for part in arguments.split()])
+    assert code == 2 and output == "" and len(errors.splitlines()) == 1 and name in errors
+    assert not (tmp_path / "new").exists()
 
 
 def test_a_terminal_that_cannot_show_a_sign_shows_another(monkeypatch):
@@ -196,6 +245,40 @@ def test_search_then_prune_with_what_was_found(monkeypatch, capsys, tmp_path, te
     assert json.loads((tmp_path / "out" / "dsa_config.json").read_text())["allocation"]["sparsity"] == best["sparsity"]
 
 
+def test_an_interrupted_search_says_what_is_there_and_how_to_go_on(monkeypatch, capsys, tmp_path, text):
+    found = tmp_path / "found"
+    search = ["search", str(demo_model()), "-o", str(found), "-s", "0.6", "--dataset", text, "--num-samples", "4"]
+    search += ["--sequence-length", "32", "--budget", "2k tokens", "--strategy", "named"]
+    original = Evaluator.answer
+
+    def interrupt(self, requests, first, room):
+        if first:
+            raise KeyboardInterrupt
+        return original(self, requests, first, room)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(DSAPruner, "from_pretrained", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
+        code, _, errors = run(patch, capsys, *search)
+        assert code == 130 and "interrupted, nothing was written" in errors
+    with monkeypatch.context() as patch:
+        patch.setattr(Evaluator, "answer", interrupt)
+        code, _, errors = run(patch, capsys, *search)
+        assert code == 130 and f"what was tried is in {found}; the same command with --resume goes on" in errors
+    assert len((found / "trace.jsonl").read_text().splitlines()) > 1
+    code, output, errors = run(monkeypatch, capsys, *search, "--resume")
+    assert code == 0 and "validation loss" in output, errors
+
+
+def test_a_search_for_a_pattern_hands_it_on_to_prune(monkeypatch, capsys, tmp_path, text):
+    found = str(tmp_path / "found")
+    data = ["--dataset", text, "--num-samples", "4", "--sequence-length", "32"]
+    search = ["search", str(demo_model()), "-o", found, "-s", "0.5", *data, "--budget", "2k tokens"]
+    code, _, errors = run(monkeypatch, capsys, *search, "--pattern", "2:4")
+    assert code == 2 and "use pattern='mixed:4'" in errors and not (tmp_path / "found").exists()
+    code, output, errors = run(monkeypatch, capsys, *search, "--pattern", "mixed:4", "--strategy", "named")
+    assert code == 0 and f"-s 0.5 --pattern mixed:4 --allocation {found}" in output, errors
+
+
 @pytest.mark.parametrize(
     "options,message",
     [("--budget much", "expected '2M tokens'"), ("--strategy evolutions", "Did you mean 'evolution'")],
@@ -226,4 +309,4 @@ def test_search_over_seeds_compares_them_and_leaves_the_best_for_prune(monkeypat
         monkeypatch, capsys, "prune", str(demo_model()), "-o", str(out), *data, "--allocation", found
     )
     assert code == 0, errors
-    assert "0.6000" in output.splitlines()[-3]
+    assert "0.6000" in next(line for line in output.splitlines() if line.startswith("prunable weights"))

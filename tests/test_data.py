@@ -5,9 +5,17 @@ import pytest
 import torch
 
 from optimum_dsa import DataConfig, load_tokens, split_windows
-from optimum_dsa.data import DATASETS, Calibration, iterate_texts, load_calibration
+from optimum_dsa.data import (
+    DATASETS,
+    Calibration,
+    check_source,
+    fingerprint,
+    iterate_texts,
+    load_calibration,
+    starts_with_bos,
+)
 
-from .tiny import VOCABULARY, tiny_llama, tokens
+from .tiny import VOCABULARY, bos_tokenizer, tiny_llama, tokens
 
 
 TEXTS = [f"line {index} of a text that is long enough to fill a window\n" * 4 for index in range(12)]
@@ -61,6 +69,52 @@ def test_the_seed_decides_which_windows_are_drawn():
     assert all(tuple(row) in everything for row in draw(3).tolist())
 
 
+NUMBERS = [" ".join(map(str, range(start, start + 9))) for start in range(0, 80, 10)]
+BOS, EOS = 0, 1
+
+
+def test_every_window_starts_with_what_the_tokenizer_adds_and_holds_that_many_tokens_less_of_text():
+    plain = load_tokens(NUMBERS, bos_tokenizer(adds=False), sequence_length=7)
+    found = load_tokens(NUMBERS, bos_tokenizer(), sequence_length=8)
+    assert found.shape == (len(plain), 8) and (found[:, 0] == BOS).all()
+    assert torch.equal(found[:, 1:], plain) and not (plain == BOS).any()
+    assert torch.equal(load_tokens(NUMBERS, bos_tokenizer(), sequence_length=7, bos=False), plain)
+    assert torch.equal(load_tokens(NUMBERS, bos_tokenizer(adds=False), sequence_length=8, bos=True), found)
+
+
+def test_the_first_token_is_known_by_what_the_tokenizer_does():
+    assert starts_with_bos(bos_tokenizer()) and not starts_with_bos(bos_tokenizer(adds=False))
+    assert not starts_with_bos(bos_tokenizer(), False) and starts_with_bos(bos_tokenizer(adds=False), True)
+    assert not starts_with_bos(Letters())
+    with pytest.raises(ValueError, match="Letters.* has no beginning-of-sequence token; leave bos out"):
+        starts_with_bos(Letters(), True)
+    with pytest.raises(ValueError, match="A window of 1 tokens has no room"):
+        load_tokens(NUMBERS, bos_tokenizer(), sequence_length=1)
+
+
+def test_windows_of_papers_have_one_bos_and_no_end_of_text():
+    rows = ["1 2 3", "", "4 5", "6 7 8 9 10"]
+    found = load_tokens(rows, bos_tokenizer(), sequence_length=3, windows="paper")
+    expected = bos_tokenizer()("\n\n".join(rows))["input_ids"]
+    assert found.flatten().tolist() == expected[: found.numel()] and len(found) == 3
+    assert (found == BOS).sum() == 1 and not (found == EOS).any()
+    assert not (load_tokens(rows, bos_tokenizer(), sequence_length=3, windows="paper", bos=False) == BOS).any()
+    letters = load_tokens(["a", "", "b"], Letters(), sequence_length=6, windows="paper")
+    assert letters.tolist() == [[ord(letter) % 96 for letter in "a\n\n\n\nb"]]
+    with pytest.raises(ValueError, match="the whole text"):
+        load_tokens(rows, bos_tokenizer(), sequence_length=3, windows="paper", num_samples=1)
+    with pytest.raises(ValueError, match="each, paper, got 'papers'. Did you mean 'paper'"):
+        load_tokens(rows, bos_tokenizer(), windows="papers")
+
+
+def test_a_fingerprint_tells_windows_apart():
+    one = tokens(4, 8)
+    other = one.clone()
+    other[3, 7] = (other[3, 7] + 1) % VOCABULARY
+    assert fingerprint(one) == fingerprint(one.int()) and len(fingerprint(one)) == 16
+    assert len({fingerprint(part) for part in (one, other, one[:3], one.view(8, 4))}) == 4
+
+
 def test_a_long_source_is_not_read_to_its_end():
     def endless():
         while True:
@@ -102,6 +156,40 @@ def test_a_source_that_cannot_be_read_is_a_clear_error(source, error, message):
         load_tokens(source, Letters(), sequence_length=8)
 
 
+@pytest.mark.parametrize(
+    "name,content,message",
+    [
+        ("broken.jsonl", b'{"text": "a"}\n{"text": "b"\n', "broken.jsonl, line 2: not JSON"),
+        ("latin.jsonl", b'{"text": "a"}\n\n{"text": "caf\xe9"}\n', "latin.jsonl, line 3: not text in UTF-8"),
+        ("list.jsonl", b'["a"]', "list.jsonl, line 1: no column 'text'; it is a list"),
+        ("other.jsonl", b'{"body": "a"}', "line 1: no column 'text'; it has body"),
+        ("broken.json", b'[{"text": "a"', "Cannot load the dataset .*broken.json"),
+        ("broken.parquet", b"PAR1xxxx", "Cannot load the dataset .*broken.parquet.*magic bytes"),
+        ("latin.txt", b"caf\xe9", r"latin.txt is not text in UTF-8 \(.* at byte 3\)"),
+        ("notes", b"a text", "Cannot read .*notes.*: expected .txt"),
+    ],
+)
+def test_a_damaged_file_is_named_with_the_place(tmp_path, name, content, message):
+    (tmp_path / name).write_bytes(content)
+    for read in (check_source, lambda path: list(iterate_texts(path))):
+        if read is check_source and "line 2" in message or "line 3" in message:
+            continue  # the start of such a file is whole
+        with pytest.raises(ValueError, match=message):
+            read(tmp_path / name)
+
+
+@pytest.mark.parametrize("name", ["/nope", "./nope", "a/b/c", "nowhere.parquet"])
+def test_a_path_that_is_not_there_is_not_looked_for_on_the_hub(name):
+    with pytest.raises(FileNotFoundError, match=f"No such file or folder: '{name}'"):
+        check_source(name)
+
+
+def test_texts_in_memory_are_not_touched_by_the_check():
+    texts = iter(TEXTS)
+    check_source(texts)
+    assert next(texts) == TEXTS[0]
+
+
 def test_a_file_of_another_kind_is_refused(tmp_path):
     (tmp_path / "a.pdf").write_bytes(b"%PDF")
     with pytest.raises(ValueError, match="expected .txt, .jsonl"):
@@ -120,8 +208,13 @@ def test_calibration_from_tokens_texts_and_inputs_by_name():
     assert load_calibration(tokens(4, 8).int(), model).facts() == {
         "source": "tensor", "samples": 4, "length": 8, "tokens": 32, "seed": None,
     }  # fmt: skip
-    found = load_calibration(TEXTS, model, Letters(), config=DataConfig(num_samples=3, sequence_length=16, seed=7))
-    assert found.facts() == {"source": "12 texts", "samples": 3, "length": 16, "tokens": 48, "seed": 7}
+    config = DataConfig(num_samples=3, sequence_length=16, seed=7)
+    expected = {"source": "12 texts", "samples": 3, "length": 16, "tokens": 48, "seed": 7, "bos": False}
+    assert load_calibration(TEXTS, model, Letters(), config).facts() == expected
+    found = load_calibration(NUMBERS, model, bos_tokenizer(), config)
+    assert found.facts()["bos"] is True and (found.inputs["input_ids"][:, 0] == BOS).all()
+    plain = load_calibration(NUMBERS, model, bos_tokenizer(), DataConfig(num_samples=3, sequence_length=15, bos=False))
+    assert plain.facts()["bos"] is False and not (plain.inputs["input_ids"] == BOS).any()
     assert load_calibration(TEXTS, model, Letters(), config=DataConfig(num_samples=3)).facts()["length"] == 64
     named = load_calibration({"input_ids": tokens(5, 8), "attention_mask": torch.ones(5, 8)}, model)
     assert [len(batch["attention_mask"]) for batch in named.batches(2)] == [2, 2, 1]
@@ -139,6 +232,17 @@ def test_calibration_from_tokens_texts_and_inputs_by_name():
 def test_calibration_that_does_not_fit_the_model_is_refused(source, message):
     with pytest.raises(ValueError, match=message):
         load_calibration(source, tiny_llama())
+
+
+@pytest.mark.parametrize("side", ["", "decoder_"])
+def test_padding_is_not_counted_wherever_it_stands(side):
+    mask = torch.ones(3, 8, dtype=torch.long)
+    mask[0, :2] = mask[1, 5:] = mask[2, 3:5] = 0  # in front, behind, and a hole
+    for main in (tokens(3, 8), torch.zeros(3, 8, 5)):
+        name = f"{side}input_ids" if main.dim() == 2 else f"{side}inputs_embeds"
+        facts = Calibration({name: main, f"{side}attention_mask": mask}, "x").facts()
+        assert (facts["samples"], facts["length"], facts["tokens"]) == (3, 8, 24 - 7)
+    assert Calibration({"pixel_values": torch.zeros(3, 3, 8, 8)}, "x").facts()["tokens"] is None
 
 
 def test_batches_cover_all_samples_in_order():

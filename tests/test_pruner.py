@@ -48,10 +48,11 @@ def test_a_saved_model_is_an_ordinary_checkpoint(pruned):
 def test_dsa_config_says_everything_that_made_the_model(pruned):
     _, report, folder = pruned
     data = json.loads((folder / "dsa_config.json").read_text())
-    assert data["format_version"] == 2
+    assert data["format_version"] == 3
     assert data["base_model"] == {"name": demo_model().name, "revision": None}
     assert data["config"]["allocation"] == "owl"
-    assert data["calibration"] == {"source": "2 texts", "samples": 8, "length": 64, "tokens": 512, "seed": 3}
+    expected = {"source": "2 texts", "samples": 8, "length": 64, "tokens": 512, "seed": 3, "bos": False}
+    assert data["calibration"] == expected
     assert data["achieved"]["removed"] == report.removed
     assert data["achieved"]["units"] == report.achieved
     assert {"torch", "transformers", "optimum-dsa", "python"} <= data["versions"].keys()
@@ -176,9 +177,9 @@ def test_an_edited_description_is_told_and_a_broken_one_refused(pruned, tmp_path
     folder = tmp_path / "copy"
     shutil.copytree(pruned[2], folder)
     data = json.loads((folder / "dsa_config.json").read_text())
-    data["config"]["seed"] = 9
+    data["config"]["data"]["seed"] = 9
     (folder / "dsa_config.json").write_text(json.dumps(data))
-    assert DSAPruner.from_pretrained(folder).report.config.seed == 9
+    assert DSAPruner.from_pretrained(folder).report.config.data.seed == 9
     assert "was changed after it was written" in caplog.text
     del data["achieved"]["units"]
     (folder / "dsa_config.json").write_text(json.dumps(data))

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
+from tokenizers.processors import TemplateProcessing
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from transformers.quantizers.base import HfQuantizer
 
 
@@ -36,6 +40,16 @@ def tiny_llama(seed: int = 0, **changes) -> LlamaForCausalLM:
 def tokens(samples: int = 6, length: int = 16, seed: int = 0, vocabulary: int = VOCABULARY) -> torch.Tensor:
     """Random token ids, (samples, length)."""
     return torch.randint(vocabulary, (samples, length), generator=torch.Generator().manual_seed(seed))
+
+
+def bos_tokenizer(adds: bool = True) -> PreTrainedTokenizerFast:
+    """A token per word, 0 to 89 being known; id 0 begins a text, added as by Gemma's tokenizer where `adds`."""
+    vocabulary = {name: number for number, name in enumerate(["<bos>", "<eos>", "<unk>", *map(str, range(90))])}
+    made = Tokenizer(WordLevel(vocabulary, unk_token="<unk>"))
+    made.pre_tokenizer = WhitespaceSplit()
+    if adds:
+        made.post_processor = TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", 0)])
+    return PreTrainedTokenizerFast(tokenizer_object=made, bos_token="<bos>", eos_token="<eos>", unk_token="<unk>")
 
 
 def state(model) -> dict[str, torch.Tensor]:

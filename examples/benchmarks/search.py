@@ -34,10 +34,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from optimum_dsa import DSAConfig, SearchSpace, load_calibration, load_tokens, perplexity, prune
 from optimum_dsa.commands.embedded import demo_model, demo_texts
 from optimum_dsa.common.devices import own_device
-from optimum_dsa.pruning.prune import architecture_for
 from optimum_dsa.search.enumeration import enumerate_space
 from optimum_dsa.search.objective import Objective
 from optimum_dsa.search.problem import parse_budget
+from optimum_dsa.search.realise import realise
 from optimum_dsa.search.resolver import Resolver
 from optimum_dsa.search.result import SearchResult
 from optimum_dsa.search.search import search
@@ -120,7 +120,8 @@ def seeds(bench: Bench) -> None:
 
 
 def space(bench: Bench) -> None:
-    resolver = Resolver(bench.model, architecture_for(bench.model, bench.config), bench.calibration, bench.config, ())
+    realised = realise(bench.model, bench.calibration, bench.config)
+    resolver = Resolver(bench.model, realised, bench.calibration, bench.config, ())
     start = time.perf_counter()
     found = enumerate_space(SearchSpace.published(), resolver)
     print(f"{found.texts:,} texts, {found.functions:,} functions, {len(found):,} distinct allocations, "
@@ -129,8 +130,9 @@ def space(bench: Bench) -> None:
 
 def candidate(bench: Bench) -> None:
     windows = bench.texts["validation"][: max(4096 // bench.texts["validation"].shape[1], 1)]
-    objective = Objective(bench.model, bench.calibration, windows, bench.config)
-    counts = {name: round(bench.args.sparsity * size) for name, size in objective.sizes.items()}
+    realised = realise(bench.model, bench.calibration, bench.config)
+    objective = Objective(bench.model, realised, windows, bench.config.batch_size)
+    counts = {name: round(bench.args.sparsity * size) for name, size in realised.sizes.items()}
     objective.loss(counts, range(len(windows)))
     ratios = []
     for _ in range(9):

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-import importlib.metadata
 import json
 import math
-import platform
 from collections.abc import Callable, Iterator, Mapping
 from functools import cache
 from pathlib import Path
@@ -16,12 +14,10 @@ from ..common.files import read_json, write_text
 from ..common.installation import how_to_upgrade
 from ..common.schema import violations
 from ..common.settings import nested, settings_schema
+from ..common.versions import versions
 from ..pruning.allocation import ALLOCATIONS, AllocationFunction
 from ..pruning.configuration import CONFIG_NAME, FORMAT_VERSION, DSAConfig
 from ..pruning.report import PruningReport
-
-
-PACKAGES = ("optimum-dsa", "torch", "transformers", "optimum", "accelerate", "datasets", "safetensors")
 
 
 class DescriptionError(ValueError):
@@ -210,14 +206,3 @@ def _from_version_2(data: dict[str, Any]) -> dict[str, Any]:
 
 
 MIGRATIONS: dict[int, Callable[[dict[str, Any]], dict[str, Any]]] = {1: _from_version_1, 2: _from_version_2}
-
-
-def versions() -> dict[str, str]:
-    """Installed versions of what decides the result."""
-    found = {"python": platform.python_version()}
-    for package in PACKAGES:
-        try:
-            found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            found[package] = "not installed"
-    return found

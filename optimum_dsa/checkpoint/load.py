@@ -144,11 +144,15 @@ def _cached(path: str, name: str, options: Mapping[str, Any]) -> Path | None:
     return hub_file(path, name, **{option: options[option] for option in _FILE_OPTIONS if option in options})
 
 
-def load_tokenizer(source: Any, **kwargs) -> Any:
+def load_tokenizer(source: Any, required: bool = False, **kwargs) -> Any:
     """`source` itself if it is a tokenizer; else the one at that path or Hub id, `None` if there is none.
+
+    Args:
+        required (`bool`, defaults to `False`): raise where there is none.
 
     Raises:
         ValueError: a file of it is a link out of its folder, which would be saved with it.
+        ValueError: there is none, and one is required.
     """
     if source is None or not isinstance(source, (str, Path)):
         return source
@@ -160,6 +164,9 @@ def load_tokenizer(source: Any, **kwargs) -> Any:
     try:
         return transformers.AutoTokenizer.from_pretrained(source, **shared)
     except (OSError, ValueError, KeyError, TypeError) as error:
+        if required:
+            why = " ".join(str(error).split())
+            raise ValueError(f"No tokenizer can be loaded from {source!r}: {why:.300}") from error
         logger.info("No tokenizer at %s: %s", source, error)
         return None
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from argparse import ArgumentParser, RawDescriptionHelpFormatter
+from argparse import ArgumentParser, BooleanOptionalAction, RawDescriptionHelpFormatter
 
 from optimum.commands.base import BaseOptimumCLICommand
 
@@ -32,6 +32,10 @@ class LeafCommand(BaseOptimumCLICommand):
         """
         raise NotImplementedError
 
+    def left_behind(self) -> str:
+        """What an interrupted run tells the user that it leaves."""
+        return "nothing was written"
+
     def run(self) -> None:
         from ..common.escaping import one_line
         from ..common.fence_rows import DependencyError
@@ -46,7 +50,7 @@ class LeafCommand(BaseOptimumCLICommand):
             print(f"optimum-cli dsa {self.COMMAND.name}: error: {message}", file=sys.stderr)
             sys.exit(2)
         except KeyboardInterrupt:
-            print(f"optimum-cli dsa {self.COMMAND.name}: interrupted, nothing was written", file=sys.stderr)
+            print(f"optimum-cli dsa {self.COMMAND.name}: interrupted, {one_line(self.left_behind())}", file=sys.stderr)
             sys.exit(130)
 
 
@@ -57,8 +61,29 @@ def say(text: str) -> None:
     print(visible(text))
 
 
-def add_loading_options(parser: ArgumentParser) -> None:
-    """Options that say how a model is loaded."""
+def add_bos_option(parser) -> None:
+    """`--bos` and `--no-bos`; where neither is given, `None`: as the tokenizer does."""
+    parser.add_argument(
+        "--bos",
+        action=BooleanOptionalAction,
+        help="whether windows start with the beginning-of-sequence token (default: where the tokenizer adds it)",
+    )
+
+
+def check_texts(args, data) -> None:
+    """Raise what is wrong with the texts that the options name, read as the `DataConfig` says.
+
+    To be called before a model is loaded, which may take minutes.
+    """
+    from ..data import check_source
+
+    for source in (args.dataset, getattr(args, "validation", None)):
+        if source:
+            check_source(source, data.text_column, data.split)
+
+
+def add_loading_options(parser: ArgumentParser, reads_text: bool = True) -> None:
+    """Options that say how a model is loaded, and its tokenizer where the command reads text."""
     group = parser.add_argument_group("loading the model")
     group.add_argument(
         "--device", default="auto", help="cpu, cuda, cuda:1, ...; auto takes a GPU if there is one for every process"
@@ -71,6 +96,8 @@ def add_loading_options(parser: ArgumentParser) -> None:
         help="auto spreads over the devices; disk keeps weights there and brings them in block by block",
     )
     group.add_argument("--offload-folder", help="where changed weights go with --device-map disk (default: temporary)")
+    if reads_text:
+        group.add_argument("--tokenizer", help="folder or Hub id of the tokenizer (default: the model's own)")
     group.add_argument("--revision", help="branch, tag or commit of a Hub model")
     group.add_argument("--trust-remote-code", action="store_true", help="run the code that a Hub model brings along")
 
@@ -97,6 +124,8 @@ def loading_options(args) -> dict:
             raise ValueError("Device 'meta' holds no weights; name cpu, cuda or another device.")
         if device != "cpu":
             options["device_map"] = device
+    if getattr(args, "tokenizer", None):
+        options["tokenizer"] = args.tokenizer
     if args.revision:
         options["revision"] = args.revision
     if args.trust_remote_code:

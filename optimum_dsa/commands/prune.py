@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .base import LeafCommand, add_loading_options, loading_options, say
+from .base import LeafCommand, add_bos_option, add_loading_options, check_texts, loading_options, say
 
 
 class PruneCommand(LeafCommand):
@@ -93,6 +93,8 @@ pattern     row, matrix, group:128, 2:4 (any N:M), mixed:8 (N:8, N from the allo
         if self.args.max_shard_size is not None:
             check_shard_size(self.args.max_shard_size)
             options["max_shard_size"] = self.args.max_shard_size
+        if config.resolved.reads | config.resolved.allocation_reads:
+            check_texts(self.args, config.data)
         with OutputFolder(self.args.output) as output:
             pruner = DSAPruner.from_pretrained(self.args.model, **loading)
             output.require(weight_bytes(pruner.model))
@@ -113,13 +115,14 @@ def add_calibration_options(parser):
     data.add_argument("--text-column", help="column that holds the text (default: text)")
     data.add_argument("--num-samples", type=int, help="sequences to draw (default: 128)")
     data.add_argument("--sequence-length", type=int, help="tokens per sequence (default: the model's, max 2048)")
+    add_bos_option(data)
     data.add_argument("--seed", type=int, help="which sequences are drawn (default: 0)")
     data.add_argument("--batch-size", type=int, help="sequences per forward pass (default: 8)")
     return data
 
 
-def asked_config(args):
-    """The `DSAConfig` that the options ask for, on top of `--config` where there is one."""
+def asked_config(args, **given):
+    """The `DSAConfig` that the options ask for, on top of `given` and of `--config` where there is one."""
     from ..common.settings import nested, options_of
     from ..pruning.configuration import DSAConfig
 
@@ -128,4 +131,4 @@ def asked_config(args):
     base = DSAConfig.from_pretrained(path).to_dict() if path else {}
     if "sparsity" not in base | asked:
         raise ValueError("say how much to remove, for example --sparsity 0.6")
-    return DSAConfig.from_dict(nested(DSAConfig, base | asked))
+    return DSAConfig.from_dict(nested(DSAConfig, given | base | asked))

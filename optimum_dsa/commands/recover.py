@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .base import LeafCommand, add_loading_options, loading_options, say
+from .base import LeafCommand, add_bos_option, add_loading_options, check_texts, loading_options, say
 
 
 class RecoverCommand(LeafCommand):
@@ -56,6 +56,7 @@ mode    what the adapters add to a weight W, with small factors A and B
         data.add_argument("--split", help="split of a named dataset (default: train)")
         data.add_argument("--text-column", help="column that holds the text (default: text)")
         data.add_argument("--sequence-length", type=int, help="tokens per sequence (default: the model's, max 2048)")
+        add_bos_option(data)
         data.add_argument("--seed", type=int, help="order of the text, start of the adapters (default: 0)")
         run = parser.add_argument_group("stopping and going on")
         run.add_argument("--eval-steps", type=int, help="steps between validations (default: 50)")
@@ -88,6 +89,8 @@ mode    what the adapters add to a weight W, with small factors A and B
         output, model = Path(args.output), Path(args.model)
         if args.keep_adapter and model.is_dir() and model.resolve() == output.resolve():
             raise ValueError(f"--keep-adapter needs another --output: {model} holds the weights under the adapter.")
+        loading = loading_options(args)
+        check_texts(args, config.data)
         with OutputFolder(output, resume=args.resume) as place:
             checkpoints = args.checkpoints
             if checkpoints is None and (config.save_steps is not None or args.resume):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .base import LeafCommand, add_loading_options, loading_options, say
+from .base import LeafCommand, add_loading_options, check_texts, loading_options, say
 from .prune import add_calibration_options, asked_config
 
 
@@ -36,13 +36,20 @@ strategy    named         uniform and every named allocator
         parser.add_argument("-o", "--output", required=True, help="folder for the trace and the result")
         parser.add_argument("-s", "--sparsity", type=float, required=True, help="share to remove, in [0, 1)")
         parser.add_argument("--method", help="what the model will be pruned with (default: wanda)")
+        parser.add_argument(
+            "--pattern", help="row, matrix, group:128 or mixed:8, as the model will be pruned (default: the method's)"
+        )
         parser.add_argument("--strategy", default="auto", help="see above (default: %(default)s)")
         parser.add_argument(
             "--budget",
             default="2M tokens",
             help="'500k tokens', '300 evaluations', '10 min', ... (default: %(default)s)",
         )
-        parser.add_argument("--resume", action="store_true", help="go on with the search in the output folder")
+        parser.add_argument(
+            "--resume",
+            action="store_true",
+            help="go on with the search in the output folder; the same model, texts and options are needed",
+        )
         parser.add_argument("--min-sparsity", type=float, help="least that a matrix is pruned (default: 0)")
         parser.add_argument("--max-sparsity", type=float, help="most that a matrix is pruned (default: 0.99)")
         parser.add_argument(
@@ -65,18 +72,24 @@ strategy    named         uniform and every named allocator
         from ..common.output import OutputFolder
         from ..pruner import DSAPruner
         from ..search.problem import parse_budget
+        from ..search.realise import check_searchable
         from ..search.result import RESULT_FILES, robustness_table
         from ..search.strategies import STRATEGIES
+        from ..sharing.pictures import plot_search
 
-        args, config = self.args, asked_config(self.args)
+        args = self.args
+        config = asked_config(args, allocation="uniform")  # it is what is searched for
+        check_searchable(config)
         parse_budget(args.budget)
         STRATEGIES[args.strategy]
+        loading = loading_options(args)
+        check_texts(args, config.data)
         if args.seeds < 1:
             raise ValueError(f"--seeds is a number of searches, at least 1, got {args.seeds}.")
         if process_state().is_main_process:
             with OutputFolder(args.output, RESULT_FILES):
                 pass  # found before the model is loaded: what cannot or must not be written
-        pruner = DSAPruner.from_pretrained(args.model, **loading_options(args))
+        pruner = DSAPruner.from_pretrained(args.model, **loading)
         output, several = Path(args.output), args.seeds > 1
         with ExitStack() as stack:
             if several and process_state().is_main_process:
@@ -101,8 +114,18 @@ strategy    named         uniform and every named allocator
                 return
             if several:
                 say(f"\n{robustness_table(results)}")
-                min(results, key=lambda result: result.finalists[0].loss).save(whole)
-        print(
-            f"saved to {output}; next: optimum-cli dsa prune {quote(args.model)} -o OUT -s {args.sparsity} "
-            f"--allocation {quote(str(output))}"
+                min(results, key=lambda result: result.finalists[0].loss).save(whole, plot_search)
+        options = "".join(
+            f" --{name} {quote(getattr(args, name))}" for name in ("method", "pattern") if getattr(args, name)
         )
+        print(
+            f"saved to {output}; next: optimum-cli dsa prune {quote(args.model)} -o OUT -s {args.sparsity}"
+            f"{options} --allocation {quote(str(output))}"
+        )
+
+    def left_behind(self) -> str:
+        from pathlib import Path
+
+        if not any(Path(self.args.output).glob("**/trace.jsonl")):
+            return "nothing was written"
+        return f"what was tried is in {self.args.output}; the same command with --resume goes on"

@@ -26,7 +26,7 @@ exit code  0 all that can be counted holds, 1 something does not, 2 it cannot be
     def parse_args(parser):
         VerifyCommand.describe(parser, "verify")
         parser.add_argument("model", help="folder or Hub id of a pruned model")
-        add_loading_options(parser)
+        add_loading_options(parser, reads_text=False)
         parser.set_defaults(device="cpu", device_map="disk")
 
     def execute(self) -> None:

@@ -63,8 +63,8 @@ FENCES = {
         "torch",
         "Module._parameters",
         "a masked weight takes a parameter's place for one forward pass, and parametrisations would rename it",
-        "search.masking",
-        "tests/search/test_masking.py",
+        "search.realise.masked_model",
+        "tests/search/realise/test_masked_model.py",
     ),
     # accelerate
     "hook": Fence(
@@ -85,8 +85,8 @@ FENCES = {
         "accelerate",
         "_old_forward of a hooked module",
         "a masked weight has to take its place after the hook has brought the real one",
-        "search.masking",
-        "tests/search/test_masking.py",
+        "search.realise.masked_model",
+        "tests/search/realise/test_masked_model.py",
     ),
     "store": Fence(
         "accelerate",

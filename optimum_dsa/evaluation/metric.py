@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import datasets
 import evaluate
 from torch import nn
+from transformers import AutoConfig, AutoTokenizer
 
-from ..checkpoint.load import load_model, load_tokenizer
-from ..data import default_length, load_tokens
-from .perplexity import perplexity_with_error
+from ..model.model_class import model_class
+from .measure import measure
 
 
 class Perplexity(evaluate.Metric):
@@ -21,11 +22,12 @@ class Perplexity(evaluate.Metric):
     from optimum_dsa import Perplexity
 
     Perplexity().compute(predictions=texts, model=model, tokenizer=tokenizer, sequence_length=1024)
-    # {'perplexity': 29.4, 'standard_error': 0.6, 'windows': 120, 'sequence_length': 1024}
+    # {'perplexity': 29.4, 'standard_error': 0.6, 'windows': 120, 'sequence_length': 1024, 'cut': 'each', 'bos': False}
     ```
 
     `compute` takes the texts as `predictions`; a `model`, or its folder or Hub id; its `tokenizer`, which a folder
-    brings along; `sequence_length`, by default the model's, at most 2048; and `batch_size`, by default 8.
+    brings along; `sequence_length`, by default the model's, at most 2048; `batch_size`, by default 8; and `windows`
+    and `bos`, as [`measure`] does. Beside the perplexity stands the protocol.
     """
 
     def _info(self) -> evaluate.MetricInfo:
@@ -43,12 +45,23 @@ class Perplexity(evaluate.Metric):
         tokenizer: Any = None,
         sequence_length: int | None = None,
         batch_size: int = 8,
+        windows: str = "each",
+        bos: bool | None = None,
     ) -> dict[str, Any]:
         if not isinstance(model, nn.Module):
-            model, tokenizer = load_model(str(model)), load_tokenizer(tokenizer or str(model))
+            model, tokenizer = _loaded(str(model), tokenizer)
         if tokenizer is None:
             raise ValueError("Perplexity of texts needs the model's tokenizer; pass tokenizer=...")
-        length = sequence_length or default_length(model)
-        tokens = load_tokens(predictions, tokenizer, sequence_length=length)
-        value, error = perplexity_with_error(model, tokens, batch_size)
-        return {"perplexity": value, "standard_error": error, "windows": len(tokens), "sequence_length": length}
+        options = {"sequence_length": sequence_length, "batch_size": batch_size, "windows": windows, "bos": bos}
+        found = measure(model, predictions, tokenizer=tokenizer, **options)
+        how = asdict(found.protocol)
+        del how["dataset"]
+        return {"perplexity": found.perplexity, "standard_error": found.perplexity_error, **how}
+
+
+def _loaded(path: str, tokenizer: Any) -> tuple[nn.Module, Any]:
+    """Model and tokenizer at a path or Hub id, as transformers loads them; compressed checkpoints among them."""
+    config = AutoConfig.from_pretrained(path)
+    if tokenizer is None or isinstance(tokenizer, (str, Path)):
+        tokenizer = AutoTokenizer.from_pretrained(str(tokenizer or path))
+    return model_class(config, path).from_pretrained(path, config=config).eval(), tokenizer

@@ -9,6 +9,7 @@ from huggingface_hub.utils import tqdm
 from torch import Tensor, nn
 
 from ..common.fences import has_device_map
+from ..data import check_tokens
 
 
 def perplexity(model: nn.Module, tokens: Tensor, batch_size: int = 8) -> float:
@@ -31,7 +32,11 @@ def perplexity_with_error(model: nn.Module, tokens: Tensor, batch_size: int = 8)
 
     The error of the mean loss per window, carried over to its exponential.
     """
-    losses = window_losses(model, tokens, batch_size)
+    return mean_perplexity(window_losses(model, tokens, batch_size))
+
+
+def mean_perplexity(losses: Tensor) -> tuple[float, float | None]:
+    """Perplexity and its standard error from the mean losses of windows, (samples,)."""
     value = math.exp(min(losses.mean().item(), 700))
     return value, value * losses.std().item() / math.sqrt(len(losses)) if len(losses) > 1 else None
 
@@ -57,18 +62,3 @@ def window_losses(model: nn.Module, tokens: Tensor, batch_size: int = 8) -> Tens
     finally:
         model.train(training)
     return torch.stack(losses)
-
-
-def check_tokens(tokens: Tensor, model: nn.Module) -> None:
-    """Raise `ValueError` unless `tokens` are (samples, length) whole numbers within the model's vocabulary."""
-    if not isinstance(tokens, Tensor) or tokens.dim() != 2 or tokens.numel() == 0 or tokens.is_floating_point():
-        got = f"{tuple(tokens.shape)} {tokens.dtype}" if isinstance(tokens, Tensor) else type(tokens).__name__
-        raise ValueError(f"Tokens are a LongTensor (samples, length), not empty; got {got}.")
-    embeddings = model.get_input_embeddings()
-    vocabulary = getattr(embeddings, "num_embeddings", None)
-    low, high = int(tokens.min()), int(tokens.max())
-    if low < 0 or (vocabulary is not None and high >= vocabulary):
-        raise ValueError(
-            f"Tokens run from {low} to {high}, but {type(model).__name__} knows 0 to {(vocabulary or 0) - 1}: "
-            "were they made with another tokenizer?"
-        )

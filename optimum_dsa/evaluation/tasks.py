@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,49 +20,81 @@ from ..data import default_length
 ZERO_SHOT = ("boolq", "rte", "hellaswag", "winogrande", "arc_easy", "arc_challenge", "openbookqa")
 
 
+@dataclass(frozen=True)
+class Tasks:
+    """Tasks that lm-eval has, and its `TaskManager` that makes them; `find_tasks` gives them."""
+
+    names: tuple[str, ...]
+    manager: Any
+
+
+def find_tasks(tasks: Sequence[str], include: str | Path | None = None) -> Tasks:
+    """The tasks by these names, or in these YAML files; needs no model, and so comes before one is loaded.
+
+    Args:
+        tasks (`Sequence[str]`): names of lm-eval's tasks or groups, or paths of YAML files that describe one.
+        include (`str | Path`, *optional*): a folder of further YAML files, whose tasks can be named.
+
+    Raises:
+        ValueError: lm-eval is not installed, or there is no task at all.
+        UnknownNameError: a task that lm-eval does not know.
+    """
+    try:
+        from lm_eval import tasks as known
+    except ImportError as error:
+        raise ValueError(f"Tasks are measured by lm-eval: {how_to_install('eval')} ({error}).") from None
+    names, folders = task_names(tasks)
+    if not names:
+        raise ValueError("No task is named; give lm-eval's names, or YAML files.")
+    if include is not None and not Path(include).is_dir():
+        raise FileNotFoundError(f"No such folder of tasks: {str(include)!r}.")
+    folders += [str(Path(include).resolve())] if include is not None else []
+    # lm-eval's own descriptions are read, which takes seconds, only where a task is named that is not in a folder
+    manager = known.TaskManager(include_path=folders or None, include_defaults=False)
+    if any(name not in manager.all_tasks for name in names):
+        manager = known.TaskManager(include_path=folders or None)
+    for name in names:
+        if name not in manager.all_tasks:
+            raise UnknownNameError(f"lm-eval has no task {name!r}.{near(name, manager.all_tasks)}")
+    return Tasks(tuple(names), manager)
+
+
 def evaluate_tasks(
     model: nn.Module,
     tokenizer: Any,
-    tasks: Sequence[str],
+    tasks: Sequence[str] | Tasks,
     *,
     include: str | Path | None = None,
     num_fewshot: int | None = None,
     limit: int | None = None,
     batch_size: int = 8,
     sequence_length: int | None = None,
+    bos: bool | None = None,
 ) -> dict[str, dict[str, dict[str, float | None]]]:
     """Task -> metric -> `{"value", "error"}`, the error being lm-eval's standard error, `None` where it gives none.
 
     Args:
         model (`nn.Module`): a causal language model.
         tokenizer (`Any`): its tokenizer.
-        tasks (`Sequence[str]`): names of lm-eval's tasks or groups, or paths of YAML files that describe one.
+        tasks (`Sequence[str] | Tasks`): names of lm-eval's tasks or groups, or paths of YAML files that describe one;
+            or what `find_tasks` gave.
         include (`str | Path`, *optional*): a folder of further YAML files, whose tasks can be named.
         num_fewshot (`int`, *optional*): examples in front of each question; by default the task's own number.
         limit (`int`, *optional*): questions per task; by default all.
         sequence_length (`int`, *optional*): longest input; by default the model's, at most 2048.
+        bos (`bool`, *optional*): whether inputs start with the beginning-of-sequence token; by default as lm-eval
+            does, which asks the tokenizer.
 
     Raises:
         ValueError: lm-eval is not installed, or there is no tokenizer.
         UnknownNameError: a task that lm-eval does not know.
     """
-    try:
-        from lm_eval import simple_evaluate
-        from lm_eval.models.huggingface import HFLM
-        from lm_eval.tasks import TaskManager
-    except ImportError as error:
-        raise ValueError(f"Tasks are measured by lm-eval: {how_to_install('eval')} ({error}).") from None
     if tokenizer is None:
         raise ValueError("Tasks are texts: they need the model's tokenizer.")
-    names, folders = task_names(tasks)
-    folders += [str(Path(include).resolve())] if include is not None else []
-    # lm-eval's own descriptions are read, which takes seconds, only where a task is named that is not in a folder
-    manager = TaskManager(include_path=folders or None, include_defaults=False)
-    if any(name not in manager.all_tasks for name in names):
-        manager = TaskManager(include_path=folders or None)
-    for name in names:
-        if name not in manager.all_tasks:
-            raise UnknownNameError(f"lm-eval has no task {name!r}.{near(name, manager.all_tasks)}")
+    found = tasks if isinstance(tasks, Tasks) else find_tasks(tasks, include)
+    from lm_eval import simple_evaluate
+    from lm_eval.models.huggingface import HFLM
+
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     wrapped = HFLM(
         pretrained=model,
@@ -69,9 +102,15 @@ def evaluate_tasks(
         batch_size=batch_size,
         max_length=sequence_length or default_length(model),
         device=str(model.device),
+        **({} if bos is None else {"add_bos_token": bos}),
     )
     measured = simple_evaluate(
-        model=wrapped, tasks=names, task_manager=manager, num_fewshot=num_fewshot, limit=limit, log_samples=False
+        model=wrapped,
+        tasks=list(found.names),
+        task_manager=found.manager,
+        num_fewshot=num_fewshot,
+        limit=limit,
+        log_samples=False,
     )
     return tidy(measured["results"])
 

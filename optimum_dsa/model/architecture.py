@@ -19,6 +19,7 @@ from transformers.pytorch_utils import Conv1D
 from ..common.registry import near
 from .adapters import adapter_parameters
 from .parameters import one_name_each
+from .stacks import UnprunableError, find_stacks, fused_parameters, is_experts
 
 
 logger = logging.getLogger(__name__)
@@ -26,10 +27,6 @@ logger = logging.getLogger(__name__)
 
 # What a unit of an allocation is: a block, one matrix, or a part of a block (its attention, its MLP).
 GRANULARITIES = ("block", "matrix", "block:kind")
-
-
-class UnprunableError(ValueError):
-    """The model has a weight, or as a whole a structure, that cannot be pruned."""
 
 
 @dataclass(frozen=True)
@@ -189,76 +186,6 @@ def find_architecture(
     return architecture
 
 
-def find_stacks(model: nn.Module) -> list[str]:
-    """Names of the module lists that hold the model's blocks.
-
-    Lists of composite modules that own matrices, the outermost of each branch. In an encoder-decoder of text both
-    stacks count. In a model with a text tower (a submodule that carries the model's text configuration) only that
-    tower does. Where lists are left to choose from, those under the model's own configuration come first, and of them
-    the one with the most weights.
-
-    Raises:
-        UnprunableError: there is none.
-    """
-    tower = _text_tower(model)
-    found = list(_outermost_stacks(model.get_submodule(tower), tower))
-    if not found:
-        raise UnprunableError(
-            f"{type(model).__name__} has no list of transformer blocks; name one with blocks=['...'] if there is."
-        )
-    if len(found) == 1:
-        return found
-    if _is_encoder_decoder(model):
-        return [name for name in found if hasattr(_configuration(model, name), "vocab_size")] or found
-    own = [name for name in found if _configuration(model, name) is _configuration(model, tower)] or found
-    largest = max(own, key=lambda name: sum(p.numel() for p in model.get_submodule(name).parameters()))
-    others = [name for name in found if name != largest]
-    logger.info("Pruning %s; left dense: %s (choose with blocks=[...]).", largest, ", ".join(others))
-    return [largest]
-
-
-def _text_tower(model: nn.Module) -> str:
-    """Name of the outermost submodule whose configuration is the model's text configuration; "" for the model."""
-    config = getattr(model, "config", None)
-    text = config.get_text_config() if hasattr(config, "get_text_config") else config
-    if text is None or text is config or (_is_encoder_decoder(model) and model.main_input_name == "input_ids"):
-        return ""
-    return next((name for name, module in model.named_modules() if getattr(module, "config", None) is text), "")
-
-
-def _is_encoder_decoder(model: nn.Module) -> bool:
-    return bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
-
-
-def _configuration(model: nn.Module, name: str):
-    """The configuration of the innermost module around `name` that carries one, `name` included."""
-    while True:
-        config = getattr(model.get_submodule(name), "config", None)
-        if config is not None or not name:
-            return config
-        name = name.rpartition(".")[0]
-
-
-def _outermost_stacks(module: nn.Module, name: str) -> Iterator[str]:
-    for child_name, child in module.named_children():
-        full = f"{name}.{child_name}" if name else child_name
-        if _is_stack(child):
-            yield full
-        else:
-            yield from _outermost_stacks(child, full)
-
-
-def _is_stack(module: nn.Module) -> bool:
-    """A list of modules, each of which has parts and owns a linear map or a fused parameter."""
-    if not isinstance(module, nn.ModuleList) or len(module) == 0:
-        return False
-    return all(
-        len(list(block.children())) > 0
-        and any(isinstance(part, (nn.Linear, Conv1D)) or _is_experts(part) for part in block.modules())
-        for block in module
-    )
-
-
 def _named_stacks(model: nn.Module, names: Iterable[str]) -> list[str]:
     lists = [name for name, module in model.named_modules() if isinstance(module, nn.ModuleList)]
     for name in names:
@@ -314,7 +241,7 @@ def _block_weights(
                 yield _weight(name, owner_name, attribute, parameter.shape, isinstance(owner, Conv1D))
             elif parameter.dim() == 2 and _count_experts(owner) == parameter.shape[0]:
                 dense[name] = "biases of experts"
-            elif attribute in _fused(owner):
+            elif attribute in fused_parameters(owner):
                 for expert in range(parameter.shape[0]):
                     transposed = bool(getattr(owner, "is_transposed", False))
                     label = f"{name}[{expert}]"
@@ -352,24 +279,11 @@ def _count_experts(module: nn.Module) -> int:
         experts = [child for child in module.children() if next(child.parameters(), None) is not None]
         alike = len({type(expert) for expert in experts}) == 1 and any(True for _ in experts[0].children())
         return len(experts) if alike else 0
-    return module.num_experts if _is_experts(module) else 0
-
-
-def _is_experts(module: nn.Module) -> bool:
-    return bool(_fused(module))
+    return module.num_experts if is_experts(module) else 0
 
 
 def _is_vector(parameter: Tensor) -> bool:
     return parameter.numel() == max(parameter.shape)
-
-
-def _fused(module: nn.Module) -> list[str]:
-    """Names of a module's 3-D parameters (experts, rows, columns), if it says how many experts it has."""
-    experts = getattr(module, "num_experts", None)
-    if not isinstance(experts, int):
-        return []
-    own = module.named_parameters(recurse=False)
-    return [name for name, parameter in own if parameter.dim() == 3 and parameter.shape[0] == experts]
 
 
 def _head(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 
@@ -34,10 +35,16 @@ class Observer:
         self._inputs: dict[tuple[int, int], tuple[str, Tensor]] = {}
         self._given: dict[str, list[tuple[int, int]]] = {}  # of this batch: weight -> its inputs, in order
         self._first = True
+        self._real: Tensor | None = None
 
-    def start_batch(self, samples: int) -> None:
-        """Begin a batch of `samples` sequences."""
+    def start_batch(self, samples: int, real: Tensor | None = None) -> None:
+        """Begin a batch of `samples` sequences; of whose tokens only those are counted that `real` marks.
+
+        Args:
+            real (`Tensor`, *optional*): (samples, length) bool; by default all tokens are.
+        """
         self._end_batch()
+        self._real = real
         self._first = self.sequences == 0
         self.sequences += samples
 
@@ -60,7 +67,7 @@ class Observer:
         if source == name:
             if name not in self.statistics:
                 self.statistics[name] = LayerStatistics(weight.shape[1], inputs.device, self.gram)
-            self.statistics[name].update_(inputs)
+            self.statistics[name].update_(self._counted(name, inputs))
         else:
             self.statistics[name] = self.statistics[source]
 
@@ -72,7 +79,23 @@ class Observer:
                 device = next(iter(self.statistics.values())).device if self.statistics else "cpu"
                 self.statistics[weight.name] = LayerStatistics(weight.shape[1], device, self.gram)
             self.statistics[weight.name].sequences = self.sequences
+        _lend(block, self.statistics)
         return self.statistics
+
+    def _counted(self, name: str, inputs: Tensor) -> Tensor:
+        """The inputs of real tokens, (tokens, in_features); all of them where none is padding."""
+        real = self._real
+        if real is None:
+            return inputs
+        real = real.to(inputs.device)
+        if inputs.shape[:2] == real.shape:
+            return inputs[real]
+        if inputs.dim() == 2 and len(inputs) == real.numel():
+            return inputs[real.flatten()]
+        raise UnprunableError(
+            f"{name}: the attention_mask has holes between tokens, and in what reaches this weight they cannot be "
+            "told from the tokens; give sequences that are padded at their ends only."
+        )
 
     def _end_batch(self) -> None:
         for name, source in self._source.items():
@@ -87,6 +110,20 @@ class Observer:
             f"{name} and {source} are given the same input at first and different ones later; "
             f"leave one of them dense with exclude=['{name}']."
         )
+
+
+def _lend(block: Block, statistics: dict[str, LayerStatistics]) -> None:
+    """Give weights that saw no input the mean Σ x_j² of those of their kind (the other experts) that did."""
+    kinds: dict[tuple[str, tuple[int, int]], list[LayerStatistics]] = {}
+    for weight in block.weights:
+        kind = re.sub(r"(?<=[.\[])\d+(?=[.\]])", "*", weight.name), weight.shape
+        kinds.setdefault(kind, []).append(statistics[weight.name])
+    for alike in kinds.values():
+        seen = [found.squared_sum for found in alike if found.tokens]
+        if 0 < len(seen) < len(alike):
+            mean = torch.stack(seen).mean().item()
+            for found in alike:
+                found.stand_in = None if found.tokens else mean
 
 
 @contextmanager

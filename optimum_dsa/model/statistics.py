@@ -34,9 +34,11 @@ class LayerStatistics:
         gram (`Tensor`): (in_features, in_features), Σ x xᵀ over all tokens; `None` unless it was asked for.
         tokens (`int`): inputs seen. A routed expert counts those that reached it.
         sequences (`int`): sequences seen.
+        stand_in (`float`): what every Σ x_j² is taken to be where no input was seen.
 
-    A matrix that saw no input at all (an expert that no token was routed to) answers as if its inputs were white:
-    its scores fall back to the weights alone.
+    A matrix that saw no input at all (an expert that no token was routed to) answers as if its inputs were white: its
+    scores fall back to the weights alone. `stand_in` brings them to the scale of those beside it, or allocators that
+    compare scores would take it for another kind of matrix.
     """
 
     in_features: int
@@ -46,6 +48,7 @@ class LayerStatistics:
     sequences: int = 0
     squared_sum: Tensor = None
     gram: Tensor | None = None
+    stand_in: float | None = None
     _factor: tuple[float, InverseFactor] | None = field(default=None, repr=False)
 
     def __post_init__(self):
@@ -72,9 +75,28 @@ class LayerStatistics:
     @property
     def input_norm(self) -> Tensor:
         """(in_features,), √(Σ x² over tokens ÷ number of sequences): the scaler of the published Wanda code."""
-        if self.tokens == 0:
+        if self.tokens == 0 and self.stand_in is None:
             return torch.ones_like(self.squared_sum)
-        return (self.squared_sum / max(self.sequences, 1)).sqrt_()
+        found = self.squared_sum if self.tokens else torch.full_like(self.squared_sum, self.stand_in)
+        return (found / max(self.sequences, 1)).sqrt_()
+
+    @property
+    def second_moment(self) -> Tensor:
+        """(in_features, in_features), X·Xᵀ as it is used: `gram`, or what stands in for it. Not to be written to.
+
+        Raises:
+            ValueError: no `gram` was collected.
+        """
+        if self.gram is None:
+            raise ValueError('X·Xᵀ was not collected; walk the blocks with reads={"gram"} for this metric or update.')
+        if self.tokens:
+            return self.gram
+        return torch.diag(torch.full_like(self.squared_sum, 1.0 if self.stand_in is None else self.stand_in))
+
+    @property
+    def dead(self) -> Tensor:
+        """(in_features,) bool: inputs that never fired, whose weights multiply nothing."""
+        return (self.second_moment.diagonal() if self.with_gram else self.input_norm) == 0
 
     @property
     def damping_used(self) -> float | None:
@@ -94,10 +116,9 @@ class LayerStatistics:
         """
         if self._factor is not None and self._factor[0] == damping:
             return self._factor[1]
-        if self.gram is None:
-            raise ValueError("X·Xᵀ was not collected; walk the blocks with gram=True for this metric or update.")
+        moment = self.second_moment
         for attempt in [damping * 10.0**power for power in range(11)] if damping > 0 else [0.0, DAMPING, 1.0, 100.0]:
-            factor = _factor_of_inverse(self._damped(attempt))
+            factor = _factor_of_inverse(_damped(moment, attempt))
             if factor is not None:
                 break
         else:
@@ -107,14 +128,6 @@ class LayerStatistics:
             logger.warning("X·Xᵀ is ill-conditioned: the damping was raised from %g to %g.", damping, attempt)
         self._factor = (damping, InverseFactor(factor, attempt))
         return self._factor[1]
-
-    def _damped(self, damping: float) -> Tensor:
-        """X·Xᵀ, a one where an input never fired, and `damping` times its mean on the diagonal."""
-        hessian = torch.eye(self.in_features, device=self.gram.device) if self.tokens == 0 else self.gram.clone()
-        diagonal = hessian.diagonal()
-        diagonal[diagonal == 0] = 1.0
-        diagonal += damping * diagonal.mean()
-        return hessian
 
 
 @dataclass(frozen=True)
@@ -133,6 +146,15 @@ class CollectedStatistics:
         """What a pruned model's description says of its calibration."""
         tokens = max((found.tokens for found in self.statistics.values()), default=0)
         return {"source": self.source, "samples": None, "length": None, "tokens": tokens, "seed": None}
+
+
+def _damped(moment: Tensor, damping: float) -> Tensor:
+    """X·Xᵀ, a one where an input never fired, and `damping` times its mean on the diagonal."""
+    hessian = moment.clone()
+    diagonal = hessian.diagonal()
+    diagonal[diagonal == 0] = 1.0
+    diagonal += damping * diagonal.mean()
+    return hessian
 
 
 def _factor_of_inverse(matrix: Tensor) -> Tensor | None:

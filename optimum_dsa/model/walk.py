@@ -131,6 +131,7 @@ def walk_blocks(
                 yield WalkedBlock(block, found, model, changes)
         return
     batches = [part for batch in batches for part in without_padding(batch)]
+    real = [_real_tokens(model, batch) for batch in batches]
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:
@@ -145,9 +146,9 @@ def walk_blocks(
             for index, block in enumerate(stack.blocks):
                 next(blocks)
                 last = index + 1 == len(stack.blocks) and not needed
-                yield from _walk_block(model, block, calls, index, gram, sequential, last)
+                yield from _walk_block(model, block, calls, index, real, gram, sequential, last)
         if architecture.head is not None:
-            yield from _walk_head(model, next(blocks), stack, calls, batches, gram)
+            yield from _walk_head(model, next(blocks), stack, calls, batches, real, gram)
         next(blocks, None)  # lets a progress bar finish
     finally:
         for module in training:
@@ -155,7 +156,14 @@ def walk_blocks(
 
 
 def _walk_block(
-    model: nn.Module, block: Block, calls: BlockCalls, index: int, gram: bool, sequential: bool, last: bool
+    model: nn.Module,
+    block: Block,
+    calls: BlockCalls,
+    index: int,
+    real: Sequence[Tensor | None],
+    gram: bool,
+    sequential: bool,
+    last: bool,
 ) -> Iterator[WalkedBlock]:
     """One step of the walk: collect, hand out, move the activations on (unless it is the last)."""
     module = model.get_submodule(block.name)
@@ -165,7 +173,7 @@ def _walk_block(
         part, observer = replace(block, weights=tuple(weights)), Observer(gram)
         with observing(model, part, observer):
             for number in range(len(calls)):
-                observer.start_batch(calls.samples[number])
+                observer.start_batch(calls.samples[number], real[number])
                 output = calls.run(module, index, number)
                 if move_on:
                     calls.hidden[number] = output
@@ -185,6 +193,7 @@ def _walk_head(
     stack: Stack,
     calls: BlockCalls,
     batches: Sequence[Mapping[str, Tensor]],
+    real: Sequence[Tensor | None],
     gram: bool,
 ) -> Iterator[WalkedBlock]:
     """The weights outside the blocks, on what the last stack gives."""
@@ -192,7 +201,7 @@ def _walk_head(
         observer = Observer(gram)
         with observing(model, head, observer):
             for number, batch in enumerate(batches):
-                observer.start_batch(calls.samples[number])
+                observer.start_batch(calls.samples[number], real[number])
                 run_behind(model, stack, calls, batch, number)
         yield WalkedBlock(head, _checked(head, observer), model, changes)
 
@@ -206,8 +215,13 @@ def without_padding(batch: Mapping[str, Tensor]) -> list[Mapping[str, Tensor]]:
 
 
 def _cut(batch: Mapping[str, Tensor], side: str) -> Iterator[Mapping[str, Tensor]]:
-    ids, mask = batch.get(f"{side}input_ids"), batch.get(f"{side}attention_mask")
-    if ids is None or mask is None or mask.shape != ids.shape or mask.bool().all():
+    """Parts of a batch whose samples are padded alike, without the padding of this side.
+
+    Whatever the mask runs along is cut, be it token ids, embeddings or the samples of a recording.
+    """
+    mask = batch.get(f"{side}attention_mask")
+    along = [] if mask is None or mask.dim() != 2 else _masked(batch, side, mask)
+    if not along or mask.bool().all():
         yield batch
         return
     samples: dict[tuple[int, int], list[int]] = {}
@@ -218,10 +232,35 @@ def _cut(batch: Mapping[str, Tensor], side: str) -> Iterator[Mapping[str, Tensor
         raise ValueError(f"The {side}attention_mask marks every token of a batch as padding.")
     for (start, stop), chosen in samples.items():
         part = {name: value[chosen] for name, value in batch.items()}
-        for name, value in part.items():
-            if name.startswith("decoder_") == bool(side) and batch[name].shape[:2] == ids.shape:
-                part[name] = value[:, start:stop]
+        for name in (*along, f"{side}attention_mask"):
+            part[name] = part[name][:, start:stop]
         yield part
+
+
+def _masked(batch: Mapping[str, Tensor], side: str, mask: Tensor) -> list[str]:
+    """Names of the inputs of one side that the mask runs along, without the mask itself."""
+    return [
+        name
+        for name, value in batch.items()
+        if name.startswith("decoder_") == bool(side)
+        and name != f"{side}attention_mask"
+        and value.shape[:2] == mask.shape
+    ]
+
+
+def _real_tokens(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor | None:
+    """(samples, length) bool where padding is left between tokens; `None` where it was at the ends, and is cut off."""
+    for side in ("", "decoder_"):
+        mask = batch.get(f"{side}attention_mask")
+        if mask is None or mask.dim() != 2 or mask.bool().all() or not _masked(batch, side, mask):
+            continue
+        if model.config.is_encoder_decoder:
+            raise ValueError(
+                f"The {side}attention_mask has holes between tokens, and which statistics they belong to cannot be "
+                "told in an encoder-decoder; give sequences that are padded at their ends only."
+            )
+        return mask.bool()
+    return None
 
 
 def _modules(block: Block) -> list[str]:

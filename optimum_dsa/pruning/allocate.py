@@ -67,9 +67,20 @@ def fit(
     sizes = {unit: sum(parts) for unit, parts in matrices.items()}
     bounds = (config.min_sparsity, config.max_sparsity)
     found = fit_to_budget(proposed, sizes, config.sparsity, *bounds, name, granularity)
-    found = fit_to_matrices(found, matrices, *bounds)
+    return fit_to_pattern(fit_to_matrices(found, matrices, *bounds), config)
+
+
+def fit_to_pattern(allocation: Allocation, config: DSAConfig) -> Allocation:
+    """What the config's pattern can follow: the allocation itself, or with N:M its units rounded to whole N.
+
+    Within the config's bounds, which give way where a user's own allocation lies outside.
+    """
     pattern = config.resolved.pattern
-    return fit_to_levels(found, pattern.width, *bounds) if pattern.in_groups else found
+    if not pattern.in_groups:
+        return allocation
+    low = min(config.min_sparsity, *allocation.sparsity.values())
+    high = max(config.max_sparsity, *allocation.sparsity.values())
+    return fit_to_levels(allocation, pattern.width, low, high)
 
 
 def _measure(
@@ -126,9 +137,9 @@ def _given(config: DSAConfig, architecture: Architecture) -> Allocation:
         )
     low = min(config.min_sparsity, *given.sparsity.values())
     high = max(config.max_sparsity, *given.sparsity.values())
-    found = fit_to_budget(given.sparsity, sizes, config.sparsity, low, high, given.name, granularity)
-    pattern = config.resolved.pattern
-    return fit_to_levels(found, pattern.width, low, high) if pattern.in_groups else found
+    return fit_to_pattern(
+        fit_to_budget(given.sparsity, sizes, config.sparsity, low, high, given.name, granularity), config
+    )
 
 
 def check_finite_weights(model: nn.Module, architecture: Architecture) -> None:

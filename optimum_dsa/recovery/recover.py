@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -19,6 +20,7 @@ from ..evaluation.perplexity import perplexity
 from ..model.adapters import has_adapters
 from ..model.architecture import find_architecture
 from ..model.offload import is_offloaded
+from ..model.parameters import one_name_each
 from ..pruning.report import PruningReport
 from ..pruning.zeros import FEWEST_ZEROS, MEASURED
 from .checkpoints import last_whole_checkpoint
@@ -128,7 +130,10 @@ def _with_adapters(model: nn.Module, config: RecoveryConfig, report: PruningRepo
         ) from None
     asked = report.config
     weights = find_architecture(model, asked.blocks, asked.exclude, asked.include, skip_unprunable=True).weights
-    modules = [weight.module for weight in weights if weight.expert is None]
+    one_name = one_name_each(model)
+    users = Counter(one_name.values())
+    # an adapter on a tied head would train the head alone, and merging it would change the embedding as well
+    modules = [weight.module for weight in weights if weight.expert is None and users[one_name[weight.name]] == 1]
     if not modules:
         raise ValueError(f"{type(model).__name__} has no pruned nn.Linear or Conv1D; use method='full'.")
     set_seed(config.data.seed)

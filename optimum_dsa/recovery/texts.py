@@ -6,8 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..data import _windows, default_length, describe, iterate_texts
-from ..evaluation.perplexity import check_tokens
+from ..data import check_tokens, cut_windows, default_length, describe, iterate_texts, starts_with_bos
 from .configuration import RecoveryConfig
 
 
@@ -41,6 +40,8 @@ def read_windows(
         "sequence_length": windows.shape[1],
         "tokens": config.windows * windows.shape[1],
     }
+    if not isinstance(train, Tensor):
+        data["bos"] = starts_with_bos(tokenizer, config.data.bos)
     return windows, held_out, data
 
 
@@ -51,8 +52,9 @@ def _read(model: nn.Module, tokenizer: Any, source: Any, config: RecoveryConfig,
         return source.long()
     if tokenizer is None:
         raise ValueError("Training text needs a tokenizer; pass one, or token ids of shape (samples, length).")
-    length = config.data.sequence_length or default_length(model)
-    windows = _windows(iterate_texts(source, config.data.text_column, config.data.split), tokenizer, length, wanted)
+    data, length = config.data, config.data.sequence_length or default_length(model)
+    texts, bos = iterate_texts(source, data.text_column, data.split), starts_with_bos(tokenizer, data.bos)
+    windows = cut_windows(texts, tokenizer, length, wanted, bos)
     if len(windows) == 0:
         raise ValueError(f"{describe(source)} holds 0 windows of {length} tokens; give more text or shorter windows.")
     check_tokens(windows, model)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from itertools import product
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,6 +23,37 @@ from .space import SearchSpace
 Stage = tuple[str, ...]
 
 
+class Base(NamedTuple):
+    """The heavy half of a function: what is computed from scores."""
+
+    pre_process: Stage
+    reduction: str
+
+
+class Numbers(NamedTuple):
+    """What the heavy halves give.
+
+    Attributes:
+        bases: every pre-process with every reduction.
+        values: (bases, units) float64, each base's number of each unit.
+    """
+
+    bases: list[Base]
+    values: Tensor
+
+
+class Functions(NamedTuple):
+    """All functions of a space.
+
+    Attributes:
+        makers: each makes the function of its place: most are never looked at.
+        proposals: (functions, units) float64, the sparsity that each would like, before it is fitted to the budget.
+    """
+
+    makers: list[Callable[[], AllocationFunction]]
+    proposals: Tensor
+
+
 @dataclass(frozen=True)
 class Enumeration:
     """Every allocation of a space, each once.
@@ -30,7 +63,7 @@ class Enumeration:
         functions (`int`): how many are left when no_op is dropped.
         representatives (`Sequence[AllocationFunction]`): per allocation, the shortest function that gives it.
         sharing (`Tensor`): (allocations,) int64, how many of `functions` give it.
-        counts (`Tensor`): (allocations, units) int64, weights to remove per block; all different.
+        counts (`Tensor`): (allocations, units) int64, what `prune` would remove per block; all different.
     """
 
     texts: int
@@ -65,26 +98,17 @@ def enumerate_space(space: SearchSpace, resolver: Resolver) -> Enumeration:
     pre_processes, transforms = _stages(space.pre_process), _stages(space.transform)
     reductions = tuple(name for name in space.reduction if name != "no_op")
     config = resolver.config
-    bases, measured = _measured(resolver, pre_processes, reductions)
-    functions, wanted = _wanted(space, transforms, bases, measured, config.sparsity)
-    bounds = config.min_sparsity, config.max_sparsity
-    counts = fit_counts(wanted, block_sizes(resolver), config.sparsity, *bounds)
-    matrices = [[weight.size for weight in weights] for weights in resolver.units["block"].values()]
-    distinct, of_function, sharing = torch.unique(
-        round_matrices(counts, matrices, *bounds), dim=0, return_inverse=True, return_counts=True
-    )
-    first = torch.full((len(distinct),), len(functions)).scatter_reduce_(
-        0, of_function, torch.arange(len(functions)), "amin"
-    )
+    functions = _functions(space, transforms, _numbers(resolver, pre_processes, reductions), config.sparsity)
+    allocations = _removed(resolver, functions.proposals)
     pre, transform = len(space.pre_process) + 1, len(space.transform) + 1
     texts = (1 + pre + pre**2) * (len(reductions) + 1) * (transform + transform**2)
     # functions are listed with the shorter stages first, so that the first of a group is its shortest
     return Enumeration(
         texts * len(set(space.post_process)) * len(space.signs) * 4,
-        len(functions),
-        [functions[index]() for index in first.tolist()],
-        sharing,
-        distinct,
+        len(functions.makers),
+        [functions.makers[index]() for index in allocations.first.tolist()],
+        allocations.sharing,
+        allocations.counts,
     )
 
 
@@ -93,14 +117,45 @@ def block_sizes(resolver: Resolver) -> Tensor:
     return torch.tensor([sum(w.size for w in weights) for weights in resolver.units["block"].values()]).double()
 
 
+class _Distinct(NamedTuple):
+    """Different rows, how many each stands for, and the first of those."""
+
+    counts: Tensor
+    sharing: Tensor
+    first: Tensor
+
+    @classmethod
+    def of(cls, rows: Tensor, sharing: Tensor, first: Tensor) -> _Distinct:
+        """Rows of which each stands for `sharing` and `first`, equal ones taken together."""
+        found, place = torch.unique(rows, dim=0, return_inverse=True)
+        return cls(
+            found,
+            torch.zeros(len(found), dtype=torch.int64).scatter_add_(0, place, sharing),
+            torch.full((len(found),), int(first.max()) + 1).scatter_reduce_(0, place, first, "amin"),
+        )
+
+
+def _removed(resolver: Resolver, proposals: Tensor) -> _Distinct:
+    """The allocations of blocks that `prune` would make of proposals, (functions, units)."""
+    config = resolver.config
+    bounds = config.min_sparsity, config.max_sparsity
+    matrices = [[weight.size for weight in weights] for weights in resolver.units["block"].values()]
+    counts = round_matrices(fit_counts(proposals, block_sizes(resolver), config.sparsity, *bounds), matrices, *bounds)
+    asked = _Distinct.of(counts, torch.ones(len(counts), dtype=torch.int64), torch.arange(len(counts)))
+    if max(resolver.steps) == 1:
+        return asked
+    rounded = torch.tensor([resolver.removed_of_blocks(row) for row in asked.counts.tolist()])
+    return _Distinct.of(rounded, asked.sharing, asked.first)
+
+
 def _stages(names: Sequence[str]) -> list[Stage]:
     names = [name for name in names if name != "no_op"]
     return [stage for length in range(3) for stage in product(names, repeat=length)]
 
 
 @torch.no_grad()
-def _measured(resolver: Resolver, pre_processes: Sequence[Stage], reductions: Sequence[str]):
-    """((pre-process, reduction) of every base function, its number per unit as (bases, units) float64).
+def _numbers(resolver: Resolver, pre_processes: Sequence[Stage], reductions: Sequence[str]) -> Numbers:
+    """The number of every unit under every pre-process and reduction.
 
     Operations of one score need its value alone, so that what leaves all histogram bins the same (such as abs of a
     score that is never negative) leaves the scores the same.
@@ -126,7 +181,7 @@ def _measured(resolver: Resolver, pre_processes: Sequence[Stage], reductions: Se
         _reduce_matrices(resolver, [pre_processes[index] for index in firsts], of_matrices, firsts, columns, found)
     for group in alike.values():
         found[group] = found[group[0]].clone()
-    return list(product(pre_processes, reductions)), found.flatten(0, 1)
+    return Numbers([Base(*pair) for pair in product(pre_processes, reductions)], found.flatten(0, 1))
 
 
 def _reduce_matrices(resolver, stages, names, rows, columns, found) -> None:
@@ -160,15 +215,13 @@ def _reduce_matrices(resolver, stages, names, rows, columns, found) -> None:
                     found[row, columns[reduction], index] = value
 
 
-def _wanted(space: SearchSpace, transforms: Sequence[Stage], bases, measured: Tensor, target: float):
-    """(makers of the functions, sparsity that each wishes for as (functions, units) float64)."""
-    makers, parts = [], []
+def _functions(space: SearchSpace, transforms: Sequence[Stage], numbers: Numbers, target: float) -> Functions:
+    """Every base with every tail; shorter stages come first, so that the first of a group is its shortest."""
+    makers, proposals = [], []
     for transform, post_process, sign in product(transforms, dict.fromkeys(space.post_process), space.signs):
         tail = AllocationFunction((), "mean", transform, post_process, sign, space.spreads[0])
-        makers += [_maker(tail, base) for base in bases]
-        parts.append(tail.proposals(measured, target))
-    return makers, torch.cat(parts)
-
-
-def _maker(tail: AllocationFunction, base):
-    return lambda: AllocationFunction(*base, tail.transform, tail.post_process, tail.sign, tail.spread)
+        makers += [
+            partial(replace, tail, pre_process=base.pre_process, reduction=base.reduction) for base in numbers.bases
+        ]
+        proposals.append(tail.proposals(numbers.values, target))
+    return Functions(makers, torch.cat(proposals))

@@ -4,14 +4,65 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import dataclass
 
 from accelerate.utils import gather_object
 
 from ..common.devices import process_state
 from .objective import Objective
+from .problem import Room
 from .resolver import Resolver
-from .trace import Request, Trial
+from .trace import NO_ROOM, Request, Trial
+
+
+Counts = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Job:
+    """Something to compute: all that its answer depends on, the anchor aside."""
+
+    kind: str
+    counts: Counts
+    start: int
+    stop: int
+
+    @property
+    def windows(self) -> int:
+        return self.stop - self.start
+
+    def batches(self, size: int) -> list[Job]:
+        """The job as jobs of `size` windows at most, where it can be taken apart."""
+        if self.kind != "loss":
+            return [self]
+        starts = range(self.start, self.stop, size)
+        return [Job(self.kind, self.counts, start, min(start + size, self.stop)) for start in starts]
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What came out of a job, and the seconds that it took."""
+
+    loss: float
+    slopes: tuple[float, ...] | None = None
+    perplexity: float | None = None
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True)
+class Question:
+    """A request with the allocation that its candidate becomes, or with the error that it has none."""
+
+    request: Request
+    counts: Counts | None = None
+    error: str | None = None
+
+    @property
+    def job(self) -> Job | None:
+        """What has to be computed for it; `None` where nothing has."""
+        if self.error is not None or self.request.kind == "anchor":
+            return None
+        return Job(self.request.kind, self.counts, self.request.start, self.request.stop)
 
 
 class Evaluator:
@@ -20,8 +71,8 @@ class Evaluator:
     def __init__(self, objective: Objective, resolver: Resolver):
         self.objective, self.resolver = objective, resolver
         self.ranks = process_state()
-        self.known: dict[tuple, Any] = {}
-        self.anchor: tuple[int, ...] | None = None
+        self.known: dict[tuple, Answer] = {}
+        self.anchor: Counts | None = None
         self.length = objective.validation.shape[1]
 
     def replay(self, trial: Trial) -> None:
@@ -29,95 +80,118 @@ class Evaluator:
         if trial.request.kind == "anchor":
             self._move(trial.counts)
         elif trial.error is None:
-            self.known[self._key(*_job(trial.request, trial.counts))] = (trial.loss, trial.slopes, trial.perplexity)
+            job = Question(trial.request, trial.counts).job
+            self.known[self._key(job)] = Answer(trial.loss, trial.slopes, trial.perplexity)
 
-    def answer(self, requests: Sequence[Request], first: int) -> list[Trial]:
-        """The trials of `requests`, numbered from `first`; the same on every rank."""
-        prepared: list[tuple[Request, tuple[int, ...] | None, str | None]] = []
-        for request in requests:
-            try:
-                prepared.append((request, self.resolver.counts(request.candidate), None))
-            except ValueError as error:
-                prepared.append((request, None, str(error)))
-        for request, counts, _ in prepared:
-            if request.kind == "anchor":
-                self._move(counts)
-        fresh = list(
-            dict.fromkeys(
-                _job(request, counts)
-                for request, counts, error in prepared
-                if error is None and request.kind != "anchor" and self._key(*_job(request, counts)) not in self.known
-            )
-        )
-        costs = dict(zip(fresh, self._compute(fresh)))
-        for job in fresh:
-            self.known[self._key(*job)] = costs[job][:3]
+    def answer(self, requests: Sequence[Request], first: int, room: Room | None = None) -> list[Trial]:
+        """The trials of `requests`, numbered from `first`; the same on every rank.
+
+        What is known costs nothing. Of what is not, as much is computed as there is room for, in the order of the
+        requests; the trials of the rest have the error `NO_ROOM`.
+        """
+        questions = [self._question(request) for request in requests]
+        for question in questions:
+            if question.request.kind == "anchor":
+                self._move(question.counts)
+        jobs = dict.fromkeys(question.job for question in questions if question.job is not None)
+        fresh = [job for job in jobs if self._key(job) not in self.known]
+        computed = self._compute_within(fresh, room or Room())
+        self.known |= {self._key(job): answer for job, answer in computed.items()}
         trials = []
-        for number, (request, counts, error) in enumerate(prepared, first):
-            if error is not None or request.kind == "anchor":
-                trials.append(Trial(number, request, counts=counts, error=error))
-                continue
-            loss, slopes, perplexity = self.known[self._key(*_job(request, counts))]
-            spent = costs.pop(_job(request, counts), None)  # a repetition costs nothing
-            tokens = 0 if spent is None else len(request.rows) * self.length * (3 if request.kind == "slopes" else 1)
-            error = None if loss == loss else "the loss is not a number"
-            loss = loss if error is None else None
-            seconds = 0.0 if spent is None else spent[3]
-            trials.append(Trial(number, request, loss, slopes, tokens, seconds, counts, error, perplexity))
+        for number, question in enumerate(questions, first):
+            # what is asked again within one call costs nothing the second time
+            trials.append(self._trial(number, question, computed.pop(question.job, None)))
         return trials
 
-    def _compute(self, jobs: Sequence[tuple]) -> list[tuple]:
-        """(loss, slopes, perplexity, seconds) of each job, in order, their batches spread over the ranks."""
-        batches = [_batches(*job, self.objective.config.batch_size) for job in jobs]
+    def _question(self, request: Request) -> Question:
+        try:
+            return Question(request, self.resolver.removed(request.candidate))
+        except ValueError as error:
+            return Question(request, None, str(error))
+
+    def _trial(self, number: int, question: Question, computed: Answer | None) -> Trial:
+        request, job = question.request, question.job
+        if job is None:
+            return Trial(number, request, counts=question.counts, error=question.error)
+        answer = self.known.get(self._key(job))
+        if answer is None:
+            return Trial(number, request, counts=question.counts, error=NO_ROOM)
+        broken = answer.loss != answer.loss
+        return Trial(
+            number,
+            request,
+            None if broken else answer.loss,
+            answer.slopes,
+            0 if computed is None else self.tokens(job),
+            0.0 if computed is None else computed.seconds,
+            question.counts,
+            "the loss is not a number" if broken else None,
+            answer.perplexity,
+        )
+
+    def tokens(self, job: Job) -> int:
+        """Validation tokens that a job costs; a backward pass counts as two forward passes."""
+        return job.windows * self.length * (3 if job.kind == "slopes" else 1)
+
+    def _compute_within(self, jobs: Sequence[Job], room: Room) -> dict[Job, Answer]:
+        """The answers to the first of the jobs, as many as there is room for."""
+        if room.seconds is not None:  # what a job takes is known after it alone
+            answers: dict[Job, Answer] = {}
+            left = room.seconds
+            for job in jobs:
+                if left <= 0:
+                    break
+                (answers[job],) = self._compute([job])
+                left -= answers[job].seconds
+            return answers
+        tokens, within = 0, []
+        for job in jobs:
+            tokens += self.tokens(job)
+            if not room.holds(tokens, len(within) + 1):
+                break
+            within.append(job)
+        return dict(zip(within, self._compute(within)))
+
+    def _compute(self, jobs: Sequence[Job]) -> list[Answer]:
+        """The answer to each job, in order, their batches spread over the ranks."""
+        batches = [job.batches(self.objective.batch_size) for job in jobs]
         tasks = [task for parts in batches for task in parts]
-        if self.ranks.num_processes == 1:
-            done = [self._one(*task) for task in tasks]
+        if self.ranks.num_processes == 1 or not tasks:
+            done = [self._one(task) for task in tasks]
         else:
             with self.ranks.split_between_processes(tasks) as mine:
                 # who would have none does the last as well, for its own scores to be at the anchor; it counts once
-                done = gather_object([self._one(*task) for task in mine or tasks[-1:]])
+                done = gather_object([self._one(task) for task in mine or tasks[-1:]])
         answers = iter(done)
         return [_joined(parts, [next(answers) for _ in parts]) for parts in batches]
 
-    def _one(self, kind: str, counts: tuple[int, ...], start: int, stop: int) -> tuple:
+    def _one(self, job: Job) -> Answer:
         began = time.perf_counter()
-        by_name, rows = dict(zip(self.resolver.sizes, counts)), range(start, stop)
+        by_name, rows = dict(zip(self.resolver.sizes, job.counts)), range(job.start, job.stop)
         slopes = perplexity = None
-        if kind == "slopes":
+        if job.kind == "slopes":
             loss, found = self.objective.slopes(by_name, rows)
             slopes = tuple(found[name] for name in self.resolver.sizes)
-        elif kind == "sequential":
+        elif job.kind == "sequential":
             loss, perplexity = self.objective.sequential(by_name, rows)
-            self._move(self.anchor)
         else:
             loss = self.objective.loss(by_name, rows)
-        return loss, slopes, perplexity, time.perf_counter() - began
+        return Answer(loss, slopes, perplexity, time.perf_counter() - began)
 
-    def _move(self, counts: tuple[int, ...] | None) -> None:
+    def _move(self, counts: Counts | None) -> None:
         self.anchor = counts if counts is not None and any(counts) else None  # nothing removed: the dense model
         anchor = None if self.anchor is None else dict(zip(self.resolver.sizes, self.anchor))
         self.objective.move_anchor(anchor)
 
-    def _key(self, kind: str, counts: tuple[int, ...], start: int, stop: int) -> tuple:
+    def _key(self, job: Job) -> tuple[Counts | None, Job]:
         """What an answer depends on: a sequential one not on the anchor."""
-        return (None if kind == "sequential" else self.anchor, kind, counts, start, stop)
+        return (None if job.kind == "sequential" else self.anchor), job
 
 
-def _job(request: Request, counts: tuple[int, ...] | None) -> tuple:
-    return (request.kind, counts, request.start, request.stop)
-
-
-def _batches(kind: str, counts: tuple[int, ...] | None, start: int, stop: int, size: int) -> list[tuple]:
-    """A job as jobs of one batch each, where it can be taken apart."""
-    if kind != "loss":
-        return [(kind, counts, start, stop)]
-    return [(kind, counts, first, min(first + size, stop)) for first in range(start, stop, size)]
-
-
-def _joined(parts: Sequence[tuple], answers: Sequence[tuple]) -> tuple:
+def _joined(parts: Sequence[Job], answers: Sequence[Answer]) -> Answer:
     """The answer to a job from those to its batches."""
     if len(parts) == 1:
         return answers[0]
-    windows = [stop - start for _, _, start, stop in parts]
-    loss = sum(count * answer[0] for count, answer in zip(windows, answers)) / sum(windows)
-    return (loss, None, None, sum(answer[3] for answer in answers))
+    windows = sum(part.windows for part in parts)
+    loss = sum(part.windows * answer.loss for part, answer in zip(parts, answers)) / windows
+    return Answer(loss, seconds=sum(answer.seconds for answer in answers))

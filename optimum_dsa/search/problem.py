@@ -16,7 +16,7 @@ from dataclasses import dataclass, field, replace
 from ..common.registry import Registry
 from .resolver import Resolver
 from .space import Candidate, SearchSpace
-from .trace import Request, Trial
+from .trace import NO_ROOM, Request, Trial
 
 
 Search = Generator[list[Request], list[Trial], list[Candidate]]
@@ -26,12 +26,34 @@ STRATEGIES = Registry("search strategy")
 UNIFORM = Candidate()
 
 LARGEST_BUDGET = 1e12
+GENERATION = 16  # candidates that are compared at once
 IDLE = 200  # trials in a row that found nothing new, after which a strategy only repeats itself
+
+
+@dataclass(frozen=True)
+class Room:
+    """What is left of a budget: `None` is no limit."""
+
+    tokens: int | None = None
+    evaluations: int | None = None
+    seconds: float | None = None
+
+    def holds(self, tokens: int, evaluations: int) -> bool:
+        """Whether so much fits; seconds are known afterwards only."""
+        return (self.tokens is None or tokens <= self.tokens) and (
+            self.evaluations is None or evaluations <= self.evaluations
+        )
 
 
 @dataclass
 class Budget:
-    """How much a search may cost, and what it has cost: `None` is no limit."""
+    """How much a search may cost, and what it has cost: `None` is no limit.
+
+    Attributes:
+        idle: trials in a row that cost nothing.
+        refused: whether a trial was refused since there was no room for it.
+        strategy_tokens: what was spent when the finalists were chosen; `None` before.
+    """
 
     tokens: int | None = None
     evaluations: int | None = None
@@ -40,9 +62,12 @@ class Budget:
     spent_evaluations: int = 0
     spent_seconds: float = 0.0
     idle: int = 0
+    refused: bool = False
+    strategy_tokens: int | None = None
 
     def add(self, trial: Trial) -> None:
         self.idle = 0 if trial.tokens else self.idle + 1
+        self.refused = self.refused or trial.error == NO_ROOM
         self.spent_tokens += trial.tokens
         self.spent_evaluations += trial.tokens > 0
         self.spent_seconds += trial.seconds
@@ -56,6 +81,21 @@ class Budget:
             (self.spent_seconds, self.seconds),
         )
         return max((spent / limit for spent, limit in pairs if limit), default=0.0)
+
+    def room(self, share: float = 1.0) -> Room:
+        """What is left until `share` of the budget is spent."""
+        return Room(
+            self.tokens and max(math.floor(share * self.tokens + 1e-6) - self.spent_tokens, 0),
+            self.evaluations and max(math.floor(share * self.evaluations + 1e-6) - self.spent_evaluations, 0),
+            self.seconds and max(share * self.seconds - self.spent_seconds, 0.0),
+        )
+
+    def __str__(self) -> str:
+        if self.seconds is not None:
+            return f"{self.seconds:g} s"
+        if self.evaluations is not None:
+            return f"{self.evaluations:,} evaluations"
+        return "no limit" if self.tokens is None else f"{self.tokens:,} tokens"
 
 
 def parse_budget(text: str | int | Budget) -> Budget:
@@ -83,6 +123,13 @@ class Problem:
     """What a strategy knows: the space, the sizes, the windows, its part of the budget and its randomness.
 
     What it writes into `notes` is told to the user at the end.
+
+    Attributes:
+        windows, length: of the validation text.
+        named: allocators that may be tried by their name.
+        until: the share of the budget at which the strategy, or its stage, ends.
+        start: a candidate to begin from.
+        rungs: how many windows candidates of a race have met after each of its rungs.
     """
 
     space: SearchSpace
@@ -100,14 +147,21 @@ class Problem:
     def __post_init__(self):
         self.budget.idle = 0  # a stage of its own
         if not self.rungs:
-            # 2k and 8k tokens, within what there is
-            windows = [max(tokens // self.length, 1) for tokens in (2048, 8192)]
-            self.rungs = tuple(sorted({min(count, self.windows) for count in windows}))
+            self.rungs = self._rungs()
+
+    def _rungs(self) -> tuple[int, ...]:
+        """2k and 8k tokens, within what there is; less where a small budget has to do for a whole generation."""
+        first, last = (max(tokens // self.length, 1) for tokens in (2048, 8192))
+        if self.budget.tokens is not None:
+            crowd = max(GENERATION, 1 + len(self.named))
+            first = min(first, max(self.budget.tokens // (4 * crowd * self.length), 1))
+            last = min(last, 4 * first)
+        return tuple(sorted({min(count, self.windows) for count in (first, last)}))
 
     @property
     def over(self) -> bool:
         """Whether the budget is spent, or nothing new has been asked for so long that nothing new will be."""
-        return self.budget.share >= self.until or self.budget.idle >= IDLE
+        return self.budget.share >= self.until or self.budget.refused or self.budget.idle >= IDLE
 
     def with_share(self, share: float, **changes) -> Problem:
         """The same problem with the budget up to `share` of the whole."""
@@ -127,7 +181,8 @@ class Ranked:
 def race(problem: Problem, candidates: Iterable[Candidate], keep: float = 0.34) -> Generator:
     """Candidates meet growing numbers of common windows; after each rung the best share goes on, if budget is left.
 
-    Returns the ranking, best first: those that met more windows come before those that dropped out.
+    Returns the ranking, best first: those that met more windows come before those that dropped out. Whom the budget
+    has no room for at a rung stays where he was after the one before; at the first he is not ranked.
     """
     running = [Ranked(candidate, None) for candidate in candidates]
     out: list[Ranked] = []
@@ -136,9 +191,10 @@ def race(problem: Problem, candidates: Iterable[Candidate], keep: float = 0.34) 
             break  # what was met is a ranking, if a coarse one
         start = 0 if number == 0 else problem.rungs[number - 1]
         trials = yield [Request("loss", ranked.candidate, start, stop) for ranked in running]
-        survivors = []
+        survivors, stayed = [], []
         for ranked, trial in zip(running, trials):
             if trial.loss is None:
+                stayed += [ranked] if trial.error == NO_ROOM and ranked.windows else []
                 continue
             seen = ranked.windows
             ranked.loss = trial.loss if not seen else (ranked.loss * seen + trial.loss * (stop - start)) / stop
@@ -148,8 +204,13 @@ def race(problem: Problem, candidates: Iterable[Candidate], keep: float = 0.34) 
         last = stop == problem.rungs[-1]
         number_kept = len(survivors) if last else max(math.ceil(keep * len(survivors)), min(2, len(survivors)))
         running, dropped = survivors[:number_kept], survivors[number_kept:]
-        out = dropped + out
+        out = dropped + stayed + out
     return running + out
+
+
+def best_of(ranking: Sequence[Ranked]) -> Candidate:
+    """The first of a ranking; uniform where the budget had no room for anyone."""
+    return ranking[0].candidate if ranking else UNIFORM
 
 
 def distinct(ranking: Iterable[Ranked]) -> list[Ranked]:

@@ -7,21 +7,23 @@ from collections.abc import Sequence
 
 import torch
 
-from .problem import STRATEGIES, UNIFORM, Problem, Search, race
+from .problem import GENERATION, STRATEGIES, UNIFORM, Problem, Search, best_of, race
 from .space import Candidate
 from .trace import Request
 
 
 @STRATEGIES.register(reference="https://arxiv.org/abs/2410.14649")
-def level_switch(problem: Problem, offspring: int = 16, quantum: float = 0.05, anchor_every: int = 12) -> Search:
+def level_switch(
+    problem: Problem, offspring: int = GENERATION, quantum: float = 0.05, anchor_every: int = 12
+) -> Search:
     """Budget-preserving moves between matrices, from the best so far, after EvoPress.
 
-    A child takes min(U{1..3}, U{1..3}) switches: one matrix gives a quantum of weights back, another gives one up.
+    A child takes min(U{1..3}, U{1..3}) switches: one matrix gives a quantum of weights back, another gives one up. A
+    quantum is at least what both matrices can change by.
     """
     best = problem.start
     if best is None:
-        ranking = yield from race(problem, [UNIFORM, *map(Candidate, problem.named)])
-        best = ranking[0].candidate
+        best = best_of((yield from race(problem, [UNIFORM, *map(Candidate, problem.named)])))
     counts = problem.resolver.counts(best)
     yield [Request("anchor", Candidate("level_switch", counts=counts))]
     names = list(problem.resolver.sizes)
@@ -40,6 +42,8 @@ def level_switch(problem: Problem, offspring: int = 16, quantum: float = 0.05, a
                 children.append(child)
         candidates = [Candidate("level_switch", counts=child) for child in children]
         ranking = yield from race(problem, candidates, keep=0.2)
+        if not ranking:
+            break
         counts = ranking[0].candidate.counts
         if generation % anchor_every == 0:
             yield [Request("anchor", Candidate("level_switch", counts=counts))]
@@ -50,9 +54,10 @@ def _switched(counts: list[int], sizes: Sequence[int], step: int, switches: int,
     config = problem.resolver.config
     low = [math.ceil(config.min_sparsity * size) for size in sizes]
     high = [math.floor(config.max_sparsity * size) for size in sizes]
+    least = problem.resolver.steps
     for _ in range(switches):
         giver, taker = problem.rng.sample(range(len(sizes)), 2) if len(sizes) > 1 else (0, 0)
-        amount = min(step, counts[giver] - low[giver], high[taker] - counts[taker])
+        amount = min(max(step, least[giver], least[taker]), counts[giver] - low[giver], high[taker] - counts[taker])
         if amount > 0:
             counts[giver] -= amount
             counts[taker] += amount
@@ -72,11 +77,12 @@ def descent(
     resolver = problem.resolver
     best = problem.start
     if best is None:
-        ranking = yield from race(problem, [UNIFORM, *map(Candidate, problem.named)])
-        best = ranking[0].candidate
+        best = best_of((yield from race(problem, [UNIFORM, *map(Candidate, problem.named)])))
     sizes = torch.tensor(list(resolver.sizes.values()), dtype=torch.float64)
     counts = resolver.counts(best)
     began, windows, start = problem.budget.share, min(windows, problem.windows), 0
+    if (room := problem.budget.room(problem.until).tokens) is not None:
+        windows = min(windows, max(room // (3 * problem.length), 1))  # a pass costs three tokens for each that it sees
     motion = torch.zeros_like(sizes)
     path: list[tuple[int, ...]] = []
     while not problem.over:
@@ -93,11 +99,11 @@ def descent(
         logs = (slopes / middle).clamp_min(0.1).log()
         pull = (logs - (logs * sizes).sum() / sizes.sum()).clamp(-1.5, 1.5)
         motion = inertia * motion + (1 - inertia) * pull
-        wanted = torch.tensor(counts) / sizes - step * (0.1 + 0.9 * left) * motion
-        counts = resolver.fit(dict(zip(resolver.sizes, wanted.tolist())))
+        proposed = torch.tensor(counts) / sizes - step * (0.1 + 0.9 * left) * motion
+        counts = resolver.fit(dict(zip(resolver.sizes, proposed.tolist())))
         path.append(counts)
-    found = [Candidate("descent", counts=counts)]
-    if late := path[-max(len(path) // 4, 1) :]:
-        mean = torch.tensor(late, dtype=torch.float64).mean(0) / sizes
-        found.insert(0, Candidate("descent", counts=resolver.fit(dict(zip(resolver.sizes, mean.tolist())))))
-    return [*found, best]
+    if not path:
+        return [best]
+    late = torch.tensor(path[-max(len(path) // 4, 1) :], dtype=torch.float64).mean(0) / sizes
+    ends = (resolver.fit(dict(zip(resolver.sizes, late.tolist()))), counts)
+    return [*(Candidate("descent", counts=end) for end in dict.fromkeys(ends)), best]

@@ -9,8 +9,9 @@ from functools import cache, lru_cache
 import torch
 from torch import nn
 
+from ..common.progress import progress
 from ..data import Calibration
-from ..model.architecture import Architecture, Weight
+from ..model.architecture import Weight
 from ..model.offload import resident
 from ..model.statistics import LayerStatistics
 from ..model.walk import walk_blocks
@@ -22,10 +23,11 @@ from ..pruning.allocation import (
     Unit,
     fit_to_budget,
     fit_to_matrices,
-    split_count,
 )
 from ..pruning.configuration import DSAConfig
 from ..pruning.unstructured.metrics import METRICS
+from .counts import allocation_of, counts_of
+from .realise import Realisation
 from .space import Candidate, _parsed
 from .summary import ScoreSummary
 
@@ -34,50 +36,55 @@ class Resolver:
     """Allocations of candidates, from statistics of the dense model that one walk collects.
 
     Args:
+        realisation: what the allocations are of.
         named: rows of `ALLOCATIONS` that candidates may name; each is measured during the walk.
     """
 
     def __init__(
         self,
         model: nn.Module,
-        architecture: Architecture,
+        realisation: Realisation,
         calibration: Calibration,
         config: DSAConfig,
         named: Sequence[str] | None = None,
     ):
-        self.model, self.architecture, self.config = model, architecture, config
+        self.model, self.realisation, self.config = model, realisation, config
+        self.architecture = realisation.architecture
         self.metric = METRICS[config.allocation_metric]
-        self.sizes = {weight.name: weight.size for weight in architecture.weights}
+        self.sizes = realisation.sizes
+        self.steps = tuple(realisation.steps.values())  # the least by which each matrix changes, in their order
         self.kinds = {}
-        self.units = {granularity: architecture.units(granularity) for granularity in ("block", "matrix")}
+        self.units = {granularity: self.architecture.units(granularity) for granularity in ("block", "matrix")}
         self.depths = {}
         self.summaries: dict[str, ScoreSummary] = {}
         self.statistics: dict[str, LayerStatistics] = {}
-        self.heuristics = {
+        self.allocators = {
             name: ALLOCATIONS[name]
             for name in dict.fromkeys(["uniform", "atp", *(ALLOCATIONS if named is None else named)])
-            if not isinstance(ALLOCATIONS[name], AllocationFunction)
         }
-        self.measured: dict[str, dict] = {name: {} for name in self.heuristics}
+        self.measured: dict[str, dict] = {name: {} for name in self.allocators}
         self._measure = lru_cache(maxsize=None)(self._measure_function)
+        self._rounded = lru_cache(maxsize=4096)(self._round)
         self._walk(calibration)
 
     @torch.no_grad()
     def _walk(self, calibration: Calibration) -> None:
-        reads = ("inputs", "gram") if any(each.reads == "gram" for each in self.heuristics.values()) else ("inputs",)
+        reads = ("inputs", "gram") if any(each.reads == "gram" for each in self.allocators.values()) else ("inputs",)
         batches = calibration.batches(self.config.batch_size)
-        for walked in walk_blocks(self.model, self.architecture, batches, reads=reads, sequential=False):
+        for walked in walk_blocks(
+            self.model, self.architecture, batches, reads=reads, sequential=False, progress=_shown
+        ):
             tensors = {weight.name: walked.tensor(weight) for weight in walked.weights}
             for weight in walked.weights:
                 statistics = walked.statistics[weight.name]
                 self.summaries[weight.name] = ScoreSummary.of(self.metric(tensors[weight.name], statistics))
                 self.kinds[weight.name] = weight.module.removeprefix(f"{walked.name}.")
             self.depths[walked.name] = walked.block.depth
-            for name, heuristic in self.heuristics.items():
-                exact = heuristic.granularity == "matrix"
+            for name, allocator in self.allocators.items():
+                exact = allocator.granularity == "matrix"
                 groups = [(w.name, [w]) for w in walked.weights] if exact else [(walked.name, walked.weights)]
                 for unit_name, weights in groups:
-                    self.measured[name][unit_name] = heuristic.measure(
+                    self.measured[name][unit_name] = allocator.measure(
                         Unit(
                             unit_name,
                             walked.block.depth,
@@ -91,7 +98,7 @@ class Resolver:
                 self.statistics[name] = statistics
 
     def counts(self, candidate: Candidate) -> tuple[int, ...]:
-        """Weights to remove per matrix, in the model's order; they add up to the budget.
+        """Weights to ask for per matrix, in the model's order; they add up to the budget.
 
         Raises:
             ValueError: the candidate has no allocation within the bounds.
@@ -100,48 +107,57 @@ class Resolver:
             return candidate.counts
         function = _parsed(candidate)
         target = self.config.sparsity
-        if function is None:
-            heuristic = self.heuristics[candidate.function]
-            granularity = heuristic.granularity or "block"
-            wanted = heuristic.propose(self.measured[candidate.function], target, candidate.spread)
+        allocator = self.allocators.get(candidate.function)
+        if function is None or (allocator is not None and candidate.granularity == "block"):
+            # what goes by a name was measured on the scores themselves, as `allocate` does, others on histograms
+            granularity = allocator.granularity or "block"
+            proposed = allocator.propose(self.measured[candidate.function], target, candidate.spread)
         else:
             granularity = candidate.granularity
             stages = (function.pre_process, function.reduction, granularity)
-            wanted = function.propose(dict(zip(self.units[granularity], self._measure(*stages))), target)
+            proposed = function.propose(dict(zip(self.units[granularity], self._measure(*stages))), target)
         offsets = dict(candidate.offsets)
         if offsets and granularity == "block":
             blocks = self.units["block"]
-            wanted = {w.name: wanted[block] for block, weights in blocks.items() for w in weights}
+            proposed = {w.name: proposed[block] for block, weights in blocks.items() for w in weights}
             granularity = "matrix"
         if offsets:
-            wanted = {name: value + offsets.get(self.kinds[name], 0.0) for name, value in wanted.items()}
-        return self._fit(wanted, granularity)
+            proposed = {name: value + offsets.get(self.kinds[name], 0.0) for name, value in proposed.items()}
+        return self._fit(proposed, granularity)
 
-    def _fit(self, wanted: dict[str, float], granularity: str) -> tuple[int, ...]:
+    def removed(self, candidate: Candidate) -> tuple[int, ...]:
+        """What `prune` removes per matrix where the candidate's counts are asked for; raises as `counts` does."""
+        return self._rounded(self.counts(candidate))
+
+    def _round(self, counts: tuple[int, ...]) -> tuple[int, ...]:
+        rounded = self.realisation.rounded(dict(zip(self.sizes, counts)))
+        return tuple(rounded[name] for name in self.sizes)
+
+    def removed_of_blocks(self, counts: Sequence[int]) -> tuple[int, ...]:
+        """What `prune` would remove per block where `counts` are asked for, each block's with one sparsity."""
+        blocks = self.units["block"]
+        sizes = {name: sum(weight.size for weight in weights) for name, weights in blocks.items()}
+        shares = {name: count / sizes[name] for name, count in zip(blocks, counts)}
+        rounded = self.realisation.rounded(counts_of(Allocation(shares, sizes), blocks))
+        return tuple(sum(rounded[weight.name] for weight in weights) for weights in blocks.values())
+
+    def _fit(self, proposed: dict[str, float], granularity: str) -> tuple[int, ...]:
         units = self.units[granularity]
         sizes = {name: sum(weight.size for weight in weights) for name, weights in units.items()}
         bounds = self.config.min_sparsity, self.config.max_sparsity
-        allocation = fit_to_budget(wanted, sizes, self.config.sparsity, *bounds)
+        allocation = fit_to_budget(proposed, sizes, self.config.sparsity, *bounds)
         matrices = {name: [weight.size for weight in weights] for name, weights in units.items()}
         allocation = fit_to_matrices(allocation, matrices, *bounds)
-        counts = {}
-        for unit, count in allocation.counts().items():
-            counts |= split_count(count, {weight.name: weight.size for weight in units[unit]})
+        counts = counts_of(allocation, units)
         return tuple(counts[name] for name in self.sizes)
 
-    def fit(self, sparsity: dict[str, float]) -> tuple[int, ...]:
-        """The counts nearest to a proposed sparsity per matrix."""
-        return self._fit(sparsity, "matrix")
+    def fit(self, proposed: dict[str, float]) -> tuple[int, ...]:
+        """The counts nearest to a wished-for sparsity per matrix."""
+        return self._fit(proposed, "matrix")
 
     def allocation(self, counts: Sequence[int], name: str) -> Allocation:
         """Counts per matrix as an `Allocation`: per block where all matrices of every block have one sparsity."""
-        by_name = dict(zip(self.sizes, counts))
-        blocks = {unit: {w.name: w.size for w in weights} for unit, weights in self.units["block"].items()}
-        totals = {unit: sum(by_name[name] for name in sizes) for unit, sizes in blocks.items()}
-        if all(split_count(totals[unit], sizes) == {n: by_name[n] for n in sizes} for unit, sizes in blocks.items()):
-            sizes = {unit: sum(parts.values()) for unit, parts in blocks.items()}
-            return Allocation({unit: totals[unit] / sizes[unit] for unit in sizes}, sizes, name, "block")
-        return Allocation({n: by_name[n] / size for n, size in self.sizes.items()}, dict(self.sizes), name, "matrix")
+        return allocation_of(dict(zip(self.sizes, counts)), self.units["block"], name)
 
     @torch.no_grad()
     def _measure_function(self, pre_process: tuple[str, ...], reduction: str, granularity: str) -> tuple[float, ...]:
@@ -168,3 +184,7 @@ class Resolver:
     def summary(self, granularity: str, unit: str) -> ScoreSummary:
         """The scores of a block or matrix."""
         return ScoreSummary.merged([self.summaries[weight.name] for weight in self.units[granularity][unit]])
+
+
+def _shown(blocks):
+    return progress(blocks, "Reading scores", "block", "optimum_dsa.search")

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import logging
-from collections.abc import Mapping, Sequence
+import warnings
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import correlation, mean, stdev
+from typing import Any
 
 from ..common.files import write_text
 from ..common.output import OutputFolder
@@ -29,10 +32,12 @@ class Finalist:
 
     Attributes:
         candidate (`Candidate`): what it is.
-        loss (`float`): divergence on all validation windows after the sequential prune.
+        loss (`float`): divergence on validation windows after the sequential prune.
         perplexity (`float`): on the same.
-        proxy (`float`): divergence with one-shot masks from the dense model's statistics, on fewer windows.
+        proxy (`float`): divergence with one-shot masks from the dense model's statistics, on fewer windows: what a
+            search compares candidates by.
         allocation (`Allocation`): what `DSAConfig(allocation=...)` takes.
+        removed (`Allocation`): what `prune` makes of it; another one where the pattern needs whole N.
     """
 
     candidate: Candidate
@@ -40,6 +45,11 @@ class Finalist:
     perplexity: float
     proxy: float | None
     allocation: Allocation
+    removed: Allocation | None = None
+
+    def __post_init__(self):
+        if self.removed is None:
+            object.__setattr__(self, "removed", self.allocation)
 
 
 @dataclass(frozen=True)
@@ -76,39 +86,44 @@ class SearchResult:
         pairs = [(row.proxy, row.loss) for row in self.finalists if row.proxy is not None]
         return rank_correlation(*zip(*pairs)) if len(pairs) >= 3 else None
 
-    def save(self, folder: str | Path | OutputFolder) -> None:
+    def save(
+        self,
+        folder: str | Path | OutputFolder,
+        pictures: Callable[[SearchResult], Mapping[str, Any]] | None = None,
+    ) -> None:
         """Write `allocation.json` (the winner) and `search.json` (the finalists) into `folder`.
 
-        With matplotlib also pictures: `search.png`, `allocation.png` (against the baselines) and `heatmap.png`. A file
-        of such a name that was not written here is left alone: then `ForeignFileError`.
+        With `pictures`, such as `plot_search`, and matplotlib also what that draws: `search.png`, `allocation.png`
+        (against the baselines) and `heatmap.png`. A file of such a name that was not written here is left alone: then
+        `ForeignFileError`.
         """
+
+        def fill(place: Path) -> None:
+            self.best.save(place / "allocation.json")
+            write_text(place / "search.json", json.dumps(self.to_dict(), indent=2) + "\n")
+            for name, figure in self._drawn(pictures).items():
+                figure.savefig(place / f"{name}.png", dpi=200)
+
         if isinstance(folder, OutputFolder):
-            folder.write(self._fill)
+            folder.write(fill)
         else:
             with OutputFolder(folder, RESULT_FILES) as output:
-                output.write(self._fill, rescue=False)
+                output.write(fill, rescue=False)
 
-    def _fill(self, folder: Path) -> None:
-        self.best.save(folder / "allocation.json")
-        write_text(folder / "search.json", json.dumps(self.to_dict(), indent=2) + "\n")
+    def _drawn(self, pictures: Callable[[SearchResult], Mapping[str, Any]] | None) -> Mapping[str, Any]:
         try:
-            figures = self.figures()
+            return {} if pictures is None else pictures(self)
         except ImportError as error:
             logger.info("No pictures beside the search: %s", error)
-            return
-        for name, figure in figures.items():
-            figure.savefig(folder / f"{name}.png", dpi=200)
+            return {}
 
-    def figures(self) -> dict:
-        """Matplotlib figures by name: "search", "allocation" and "heatmap"."""
-        from ..sharing.charts import allocation_chart, heat_map, search_curves
-
-        strategy = self.trace.settings.get("strategy", "search")
-        return {
-            "search": search_curves({strategy: self.trace}, "Search"),
-            "allocation": allocation_chart({"found": self.best, **self.baselines}, "Sparsity per block"),
-            "heatmap": heat_map(self.best, "Sparsity of what was found"),
-        }
+    def figures(self) -> Mapping[str, Any]:
+        """`plot_search` of this result; the method goes away in the next release."""
+        warnings.warn(
+            "SearchResult.figures() goes away; call optimum_dsa.plot_search(result).", FutureWarning, stacklevel=2
+        )
+        # by name: pictures stand above searches, and nothing here may need them
+        return importlib.import_module("optimum_dsa").plot_search(self)
 
     def to_dict(self) -> dict:
         """Config, finalists and cost as JSON values."""
@@ -121,6 +136,7 @@ class SearchResult:
                     "validation_perplexity": row.perplexity,
                     "proxy_loss": row.proxy,
                     "allocation": row.allocation.to_dict(),
+                    "removed": row.removed.overall,
                 }
                 for row in self.finalists
             ],
@@ -134,18 +150,28 @@ class SearchResult:
         }
 
     def __str__(self) -> str:
-        lines = [f"{'validation loss':>15}{'perplexity':>12}{'one-shot loss':>15}  allocation"]
-        lines += [
-            f"{row.loss:>15.4f}{row.perplexity:>12.2f}{_shown(row.proxy):>15}  {row.candidate}"
-            for row in self.finalists
+        rounds = any(row.removed.counts() != row.allocation.counts() for row in self.finalists)
+        lines = [
+            f"{'validation loss':>15}{'perplexity':>12}{'proxy loss':>12}{'removed' if rounds else '':>{9 * rounds}}"
+            "  allocation"
         ]
+        for row in self.finalists:
+            removed = f"{row.removed.overall:>9.4f}" if rounds else ""
+            lines.append(f"{row.loss:>15.4f}{row.perplexity:>12.2f}{_shown(row.proxy):>12}{removed}  {row.candidate}")
+        lines.append("validation loss and perplexity: as pruned; proxy loss: one-shot masks, which candidates race by")
         if (correlation := self.proxy_correlation) is not None:
-            lines.append(f"rank correlation of one-shot masks with the sequential prune: {correlation:.2f}")
+            lines.append(f"rank correlation of the proxy with the prune: {correlation:.2f}")
+        return "\n".join([*lines, self._cost(), *self.notes])
+
+    def _cost(self) -> str:
+        """What was spent, of what, and what came on top."""
         spent = self.budget
-        lines.append(
-            f"{len(self.trace.trials)} trials, {spent.spent_tokens:,} validation tokens, {spent.spent_seconds:.0f} s"
-        )
-        return "\n".join([*lines, *self.notes])
+        facts = [f"{len(self.trace.trials)} trials", f"{spent.spent_tokens:,} validation tokens"]
+        if spent.strategy_tokens is not None:
+            facts[-1] += f" ({spent.spent_tokens - spent.strategy_tokens:,} of them to rank the finalists)"
+        facts.append(f"{spent.spent_seconds:.0f} s")
+        line = f"{', '.join(facts)}; the budget was {spent}"
+        return f"{line}, and the finalists came on top" if spent.share > 1 else line
 
 
 def robustness_table(results: Sequence[SearchResult]) -> str:

@@ -6,7 +6,7 @@ from collections.abc import Generator, Iterable
 from dataclasses import replace
 
 from .enumeration import block_sizes, enumerate_space
-from .problem import STRATEGIES, UNIFORM, Problem, Ranked, Search, distinct, merge, race
+from .problem import GENERATION, STRATEGIES, UNIFORM, Problem, Ranked, Search, best_of, distinct, merge, race
 from .refinement import descent
 from .space import DSA, Candidate, SearchSpace
 
@@ -19,7 +19,7 @@ def named(problem: Problem) -> Search:
 
 
 @STRATEGIES.register("random", reference=DSA, named=False)
-def random_search(problem: Problem, generation: int = 16) -> Search:
+def random_search(problem: Problem, generation: int = GENERATION) -> Search:
     """Functions drawn at random: the paper's baseline."""
     best: list[Ranked] = yield from race(problem, [UNIFORM], keep=1.0)
     while not problem.over:
@@ -29,7 +29,7 @@ def random_search(problem: Problem, generation: int = 16) -> Search:
 
 
 @STRATEGIES.register(reference=DSA)
-def evolution(problem: Problem, population: int = 16, parents: int = 6, immigrants: int = 3) -> Search:
+def evolution(problem: Problem, population: int = GENERATION, parents: int = 6, immigrants: int = 3) -> Search:
     """Functions bred from the best: crossover, mutation, elitism, and a few strangers in every generation.
 
     Generation 0 holds uniform, every named allocator, and random functions.
@@ -43,7 +43,7 @@ def evolution(problem: Problem, population: int = 16, parents: int = 6, immigran
     first += [space.sample(rng) for _ in range(max(population - len(first), immigrants))]
     best = merge((yield from race(problem, first)))
     while not problem.over:
-        breeding = [ranked.candidate for ranked in best[:parents] if ranked.candidate.counts is None]
+        breeding = [ranked.candidate for ranked in best[:parents] if ranked.candidate.counts is None] or [UNIFORM]
         children = [space.sample(rng) for _ in range(immigrants)]
         while len(children) < population:
             a, b = rng.choice(breeding), rng.choice(breeding)
@@ -106,7 +106,7 @@ def auto(problem: Problem) -> Search:
     """Named allocators, then the width of a ramp, then evolution, then refinement per matrix, within one budget."""
     found = (yield from named(problem))[:4]
     found += (yield from ramp(problem))[:2]
-    evolved = yield from evolution(problem.with_share(0.3, start=found[0]))
+    evolved = yield from evolution(problem.with_share(0.3, start=found[0] if found else UNIFORM))
     ranking = yield from race(problem, dict.fromkeys([*evolved[:4], *found]), keep=1.0)
-    refined = yield from descent(replace(problem, start=ranking[0].candidate))
+    refined = yield from descent(replace(problem, start=best_of(ranking)))
     return [*refined, *(ranked.candidate for ranked in ranking[:2])]

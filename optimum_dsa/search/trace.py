@@ -13,13 +13,17 @@ from ..common.values import is_number, is_real, is_whole, short
 from .space import Candidate
 
 
+FINGERPRINTS = "sha256"  # the entry of a trace's settings that tells models and texts apart by what they hold
+NO_ROOM = "the budget has no room for it"  # the error of a trial that was not computed
+
+
 @dataclass(frozen=True)
 class Request:
     """What a strategy asks for.
 
     Attributes:
-        kind: "loss" (with masks from the anchor), "slopes" (the loss and its slope per matrix), "sequential" (the loss
-            after a real sequential prune), or "anchor" (take scores at this candidate from now on).
+        kind: "loss" (a proxy: with masks from the anchor), "slopes" (the same and its slope per matrix), "sequential"
+            (the loss after the prune itself), or "anchor" (take scores at this candidate from now on).
         candidate: of what.
         start, stop: the validation windows.
     """
@@ -45,7 +49,7 @@ class Trial:
         slopes (`tuple[float, ...]`): per matrix, where they were asked for.
         tokens (`int`): validation tokens that it cost; 0 where the answer was known already.
         seconds (`float`): wall time that it cost.
-        counts (`tuple[int, ...]`): the allocation, as weights removed per matrix.
+        counts (`tuple[int, ...]`): what `prune` would remove per matrix, and what was judged.
         perplexity (`float`): on the same text, after a sequential prune.
     """
 
@@ -98,6 +102,18 @@ class Trial:
             data.get("error"),
             data.get("perplexity"),
         )
+
+
+@dataclass(frozen=True)
+class _Mean:
+    """A loss as the mean over so many windows."""
+
+    windows: int
+    loss: float
+
+    def with_more(self, windows: int, loss: float) -> _Mean:
+        total = self.windows + windows
+        return _Mean(total, (self.windows * self.loss + windows * loss) / total)
 
 
 def _list_of(holds: Callable[[Any], bool]) -> Callable[[Any], bool]:
@@ -187,23 +203,41 @@ class SearchTrace:
             self.trials = [Trial.from_json(line) for line in lines[1:]]
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{self.path} is no search trace: {error}.") from None
-        for name in settings.keys() | self.settings.keys() if check else ():
+        if check:
+            self._check(settings)
+        self.settings = settings
+
+    def _check(self, settings: Mapping[str, Any]) -> None:
+        """Raise `ValueError` where the trace was made with other settings than these."""
+        prints, known = settings.get(FINGERPRINTS) or {}, self.settings.get(FINGERPRINTS) or {}
+        for name in sorted({*settings, *self.settings} - {FINGERPRINTS}):
             if settings.get(name) != self.settings.get(name):
                 raise ValueError(
                     f"The search in {self.path} was made with {name}={settings.get(name)!r}, not "
                     f"{self.settings.get(name)!r}; resume it with the same settings, or choose another folder."
                 )
-        self.settings = settings
+        for name, value in known.items():
+            if name not in prints:
+                raise ValueError(
+                    f"The search in {self.path} does not say with which {name} it was made, so it cannot be told "
+                    "whether it can go on with this; choose another folder."
+                )
+            if prints[name] != value:
+                raise ValueError(
+                    f"The search in {self.path} was made with another {name} (its content differs, whatever its "
+                    "name); resume it with the same, or choose another folder."
+                )
 
     def best_so_far(self) -> tuple[list[int], list[float]]:
-        """Tokens spent and lowest loss so far, an entry per improvement and one for the end.
+        """Tokens spent and lowest proxy loss so far, an entry per improvement and one for the end.
 
         Candidates race over growing numbers of windows. Only those that met as many as the last round asks for are
         comparable and count, each by its mean over them.
         """
         races = [trial for trial in self.trials if trial.request.kind == "loss" and trial.loss is not None]
         needed = max((trial.request.stop for trial in races), default=1)
-        spent, seen = 0, {}
+        spent = 0
+        seen: dict[tuple[int, ...] | None, _Mean] = {}
         tokens: list[int] = []
         losses: list[float] = []
         for trial in self.trials:
@@ -211,14 +245,17 @@ class SearchTrace:
             request = trial.request
             if trial.loss is None or request.kind not in ("loss", "slopes"):
                 continue
-            met = total = 0.0
-            if request.kind == "loss" and request.start:
-                met, total = seen.get(trial.counts, (0, 0.0))
-            met, total = met + len(request.rows), total + trial.loss * len(request.rows)
-            seen[trial.counts] = met, total
-            if met >= needed and (not losses or total / met < losses[-1]):
+            if request.kind == "slopes" or request.start == 0:
+                mean = _Mean(len(request.rows), trial.loss)
+            elif (mean := seen.get(trial.counts)) is None or mean.windows != request.start:
+                continue  # windows that it has met already, under another name perhaps, or a race without its start
+            else:
+                mean = mean.with_more(len(request.rows), trial.loss)
+            if request.kind == "loss":
+                seen[trial.counts] = mean
+            if mean.windows >= needed and (not losses or mean.loss < losses[-1]):
                 tokens.append(spent)
-                losses.append(total / met)
+                losses.append(mean.loss)
         if losses and tokens[-1] < spent:
             tokens.append(spent)
             losses.append(losses[-1])

@@ -8,10 +8,10 @@ from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .. import __version__
 from ..common.escaping import visible
 from ..common.files import write_text
 from ..common.output import OutputFolder
+from ..common.version import VERSION
 from ..pruning.allocation.layout import grid
 from .charts import (
     allocation_chart,
@@ -89,7 +89,8 @@ def figures(outcomes: Sequence[Outcome]) -> dict[str, tuple[Figure, str, str]]:
     traces = {outcome.name: outcome.trace for outcome in outcomes if outcome.trace and outcome.trace.trials}
     if traces:
         caption = (
-            "The best validation loss so far against the text it took. The star is the winner after a real prune."
+            "The best validation loss so far, by one-shot masks, against the text it took: a proxy. The star is the "
+            "winner after a real prune."
         )
         drawn["search"] = search_curves(traces, among=labels), "The search", caption
     histories = {outcome.name: outcome.training.get("history") for outcome in outcomes}
@@ -119,7 +120,7 @@ def page(outcomes: Sequence[Outcome], drawn: dict[str, tuple[Figure, str, str]])
     _fill_rows(cards)
     blocks = block_table(allocations) if allocations else None
     return _template().render(
-        version=__version__,
+        version=VERSION,
         title=first.name,
         kicker="pruned model" if first.achieved else "search of an allocation",
         lead=_lead(first),

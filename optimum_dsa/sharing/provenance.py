@@ -35,7 +35,7 @@ def command(facts: Mapping[str, Any]) -> str:
     words = ["optimum-cli", "dsa", "prune", _word(base.get("name")) or "BASE_MODEL", "-o", "OUT"]
     words += ["--sparsity", f"{config['sparsity']}"]
     changed = {name: value for name, value in config.items() if name in defaults and value != defaults[name]}
-    switches = [name for name in changed if isinstance(defaults[name], bool)]
+    switches = [name for name, value in changed.items() if isinstance(value, bool)]
     options = {
         flag_of(name): [_word(str(part)) for part in (value if isinstance(value, list) else [value])]
         for name, value in changed.items()
@@ -46,7 +46,7 @@ def command(facts: Mapping[str, Any]) -> str:
     for flag, values in options.items():
         words += [] if None in values else [flag, *values]
     words += ["--allocation", _word(config.get("allocation")) or CONFIG_NAME]
-    words += [flag_of(name, off=defaults[name]) for name in switches]
+    words += [flag_of(name, off=not changed[name]) for name in switches]
     if facts.get("calibration"):
         source = calibration_source(facts)
         words += ["--dataset", (names_data(source) and _word(source)) or "YOUR_TEXT"]

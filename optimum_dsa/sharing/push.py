@@ -12,11 +12,11 @@ from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalEntryNotFoundError
 from huggingface_hub.utils import validate_repo_id
 
-from .. import __version__
 from ..checkpoint.description import read_description
 from ..common.fences import transport_error
 from ..common.files import read_json
 from ..common.folder_files import WEIGHTS
+from ..common.version import VERSION
 from ..pruning.configuration import CONFIG_NAME
 from .card import base_repository, model_card
 from .upload import Upload, collect, count, pictures
@@ -80,7 +80,7 @@ def push_folder(
     validate_repo_id(repo_id)
     upload = collect(folder, base)
     kept = kept or f"{folder} is whole, and the same command goes on."
-    api = HfApi(endpoint=endpoint, token=token, library_name="optimum-dsa", library_version=__version__)
+    api = HfApi(endpoint=endpoint, token=token, library_name="optimum-dsa", library_version=VERSION)
     if upload.base is not None:
         with explained(repo_id, kept):
             upload = _on_its_base(upload, api)

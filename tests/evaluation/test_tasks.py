@@ -1,5 +1,6 @@
 """Tasks are measured by lm-eval, offline, on a task made from text that is shipped."""
 
+import importlib.metadata
 import json
 import re
 import sys
@@ -10,8 +11,7 @@ from optimum_dsa import DSAConfig, DSAPruner, evaluate_tasks
 from optimum_dsa.commands.embedded import demo_model, demo_texts
 from optimum_dsa.common.installation import how_to_install
 from optimum_dsa.common.registry import UnknownNameError
-from optimum_dsa.evaluation.comparison import Measured, comparison_table, save_results
-from optimum_dsa.evaluation.tasks import task_names, tidy
+from optimum_dsa.evaluation.tasks import find_tasks, task_names, tidy
 
 from ..test_commands import run
 
@@ -80,7 +80,8 @@ def test_the_commands_numbers_are_those_of_lm_eval(monkeypatch, capsys, tmp_path
         found = sparse["tasks"]["next_line"][metric]
         assert found == {"value": expected[f"{metric},none"], "error": expected[f"{metric}_stderr,none"]}
     assert dense["sparsity"] < 0.01 and sparse["sparsity"] == pytest.approx(0.6, abs=1e-4)
-    head, *lines = printed.splitlines()
+    how, head, *lines = printed.splitlines()
+    assert how == "tasks: all questions, each task's own examples, at most 512 tokens, bfloat16"
     assert head.split() == ["model", "sparsity", "next_line", "(acc_norm)"] and len(lines) == 2
     assert f"{expected['acc_norm,none']:.4f} ± {expected['acc_norm_stderr,none']:.4f}" in lines[1]
 
@@ -92,11 +93,15 @@ def test_one_model_with_text_and_tasks(monkeypatch, capsys, tmp_path, task):
     options += ["--dataset", str(tmp_path / "text.txt"), "--sequence-length", "64"]
     code, printed, errors = run(monkeypatch, capsys, "evaluate", str(demo_model()), *options)
     assert code == 0, errors
-    assert [line.split()[0] for line in printed.splitlines()] == ["perplexity", "next_line", "next_line", "sparsity"]
+    parts = [line.split()[0] for line in printed.splitlines()]
+    assert parts == ["perplexity", "next_line", "next_line", "tasks", "sparsity"]
     code, printed, _ = run(monkeypatch, capsys, "evaluate", str(demo_model()), *options, "--json")
-    found = json.loads(printed)
+    (found,) = json.loads(printed)["models"]
     assert found["tasks"]["next_line"]["acc"]["value"] * 5 % 1 == pytest.approx(0)
     assert found["perplexity_error"] > 0 and found["dataset"] == "text.txt"
+    assert found["task_protocol"] == {
+        "limit": 5, "sequence_length": 64, "dtype": "bfloat16", "lm_eval": importlib.metadata.version("lm_eval"),
+    }  # fmt: skip
 
 
 def test_what_cannot_be_measured_is_refused(monkeypatch, capsys, tmp_path, task):
@@ -121,6 +126,19 @@ def test_an_unknown_task_is_answered_with_near_ones(monkeypatch, task):
         evaluate_tasks(pruner.model, pruner.tokenizer, ["next_lime"])
 
 
+def test_tasks_are_looked_for_before_a_model_is_loaded(monkeypatch, capsys, tmp_path, task):
+    tasks = pytest.importorskip("lm_eval.tasks")
+    manager = tasks.TaskManager(include_path=str(task.parent), include_defaults=False)
+    monkeypatch.setattr(tasks, "TaskManager", lambda **options: manager)
+    monkeypatch.setattr(DSAPruner, "from_pretrained", lambda *_, **__: pytest.fail("the model was loaded"))
+    code, printed, errors = run(monkeypatch, capsys, "evaluate", str(demo_model()), "--tasks", "nosuch")
+    assert code == 2 and printed == "" and errors.splitlines()[-1].count("lm-eval has no task 'nosuch'") == 1
+    with pytest.raises(ValueError, match="No task is named"):
+        find_tasks([])
+    with pytest.raises(FileNotFoundError, match="No such folder of tasks"):
+        find_tasks(["next_line"], tmp_path / "nowhere")
+
+
 def test_errors_stand_beside_their_values():
     results = {
         "gsm8k": {
@@ -137,19 +155,3 @@ def test_errors_stand_beside_their_values():
             "bleu": {"value": 3.0, "error": None},
         }
     }
-
-
-def test_a_table_shows_what_there_is(tmp_path):
-    score = {"acc": {"value": 0.5, "error": 0.01}}
-    results = [
-        Measured("dense", 0.0, 100, 10.0, 0.25, {"dataset": "x", "windows": 3}, {"a": score, "b": score}),
-        Measured("pruned", 0.5, 100, tasks={"a": score}),
-    ]
-    head, dense, pruned = comparison_table(results).splitlines()
-    assert head.split() == ["model", "sparsity", "perplexity", "a", "(acc)", "b", "(acc)", "mean"]
-    assert "10.000 ± 0.250" in dense and dense.endswith("0.5000")
-    assert pruned.split() == ["pruned", "0.5000", "0.5000", "±", "0.0100"]
-    save_results(tmp_path / "folder" / "results.json", results)
-    saved = json.loads((tmp_path / "folder" / "results.json").read_text())
-    assert saved["models"][0]["windows"] == 3 and "perplexity" not in saved["models"][1]
-    assert "optimum-dsa" in saved["versions"]

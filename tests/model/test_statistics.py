@@ -136,7 +136,7 @@ def test_what_others_collected_says_how_much_was_seen():
 
 
 def test_without_a_gram_the_factor_says_what_to_do():
-    with pytest.raises(ValueError, match="gram=True"):
+    with pytest.raises(ValueError, match="was not collected; walk the blocks with reads"):
         LayerStatistics(3).inverse_factor()
 
 

@@ -140,6 +140,58 @@ def test_an_encoder_and_its_decoder_are_padded_each_by_its_own_mask(tiny, inputs
     check_equal(walked(model, [batch]), plain(model, find_architecture(model), *single))
 
 
+def test_padding_of_embeddings_does_not_count(tiny, inputs):
+    model = tiny("llama")
+    sequences, batch = padded(inputs("llama")["input_ids"], [12, 5, 9, 12, 1, 5])
+    embedded = model.get_input_embeddings()(batch["input_ids"]).detach()
+    given = {"inputs_embeds": embedded, "attention_mask": batch["attention_mask"]}
+    check_equal(walked(model, [given]), plain(model, find_architecture(model), *sequences))
+
+
+def test_padding_of_a_recording_does_not_count():
+    config = tf.Wav2Vec2Config(
+        hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=48, conv_dim=(16, 16),
+        conv_stride=(4, 4), conv_kernel=(8, 8), num_feat_extract_layers=2, num_conv_pos_embeddings=16,
+        num_conv_pos_embedding_groups=2, feat_extract_norm="layer",
+    )  # fmt: skip
+    model = tf.Wav2Vec2Model(config).eval()
+    sound = torch.randn(3, 400, generator=torch.Generator().manual_seed(0))
+    mask = torch.arange(400) < torch.tensor([400, 210, 400])[:, None]
+    batch = {"input_values": sound * mask, "attention_mask": mask.long()}
+    single = [{"input_values": row[keep][None]} for row, keep in zip(sound, mask)]
+    found = walked(model, [batch])
+    check_equal(found, plain(model, find_architecture(model), *single))
+    lengths = model._get_feat_extract_output_lengths(mask.sum(1))
+    assert {each.tokens for each in found.values()} == {int(lengths.sum())}
+
+
+def test_holes_between_tokens_do_not_count(tiny, inputs):
+    model, batch = tiny("llama"), inputs("llama")
+    mask = torch.ones_like(batch["input_ids"])
+    mask[0, 3:5] = mask[2, 7] = mask[3, 0] = 0
+    found = walked(model, [{**batch, "attention_mask": mask}])
+    assert {each.tokens for each in found.values()} == {int(mask.sum())}
+
+    class Kept(Inputs):
+        def add(self, name, inputs):
+            super().add(name, inputs.reshape(*mask.shape, -1)[mask.bool()])
+
+    expected = Kept()
+    with torch.no_grad(), hooks(model, find_architecture(model), expected):
+        feed(model, {**batch, "attention_mask": mask})
+    first = {name: each for name, each in found.items() if ".layers.0." in name and "_proj" in name}
+    assert first and all(found[name].tokens == int(mask.sum()) for name in first)
+
+
+@pytest.mark.parametrize("family,message", [("mixtral", "cannot be told from the tokens"), ("t5", "encoder-decoder")])
+def test_holes_that_cannot_be_told_are_refused(family, message, tiny, inputs):
+    model, batch = tiny(family), inputs(family)
+    mask = torch.ones_like(batch["input_ids"])
+    mask[0, 3] = 0
+    with pytest.raises(ValueError, match=message):
+        walked(model, [{**batch, "attention_mask": mask}])
+
+
 @pytest.mark.contract
 @pytest.mark.parametrize("implementation", ["eager", "batched_mm", "grouped_mm"])
 @pytest.mark.parametrize("family", ["mixtral", "gpt_oss"])
@@ -175,6 +227,19 @@ def test_experts_that_no_token_reached_are_scored_by_magnitude_and_named(family,
         dense, pruned = weight.tensor(tiny(family)), weight.tensor(model)
         by_magnitude = Pattern("row").keep(dense.abs(), int((pruned == 0).sum()))
         assert torch.equal(pruned != 0, by_magnitude) == (weight.name in expected)
+
+
+@pytest.mark.parametrize("family", EXPERTS)
+def test_experts_that_no_token_reached_have_scores_of_the_scale_of_the_others(family, tiny, inputs):
+    """Or an allocator that compares scores would take them for other matrices than they are."""
+    found = walked(tiny(family), [{"input_ids": inputs(family)["input_ids"][:1, :1]}])
+    experts = [name for name in found if name.endswith("]")]
+    unseen = [name for name in experts if not found[name].tokens]
+    assert unseen and len(unseen) < len(experts)
+    for name in unseen:
+        kin = [found[other] for other in experts if other.rpartition("[")[0] == name.rpartition("[")[0]]
+        mean = torch.stack([each.squared_sum for each in kin if each.tokens]).mean().sqrt()
+        torch.testing.assert_close(found[name].input_norm, mean.expand_as(found[name].input_norm))
 
 
 def test_included_head_sees_its_real_input(tiny, inputs):

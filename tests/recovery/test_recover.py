@@ -10,13 +10,22 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-from optimum_dsa import DataConfig, DSAConfig, DSAPruner, PruningReport, RecoveryConfig, find_architecture
+from optimum_dsa import (
+    DataConfig,
+    DSAConfig,
+    DSAPruner,
+    PruningReport,
+    RecoveryConfig,
+    find_architecture,
+    perplexity,
+)
 from optimum_dsa.commands.embedded import demo_model, demo_texts
 from optimum_dsa.common.installation import how_to_install
+from optimum_dsa.recovery.texts import read_windows
 from optimum_dsa.recovery.trainer import RecoveryTrainer, divergence
 
 from ..test_commands import run
-from ..tiny import tiny_llama, tokens
+from ..tiny import bos_tokenizer, tiny_llama, tokens
 from .adapters.test_peft_method import same_zeros, sparse_llama, zeros
 
 
@@ -54,6 +63,32 @@ def test_perplexity_falls_and_zeros_stay(changes):
     assert all(p.grad is None and p.requires_grad for p in pruner.model.parameters()) and not pruner.model.training
     assert [entry["step"] for entry in result.history if "eval_loss" in entry] == [3, 6, 9, 12]
     assert f"{result.before:.3f} -> {result.after:.3f} in 12 steps" in str(result)
+
+
+def test_a_tied_head_that_was_pruned_is_worth_the_same_before_and_after_the_merge():
+    pruner = DSAPruner.from_pretrained(tiny_llama(tie_word_embeddings=True))
+    pruner.prune(None, DSAConfig(0.5, "magnitude", "uniform", include=["lm_head", "embed_tokens"]))
+    before = zeros(pruner.model)
+    held_out = regular(16)
+    pruner.recover(regular(), small(steps=12, learning_rate=0.02, merge=False), held_out)
+    adapted = perplexity(pruner.model, held_out)
+    merged = pruner.model.merge_and_unload()
+    assert perplexity(merged, held_out) == pytest.approx(adapted, rel=1e-4)
+    assert merged.lm_head.weight is merged.get_input_embeddings().weight and same_zeros(merged, before)
+
+
+@pytest.mark.parametrize("bos,there", [(None, True), (False, False)])
+def test_sequences_start_with_what_the_tokenizer_adds(bos, there):
+    pruner = DSAPruner(tiny_llama(), bos_tokenizer())
+    pruner.prune(None, DSAConfig(0.5, "magnitude", "uniform"))
+    text = [" ".join(str((start + step) % 90) for step in range(40)) for start in range(60)]
+    asked = small(data=DataConfig(sequence_length=8, bos=bos))
+    windows, held_out, data = read_windows(pruner.model, pruner.tokenizer, text, None, asked)
+    for part in (windows, held_out):
+        assert part.shape[1] == 8 and (part[:, 0] == 0).all() == (part == 0).any() == there
+    assert data["bos"] is there
+    with pytest.raises(ValueError, match="bos is true or false, got 'yes'"):
+        DataConfig(bos="yes")
 
 
 @pytest.mark.parametrize("method", ["sparse-lora", "full"])

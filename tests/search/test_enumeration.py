@@ -3,10 +3,11 @@ import random
 import pytest
 import torch
 
-from optimum_dsa import Calibration, DSAConfig, find_architecture, fit_to_budget
+from optimum_dsa import Calibration, DSAConfig, fit_to_budget
 from optimum_dsa.pruning.allocation import AllocationFunction
 from optimum_dsa.pruning.allocation.budget import fit_counts
 from optimum_dsa.search.enumeration import Enumeration, block_sizes, enumerate_space
+from optimum_dsa.search.realise import realise
 from optimum_dsa.search.resolver import Resolver
 from optimum_dsa.search.space import Candidate, SearchSpace
 
@@ -26,7 +27,8 @@ SPACE = SearchSpace(
 @pytest.fixture(scope="module")
 def resolver():
     model = tiny_llama(num_hidden_layers=4)
-    return Resolver(model, find_architecture(model), Calibration({"input_ids": tokens()}, "x"), DSAConfig(0.7), ())
+    calibration, config = Calibration({"input_ids": tokens()}, "x"), DSAConfig(0.7)
+    return Resolver(model, realise(model, calibration, config), calibration, config, ())
 
 
 @pytest.fixture(scope="module")
@@ -107,3 +109,16 @@ def test_a_small_space_by_hand(resolver):
     assert (found.functions, found.texts) == (3, (1 + 2 + 4) * 2 * (2 + 4) * 4)
     assert found.representatives == [AllocationFunction((), "mean", spread=0.1)] and found.sharing.tolist() == [3]
     assert found.counts.shape == (1, 4) and int(found.counts.sum()) == round(0.7 * sum(resolver.sizes.values()))
+
+
+def test_allocations_of_a_pattern_of_whole_n_are_those_that_prune_makes():
+    model, calibration = tiny_llama(num_hidden_layers=4), Calibration({"input_ids": tokens()}, "x")
+    config = DSAConfig(0.7, pattern="mixed:8")
+    resolver = Resolver(model, realise(model, calibration, config), calibration, config, ())
+    found = enumerate_space(SPACE, resolver)
+    assert len(found.counts.unique(dim=0)) == len(found) and int(found.sharing.sum()) == found.functions
+    assert ((found.counts * 8) % block_sizes(resolver).long() == 0).all()
+    blocks = list(resolver.units["block"].values())
+    for function, counts in zip(found.representatives, found.counts.tolist()):
+        removed = dict(zip(resolver.sizes, resolver.removed(Candidate(str(function)))))
+        assert counts == [sum(removed[weight.name] for weight in weights) for weights in blocks]

@@ -7,10 +7,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from optimum_dsa import DSAConfig
-from optimum_dsa.search.evaluator import Evaluator
+from optimum_dsa.search.evaluator import Answer, Evaluator
+from optimum_dsa.search.problem import Room
 from optimum_dsa.search.space import Candidate
-from optimum_dsa.search.trace import Request, Trial
+from optimum_dsa.search.trace import NO_ROOM, Request, Trial
 
 
 LENGTH = 16
@@ -21,7 +21,7 @@ class Noted:
     """An objective whose loss is the mean of the windows' numbers, and where the anchor is added."""
 
     def __init__(self, windows=10):
-        self.validation, self.config = torch.zeros(windows, LENGTH), DSAConfig(0.5, batch_size=4)
+        self.validation, self.batch_size = torch.zeros(windows, LENGTH), 4
         self.anchor, self.calls = None, []
 
     def move_anchor(self, counts):
@@ -40,14 +40,13 @@ class Noted:
 
     def sequential(self, counts, rows):
         self.calls.append(("sequential", counts, rows))
-        self.anchor = counts  # as the real one leaves it
         return self.value(rows), 7.0
 
 
 class Names:
     sizes = {"m": 10, "n": 10}
 
-    def counts(self, candidate):
+    def removed(self, candidate):
         if candidate.counts is None:
             raise ValueError(f"{candidate.function} is impossible")
         return candidate.counts
@@ -138,11 +137,43 @@ def test_ranks_share_the_batches_and_who_has_none_does_the_last_as_well(evaluato
         yield tasks[mine]
 
     def gather(own):
-        assert len(own) == 1 and own[0][:3] == (evaluator.objective.value(computed[0]), None, None)
-        return [(float(index), None, None, 0.5) for index in range(3)] + own
+        (answer,) = own
+        assert (answer.loss, answer.slopes, answer.perplexity) == (evaluator.objective.value(computed[0]), None, None)
+        return [Answer(float(index), seconds=0.5) for index in range(3)] + own
 
     evaluator.ranks = SimpleNamespace(num_processes=2, split_between_processes=split)
     monkeypatch.setattr("optimum_dsa.search.evaluator.gather_object", gather)
     (trial,) = evaluator.answer([Request("loss", A, 0, 9)], 0)
     assert [rows for _, _, rows in evaluator.objective.calls] == computed
     assert (trial.loss, trial.seconds) == ((4 * 0 + 4 * 1 + 1 * 2) / 9, 1.5)
+
+
+C = Candidate("c", counts=(6, 1))
+
+
+@pytest.mark.parametrize(
+    "room,computed",
+    [
+        (Room(), 3), (Room(tokens=12 * LENGTH), 3), (Room(tokens=12 * LENGTH - 1), 2), (Room(tokens=3), 0),
+        (Room(evaluations=1), 1), (Room(evaluations=0), 0), (Room(seconds=0.0), 0), (Room(seconds=1e9), 3),
+    ],
+)  # fmt: skip
+def test_what_there_is_no_room_for_is_not_computed_and_says_so(room, computed, evaluator):
+    trials = evaluator.answer([Request("loss", each, 0, 4) for each in (A, B, C)], 0, room)
+    assert [trial.error for trial in trials] == [None] * computed + [NO_ROOM] * (3 - computed)
+    assert [trial.tokens for trial in trials] == [4 * LENGTH] * computed + [0] * (3 - computed)
+    assert len(evaluator.objective.calls) == computed
+    assert [trial.counts for trial in trials] == [(3, 4), (5, 2), (6, 1)]
+
+
+def test_what_is_known_is_answered_without_room(evaluator):
+    known = evaluator.answer([Request("loss", B, 0, 4)], 0)[0]
+    first, again = evaluator.answer([Request("loss", A, 0, 4), Request("loss", B, 0, 4)], 1, Room(tokens=0))
+    assert first.error == NO_ROOM and (again.loss, again.tokens, again.error) == (known.loss, 0, None)
+
+
+def test_seconds_are_looked_at_between_two_computations(evaluator, monkeypatch):
+    clock = iter(range(100))
+    monkeypatch.setattr("optimum_dsa.search.evaluator.time.perf_counter", lambda: next(clock))
+    trials = evaluator.answer([Request("loss", each, 0, 4) for each in (A, B, C)], 0, Room(seconds=1.5))
+    assert [trial.error for trial in trials] == [None, None, NO_ROOM]

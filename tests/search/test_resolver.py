@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from optimum_dsa import Allocation, AllocationFunction, Calibration, DSAConfig, allocate, find_architecture
+from optimum_dsa import Allocation, AllocationFunction, Calibration, DSAConfig, allocate
+from optimum_dsa.search.realise import realise
 from optimum_dsa.search.resolver import Resolver
 from optimum_dsa.search.space import Candidate
 
@@ -16,7 +17,7 @@ QUERY, UP = "self_attn.q_proj", "mlp.up_proj"
 
 def make(config, named=(), **changes):
     model = tiny_llama(**changes)
-    return Resolver(model, find_architecture(model), CALIBRATION, config, named)
+    return Resolver(model, realise(model, CALIBRATION, config), CALIBRATION, config, named)
 
 
 @pytest.fixture(scope="module")
@@ -31,10 +32,10 @@ def shares(resolver, candidate):
 def test_a_resolver_changes_nothing_and_keeps_no_gram():
     model = tiny_llama()
     before = state(model)
-    resolver = Resolver(model, find_architecture(model), CALIBRATION, DSAConfig(0.5), ["lsa"])
+    resolver = Resolver(model, realise(model, CALIBRATION, DSAConfig(0.5)), CALIBRATION, DSAConfig(0.5), ["lsa"])
     assert same_state(model, before)
     assert {kept.gram for kept in resolver.statistics.values()} == {None}
-    assert resolver.heuristics.keys() == {"uniform", "atp", "lsa"}
+    assert resolver.allocators.keys() == {"uniform", "atp", "lsa"}
     assert resolver.measured["lsa"].keys() == resolver.units["block"].keys()
 
 

@@ -6,9 +6,10 @@ import re
 
 import pytest
 
-from optimum_dsa import Calibration, DSAConfig, find_architecture
+from optimum_dsa import Calibration, DSAConfig
 from optimum_dsa.search.enumeration import block_sizes, enumerate_space
 from optimum_dsa.search.problem import UNIFORM, Budget, Problem
+from optimum_dsa.search.realise import realise
 from optimum_dsa.search.resolver import Resolver
 from optimum_dsa.search.space import Candidate, SearchSpace
 from optimum_dsa.search.strategies import STRATEGIES, auto, evolution, exhaustive, named, ramp, random_search
@@ -21,7 +22,8 @@ from .toy import play
 def resolver():
     model = tiny_llama(num_hidden_layers=4)
     calibration = Calibration({"input_ids": tokens()}, "x")
-    return Resolver(model, find_architecture(model), calibration, DSAConfig(0.5), ("owl", "dlp"))
+    config = DSAConfig(0.5)
+    return Resolver(model, realise(model, calibration, config), calibration, config, ("owl", "dlp"))
 
 
 @pytest.fixture
@@ -172,7 +174,7 @@ def test_auto_hands_the_best_of_each_stage_to_the_next(problem):
         loss(counts(request.candidate)) for request in asked if request.stop == 4 and request.kind == "loss"
     )
     assert loss(counts(found[-2])) <= loss(counts(found[-1]))
-    assert len(found) == 5
+    assert len(found) == 4  # the slopes are equal: where it begins is where descent ends
 
 
 def test_a_budget_that_the_names_spend_is_not_spent_again_by_what_would_follow(problem):

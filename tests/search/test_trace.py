@@ -113,6 +113,19 @@ def test_the_curve_starts_over_where_a_candidate_meets_its_first_windows_again()
     assert found == ([40, 80], [5.0, 1.0])
 
 
+def test_windows_that_an_allocation_meets_under_two_names_count_once():
+    """Two candidates of a race may give one allocation: a is on all four windows once, not on seven."""
+    found = curve(
+        loss(0, 5.0, 0, 1, "a"), loss(1, 5.0, 0, 1, "a", 0), loss(2, 1.0, 1, 4, "a"), loss(3, 1.0, 1, 4, "a", 0)
+    )  # fmt: skip
+    assert found == ([40], [(5 + 3 * 1) / 4])
+
+
+def test_a_pass_for_slopes_does_not_join_a_race():
+    found = curve(loss(0, 5.0, 0, 1, "a"), loss(1, 3.0, 1, 3, "a", kind="slopes"), loss(2, 1.0, 1, 4, "a"))
+    assert found[1] == [(5 + 3 * 1) / 4]
+
+
 def test_passes_for_slopes_count_where_they_see_enough_windows_and_nothing_else_does():
     trials = [loss(0, 5.0, 0, 4, "a"), loss(1, 4.0, 8, 12, "b", kind="slopes"), loss(2, 1.0, 0, 3, "c", kind="slopes")]
     assert curve(*trials) == ([40, 80, 110], [5.0, 4.0, 4.0])

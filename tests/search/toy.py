@@ -1,4 +1,4 @@
-"""A search problem without a model: matrices of given sizes, and a loss that is known in closed form."""
+"""What tests of searches share; a problem without a model: matrices of given sizes, a loss in closed form."""
 
 from __future__ import annotations
 
@@ -6,9 +6,16 @@ import random
 
 from optimum_dsa import DSAConfig
 from optimum_dsa.pruning.allocation import fit_to_budget
+from optimum_dsa.search.objective import Objective
 from optimum_dsa.search.problem import Budget, Problem
+from optimum_dsa.search.realise import realise
 from optimum_dsa.search.space import SearchSpace
 from optimum_dsa.search.trace import Trial
+
+
+def judge(model, calibration, validation, config, top=512):
+    """The `Objective` of a model that `config` prunes."""
+    return Objective(model, realise(model, calibration, config), validation, config.batch_size, top)
 
 
 class Matrices:
@@ -16,6 +23,7 @@ class Matrices:
 
     def __init__(self, sizes, config):
         self.sizes = {f"m{index}": size for index, size in enumerate(sizes)}
+        self.steps = (1,) * len(sizes)
         self.config, self.known = config, {}
 
     def counts(self, candidate):

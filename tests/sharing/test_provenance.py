@@ -29,6 +29,8 @@ CONFIGS = [
     DSAConfig(0.5, "magnitude", "uniform", pattern="2:4", exclude=["layers.0", "*.down_proj.weight"]),
     DSAConfig(0.5, "ria", "abslog/var/atan,asin/no_op@+0.08", spread=0.1, granularity="matrix", skip_unprunable=True),
     DSAConfig(0.5, metric="ria", allocation_metric="magnitude", max_sparsity=0.8, update=UPDATE),
+    DSAConfig(0.5, data=DataConfig(bos=False)),
+    DSAConfig(0.5, data=DataConfig(bos=True)),
     DSAConfig(0.5, sequential=False, update=UpdateConfig(true_sequential=True)),
     DSAConfig(
         0.6, allocation=GIVEN, batch_size=2, include=["lm_head"], data=DataConfig(split="test", text_column="code")

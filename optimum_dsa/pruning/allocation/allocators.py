@@ -183,8 +183,10 @@ ALLOCATIONS.add("global", Heuristic(_score_histogram, _one_threshold), reference
 # -- AlphaPruning: heavy tails of the spectrum
 
 
-def _mean_tail_exponent(unit: Unit) -> float:
-    return sum(tail_exponent(singular_values(weight).square()) for weight in unit.weights) / len(unit.weights)
+def _mean_tail_exponent(unit: Unit) -> tuple[float, int]:
+    """Mean tail exponent of the unit's matrices, and how many weights they have."""
+    exponents = [tail_exponent(singular_values(weight).square()) for weight in unit.weights]
+    return sum(exponents) / len(exponents), sum(weight.numel() for weight in unit.weights)
 
 
 def tail_exponent(eigenvalues: Tensor) -> float:
@@ -192,9 +194,10 @@ def tail_exponent(eigenvalues: Tensor) -> float:
 
     λ_min is the eigenvalue with the smallest Kolmogorov-Smirnov distance among those up to 1.5 times the peak of the
     spectrum's histogram (100 bins in log₁₀). The published code means a lower limit too, but compares a logarithm with
-    a raw eigenvalue; it is kept as published, because its results rest on it.
+    a raw eigenvalue; it is kept as published, because its results rest on it. So is 0 where no eigenvalue is in these
+    limits. Nothing is dropped but zeros, which have no logarithm.
     """
-    eigenvalues = eigenvalues[eigenvalues > 1e-5 * eigenvalues.max()].double().cpu().sort().values
+    eigenvalues = eigenvalues[eigenvalues > 0].double().cpu().sort().values
     if len(eigenvalues) < 3:
         return 1.0
     logs = eigenvalues.log10()
@@ -203,7 +206,7 @@ def tail_exponent(eigenvalues: Tensor) -> float:
     peak = 10 ** (low + (high - low) * int(counts.argmax()) / 100)
     first = int((eigenvalues < torch.log10(0.95 * peak)).sum())
     last = int((eigenvalues <= 1.5 * peak).sum())
-    best, exponent = torch.inf, 1.0
+    best, exponent = 1.0, 0.0
     for index in range(first, min(last, len(eigenvalues) - 1)):
         tail = eigenvalues[index:]
         alpha = 1 + len(tail) / (tail / tail[0]).log().sum().clamp_min(1e-12)
@@ -214,14 +217,17 @@ def tail_exponent(eigenvalues: Tensor) -> float:
     return exponent
 
 
-def _alpha(measured: Mapping[str, float], target: float, spread: float | None) -> dict[str, float]:
-    """Sparsity proportional to 1 − ε + 2ε · minmax(α); ε is 0.3 as published, or spread / target."""
+def _alpha(measured: Mapping[str, tuple[float, int]], target: float, spread: float | None) -> dict[str, float]:
+    """Sparsity proportional to 1 − ε + 2ε · minmax(α), with the parameter-weighted mean `target`.
+
+    ε is 0.3 as published, or spread / target.
+    """
     epsilon = 0.3 if spread is None else spread / max(target, 1e-9)
-    alpha = torch.tensor(list(measured.values()), dtype=torch.float64)
+    alpha, sizes = torch.tensor(list(measured.values()), dtype=torch.float64).unbind(1)
     span = alpha.max() - alpha.min()
     share = (alpha - alpha.min()) / span if span > 0 else torch.full_like(alpha, 0.5)
     ratio = 1 - epsilon + 2 * epsilon * share
-    return dict(zip(measured, (target * ratio / ratio.mean()).tolist()))
+    return dict(zip(measured, (target * ratio * sizes.sum() / (ratio * sizes).sum()).tolist()))
 
 
 ALLOCATIONS.add(
@@ -235,25 +241,29 @@ ALLOCATIONS.add(
 
 
 def _removal_error(unit: Unit) -> float:
-    return sum(greedy_error(weight, stats.gram) for weight, stats in zip(unit.weights, unit.statistics))
+    return sum(greedy_error(weight, stats.second_moment) for weight, stats in zip(unit.weights, unit.statistics))
 
 
 def greedy_error(weight: Tensor, gram: Tensor, width: int = 128) -> float:
     """Least output error of removing half of each row without an update, greedily within groups of `width` columns.
 
     `weight` (out_features, in_features), `gram` X Xᵀ. With E_i = W_i² H_ii, take the smallest again and again, adding
-    2 W_i W_j H_ij to every E_j left.
+    2 W_i W_j H_ij to every E_j left, in this group and, once it is done, in all later ones.
     """
     total = 0.0
+    weight = weight.float()
+    errors = weight.square() * gram.diagonal()
     for start in range(0, weight.shape[1], width):
-        w = weight[:, start : start + width].float()
-        h = gram[start : start + width, start : start + width]
-        error = w.square() * h.diagonal()
+        stop = min(start + width, weight.shape[1])
+        w, error, h = weight[:, start:stop], errors[:, start:stop], gram[start:stop, start:stop]
+        removed = torch.zeros_like(w)
         for _ in range(w.shape[1] // 2):
             smallest, index = error.min(dim=1, keepdim=True)
             total += float(smallest.sum(dtype=torch.float64))
             error.addcmul_(w.gather(1, index) * w, h[index.squeeze(1)], value=2)
             error.scatter_(1, index, torch.inf)
+            removed.scatter_(1, index, w.gather(1, index))
+        errors[:, stop:].addcmul_(weight[:, stop:], removed @ gram[start:stop, stop:], value=2)
     return total
 
 

@@ -59,14 +59,15 @@ def sparsegpt(weight: Tensor, statistics: LayerStatistics, choice: Choice) -> Te
     """The pruned weight whose kept entries make up, column by column, for the removed ones.
 
     `statistics` need `gram`. Without `choice.keep`, the weights to remove are the lowest of (w / U_jj)² at the moment
-    when their group of columns is reached, U being the upper Cholesky factor of (X Xᵀ + damping)⁻¹.
+    when their group of columns is reached, U being the upper Cholesky factor of (X Xᵀ + damping)⁻¹. Weights of inputs
+    that never fired go first: they multiply nothing, whatever their size (the published code sets them to zero).
 
     Returns float32. The updates of 128 columns (or one group) are applied to the rest at once, which changes the speed
     and not the result.
 
     Frantar & Alistarh, 2023, https://arxiv.org/abs/2301.00774, algorithm 1.
     """
-    factor = statistics.inverse_factor(choice.damping).factor
+    factor, dead = statistics.inverse_factor(choice.damping).factor, statistics.dead
     # transposed, so that each column lies together in memory
     new = weight.t().to(torch.float32, copy=True, memory_format=torch.contiguous_format)
     columns = len(new)
@@ -76,7 +77,7 @@ def sparsegpt(weight: Tensor, statistics: LayerStatistics, choice: Choice) -> Te
     for start in range(0, columns, width):
         stop = min(start + width, columns)
         block, upper = new[start:stop], factor[start:stop, start:stop]
-        keep_column = _chooser(block.t(), upper, choice, start, columns)
+        keep_column = _chooser(block.t(), upper, dead[start:stop], choice, start, columns)
         errors = torch.empty_like(block)
         for j in range(stop - start):
             kept = keep_column(j)
@@ -87,8 +88,13 @@ def sparsegpt(weight: Tensor, statistics: LayerStatistics, choice: Choice) -> Te
     return new.t()
 
 
-def _chooser(block: Tensor, upper: Tensor, choice: Choice, start: int, columns: int) -> Callable[[int], Tensor]:
-    """A function from a column of `block`, which begins at column `start` of `columns`, to the rows that it keeps."""
+def _chooser(
+    block: Tensor, upper: Tensor, dead: Tensor, choice: Choice, start: int, columns: int
+) -> Callable[[int], Tensor]:
+    """A function from a column of `block`, which begins at column `start` of `columns`, to the rows that it keeps.
+
+    `block` is (out_features, width), `upper` (width, width), `dead` (width,) bool.
+    """
     stop = start + block.shape[1]
     if choice.keep is not None:
         fixed = choice.keep[:, start:stop]
@@ -96,7 +102,7 @@ def _chooser(block: Tensor, upper: Tensor, choice: Choice, start: int, columns: 
     pattern, diagonal = choice.pattern, upper.diagonal()
     if pattern.kind == "group":
         here = count_in_columns(choice.count, columns, start, stop)
-        chosen = Pattern("matrix").keep((block / diagonal).square_(), here)
+        chosen = Pattern("matrix").keep((block / diagonal).square_().masked_fill_(dead, 0), here)
         return lambda j: chosen[:, j]
     chosen = torch.ones_like(block, dtype=torch.bool)
     per_group = round(choice.count * pattern.width / columns)
@@ -104,7 +110,8 @@ def _chooser(block: Tensor, upper: Tensor, choice: Choice, start: int, columns: 
     def keep_of_the_group(j: int) -> Tensor:
         if j % pattern.width == 0:
             group = slice(j, j + pattern.width)
-            chosen[:, group] = pattern.keep((block[:, group] / diagonal[group]).square_(), per_group)
+            scores = (block[:, group] / diagonal[group]).square_().masked_fill_(dead[group], 0)
+            chosen[:, group] = pattern.keep(scores, per_group)
         return chosen[:, j]
 
     return keep_of_the_group

@@ -28,7 +28,7 @@ class SparseLoraLinear(LoraLinear):
 
     def __init__(self, base_layer: nn.Module, adapter_name: str, config, **kwargs):
         self.modes: dict[str, str] = {}
-        self._unmerged: Tensor | None = None
+        self._unmerged: tuple[nn.Parameter] | None = None  # a tuple, so that it is no parameter of this module
         super().__init__(base_layer, adapter_name, config=config, **kwargs)
         self.fan_in_fan_out = isinstance(self.get_base_layer(), Conv1D)
 
@@ -105,7 +105,10 @@ class SparseLoraLinear(LoraLinear):
         if safe_merge and not merged.isfinite().all():
             raise ValueError(f"NaNs or infinities in the merged weights; the adapters {names} seem to be broken.")
         keep_alive_(merged, original != 0)
-        self._unmerged, base.weight.data = original, merged
+        if self._unmerged is None:
+            self._unmerged = (base.weight,)
+        # a parameter of its own: whatever shares the old one (a tied embedding) has to stay as it was
+        base.weight = nn.Parameter(merged, requires_grad=base.weight.requires_grad)
         self.merged_adapters.extend(names)
 
     def unmerge(self) -> None:
@@ -113,7 +116,9 @@ class SparseLoraLinear(LoraLinear):
         if not self.merged:
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
             return
-        self.get_base_layer().weight.data = self._original()
+        original, base = self._original(), self.get_base_layer()
+        base.weight = self._unmerged[0]
+        base.weight.data = original
         self._unmerged = None
         self.merged_adapters.clear()
 
@@ -123,7 +128,7 @@ class SparseLoraLinear(LoraLinear):
     def _original(self) -> Tensor:
         """The base weight without any adapter."""
         weight = self.get_base_layer().weight.data
-        return weight if self._unmerged is None else self._unmerged.to(weight.device, weight.dtype)
+        return weight if self._unmerged is None else self._unmerged[0].data.to(weight.device, weight.dtype)
 
     def _part(self, adapter: str) -> Part:
         a, b = self.lora_A[adapter].weight, self.lora_B[adapter].weight

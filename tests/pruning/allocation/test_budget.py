@@ -196,6 +196,47 @@ def test_a_fit_is_the_wish_moved_by_one_number_and_cut_at_the_bounds(units, targ
                 assert fitted[a] >= high * sizes[a] - 1.001 or fitted[b] <= low * sizes[b] + 1.001
 
 
+@given(
+    levels=st.sampled_from([4, 8, 16]),
+    shares=st.lists(st.floats(0, 1), min_size=1, max_size=8),
+    low=st.floats(0, 0.4),
+    high=st.floats(0.6, 1),
+)
+@settings(max_examples=80, deadline=None)
+def test_levels_keep_the_bounds_and_the_total(levels, shares, low, high):
+    sizes = named([levels * 16] * len(shares))
+    exact = fit_to_budget(named(shares), sizes, 0.5, low, high)
+    rounded = fit_to_levels(exact, levels, low, high)
+    assert all(low - 1e-9 <= value <= high + 1e-9 for value in rounded.sparsity.values())
+    total = sum(exact.counts().values())
+    assert abs(sum(rounded.counts().values()) - total) <= 8  # half a step of one unit
+
+
+def test_levels_that_no_choice_can_keep_are_refused():
+    with pytest.raises(ValueError, match=r"0.9 cannot be met in steps of 1/8 with every unit from 0/8 to 7/8"):
+        fit_to_levels(Allocation(dict.fromkeys("ab", 0.9), dict.fromkeys("ab", 80)), 8, high=0.99)
+    with pytest.raises(ValueError, match="a larger M"):
+        fit_to_levels(Allocation(dict.fromkeys("ab", 0.3), dict.fromkeys("ab", 80)), 4, low=0.3, high=0.4)
+
+
+@pytest.mark.parametrize("share", [0.3, 0.55, 0.8])
+def test_units_of_one_remainder_that_are_rounded_up_are_spread_over_the_model(share):
+    names = [f"layers.{index}" for index in range(12)]
+    exact = fit_to_budget(dict.fromkeys(names, share), dict.fromkeys(names, 80), share)
+    rounded = list(fit_to_levels(exact, 8).sparsity.values())
+    raised = [index for index, value in enumerate(rounded) if value == max(rounded)]
+    gaps = [after - before for before, after in zip(raised, raised[1:])]
+    assert 0 < len(raised) < 12 and max(gaps) - min(gaps) <= 1, raised
+    assert abs(sum(raised) / len(raised) - 5.5) <= 1  # not the first ones, nor the last
+
+
+def test_units_of_one_remainder_are_rounded_up_where_it_costs_least():
+    exact = Allocation(dict.fromkeys("abcd", 0.55), dict.fromkeys("abcd", 80), "mine", "block")
+    rounded = fit_to_levels(exact, 8, cost={"a": 3.0, "b": 1.0, "c": 2.0, "d": 4.0})
+    assert rounded.sparsity == {"a": 0.5, "b": 0.625, "c": 0.625, "d": 0.5}
+    assert (rounded.name, rounded.granularity) == ("mine", "block")
+
+
 def test_levels_prefer_the_units_that_are_nearest_to_the_next_one():
     exact = Allocation({"a": 0.30, "b": 0.45, "c": 0.60, "d": 0.65}, dict.fromkeys("abcd", 100))
     assert fit_to_levels(exact, 4).sparsity == {"a": 0.25, "b": 0.5, "c": 0.5, "d": 0.75}

@@ -136,3 +136,38 @@ def test_the_damping_of_the_choice_is_the_one_that_is_used():
     much = UPDATES["sparsegpt"](weight, stats, Choice(choice.pattern, 100, choice.keep, 1e6))
     assert not torch.allclose(little, much, atol=1e-2)
     assert torch.allclose(much, weight * choice.keep, atol=1e-3)  # nothing is correlated any more
+
+
+def published(weight, gram, count, width, damping=0.01):
+    """SparseGPT's algorithm in a few lines: dead columns are set to zero, and so are the first to go."""
+    dead, hessian = gram.diagonal() == 0, gram.clone()
+    hessian[dead, dead] = 1
+    hessian += damping * hessian.diagonal().mean() * torch.eye(len(gram))
+    upper = torch.linalg.cholesky(torch.linalg.inv(hessian), upper=True)
+    new = weight.masked_fill(dead, 0)
+    for start in range(0, weight.shape[1], width):
+        columns = range(start, min(start + width, weight.shape[1]))
+        scores = (new[:, columns] / upper.diagonal()[columns]) ** 2
+        gone = torch.zeros(scores.numel(), dtype=torch.bool)
+        gone[scores.flatten().argsort(stable=True)[: count * len(columns) // weight.shape[1]]] = True
+        gone = gone.view_as(scores)
+        for j in columns:
+            error = new[:, j].where(gone[:, j - start], 0) / upper[j, j]
+            new[:, j:] -= error[:, None] * upper[j, j:]
+            new[gone[:, j - start], j] = 0
+    return new
+
+
+def test_weights_of_inputs_that_never_fired_go_first():
+    generator = torch.Generator().manual_seed(2)
+    weight, x = torch.randn(12, 16, generator=generator), torch.randn(60, 16, generator=generator)
+    dead = [1, 6, 7, 12]
+    x[:, dead] = 0
+    weight[:, dead] *= 100  # however large they are
+    stats = LayerStatistics(16, with_gram=True)
+    stats.update_(x)
+    new = UPDATES["sparsegpt"](weight, stats, Choice(Pattern.parse("group:8"), 96))
+    assert int((new == 0).sum()) == 96 and not new[:, dead].any()
+    torch.testing.assert_close(new, published(weight, stats.gram, 96, 8), rtol=1e-4, atol=1e-4)
+    by_two = UPDATES["sparsegpt"](weight, stats, Choice(Pattern.parse("2:4"), 96))
+    assert not by_two[:, dead].any()  # at most two of four are dead

@@ -85,6 +85,20 @@ def test_training_merging_and_unmerging_keep_the_zeros(mode):
 
 
 @pytest.mark.parametrize("mode", sorted(MODES))
+def test_merging_into_a_tied_head_leaves_the_embedding_and_every_output_alone(mode):
+    model = tiny_llama(tie_word_embeddings=True)
+    adapted = get_peft_model(model, config(mode, target_modules=["lm_head", "q_proj"], exclude_modules=None))
+    trained, embedding = logits(train(adapted)), model.get_input_embeddings().weight.clone()
+    adapted.merge_adapter()
+    assert torch.equal(model.get_input_embeddings().weight, embedding)
+    assert torch.allclose(logits(adapted), trained, atol=1e-5)
+    adapted.unmerge_adapter()
+    assert torch.allclose(logits(adapted), trained, atol=1e-5)
+    assert model.lm_head.base_layer.weight is model.get_input_embeddings().weight
+    assert torch.allclose(logits(adapted.merge_and_unload()), trained, atol=1e-5)
+
+
+@pytest.mark.parametrize("mode", sorted(MODES))
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
 def test_outputs_and_gradients_are_those_of_the_formula(mode, dropout):
     torch.manual_seed(0)

@@ -8,9 +8,9 @@ from contextlib import ExitStack, contextmanager
 import torch
 from torch import Tensor, nn
 
-from ..common.fences import innermost_forward, parameters_in
-from ..model.architecture import Architecture, Weight
-from ..model.offload import resident
+from ...common.fences import innermost_forward, parameters_in
+from ...model.architecture import Architecture, Weight
+from ...model.offload import resident
 
 
 LEVELS = 1 << 16
@@ -31,6 +31,8 @@ class MaskedModel:
         orders: weight name -> quantised removal order, (out_features, in_features) int16.
         counts: weight name -> weights removed; a weight without an order or a count is dense.
         values: weight name -> what takes the weight's place before it is masked, where a method updates what it keeps.
+        exact: weight name -> the very mask of a prune, (out_features, in_features), True = keep; it comes before the
+            order, whose steps are coarser than one weight where a matrix has more than 65,536.
     """
 
     def __init__(self, model: nn.Module, architecture: Architecture):
@@ -39,6 +41,7 @@ class MaskedModel:
         self.orders: dict[str, Tensor] = {}
         self.counts: Mapping[str, int] = {}
         self.values: dict[str, Tensor] = {}
+        self.exact: dict[str, Tensor] = {}
         self._on_gradient = None
 
     def keep(self, name: str, count: int) -> Tensor:
@@ -56,6 +59,13 @@ class MaskedModel:
         if level == LEVELS // 2:  # no int16 is as large
             return torch.ones_like(self.orders[name], dtype=torch.bool)
         return self.orders[name] < level
+
+    def _is_masked(self, name: str) -> bool:
+        return name in self.exact or (name in self.orders and name in self.counts)
+
+    def _gone(self, name: str) -> Tensor:
+        """What is masked of one weight, (out_features, in_features), True = gone."""
+        return ~self.exact[name] if name in self.exact else self._before(name, self.counts[name])
 
     def value(self, name: str) -> Tensor:
         """The weight before it is masked, (out_features, in_features)."""
@@ -110,12 +120,12 @@ class MaskedModel:
                 setattr(module, where, own)
 
     def _masked(self, parameter: Tensor, weights: Sequence[Weight]) -> Tensor:
-        known = [weight for weight in weights if weight.name in self.orders and weight.name in self.counts]
+        known = [weight for weight in weights if self._is_masked(weight.name)]
         if not known and self._on_gradient is None:
             return parameter
         masked = parameter.detach().clone() if len(weights) > 1 or not known else None
         for weight in known:
-            gone = self._before(weight.name, self.counts[weight.name]).to(parameter.device)
+            gone = self._gone(weight.name).to(parameter.device)
             gone = gone.t() if weight.transposed else gone
             value = self.values.get(weight.name)
             if value is not None and weight.transposed:

@@ -1,13 +1,11 @@
 import pytest
 import torch
 
-from optimum_dsa import Calibration, DSAConfig, find_architecture, prune
-from optimum_dsa.pruning.allocation import split_count
+from optimum_dsa import find_architecture
 from optimum_dsa.pruning.unstructured.patterns import Pattern, removal_order
-from optimum_dsa.search.masking import MaskedModel, quantise
-from optimum_dsa.search.objective import Objective
+from optimum_dsa.search.realise.masked_model import MaskedModel, quantise
 
-from ..tiny import same_state, state, tiny_llama, tokens
+from ...tiny import same_state, state, tiny_llama, tokens
 
 
 @pytest.mark.parametrize("text", ["row", "matrix", "group:4", "group:3"])
@@ -112,102 +110,3 @@ def test_a_band_is_what_a_little_more_or_less_would_change():
         assert int(band.sum()) == min(count + 20, weight.size) - max(count - 20, 0)
     assert found.keep(name, 0).all() and not found.keep(name, weight.size).any()
     assert found.keep(name, -5).all() and not found.keep(name, weight.size + 5).any()
-
-
-@pytest.fixture
-def objective():
-    model = tiny_llama()
-    torch.manual_seed(1)
-    for parameter in model.parameters():
-        parameter.data *= 3  # or nothing that is removed would matter
-    return Objective(model, Calibration({"input_ids": tokens()}, "x"), tokens(4, 16, seed=5), DSAConfig(0.6), top=30)
-
-
-def counts_of(objective, share):
-    return {name: round(share * size) for name, size in objective.sizes.items()}
-
-
-def test_nothing_removed_costs_nothing_and_more_costs_more(objective):
-    losses = [objective.loss(counts_of(objective, share), range(4)) for share in (0.0, 0.4, 0.8)]
-    assert losses[0] == pytest.approx(0, abs=2e-3)
-    assert losses[0] < losses[1] < losses[2]
-
-
-def test_the_loss_is_the_divergence_from_the_dense_model(objective):
-    counts = counts_of(objective, 0.7)
-    whole = Objective(objective.model, objective.calibration, objective.validation, objective.config, top=97)
-    loss = whole.loss(counts, range(4))
-    with torch.no_grad():
-        dense = objective.model(objective.validation).logits.log_softmax(-1)
-        with whole.masked.active():
-            sparse = objective.model(objective.validation).logits.log_softmax(-1)
-    assert loss == pytest.approx((dense.exp() * (dense - sparse)).sum(-1).mean().item(), rel=5e-3)
-    assert 0 < objective.loss(counts, range(4)) <= loss * 1.01  # fewer outcomes are told apart
-
-
-def test_windows_add_up(objective):
-    counts = counts_of(objective, 0.7)
-    parts = [objective.loss(counts, range(i, i + 1)) for i in range(4)]
-    assert objective.loss(counts, range(4)) == pytest.approx(sum(parts) / 4, rel=1e-4)
-
-
-@pytest.mark.parametrize("method", ["wanda", "magnitude", "sparsegpt"])
-def test_the_sequential_loss_is_that_of_the_model_that_prune_leaves(method):
-    model = tiny_llama()
-    before = state(model)
-    config = DSAConfig(0.6, method, "atp", spread=0.1)
-    calibration, validation = Calibration({"input_ids": tokens()}, "x"), tokens(4, 16, seed=5)
-    objective = Objective(model, calibration, validation, config)
-    counts = {}
-    report_model = tiny_llama()
-    report = prune(report_model, calibration, config)
-    for block, count in report.allocation.counts().items():
-        weights = objective.architecture.units("block")[block]
-        counts |= split_count(count, {weight.name: weight.size for weight in weights})
-    found, _ = objective.sequential(counts, range(4))
-    assert same_state(model, before)
-    model.load_state_dict(report_model.state_dict())
-    objective.masked.counts = {}
-    with torch.no_grad():
-        assert found == pytest.approx(objective._divergence(range(4)).mean().item(), rel=1e-4)
-
-
-def test_slopes_are_the_change_of_the_loss_along_the_masks(objective):
-    """Against the loss itself, one matrix at a time moved by a few per cent."""
-    counts = counts_of(objective, 0.6)
-    before = state(objective.model)
-    loss, slopes = objective.slopes(counts, range(4), band=0.02)
-    assert loss == pytest.approx(objective.loss(counts, range(4)), rel=1e-4)
-    measured, predicted = [], []
-    for name, size in objective.sizes.items():
-        more, less = dict(counts), dict(counts)
-        more[name] += round(0.02 * size)
-        less[name] -= round(0.02 * size)
-        change = objective.loss(more, range(4)) - objective.loss(less, range(4))
-        measured.append(change / (more[name] - less[name]))
-        predicted.append(slopes[name])
-    correlation = torch.corrcoef(torch.tensor([measured, predicted]))[0, 1]
-    assert correlation > 0.8
-    assert same_state(objective.model, before)
-    assert all(parameter.requires_grad and parameter.grad is None for parameter in objective.model.parameters())
-
-
-def test_slopes_follow_what_an_update_makes_of_the_kept_weights():
-    """Against the sequential prune itself, one matrix of the last block at a time, where the loss is nearly linear."""
-    calibration, validation = Calibration({"input_ids": tokens()}, "x"), tokens(16, 16, seed=5)
-    objective = Objective(tiny_llama(), calibration, validation, DSAConfig(0.6, "sparsegpt"))
-    counts = counts_of(objective, 0.6)
-    objective.move_anchor(counts)
-    loss, slopes = objective.slopes(counts, range(16), band=0.05)
-    assert loss == pytest.approx(objective.loss(counts, range(16)), rel=1e-4)
-    last = list(objective.architecture.units("block").values())[-1]
-    for weight in (weight for weight in last if "mlp" in weight.name):
-        width = int(0.05 * weight.size)
-        fewer, more = (
-            objective.sequential(counts | {weight.name: counts[weight.name] + way}, range(16))[0]
-            for way in (-width, width)
-        )
-        assert slopes[weight.name] == pytest.approx((more - fewer) / (2 * width), rel=0.25)
-    objective.move_anchor(counts)
-    objective.loss(counts, range(16))  # which needs no changes
-    assert objective.slopes(counts, range(16), band=0.05)[1] == slopes

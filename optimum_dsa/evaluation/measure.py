@@ -1,0 +1,136 @@
+"""`measure`: perplexity, tasks and zeros of one model, with the protocol beside every number."""
+
+from __future__ import annotations
+
+import importlib.metadata
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from ..data import check_cut, default_length, describe, fingerprint, load_tokens, starts_with_bos
+from ..model.adapters import inner_model
+from ..model.architecture import find_architecture
+from ..pruning.report import PruningReport
+from ..pruning.zeros import count_zeros
+from .measurement import Measurement, Protocol, TaskProtocol
+from .perplexity import mean_perplexity, window_losses
+from .tasks import Tasks, evaluate_tasks
+
+
+def measure(
+    model: nn.Module,
+    text: Any = None,
+    tasks: Sequence[str] | Tasks = (),
+    *,
+    tokenizer: Any = None,
+    report: PruningReport | None = None,
+    name: str | None = None,
+    windows: str = "each",
+    bos: bool | None = None,
+    sequence_length: int | None = None,
+    num_samples: int | None = None,
+    seed: int = 0,
+    split: str | None = "test",
+    text_column: str = "text",
+    include: str | Path | None = None,
+    num_fewshot: int | None = None,
+    limit: int | None = None,
+    batch_size: int = 8,
+) -> Measurement:
+    """Perplexity on a text, results on tasks of lm-eval, and zeros of a model in memory.
+
+    [`DSAPruner.measure`] does it for a pruner's model, which may come from a folder or the Hub.
+
+    Args:
+        model (`nn.Module`): a causal language model.
+        text (`Any`, *optional*): texts, a file, a dataset or its name, or a LongTensor (samples, length).
+        tasks (`Sequence[str]`): names of lm-eval's tasks, or YAML files; or what `find_tasks` gave.
+        tokenizer (`Any`, *optional*): the model's; needed for texts and tasks.
+        report (`PruningReport`, *optional*): how the model was pruned, which says where zeros are counted; by default
+            in all matrices of the blocks.
+        name (`str`, *optional*): what the result calls the model; by default the last part of its folder.
+        windows (`str`, defaults to `"each"`): `"each"` window of the text starts with BOS where the tokenizer adds it;
+            `"paper"` cuts the whole text as the code behind published figures does, see `load_tokens`.
+        bos (`bool`, *optional*): whether there is a BOS at all; by default where the tokenizer adds it.
+        sequence_length (`int`, *optional*): tokens per window; by default as long as the model allows, at most 2048.
+        num_samples (`int`, *optional*): so many windows, drawn by `seed`; by default all.
+        split (`str`, defaults to `"test"`): of a named dataset.
+        text_column (`str`, defaults to `"text"`): the column of a dataset that holds the text.
+        include, num_fewshot, limit: of tasks, see `evaluate_tasks`.
+        batch_size (`int`, defaults to 8): windows per forward pass. It does not change the result.
+
+    Raises:
+        ValueError: nothing to measure, or text and model do not fit.
+    """
+    check_asked(text, tasks, windows, num_samples, sequence_length, batch_size, limit)
+    called = name or describe(getattr(model.config, "name_or_path", "") or type(model).__name__)
+    if tokenizer is None and (tasks or not isinstance(text, Tensor)):
+        raise ValueError(f"{called} has no tokenizer, so text cannot be read; name the one it was trained with.")
+    length = sequence_length or default_length(model)
+    found: dict[str, Any] = {}
+    if text is not None:
+        cut = {"sequence_length": length, "windows": windows, "bos": bos, "num_samples": num_samples, "seed": seed}
+        found |= _on_text(model, tokenizer, text, batch_size, {**cut, "split": split, "text_column": text_column})
+    if tasks:
+        options = {"sequence_length": length, "num_fewshot": num_fewshot, "limit": limit, "bos": bos}
+        found["tasks"] = evaluate_tasks(model, tokenizer, tasks, include=include, batch_size=batch_size, **options)
+        release = importlib.metadata.version("lm_eval")
+        found["task_protocol"] = TaskProtocol(**options, dtype=_dtype(model), lm_eval=release)
+    zeros, size = _count(model, report)
+    return Measurement(called, zeros / size, size, **found)
+
+
+def check_asked(
+    text: Any,
+    tasks: Any,
+    windows: str = "each",
+    num_samples: int | None = None,
+    sequence_length: int | None = None,
+    batch_size: int = 8,
+    limit: int | None = None,
+) -> None:
+    """Raise what is wrong with arguments of [`measure`] whatever the model is; to be called before it is loaded."""
+    if text is None and not tasks:
+        raise ValueError("Say what to measure: a text, tasks, or both.")
+    numbers = {
+        "sequence_length": sequence_length,
+        "num_samples": num_samples,
+        "batch_size": batch_size,
+        "limit": limit,
+    }
+    for name, value in numbers.items():
+        least = 2 if name == "sequence_length" else 1
+        if value is not None and not (isinstance(value, int) and value >= least):
+            raise ValueError(f"{name} is a whole number of at least {least}, got {value!r}.")
+    check_cut(windows, num_samples)
+
+
+def _on_text(model: nn.Module, tokenizer: Any, text: Any, batch_size: int, options: dict[str, Any]) -> dict[str, Any]:
+    """Perplexity, its error, losses and protocol: entries of a `Measurement`."""
+    if isinstance(text, Tensor):
+        tokens, source, cut, bos = text, "tokens", None, None  # how tokens were made, they do not tell
+    else:
+        tokens, source = load_tokens(text, tokenizer, **options), describe(text)
+        cut, bos = options["windows"], starts_with_bos(tokenizer, options["bos"])
+    losses = window_losses(model, tokens, batch_size)
+    value, error = mean_perplexity(losses)
+    protocol = Protocol(source, *tokens.shape, cut, bos, _dtype(model), fingerprint(tokens))
+    return {"perplexity": value, "perplexity_error": error, "losses": tuple(losses.tolist()), "protocol": protocol}
+
+
+def _dtype(model: nn.Module) -> str:
+    return str(model.dtype).removeprefix("torch.")
+
+
+def _count(model: nn.Module, report: PruningReport | None) -> tuple[int, int]:
+    """Zeros in the prunable weights, and how many these are: of a pruned model what was pruned, else all of blocks."""
+    model = inner_model(model)
+    if report is None:
+        architecture = find_architecture(model, skip_unprunable=True)
+    else:
+        asked = report.config
+        architecture = find_architecture(model, asked.blocks, asked.exclude, asked.include, skip_unprunable=True)
+    zeros = count_zeros(model, architecture)
+    return sum(zeros.values()), sum(weight.size for weight in architecture.weights)

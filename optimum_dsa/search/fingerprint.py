@@ -1,0 +1,58 @@
+"""Fingerprints: whether a search that goes on sees the model and the tokens that it began with."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..model.offload import resident
+
+
+CHUNK = 1 << 24  # weights that are brought to the CPU at once
+
+
+def fingerprint_of_model(model: nn.Module) -> str:
+    """Of all weights, bit by bit, and of the configuration; the same wherever accelerate keeps the weights."""
+    digest = hashlib.sha256()
+    config = getattr(model, "config", None)
+    facts = config.to_dict() if hasattr(config, "to_dict") else {}
+    digest.update(json.dumps(_lasting(facts), sort_keys=True, default=str).encode())
+    saved = model.state_dict().keys()
+    for path, module in model.named_modules():
+        own = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
+        names = [name for name, _ in own if f"{path}.{name}".lstrip(".") in saved]
+        if not names:
+            continue
+        # of an offloaded module the weights are brought in, and looked up anew: they are other tensors then
+        with resident(model, [path] if any(tensor.is_meta for _, tensor in own) else []):
+            for name in names:
+                _add(digest, f"{path}.{name}", getattr(module, name))
+    return digest.hexdigest()
+
+
+def fingerprint_of_tokens(inputs: Mapping[str, Tensor] | Tensor) -> str:
+    """Of a model's inputs, all of them, in their order."""
+    digest = hashlib.sha256()
+    inputs = {"input_ids": inputs} if isinstance(inputs, Tensor) else inputs
+    for name in sorted(inputs):
+        _add(digest, name, inputs[name])
+    return digest.hexdigest()
+
+
+def _lasting(facts: Any) -> Any:
+    """A configuration without where it is from and what wrote it."""
+    if not isinstance(facts, Mapping):
+        return facts
+    passing = {"transformers_version", "_name_or_path", "name_or_path"}
+    return {str(name): _lasting(value) for name, value in facts.items() if name not in passing}
+
+
+def _add(digest, name: str, tensor: Tensor) -> None:
+    digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+    for part in tensor.detach().reshape(-1).split(CHUNK):
+        digest.update(part.cpu().contiguous().view(torch.uint8).numpy().data)

@@ -1,0 +1,69 @@
+"""What a search asks of that which it allocates: how large it is, and the model as it would be."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
+from typing import Protocol
+
+from torch import nn
+
+from ...common.registry import Registry
+from ...data import Calibration
+from ...model.architecture import Architecture
+from ...pruning.allocate import architecture_for
+from ...pruning.configuration import DSAConfig
+
+
+class Realisation(Protocol):
+    """A model that can be as if so much of each unit were gone, and never is.
+
+    Strategies know units, sizes and steps; what goes, and in which pattern, is known here alone.
+
+    Attributes:
+        architecture: what can be removed from.
+        sizes: unit -> weights, in the model's order.
+        steps: unit -> the least number of weights by which it can change.
+    """
+
+    architecture: Architecture
+    sizes: Mapping[str, int]
+    steps: Mapping[str, int]
+
+    def rounded(self, counts: Mapping[str, int]) -> dict[str, int]:
+        """What `prune` would remove of each unit where it is asked for `counts`."""
+
+    def move_anchor(self, counts: Mapping[str, int] | None) -> None:
+        """From now on, take what decides what goes from the model without `counts`; `None`: from the dense one."""
+
+    def at(self, counts: Mapping[str, int]) -> AbstractContextManager[None]:
+        """The model computes as if `counts`, rounded, were gone: a proxy, from what the anchor tells."""
+
+    def slopes(self, counts: Mapping[str, int]) -> AbstractContextManager[dict[str, float]]:
+        """The model as `at`, for backward passes of a loss.
+
+        Yields unit -> how fast the loss rises as one more weight goes; it fills as the passes are made.
+        """
+
+    def pruned(self, counts: Mapping[str, int]) -> AbstractContextManager[None]:
+        """The model computes as `prune` would leave it, weight by weight. The anchor's knowledge is given up."""
+
+
+# (model, architecture, calibration, config) -> `Realisation`
+REALISATIONS = Registry("realisation")
+
+
+def realise(model: nn.Module, calibration: Calibration | None, config: DSAConfig, kind: str = "masks") -> Realisation:
+    """The row `kind` of `REALISATIONS` on what `config` prunes in `model`."""
+    check_searchable(config)
+    return REALISATIONS[kind](model, architecture_for(model, config), calibration, config)
+
+
+def check_searchable(config: DSAConfig) -> None:
+    """Raise `ValueError` where `config` leaves nothing to allocate."""
+    pattern = config.resolved.pattern
+    if pattern.sparsity is not None:
+        raise ValueError(
+            f"Pattern {pattern} removes {pattern.sparsity:.4g} of every matrix, so there is no allocation to search "
+            f"for; use pattern='mixed:{pattern.width}', in which N differs from unit to unit."
+        )
