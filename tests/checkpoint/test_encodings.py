@@ -10,8 +10,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from optimum_dsa import DSAConfig, DSAPruner, convert
-from optimum_dsa.checkpoint.encodings import BITMASK, DENSE, ENCODINGS, Encoding, decoded, encoding_in, encoding_named
+from optimum_dsa import ENCODINGS, DSAConfig, DSAPruner, Encoding, convert
+from optimum_dsa.checkpoint.encodings import BITMASK, DENSE, decoded, encoding_in, encoding_named
 from optimum_dsa.checkpoint.layouts import LAYOUTS, Layout, layout_of
 from optimum_dsa.checkpoint.load import load_model
 from optimum_dsa.checkpoint.shards import find_shards, packed_headers
