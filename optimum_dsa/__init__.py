@@ -35,6 +35,8 @@ _PUBLIC = {
     "DSACallback": "recovery.gradual.callback",
     "DSAConfig": "pruning.configuration",
     "DSAPruner": "pruner",
+    "ENCODINGS": "checkpoint.encodings",
+    "Encoding": "checkpoint.encodings",
     "METHODS": "pruning.unstructured.methods",
     "METRICS": "pruning.unstructured.metrics",
     "MODES": "recovery.adapters.modes",

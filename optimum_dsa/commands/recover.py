@@ -66,6 +66,15 @@ mode    what the adapters add to a weight W, with small factors A and B
         run.add_argument("--resume", action="store_true", help="go on from the last checkpoint")
         add_loading_options(parser)
 
+    _checkpoints = None  # their folder, once there is one
+
+    def left_behind(self) -> str:
+        from pathlib import Path
+
+        if self._checkpoints is None or not any(Path(self._checkpoints).glob("checkpoint-*")):
+            return "nothing was written"
+        return f"checkpoints are in {self._checkpoints}; the same command with --resume goes on"
+
     def execute(self) -> None:
         from pathlib import Path
         from shlex import quote
@@ -89,12 +98,12 @@ mode    what the adapters add to a weight W, with small factors A and B
         output, model = Path(args.output), Path(args.model)
         if args.keep_adapter and model.is_dir() and model.resolve() == output.resolve():
             raise ValueError(f"--keep-adapter needs another --output: {model} holds the weights under the adapter.")
-        loading = loading_options(args)
         check_texts(args, config.data)
         with OutputFolder(output, resume=args.resume) as place:
             checkpoints = args.checkpoints
             if checkpoints is None and (config.save_steps is not None or args.resume):
                 checkpoints = place.scratch("checkpoints")
+            self._checkpoints = checkpoints
             pruner = DSAPruner.from_pretrained(args.model, **loading)
             place.require(weight_bytes(pruner.model))
             result = pruner.recover(args.dataset, config, args.validation, args.teacher, checkpoints, args.resume)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..checkpoint.description import contradictions, read_description
-from ..checkpoint.shards import COMPRESSED
+from ..checkpoint.encodings import ENCODINGS
 from ..checkpoint.verify import Verification
 from ..common.escaping import one_line
 from ..common.files import read_json
@@ -125,7 +125,8 @@ def _model(path: Path, name: str) -> Outcome:
     allocation = _allocation(path / CONFIG_NAME)
     if problem := next(contradictions(facts), None):
         raise ValueError(f"{path / CONFIG_NAME} contradicts itself: {problem}. It was changed after it was written.")
-    compressed = any(path.glob(f"{COMPRESSED}*.safetensors"))
+    stems = [encoding.stem for encoding in ENCODINGS.values() if not encoding.is_plain]
+    compressed = any(any(path.glob(f"{stem}*.safetensors")) for stem in stems)
     weights = [weight.stat().st_size for weight in path.glob("*.safetensors")]
     return Outcome(
         name,
