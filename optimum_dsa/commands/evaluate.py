@@ -57,24 +57,28 @@ boolq,rte,hellaswag,winogrande,arc_easy,arc_challenge,openbookqa.
 
         from ..data import DataConfig, describe
         from ..evaluation.comparison import comparison_table
-        from ..evaluation.measure import measure
+        from ..evaluation.measure import check_asked
         from ..evaluation.results import check_results, results_json, save_results
         from ..evaluation.tasks import find_tasks
+        from ..pruner import DSAPruner
 
         args = self.args
         if not args.dataset and not args.tasks:
             raise ValueError("say what to measure: --dataset FILE, --tasks NAMES, or both")
         if args.output:
             check_results(args.output)
+        asked = [name.strip() for name in (args.tasks or "").split(",") if name.strip()]
+        check_asked(
+            args.dataset, asked, args.windows, args.num_samples, args.sequence_length, args.batch_size, args.limit
+        )
+        loading = loading_options(args)
         check_texts(args, DataConfig(text_column=args.text_column, split=args.split))
         names = ("windows", "bos", "sequence_length", "num_samples", "seed", "split", "text_column", "num_fewshot")
         options = {name: getattr(args, name) for name in (*names, "limit", "batch_size")}
         with contextlib.redirect_stdout(sys.stderr):  # data sets and lm-eval print
-            asked = [name.strip() for name in (args.tasks or "").split(",") if name.strip()]
             tasks = find_tasks(asked, args.include_path) if asked else ()
-            loading = loading_options(args)
             results = [
-                measure(model, args.dataset, tasks, name=name, **options, **loading)
+                DSAPruner.from_pretrained(model, **loading).measure(args.dataset, tasks, name=name, **options)
                 for name, model in zip(distinct([describe(model) for model in args.model]), args.model)
             ]
         if args.output:

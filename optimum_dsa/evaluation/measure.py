@@ -9,22 +9,23 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..data import check_cut, check_source, default_length, describe, fingerprint, load_tokens, starts_with_bos
+from ..data import check_cut, default_length, describe, fingerprint, load_tokens, starts_with_bos
 from ..model.adapters import inner_model
 from ..model.architecture import find_architecture
 from ..pruning.report import PruningReport
 from ..pruning.zeros import count_zeros
 from .measurement import Measurement, Protocol, TaskProtocol
 from .perplexity import mean_perplexity, window_losses
-from .tasks import Tasks, evaluate_tasks, find_tasks
+from .tasks import Tasks, evaluate_tasks
 
 
 def measure(
-    model: Any,
+    model: nn.Module,
     text: Any = None,
     tasks: Sequence[str] | Tasks = (),
     *,
     tokenizer: Any = None,
+    report: PruningReport | None = None,
     name: str | None = None,
     windows: str = "each",
     bos: bool | None = None,
@@ -37,21 +38,18 @@ def measure(
     num_fewshot: int | None = None,
     limit: int | None = None,
     batch_size: int = 8,
-    **loading: Any,
 ) -> Measurement:
-    """Perplexity on a text, results on tasks of lm-eval, and zeros of one model.
+    """Perplexity on a text, results on tasks of lm-eval, and zeros of a model in memory.
 
-    ```python
-    from optimum_dsa import measure
-
-    print(measure("qwen3-60", "wikitext2", windows="paper", sequence_length=2048))
-    ```
+    [`DSAPruner.measure`] does it for a pruner's model, which may come from a folder or the Hub.
 
     Args:
-        model (`Any`): a folder or Hub id, a `DSAPruner`, or a model.
+        model (`nn.Module`): a causal language model.
         text (`Any`, *optional*): texts, a file, a dataset or its name, or a LongTensor (samples, length).
         tasks (`Sequence[str]`): names of lm-eval's tasks, or YAML files; or what `find_tasks` gave.
-        tokenizer (`Any`, *optional*): a tokenizer or where to load one from; by default the model's own.
+        tokenizer (`Any`, *optional*): the model's; needed for texts and tasks.
+        report (`PruningReport`, *optional*): how the model was pruned, which says where zeros are counted; by default
+            in all matrices of the blocks.
         name (`str`, *optional*): what the result calls the model; by default the last part of its folder.
         windows (`str`, defaults to `"each"`): `"each"` window of the text starts with BOS where the tokenizer adds it;
             `"paper"` cuts the whole text as the code behind published figures does, see `load_tokens`.
@@ -62,82 +60,64 @@ def measure(
         text_column (`str`, defaults to `"text"`): the column of a dataset that holds the text.
         include, num_fewshot, limit: of tasks, see `evaluate_tasks`.
         batch_size (`int`, defaults to 8): windows per forward pass. It does not change the result.
-        loading (`dict`): go to the model's `from_pretrained` (`dtype`, `device_map`, `revision`, ...).
 
     Raises:
-        ValueError: nothing to measure, or text and model do not fit. What can be known without the model is raised
-            before it is loaded.
+        ValueError: nothing to measure, or text and model do not fit.
     """
-    has_tasks = isinstance(tasks, Tasks) or bool(tasks)
-    if text is None and not has_tasks:
-        raise ValueError("Say what to measure: a text, tasks, or both.")
-    _check(sequence_length=sequence_length, num_samples=num_samples, batch_size=batch_size, limit=limit)
-    check_cut(windows, num_samples)
-    if text is not None and not isinstance(text, Tensor):
-        check_source(text, text_column, split)
-    if has_tasks and not isinstance(tasks, Tasks):
-        tasks = find_tasks(tasks, include)
-    called = name or _name(model)
-    pruner = _opened(model, tokenizer, loading)
-    if pruner.tokenizer is None and (has_tasks or not isinstance(text, Tensor)):
+    check_asked(text, tasks, windows, num_samples, sequence_length, batch_size, limit)
+    called = name or describe(getattr(model.config, "name_or_path", "") or type(model).__name__)
+    if tokenizer is None and (tasks or not isinstance(text, Tensor)):
         raise ValueError(f"{called} has no tokenizer, so text cannot be read; name the one it was trained with.")
-    length = sequence_length or default_length(pruner.model)
+    length = sequence_length or default_length(model)
     found: dict[str, Any] = {}
     if text is not None:
         cut = {"sequence_length": length, "windows": windows, "bos": bos, "num_samples": num_samples, "seed": seed}
-        found |= _on_text(pruner, text, batch_size, {**cut, "split": split, "text_column": text_column})
-    if has_tasks:
+        found |= _on_text(model, tokenizer, text, batch_size, {**cut, "split": split, "text_column": text_column})
+    if tasks:
         options = {"sequence_length": length, "num_fewshot": num_fewshot, "limit": limit, "bos": bos}
-        found["tasks"] = evaluate_tasks(pruner.model, pruner.tokenizer, tasks, batch_size=batch_size, **options)
+        found["tasks"] = evaluate_tasks(model, tokenizer, tasks, include=include, batch_size=batch_size, **options)
         release = importlib.metadata.version("lm_eval")
-        found["task_protocol"] = TaskProtocol(**options, dtype=_dtype(pruner.model), lm_eval=release)
-    zeros, size = _count(pruner.model, pruner.report)
+        found["task_protocol"] = TaskProtocol(**options, dtype=_dtype(model), lm_eval=release)
+    zeros, size = _count(model, report)
     return Measurement(called, zeros / size, size, **found)
 
 
-def _on_text(pruner: Any, text: Any, batch_size: int, options: dict[str, Any]) -> dict[str, Any]:
-    """Perplexity, its error, losses and protocol: entries of a `Measurement`."""
-    if isinstance(text, Tensor):
-        tokens, cut, bos = text, None, None  # how tokens were made, they do not tell
-    else:
-        tokens = load_tokens(text, pruner.tokenizer, **options)
-        cut, bos = options["windows"], starts_with_bos(pruner.tokenizer, options["bos"])
-    losses = window_losses(pruner.model, tokens, batch_size)
-    value, error = mean_perplexity(losses)
-    source = "tokens" if isinstance(text, Tensor) else describe(text)
-    protocol = Protocol(source, *tokens.shape, cut, bos, _dtype(pruner.model), fingerprint(tokens))
-    return {"perplexity": value, "perplexity_error": error, "losses": tuple(losses.tolist()), "protocol": protocol}
-
-
-def _check(**numbers: int | None) -> None:
+def check_asked(
+    text: Any,
+    tasks: Any,
+    windows: str = "each",
+    num_samples: int | None = None,
+    sequence_length: int | None = None,
+    batch_size: int = 8,
+    limit: int | None = None,
+) -> None:
+    """Raise what is wrong with arguments of [`measure`] whatever the model is; to be called before it is loaded."""
+    if text is None and not tasks:
+        raise ValueError("Say what to measure: a text, tasks, or both.")
+    numbers = {
+        "sequence_length": sequence_length,
+        "num_samples": num_samples,
+        "batch_size": batch_size,
+        "limit": limit,
+    }
     for name, value in numbers.items():
         least = 2 if name == "sequence_length" else 1
         if value is not None and not (isinstance(value, int) and value >= least):
             raise ValueError(f"{name} is a whole number of at least {least}, got {value!r}.")
+    check_cut(windows, num_samples)
 
 
-def _opened(model: Any, tokenizer: Any, loading: dict[str, Any]) -> Any:
-    """A `DSAPruner` of the model: it has the tokenizer, and what is known of its pruning."""
-    # the public door, and only now: measuring knows models in memory, and loading is for those who name a folder
-    from .. import DSAPruner
-
-    if not isinstance(model, DSAPruner):
-        return DSAPruner.from_pretrained(model, tokenizer, **loading)
-    if loading:
-        raise ValueError(f"A loaded model takes no loading options, got {', '.join(loading)}.")
-    if tokenizer is None:
-        return model
-    other = DSAPruner.from_pretrained(model.model, tokenizer)
-    other.report = model.report
-    return other
-
-
-def _name(model: Any) -> str:
-    if isinstance(model, (str, Path)):
-        return describe(model)
-    inner = model if isinstance(model, nn.Module) else model.model
-    path = getattr(getattr(inner, "config", None), "name_or_path", "")
-    return describe(path) if path else type(inner).__name__
+def _on_text(model: nn.Module, tokenizer: Any, text: Any, batch_size: int, options: dict[str, Any]) -> dict[str, Any]:
+    """Perplexity, its error, losses and protocol: entries of a `Measurement`."""
+    if isinstance(text, Tensor):
+        tokens, source, cut, bos = text, "tokens", None, None  # how tokens were made, they do not tell
+    else:
+        tokens, source = load_tokens(text, tokenizer, **options), describe(text)
+        cut, bos = options["windows"], starts_with_bos(tokenizer, options["bos"])
+    losses = window_losses(model, tokens, batch_size)
+    value, error = mean_perplexity(losses)
+    protocol = Protocol(source, *tokens.shape, cut, bos, _dtype(model), fingerprint(tokens))
+    return {"perplexity": value, "perplexity_error": error, "losses": tuple(losses.tolist()), "protocol": protocol}
 
 
 def _dtype(model: nn.Module) -> str:

@@ -9,7 +9,9 @@ from typing import Any
 import datasets
 import evaluate
 from torch import nn
+from transformers import AutoConfig, AutoTokenizer
 
+from ..model.model_class import model_class
 from .measure import measure
 
 
@@ -46,10 +48,20 @@ class Perplexity(evaluate.Metric):
         windows: str = "each",
         bos: bool | None = None,
     ) -> dict[str, Any]:
-        if isinstance(model, nn.Module) and tokenizer is None:
+        if not isinstance(model, nn.Module):
+            model, tokenizer = _loaded(str(model), tokenizer)
+        if tokenizer is None:
             raise ValueError("Perplexity of texts needs the model's tokenizer; pass tokenizer=...")
         options = {"sequence_length": sequence_length, "batch_size": batch_size, "windows": windows, "bos": bos}
         found = measure(model, predictions, tokenizer=tokenizer, **options)
         how = asdict(found.protocol)
         del how["dataset"]
         return {"perplexity": found.perplexity, "standard_error": found.perplexity_error, **how}
+
+
+def _loaded(path: str, tokenizer: Any) -> tuple[nn.Module, Any]:
+    """Model and tokenizer at a path or Hub id, as transformers loads them; compressed checkpoints among them."""
+    config = AutoConfig.from_pretrained(path)
+    if tokenizer is None or isinstance(tokenizer, (str, Path)):
+        tokenizer = AutoTokenizer.from_pretrained(str(tokenizer or path))
+    return model_class(config, path).from_pretrained(path, config=config).eval(), tokenizer

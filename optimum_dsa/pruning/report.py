@@ -97,6 +97,8 @@ class PruningReport:
             f"{'all parameters':<{width}}  {self.parameters:>13,}  {'':>8}  {self.removed / self.parameters:>8.4f}"
         )
         notes = []
+        if "bos" in (self.calibration or {}):
+            notes.append(f"calibrated on sequences {'that start with' if self.calibration['bos'] else 'without'} BOS")
         if self.dense:
             notes.append(f"left dense: {len(self.dense)} matrices ({', '.join(sorted(set(self.dense.values())))})")
         if self.damping:

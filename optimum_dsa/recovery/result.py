@@ -49,7 +49,11 @@ class RecoveryResult:
             cells = [f"{entry[name]:.4f}" if name in entry else "" for name in ("loss", "eval_loss")]
             lines.append(f"{entry['step']:>6.0f}  {cells[0]:>13}  {cells[1]:>15}")
         lines.append("-" * len(lines[0]))
-        lines.append(f"validation perplexity {self.before:.3f} -> {self.after:.3f} in {self.steps} steps")
+        bos = {True: ", on sequences that start with BOS", False: ", on sequences without BOS"}
+        lines.append(
+            f"validation perplexity {self.before:.3f} -> {self.after:.3f} in {self.steps} steps"
+            f"{bos.get(self.data.get('bos'), '')}"
+        )
         return "\n".join(lines)
 
 

@@ -5,7 +5,6 @@ import pytest
 import torch
 
 from optimum_dsa import DSAConfig, DSAPruner, RecoveryConfig, load_tokens, measure, perplexity
-from optimum_dsa.commands.embedded import demo_model
 from optimum_dsa.data import fingerprint
 from optimum_dsa.evaluation.comparison import comparison_table
 
@@ -20,15 +19,17 @@ def model():
     return tiny_llama(vocab_size=93)
 
 
-def test_a_model_in_memory_a_folder_and_a_pruner_give_one_result(model, tmp_path):
+def test_a_model_in_memory_and_one_from_a_folder_give_one_result(model, tmp_path):
     tokenizer = bos_tokenizer()
     model.save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")
     options = {"sequence_length": 16, "name": "it"}
     found = measure(model, NUMBERS, tokenizer=tokenizer, **options)
-    assert found == measure(tmp_path / "model", NUMBERS, **options)
-    assert found == measure(DSAPruner(model, tokenizer), NUMBERS, **options)
-    assert measure(str(tmp_path / "model"), NUMBERS, sequence_length=16).model == "model"
+    assert found == DSAPruner(model, tokenizer).measure(NUMBERS, **options)
+    loaded = DSAPruner.from_pretrained(tmp_path / "model")
+    assert found == loaded.measure(NUMBERS, **options)
+    assert loaded.measure(NUMBERS, sequence_length=16).model == "model"
+    assert measure(model, tokens(2, 8, vocabulary=93)).model == "LlamaForCausalLM"
 
 
 def test_the_protocol_stands_beside_the_number(model):
@@ -77,8 +78,8 @@ def test_zeros_are_counted_where_the_model_was_pruned(model, tmp_path):
     pruner.prune(None, DSAConfig(0.6, "magnitude", "uniform", exclude=["mlp"]))
     pruner.save_pretrained(tmp_path / "out")
     verified = pruner.verify()
-    for subject in (pruner, tmp_path / "out"):
-        found = measure(subject, tokens(2, 8, vocabulary=93))
+    for subject in (pruner, DSAPruner.from_pretrained(tmp_path / "out")):
+        found = subject.measure(tokens(2, 8, vocabulary=93))
         assert (found.size, round(found.sparsity * found.size)) == (verified.prunable, verified.removed)
         assert found.sparsity == pytest.approx(0.6, abs=1e-3)
     # a stranger's model, whose dsa_config.json is not there: all weights of the blocks
@@ -91,16 +92,14 @@ def test_what_adapters_brought_is_not_counted(model, tmp_path):
     pruner.prune(None, DSAConfig(0.6, "magnitude", "uniform"))
     pruner.save_pretrained(tmp_path / "out")
     text = tokens(40, 8, vocabulary=93)
-    before = measure(pruner, text)
+    before = pruner.measure(text)
     loaded = DSAPruner.from_pretrained(tmp_path / "out")
     loaded.recover(text, RecoveryConfig(steps=1, batch_size=2, validation_windows=2, merge=False))
-    for subject in (loaded, loaded.model):
-        found = measure(subject, text)
+    for found in (loaded.measure(text), measure(loaded.model, text)):
         assert (found.size, found.sparsity) == (before.size, before.sparsity)
 
 
-def test_what_is_wrong_is_said_before_the_model_is_loaded(monkeypatch, tmp_path):
-    monkeypatch.setattr(DSAPruner, "from_pretrained", lambda *_, **__: pytest.fail("the model was loaded"))
+def test_what_is_wrong_is_said_with_the_way_out(model, tmp_path):
     (tmp_path / "broken.jsonl").write_text("{")
     for text, message in (
         (None, "Say what to measure"),
@@ -108,22 +107,22 @@ def test_what_is_wrong_is_said_before_the_model_is_loaded(monkeypatch, tmp_path)
         ("/nope", "No such file or folder"),
     ):
         with pytest.raises((ValueError, OSError), match=message):
-            measure(demo_model(), text)
+            measure(model, text, tokenizer=bos_tokenizer())
     with pytest.raises(ValueError, match="Did you mean 'paper'"):
-        measure(demo_model(), NUMBERS, windows="papers")
+        measure(model, NUMBERS, windows="papers")
     for name, value in (("sequence_length", 1), ("num_samples", 0), ("batch_size", 0), ("limit", 0)):
         with pytest.raises(ValueError, match=f"{name} is a whole number of at least"):
-            measure(demo_model(), NUMBERS, **{name: value})
+            measure(model, NUMBERS, **{name: value})
 
 
 def test_a_tokenizer_is_loaded_from_where_it_is(model, tmp_path):
     bos_tokenizer().save_pretrained(tmp_path / "tokenizer")
     model.save_pretrained(tmp_path / "bare")
     with pytest.raises(ValueError, match="bare has no tokenizer"):
-        measure(tmp_path / "bare", NUMBERS, sequence_length=16)
+        DSAPruner.from_pretrained(tmp_path / "bare").measure(NUMBERS, sequence_length=16)
     for place in (str(tmp_path / "tokenizer"), Path(tmp_path / "tokenizer")):
-        assert measure(tmp_path / "bare", NUMBERS, sequence_length=16, tokenizer=place).protocol.bos
+        pruner = DSAPruner.from_pretrained(tmp_path / "bare", place)
+        assert pruner.measure(NUMBERS, sequence_length=16).protocol.bos
+        assert DSAPruner.from_pretrained(model, place).tokenizer is not None
     with pytest.raises(ValueError, match="No tokenizer can be loaded from '/nope'"):
-        measure(tmp_path / "bare", NUMBERS, tokenizer="/nope")
-    with pytest.raises(ValueError, match="A loaded model takes no loading options, got dtype"):
-        measure(DSAPruner(model), tokens(2, 8), dtype=torch.float32)
+        DSAPruner.from_pretrained(tmp_path / "bare", "/nope")
