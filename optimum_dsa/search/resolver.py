@@ -28,7 +28,7 @@ from ..pruning.configuration import DSAConfig
 from ..pruning.unstructured.metrics import METRICS
 from .counts import allocation_of, counts_of
 from .realise import Realisation
-from .space import Candidate, _parsed
+from .space import Candidate, function_of
 from .summary import ScoreSummary
 
 
@@ -105,7 +105,7 @@ class Resolver:
         """
         if candidate.counts is not None:
             return candidate.counts
-        function = _parsed(candidate)
+        function = function_of(candidate)
         target = self.config.sparsity
         allocator = self.allocators.get(candidate.function)
         if function is None or (allocator is not None and candidate.granularity == "block"):
