@@ -9,8 +9,7 @@ import argparse
 import json
 from pathlib import Path
 
-from optimum_dsa import DataConfig, DSAConfig, DSAPruner, load_tokens, perplexity
-from optimum_dsa.sharing.push import push_folder
+from optimum_dsa import DataConfig, DSAConfig, DSAPruner, load_tokens, perplexity, push_folder
 
 
 def parse_arguments() -> argparse.Namespace:
