@@ -18,9 +18,9 @@ FLOORS = (
     ("common",),
     ("model", "data", "packed"),
     ("pruning",),
-    ("checkpoint", "evaluation"),
-    ("search", "recovery"),
-    ("sharing",),
+    ("checkpoint", "search"),
+    ("evaluation",),
+    ("recovery", "sharing"),
     ("pruner",),
     ("commands",),
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Callable
 
 from .common.import_hook import after_import
 from .common.version import VERSION as __version__  # noqa: F401 - of the package
@@ -85,12 +86,13 @@ _PUBLIC = {
 __all__ = sorted(_PUBLIC)
 
 
-def _register_quantizer() -> None:
-    # registers itself, also where it is what imported transformers
-    importlib.import_module(".checkpoint.transformers_loader", __name__)
+def _following(module: str) -> Callable[[], None]:
+    """What makes itself known to a dependency when it is imported, also where it is what imported that."""
+    return lambda: importlib.import_module(module, __name__) and None
 
 
-after_import("transformers.quantizers.auto", _register_quantizer)  # so that compressed checkpoints load
+after_import("transformers.quantizers.auto", _following(".checkpoint.transformers_loader"))  # compressed ones load
+after_import("peft", _following(".recovery.adapters.peft_method"))  # sparse adapters load
 
 
 def __getattr__(name: str):

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from .checkpoint.adapter_base import check_base
-from .checkpoint.description import Description, is_unchanged, report_from
-from .checkpoint.load import find_commit, find_description, load_model, load_tokenizer, weights_of
+from .checkpoint.description import Description
+from .checkpoint.load import find_description
+from .checkpoint.opened import open_checkpoint
 from .checkpoint.origin import base_of, report_of
 from .checkpoint.save import base_model, save_checkpoint
 from .checkpoint.verify import Verification, verify
@@ -83,29 +84,10 @@ class DSAPruner:
             transformers_kwargs (`dict`): go to the model's `from_pretrained` (`dtype`, `device_map`, `revision`, ...).
                 The class is the one that the checkpoint names.
         """
-        if isinstance(model_or_path, nn.Module):
-            if transformers_kwargs:
-                raise ValueError(f"A loaded model takes no loading options, got {', '.join(transformers_kwargs)}.")
-            return cls(model_or_path, load_tokenizer(tokenizer, required=True))
-        path = str(model_or_path)
-        if tokenizer is not None:  # before the model: of another place, and so of none of the model's revisions
-            apart = {"revision", "subfolder"}
-            theirs = {name: value for name, value in transformers_kwargs.items() if name not in apart}
-            tokenizer = load_tokenizer(tokenizer, required=True, **theirs)
-        found = find_description(path, **transformers_kwargs)
-        report = None if found is None else report_from(found)
-        if found is not None and not is_unchanged(found):
-            logger.warning("The dsa_config.json of %s was changed after it was written.", path)
-        model = load_model(path, **transformers_kwargs)
-        pruner = cls(model, load_tokenizer(path if tokenizer is None else tokenizer, **transformers_kwargs))
-        if found is not None:
-            pruner.report = pruner._restored = report
-            pruner._description = found
-            pruner._base = found["base_model"]
-            # an adapter names its base by this alone
-            pruner._stored = None if transformers_kwargs.keys() & {"subfolder", "revision"} else weights_of(path)
-        else:
-            pruner._base = base_model(model, find_commit(path, **transformers_kwargs))
+        found = open_checkpoint(model_or_path, tokenizer, **transformers_kwargs)
+        pruner = cls(found.model, found.tokenizer)
+        pruner.report = pruner._restored = found.report
+        pruner._description, pruner._base, pruner._stored = found.description, found.base, found.stored
         return pruner
 
     def prune(self, calibration: Any, config: DSAConfig) -> PruningReport:

@@ -100,7 +100,9 @@ def imported(folder: str) -> set[str]:
 
 def test_everything_that_is_imported_is_asked_for():
     assert {"numpy", "markupsafe", "torch"} <= imported("optimum_dsa") <= requirements(*RUNTIME).keys()
-    assert {"pytest", "markdown-it-py"} <= imported("tests") <= requirements("tests").keys()
+    # whose release transformers chooses
+    brought = {"tokenizers"}
+    assert {"pytest", "markdown-it-py"} <= imported("tests") - brought <= requirements("tests").keys()
 
 
 def test_python_is_the_same_everywhere():

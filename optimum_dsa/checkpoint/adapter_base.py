@@ -51,9 +51,7 @@ def with_adapter(model: nn.Module, folder: str | Path) -> nn.Module:
     if not weights.is_file():
         raise FileNotFoundError(f"{folder} holds an adapter without {ADAPTER_WEIGHTS}; save it again as safetensors.")
     try:
-        from peft import PeftModel
-
-        from .. import SparseLoraConfig  # noqa: F401 - PEFT knows the method once this is imported
+        from peft import PeftModel  # which knows our method by now: the package's door sees to it
     except ImportError as error:
         raise ValueError(f"{folder} holds an adapter, which needs peft: {how_to_install('peft')} ({error}).") from None
     with within(read_contents([weights]), folder):

@@ -31,6 +31,8 @@ HOW_TO_LOAD = (
 # Weights in other formats, which would be another copy of the same ones: they stay where they are.
 OTHER_WEIGHTS = ("pytorch_model*.bin*", "tf_model*.h5", "flax_model*.msgpack*", "*.gguf", "*.onnx*", "*.pt", "*.pth")
 
+LEAST_SAVED = 0.01  # share of the bytes: below it a checkpoint would load less widely for nothing
+
 logger = logging.getLogger(__name__)
 
 
@@ -47,7 +49,7 @@ def convert(source: str | Path, directory: str | Path, to: str) -> tuple[int, in
         FileNotFoundError: `source` holds no weights in safetensors.
         ForeignFileError: `directory` holds what was not written here.
         OutputError: it cannot be written.
-        ValueError: the checkpoint is in that form already, quantised, or damaged.
+        ValueError: the checkpoint is in that form already, quantised, damaged, or has too few zeros to become smaller.
     """
     source = Path(source)
     if to not in FORMS:
@@ -71,6 +73,11 @@ def convert(source: str | Path, directory: str | Path, to: str) -> tuple[int, in
         output.carry(source, others, folder)
         write_text(folder / "config.json", json.dumps(config, indent=2) + "\n")
         sizes = convert_weights(shards, folder, to)
+        if to == "compressed" and sizes[1] > sizes[0] * (1 - LEAST_SAVED):
+            raise ValueError(
+                f"{source} would not become smaller: it has {sizes[0]:,} bytes of weights, {sizes[1]:,} without the "
+                "zeros, of which there are too few. Nothing was written."
+            )
 
     with OutputFolder(directory, kept=others if in_place else ()) as output:
         output.require(_bytes_after(shards, to))

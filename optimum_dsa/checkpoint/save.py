@@ -18,6 +18,7 @@ from ..model.parameters import weight_bytes
 from ..pruning.report import PruningReport
 from .convert import compress_in_place
 from .description import describe, schema, write_description
+from .shard_size import check_shard_size
 
 
 def save_checkpoint(
@@ -38,9 +39,12 @@ def save_checkpoint(
     An `OutputFolder` that was begun before the work saves the result elsewhere where the disk does not take it.
 
     Raises:
+        ValueError: an option cannot be, or what was done cannot be described.
         ForeignFileError: `directory` holds what was not written here.
         OutputError: it cannot be written.
     """
+    if "max_shard_size" in save_kwargs:
+        check_shard_size(save_kwargs["max_shard_size"])
     if compressed:
         save_kwargs = {"max_shard_size": "5GB", **save_kwargs}
     description = describe(report, base, recovery)

@@ -15,6 +15,9 @@ from typing import Any
 from optimum.commands.base import BaseOptimumCLICommand
 
 
+DTYPES = ("auto", "float32", "bfloat16", "float16", "float64")
+
+
 class LeafCommand(BaseOptimumCLICommand):
     """A command of ours: teaches in its help, and ends with one line and exit code 2 when its input is wrong.
 
@@ -178,8 +181,8 @@ def loading_options(args) -> dict:
     from ..common.devices import own_device
 
     options: dict = {"dtype": args.dtype}
-    if args.dtype != "auto" and not isinstance(getattr(torch, args.dtype, None), torch.dtype):
-        raise ValueError(f"Unknown dtype {args.dtype!r}: expected auto, float32, bfloat16 or float16.")
+    if args.dtype not in DTYPES:
+        raise ValueError(f"Unknown dtype {args.dtype!r}: expected {', '.join(DTYPES[:-1])} or {DTYPES[-1]}.")
     if args.device_map:
         options["device_map"] = {"": args.device_map} if args.device_map in ("cpu", "disk") else args.device_map
         options["offload_folder"] = args.offload_folder
@@ -189,6 +192,8 @@ def loading_options(args) -> dict:
             torch.empty(0, device=device)
         except (RuntimeError, AssertionError) as error:
             raise ValueError(f"Device {device!r} cannot be used: {str(error).splitlines()[0]}") from None
+        if device == "meta":
+            raise ValueError("Device 'meta' holds no weights; name cpu, cuda or another device.")
         if device != "cpu":
             options["device_map"] = device
     if getattr(args, "tokenizer", None):

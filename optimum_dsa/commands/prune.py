@@ -57,13 +57,16 @@ update      what becomes of the weights that stay: none, sparsegpt
     def execute(self) -> dict:
         from shlex import quote
 
+        from ..checkpoint.shard_size import check_shard_size
         from ..common.output import OutputFolder
         from ..model.parameters import weight_bytes
         from ..pruner import DSAPruner
 
         config = asked_config(self.args)
-        options = {"max_shard_size": self.args.max_shard_size} if self.args.max_shard_size else {}
-        loading = loading_options(self.args)
+        options, loading = {}, loading_options(self.args)  # wrong ones end it here, before any work
+        if self.args.max_shard_size is not None:
+            check_shard_size(self.args.max_shard_size)
+            options["max_shard_size"] = self.args.max_shard_size
         if config.resolved.reads | config.resolved.allocation_reads:
             check_texts(self.args, config.data)
         with OutputFolder(self.args.output) as output:

@@ -60,6 +60,8 @@ mode    what the adapters add to a weight W, with small factors A and B
         if args.teacher and "distillation" not in asked:
             asked["distillation"] = 0.5
         config = RecoveryConfig(**nested(RecoveryConfig, asked))
+        if args.teacher and Path(args.teacher).is_absolute() and not Path(args.teacher).is_dir():
+            raise FileNotFoundError(f"No folder {args.teacher}, where the teacher would be.")
         output, model = Path(args.output), Path(args.model)
         if not config.merge and model.is_dir() and model.resolve() == output.resolve():
             raise ValueError(f"--keep-adapter needs another --output: {model} holds the weights under the adapter.")

@@ -126,10 +126,10 @@ def heat_map(allocation: Allocation, title: str | None = None, bounds: tuple[flo
 def search_curves(
     traces: Mapping[str, SearchTrace], title: str | None = None, among: Mapping[str, str] | None = None
 ) -> Figure:
-    """The best validation loss against the tokens that it took, a line per search.
+    """The best proxy loss against the tokens that it took, a line per search.
 
-    The loss is that of the masks a search works with. A star is its best finalist after the real prune, where it has
-    come so far.
+    The proxy is the validation loss with the masks that a search works with. A star is its best finalist after the
+    real prune, where it has come so far.
 
     Args:
         traces (`Mapping[str, SearchTrace]`): label -> trace.
@@ -150,7 +150,7 @@ def search_curves(
             spent = sum(trial.tokens for trial in trace.trials)
             axes.plot([spent], [min(ends)], marker="*", markersize=12, color=style["color"], linestyle="")
     axes.set_xlabel("validation tokens spent")
-    axes.set_ylabel("best validation loss")
+    axes.set_ylabel("best loss so far (proxy)")
     axes.xaxis.set_major_locator(few_ticks(6))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: short_number(value)))
     axes.grid(axis="y", color=RULE, linewidth=0.8)

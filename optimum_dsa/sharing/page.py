@@ -86,7 +86,8 @@ def figures(outcomes: Sequence[Outcome]) -> dict[str, tuple[Figure, str, str]]:
     traces = {outcome.name: outcome.trace for outcome in outcomes if outcome.trace and outcome.trace.trials}
     if traces:
         caption = (
-            "The best validation loss so far against the text it took. The star is the winner after a real prune."
+            "The best validation loss so far, by one-shot masks, against the text it took: a proxy. The star is the "
+            "winner after a real prune."
         )
         drawn["search"] = search_curves(traces, among=among), "The search", caption
     histories = {outcome.name: outcome.training.get("history") for outcome in outcomes}

@@ -200,7 +200,7 @@ def measured(outcomes: Sequence[Outcome]) -> list[Measured]:
 
 def finalists_table(outcome: Outcome) -> Table:
     """A row per finalist of a search, best first."""
-    header = ["allocation", "validation loss", "perplexity", "one-shot loss"]
+    header = ["allocation", "validation loss", "perplexity", "proxy loss"]
     rows = []
     for row in outcome.facts.get("finalists", []):
         values = [row["validation_loss"], row.get("validation_perplexity"), row.get("proxy_loss")]

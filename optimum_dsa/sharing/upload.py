@@ -17,6 +17,7 @@ from huggingface_hub.utils import validate_repo_id
 from ..checkpoint.adapter_base import ADAPTER_CONFIG, base_under, is_adapter
 from ..checkpoint.description import checksum, report_from, seal_of
 from ..checkpoint.load import load_model
+from ..checkpoint.shards import open_shard
 from ..checkpoint.verify import verify
 from ..common.escaping import one_line
 from ..common.files import read_json
@@ -84,6 +85,10 @@ def collect(folder: str | Path, base: str | None = None) -> Upload:
             left_out.append(name)
     if not any(fnmatch(name, WEIGHTS[0]) for name in files):
         raise FileNotFoundError(f"{path} holds no weights (*.safetensors).")
+    for name in files:
+        if fnmatch(name, WEIGHTS[0]):
+            with open_shard(path / name, "np"):  # a file that was cut off is not sent
+                pass
     if base is not None:
         own_file(path / ADAPTER_CONFIG, path)
         files[ADAPTER_CONFIG] = _json({**read_json(path / ADAPTER_CONFIG), "base_model_name_or_path": base})

@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from optimum_dsa import DSAConfig, DSAPruner, convert
+from optimum_dsa import DSAConfig, DSAPruner, convert, prune
 from optimum_dsa.checkpoint.convert import QUANT_METHOD
 from optimum_dsa.checkpoint.shards import COMPRESSED, find_shards, index_name, packed_headers
 from optimum_dsa.common.manifest import MANIFEST
@@ -102,6 +102,7 @@ def test_any_tensors_come_back_bit_for_bit(tmp_path_factory, shards, scale):
         return torch.where(values < share, 0.0, 100 * values).to(kind)
 
     made = [{f"{number}.{name}": make(*what) for name, what in shard.items()} for number, shard in enumerate(shards)]
+    made[0]["zeros"] = torch.zeros(2**16)  # so that it becomes smaller, whatever the others are
     source = checkpoint(folder / "in", *made)
     convert(source, folder / "there", "compressed")
     convert(folder / "there", folder / "back", "dense")
@@ -165,6 +166,35 @@ def test_one_tensor_at_a_time_is_in_memory(tmp_path):
     grown, samples = map(int, subprocess.run(command, capture_output=True, text=True, check=True).stdout.split())
     assert samples > 20 and grown < 24 * 1024  # KB: the tensors have 2 MB each, 80 MB together
     assert raw(tmp_path / "back") == raw(tmp_path / "in")
+
+
+def test_a_model_with_too_few_zeros_is_not_compressed(tmp_path):
+    tiny_llama().save_pretrained(tmp_path / "dense")
+    with pytest.raises(ValueError, match="would not become smaller.*Nothing was written"):
+        convert(tmp_path / "dense", tmp_path / "out", "compressed")
+    hardly = checkpoint(tmp_path / "hardly", {"a": torch.ones(2048, 64), "b": torch.zeros(4, 64)})
+    with pytest.raises(ValueError, match="would not become smaller"):
+        convert(hardly, tmp_path / "out", "compressed")
+    assert sorted(os.listdir(tmp_path)) == ["dense", "hardly"]
+
+
+def test_a_sparse_checkpoint_from_elsewhere_is_compressed(tmp_path):
+    """It has no dsa_config.json, and needs none."""
+    model = tiny_llama()
+    prune(model, None, DSAConfig(0.6, "magnitude", "uniform"))
+    model.save_pretrained(tmp_path / "foreign")
+    before, after = convert(tmp_path / "foreign", tmp_path / "out", "compressed")
+    assert after < 0.7 * before
+    convert(tmp_path / "out", tmp_path / "back", "dense")
+    assert raw(tmp_path / "back") == raw(tmp_path / "foreign")
+
+
+@pytest.mark.parametrize("size", ["big", "", "GB", "-1GB", "0MB", 0, -5, True, 1.5, None, "2 GiB"])
+def test_a_size_that_is_none_is_refused_before_any_work(pruned, tmp_path, size):
+    pruner = DSAPruner.from_pretrained(pruned / "one")
+    with pytest.raises(ValueError, match="max_shard_size is a number of bytes, or a text such as '2GB'"):
+        pruner.save_pretrained(tmp_path / "out", max_shard_size=size)
+    assert not (tmp_path / "out").exists()
 
 
 def test_wrong_requests(pruned, tmp_path):

@@ -3,6 +3,7 @@
 import json
 import resource
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,7 +12,8 @@ from safetensors.torch import load_file, save_file
 
 from optimum_dsa import DSAConfig, DSAPruner
 from optimum_dsa.checkpoint.limits import LAYERS, Contents, check_counts, read_contents, within
-from optimum_dsa.checkpoint.load import load_model
+from optimum_dsa.checkpoint.load import load_model, load_tokenizer
+from optimum_dsa.commands.embedded import demo_model
 from optimum_dsa.model.model_class import model_class
 
 from ..conftest import FAMILIES
@@ -23,6 +25,12 @@ def folder(tmp_path):
     """A checkpoint that nobody pruned."""
     tiny_llama().save_pretrained(tmp_path / "model")
     return tmp_path / "model"
+
+
+def test_a_tokenizer_is_found_at_a_path_of_either_kind():
+    for source in (Path(demo_model()), str(demo_model())):
+        assert load_tokenizer(source)("x = 1").input_ids
+        assert DSAPruner.from_pretrained(tiny_llama(), tokenizer=source).tokenizer("x = 1").input_ids
 
 
 @pytest.fixture

@@ -1,5 +1,4 @@
 import io
-import logging
 import re
 import sys
 from dataclasses import replace
@@ -7,9 +6,8 @@ from dataclasses import replace
 import pytest
 from matplotlib.colors import to_hex
 
-from optimum_dsa import Allocation, Calibration, DSAConfig, SearchTrace
+from optimum_dsa import Allocation, SearchTrace
 from optimum_dsa.common.installation import how_to_install
-from optimum_dsa.search.search import search
 from optimum_dsa.search.space import Candidate
 from optimum_dsa.search.trace import Request, Trial
 from optimum_dsa.sharing.charts import (
@@ -24,8 +22,6 @@ from optimum_dsa.sharing.charts import (
 )
 from optimum_dsa.sharing.drawing import FIRST, OTHERS, styles
 from optimum_dsa.sharing.drawing import UNIFORM as QUIET
-
-from ..tiny import tiny_llama, tokens
 
 
 SIZES = {"layers.0.q.weight": 10, "layers.0.up.weight": 30, "layers.1.q.weight": 10, "layers.1.up.weight": 30}
@@ -163,37 +159,7 @@ def test_no_global_state_is_touched():
         assert sys.modules["matplotlib.pyplot"].get_fignums() == []
 
 
-def run(folder):
-    calibration = Calibration({"input_ids": tokens()}, "x")
-    config = DSAConfig(0.7, max_sparsity=0.95)
-    return search(
-        tiny_llama(), calibration, tokens(8, 16, seed=5), config, strategy="named", budget="2k tokens", folder=folder
-    )
-
-
-def test_a_search_leaves_pictures_beside_its_result(tmp_path):
-    result = run(tmp_path)
-    for name in ("search", "allocation", "heatmap"):
-        assert (tmp_path / f"{name}.png").read_bytes()[:4] == b"\x89PNG"
-    drawn = lines(result.figures()["allocation"])
-    assert list(drawn) == ["found", "uniform", "owl"]
-    assert drawn["uniform"] == pytest.approx([0.7] * 3, abs=1e-3)
-    owl = next(trial for trial in result.trace.trials if trial.request.candidate.function == "owl")
-    assert sum(owl.counts) == sum(result.baselines["owl"].counts().values())
-    assert drawn["owl"] == pytest.approx(list(result.baselines["owl"].sparsity.values()))
-    assert drawn["owl"] != pytest.approx([0.7] * 3, abs=1e-3)
-
-
-def test_without_matplotlib_a_search_has_no_pictures_and_a_plot_says_what_to_install(tmp_path, monkeypatch, caplog):
+def test_without_matplotlib_a_plot_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    with caplog.at_level(logging.INFO, "optimum_dsa"):
-        run(tmp_path)
-    assert {path.name for path in tmp_path.iterdir()} == {
-        "allocation.json",
-        "search.json",
-        "trace.jsonl",
-        "dsa_manifest.json",
-    }
-    assert "No pictures beside the search" in caplog.text
     with pytest.raises(ImportError, match=re.escape(how_to_install("plots"))):
         heat_map(MATRICES)

@@ -93,6 +93,14 @@ def test_a_folder_without_weights_is_refused(folder):
         collect(folder)
 
 
+def test_weights_that_were_cut_off_are_not_sent(hub, folder):
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    with pytest.raises(ValueError, match="model.safetensors is not a safetensors file"):
+        push(folder)
+    assert not hub.repositories
+
+
 def test_a_card_of_the_users_own_is_taken_as_it_is(hub, folder):
     (folder / "README.md").write_text("# Mine\n")
     push(folder)

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from transformers import TrainerCallback
 
 from ...checkpoint.description import describe, write_description
+from ...checkpoint.load import load_tokenizer
 from ...checkpoint.origin import base_of, report_of
 from ...common.fences import insert_callback
 from ...data import Calibration, load_calibration
@@ -49,7 +50,8 @@ class DSACallback(TrainerCallback):
 
     Args:
         config (`DSAConfig`, *optional*): How to prune, with the final sparsity. Without it zeros are held only.
-        calibration (`Any`, *optional*): As in [`DSAPruner.prune`]; text is read with the Trainer's `processing_class`.
+        calibration (`Any`, *optional*): As in [`DSAPruner.prune`]; text is read with the Trainer's `processing_class`,
+            or else with the tokenizer in the folder that the model was loaded from.
             Or [`RunningStatistics`], which are collected in training.
         schedule (`PruningSchedule`, *optional*): When, and how far. Defaults to one shot before the first step.
         reallocate (`str` or `Sequence[int]`, defaults to `"once"`): Whether the allocation is computed at the first
@@ -248,4 +250,11 @@ class DSACallback(TrainerCallback):
             raise ValueError("This pruning needs calibration data; pass texts, a file, a dataset or tokens.")
         if isinstance(self.calibration, Calibration):
             return self.calibration
+        if tokenizer is None and not isinstance(self.calibration, (Tensor, Mapping)):
+            tokenizer = load_tokenizer(inner.config.name_or_path or None)
+            if tokenizer is None:
+                raise ValueError(
+                    "Calibration text needs a tokenizer, and none lies beside the model; give one to the Trainer "
+                    "(processing_class=tokenizer), or give token ids of shape (samples, length)."
+                )
         return load_calibration(self.calibration, inner, tokenizer, self.config.data)

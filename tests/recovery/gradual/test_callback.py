@@ -1,6 +1,8 @@
 """A Trainer with `DSACallback` ends with the zeros that it should have, however it got there."""
 
 import json
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,7 +11,8 @@ from accelerate.utils import DistributedType
 from peft import LoraConfig, get_peft_model
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
-from optimum_dsa import DSACallback, DSAConfig, PruningSchedule, SparseLoraConfig, prune
+from optimum_dsa import DSACallback, DSAConfig, DSAPruner, PruningSchedule, SparseLoraConfig, prune
+from optimum_dsa.commands.embedded import demo_model, demo_texts
 from optimum_dsa.recovery.gradual.sharding import refuse_sharded
 
 from ...tiny import tiny_llama, tokens
@@ -188,6 +191,31 @@ def test_a_peft_model_is_pruned_while_its_adapter_is_trained(tmp_path):
     zero, size = removed(model.merge_and_unload())
     assert zero == round(0.6 * size)
     assert not [name for name in callback.report.achieved if "lora" in name or "base_layer" in name]
+
+
+GUIDE = Path(__file__).parents[3] / "docs" / "source" / "guides" / "recovery.md"
+
+
+def test_the_code_of_the_guide_runs(tmp_path, monkeypatch):
+    """With fewer steps; the text is read with the tokenizer beside the model."""
+    text = GUIDE.read_text()
+    blocks = [
+        re.search(rf"^##+ {title}$.*?^```python\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)[1]
+        for title in ("In a Trainer of your own", "Pruning while training")
+    ]
+    code = "\n".join(blocks).replace("DSACallback().attach(trainer)\ntrainer.train()\n", "") + "trainer.train()\n"
+    code = code.replace("end=600", "end=4").replace("every=50", "every=2")
+    monkeypatch.chdir(tmp_path)
+    Path("calibration.txt").write_text("\n".join(demo_texts("calibration"))[:20_000])
+    pruner = DSAPruner.from_pretrained(demo_model())
+    data = [{"input_ids": row, "labels": row} for row in tokens(16, 12)]
+    arguments = TrainingArguments("out", max_steps=6, report_to="none", disable_tqdm=True, use_cpu=True)
+    pruner.model.config.max_position_embeddings = 32  # short windows
+    exec(code, {"model": pruner.model, "arguments": arguments, "data": data})
+    zero, size = removed(pruner.model)
+    assert zero == round(0.7 * size)
+    with pytest.raises(ValueError, match=r"give one to the Trainer \(processing_class=tokenizer\)"):
+        trainer_for(tiny_llama(), tmp_path, 2, DSACallback(DSAConfig(0.5), "calibration.txt")).train()
 
 
 def test_sparsity_and_allocation_reach_reporters_and_the_history(tmp_path):
