@@ -13,6 +13,9 @@ from .common.version import VERSION as __version__  # noqa: F401 - of the packag
 
 # Public name -> module. Nothing is imported before it is used: `optimum-cli --help` imports this package.
 _PUBLIC = {
+    **dict.fromkeys(("Architecture", "Block", "Weight"), "model.architecture"),
+    **dict.fromkeys(("allocation_chart", "heat_map", "search_curves", "training_curves"), "sharing.charts"),
+    **dict.fromkeys(("Measured", "quality_chart"), "sharing.charts"),
     "ALLOCATIONS": "pruning.allocation",
     "Allocation": "pruning.allocation",
     "AllocationFunction": "pruning.allocation",
@@ -77,7 +80,9 @@ _PUBLIC = {
     "plot_search": "sharing.pictures",
     "prune": "pruning.prune",
     "push_folder": "sharing.push",
+    "read_results": "evaluation.results",
     "schema": "checkpoint.description",
+    "save_results": "evaluation.results",
     "split_windows": "data",
     "use_cpu": "common.devices",
     "verify": "checkpoint.verify",
