@@ -4,6 +4,7 @@ VENV ?= .venv
 # The releases that pip installs: by default the tested ones, with a CPU build of torch. For a GPU: make test CONSTRAINTS=
 CONSTRAINTS ?= constraints.txt
 WORKERS ?= 2
+# What `make test` needs beside the package; `make demo` needs nothing, `make quality` and `make docs` what they are named.
 EXTRAS ?= tests,quality,docs
 
 BIN := $(VENV)/bin
@@ -15,7 +16,7 @@ NEWEST := .venv-newest/constraints.txt
 
 .PHONY: demo test contract test-oldest test-newest contract-oldest contract-newest quality style docs clean
 
-demo: $(READY)
+demo: $(VENV)/.ready-nothing
 	$(BIN)/optimum-cli dsa demo
 
 test: $(READY)
@@ -31,25 +32,27 @@ test-oldest contract-oldest: %-oldest:
 test-newest contract-newest: %-newest: $(NEWEST)
 	$(MAKE) $* VENV=.venv-newest CONSTRAINTS=$(NEWEST) EXTRAS=$(if $(filter test,$*),tests,contract)
 
-quality: $(READY)
+quality: $(VENV)/.ready-quality
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-style: $(READY)
+style: $(VENV)/.ready-quality
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-docs: $(READY)
+docs: $(VENV)/.ready-docs
 	$(BIN)/doc-builder build optimum_dsa docs/source --build_dir build/docs --repo_name optimum-dsa --version main --version_tag_suffix "" --clean
 
 clean:
 	rm -rf .venv .venv-oldest .venv-newest $(VENV) build dist *.egg-info
 
-$(READY): setup.cfg pyproject.toml $(CONSTRAINTS)
-	$(PYTHON) -m venv $(VENV)
+# A file per set of extras that is installed, named after them.
+$(VENV)/.ready-%: setup.cfg pyproject.toml $(CONSTRAINTS)
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet --upgrade --upgrade-strategy eager $(if $(CONSTRAINTS),--constraint $(CONSTRAINTS)) --editable '.[$(EXTRAS)]'
-	touch $(READY)
+	$(BIN)/python -m pip install --quiet --upgrade --upgrade-strategy eager $(if $(CONSTRAINTS),--constraint $(CONSTRAINTS)) \
+	  --editable '.$(if $(filter-out nothing,$*),[$(subst -,$(comma),$*)])'
+	touch $@
 
 # written each time, so that pip looks for newer releases each time
 .PHONY: $(NEWEST)

@@ -6,11 +6,9 @@ The folder stays, whole, whatever the network does; the same line again pushes w
 """
 
 import argparse
-import json
 from pathlib import Path
 
-from optimum_dsa import DataConfig, DSAConfig, DSAPruner, load_tokens, perplexity
-from optimum_dsa.sharing.push import push_folder
+from optimum_dsa import DataConfig, DSAConfig, DSAPruner, push_folder, save_results
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -34,15 +32,8 @@ def main() -> None:
         config = DSAConfig(args.sparsity, data=DataConfig(num_samples=args.samples, sequence_length=args.length))
         print(pruner.prune(args.calibration, config))
         pruner.save_pretrained(args.output)
-        tokens = load_tokens(args.test, pruner.tokenizer, sequence_length=args.length)
-        measured = {
-            "dataset": Path(args.test).name,
-            "windows": len(tokens),
-            "sequence_length": args.length,
-            "perplexity": perplexity(pruner.model, tokens),
-            "sparsity": pruner.report.sparsity,
-        }
-        (args.output / "evaluation.json").write_text(json.dumps(measured))
+        measured = pruner.measure(args.test, sequence_length=args.length, name=args.output.name)
+        save_results(args.output / "evaluation.json", [measured])
     print(f"pushed to {push_folder(args.output, args.repository, private=args.private)}")
 
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import importlib
+import sys
 from collections.abc import Callable
 
 from .common.import_hook import after_import
+from .common.moved import MovedModules
 from .common.version import VERSION as __version__  # noqa: F401 - of the package
 
 
@@ -14,68 +16,78 @@ _PUBLIC = {
     **dict.fromkeys(("Architecture", "Block", "Weight"), "model.architecture"),
     **dict.fromkeys(("allocation_chart", "heat_map", "search_curves", "training_curves"), "sharing.charts"),
     **dict.fromkeys(("Measured", "quality_chart"), "sharing.charts"),
-    "Candidate": "search.space",
-    "Choice": "pruning.unstructured.updates",
-    "Heuristic": "pruning.allocation",
-    "LayerStatistics": "model.statistics",
-    "Method": "pruning.unstructured.methods",
-    "Mode": "recovery.adapters.modes",
-    "Pattern": "pruning.unstructured.patterns",
-    "Registry": "common.registry",
-    "Trial": "search.trace",
-    "Unit": "pruning.allocation",
-    "WalkedBlock": "model.walk",
     "ALLOCATIONS": "pruning.allocation",
     "Allocation": "pruning.allocation",
     "AllocationFunction": "pruning.allocation",
     "Calibration": "data",
-    "DataConfig": "data",
+    "Candidate": "search.space",
+    "Choice": "pruning.unstructured.updates",
     "DSACallback": "recovery.gradual.callback",
     "DSAConfig": "pruning.configuration",
     "DSAPruner": "pruner",
     "ENCODINGS": "checkpoint.encodings",
     "Encoding": "checkpoint.encodings",
+    "DataConfig": "data",
+    "Heuristic": "pruning.allocation",
+    "LayerStatistics": "model.statistics",
     "METHODS": "pruning.unstructured.methods",
     "METRICS": "pruning.unstructured.metrics",
     "MODES": "recovery.adapters.modes",
+    "Measurement": "evaluation.measurement",
+    "Method": "pruning.unstructured.methods",
+    "Mode": "recovery.adapters.modes",
+    "OutputFolder": "common.output",
     "POST_PROCESS": "pruning.allocation",
     "PRE_PROCESS": "pruning.allocation",
+    "Pattern": "pruning.unstructured.patterns",
     "Perplexity": "evaluation.metric",
     "Protocol": "evaluation.measurement",
-    "Measurement": "evaluation.measurement",
     "PruningReport": "pruning.report",
     "PruningSchedule": "recovery.gradual.schedule",
     "REDUCTION": "pruning.allocation",
     "RecoveryConfig": "recovery.configuration",
     "RecoveryResult": "recovery.result",
+    "Registry": "common.registry",
     "RunningStatistics": "recovery.gradual.running_statistics",
     "SCHEDULES": "recovery.gradual.schedule",
     "STRATEGIES": "search.strategies",
-    "SparseLoraConfig": "recovery.adapters.peft_method",
     "SearchResult": "search.result",
     "SearchSpace": "search.space",
     "SearchTrace": "search.trace",
+    "SparseLoraConfig": "recovery.adapters.peft_method",
     "TRANSFORM": "pruning.allocation",
+    "Trial": "search.trace",
     "UPDATES": "pruning.unstructured.updates",
+    "Unit": "pruning.allocation",
     "UpdateConfig": "pruning.configuration",
     "Verification": "checkpoint.verify",
+    "WalkedBlock": "model.walk",
     "allocate": "pruning.allocate",
+    "capture_calls": "model.calls",
     "convert": "checkpoint.convert",
+    "demo_model": "commands.embedded",
+    "demo_texts": "commands.embedded",
+    "environment": "common.environment",
     "evaluate_tasks": "evaluation.tasks",
     "find_architecture": "model.architecture",
     "fit_to_budget": "pruning.allocation",
     "load_calibration": "data",
     "load_tokens": "data",
     "measure": "evaluation.measure",
+    "own_device": "common.devices",
     "perplexity": "evaluation.perplexity",
     "perplexity_with_error": "evaluation.perplexity",
     "plot_search": "sharing.pictures",
     "prune": "pruning.prune",
+    "push_folder": "sharing.push",
+    "read_results": "evaluation.results",
+    "schema": "checkpoint.description",
+    "save_results": "evaluation.results",
     "split_windows": "data",
     "use_cpu": "common.devices",
-    "schema": "checkpoint.description",
     "verify": "checkpoint.verify",
     "walk_blocks": "model.walk",
+    "write_report": "sharing.page",
 }
 
 __all__ = sorted(_PUBLIC)
@@ -88,6 +100,9 @@ def _following(module: str) -> Callable[[], None]:
 
 after_import("transformers.quantizers.auto", _following(".checkpoint.transformers_loader"))  # compressed ones load
 after_import("peft", _following(".recovery.adapters.peft_method"))  # sparse adapters load
+
+
+sys.meta_path.append(MovedModules(__name__))
 
 
 def __getattr__(name: str):

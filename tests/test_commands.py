@@ -1,17 +1,33 @@
 import io
 import json
 import os
+import re
 import subprocess
 import sys
 from argparse import ArgumentParser
+from dataclasses import dataclass
+from types import SimpleNamespace
 
 import pytest
 from optimum.commands.base import CommandInfo
 from optimum.commands.optimum_cli import main
 
-from optimum_dsa import ALLOCATIONS, METHODS, UPDATES, DSAPruner
+from optimum_dsa import (
+    ALLOCATIONS,
+    METHODS,
+    UPDATES,
+    DSAConfig,
+    DSAPruner,
+    RecoveryConfig,
+    demo_model,
+    demo_texts,
+    environment,
+)
 from optimum_dsa.commands.base import LeafCommand
-from optimum_dsa.commands.embedded import demo_model, demo_texts
+from optimum_dsa.commands.dsa import DSACommand
+from optimum_dsa.commands.embedded import DemoRow, story
+from optimum_dsa.commands.options import CommandParser, add_settings, asked_settings
+from optimum_dsa.common.settings import options_of, section
 from optimum_dsa.search.evaluator import Evaluator
 
 from .tiny import tiny_llama
@@ -217,16 +233,137 @@ def test_env_prints_versions(monkeypatch, capsys):
         assert f"- {package}: " in output
 
 
-def test_the_demo_compares_three_allocations_and_saves_a_model(tmp_path):
+def test_the_demo_discovers_an_allocation_that_beats_the_named_ones(tmp_path):
     code, output, errors = command("demo", "-o", str(tmp_path / "out"))
-    assert code == 0, errors
+    assert (code, errors) == (0, "")
     rows = {line.split()[0]: line.split()[1:] for line in output.splitlines() if len(line.split()) in (3, 4)}
-    dense = float(rows["dense"][0])
-    for name in ("uniform", "owl", "dsa"):
-        perplexity, sparsity, seconds = map(float, rows[name])
-        assert perplexity > dense and sparsity == 0.6 and seconds > 0
-    assert json.loads((tmp_path / "out" / "dsa_config.json").read_text())["config"]["allocation"] == "dsa"
-    assert "Try next" in output
+    assert list(rows)[1:6] == ["dense", "uniform", "owl", "dsa", "discovered"]
+    found = {name: float(cells[0]) for name, cells in list(rows.items())[1:6]}
+    assert found["dense"] < found["discovered"] < min(found["uniform"], found["owl"], found["dsa"])
+    assert {cells[1] for name, cells in rows.items() if name in found and name != "dense"} == {"0.6000"}
+    assert "lower than owl's" in output and "Try next" in output
+    described = json.loads((tmp_path / "out" / "dsa_config.json").read_text())
+    assert described["achieved"]["sparsity"] == pytest.approx(0.6, abs=1e-6)
+
+
+def test_the_demo_does_not_boast():
+    rows = [DemoRow("dense", 10.0), DemoRow("uniform", 14.0), DemoRow("owl", 12.0), DemoRow("discovered", 12.0)]
+    assert story(rows) == "As many zeros in each; here the search found nothing better than owl."
+    assert "25% lower than owl's" in story([*rows[:-1], DemoRow("discovered", 9.0, 0.6, 20.0)])
+
+
+# Every option of the first version; scripts have them.
+FIRST = {
+    "prune": "-o --output -s --sparsity --method --allocation --spread --pattern --update --granularity --exclude "
+    "--include --blocks --skip-unprunable --config --dataset --split --text-column --num-samples --sequence-length "
+    "--seed --batch-size --one-pass --device --dtype --device-map --offload-folder --revision --trust-remote-code "
+    "--max-shard-size --compressed",
+    "search": "-o --output -s --sparsity --method --strategy --budget --resume --min-sparsity --max-sparsity --seeds "
+    "--report-to --dataset --split --text-column --num-samples --sequence-length --seed --batch-size --validation "
+    "--device --dtype --device-map --offload-folder --revision --trust-remote-code",
+    "recover": "-o --output --method --mode --steps --learning-rate --weight-decay --batch-size --accumulation --rank "
+    "--alpha --ranks --keep-adapter --teacher --distillation --temperature --bf16 --gradient-checkpointing --dataset "
+    "--validation --validation-windows --split --text-column --sequence-length --seed --eval-steps --patience "
+    "--save-steps --checkpoints --resume --device --dtype --device-map --offload-folder --revision "
+    "--trust-remote-code",
+    "evaluate": "--dataset --split --text-column --sequence-length --num-samples --seed --tasks --include-path "
+    "--num-fewshot --limit --batch-size --output --json --device --dtype --device-map --offload-folder --revision "
+    "--trust-remote-code",
+    "report": "--compare -o --output",
+    "verify": "--device --dtype --device-map --offload-folder --revision --trust-remote-code",
+    "convert": "--to --revision",
+    "push": "--private --revision --create-pr --commit-message --token",
+    "demo": "-o --output -s --sparsity --method",
+    "env": "",
+}
+
+
+@pytest.mark.parametrize("info", DSACommand.SUBCOMMANDS, ids=lambda info: info.name)
+def test_no_option_went_away_and_every_command_can_be_quiet(info):
+    parser = ArgumentParser()
+    info.subcommand_class.parse_args(parser)
+    options = {option for action in parser._actions for option in action.option_strings}
+    assert {*FIRST[info.name].split(), "--json", "-q", "--quiet", "-v", "--verbose"} <= options
+
+
+@pytest.mark.parametrize("name,config", [("prune", DSAConfig), ("search", DSAConfig), ("recover", RecoveryConfig)])
+def test_every_setting_is_an_option_with_a_help(name, config):
+    parser = ArgumentParser()
+    info = next(info for info in DSACommand.SUBCOMMANDS if info.name == name)
+    info.subcommand_class.parse_args(parser)
+    helps = {action.dest: action.help for action in parser._actions}
+    searched = {"allocation", "spread", "granularity"} if name == "search" else set()
+    for setting in options_of(config).keys() - searched:
+        assert helps[setting] and not re.search(r"[`*]|: $", helps[setting]), setting
+
+
+def test_a_new_setting_is_an_option_by_being_a_field():
+    @dataclass(frozen=True)
+    class Part:
+        """A section.
+
+        Args:
+            width (`int`, defaults to 3): How wide `it` is.
+        """
+
+        width: "int" = 3
+
+    @dataclass(frozen=True)
+    class Config:
+        """A configuration.
+
+        Args:
+            share (`float`, *optional*): Up to 100 % of all. By default none.
+            names (`tuple[str, ...]`): Names.
+            sequential (`bool`, defaults to `True`): Whether one comes after the other.
+            part (`Part`): Of it.
+        """
+
+        share: "float | None" = None
+        names: "tuple[str, ...]" = ()
+        sequential: "bool" = True
+        part: Part = section(Part)
+
+    sys.modules["optimum_dsa.made_up"] = SimpleNamespace(Config=Config)
+    try:
+        parser = CommandParser()
+        group = parser.add_argument_group("parts")
+        add_settings(parser, [(group, ("part",))], "made_up.Config", parser.add_argument_group("rest"))
+        assert len(parser._actions) == 1  # nothing is imported before it is used
+        args = parser.parse_args(["--share", "0.5", "--names", "a", "b", "--one-pass", "--width", "4"])
+    finally:
+        del sys.modules["optimum_dsa.made_up"]
+    assert asked_settings(args, Config) == {"share": 0.5, "names": ["a", "b"], "sequential": False, "width": 4}
+    assert asked_settings(parser.parse_args([]), Config) == {}
+    text = " ".join(parser.format_help().split())
+    assert "up to 100 % of all. By default none" in text and "how wide it is (default: 3)" in text
+    assert text.index("parts:") < text.index("how wide") < text.index("rest:")
+
+
+def test_json_is_all_that_is_printed(monkeypatch, capsys):
+    code, output, errors = run(monkeypatch, capsys, "env", "--json")
+    assert code == 0 and json.loads(output) == environment() and errors == ""
+
+
+def test_quiet_prints_nothing_and_verbose_says_what_is_done(monkeypatch, capsys, tmp_path):
+    work = ["-s", "0.5", "--method", "magnitude", "--allocation", "uniform"]
+    assert run(monkeypatch, capsys, "prune", str(demo_model()), "-o", str(tmp_path / "out"), *work, "-q") == (
+        0,
+        "",
+        "",
+    )
+    code, output, errors = run(monkeypatch, capsys, "verify", str(tmp_path / "out"), "--json")
+    assert (code, errors) == (0, "") and json.loads(output)["holds"] is True
+    code, output, errors = run(monkeypatch, capsys, "verify", str(tmp_path / "out"), "-q", "--json")
+    assert code == 0 and json.loads(output)["prunable"] == 1_843_200
+    assert run(monkeypatch, capsys, "env", "-q", "-v")[0] == 2
+
+
+def test_a_log_file_has_no_bars(tmp_path, text):
+    arguments = [str(demo_model()), "--dataset", text, "--sequence-length", "64"]
+    executable = os.path.join(os.path.dirname(sys.executable), "optimum-cli")
+    done = subprocess.run([executable, "dsa", "evaluate", *arguments], capture_output=True, text=True)
+    assert done.returncode == 0 and "\r" not in done.stderr and "|" not in done.stderr
 
 
 def test_search_then_prune_with_what_was_found(monkeypatch, capsys, tmp_path, text):
@@ -310,3 +447,21 @@ def test_search_over_seeds_compares_them_and_leaves_the_best_for_prune(monkeypat
     )
     assert code == 0, errors
     assert "0.6000" in next(line for line in output.splitlines() if line.startswith("prunable weights"))
+
+
+def test_the_dense_parent_is_asked_for_once_and_feeds_the_report(monkeypatch, capsys, tmp_path, text):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HOME", str(tmp_path / "cache"))
+    out = tmp_path / "out"
+    work = ["-s", "0.5", "--method", "magnitude", "--allocation", "uniform", "-q"]
+    assert run(monkeypatch, capsys, "prune", str(demo_model()), "-o", str(out), *work)[0] == 0
+    options = ["--dense", str(demo_model()), "--dataset", text, "--sequence-length", "64"]
+    options += ["--output", str(out / "evaluation.json"), "--json"]
+    first = run(monkeypatch, capsys, "evaluate", str(out), *options)
+    monkeypatch.setattr("optimum_dsa.evaluation.kept.results_json", None)  # nothing is measured a second time
+    assert run(monkeypatch, capsys, "evaluate", str(out), *options) == first
+    dense, pruned = json.loads(first[1])["models"]
+    assert dense["sparsity"] < 0.01 < pruned["sparsity"] and dense["perplexity"] < pruned["perplexity"]
+    code, output, errors = run(monkeypatch, capsys, "report", str(out), "-o", str(tmp_path / "report"))
+    assert (code, errors) == (0, "")
+    rows = [line.split() for line in output.splitlines() if "±" in line]
+    assert [row[0] for row in rows] == [demo_model().name, "out"] and f"{dense['perplexity']:.2f}" in rows[0]

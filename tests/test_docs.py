@@ -40,6 +40,7 @@ ROOT = Path(__file__).resolve().parents[1]
 SOURCE = ROOT / "docs" / "source"
 PAGES = {path.relative_to(SOURCE).with_suffix("").as_posix(): path.read_text() for path in SOURCE.rglob("*.md")}
 TEXTS = {**PAGES, "README": (ROOT / "README.md").read_text()}
+EXAMPLES = [path for path in (ROOT / "examples").rglob("*.py") if "benchmarks" not in path.parts]
 TABLES = {
     "Metrics": METRICS,
     "Methods": METHODS,
@@ -95,7 +96,7 @@ def commands() -> ArgumentParser:
 def command_parsers() -> dict[str, ArgumentParser]:
     (subparsers,) = commands()._subparsers._group_actions
     (leaves,) = subparsers.choices["dsa"]._subparsers._group_actions
-    return leaves.choices
+    return {name: parser.complete() for name, parser in leaves.choices.items()}
 
 
 def command_lines(text: str, only_run: bool = False) -> list[list[str]]:
@@ -186,9 +187,10 @@ def test_readme_and_help_name_every_method_and_allocation(table):
 @pytest.mark.parametrize("command", sorted(command_parsers()))
 def test_cli_page_has_every_option(command):
     text = section(PAGES["cli"], command)
+    everywhere = {"-h", "--help", *quoted(" ".join(cells[0] for cells in rows(section(PAGES["cli"], "Command line"))))}
     for action in command_parsers()[command]._actions:
         for option in action.option_strings or [action.dest]:
-            assert option in quoted(text) or option in ("-h", "--help"), option
+            assert option in quoted(text) or option in everywhere, option
     known = {option for action in command_parsers()[command]._actions for option in action.option_strings}
     assert {word for word in quoted(" ".join(cells[0] for cells in rows(text))) if word[0] == "-"} <= known
 
@@ -250,12 +252,25 @@ def texts_of(path: Path) -> list[str]:
 
 
 @pytest.mark.parametrize("name", sorted(TEXTS))
-def test_code_compiles_and_imports_what_exists(name):
+def test_code_compiles_and_imports_public_names(name):
     for code in blocks(TEXTS[name], "python"):
-        for node in ast.walk(ast.parse(code)):
-            if isinstance(node, ast.ImportFrom) and node.module.startswith("optimum_dsa"):
-                module = importlib.import_module(node.module)
-                assert all(hasattr(module, alias.name) for alias in node.names), code
+        check_imports(code)
+
+
+# Benchmarks measure the parts inside, and name them.
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.name)
+def test_examples_import_public_names(path):
+    check_imports(path.read_text())
+
+
+def check_imports(code: str) -> None:
+    """What comes from this package comes from `optimum_dsa`, and is one of its public names."""
+    for node in ast.walk(ast.parse(code)):
+        if isinstance(node, ast.Import):
+            assert not any(alias.name.startswith("optimum_dsa.") for alias in node.names), code
+        if isinstance(node, ast.ImportFrom) and node.module.startswith("optimum_dsa"):
+            assert node.module == "optimum_dsa", ast.unparse(node)
+            assert {alias.name for alias in node.names} <= {*optimum_dsa.__all__}, ast.unparse(node)
 
 
 @pytest.mark.parametrize("name", sorted(TEXTS))

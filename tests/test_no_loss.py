@@ -194,7 +194,7 @@ def test_an_output_that_cannot_be_written_is_an_error_before_work(monkeypatch, c
         raise AssertionError("work was done")
 
     pruned_llama().save_pretrained(tmp_path / "sparse")
-    monkeypatch.setattr("optimum_dsa.pruner.load_model", work)
+    monkeypatch.setattr("optimum_dsa.checkpoint.opened.load_model", work)
     monkeypatch.setattr("optimum_dsa.checkpoint.convert.convert_weights", work)
     (tmp_path / "file").write_text("x")
     out = str(tmp_path / "file" / "out")

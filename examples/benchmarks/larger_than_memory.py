@@ -34,8 +34,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from optimum_dsa import DSAConfig, DSAPruner, prune
-from optimum_dsa.model.architecture import find_architecture
+from optimum_dsa import DSAConfig, DSAPruner, find_architecture, prune
 
 
 SPARSITY, VOCABULARY, MB = 0.5, 8192, 2**20

@@ -29,10 +29,7 @@ from safetensors import safe_open
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from optimum_dsa import DSAConfig, load_tokens, prune
-from optimum_dsa.commands.embedded import demo_model, demo_texts
-from optimum_dsa.model.architecture import find_architecture
-from optimum_dsa.model.calls import capture_calls
+from optimum_dsa import DSAConfig, capture_calls, demo_model, demo_texts, find_architecture, load_tokens, prune
 
 
 # method, allocation, forwards of every block (but one less of the last)

@@ -41,11 +41,12 @@ from optimum_dsa import (
     PruningSchedule,
     RecoveryConfig,
     SparseLoraConfig,
+    demo_model,
+    demo_texts,
     find_architecture,
     load_tokens,
     perplexity,
 )
-from optimum_dsa.commands.embedded import demo_model, demo_texts
 from optimum_dsa.recovery.recover import make_trainer
 
 

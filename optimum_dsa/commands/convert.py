@@ -28,10 +28,11 @@ compressed  a bit per weight and the kept weights: smaller, loads with transform
         parser.add_argument("--to", required=True, help="what to write: dense or compressed")
         parser.add_argument("--revision", help="branch, tag or commit of a Hub model")
 
-    def execute(self) -> None:
+    def execute(self) -> dict:
         from ..checkpoint.convert import convert
         from ..checkpoint.load import local_folder
 
         folder = local_folder(self.args.model, self.args.revision)
         before, after = convert(folder, self.args.output, self.args.to)
         print(f"saved to {self.args.output}: {before:,} bytes of weights before, {after:,} now ({after / before:.1%})")
+        return {"output": self.args.output, "bytes_before": before, "bytes": after}

@@ -6,6 +6,7 @@ from .convert import ConvertCommand
 from .demo import DemoCommand
 from .env import EnvCommand
 from .evaluate import EvaluateCommand
+from .options import CommandParser
 from .prune import PruneCommand
 from .push import PushCommand
 from .recover import RecoverCommand
@@ -15,7 +16,7 @@ from .verify import VerifyCommand
 
 
 class DSACommand(BaseOptimumCLICommand):
-    """Prints its help; the work is in its subcommands."""
+    """Prints its help; the work is in its subcommands, whose parsers are complete when they are used."""
 
     COMMAND = CommandInfo("dsa", "Prune transformers models with discovered sparsity allocations.")
     SUBCOMMANDS = (
@@ -27,6 +28,16 @@ class DSACommand(BaseOptimumCLICommand):
         CommandInfo("verify", "Check that a pruned model is what it says.", VerifyCommand),
         CommandInfo("convert", "Store a pruned model without its zeros, or with them again.", ConvertCommand),
         CommandInfo("push", "Push a pruned model to the Hub, with a model card.", PushCommand),
-        CommandInfo("demo", "Prune the embedded model in three ways and compare them.", DemoCommand),
+        CommandInfo("demo", "Prune the embedded model, discover an allocation, compare.", DemoCommand),
         CommandInfo("env", "Print the versions that a bug report needs.", EnvCommand),
     )
+
+    @property
+    def subparsers(self):
+        if getattr(self, "_subparsers", None) is None:
+            self._subparsers = self.parser.add_subparsers(parser_class=CommandParser)
+        return self._subparsers
+
+    @subparsers.setter
+    def subparsers(self, subparsers):
+        self._subparsers = subparsers

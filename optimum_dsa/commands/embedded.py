@@ -5,19 +5,32 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from shlex import quote
+from typing import Any
+
+from torch import Tensor
 
 from ..common.output import OutputFolder
-from ..data import load_tokens
+from ..data import load_calibration, load_tokens
 from ..evaluation.perplexity import perplexity
 from ..pruner import DSAPruner
+from ..pruning.allocation import Allocation
+from ..pruning.allocation.layout import by_block
 from ..pruning.configuration import DSAConfig
+from ..search.problem import parse_budget
+from ..search.search import search
+from ..sharing.tables import block_bars
 
 
 LENGTH = 256
-ALLOCATIONS = ("uniform", "owl", "dsa")
+SAMPLES = 64  # of calibration: 16k tokens, which fewer seconds read than say more
+NAMED = ("uniform", "owl", "dsa")
+DISCOVERED = "discovered"
+VALIDATION = 32  # windows that the search compares on
+BUDGET = "150k tokens"  # where the search was stopped, for its time; chosen by the loss on validation text
 
 
 def demo_model() -> Path:
@@ -36,36 +49,93 @@ def demo_texts(part: str) -> list[str]:
     return [(library / name).read_text(encoding="utf-8") for name in held_out if (library / name).is_file()]
 
 
-def run_demo(output: str, sparsity: float, method: str, say: Callable[[str], None]) -> None:
-    """Prune the embedded model with each of `ALLOCATIONS`, report, and save the last one to `output`."""
-    configs = {name: DSAConfig(sparsity, method, name) for name in ALLOCATIONS}
+@dataclass(frozen=True)
+class DemoRow:
+    """A model of the demo: what it was pruned by, its perplexity on the test text, the share removed, its seconds.
+
+    `blocks` is the share removed from each block.
+    """
+
+    name: str
+    perplexity: float
+    sparsity: float = 0.0
+    seconds: float | None = None
+    blocks: Mapping[str, float] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        seconds = "" if self.seconds is None else f"{self.seconds:.1f}"
+        return f"{self.name:<12}{self.perplexity:>12.2f}{self.sparsity:>12.4f}{seconds:>10}"
+
+
+def run_demo(
+    output: str, sparsity: float, method: str, say: Callable[[str], None], budget: str = BUDGET
+) -> dict[str, Any]:
+    """Prune the embedded model by each of `NAMED` and by what a search finds, report, save the last one to `output`.
+
+    Returns the rows of the table and the folder, as JSON values.
+    """
+    config = DSAConfig(sparsity, method)
+    parse_budget(budget)
     with OutputFolder(output) as place:
-        _compare(place, configs, say)
+        rows = _compare(place, config, budget, say)
     say("  optimum-cli dsa prune Qwen/Qwen3-0.6B -o qwen3-60 --sparsity 0.6     (downloads model and text)")
-    say("  optimum-cli dsa prune --help")
+    say("  optimum-cli dsa search --help     (finds an allocation for a model of yours)")
+    return {"rows": [asdict(row) for row in rows], "output": str(place.shown)}
 
 
-def _compare(output: OutputFolder, configs: Mapping[str, DSAConfig], say: Callable[[str], None]) -> None:
+def _compare(output: OutputFolder, config: DSAConfig, budget: str, say: Callable[[str], None]) -> list[DemoRow]:
     folder = demo_model()
     dense = DSAPruner.from_pretrained(folder)
-    calibration = load_tokens(demo_texts("calibration"), dense.tokenizer, num_samples=128, sequence_length=LENGTH)
-    test = load_tokens(demo_texts("test"), dense.tokenizer, sequence_length=LENGTH)[:64]
-    first = next(iter(configs.values()))
-    parameters = sum(parameter.numel() for parameter in dense.model.parameters())
+    texts = {
+        part: load_tokens(demo_texts(part), dense.tokenizer, sequence_length=LENGTH) for part in ("validation", "test")
+    }
+    calibration = load_tokens(demo_texts("calibration"), dense.tokenizer, num_samples=SAMPLES, sequence_length=LENGTH)
+    test = texts["test"][:64]
+    size = sum(parameter.numel() for parameter in dense.model.parameters())
     say(
-        f"{parameters / 1e6:.1f} M parameters, pruned to {first.sparsity:.0%} with {first.method}. Calibrated on "
-        f"{calibration.numel():,} tokens;\nperplexity on {test.numel():,} tokens that nothing else has seen.\n"
+        f"A Llama of {size / 1e6:.1f} M parameters; {config.method} removes {config.sparsity:.0%} of the weights in "
+        "its blocks. Perplexity (lower is\n"
+        f"better) on {test.numel():,} tokens that nothing else has seen; calibration reads {calibration.numel():,}.\n"
     )
     say(f"{'allocation':<12}{'perplexity':>12}{'sparsity':>12}{'seconds':>10}")
-    say(f"{'dense':<12}{perplexity(dense.model, test):>12.2f}{0:>12.4f}{'':>10}")
-    for name, config in configs.items():
-        pruner = DSAPruner.from_pretrained(folder, dense.tokenizer)
+    rows = [DemoRow("dense", perplexity(dense.model, test))]
+    say(str(rows[0]))
+    allocations = {}
+    for name in (*NAMED, DISCOVERED):
         start = time.perf_counter()
-        report = pruner.prune(calibration, config)
+        wanted: Any = name
+        if name == DISCOVERED:
+            wanted = _discover(dense.model, calibration, texts["validation"][:VALIDATION], config, budget)
+        pruner = DSAPruner.from_pretrained(folder, dense.tokenizer)
+        report = pruner.prune(calibration, replace(config, allocation=wanted))
         seconds = time.perf_counter() - start
-        say(f"{name:<12}{perplexity(pruner.model, test):>12.2f}{report.sparsity:>12.4f}{seconds:>10.1f}")
+        allocations[name] = report.allocation
+        row = DemoRow(name, perplexity(pruner.model, test), report.sparsity, seconds, by_block(report.allocation))
+        rows.append(row)
+        say(str(rows[-1]))
     pruner.save_pretrained(output)
-    path = output.shown
-    say(f"\n{report}\n\nSaved the {name} model to {path}. It loads with AutoModelForCausalLM. Try next:")
-    again, target = quote(str(path)), quote(f"{path}-80")
-    say(f"  optimum-cli dsa prune {again} -o {target} --sparsity 0.8 --dataset YOUR.txt --sequence-length {LENGTH}")
+    path, again = output.shown, quote(str(output.shown))
+    say(f"\n{story(rows)}\n\nRemoved from each block, with {DISCOVERED}'s as bars:\n{block_bars(allocations)}\n")
+    say(f"Saved the {DISCOVERED} model to {path}. It loads with AutoModelForCausalLM. Try next:")
+    say(f"  optimum-cli dsa verify {again}")
+    return rows
+
+
+def _discover(model: Any, calibration: Tensor, validation: Tensor, config: DSAConfig, budget: str) -> Allocation:
+    """The allocation that a search finds; of the test text it sees nothing."""
+    data = load_calibration(calibration, model)
+    options = {"strategy": "descent", "budget": budget, "named": NAMED[1:], "finalists": 1}
+    return search(model, data, validation, config, **options).best
+
+
+def story(rows: Sequence[DemoRow]) -> str:
+    """What the table means, in a sentence: the last row against the best of the named ones before it."""
+    *named, found = rows[1:]
+    best = min(named, key=lambda row: row.perplexity)
+    if found.perplexity >= best.perplexity:
+        return f"As many zeros in each; here the search found nothing better than {best.name}."
+    less = 1 - found.perplexity / best.perplexity
+    return (
+        f"As many zeros in each, and the discovered model lost least: a search of {found.seconds:.0f} s on other text "
+        f"found where this\nmodel can spare weights, and its perplexity is {less:.0%} lower than {best.name}'s."
+    )

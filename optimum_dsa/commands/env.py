@@ -14,14 +14,10 @@ class EnvCommand(LeafCommand):
     def parse_args(parser):
         EnvCommand.describe(parser, "env")
 
-    def execute(self) -> None:
-        import platform
+    def execute(self) -> dict[str, str]:
+        from ..common.environment import environment
 
-        import torch
-
-        from ..checkpoint.description import versions
-
-        gpus = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
-        facts = {**versions(), "platform": platform.platform(), "gpu": ", ".join(gpus) or "none"}
+        facts = environment()
         for name, value in facts.items():
             print(f"- {name}: {value}")
+        return facts

@@ -17,6 +17,7 @@ boolq,rte,hellaswag,winogrande,arc_easy,arc_challenge,openbookqa.
     EXAMPLES = """\
   optimum-cli dsa evaluate out --dataset test.txt
   optimum-cli dsa evaluate out --dataset wikitext2 --sequence-length 2048 --windows paper --json
+  optimum-cli dsa evaluate out --dense Qwen/Qwen3-0.6B --dataset test.txt --output out/evaluation.json
   optimum-cli dsa evaluate out --tasks boolq,rte,arc_easy
   optimum-cli dsa evaluate dense pruned recovered --dataset test.txt --tasks ./my_task.yaml --output results.json
 """
@@ -47,16 +48,22 @@ boolq,rte,hellaswag,winogrande,arc_easy,arc_challenge,openbookqa.
         tasks.add_argument("--num-fewshot", type=int, help="examples before each question (default: the task's)")
         tasks.add_argument("--limit", type=int, help="questions per task (default: all)")
         parser.add_argument("--batch-size", type=int, default=8)
-        parser.add_argument("--output", help="JSON file to write all results to")
-        parser.add_argument("--json", action="store_true", help="print JSON and nothing else")
+        parser.add_argument(
+            "--dense",
+            metavar="MODEL",
+            help="the dense parent, as the first row; measured once by each protocol, and kept",
+        )
+        parser.add_argument("--output", help="JSON file to write all results to; in a model's folder, report shows it")
         add_loading_options(parser)
 
-    def execute(self) -> None:
+    def execute(self) -> dict:
         import contextlib
+        import json
         import sys
 
         from ..data import DataConfig, describe
         from ..evaluation.comparison import comparison_table
+        from ..evaluation.kept import measured_once
         from ..evaluation.measure import check_asked
         from ..evaluation.results import check_results, results_json, save_results
         from ..evaluation.tasks import find_tasks
@@ -77,16 +84,22 @@ boolq,rte,hellaswag,winogrande,arc_easy,arc_challenge,openbookqa.
         options = {name: getattr(args, name) for name in (*names, "limit", "batch_size")}
         with contextlib.redirect_stdout(sys.stderr):  # data sets and lm-eval print
             tasks = find_tasks(asked, args.include_path) if asked else ()
-            results = [
-                DSAPruner.from_pretrained(model, **loading).measure(args.dataset, tasks, name=name, **options)
-                for name, model in zip(distinct([describe(model) for model in args.model]), args.model)
-            ]
+            models = [*args.model, *([args.dense] if args.dense else [])]
+            names = distinct([describe(model) for model in models])
+
+            def measured(model: str, name: str, **loading):
+                pruner = DSAPruner.from_pretrained(model, **loading)
+                return pruner.measure(args.dataset, tasks, name=name, **options)
+
+            results = [measured(model, name, **loading) for name, model in zip(names, args.model)]
+            if args.dense:
+                loading.pop("revision", None)  # of the pruned models
+                dense = measured_once(args.dense, results[0], lambda: measured(args.dense, names[-1], **loading))
+                results.insert(0, dense)
         if args.output:
             save_results(args.output, results)
-        if args.json:
-            print(results_json(results))
-        else:
-            say(comparison_table(results) if len(results) > 1 else str(results[0]))
+        say(comparison_table(results) if len(results) > 1 else str(results[0]))
+        return json.loads(results_json(results))
 
 
 def distinct(names: list[str]) -> list[str]:

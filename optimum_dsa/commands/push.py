@@ -37,7 +37,7 @@ When the network fails, the folder is whole, and the same command goes on: what 
         parser.add_argument("--commit-message", help="default: what was removed")
         parser.add_argument("--token", help="default: the one that 'hf auth login' stored")
 
-    def execute(self) -> None:
+    def execute(self) -> dict:
         from ..sharing.push import push_folder
 
         args = self.args
@@ -52,3 +52,4 @@ When the network fails, the folder is whole, and the same command goes on: what 
             base=args.base,
         )
         print(f"pushed to {address}")
+        return {"address": address}

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from .base import LeafCommand, add_loading_options, check_texts, loading_options, say
-from .prune import add_calibration_options, asked_config
+from .options import add_settings
+from .prune import CALIBRATION, add_calibration_options, asked_config
 
 
 class SearchCommand(LeafCommand):
@@ -34,11 +35,6 @@ strategy    named         uniform and every named allocator
         SearchCommand.describe(parser, "search")
         parser.add_argument("model", help="folder or Hub id of the model")
         parser.add_argument("-o", "--output", required=True, help="folder for the trace and the result")
-        parser.add_argument("-s", "--sparsity", type=float, required=True, help="share to remove, in [0, 1)")
-        parser.add_argument("--method", help="what the model will be pruned with (default: wanda)")
-        parser.add_argument(
-            "--pattern", help="row, matrix, group:128 or mixed:8, as the model will be pruned (default: the method's)"
-        )
         parser.add_argument("--strategy", default="auto", help="see above (default: %(default)s)")
         parser.add_argument(
             "--budget",
@@ -50,19 +46,20 @@ strategy    named         uniform and every named allocator
             action="store_true",
             help="go on with the search in the output folder; the same model, texts and options are needed",
         )
-        parser.add_argument("--min-sparsity", type=float, help="least that a matrix is pruned (default: 0)")
-        parser.add_argument("--max-sparsity", type=float, help="most that a matrix is pruned (default: 0.99)")
         parser.add_argument(
             "--seeds", type=int, default=1, help="repeat with so many seeds and compare what each finds (default: 1)"
         )
         parser.add_argument("--report-to", help="log trials to trackio, tensorboard, wandb, ... (default: none)")
-        add_calibration_options(parser)
+        what = parser.add_argument_group("how the model will be pruned")
+        data = add_calibration_options(parser)
+        found = ("allocation", "spread", "granularity")  # is what is searched
+        add_settings(parser, [(data, CALIBRATION)], "pruning.configuration.DSAConfig", what, without=found)
         parser.add_argument(
             "--validation", help="text to compare candidates on (default: other windows of the calibration data)"
         )
         add_loading_options(parser)
 
-    def execute(self) -> None:
+    def execute(self) -> dict | None:
         from contextlib import ExitStack
         from dataclasses import replace
         from pathlib import Path
@@ -111,7 +108,7 @@ strategy    named         uniform and every named allocator
                 if process_state().is_main_process:
                     say(str(results[-1]))
             if not process_state().is_main_process:
-                return
+                return None
             if several:
                 say(f"\n{robustness_table(results)}")
                 min(results, key=lambda result: result.finalists[0].loss).save(whole, plot_search)
@@ -122,6 +119,8 @@ strategy    named         uniform and every named allocator
             f"saved to {output}; next: optimum-cli dsa prune {quote(args.model)} -o OUT -s {args.sparsity}"
             f"{options} --allocation {quote(str(output))}"
         )
+        best = min(results, key=lambda result: result.finalists[0].loss)
+        return {"output": str(output), **best.to_dict()}
 
     def left_behind(self) -> str:
         from pathlib import Path

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import sys
-
 from .base import LeafCommand, add_loading_options, loading_options, say
 
 
@@ -29,8 +27,9 @@ exit code  0 all that can be counted holds, 1 something does not, 2 it cannot be
         add_loading_options(parser, reads_text=False)
         parser.set_defaults(device="cpu", device_map="disk")
 
-    def execute(self) -> None:
+    def execute(self) -> dict:
         import tempfile
+        from dataclasses import asdict
 
         from ..checkpoint.description import DescriptionError, report_from
         from ..checkpoint.load import find_description, load_model
@@ -41,13 +40,15 @@ exit code  0 all that can be counted holds, 1 something does not, 2 it cannot be
             data = find_description(self.args.model, **options)
             report = None if data is None else report_from(data)
         except DescriptionError as error:
-            say(f"wrong: {' '.join(str(error).split())}")
-            sys.exit(1)
+            problem = " ".join(str(error).split())
+            say(f"wrong: {problem}")
+            self.exit_code = 1
+            return {"holds": False, "problems": [problem]}
         if report is None:
             raise ValueError(f"{self.args.model} has no dsa_config.json of a pruned model, so nothing can be checked.")
         with tempfile.TemporaryDirectory(prefix="optimum-dsa-") as scratch:
             options["offload_folder"] = self.args.offload_folder or scratch
             found = verify(load_model(self.args.model, adapter=False, **options), report, data)
         say(str(found))
-        if not found.holds:
-            sys.exit(1)
+        self.exit_code = 0 if found.holds else 1
+        return {"holds": found.holds, **asdict(found)}

@@ -148,6 +148,22 @@ def options_of(cls: type) -> dict[str, Field]:
     return found
 
 
+def section_types(cls: type) -> list[type]:
+    """The classes of the sections of `cls`."""
+    return [field.metadata["section"] for field in fields(cls) if "section" in field.metadata]
+
+
+def sections_of(cls: type) -> dict[str, list[str]]:
+    """Section -> flat names of the settings in it, but for the one that the section's own name stands for."""
+    return {
+        field.name: [
+            part.name for part in fields(field.metadata["section"]) if part.name != field.metadata["shorthand"]
+        ]
+        for field in fields(cls)
+        if "section" in field.metadata
+    }
+
+
 def nested(cls: type, flat: Mapping[str, Any]) -> dict[str, Any]:
     """Settings by their flat names, each put into the section of `cls` that it belongs to."""
     out = dict(flat)

@@ -5,10 +5,10 @@ from __future__ import annotations
 import math
 
 import torch
-from huggingface_hub.utils import tqdm
 from torch import Tensor, nn
 
 from ..common.fences import has_device_map
+from ..common.progress import progress
 from ..data import check_tokens
 
 
@@ -52,7 +52,7 @@ def window_losses(model: nn.Module, tokens: Tensor, batch_size: int = 8) -> Tens
     device = torch.device("cpu") if has_device_map(model) else model.device
     losses = []
     try:
-        for batch in tqdm(tokens.split(batch_size), desc="Perplexity", name="optimum_dsa.evaluate", leave=False):
+        for batch in progress(tokens.split(batch_size), "Perplexity", "step", "optimum_dsa.evaluate"):
             batch = batch.to(device)
             logits = model(input_ids=batch, use_cache=False).logits
             # one window at a time: float32 log-probabilities of a whole batch would dwarf the activations

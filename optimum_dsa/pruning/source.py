@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from huggingface_hub.utils import tqdm
 from torch import Tensor, nn
 
+from ..common.progress import progress as shown
 from ..data import Calibration, load_calibration
 from ..model.architecture import Architecture
 from ..model.calls import feed
@@ -61,5 +61,5 @@ def check_finite_outputs(model: nn.Module, architecture: Architecture, calibrati
 
 
 def progress(description: str):
-    """A progress bar over blocks, silenced by the Hugging Face switches."""
-    return lambda blocks: tqdm(blocks, desc=description, unit="block", name="optimum_dsa.prune", leave=False)
+    """Shows how many blocks are done; silenced by the Hugging Face switches."""
+    return lambda blocks: shown(blocks, description, "block", "optimum_dsa.prune")

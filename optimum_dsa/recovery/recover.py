@@ -16,7 +16,7 @@ from transformers import EarlyStoppingCallback, TrainingArguments, default_data_
 
 from ..checkpoint.load import load_model
 from ..common.installation import how_to_install
-from ..evaluation.perplexity import perplexity
+from ..evaluation.perplexity import perplexity_with_error
 from ..model.adapters import has_adapters
 from ..model.architecture import find_architecture
 from ..model.offload import is_offloaded
@@ -61,7 +61,7 @@ def recover(
     _check(model, config, report, teacher, checkpoints, resume)
     windows, held_out, data = read_windows(model, tokenizer, train, validation, config)
     teacher = _teacher(model, teacher)
-    before = perplexity(model, held_out, config.batch_size)
+    before = perplexity_with_error(model, held_out, config.batch_size)
     start = time.perf_counter()
     with ExitStack() as stack:
         stack.enter_context(_left_as_found(model))
@@ -84,10 +84,12 @@ def recover(
             raise
     trained.eval()
     seconds = time.perf_counter() - start
-    after = perplexity(trained, held_out, config.batch_size)
-    check_loss(after, config)
+    after = perplexity_with_error(trained, held_out, config.batch_size)
+    check_loss(after[0], config)
     history = by_step(trainer.state.log_history)
-    return trained, RecoveryResult(config, before, after, trainer.state.global_step, history, data, seconds)
+    return trained, RecoveryResult(
+        config, before[0], after[0], trainer.state.global_step, history, data, seconds, before[1], after[1]
+    )
 
 
 def _check(

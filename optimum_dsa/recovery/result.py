@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from ..evaluation.measurement import with_error
 from .configuration import RecoveryConfig
 
 
@@ -21,6 +22,8 @@ class RecoveryResult:
         history (`list[dict[str, float]]`): losses and learning rate by step.
         data (`dict[str, Any]`): sources, and numbers of windows and tokens.
         seconds (`float`): wall time of the training.
+        before_error (`float`, *optional*): standard error of `before`; `None` for one window.
+        after_error (`float`, *optional*): standard error of `after`.
     """
 
     config: RecoveryConfig
@@ -30,13 +33,17 @@ class RecoveryResult:
     history: list[dict[str, float]] = field(repr=False)
     data: dict[str, Any] = field(repr=False)
     seconds: float = 0.0
+    before_error: float | None = None
+    after_error: float | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """JSON values; the entry `recovery` of `dsa_config.json`."""
+        errors = {"before_error": self.before_error, "after_error": self.after_error}
+        known = {name: value for name, value in errors.items() if value is not None}
         return {
             "kind": "recover",
             "config": self.config.to_dict(),
-            "perplexity": {"before": self.before, "after": self.after},
+            "perplexity": {"before": self.before, "after": self.after, **known},
             "steps": self.steps,
             "data": dict(self.data),
             "history": list(self.history),
@@ -49,11 +56,10 @@ class RecoveryResult:
             cells = [f"{entry[name]:.4f}" if name in entry else "" for name in ("loss", "eval_loss")]
             lines.append(f"{entry['step']:>6.0f}  {cells[0]:>13}  {cells[1]:>15}")
         lines.append("-" * len(lines[0]))
+        before, after = with_error(self.before, self.before_error, 3), with_error(self.after, self.after_error, 3)
         bos = {True: ", on sequences that start with BOS", False: ", on sequences without BOS"}
-        lines.append(
-            f"validation perplexity {self.before:.3f} -> {self.after:.3f} in {self.steps} steps"
-            f"{bos.get(self.data.get('bos'), '')}"
-        )
+        said = bos.get(self.data.get("bos"), "")
+        lines.append(f"validation perplexity {before} -> {after} in {self.steps} steps{said}")
         return "\n".join(lines)
 
 

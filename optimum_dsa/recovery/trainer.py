@@ -1,16 +1,16 @@
-"""The Trainer that recovery uses: distillation, and one progress bar."""
+"""The Trainer that recovery uses: distillation, and how far it is."""
 
 from __future__ import annotations
 
 import math
 
 import torch
-from huggingface_hub.utils import tqdm
 from torch import Tensor, nn
 from torch.nn import functional
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
+from ..common.progress import Progress
 from .configuration import RecoveryConfig
 
 
@@ -38,7 +38,7 @@ class RecoveryTrainer(Trainer):
         self.model_accepts_loss_kwargs = False  # means of batches, divided by the number of accumulated ones
         for callback in (PrinterCallback, ProgressCallback):
             self.remove_callback(callback)
-        self.add_callback(ProgressBar())
+        self.add_callback(ShownProgress())
         if teacher is not None:
             teacher.eval().to(self.args.device)
 
@@ -98,32 +98,27 @@ class StopWhereItDiverges(TrainerCallback):
         check_loss((metrics or {}).get("eval_loss", 0.0), self.config)
 
 
-class ProgressBar(TrainerCallback):
-    """A bar over the steps, silenced by the Hugging Face switches; prints no line."""
+class ShownProgress(TrainerCallback):
+    """Shows how many steps are done, and the latest losses; silenced by the Hugging Face switches."""
 
     def __init__(self):
-        self.bar = None
+        self.shown: Progress | None = None
+        self.losses: dict[str, str] = {}
 
     def on_train_begin(self, args, state, control, **kwargs):
         if state.is_world_process_zero:
-            self.bar = tqdm(
-                total=state.max_steps,
-                initial=state.global_step,
-                desc="Recovering",
-                unit="step",
-                name="optimum_dsa.recover",
-                leave=False,
-            )
+            self.shown = Progress("Recovering", state.max_steps, "step", "optimum_dsa.recover")
+            self.shown.done = state.global_step
 
     def on_step_end(self, args, state, control, **kwargs):
-        if self.bar is not None:
-            self.bar.update(1)
+        if self.shown is not None:
+            self.shown.show(state.global_step, **self.losses)
 
     def on_log(self, args, state, control, logs=None, **kwargs):
-        if self.bar is not None and logs:
-            self.bar.set_postfix({name: f"{logs[name]:.3f}" for name in ("loss", "eval_loss") if name in logs})
+        names = {"loss": "loss", "eval_loss": "validation loss"}
+        self.losses |= {shown: f"{logs[name]:.3f}" for name, shown in names.items() if name in (logs or {})}
 
     def on_train_end(self, args, state, control, **kwargs):
-        if self.bar is not None:
-            self.bar.close()
-            self.bar = None
+        if self.shown is not None:
+            self.shown.close()
+            self.shown = None

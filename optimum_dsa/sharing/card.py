@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from importlib.resources import files
 from typing import Any
 
@@ -14,6 +15,8 @@ from ..checkpoint.description import seal_of
 from ..checkpoint.verify import SEALS
 from ..common.escaping import code_block, code_span, inline_markdown, one_line, table_cell
 from ..common.installation import how_to_install
+from ..evaluation.comparison import main_metric
+from ..evaluation.measurement import Measurement, with_error
 from ..pruning.allocation import Allocation
 from ..pruning.configuration import DSAConfig
 from .outcome import Outcome
@@ -25,9 +28,10 @@ from .provenance import (
     last_part,
     names_data,
     papers,
+    recover_command,
     without_places,
 )
-from .tables import Table, block_table, describe_text, limits, percent, text_of
+from .tables import Table, block_table, limits, percent, perplexity_tables, task_tables
 
 
 # The Hub knows finetune, adapter, merge and quantized. Pruned weights are the base model's own, compressed with loss.
@@ -79,7 +83,9 @@ def model_card(
     base_id, revision = base_repository(facts)
     loader, task = _loader(model_config)
     name = repo_id.rpartition("/")[2]
-    evaluations = [{**row, "dataset": last_part(row["dataset"])} for row in outcome.evaluations]
+    shown = replace(
+        outcome, name=name, evaluations=_portable(outcome.evaluations, name), parent=_portable(outcome.parent)
+    )
     data = ModelCardData(
         model_name=name,
         library_name="peft" if adapter_base else "transformers",
@@ -88,7 +94,7 @@ def model_card(
         base_model_relation="adapter" if adapter_base else RELATION if base_id else None,
         tags=["optimum-dsa", "pruned", "sparse", config.method, *_tags(facts["allocation"]["name"])],
         datasets=[found] if (found := dataset_id(calibration_source(facts))) else None,
-        eval_results=[_eval_result(row) for row in evaluations if math.isfinite(row["perplexity"])] or None,
+        eval_results=_eval_results(shown.evaluations) or None,
         **_plain_metadata(base or {}),
     )
     made = command(facts)
@@ -111,12 +117,13 @@ def model_card(
         loader=loader,
         tokenizer=tokenizer,
         plots=plots,
-        results=_results(evaluations),
+        results=_results(shown),
         training=_training(outcome.training),
         limits=limits(outcome),
         command=code_block(made, "bash"),
         note=_note(facts, made, revision),
         settings=_settings(facts, config),
+        recovery=_recovery(outcome.training),
         versions=Table(["package", "version"], [*map(list, (facts.get("versions") or {}).items())]).markdown(),
         seal=SEALS.get(seal_of(outcome.facts), ""),
         papers={inline_markdown(part): address for part, address in papers(facts["config"]).items()},
@@ -151,16 +158,16 @@ def _plain_metadata(base: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _training(recovery: Mapping[str, Any]) -> str:
-    """What is known of training after pruning, or during it, in words."""
+    """What is known of training after pruning, or during it: in words, as a command, and with all its settings."""
     if not recovery:
         return ""
     if recovery.get("kind") != "recover":
         return f"It was trained with `DSACallback`, up to step {recovery.get('step')}."
     asked, perplexity = recovery["config"], recovery["perplexity"]
+    before, after = (with_error(perplexity[name], perplexity.get(f"{name}_error"), 3) for name in ("before", "after"))
     return (
-        f"After pruning it was trained for {recovery['steps']} steps ({code_span(asked['method'])}), with every zero "
-        f"kept: perplexity on validation text {perplexity['before']:.3f} before and {perplexity['after']:.3f} after. "
-        f"{RECORDED}"
+        f"After pruning it was trained for {recovery['steps']} steps ({code_span(str(asked['method']))}), with every "
+        f"zero kept: perplexity on validation text {before} before and {after} after. {RECORDED}"
     )
 
 
@@ -182,24 +189,59 @@ def _tags(allocation: str) -> list[str]:
     return [f"{allocation}-allocation"] if re.fullmatch(r"[a-z_]+", allocation) else []
 
 
-def _eval_result(row: Mapping[str, Any]) -> EvalResult:
+def _portable(found: Sequence[Measurement], name: str | None = None) -> list[Measurement]:
+    """Measurements without paths of this computer; with the model's `name` there."""
+    return [
+        replace(
+            one,
+            model=name or last_part(one.model),
+            protocol=one.protocol and replace(one.protocol, dataset=last_part(one.protocol.dataset)),
+        )
+        for one in found
+    ]
+
+
+def _eval_results(found: Sequence[Measurement]) -> list[EvalResult]:
+    """What the Hub shows beside the model: perplexities and tasks' main metrics."""
+    results = []
+    for one in found:
+        if one.protocol is not None and one.perplexity is not None and math.isfinite(one.perplexity):
+            dataset, named = one.protocol.dataset, one_line(str(one.protocol))
+            results.append(_eval_result(dataset_id(dataset) or dataset, named, "perplexity", one.perplexity))
+        for task in one.tasks:
+            metric = main_metric([one], task)
+            results.append(_eval_result(task, one_line(task), metric, one.tasks[task][metric]["value"]))
+    return [result for result in results if math.isfinite(result.metric_value)]
+
+
+def _eval_result(dataset: str, name: str, metric: str, value: float) -> EvalResult:
     return EvalResult(
         task_type="text-generation",
-        dataset_type=dataset_id(row["dataset"]) or re.sub(r"[^A-Za-z0-9_.-]", "-", row["dataset"]),
-        dataset_name=one_line(describe_text(text_of(row))),
-        metric_type="perplexity",
-        metric_value=round(row["perplexity"], 4),
+        dataset_type=re.sub(r"[^A-Za-z0-9_./-]", "-", dataset),
+        dataset_name=name,
+        metric_type=re.sub(r"[^A-Za-z0-9_.-]", "-", metric),
+        metric_value=round(value, 4) if math.isfinite(value) else value,
     )
 
 
-def _results(evaluations: Sequence[Mapping[str, Any]]) -> str:
-    if not evaluations:
-        return "No perplexity was measured for this card."
-    rows = [[describe_text(text_of(row)), f"{row['perplexity']:.3f}"] for row in evaluations]
-    table = Table(["text", "perplexity"], rows).markdown()
-    return (
-        f"{table}\n\nPerplexity is exp of the mean loss per token over windows that do not overlap; lower is better. "
-        f"{RECORDED}"
+def _results(outcome: Outcome) -> str:
+    """A table per protocol, the dense model's row first."""
+    parts = []
+    for protocol, table in perplexity_tables([outcome]):
+        difference = ", and the difference to the first row over the windows that both met"
+        parts += [
+            f"Perplexity on {inline_markdown(str(protocol))}, with its standard error"
+            f"{difference if 'difference' in table.header else ''}; lower is better.",
+            table.markdown(),
+        ]
+    for protocol, table in task_tables([outcome]):
+        parts += [f"Tasks of lm-eval: {inline_markdown(str(protocol))}; higher is better.", table.markdown()]
+    if not parts:
+        return "Neither a perplexity nor a task was measured for this card."
+    dense = outcome.base is not None and not outcome.parent
+    missing = f" The dense model, {code_span(outcome.base)}, was not measured." if dense else ""
+    return "\n\n".join(
+        [*parts, f"Perplexity is exp of the mean loss per token over windows that do not overlap.{missing} {RECORDED}"]
     )
 
 
@@ -218,15 +260,40 @@ def _note(facts: Mapping[str, Any], made: str, revision: str | None) -> str:
 
 def _settings(facts: Mapping[str, Any], config: DSAConfig) -> str:
     """Every field of the config, and what calibration read, as a table."""
-    rows = [("metric", config.recipe.metric), ("update", config.recipe.update)]
-    for name, value in facts["config"].items():
-        if isinstance(value, Mapping):
-            value = value.get("name", "given")
-        rows.append((name, ", ".join(value) if isinstance(value, list) else value))
-    rows += [(f"calibration {name}", value) for name, value in (facts.get("calibration") or {}).items()]
-    lines = [
-        f"| {table_cell(inline_markdown(name))} | {table_cell(code_span(str(value)))} |"
-        for name, value in rows
-        if value not in (None, "")
+    return _facts_table(
+        [
+            ("metric", config.recipe.metric),
+            ("update", config.recipe.update),
+            *facts["config"].items(),
+            *((f"calibration {name}", value) for name, value in (facts.get("calibration") or {}).items()),
+        ]
+    )
+
+
+def _recovery(recovery: Mapping[str, Any]) -> dict[str, str]:
+    """Command and settings of `recover`; empty where there was none."""
+    if recovery.get("kind") != "recover":
+        return {}
+    data = [
+        (f"text {name}", value)
+        for name, value in (recovery.get("data") or {}).items()
+        if not isinstance(value, str) or last_part(value) == value  # a path is of no use to others
     ]
-    return "\n".join(["| setting | value |", "| --- | --- |", *lines])
+    return {
+        "command": code_block(recover_command(recovery), "bash"),
+        "settings": _facts_table([*recovery["config"].items(), *data]),
+    }
+
+
+def _facts_table(rows: Iterable[tuple[str, Any]]) -> str:
+    """Names and values as a table; settings of a section stand by their own names."""
+    lines = ["| setting | value |", "| --- | --- |"]
+    for name, value in rows:
+        inner = value.items() if isinstance(value, Mapping) and "sizes" not in value else ((name, value),)
+        for part, known in inner:
+            part = name if part == "name" else part
+            known = known.get("name", "given") if isinstance(known, Mapping) else known
+            known = ", ".join(map(str, known)) if isinstance(known, list) else known
+            if known not in (None, ""):
+                lines.append(f"| {table_cell(inline_markdown(part))} | {table_cell(code_span(str(known)))} |")
+    return "\n".join(lines)

@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any
 from ..pruning.allocation import Allocation
 from ..pruning.allocation.layout import by_block, grid, short_names
 from .drawing import (
-    FIRST,
     INK,
     MUTED,
     PAPER,
@@ -64,7 +63,7 @@ def allocation_chart(allocations: Mapping[str, Allocation], title: str | None = 
     figure, axes = new_figure(WIDTH, 2.9, title)
     shares = {label: by_block(allocation) for label, allocation in allocations.items()}
     blocks = list(dict.fromkeys(block for values in shares.values() for block in values))
-    looks = styles(list(shares))
+    looks = styles({label: allocation.name for label, allocation in allocations.items()})
     for label, values in shares.items():
         heights = [values.get(block, math.nan) for block in blocks]
         few = len(blocks) <= 40
@@ -72,7 +71,8 @@ def allocation_chart(allocations: Mapping[str, Allocation], title: str | None = 
     first = next(iter(shares.values()))
     if "uniform" in shares:
         low, high = ([values.get(block, math.nan) for block in blocks] for values in (first, shares["uniform"]))
-        axes.fill_between(range(len(blocks)), low, high, color=FIRST, alpha=0.1, linewidth=0)
+        colour = looks[next(iter(shares))]["color"]
+        axes.fill_between(range(len(blocks)), low, high, color=colour, alpha=0.1, linewidth=0)
     block_axis(axes, blocks)
     axes.set_ylabel("weights removed")
     percent(axes.yaxis)
@@ -124,7 +124,7 @@ def heat_map(allocation: Allocation, title: str | None = None, bounds: tuple[flo
 
 
 def search_curves(
-    traces: Mapping[str, SearchTrace], title: str | None = None, among: Sequence[str] | None = None
+    traces: Mapping[str, SearchTrace], title: str | None = None, among: Mapping[str, str] | None = None
 ) -> Figure:
     """The best proxy loss against the tokens that it took, a line per search.
 
@@ -134,12 +134,13 @@ def search_curves(
     Args:
         traces (`Mapping[str, SearchTrace]`): label -> trace.
         title (`str`, *optional*): above the chart.
-        among (`Sequence[str]`, *optional*): the labels of a chart beside it, so that both deal the same colours.
+        among (`Mapping[str, str]`, *optional*): label -> name of its allocation, of all charts that stand together, so
+            that all give a label the same colour.
     """
     from matplotlib.ticker import FuncFormatter
 
     figure, axes = new_figure(WIDTH, 2.9, title)
-    looks = styles(list(among or traces))
+    looks = styles(among or list(traces))
     for label, trace in traces.items():
         style = looks[label]
         tokens, losses = trace.best_so_far()
@@ -160,17 +161,18 @@ def search_curves(
 def training_curves(
     histories: Mapping[str, Sequence[Mapping[str, Any]]],
     title: str | None = None,
-    among: Sequence[str] | None = None,
+    among: Mapping[str, str] | None = None,
 ) -> Figure:
     """Validation loss by step of training after pruning, a line per model; the training loss is thin.
 
     Args:
         histories (`Mapping[str, Sequence[Mapping[str, Any]]]`): label -> `RecoveryResult.history`.
         title (`str`, *optional*): above the chart.
-        among (`Sequence[str]`, *optional*): the labels of a chart beside it, so that both deal the same colours.
+        among (`Mapping[str, str]`, *optional*): label -> name of its allocation, of all charts that stand together, so
+            that all give a label the same colour.
     """
     figure, axes = new_figure(WIDTH, 2.9, title)
-    looks = styles(list(among or histories))
+    looks = styles(among or list(histories))
     for label, history in histories.items():
         for name, style in (("loss", {"linewidth": 1, "marker": "", "alpha": 0.5}), ("eval_loss", {"markersize": 5})):
             points = [(entry["step"], entry[name]) for entry in history if name in entry]
@@ -185,7 +187,9 @@ def training_curves(
     return figure
 
 
-def quality_chart(rows: Sequence[Measured], title: str | None = None, among: Sequence[str] | None = None) -> Figure:
+def quality_chart(
+    rows: Sequence[Measured], title: str | None = None, among: Mapping[str, str] | None = None
+) -> Figure:
     """Perplexity and bytes of several models side by side, as bars; what nobody measured has no panel.
 
     A bar ends at eight times the shortest one, so that a model that broke down does not hide how the others differ.
@@ -193,15 +197,18 @@ def quality_chart(rows: Sequence[Measured], title: str | None = None, among: Seq
     Args:
         rows (`Sequence[Measured]`): the models, first on top.
         title (`str`, *optional*): above the chart.
-        among (`Sequence[str]`, *optional*): the labels of a chart beside it, so that both deal the same colours.
+        among (`Mapping[str, str]`, *optional*): label -> name of its allocation, of all charts that stand together, so
+            that all give a label the same colour.
     """
     panels = [("perplexity (lower is better)", [row.perplexity for row in rows], lambda value: f"{value:.4g}")]
     panels.append(("weight files", [row.bytes for row in rows], readable_bytes))
-    panels = [panel for panel in panels if any(value is not None for value in panel[1])]
+    panels = [panel for panel in panels if _tells(panel[1])] or [
+        panel for panel in panels if any(value is not None for value in panel[1])
+    ]
     if not panels:
         raise ValueError("No row has a perplexity or bytes, so there is nothing to draw.")
     figure, first = new_figure(WIDTH, 0.75 + 0.36 * len(rows), title, len(panels))
-    looks = styles(list(among or (row.name for row in rows)))
+    looks = styles({row.name: row.name for row in rows} | dict(among or {}))
     colours = [looks[row.name]["color"] for row in rows]
     for axes, (label, values, show) in zip(figure.axes, panels):
         end = 8 * min(value for value in values if value is not None)
@@ -215,6 +222,12 @@ def quality_chart(rows: Sequence[Measured], title: str | None = None, among: Seq
         axes.set_yticks(range(len(rows)), [plain(row.name, 22) for row in rows] if axes is first else [])
         axes.invert_yaxis()
     return figure
+
+
+def _tells(values: Sequence[float | None]) -> bool:
+    """Whether bars of these lengths would differ: equal ones say nothing that a table does not."""
+    known = [value for value in values if value is not None]
+    return bool(known) and max(known) > 1.02 * min(known)
 
 
 def short_number(value: float) -> str:

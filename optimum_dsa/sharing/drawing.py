@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from ..common.escaping import one_line
@@ -19,6 +19,10 @@ INK, MUTED, RULE, PAPER = "#1b1f24", "#59636e", "#e3e6ea", "#ffffff"
 FIRST, UNIFORM = "#0072b2", "#8a929b"
 OTHERS = ("#d55e00", "#009e73", "#b8628f", "#e69f00", "#56b4e9")
 MARKERS, DASHES = "osD^vP", ("-", (0, (6, 1.6)), (0, (4, 1.5, 1, 1.5)), (0, (1.5, 1.2)))
+# Colours that belong to an allocation; what a search found has its own.
+QUIET = {"uniform": UNIFORM, "dense": MUTED}
+OWN = {"dsa": FIRST, "owl": OTHERS[0], "dlp": OTHERS[2], "alphapruning": OTHERS[3], "lsa": OTHERS[4]}
+DISCOVERED = OTHERS[1]
 WIDTH = 5.2  # inches: as wide as a phone, so that nothing gets smaller on one
 
 
@@ -49,13 +53,21 @@ def new_figure(width: float, height: float, title: str | None, panels: int = 1) 
     return figure, figure.axes[0]
 
 
-def styles(labels: Sequence[str]) -> dict[str, dict]:
-    """The line of each label: its colour, marker and dash."""
-    quiet = {"color": UNIFORM, "linestyle": (0, (3, 2)), "linewidth": 1.4, "marker": ""}
+def styles(labels: Sequence[str] | Mapping[str, str]) -> dict[str, dict]:
+    """The line of each label: its colour, marker and dash.
+
+    A colour belongs to an allocation, so that it is the same on every chart and page; labels that share an allocation
+    share its colour and differ by marker and dash.
+
+    Args:
+        labels: the labels, or label -> name of its allocation.
+    """
+    names = dict(labels) if isinstance(labels, Mapping) else {label: label for label in labels}
+    colours = _colours(list(names.values()))
     dealt = {}
-    for number, label in enumerate(label for label in labels if label != "uniform"):
+    for number, (label, name) in enumerate(names.items()):
         dealt[label] = {
-            "color": (FIRST, *OTHERS)[number % 6],
+            "color": colours[name],
             "linestyle": DASHES[number % len(DASHES)],
             "linewidth": 1.6 if number else 2.4,
             "marker": MARKERS[number % len(MARKERS)],
@@ -63,7 +75,23 @@ def styles(labels: Sequence[str]) -> dict[str, dict]:
             "markeredgewidth": 0.8,
             "zorder": 3 if number else 4,
         }
-    return {label: dealt.get(label, quiet) for label in labels}
+        if name in QUIET and number:
+            dealt[label] |= {"linestyle": (0, (3, 2)), "linewidth": 1.4, "marker": "", "zorder": 2}
+    return dealt
+
+
+def _colours(names: Sequence[str]) -> dict[str, str]:
+    """Allocation -> colour: its own where it has one and no other has it here, else the first that is free."""
+    found: dict[str, str] = {}
+    palette = [FIRST, *OTHERS]
+    for name in [*filter(OWN.__contains__, names), *names]:
+        if name in QUIET:
+            found[name] = QUIET[name]
+        elif name not in found:
+            free = [colour for colour in palette if colour not in found.values()]
+            own = OWN.get(name, DISCOVERED)
+            found[name] = own if own in free else free[0] if free else palette[len(found) % len(palette)]
+    return found
 
 
 def block_axis(axes: Axes, blocks: Sequence[str], shift: float = 0.0) -> None:
@@ -109,7 +137,9 @@ def few_ticks(number: int = 5):
 def legend(axes: Axes, number: int) -> None:
     """The labels above the chart, in the order of the lines; none for one line."""
     if number > 1:
+        longest = max(len(text) for text in axes.get_legend_handles_labels()[1])
+        columns = max(min(number, 4, 60 // (longest + 8)), 1)  # as many as the chart is wide
         axes.legend(
-            loc="lower left", bbox_to_anchor=(0, 1), ncols=min(number, 4), frameon=False, fontsize=9.5, labelcolor=INK,
+            loc="lower left", bbox_to_anchor=(0, 1), ncols=columns, frameon=False, fontsize=9.5, labelcolor=INK,
             borderaxespad=0.2, handlelength=2.4, columnspacing=1.4,
         )  # fmt: skip

@@ -1,8 +1,9 @@
-"""What lies in the folder of a pruned model or of a search, read back to be shown."""
+"""What lies in the folder of a model or of a search, read back to be shown."""
 
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -15,6 +16,8 @@ from ..common.escaping import one_line
 from ..common.files import read_json
 from ..common.folder_files import own_file
 from ..common.values import is_real, is_whole, short
+from ..evaluation.measurement import Measurement
+from ..evaluation.results import results_from
 from ..pruning.allocation import Allocation
 from ..pruning.configuration import CONFIG_NAME
 from ..search.trace import SearchTrace
@@ -24,20 +27,22 @@ logger = logging.getLogger(__name__)
 
 _COUNTED = {"trials": int, "tokens": int, "baselines": Mapping}  # what a search.json may say besides
 
-LARGEST_EVALUATION = 1 << 16
+LARGEST_EVALUATION = 1 << 22  # losses of every window among it
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """A pruned model or a search, as its folder tells it; `Outcome.read` makes one.
+    """A model or a search, as its folder tells it; `Outcome.read` makes one.
 
     Attributes:
         name (`str`): the folder's.
-        allocation (`Allocation`, *optional*): of the model, or of the search's winner; `None` while a search runs.
+        allocation (`Allocation`, *optional*): of the model, or of the search's winner; `None` while a search runs, and
+            of a dense model.
         baselines (`Mapping[str, Allocation]`): others on the same model, such as "uniform" and "owl".
         facts (`Mapping[str, Any]`): the content of `dsa_config.json` or `search.json`.
         trace (`SearchTrace`, *optional*): of a search.
-        evaluations (`Sequence[Mapping[str, Any]]`): what `optimum-cli dsa evaluate --json` printed.
+        evaluations (`Sequence[Measurement]`): what `optimum-cli dsa evaluate` wrote into the folder of this model.
+        parent (`Sequence[Measurement]`): what it wrote of the dense model that this one is from.
         bytes (`int`, *optional*): of the weight files.
         compressed (`bool`): whether they hold values and masks instead of zeros.
         counted (`Verification`, *optional*): what was counted in the weights; `None` where the figures are those of
@@ -49,7 +54,8 @@ class Outcome:
     baselines: Mapping[str, Allocation] = field(default_factory=dict)
     facts: Mapping[str, Any] = field(default_factory=dict)
     trace: SearchTrace | None = None
-    evaluations: Sequence[Mapping[str, Any]] = ()
+    evaluations: Sequence[Measurement] = ()
+    parent: Sequence[Measurement] = ()
     bytes: int | None = None
     compressed: bool = False
     counted: Verification | None = None
@@ -59,7 +65,7 @@ class Outcome:
         """What is in `folder`.
 
         Raises:
-            FileNotFoundError: it holds neither a pruned model nor a search.
+            FileNotFoundError: it holds neither a model nor a search.
             ValueError: a file in it cannot be read, or is a link out of it.
         """
         path = Path(folder)
@@ -72,15 +78,28 @@ class Outcome:
         trace = SearchTrace.load(path / "trace.jsonl") if (path / "trace.jsonl").is_file() else None
         if (path / "search.json").is_file():
             return _search(path, name, trace)
+        if trace is None and (path / "config.json").is_file():
+            return _dense(path, name)
         if trace is None:
             raise FileNotFoundError(
-                f"{path} holds neither {CONFIG_NAME} nor a search (search.json, trace.jsonl); give the folder of a "
-                "pruned model or of a search."
+                f"{path} holds neither a model (config.json, {CONFIG_NAME}) nor a search (search.json, trace.jsonl); "
+                "give the folder of one."
             )
         facts = {"config": trace.settings.get("config")}
         if facts["config"] is not None:
             _check(facts, path / "trace.jsonl", {"config": Mapping, "config.sparsity": float})
         return cls(name, None, facts=facts, trace=trace)
+
+    @property
+    def is_dense(self) -> bool:
+        """Whether it is a model of which nothing is known to be removed."""
+        return self.trace is None and not self.facts
+
+    @property
+    def base(self) -> str | None:
+        """Name of the dense model that it is from, where it is known; only the last part."""
+        name = (self.facts.get("base_model") or {}).get("name")
+        return last_part(name) if isinstance(name, str) else None
 
     @property
     def config(self) -> Mapping[str, Any]:
@@ -123,20 +142,33 @@ def _model(path: Path, name: str) -> Outcome:
     if facts is None:
         raise ValueError(f"{path / CONFIG_NAME} is a configuration; no pruned model lies beside it.")
     allocation = _allocation(path / CONFIG_NAME)
+    own, parent = _evaluations(path, facts)
     if problem := next(contradictions(facts), None):
         raise ValueError(f"{path / CONFIG_NAME} contradicts itself: {problem}. It was changed after it was written.")
     stems = [encoding.stem for encoding in ENCODINGS.values() if not encoding.is_plain]
     compressed = any(any(path.glob(f"{stem}*.safetensors")) for stem in stems)
-    weights = [weight.stat().st_size for weight in path.glob("*.safetensors")]
     return Outcome(
         name,
         allocation,
         {"uniform": uniform_like(allocation)},
         facts,
-        evaluations=_evaluations(path),
-        bytes=sum(weights) or None,
+        evaluations=own,
+        parent=parent,
+        bytes=_bytes(path),
         compressed=compressed,
     )
+
+
+def _dense(path: Path, name: str) -> Outcome:
+    """A model without `dsa_config.json`: its name, its files, and what was measured of it."""
+    _object(own_file(path / "config.json", path))
+    own, _ = _evaluations(path, {})
+    return Outcome(name, None, evaluations=own, bytes=_bytes(path))
+
+
+def _bytes(path: Path) -> int | None:
+    """Of the weight files."""
+    return sum(weight.stat().st_size for weight in path.glob("*.safetensors")) or None
 
 
 def _search(path: Path, name: str, trace: SearchTrace | None) -> Outcome:
@@ -180,27 +212,46 @@ def _object(path: Path) -> dict[str, Any]:
     return data
 
 
-def _evaluations(folder: Path) -> tuple[dict[str, Any], ...]:
-    """The JSON files in `folder` that `evaluate --json` wrote, by name of file."""
-    found = []
+def _evaluations(folder: Path, facts: Mapping[str, Any]) -> tuple[tuple[Measurement, ...], tuple[Measurement, ...]]:
+    """What the JSON files in `folder` that `evaluate` wrote say of its model, and of the dense model it is from."""
+    own: list[Measurement] = []
+    parent: list[Measurement] = []
+    achieved = facts.get("achieved") or {}
+    known = {"sparsity": achieved.get("sparsity", 0.0), "size": achieved.get("prunable", 0)}
     for path in sorted(folder.glob("*.json")):
         if not path.is_file() or path.stat().st_size > LARGEST_EVALUATION:
             continue
         try:
-            data = _object(own_file(path, folder))
+            data = read_json(own_file(path, folder))
+            rows = _measured(data, {"model": folder.resolve().name, **known})
         except ValueError as error:
             logger.info("Not read for an evaluation: %s", one_line(str(error)))
             continue
-        if _is_evaluation(data):
-            found.append({**data, "perplexity": float(data["perplexity"])})
-    return tuple(found)
+        mine = rows if len(rows) == 1 else [row for row in rows if row.model == folder.resolve().name]
+        own += mine
+        parent += [row for row in rows if row not in mine and _is_parent(row, facts, known["size"])]
+    return tuple(own), tuple(parent)
 
 
-def _is_evaluation(data: Mapping[str, Any]) -> bool:
-    """Whether it says what was measured on what, in values that can be shown."""
-    counts = [data.get(name) for name in ("windows", "sequence_length")]
-    return (
-        is_real(data.get("perplexity"))
-        and isinstance(data.get("dataset"), str)
-        and all(count is None or is_whole(count) for count in counts)
-    )
+def _is_parent(row: Measurement, facts: Mapping[str, Any], size: int) -> bool:
+    """Whether a dense model was measured that has the base's name, or as many prunable weights."""
+    name = (facts.get("base_model") or {}).get("name")
+    named = isinstance(name, str) and last_part(row.model) == last_part(name)
+    return row.sparsity < 0.01 and (named or row.size == size)
+
+
+def last_part(name: str) -> str:
+    """The last part of a path or a Hub id."""
+    return re.split(r"[\\/]", name.rstrip("/\\"))[-1] or name
+
+
+def _measured(data: Any, known: Mapping[str, Any]) -> list[Measurement]:
+    """The measurements in a file's content, that of older versions as well; what a row leaves out is `known`."""
+    if isinstance(data, Mapping) and "models" not in data:
+        if not {"perplexity", "tasks"} & data.keys():
+            raise ValueError("nothing was measured in it")
+        data = {**known, **data}
+    rows = results_from(data)
+    if not any(row.perplexity is not None or row.tasks for row in rows):
+        raise ValueError("nothing was measured in it")
+    return rows

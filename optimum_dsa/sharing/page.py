@@ -12,8 +12,11 @@ from ..common.escaping import visible
 from ..common.files import write_text
 from ..common.output import OutputFolder
 from ..common.version import VERSION
-from ..pruning.allocation.layout import grid
+from ..evaluation.measurement import with_error
+from ..pruning.allocation import ALLOCATIONS
+from ..pruning.allocation.layout import grid, place
 from .charts import (
+    Measured,
     allocation_chart,
     heat_map,
     quality_chart,
@@ -25,16 +28,15 @@ from .charts import (
 from .outcome import Outcome, read_all
 from .svg import inline_svg
 from .tables import (
+    Table,
     block_table,
     compared,
-    describe_text,
     limits,
     measured,
     percent,
     percentage,
     result_tables,
     terminal,
-    text_of,
     vouched,
 )
 
@@ -70,38 +72,57 @@ def write_report(folder: str | Path, compare: Sequence[str | Path] = (), output:
 
 
 def figures(outcomes: Sequence[Outcome]) -> dict[str, tuple[Figure, str, str]]:
-    """Name -> figure, heading and caption, of all that the outcomes have to show."""
+    """Name -> figure, heading and caption, of all that the outcomes have to show and that a table does not."""
     drawn = {}
     allocations = compared(outcomes)
-    labels = list(dict.fromkeys([*allocations, *(outcome.name for outcome in outcomes)]))
+    rows = measured(outcomes)
+    among = _allocation_names(outcomes, rows)
     if allocations:
         others = [label for label in allocations if label != outcomes[0].name]
         caption = "The share of weights removed from each block, first to last"
         caption += f", beside {_listed(others)}. All have the same total." if len(_totals(allocations)) == 1 else "."
         drawn["allocation"] = allocation_chart(allocations), "Where weights were removed", caption
-    mapped = [outcome for outcome in outcomes if outcome.allocation is not None]
-    shares = [share for outcome in mapped for share in grid(outcome.allocation)[2].values()]
-    for number, outcome in enumerate(mapped):
-        name = "heatmap" if number == 0 else f"heatmap-{number + 1}"
-        heading = f"Block by matrix: {outcome.name}" if len(outcomes) > 1 else "Block by matrix"
-        caption = "The share removed, in percent; darker is more."
-        drawn[name] = heat_map(outcome.allocation, bounds=(min(shares), max(shares))), heading, caption
+    drawn |= _heat_maps(outcomes)
     traces = {outcome.name: outcome.trace for outcome in outcomes if outcome.trace and outcome.trace.trials}
     if traces:
         caption = (
             "The best validation loss so far, by one-shot masks, against the text it took: a proxy. The star is the "
             "winner after a real prune."
         )
-        drawn["search"] = search_curves(traces, among=labels), "The search", caption
+        drawn["search"] = search_curves(traces, among=among), "The search", caption
     histories = {outcome.name: outcome.training.get("history") for outcome in outcomes}
-    if histories := {name: history for name, history in histories.items() if history}:
+    if histories := {name: history for name, history in histories.items() if history and len(history) > 1}:
         caption = "Loss on validation text while the model was trained, zeros kept; thin, that on training text."
-        drawn["training"] = training_curves(histories, among=labels), "Training after pruning", caption
-    rows = [row for row in measured(outcomes) if row.perplexity is not None or row.bytes is not None]
-    if rows:
-        caption = "Perplexity where it was measured, and bytes on disk."
-        drawn["quality"] = quality_chart(rows, among=labels), "Quality and size", caption
+        drawn["training"] = training_curves(histories, among=among), "Training after pruning", caption
+    if len(rows) > 1:  # one bar has nothing to be longer than
+        caption = "Perplexity where it was measured, and bytes on disk where they differ."
+        drawn["quality"] = quality_chart(rows, among=among), "Quality and size", caption
     return drawn
+
+
+def _heat_maps(outcomes: Sequence[Outcome]) -> dict[str, tuple[Figure, str, str]]:
+    """A map of every allocation that differs within blocks; what is one share per block is a line already."""
+    drawn: dict[str, tuple[Figure, str, str]] = {}
+    mapped: dict[str, tuple[Outcome, dict]] = {}
+    for outcome in outcomes:
+        if outcome.allocation is not None:
+            _, kinds, shares = grid(outcome.allocation)
+            if len(kinds) > 1 and all(shares != other for _, other in mapped.values()):
+                mapped[outcome.name] = outcome, shares
+    values = [share for _, shares in mapped.values() for share in shares.values()]
+    for number, (outcome, _) in enumerate(mapped.values()):
+        name = "heatmap" if number == 0 else f"heatmap-{number + 1}"
+        heading = f"Block by matrix: {outcome.name}" if len(outcomes) > 1 else "Block by matrix"
+        caption = "The share removed, in percent; darker is more."
+        drawn[name] = heat_map(outcome.allocation, bounds=(min(values), max(values))), heading, caption
+    return drawn
+
+
+def _allocation_names(outcomes: Sequence[Outcome], rows: Sequence[Measured]) -> dict[str, str]:
+    """Label -> name of the allocation whose colour it has on every chart."""
+    names = {label: allocation.name for label, allocation in compared(outcomes).items()}
+    names |= {row.name: names.get(row.name, "dense") for row in rows}
+    return names | {outcome.name: names.get(outcome.name, "found") for outcome in outcomes if outcome.trace}
 
 
 def page(outcomes: Sequence[Outcome], drawn: dict[str, tuple[Figure, str, str]]) -> str:
@@ -118,20 +139,45 @@ def page(outcomes: Sequence[Outcome], drawn: dict[str, tuple[Figure, str, str]])
         for heading, caption, table in result_tables(outcomes)
     ]
     _fill_rows(cards)
-    blocks = block_table(allocations) if allocations else None
+    blocks = _short_names(block_table(allocations)) if allocations else None
     return _template().render(
         version=VERSION,
-        title=first.name,
-        kicker="pruned model" if first.achieved else "search of an allocation",
+        title=title(outcomes),
+        kicker=first.name,
         lead=_lead(first),
         tiles=_tiles(first),
         cards=cards,
         blocks=blocks,
         blocks_with_bars=[(row, percentage(row[2])) for row in blocks.rows] if blocks else [],
         lists=_lists(first),
-        limits=limits(first),
+        limits="" if first.is_dense else limits(first),
         vouched=vouched(outcomes),
     )
+
+
+def title(outcomes: Sequence[Outcome]) -> str:
+    """What the page is about, as a person would say it."""
+    first = outcomes[0]
+    share = first.config.get("sparsity")
+    rounded = "" if share is None else f"{100 * share:.3g} %"
+    if first.is_dense:
+        return f"{first.name}, dense"
+    if not first.achieved:
+        return f"A search for where to remove {rounded}"
+    base = first.base or first.name
+    models = [outcome for outcome in outcomes if outcome.achieved and outcome.allocation is not None]
+    told = [name if (name := model.allocation.name) in ALLOCATIONS else "discovered" for model in models]
+    if len(set(told)) > 1:
+        return f"{base} at {rounded}: {_listed(list(dict.fromkeys(told)))}"
+    return f"{base} with {rounded} of its weights removed" + (", and trained since" if first.training else "")
+
+
+def _short_names(table: Table) -> Table:
+    """The table of blocks with a number in place of each name, where all are of one list; a phone is narrow."""
+    places = [place(row[0]) for row in table.rows]
+    if len({at.stack for at in places}) > 1 or any(at.index is None for at in places):
+        return table
+    return Table(table.header, [[str(at.index), *row[1:]] for at, row in zip(places, table.rows)])
 
 
 def _fill_rows(cards: list[dict[str, Any]]) -> None:
@@ -151,26 +197,29 @@ def _fill_rows(cards: list[dict[str, Any]]) -> None:
 def _lead(outcome: Outcome) -> list[tuple[str, bool]]:
     """The sentence under the title, in parts: text, whether it stands out."""
     config = outcome.config
-    sparsity = config.get("sparsity")
+    if outcome.is_dense:
+        return [("A dense model: nothing says that weights were removed from it (no dsa_config.json).", False)]
+    method = str(config.get("method"))
     if not outcome.achieved:
-        return [("An allocation for ", False), (percent(sparsity), True), (f" with {config.get('method')}.", False)]
-    base = (outcome.facts.get("base_model") or {}).get("name") or "A model"
-    name = outcome.allocation.name
-    parts = [(base, True), (" with ", False), (percent(outcome.achieved.get("sparsity")), True)]
-    return [*parts, (f" of its prunable weights removed: {config.get('method')}, allocation {name}.", False)]
+        return [("Weights are removed by ", False), (method, True), ("; searched is how many from each block.", False)]
+    parts = [("Weights were chosen by ", False), (method, True), (", and how many from each block by ", False)]
+    return [*parts, (str(outcome.allocation.name), True), (".", False)]
 
 
 def _tiles(outcome: Outcome) -> list[tuple[str, str, str]]:
     """The figures that matter most: label, value, note."""
     achieved, facts = outcome.achieved, outcome.facts
+    if outcome.is_dense:
+        sizes = (
+            [] if outcome.bytes is None else [("Weight files", readable_bytes(outcome.bytes), "of the dense model")]
+        )
+        return [("Removed", percent(0.0), "as far as its files tell"), *_perplexity_tile(outcome), *sizes]
     if achieved:
         tiles = [
             ("Removed", percent(achieved["sparsity"]), f"{achieved['removed']:,} of {achieved['prunable']:,} weights"),
             ("Of all parameters", percent(achieved["sparsity_of_all_parameters"]), "embeddings and norms stay dense"),
         ]
-        if outcome.evaluations:
-            row = outcome.evaluations[0]
-            tiles.append(("Perplexity", f"{row['perplexity']:.2f}", describe_text(text_of(row))))
+        tiles += _perplexity_tile(outcome)
         if outcome.bytes is not None:
             note = "without the zeros" if outcome.compressed else "zeros are stored like other numbers"
             tiles.append(("Weight files", readable_bytes(outcome.bytes), note))
@@ -189,6 +238,17 @@ def _tiles(outcome: Outcome) -> list[tuple[str, str, str]]:
     return tiles
 
 
+def _perplexity_tile(outcome: Outcome) -> list[tuple[str, str, str]]:
+    """The first perplexity of a model, beside its dense parent's where that was measured by the same protocol."""
+    row = next((row for row in outcome.evaluations if row.perplexity is not None), None)
+    if row is None:
+        return []
+    dense = next((one for one in outcome.parent if one.protocol == row.protocol and one.perplexity is not None), None)
+    parts = [] if row.perplexity_error is None else [f"± {row.perplexity_error:.2f}"]
+    parts += [] if dense is None else [f"dense {dense.perplexity:.2f}"]
+    return [("Perplexity", f"{row.perplexity:.2f}", "; ".join([*parts, str(row.protocol)]))]
+
+
 def _lists(outcome: Outcome) -> list[tuple[str, list[tuple[str, str]]]]:
     """What made it: heading and facts by name."""
     config = [(name, _shown(value)) for name, value in outcome.config.items() if value not in (None, [], "")]
@@ -205,7 +265,8 @@ def _training(outcome: Outcome) -> list[tuple[str, str]]:
     if "perplexity" in training:
         asked, perplexity = training["config"], training["perplexity"]
         facts |= {"method": asked["method"], "mode": asked["mode"] if asked["method"] == "sparse-lora" else None}
-        facts["validation perplexity"] = f"{perplexity['before']:.3f} before, {perplexity['after']:.3f} after"
+        told = {name: with_error(perplexity[name], perplexity.get(f"{name}_error"), 3) for name in ("before", "after")}
+        facts["validation perplexity"] = f"{told['before']} before, {told['after']} after"
     return [(name, str(value)) for name, value in facts.items() if value is not None]
 
 

@@ -17,6 +17,7 @@ from ..pruning.configuration import CONFIG_NAME, DSAConfig
 from ..pruning.unstructured.methods import METHODS
 from ..pruning.unstructured.metrics import METRICS
 from ..pruning.unstructured.updates import UPDATES
+from ..recovery.configuration import RecoveryConfig
 from ..search.strategies import STRATEGIES
 
 
@@ -52,6 +53,26 @@ def command(facts: Mapping[str, Any]) -> str:
         words += ["--dataset", (names_data(source) and _word(source)) or "YOUR_TEXT"]
     if base.get("revision"):
         words += ["--revision", _word(base["revision"]) or "REVISION"]
+    return shlex.join(words)
+
+
+def recover_command(recovery: Mapping[str, Any]) -> str:
+    """The command line that trains the pruned model once more: every setting that is not its default."""
+    config, data = recovery["config"], recovery.get("data") or {}
+    defaults = RecoveryConfig().to_dict()
+    words = ["optimum-cli", "dsa", "recover", "OUT", "-o", "BETTER"]
+    for option, name in (("--dataset", data.get("train")), ("--validation", data.get("validation"))):
+        if name or option == "--dataset":
+            known = isinstance(name, str) and names_data(name) and not _PATH.match(name) and _word(name)
+            words += [option, known or "YOUR_TEXT"]
+    for name, value in config.items():
+        if name in defaults and value != defaults[name] and value is not None:
+            if name == "merge":
+                words.append("--keep-adapter")
+            else:
+                words += [f"--{name.replace('_', '-')}", *([] if value is True else [_word(str(value)) or "VALUE"])]
+    if config.get("distillation"):
+        words += ["--teacher", "DENSE_MODEL"]
     return shlex.join(words)
 
 

@@ -5,15 +5,16 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from ..checkpoint.description import seal_of
 from ..checkpoint.verify import SEALS
 from ..common.escaping import inline_markdown, one_line, table_cell, visible
+from ..evaluation.comparison import main_metric, paired_difference
+from ..evaluation.measurement import Measurement, Protocol, TaskProtocol, with_error
 from ..pruning.allocation import Allocation
 from ..pruning.allocation.layout import by_block, place
 from .charts import Measured, readable_bytes
-from .outcome import Outcome
+from .outcome import Outcome, last_part
 
 
 BARS = " ▏▎▍▌▋▊▉█"
@@ -70,60 +71,131 @@ def percent(share: float | None) -> str:
     return "–" if share is None else f"{100 * share:.2f}%"
 
 
-def measured_texts(outcomes: Sequence[Outcome]) -> list[tuple]:
-    """What perplexities were measured on: (dataset, windows, length), each once; only equal ones are comparable."""
-    return list(dict.fromkeys(text_of(row) for outcome in outcomes for row in outcome.evaluations))
+@dataclass(frozen=True)
+class Row:
+    """A line of the tables: an outcome, or the dense model that one is from.
+
+    Attributes:
+        name: as shown.
+        outcome: `None` of a dense model that is known by what was measured of it, or by its name alone.
+        measurements: of this model.
+    """
+
+    name: str
+    outcome: Outcome | None
+    measurements: Sequence[Measurement] = ()
+
+    def on(self, protocol: Protocol | None) -> Measurement | None:
+        """The perplexity that was measured by `protocol`."""
+        return next((found for found in self.measurements if found.protocol == protocol), None)
 
 
-def text_of(evaluation: Mapping[str, Any]) -> tuple:
-    """What an evaluation was measured on."""
-    return str(evaluation["dataset"]), evaluation.get("windows"), evaluation.get("sequence_length")
+def model_rows(outcomes: Sequence[Outcome]) -> list[Row]:
+    """A row per model, after one for each dense model that any of them is from."""
+    parents: dict[str, list[Measurement]] = {}
+    models = [outcome for outcome in outcomes if outcome.achieved or outcome.is_dense]
+    for outcome in models:
+        if outcome.achieved:
+            name = outcome.base or (last_part(outcome.parent[0].model) if outcome.parent else "")
+            known = parents.setdefault(name, [])
+            known += [found for found in outcome.parent if found not in known]
+    there = {outcome.name for outcome in models if outcome.is_dense}
+    dense = [
+        Row("dense" if name in ("", "dense") else f"{name} (dense)", None, found)
+        for name, found in parents.items()
+        if name not in there
+    ]
+    return [*dense, *(Row(outcome.name, outcome, outcome.evaluations) for outcome in models)]
 
 
-def describe_text(text: tuple) -> str:
-    """A measured text in words."""
-    dataset, windows, length = text
-    return dataset if windows is None else f"{dataset}, {windows} windows of {length} tokens"
+def protocols(rows: Sequence[Row]) -> list[Protocol]:
+    """What perplexities were measured on, each once; only equal ones are comparable."""
+    found = [one.protocol for row in rows for one in row.measurements if one.perplexity is not None]
+    return list(dict.fromkeys(protocol for protocol in found if protocol is not None))
 
 
 def quality_table(outcomes: Sequence[Outcome]) -> Table:
-    """A row per pruned model: what was removed, what it cost, how large the files are."""
-    texts = measured_texts(outcomes)
-    header = ["model", "removed", "of all parameters"]
-    header += ["perplexity"] if len(texts) == 1 else [f"perplexity on {describe_text(text)}" for text in texts]
-    header.append("weight files")
-    rows = []
-    for outcome in outcomes:
-        if outcome.allocation is None or not outcome.achieved:
-            continue
-        achieved = outcome.achieved
-        measured = {text_of(row): f"{row['perplexity']:.2f}" for row in reversed(outcome.evaluations)}
-        rows.append(
-            [
-                outcome.name,
-                percent(achieved.get("sparsity")),
-                percent(achieved.get("sparsity_of_all_parameters")),
-                *(measured.get(text, "–") for text in texts),
-                "–" if outcome.bytes is None else readable_bytes(outcome.bytes),
-            ]
+    """A row per model, its dense parent first: what was removed, what it cost, how large the files are.
+
+    A perplexity is in it where all were measured by one protocol.
+    """
+    rows = model_rows(outcomes)
+    if not rows:
+        return Table([], [])
+    columns = {"model": [row.name for row in rows]}
+    columns["removed"] = [percent(_achieved(row, "sparsity")) for row in rows]
+    columns["of all parameters"] = [percent(_achieved(row, "sparsity_of_all_parameters")) for row in rows]
+    if len(found := protocols(rows)) == 1:
+        columns |= _perplexities(rows, found[0])
+    sizes = [row.outcome and row.outcome.bytes for row in rows]
+    columns["weight files"] = ["–" if size is None else readable_bytes(size) for size in sizes]
+    return _from_columns(columns)
+
+
+def perplexity_tables(outcomes: Sequence[Outcome]) -> list[tuple[Protocol, Table]]:
+    """A table per protocol: rows of two protocols cannot be compared."""
+    rows = model_rows(outcomes)
+    tables = []
+    for protocol in protocols(rows):
+        there = [row for row in rows if row.on(protocol)]
+        tables.append(
+            (protocol, _from_columns({"model": [row.name for row in there], **_perplexities(there, protocol)}))
         )
-    return Table(header, rows)
+    return tables
+
+
+def task_tables(outcomes: Sequence[Outcome]) -> list[tuple[TaskProtocol | None, Table]]:
+    """A table per protocol of tasks: a row per model, a column per task."""
+    groups: dict[TaskProtocol | None, list[tuple[str, Measurement]]] = {}
+    for row in model_rows(outcomes):
+        for found in row.measurements:
+            if found.tasks:
+                groups.setdefault(found.task_protocol, []).append((row.name, found))
+    tables = []
+    for protocol, group in groups.items():
+        found = [measurement for _, measurement in group]
+        columns = {"model": [name for name, _ in group]}
+        for task in dict.fromkeys(task for one in found for task in one.tasks):
+            metric = main_metric(found, task)
+            values = [one.tasks.get(task, {}).get(metric, {"value": None, "error": None}) for one in found]
+            columns[f"{task} ({metric})"] = [with_error(one["value"], one["error"], 4) or "–" for one in values]
+        tables.append((protocol, _from_columns(columns)))
+    return tables
+
+
+def _achieved(row: Row, name: str) -> float | None:
+    """A share of a model: of a dense one, nothing was removed."""
+    return row.outcome.achieved.get(name) if row.outcome is not None and not row.outcome.is_dense else 0.0
+
+
+def _perplexities(rows: Sequence[Row], protocol: Protocol) -> dict[str, list[str]]:
+    """Columns: perplexity with its standard error, and the paired difference to the first that was measured."""
+    found = [row.on(protocol) for row in rows]
+    columns = {"perplexity": [with_error(one.perplexity, one.perplexity_error, 2) if one else "–" for one in found]}
+    first = next((number for number, one in enumerate(found) if one), 0)
+    pairs = [one and number > first and paired_difference(found[first], one) for number, one in enumerate(found)]
+    if any(pairs):
+        shown = [f"{pair[0]:+.2f} ± {pair[1]:.2f}" if pair else "–" for pair in pairs]
+        columns["difference"] = shown
+    return columns
+
+
+def _from_columns(columns: Mapping[str, Sequence[str]]) -> Table:
+    return Table(list(columns), [list(row) for row in zip(*columns.values())])
 
 
 def measured(outcomes: Sequence[Outcome]) -> list[Measured]:
-    """The rows of `quality_chart`: perplexities on the text that most were measured on."""
-    texts = [text for outcome in outcomes for text in {text_of(row) for row in outcome.evaluations}]
-    common = max(texts, key=texts.count, default=None)
-    rows = []
-    for outcome in outcomes:
-        values = [
-            row["perplexity"]
-            for row in outcome.evaluations
-            if text_of(row) == common and math.isfinite(row["perplexity"])
-        ]
-        if outcome.achieved:
-            rows.append(Measured(outcome.name, values[0] if values else None, outcome.bytes))
-    return rows
+    """The rows of `quality_chart`: perplexities by the protocol that most were measured by."""
+    rows = model_rows(outcomes)
+    known = [one.protocol for row in rows for one in row.measurements if one.protocol is not None]
+    common = max(known, key=known.count, default=None)
+    drawn = []
+    for row in rows:
+        found = row.on(common) if common is not None else None
+        value = found.perplexity if found and found.perplexity is not None else math.nan
+        size = row.outcome.bytes if row.outcome is not None else None
+        drawn.append(Measured(row.name, value if math.isfinite(value) else None, size))
+    return [row for row in drawn if row.perplexity is not None or row.bytes is not None]
 
 
 def finalists_table(outcome: Outcome) -> Table:
@@ -166,6 +238,14 @@ def block_table(allocations: Mapping[str, Allocation]) -> Table:
     return Table(["block", "weights", *shares], rows)
 
 
+def block_bars(allocations: Mapping[str, Allocation], bars: int = -1) -> str:
+    """`block_table` as text, with the shares of one allocation, by its place, drawn as bars."""
+    table = block_table(allocations)
+    column = range(2, len(table.header))[bars]
+    rows = [[*row, bar(percentage(row[column])).ljust(20)] for row in table.rows]
+    return "\n".join(line.rstrip() for line in str(Table([*table.header, ""], rows)).splitlines())
+
+
 def block_sizes(allocation: Allocation) -> dict[str, int]:
     """Block -> prunable weights in it."""
     sizes: dict[str, int] = {}
@@ -178,14 +258,18 @@ def block_sizes(allocation: Allocation) -> dict[str, int]:
 def result_tables(outcomes: Sequence[Outcome]) -> list[tuple[str, str, Table]]:
     """Heading, caption and table of what was measured."""
     found = []
-    quality = quality_table(outcomes)
+    quality, known = quality_table(outcomes), protocols(model_rows(outcomes))
     if quality.rows:
-        texts = measured_texts(outcomes)
-        caption = "No perplexity was measured: see optimum-cli dsa evaluate --json."
-        if texts:
-            only = f" on {describe_text(texts[0])}" if len(texts) == 1 else ""
-            caption = f"Perplexity{only}: lower is better, and only comparable on one text."
-        found.append(("In numbers", caption, quality))
+        on = f"Perplexity on {known[0]}: lower is better. " if len(known) == 1 else ""
+        if "difference" in quality.header:
+            on += (
+                f"The difference is to {quality.rows[0][0]}, with its standard error over the windows that both met. "
+            )
+        found.append(("In numbers", f"{on}{not_measured(outcomes)}".strip(), quality))
+    for protocol, table in perplexity_tables(outcomes) if len(known) != 1 else []:
+        found.append(("Perplexity", f"On {protocol}: lower is better, and only comparable on one text.", table))
+    for protocol, table in task_tables(outcomes):
+        found.append(("Tasks", f"Of lm-eval: {protocol}. Higher is better." if protocol else "Of lm-eval.", table))
     for outcome in outcomes:
         finalists = finalists_table(outcome)
         if finalists.rows:
@@ -196,17 +280,27 @@ def result_tables(outcomes: Sequence[Outcome]) -> list[tuple[str, str, Table]]:
     return found
 
 
+def not_measured(outcomes: Sequence[Outcome]) -> str:
+    """How to measure what was not: a model, or the dense one that it is from; empty where all was."""
+    rows = [row for row in model_rows(outcomes) if not row.measurements]
+    if models := [row for row in rows if row.outcome is not None]:
+        name, pruned = models[0].name, not models[0].outcome.is_dense
+        dense, both = (" --dense DENSE", " and the dense model") if pruned else ("", "")
+        line = f"optimum-cli dsa evaluate {name}{dense} --dataset FILE --output {name}/evaluation.json"
+        return f"Not measured: {', '.join(row.name for row in rows)}. {line} measures it{both}."
+    if rows:
+        return f"Not measured: {rows[0].name}; optimum-cli dsa evaluate takes it as --dense."
+    return ""
+
+
 def terminal(outcomes: Sequence[Outcome]) -> str:
     """The tables as text."""
     parts = [
         f"{one_line(heading)}. {one_line(caption)}\n{table}" for heading, caption, table in result_tables(outcomes)
     ]
     if allocations := compared(outcomes):
-        table = block_table(allocations)
-        bars = [[*row, bar(percentage(row[2])).ljust(20)] for row in table.rows]
-        lines = str(Table([*table.header, ""], bars)).splitlines()
-        parts.append("\n".join(line.rstrip() for line in lines))
-    else:
+        parts.append(block_bars(allocations, bars=0))
+    elif outcomes[0].trace:
         losses = outcomes[0].trace.best_so_far()[1]
         best = f"best loss {losses[-1]:.4f}" if losses else "no candidate has met all windows yet"
         parts.append(

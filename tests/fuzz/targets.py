@@ -12,6 +12,7 @@ from tempfile import mkdtemp
 
 import numpy as np
 import torch
+from safetensors.torch import load_file, save_file
 
 from optimum_dsa import Allocation, AllocationFunction, DSAConfig, DSAPruner, convert
 from optimum_dsa.checkpoint.convert import converted_config
@@ -72,7 +73,7 @@ def pruned(compressed: bool = False) -> Path:
     folder = Path(mkdtemp(prefix="optimum-dsa-fuzz-")) / "model"
     model = tiny_llama(num_hidden_layers=2, hidden_size=8, intermediate_size=16, vocab_size=16)
     pruner = DSAPruner(model.bfloat16())
-    pruner.prune(tokens(vocabulary=16), DSAConfig(0.6, allocation="owl", exclude=("layers.0.mlp",)))
+    pruner.prune(tokens(vocabulary=16), DSAConfig(0.9, allocation="owl", exclude=("layers.0.mlp",)))
     pruner.save_pretrained(folder, compressed, max_shard_size="1KB")
     return folder
 
@@ -181,7 +182,7 @@ def read_dsa_config(content: bytes, folder: Path) -> None:
 def read_model_folder(content: bytes, folder: Path) -> None:
     """What is shown of a pruned model, with this `dsa_config.json`."""
     (folder / CONFIG_NAME).write_bytes(content)
-    (folder / "model.safetensors").write_bytes((2).to_bytes(8, "little") + b"{}")
+    save_file({"weight": torch.zeros(1)}, folder / "model.safetensors")
     (folder / "config.json").write_text('{"architectures": ["LlamaForCausalLM"]}')
     upload = collect(folder)
     show(upload.outcome)
@@ -261,7 +262,14 @@ def candidates() -> list[bytes]:
 
 @cache
 def shards() -> list[bytes]:
-    return [path.read_bytes() for folder in (pruned(), compressed()) for path in sorted(folder.glob("*.safetensors"))]
+    """Weight files of both forms; of the dense ones those that are smaller without their zeros."""
+    dense = [path.read_bytes() for path in sorted(pruned().glob("*.safetensors")) if has_zeros(path)]
+    return dense + [path.read_bytes() for path in sorted(compressed().glob("*.safetensors"))]
+
+
+def has_zeros(path: Path) -> bool:
+    tensors = load_file(path).values()
+    return sum(int((tensor == 0).sum()) for tensor in tensors) > sum(tensor.numel() for tensor in tensors) / 2
 
 
 @cache

@@ -36,7 +36,7 @@ def test_an_allocation_of_other_things_than_numbers(data):
 @pytest.mark.parametrize("name", ["sparsity", "spread", "damping", "max_sparsity"])
 def test_a_config_of_numbers_that_no_float_holds(name):
     with pytest.raises(ValueError, match=name):
-        DSAConfig(**{"sparsity": 0.5, name: 10**400})
+        DSAConfig.from_dict({"sparsity": 0.5, name: 10**400})
 
 
 def test_a_schema_of_numbers_that_no_float_holds():

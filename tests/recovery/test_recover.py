@@ -62,7 +62,7 @@ def test_perplexity_falls_and_zeros_stay(changes):
     assert pruner.report.sparsity == pytest.approx(0.6, abs=1e-3)
     assert all(p.grad is None and p.requires_grad for p in pruner.model.parameters()) and not pruner.model.training
     assert [entry["step"] for entry in result.history if "eval_loss" in entry] == [3, 6, 9, 12]
-    assert f"{result.before:.3f} -> {result.after:.3f} in 12 steps" in str(result)
+    assert f"{result.before:.3f} ± {result.before_error:.3f} -> {result.after:.3f} ± " in str(result)
 
 
 def test_a_tied_head_that_was_pruned_is_worth_the_same_before_and_after_the_merge():

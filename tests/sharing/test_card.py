@@ -1,5 +1,9 @@
 import json
 
+from optimum_dsa import RecoveryConfig, RecoveryResult
+from optimum_dsa.evaluation.measurement import Measurement, Protocol, TaskProtocol
+from optimum_dsa.evaluation.results import save_results
+
 from .common import card, change, push
 
 
@@ -17,7 +21,8 @@ def test_the_card_names_the_base_model_and_carries_its_licence(hub, folder):
     assert data.datasets == ["Salesforce/wikitext"]
     (result,) = data.eval_results
     assert (result.dataset_type, result.metric_type, result.metric_value) == ("Salesforce/wikitext", "perplexity", 9.5)
-    assert "| wikitext2, 8 windows of 16 tokens | 9.500 |" in text
+    assert "Perplexity on wikitext2, 8 windows of 16 tokens, with its standard error; lower is better." in text
+    assert "| tiny | 9.50 |" in text and "The dense model, `base`, was not measured." in text
     assert "https://arxiv.org/abs/2306.11695" in text and "https://arxiv.org/abs/2310.05175" in text
     assert f"--revision {base['revision']}" in text and "--allocation owl" in text
     assert "neither faster nor smaller" in text and "![" in text
@@ -50,3 +55,36 @@ def test_training_after_pruning_is_told(hub, folder):
     text = card(hub).text
     assert "trained for 7 steps (`sparse-lora`), with every zero kept" in text and "20.500 before and 15.250" in text
     assert "secret" not in text and b"/home/me" not in hub.content("me/tiny")["dsa_config.json"]
+
+
+def test_a_recovered_model_lists_both_commands_all_settings_and_standard_errors(hub, folder):
+    config = RecoveryConfig(steps=7, bf16=True, merge=False, rank=4, distillation=0.5)
+    result = RecoveryResult(config, 20.5, 15.25, 7, [], {"train": "train.txt", "windows": 8}, 1.0, 0.5, 0.25)
+    change(folder, "dsa_config.json", recovery=result.to_dict())
+    push(folder)
+    text = card(hub).text
+    lines = [line for line in text.splitlines() if line.startswith("optimum-cli dsa")]
+    assert lines[0].startswith("optimum-cli dsa prune") and lines[1] == (
+        "optimum-cli dsa recover OUT -o BETTER --dataset train.txt --steps 7 --rank 4 --keep-adapter "
+        "--distillation 0.5 --bf16 --teacher DENSE_MODEL"
+    )
+    for name in ("`weight_decay`", "accumulation", "temperature", "seed", "text train"):
+        assert f"| {name} |" in text, name
+    assert "20.500 ± 0.500 before and 15.250 ± 0.250 after" in text
+
+
+def test_tasks_and_the_dense_model_are_in_the_card(hub, folder):
+    protocol, how = Protocol("test.txt", 3, 16, fingerprint="f"), TaskProtocol(5)
+    tasks = {"boolq": {"acc": {"value": 0.5, "error": 0.02}}}
+    size = json.loads((folder / "dsa_config.json").read_text())["achieved"]["prunable"]
+    dense = Measurement("dense", 0.0, size, 9.0, 0.1, protocol, (2.0, 2.2, 2.4), tasks, how)
+    pruned = Measurement(folder.name, 0.6, size, 12.0, 0.2, protocol, (2.3, 2.5, 2.8), tasks, how)
+    save_results(folder / "results.json", [dense, pruned])
+    push(folder)
+    text, found = card(hub).text, card(hub).data.eval_results
+    assert "| dense | 9.00 ± 0.10 | – |" in text and "| tiny | 12.00 ± 0.20 | +" in text
+    assert "| tiny | 0.5000 ± 0.0200 |" in text and "5 examples in front" in text
+    assert [(one.dataset_type, one.metric_type, one.metric_value) for one in found] == [
+        ("test.txt", "perplexity", 12.0),
+        ("boolq", "acc", 0.5),
+    ]

@@ -1,6 +1,7 @@
 import io
 import re
 import sys
+from dataclasses import replace
 
 import pytest
 from matplotlib.colors import to_hex
@@ -19,6 +20,8 @@ from optimum_dsa.sharing.charts import (
     short_number,
     training_curves,
 )
+from optimum_dsa.sharing.drawing import FIRST, OTHERS, styles
+from optimum_dsa.sharing.drawing import UNIFORM as QUIET
 
 
 SIZES = {"layers.0.q.weight": 10, "layers.0.up.weight": 30, "layers.1.q.weight": 10, "layers.1.up.weight": 30}
@@ -60,10 +63,24 @@ def test_allocations_of_any_granularity_are_drawn_per_block():
 
 
 def test_lines_differ_by_more_than_colour():
-    figure = allocation_chart({str(number): UNIFORM for number in range(5)})
+    figure = allocation_chart({str(number): replace(MATRICES, name=str(number)) for number in range(5)})
     styles = [(line.get_color(), line.get_marker(), line.get_linestyle()) for line in figure.axes[0].lines]
     assert len({colour for colour, _, _ in styles}) == 5
     assert len({(marker, dash) for _, marker, dash in styles}) == 5
+
+
+@pytest.mark.parametrize("names", [["dsa", "owl", "uniform"], ["owl", "descent", "dsa"], ["uniform", "owl"], ["owl"]])
+def test_a_colour_belongs_to_an_allocation_whatever_stands_beside_it(names):
+    colours = {name: style["color"] for name, style in styles({f"model {name}": name for name in names}).items()}
+    assert len(set(colours.values())) == len(names)
+    for name, colour in {"dsa": FIRST, "owl": OTHERS[0], "uniform": QUIET}.items():
+        assert colours.get(f"model {name}", colour) == colour
+
+
+def test_two_models_of_one_allocation_share_its_colour_and_differ_by_their_lines():
+    first, second = styles({"pruned": "owl", "recovered": "owl"}).values()
+    assert first["color"] == second["color"]
+    assert (first["marker"], first["linestyle"]) != (second["marker"], second["linestyle"])
 
 
 def test_a_heat_map_has_a_row_per_kind_and_a_column_per_block():

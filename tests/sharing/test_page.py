@@ -1,6 +1,7 @@
 import json
 import re
 import sys
+from dataclasses import replace
 
 import pytest
 
@@ -8,10 +9,22 @@ from optimum_dsa import Allocation, DSAConfig, DSAPruner, RecoveryConfig
 from optimum_dsa.common.installation import how_to_install
 from optimum_dsa.common.manifest import MANIFEST
 from optimum_dsa.data import Calibration
+from optimum_dsa.evaluation.measurement import Measurement, Protocol, TaskProtocol
+from optimum_dsa.evaluation.results import save_results
 from optimum_dsa.search.search import search
 from optimum_dsa.sharing.outcome import Outcome, read_all
-from optimum_dsa.sharing.page import _lists, figures, page, write_report
-from optimum_dsa.sharing.tables import Table, block_table, compared, finalists_table, quality_table, terminal
+from optimum_dsa.sharing.page import _lists, figures, page, title, write_report
+from optimum_dsa.sharing.tables import (
+    Table,
+    block_table,
+    compared,
+    finalists_table,
+    perplexity_tables,
+    quality_table,
+    result_tables,
+    task_tables,
+    terminal,
+)
 
 from ..browser import Browser, find_chromium
 from ..elements import Elements
@@ -20,8 +33,16 @@ from ..tiny import tiny_llama, tokens
 
 
 def evaluation(perplexity, dataset="test.txt"):
+    """What `evaluate --json` of version 0.1 printed."""
     facts = {"model": "x", "dataset": dataset, "windows": 4, "sequence_length": 16, "perplexity": perplexity}
     return json.dumps(facts)
+
+
+ON_TEST, ON_B = Protocol("test.txt", 4, 16), Protocol("b", 4, 16)
+
+
+def measurement(model, perplexity, protocol=ON_TEST, sparsity=0.6, size=100, **facts):
+    return Measurement(model, sparsity, size, perplexity, 0.5, protocol, **facts)
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +74,7 @@ def test_a_pruned_model_is_read(folders):
     assert outcome.name == "by-owl"
     assert outcome.allocation == Allocation.load(folders / "by-owl")
     assert outcome.achieved["sparsity"] == pytest.approx(0.6, abs=1e-4)
-    assert outcome.evaluations[0]["perplexity"] == 12.5
+    assert outcome.evaluations[0].perplexity == 12.5 and outcome.evaluations[0].protocol == ON_TEST
     assert outcome.bytes == (folders / "by-owl" / "model.safetensors").stat().st_size
     assert set(outcome.baselines["uniform"].sparsity.values()) == {outcome.allocation.overall}
 
@@ -73,7 +94,7 @@ def test_a_search_is_read_whole_or_under_way(folders, tmp_path):
 @pytest.mark.parametrize(
     "name,text,message",
     [
-        ("thesis.tex", "x", "holds neither dsa_config.json nor a search"),
+        ("thesis.tex", "x", "holds neither a model"),
         ("dsa_config.json", "{", "is not JSON"),
         ("dsa_config.json", "[1]", "holds no description of a pruned model"),
         ("search.json", "[1]", "holds a list; expected an object"),
@@ -119,19 +140,65 @@ def test_names_stay_apart(folders):
 # -- tables
 
 
-def test_the_quality_table_compares_only_what_is_comparable(outcomes):
+def test_the_dense_parent_is_a_row_also_where_nobody_measured_it(outcomes):
     table = quality_table(outcomes)
     assert table.header == ["model", "removed", "of all parameters", "perplexity", "weight files"]
     assert [(row[0], row[1], row[3]) for row in table.rows] == [
+        ("dense", "0.00%", "–"),
         ("by-owl", "60.00%", "12.50"),
         ("by-uniform", "60.00%", "14.25"),
     ]
-    other = Outcome(
-        "other", outcomes[0].allocation, facts=outcomes[0].facts, evaluations=[json.loads(evaluation(9, "b"))]
-    )
-    table = quality_table([outcomes[0], other])
-    assert table.header[3:5] == [f"perplexity on {name}, 4 windows of 16 tokens" for name in ("test.txt", "b")]
-    assert [row[3:5] for row in table.rows] == [["12.50", "–"], ["–", "9.00"]]
+
+
+def test_rows_of_two_protocols_share_no_table(outcomes):
+    other = replace(outcomes[0], name="other", evaluations=[measurement("other", 9.0, ON_B)])
+    assert "perplexity" not in quality_table([outcomes[0], other]).header
+    tables = dict(perplexity_tables([outcomes[0], other]))
+    assert {protocol: [row[:2] for row in table.rows] for protocol, table in tables.items()} == {
+        ON_TEST: [["by-owl", "12.50"]],
+        ON_B: [["other", "9.00 ± 0.50"]],
+    }
+    captions = [caption for heading, caption, _ in result_tables([outcomes[0], other]) if heading == "Perplexity"]
+    assert [caption.split(",")[0] for caption in captions] == ["On test.txt", "On b"]
+
+
+def test_what_evaluate_wrote_feeds_the_report_with_the_dense_model_and_tasks(folders, tmp_path):
+    for path in (folders / "by-owl").glob("*.json"):
+        if path.name != "evaluation.json":
+            (tmp_path / path.name).write_text(path.read_text())
+    achieved = json.loads((tmp_path / "dsa_config.json").read_text())["achieved"]
+    paired = replace(ON_TEST, fingerprint="f")
+    tasks = {"arc_easy": {"acc": {"value": 0.25, "error": 0.01}}}
+    dense = measurement("llama", 10.0, paired, 0.0, achieved["prunable"], losses=(2.0, 2.5, 2.4))
+    own = measurement(tmp_path.name, 12.5, paired, losses=(2.2, 2.7, 2.7), tasks=tasks, task_protocol=TaskProtocol(0))
+    other = measurement("somebody-else", 3.0, paired, losses=(1.0, 1.1, 1.2))
+    save_results(tmp_path / "results.json", [dense, own, other])
+    outcome = Outcome.read(tmp_path)
+    assert (outcome.evaluations, outcome.parent) == ((own,), (dense,))
+    rows = {row[0]: row for row in quality_table([outcome]).rows}
+    assert [row[3] for row in rows.values()] == ["10.00 ± 0.50", "12.50 ± 0.50"]
+    assert re.fullmatch(r"\+\d\.\d\d ± \d\.\d\d", rows[tmp_path.name][4])
+    ((protocol, table),) = task_tables([outcome])
+    assert protocol == TaskProtocol(0) and table.header == ["model", "arc_easy (acc)"]
+    assert list(table.rows) == [[tmp_path.name, "0.2500 ± 0.0100"]]
+    assert "dense 10.00" in page([outcome], {})
+
+
+def test_a_dense_model_is_called_dense(tmp_path):
+    tiny_llama().save_pretrained(tmp_path / "llama")
+    said = write_report(tmp_path / "llama", output=tmp_path / "out")
+    assert "llama" in said and "0.00%" in said
+    text = (tmp_path / "out" / "report.html").read_text()
+    assert "<h1>llama, dense</h1>" in text and "nothing says that weights were removed" in text
+    assert [path.suffix for path in (tmp_path / "out").iterdir() if path.name != MANIFEST] == [".html"]
+
+
+def test_the_title_is_what_a_person_would_say(outcomes):
+    owl, uniform, found = outcomes
+    base = replace(owl, facts={**owl.facts, "base_model": {"name": "org/llama", "revision": None}})
+    assert title([base]) == "llama with 60 % of its weights removed, and trained since"
+    assert title([base, uniform]) == "llama at 60 %: owl and uniform"
+    assert title([found]) == "A search for where to remove 60 %"
 
 
 def test_the_block_table_has_every_block_and_allocation(outcomes):
@@ -162,7 +229,7 @@ def test_a_table_is_text_and_markdown():
 def test_a_report_has_a_page_and_a_picture_of_everything(folders, tmp_path):
     said = write_report(folders / "by-owl", [folders / "by-uniform", folders / "found"], tmp_path / "out")
     assert "12.50" in said and "model.layers.2" in said and "█" in said
-    names = {"allocation", "heatmap", "heatmap-2", "heatmap-3", "search", "training", "quality"}
+    names = {"allocation", "heatmap", "heatmap-2", "search", "training", "quality"}
     written = {path.name for path in (tmp_path / "out").iterdir()} - {MANIFEST}
     assert written == {f"{name}.png" for name in names} | {"report.html"}
     tags = Elements((tmp_path / "out" / "report.html").read_text()).found
@@ -174,17 +241,25 @@ def test_a_report_has_a_page_and_a_picture_of_everything(folders, tmp_path):
 def test_training_after_pruning_is_told(outcomes):
     told = dict(_lists(outcomes[0]))["Training"]
     assert told[:3] == [("with", "recover"), ("steps", "4"), ("method", "sparse-lora")]
-    before, after = (outcomes[0].training["perplexity"][name] for name in ("before", "after"))
-    assert told[-1] == ("validation perplexity", f"{before:.3f} before, {after:.3f} after")
+    told_of = outcomes[0].training["perplexity"]
+    before, after = (f"{told_of[name]:.3f} ± {told_of[f'{name}_error']:.3f}" for name in ("before", "after"))
+    assert told[-1] == ("validation perplexity", f"{before} before, {after} after")
     assert "Training" not in dict(_lists(outcomes[1]))
-    assert list(figures(outcomes[1:])) == ["allocation", "heatmap", "heatmap-2", "search", "quality"]
+    assert "training" not in figures(outcomes[1:])
+
+
+def test_a_picture_shows_what_nothing_else_does(outcomes):
+    assert "heatmap" not in figures(outcomes[1:2])  # one share per block is the line above
+    twice = [outcomes[0], replace(outcomes[0], name="again")]
+    assert [name for name in figures(twice) if "heatmap" in name] == ["heatmap"]
+    assert "quality" not in figures([replace(outcomes[0], evaluations=())])  # one bar has nothing to be longer than
 
 
 def test_by_default_a_report_lies_in_the_folder(folders):
     before = {path.name for path in (folders / "by-uniform").iterdir()}
     write_report(folders / "by-uniform")
     after = {path.name for path in (folders / "by-uniform").iterdir()}
-    assert after - before == {"report.html", "allocation.png", "heatmap.png", "quality.png"}
+    assert after - before == {"report.html", "allocation.png"}
 
 
 def test_the_allocation_figure_draws_every_label(outcomes):
@@ -235,7 +310,7 @@ def evil(folders):
     facts["base_model"]["name"] = facts["config"]["method"] = facts["versions"]["torch"] = EVIL
     units = {f"{EVIL}.{index}.{EVIL}": 0.5 for index in range(2)}
     allocation = Allocation(units, dict.fromkeys(units, 10), EVIL)
-    rows = (json.loads(evaluation(3, EVIL)),)
+    rows = (measurement(EVIL, 3.0, Protocol(EVIL, 4, 16), tasks={EVIL: {EVIL: {"value": 1.0, "error": None}}}),)
     return Outcome(EVIL, allocation, {EVIL: allocation}, facts, evaluations=rows, bytes=1)
 
 
@@ -264,6 +339,12 @@ MEASURE = """[...document.querySelectorAll('figure, .chart')].map(element => {
 })"""
 
 
+# Cells of tables that are cut, or reached by scrolling only.
+CUT = """[...document.querySelectorAll('.scroll')].flatMap(outer => [...outer.querySelectorAll('td, th')]
+  .filter(cell => cell.getBoundingClientRect().right > outer.getBoundingClientRect().right + 1)
+  .map(cell => cell.textContent))"""
+
+
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("width", [390, 1280])
 def test_every_figure_is_visible_in_a_browser(browser, folders, tmp_path, width, scheme):
@@ -274,11 +355,13 @@ def test_every_figure_is_visible_in_a_browser(browser, folders, tmp_path, width,
     assert browser.complaints == []
     assert [request for request in browser.requests if not request.startswith("data:")] == [address]
     boxes = browser.evaluate(MEASURE)
-    assert len(boxes) == 2 * 7
+    assert len(boxes) == 2 * 6
     for box in boxes:
         assert box["height"] > 50 and box["right"] - box["left"] > 200 and box["seen"] == "visibleblock"
         assert box["left"] >= 0 and box["right"] <= width
     assert browser.evaluate("document.documentElement.scrollWidth") <= width
+    browser.evaluate("document.querySelectorAll('details').forEach(part => part.open = true)")
+    assert browser.evaluate(CUT) == []
     dark = browser.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(13, 17, 23)"
     assert dark == (scheme == "dark")
     smallest = "Math.min(...[...document.querySelectorAll('.chart text')].map(t => t.getBoundingClientRect().height))"
@@ -291,7 +374,7 @@ def test_ill_wishes_do_nothing_in_a_browser(browser, folders, tmp_path):
     browser.requests.clear()
     browser.open((tmp_path / "report.html").as_uri(), 390)
     assert browser.complaints == [] and browser.evaluate("document.images.length") == 0
-    assert browser.evaluate("document.querySelector('h1').textContent") == EVIL
+    assert browser.evaluate("document.querySelector('h1').textContent").startswith(EVIL.rpartition("\\")[2])
     assert browser.evaluate("document.documentElement.scrollWidth") <= 390
 
 
@@ -308,7 +391,7 @@ def test_the_command_prints_tables_and_says_where_the_page_is(monkeypatch, capsy
 def test_the_command_refuses_in_one_line(monkeypatch, capsys, folders, tmp_path):
     (tmp_path / "file").write_text("x")
     for arguments, message in (
-        ([str(tmp_path)], "holds neither dsa_config.json nor a search"),
+        ([str(tmp_path)], "holds neither a model (config.json, dsa_config.json) nor a search"),
         ([str(folders / "found"), "-o", str(tmp_path / "file")], "is a file, and a folder is to be written"),
     ):
         code, output, errors = run(monkeypatch, capsys, "report", *arguments)

@@ -1,0 +1,127 @@
+"""Options of commands from the fields of a configuration: a new setting is an option, its docstring the help."""
+
+from __future__ import annotations
+
+import importlib
+import re
+from argparse import ArgumentParser, BooleanOptionalAction, _ArgumentGroup
+from collections.abc import Callable, Collection
+from dataclasses import MISSING, Field
+from typing import Any
+
+
+# Further names of options, by setting; what turns a switch off has "no-" in front where nothing is said here.
+SHORT = {"sparsity": ("-s",)}
+OFF = {"sequential": ("--one-pass",), "merge": ("--keep-adapter",)}
+TYPES = {"int": int, "float": float}
+
+
+class CommandParser(ArgumentParser):
+    """A parser of which a part is filled in when it is first used: reading a configuration's fields imports torch."""
+
+    _later: Callable[[], None] | None = None
+
+    def later(self, fill: Callable[[], None]) -> None:
+        """Have `fill` called before anything is parsed or help is shown."""
+        self._later = fill
+
+    def complete(self) -> CommandParser:
+        """The parser with all its options."""
+        fill, self._later = self._later, None
+        if fill is not None:
+            fill()
+        return self
+
+    def parse_known_args(self, args=None, namespace=None):
+        self.complete()
+        return super().parse_known_args(args, namespace)
+
+    def format_help(self) -> str:
+        self.complete()
+        return super().format_help()
+
+    def format_usage(self) -> str:
+        self.complete()
+        return super().format_usage()
+
+
+def add_settings(
+    parser: ArgumentParser,
+    groups: Collection[tuple[_ArgumentGroup, Collection[str]]],
+    config: str,
+    rest: _ArgumentGroup,
+    without: Collection[str] = (),
+) -> None:
+    """Add an option for every setting of a configuration to `parser`, when it is used.
+
+    Args:
+        groups: groups of options, and the settings or sections that go there.
+        config: module and name of the class, such as "pruning.configuration.DSAConfig".
+        rest: the group of all other settings.
+        without: settings that have no option.
+    """
+
+    def fill() -> None:
+        from ..common.settings import options_of, sections_of
+
+        cls = _class(config)
+        texts = _texts(cls)
+        owner = {name: section for section, names in sections_of(cls).items() for name in names}
+        for name, field in options_of(cls).items():
+            if name not in without:
+                chosen = (group for group, names in groups if {name, owner.get(name)} & {*names})
+                _add(next(chosen, rest), name, field, texts.get(name, ""))
+
+    parser.later(fill) if isinstance(parser, CommandParser) else fill()
+
+
+def asked_settings(args: Any, cls: type) -> dict[str, Any]:
+    """What the options of a command ask for, by the settings' flat names; nothing of what was left out."""
+    from ..common.settings import options_of
+
+    return {name: value for name in options_of(cls) if (value := getattr(args, name, None)) is not None}
+
+
+def _add(group: _ArgumentGroup, name: str, field: Field, text: str) -> None:
+    from ..common.settings import flag_of, rule_of
+
+    rule, flags = rule_of(field), [*SHORT.get(name, ()), flag_of(name)]
+    default = field.default
+    if default not in (MISSING, None, ()) and not isinstance(default, bool) and "efault" not in text:
+        text += f" (default: {default})"
+    options: dict[str, Any] = {"dest": name, "default": None, "help": text.replace("%", "%%")}
+    if rule.kind == "bool" and rule.optional:
+        options["action"] = BooleanOptionalAction
+    elif rule.kind == "bool" and default:
+        flags, options["action"] = [*OFF.get(name, ()), flag_of(name, off=True)], "store_false"
+        options["help"] = f"not so: {text.removeprefix('whether ')}".replace("%", "%%")
+    elif rule.kind == "bool":
+        options["action"] = "store_true"
+    elif rule.kind == "tuple[str, ...]":
+        options |= {"nargs": "+", "metavar": "NAME"}
+    else:
+        options |= {"type": TYPES.get(rule.kind, str), "choices": None}
+    group.add_argument(*flags, **options)
+
+
+def _class(path: str) -> type:
+    module, _, name = path.rpartition(".")
+    return getattr(importlib.import_module(f"optimum_dsa.{module}"), name)
+
+
+def _texts(cls: type) -> dict[str, str]:
+    """Setting -> its docstring's first sentences as plain text, those of sections as well."""
+    from ..common.settings import describe_settings, section_types
+
+    found: dict[str, str] = {}
+    for section in section_types(cls):
+        found |= describe_settings(section)
+    found |= describe_settings(cls)
+    return {name: _plain(text) for name, text in found.items()}
+
+
+def _plain(text: str) -> str:
+    """A docstring's text as a line of help: no markup, a small letter first, no full stop."""
+    text = re.sub(r"\[?`+\"?([^`\"]*)\"?`+\]?", r"\1", text)
+    text = text.rstrip(".")
+    return text[:1].lower() + text[1:] if text[1:2].islower() or text[1:2] == " " else text
