@@ -32,8 +32,8 @@ def main() -> None:
         config = DSAConfig(args.sparsity, data=DataConfig(num_samples=args.samples, sequence_length=args.length))
         print(pruner.prune(args.calibration, config))
         pruner.save_pretrained(args.output)
-        found = pruner.measure(args.test, sequence_length=args.length, name=args.output.name)
-        save_results(args.output / "evaluation.json", [found])  # the card has what lies there
+        measured = pruner.measure(args.test, sequence_length=args.length, name=args.output.name)
+        save_results(args.output / "evaluation.json", [measured])
     print(f"pushed to {push_folder(args.output, args.repository, private=args.private)}")
 
 

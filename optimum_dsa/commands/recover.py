@@ -45,6 +45,15 @@ mode    what the adapters add to a weight W, with small factors A and B
         add_settings(parser, groups, "recovery.configuration.RecoveryConfig", how)
         add_loading_options(parser)
 
+    _checkpoints = None  # their folder, once there is one
+
+    def left_behind(self) -> str:
+        from pathlib import Path
+
+        if self._checkpoints is None or not any(Path(self._checkpoints).glob("checkpoint-*")):
+            return "nothing was written"
+        return f"checkpoints are in {self._checkpoints}; the same command with --resume goes on"
+
     def execute(self) -> dict:
         from pathlib import Path
         from shlex import quote
@@ -71,6 +80,7 @@ mode    what the adapters add to a weight W, with small factors A and B
             checkpoints = args.checkpoints
             if checkpoints is None and (config.save_steps is not None or args.resume):
                 checkpoints = place.scratch("checkpoints")
+            self._checkpoints = checkpoints
             pruner = DSAPruner.from_pretrained(args.model, **loading)
             place.require(weight_bytes(pruner.model))
             result = pruner.recover(args.dataset, config, args.validation, args.teacher, checkpoints, args.resume)

@@ -57,10 +57,9 @@ class RecoveryResult:
             lines.append(f"{entry['step']:>6.0f}  {cells[0]:>13}  {cells[1]:>15}")
         lines.append("-" * len(lines[0]))
         before, after = with_error(self.before, self.before_error, 3), with_error(self.after, self.after_error, 3)
-        bos = {True: ", on sequences that start with BOS", False: ", on sequences without BOS"}.get(
-            self.data.get("bos"), ""
-        )
-        lines.append(f"validation perplexity {before} -> {after} in {self.steps} steps{bos}")
+        bos = {True: ", on sequences that start with BOS", False: ", on sequences without BOS"}
+        said = bos.get(self.data.get("bos"), "")
+        lines.append(f"validation perplexity {before} -> {after} in {self.steps} steps{said}")
         return "\n".join(lines)
 
 

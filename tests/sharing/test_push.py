@@ -14,7 +14,7 @@ from huggingface_hub import HfApi
 from packaging.version import Version
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from optimum_dsa import DSAConfig, DSAPruner
+from optimum_dsa import DSAConfig, DSAPruner, read_results
 from optimum_dsa.commands.embedded import demo_model, demo_texts
 from optimum_dsa.sharing.push import PushError
 
@@ -242,5 +242,5 @@ def test_the_example_prunes_measures_and_pushes_and_goes_on_after_a_failure(hub,
     assert f"pushed to {hub.url}/me/example" in capsys.readouterr().out
     content = hub.content("me/example")
     assert content["model.safetensors"] == weights
-    (measured,) = json.loads((tmp_path / "out" / "evaluation.json").read_text())["models"]
-    assert f"{measured['perplexity']:.2f} ± ".encode() in content["README.md"]
+    (measured,) = read_results(tmp_path / "out" / "evaluation.json")
+    assert f"{measured.perplexity:.2f} ± ".encode() in content["README.md"]
