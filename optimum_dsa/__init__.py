@@ -102,7 +102,7 @@ after_import("transformers.quantizers.auto", _following(".checkpoint.transformer
 after_import("peft", _following(".recovery.adapters.peft_method"))  # sparse adapters load
 
 
-sys.meta_path.append(MovedModules(__name__))
+sys.meta_path.insert(0, MovedModules(__name__))
 
 
 def __getattr__(name: str):

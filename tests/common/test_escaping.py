@@ -9,7 +9,7 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from optimum_dsa import Allocation, DataConfig, DSAConfig, PruningReport
+from optimum_dsa import Allocation, DataConfig, DSAConfig, Measurement, Protocol, PruningReport
 from optimum_dsa.checkpoint.description import checksum, describe
 from optimum_dsa.checkpoint.verify import Verification
 from optimum_dsa.common.escaping import code_block, code_span, inline_markdown, one_line, table_cell, visible
@@ -145,10 +145,13 @@ def outcome(text: str, number: float = 0.5) -> Outcome:
         "steps": 3, "history": [], "data": {text: text},
     }  # fmt: skip
     facts = describe(report, {"name": text, "revision": text}, recovery) | {"versions": {text: text}}
-    row = {"dataset": text, "windows": 4, "sequence_length": 8, "perplexity": 9.5}
+    tasks = {text or "task": {text or "metric": {"value": 0.5, "error": 0.1}}}
+    row = Measurement(text, 0.5, 24, 9.5, 0.1, Protocol(text, 4, 8, "each", True, text), (2.0, 2.5), tasks)
     found = Verification((), 12, 24, "row", (), 100, dict.fromkeys(units, 4), units)
     facts["checksum"] = checksum(facts)
-    return Outcome(text, allocation, {text + "2": allocation}, facts, evaluations=(row,), bytes=9, counted=found)
+    return Outcome(
+        text, allocation, {text + "2": allocation}, facts, evaluations=(row,), parent=(row,), bytes=9, counted=found
+    )
 
 
 def card_of(text: str) -> str:
