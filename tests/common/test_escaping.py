@@ -146,7 +146,7 @@ def outcome(text: str, number: float = 0.5) -> Outcome:
     }  # fmt: skip
     facts = describe(report, {"name": text, "revision": text}, recovery) | {"versions": {text: text}}
     tasks = {text or "task": {text or "metric": {"value": 0.5, "error": 0.1}}}
-    row = Measurement(text, 0.5, 24, 9.5, 0.1, Protocol(text, 4, 8, "each", True, text), (2.0, 2.5), tasks)
+    row = Measurement(text or "model", 0.5, 24, 9.5, 0.1, Protocol(text or "text", 4, 8, "each", True, text), (2.0, 2.5), tasks)
     found = Verification((), 12, 24, "row", (), 100, dict.fromkeys(units, 4), units)
     facts["checksum"] = checksum(facts)
     return Outcome(
