@@ -18,9 +18,9 @@ FLOORS = (
     ("common",),
     ("model", "data", "packed"),
     ("pruning",),
-    ("checkpoint", "search"),
-    ("evaluation",),
-    ("recovery", "sharing"),
+    ("checkpoint", "evaluation", "search"),
+    ("recovery",),
+    ("sharing",),
     ("pruner",),
     ("commands",),
 )

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import importlib
+import sys
 from collections.abc import Callable
 
 from .common.import_hook import after_import
+from .common.moved import MovedModules
 from .common.version import VERSION as __version__  # noqa: F401 - of the package
 
 
 # Public name -> module. Nothing is imported before it is used: `optimum-cli --help` imports this package.
 _PUBLIC = {
+    **dict.fromkeys(("Architecture", "Block", "Weight"), "model.architecture"),
+    **dict.fromkeys(("allocation_chart", "heat_map", "search_curves", "training_curves"), "sharing.charts"),
+    **dict.fromkeys(("Measured", "quality_chart"), "sharing.charts"),
     "ALLOCATIONS": "pruning.allocation",
     "Allocation": "pruning.allocation",
     "AllocationFunction": "pruning.allocation",
@@ -20,6 +25,8 @@ _PUBLIC = {
     "DSACallback": "recovery.gradual.callback",
     "DSAConfig": "pruning.configuration",
     "DSAPruner": "pruner",
+    "ENCODINGS": "checkpoint.encodings",
+    "Encoding": "checkpoint.encodings",
     "DataConfig": "data",
     "Heuristic": "pruning.allocation",
     "LayerStatistics": "model.statistics",
@@ -93,6 +100,9 @@ def _following(module: str) -> Callable[[], None]:
 
 after_import("transformers.quantizers.auto", _following(".checkpoint.transformers_loader"))  # compressed ones load
 after_import("peft", _following(".recovery.adapters.peft_method"))  # sparse adapters load
+
+
+sys.meta_path.append(MovedModules(__name__))
 
 
 def __getattr__(name: str):

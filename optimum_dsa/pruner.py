@@ -232,7 +232,13 @@ class DSAPruner:
         self.report = counted(report, self.model)
         return self.recovery
 
-    def save_pretrained(self, directory: str | Path | OutputFolder, compressed: bool = False, **save_kwargs) -> None:
+    def save_pretrained(
+        self,
+        directory: str | Path | OutputFolder,
+        compressed: bool = False,
+        encoding: str = "dense",
+        **save_kwargs,
+    ) -> None:
         """Write an ordinary checkpoint, the tokenizer and `dsa_config.json`; whole or not at all.
 
         An existing folder is replaced only if all that it holds was written here and is unchanged; anything else is
@@ -243,8 +249,13 @@ class DSAPruner:
             directory (`str | Path | OutputFolder`): the folder to write, or one that was begun before the work.
             compressed (`bool`, defaults to `False`): store a bit per weight and the kept weights instead of the zeros.
                 Such a checkpoint is smaller, and loads after `import optimum_dsa` only.
+            encoding (`str`, defaults to `"dense"`): a row of `ENCODINGS`: how tensors are stored. `compressed=True` is
+                `encoding="bitmask"`.
             save_kwargs (`dict`): go to the model's `save_pretrained` (`max_shard_size`, ...).
         """
+        if compressed and encoding not in ("dense", "bitmask"):
+            raise ValueError(f"compressed=True and encoding={encoding!r} do not fit; give one of them.")
+        encoding = "bitmask" if compressed else encoding
         report = self._pruned()
         if report is self._restored and not (found := self.verify()).holds:
             logger.warning("The model is not what its report says any more: %s.", one_line(found.problems[0]))
@@ -252,11 +263,11 @@ class DSAPruner:
         place = directory.path if isinstance(directory, OutputFolder) else Path(directory)
         adapters = has_adapters(self.model)
         if adapters:
-            if compressed:
+            if encoding != "dense":
                 raise ValueError("An adapter has no zeros to leave out; save it without compressed=True, or merge it.")
             described = None if self._stored is None else find_description(self._stored)
             check_base(self.model, self._stored, place, report, described)
-        save_checkpoint(self.model, self.tokenizer, report, self._base, directory, compressed, recovery, **save_kwargs)
+        save_checkpoint(self.model, self.tokenizer, report, self._base, directory, encoding, recovery, **save_kwargs)
         if not adapters:
             self._stored = str(place)
 

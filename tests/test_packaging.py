@@ -72,7 +72,9 @@ def test_the_wheel_brings_the_command_the_model_and_no_init_in_the_namespace(whe
     assert not any(name.startswith("tests/") for name in names)
     packaged = {name for name in names if name.startswith("optimum_dsa/") and name.endswith(".py")}
     source = {
-        str(path.relative_to(ROOT)) for path in (ROOT / "optimum_dsa").rglob("*.py") if "register" not in path.parts
+        str(path.relative_to(ROOT))
+        for path in (ROOT / "optimum_dsa").rglob("*.py")
+        if not {"register", "namespace"} & set(path.parts)
     }
     assert packaged == source
 
@@ -89,6 +91,20 @@ def test_the_wheel_works_beside_another_plugin(wheel, tmp_path):
     output = cli([wheel, tmp_path / "other"], tmp_path, after="import optimum_dsa; print(optimum_dsa.__file__)")
     assert "Prune transformers models" in " ".join(output.split()) and "Another plugin." in output
     assert output.splitlines()[-1] == str(wheel / "optimum_dsa" / "__init__.py")
+
+
+def test_it_is_in_the_namespace_of_optimum_beside_optimum_and_another_plugin(wheel, tmp_path):
+    """As `from optimum.intel import ...` and `from optimum.quanto import ...` are."""
+    other = tmp_path / "other" / "optimum" / "other"
+    other.mkdir(parents=True)
+    (other / "__init__.py").write_text("name = 'another plugin'\n")
+    code = (
+        "import sys; from optimum.dsa import DSAConfig; import optimum.dsa, optimum.other, optimum.commands.base; "
+        "import optimum_dsa; assert DSAConfig is optimum_dsa.DSAConfig; assert 'DSAPruner' in dir(optimum.dsa); "
+        "assert not hasattr(optimum.dsa, 'DSAPrune'); print(optimum.other.name, optimum.dsa.__version__)"
+    )
+    output = python(code, [wheel, tmp_path / "other"], tmp_path)
+    assert output.strip() == f"another plugin {optimum_dsa.__version__}"
 
 
 def test_the_wheel_finds_its_own_model(wheel, tmp_path):

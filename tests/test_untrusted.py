@@ -11,14 +11,15 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from optimum_dsa import DSAConfig, DSAPruner, convert
-from optimum_dsa.checkpoint.shards import COMPRESSED, index_name, packed_headers
+from optimum_dsa.checkpoint.encodings import BITMASK
+from optimum_dsa.checkpoint.shards import index_name, packed_headers
 from optimum_dsa.common.files import LARGEST_JSON
 from optimum_dsa.packed.bitmask import LARGEST
 
 from .tiny import tiny_llama
 
 
-INDEX = index_name(COMPRESSED)
+INDEX = index_name(BITMASK.stem)
 
 
 def refused(folder, tmp_path, message):

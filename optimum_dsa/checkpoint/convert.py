@@ -1,4 +1,4 @@
-"""Checkpoints between dense and mask-compressed, shard by shard and without a model."""
+"""Checkpoints from one encoding to another, shard by shard and without a model."""
 
 from __future__ import annotations
 
@@ -16,13 +16,11 @@ from ..common.folder_files import own_file
 from ..common.installation import how_to_install
 from ..common.manifest import MANIFEST, files_in
 from ..common.output import OutputFolder
-from ..packed.bitmask import Header, can_pack, pack, unpack
-from .shards import FORMS, Shards, ShardWriter, find_shards, index_name, open_shard, packed_headers
+from .encodings import ENCODINGS, QUANT_METHOD, Encoding, Header, decoded, encoding_named
+from .shards import Shards, ShardWriter, find_shards, index_name, open_shard, packed_headers
 
 
-QUANT_METHOD = "optimum-dsa"
 MARK = "transformers_weights"  # the key of `config.json` where transformers looks for the name of the weights
-COMPRESSION_VERSION = 1
 # What transformers says instead of loading, where this package was not imported: it takes this for the name of a file.
 HOW_TO_LOAD = (
     f"<these weights are compressed by optimum-dsa: install it ({how_to_install()}) and `import optimum_dsa` before "
@@ -37,7 +35,7 @@ logger = logging.getLogger(__name__)
 
 
 def convert(source: str | Path, directory: str | Path, to: str) -> tuple[int, int]:
-    """Write the checkpoint in `source` to `directory` as "dense" or "compressed"; bytes of the weights before, after.
+    """Write the checkpoint in `source` to `directory` in another encoding; bytes of the weights before, after.
 
     Every tensor is bit for bit the same when it is loaded. One tensor at a time is in memory. The other files of the
     checkpoint go along, but for weights in other formats and hidden files, which are named in a log line.
@@ -45,23 +43,24 @@ def convert(source: str | Path, directory: str | Path, to: str) -> tuple[int, in
     `directory` is written whole or not at all. It may be `source`, where `save_pretrained` or this function wrote the
     weights; then every other file stays.
 
+    Args:
+        to (`str`): "dense", or "compressed" (the encoding "bitmask").
+
     Raises:
         FileNotFoundError: `source` holds no weights in safetensors.
         ForeignFileError: `directory` holds what was not written here.
         OutputError: it cannot be written.
         ValueError: the checkpoint is in that form already, quantised, damaged, or has too few zeros to become smaller.
     """
-    source = Path(source)
-    if to not in FORMS:
-        raise ValueError(f"A checkpoint is converted to 'dense' or 'compressed', got {to!r}.")
+    source, target = Path(source), encoding_named(to)
     if not source.is_dir():
         raise FileNotFoundError(f"No folder {source}.")
     shards = find_shards(source)
-    for name in ("config.json", *shards.files, *([] if shards.index is None else [index_name(FORMS[shards.form])])):
+    for name in ("config.json", *shards.files, *([] if shards.index is None else [index_name(shards.encoding.stem)])):
         own_file(source / name, source)
-    if shards.form == to:
-        raise ValueError(f"{source} is {to} already; nothing was written.")
-    config = converted_config(read_json(source / "config.json"), to, source)
+    if shards.encoding is target:
+        raise ValueError(f"{source} is {target.shown} already; nothing was written.")
+    config = converted_config(read_json(source / "config.json"), target, source)
     in_place = Path(directory).is_dir() and source.samefile(directory)
     others, left = _other_files(shards)
     if in_place:
@@ -72,32 +71,32 @@ def convert(source: str | Path, directory: str | Path, to: str) -> tuple[int, in
         nonlocal sizes
         output.carry(source, others, folder)
         write_text(folder / "config.json", json.dumps(config, indent=2) + "\n")
-        sizes = convert_weights(shards, folder, to)
-        if to == "compressed" and sizes[1] > sizes[0] * (1 - LEAST_SAVED):
+        sizes = convert_weights(shards, folder, target)
+        if shards.encoding.is_plain and sizes[1] > sizes[0] * (1 - LEAST_SAVED):
             raise ValueError(
                 f"{source} would not become smaller: it has {sizes[0]:,} bytes of weights, {sizes[1]:,} without the "
                 "zeros, of which there are too few. Nothing was written."
             )
 
     with OutputFolder(directory, kept=others if in_place else ()) as output:
-        output.require(_bytes_after(shards, to))
+        output.require(_bytes_after(shards))
         output.write(fill, rescue=False)  # the source is still there
     if left:
         logger.warning("Not taken along from %s: %s.", source, ", ".join(left))
     return sizes
 
 
-def compress_in_place(folder: Path) -> None:
-    """Replace the dense weights in `folder`, which transformers wrote, by compressed ones, shard after shard."""
-    config = converted_config(read_json(folder / "config.json"), "compressed", folder)
+def encode_in_place(folder: Path, encoding: Encoding) -> None:
+    """Replace the dense weights in `folder`, which transformers wrote, by encoded ones, shard after shard."""
+    config = converted_config(read_json(folder / "config.json"), encoding, folder)
     write_text(folder / "config.json", json.dumps(config, indent=2) + "\n")
     shards = find_shards(folder)
-    convert_weights(shards, folder, "compressed", remove=True)
+    convert_weights(shards, folder, encoding, remove=True)
     if shards.index is not None:
-        (folder / index_name(FORMS[shards.form])).unlink()
+        (folder / index_name(shards.encoding.stem)).unlink()
 
 
-def converted_config(config: Any, to: str, folder: Path) -> dict[str, Any]:
+def converted_config(config: Any, to: Encoding, folder: Path) -> dict[str, Any]:
     """The content of a `config.json` after conversion; `ValueError` where weights are quantised by another method."""
     if not isinstance(config, dict):
         raise ValueError(f"{folder / 'config.json'} is no configuration of a model.")
@@ -106,24 +105,24 @@ def converted_config(config: Any, to: str, folder: Path) -> dict[str, Any]:
     if method not in (None, QUANT_METHOD):
         raise ValueError(f"{folder} is quantised ({method}); only checkpoints that are not can be converted.")
     config = {name: value for name, value in config.items() if name not in ("quantization_config", MARK)}
-    if to == "compressed":
-        config["quantization_config"] = {"quant_method": QUANT_METHOD, "format_version": COMPRESSION_VERSION}
+    if to.entry is not None:
+        config["quantization_config"] = to.entry
         config[MARK] = HOW_TO_LOAD
     return config
 
 
-def convert_weights(shards: Shards, target: Path, to: str, remove: bool = False) -> tuple[int, int]:
-    """Write every shard to `target` in the other form, and their index; bytes of all tensors before and after.
+def convert_weights(shards: Shards, target: Path, to: Encoding, remove: bool = False) -> tuple[int, int]:
+    """Write every shard to `target` in another encoding, and their index; bytes of all tensors before and after.
 
     With `remove`, each shard is deleted when it has been written.
     """
-    stem, total = FORMS[to], len(shards.files)
-    single = to == "dense" and total == 1
+    stem, total = to.stem, len(shards.files)
+    single = to.is_plain and total == 1  # our own loader asks for an index, others for one file
     weight_map: dict[str, str] = {}
     before = after = 0
     for number, file in enumerate(shards.files, 1):
         name = f"{stem}.safetensors" if single else f"{stem}-{number:05d}-of-{total:05d}.safetensors"
-        names, read, written = _convert_shard(shards.folder / file, target / name, to)
+        names, read, written = _convert_shard(shards.folder / file, target / name, shards.encoding, to)
         weight_map |= dict.fromkeys(names, name)
         before, after = before + read, after + written
         if remove:
@@ -139,10 +138,10 @@ def convert_weights(shards: Shards, target: Path, to: str, remove: bool = False)
     return before, after
 
 
-def _convert_shard(source: Path, target: Path, to: str) -> tuple[list[str], int, int]:
+def _convert_shard(source: Path, target: Path, of: Encoding, to: Encoding) -> tuple[list[str], int, int]:
     """Names of the tensors, and their bytes before and after."""
     packed = packed_headers(source)
-    if to == "compressed" and packed:
+    if of.is_plain and packed:
         raise ValueError(f"{source} holds packed tensors already, such as {next(iter(packed))}.")
     before = after = 0
     with open_shard(source) as file:
@@ -153,18 +152,20 @@ def _convert_shard(source: Path, target: Path, to: str) -> tuple[list[str], int,
         with ShardWriter(target, names, {"format": "pt", **(file.metadata() or {})}) as writer:
             for name in names:
                 kind, tensor = file.get_slice(name).get_dtype(), file.get_tensor(name)
-                changed = _changed(tensor, to, f"{name} in {source}", name in packed)
+                changed = _changed(tensor, to, f"{name} in {source}")
                 writer.add(name, *((tensor, kind) if changed is None else (changed, None)))
                 before += tensor.nbytes
                 after += (tensor if changed is None else changed).nbytes
     return names, before, after
 
 
-def _changed(tensor: torch.Tensor, to: str, name: str, packed: bool) -> torch.Tensor | None:
-    """The tensor in its other form; `None` where it stays as it is."""
-    if to == "compressed":
-        return pack(tensor) if can_pack(tensor.dtype, tuple(tensor.shape)) else None
-    return unpack(tensor, name) if packed else None
+def _changed(tensor: torch.Tensor, to: Encoding, name: str) -> torch.Tensor | None:
+    """The tensor in another encoding; `None` where it stays as it is."""
+    plain = decoded(tensor, name)
+    if to.encode is None:
+        return plain
+    again = to.encode(tensor if plain is None else plain)
+    return plain if again is None else again
 
 
 def _width(file: Any, name: str, packed: dict[str, Header]) -> int:
@@ -175,14 +176,13 @@ def _width(file: Any, name: str, packed: dict[str, Header]) -> int:
     return int(bits[1]) // 8 if bits else 1
 
 
-def _bytes_after(shards: Shards, to: str) -> int:
-    """Bytes that the weights take in the other form: exact for "dense", at most for "compressed"."""
+def _bytes_after(shards: Shards) -> int:
+    """Bytes that the weights take as they are: exact for a plain encoding, and at most for any other."""
     total = 0
     for file in shards.files:
         total += (shards.folder / file).stat().st_size
-        if to == "dense":
-            headers = packed_headers(shards.folder / file).values()
-            total += sum(header.size * header.dtype.itemsize - header.bytes for header in headers)
+        headers = packed_headers(shards.folder / file).values()
+        total += sum(header.size * header.dtype.itemsize - header.bytes for header in headers)
     return total
 
 
@@ -191,7 +191,8 @@ def _other_files(shards: Shards) -> tuple[list[str], list[str]]:
 
     Of a link out of the folder, `ValueError`.
     """
-    weights = {*shards.files, *map(index_name, FORMS.values()), "config.json", MANIFEST}
+    indexes = [index_name(encoding.stem) for encoding in ENCODINGS.values()]
+    weights = {*shards.files, *indexes, "config.json", MANIFEST}
     others, left = [], []
     for name in files_in(shards.folder):
         if name in weights:

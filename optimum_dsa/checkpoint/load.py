@@ -18,13 +18,13 @@ from ..common.fence_rows import DependencyError
 from ..common.files import read_json
 from ..common.folder_files import check_read_files
 from ..common.hub_file import hub_commit, hub_file
-from ..model.model_class import model_class
 from ..pruning.configuration import CONFIG_NAME
 from .adapter_base import ADAPTER_CONFIG, ADAPTER_WEIGHTS, base_under, is_adapter, with_adapter
-from .convert import QUANT_METHOD
 from .description import Description, read_description
+from .encodings import DENSE, Encoding, encoding_in
+from .layouts import layout_of
 from .limits import Contents, check_counts, read_contents, within
-from .shards import COMPRESSED, DENSE, find_shards, index_files, index_name
+from .shards import find_shards, index_files, index_name
 
 
 logger = logging.getLogger(__name__)
@@ -64,7 +64,7 @@ def load_model(path: str, adapter: bool = True, **kwargs) -> nn.Module:
     if config is None:
         check_counts(stated, contents, path)
         config = _configuration(path, shared)
-    loader = model_class(config, path)
+    loader = layout_of(stated).model_class(config, path)
     with within(contents, path), _explained(f"The checkpoint at {path} cannot be loaded"):
         return loader.from_pretrained(path, config=config, **kwargs).eval()
 
@@ -107,10 +107,9 @@ def _explained(what: str) -> Iterator[None]:
 
 def _contents(path: str, folder: Path, stated: Any, options: Mapping[str, Any]) -> Contents | None:
     """What the weights at `path` hold; `None` where they are not in safetensors, and so not counted."""
-    section = stated.get("quantization_config") if isinstance(stated, dict) else None
-    method = section.get("quant_method") if isinstance(section, dict) else section
+    encoding = encoding_in(stated)
     if not folder.is_dir():
-        files = _cached_weights(path, COMPRESSED if method == QUANT_METHOD else DENSE, options)
+        files = _cached_weights(path, encoding or DENSE, options)
     elif (folder / CONFIG_NAME).is_file() or any(folder.glob("*.safetensors*")):
         try:
             # what is pruned is safetensors, and its index leads nowhere else
@@ -124,15 +123,15 @@ def _contents(path: str, folder: Path, stated: Any, options: Mapping[str, Any]) 
     if not files:
         return None
     contents = read_contents(files)
-    return contents if method in (None, QUANT_METHOD) else replace(contents, weights=None)
+    return contents if encoding is not None else replace(contents, weights=None)
 
 
-def _cached_weights(path: str, stem: str, options: Mapping[str, Any]) -> list[Path]:
+def _cached_weights(path: str, encoding: Encoding, options: Mapping[str, Any]) -> list[Path]:
     """The weights of a Hub model, in the cache; what is not there yet is downloaded, as for loading it."""
-    single = _cached(path, f"{stem}.safetensors", options)
+    single = _cached(path, f"{encoding.stem}.safetensors", options)
     if single is not None:
         return [single]
-    index = _cached(path, index_name(stem), options)
+    index = _cached(path, index_name(encoding.stem), options)
     names = () if index is None else index_files(read_json(index), index)
     files = [_cached(path, name, options) for name in names]
     if None in files:

@@ -1,4 +1,4 @@
-"""A pruned model on disk: its checkpoint, dense or compressed, and `dsa_config.json` beside it."""
+"""A pruned model on disk: its checkpoint, in the encoding asked for, and `dsa_config.json` beside it."""
 
 from __future__ import annotations
 
@@ -16,8 +16,9 @@ from ..model.adapters import has_adapters
 from ..model.offload import is_offloaded
 from ..model.parameters import weight_bytes
 from ..pruning.report import PruningReport
-from .convert import compress_in_place
+from .convert import encode_in_place
 from .description import describe, schema, write_description
+from .encodings import encoding_named
 from .shard_size import check_shard_size
 
 
@@ -27,14 +28,14 @@ def save_checkpoint(
     report: PruningReport,
     base: dict[str, str | None],
     directory: str | Path | OutputFolder,
-    compressed: bool = False,
+    encoding: str = "dense",
     recovery: dict[str, Any] | None = None,
     **save_kwargs,
 ) -> None:
     """Write model, tokenizer and `dsa_config.json` into `directory`; whole or not at all.
 
-    With `compressed`, weights are packed shard by shard after transformers has written them, so that names and ties
-    are its own; on the way the disk holds the dense weights too.
+    In any `encoding` but "dense", a row of `ENCODINGS`, weights are encoded shard by shard after transformers has
+    written them, so that names and ties are its own; on the way the disk holds the dense weights too.
 
     An `OutputFolder` that was begun before the work saves the result elsewhere where the disk does not take it.
 
@@ -45,7 +46,8 @@ def save_checkpoint(
     """
     if "max_shard_size" in save_kwargs:
         check_shard_size(save_kwargs["max_shard_size"])
-    if compressed:
+    row = encoding_named(encoding)
+    if not row.is_plain:
         save_kwargs = {"max_shard_size": "5GB", **save_kwargs}
     description = describe(report, base, recovery)
     broken = next(violations(description, schema()), None)
@@ -61,8 +63,8 @@ def save_checkpoint(
             (folder / "README.md").unlink(missing_ok=True)  # PEFT's empty card; a push writes one that says something
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
-        if compressed:
-            compress_in_place(folder)
+        if not row.is_plain:
+            encode_in_place(folder, row)
         write_description(folder, description)
 
     if isinstance(directory, OutputFolder):

@@ -17,11 +17,9 @@ from torch import Tensor, nn
 
 from ..common.files import read_json
 from ..model.parameters import count_parameters
-from ..packed.bitmask import LARGEST, Header, read_header
+from .encodings import BITMASK, ENCODINGS, Encoding, Header, header_bytes, header_in
 
 
-DENSE, COMPRESSED = "model", "dsa_model"
-FORMS = {"dense": DENSE, "compressed": COMPRESSED}
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 
 
@@ -31,13 +29,13 @@ class Shards:
 
     Attributes:
         folder (`Path`): where they are.
-        form (`str`): "dense", or "compressed" for packed tensors.
+        encoding (`Encoding`): how tensors are stored in them.
         files (`tuple[str, ...]`): names of the files, in order.
         index (`dict[str, Any]`): the content of the index that names them; `None` for a single file without one.
     """
 
     folder: Path
-    form: str
+    encoding: Encoding
     files: tuple[str, ...]
     index: dict[str, Any] | None = None
 
@@ -50,24 +48,23 @@ def find_shards(folder: str | Path) -> Shards:
         ValueError: the index is damaged, or names something else than a file of this folder.
     """
     folder = Path(folder)
-    both = [stem for stem in FORMS.values() if _has_weights(folder, stem)]
-    if len(both) > 1:
-        raise ValueError(
-            f"{folder} holds dense and compressed weights, which may differ; remove the one or the other."
-        )
-    for form, stem in FORMS.items():
-        if (folder / index_name(stem)).is_file():
-            index = read_json(folder / index_name(stem))
-            return Shards(folder, form, check_index(index, folder / index_name(stem)), index)
-        if (folder / f"{stem}.safetensors").is_file():
-            return Shards(folder, form, (f"{stem}.safetensors",))
+    there = [encoding for encoding in ENCODINGS.values() if _has_weights(folder, encoding.stem)]
+    if len(there) > 1:
+        both = " and ".join(encoding.shown for encoding in there)
+        raise ValueError(f"{folder} holds {both} weights, which may differ; remove the one or the other.")
+    for encoding in there:
+        path = folder / index_name(encoding.stem)
+        if path.is_file():
+            index = read_json(path)
+            return Shards(folder, encoding, check_index(index, path), index)
+        return Shards(folder, encoding, (f"{encoding.stem}.safetensors",))
     pickles = sorted(path.name for path in folder.glob("*") if path.suffix in _PICKLES)
     if pickles:
         raise FileNotFoundError(
             f"{folder} holds weights in {pickles[0]} only. That is a pickle, which can run code when it is read, so "
             "optimum-dsa does not; save the model with transformers as safetensors first."
         )
-    raise FileNotFoundError(f"{folder} holds no weights: neither model.safetensors nor {index_name(COMPRESSED)}.")
+    raise FileNotFoundError(f"{folder} holds no weights: neither model.safetensors nor {index_name(BITMASK.stem)}.")
 
 
 def _has_weights(folder: Path, stem: str) -> bool:
@@ -122,7 +119,7 @@ def open_shard(path: str | Path, framework: str = "pt") -> Iterator[Any]:
 
 
 def packed_headers(path: str | Path) -> dict[str, Header]:
-    """Name -> header of every packed tensor in a file; nothing but headers is read.
+    """Name -> header of every encoded tensor in a file; nothing but headers is read.
 
     Raises:
         ValueError: a header that its tensor cannot have, or no safetensors file.
@@ -134,9 +131,10 @@ def packed_headers(path: str | Path) -> dict[str, Header]:
             part = file.get_slice(name)
             if part.get_dtype() == "U8" and len(part.get_shape()) == 1 and part.get_shape()[0] > 0:
                 length = part.get_shape()[0]
-                header = read_header(part[: min(LARGEST, length)].tobytes(), length, f"{name} in {path}")
-                if header is not None:
-                    headers[name] = header
+                start = part[: min(header_bytes(), length)].tobytes()
+                found = header_in(start, length, f"{name} in {path}")
+                if found is not None:
+                    headers[name] = found[1]
     return headers
 
 

@@ -19,21 +19,29 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from ..common.fences import check_compressed_loading
 from ..common.files import read_json
 from ..common.installation import how_to_upgrade
-from .convert import COMPRESSION_VERSION, MARK, QUANT_METHOD
-from .shards import COMPRESSED, check_index, check_size, count_weights, index_name, packed_headers
+from .convert import MARK
+from .encodings import BITMASK, ENCODINGS, QUANT_METHOD
+from .shards import check_index, check_size, count_weights, index_name, packed_headers
 
 
 class DSAQuantizationConfig(QuantizationConfigMixin):
-    """What `config.json` of a compressed checkpoint says: the version of the format."""
+    """What `config.json` of an encoded checkpoint says: the encoding, and the version of its format."""
 
-    def __init__(self, format_version: int = COMPRESSION_VERSION, **ignored):
-        if format_version != COMPRESSION_VERSION:
+    def __init__(self, format_version: int = 1, encoding: str = BITMASK.name, **ignored):
+        if not isinstance(encoding, str) or encoding not in ENCODINGS:
             raise ValueError(
-                f"The weights are compressed in version {format_version!r} of the format, and this optimum-dsa knows "
-                f"version {COMPRESSION_VERSION}; upgrade it with {how_to_upgrade()}."
+                f"The weights are stored as {encoding!r}, which this optimum-dsa does not know; upgrade it with "
+                f"{how_to_upgrade()}, or import what registers it."
+            )
+        row = ENCODINGS[encoding]
+        if format_version != row.version:
+            raise ValueError(
+                f"The weights are {row.shown} in version {format_version!r} of the format, and this optimum-dsa knows "
+                f"version {row.version}; upgrade it with {how_to_upgrade()}."
             )
         self.quant_method = QUANT_METHOD
         self.format_version = format_version
+        self.encoding = encoding
         self.dequantize = True  # transformers then forgets the quantizer when the weights are loaded
 
 
@@ -45,11 +53,12 @@ class DSAQuantizer(HfQuantizer):
     def __init__(self, quantization_config, **kwargs):
         check_compressed_loading()
         super().__init__(quantization_config, **kwargs)
+        self._index_name = index_name(ENCODINGS[quantization_config.encoding].stem)
 
     def update_attn_implementation(self, config):
         """Names the compressed weights to transformers: the one step that sees the configuration before the files."""
-        setattr(config, MARK, index_name(COMPRESSED))
-        index = Path(str(config.name_or_path), index_name(COMPRESSED))
+        setattr(config, MARK, self._index_name)
+        index = Path(str(config.name_or_path), self._index_name)
         if index.is_file():  # a local folder; of the Hub, only files of the repository are downloaded
             check_index(read_json(index), index)
         return config
@@ -59,7 +68,7 @@ class DSAQuantizer(HfQuantizer):
         self._packed, weights = set(), 0
         paths = [Path(path) for path in checkpoint_files or ()]
         # again, for an index in a subfolder or of the Hub: what it names lies beside it
-        indexes = {path.parent: path.parent / index_name(COMPRESSED) for path in paths}
+        indexes = {path.parent: path.parent / self._index_name for path in paths}
         named = {
             folder: check_index(read_json(index), index) if index.is_file() else ()
             for folder, index in indexes.items()

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from transformers.core_model_loading import ConversionOps, WeightConverter
 
-from ..packed.bitmask import is_packed, unpack
+from .encodings import decoded
 
 
 class Unpack(ConversionOps):
@@ -27,7 +27,8 @@ class Unpack(ConversionOps):
 
     def convert(self, input_dict: dict[str, list[Tensor]], full_layer_name="tensor", **kwargs):
         def dense(tensor: Tensor) -> Tensor:
-            return unpack(tensor, full_layer_name).to(self.dtype) if is_packed(tensor) else tensor
+            plain = decoded(tensor, full_layer_name)
+            return tensor if plain is None else plain.to(self.dtype)
 
         unpacked = {pattern: [dense(tensor) for tensor in tensors] for pattern, tensors in input_dict.items()}
         if self.alone:

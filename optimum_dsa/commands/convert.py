@@ -25,7 +25,7 @@ compressed  a bit per weight and the kept weights: smaller, loads with transform
         ConvertCommand.describe(parser, "convert")
         parser.add_argument("model", help="folder or Hub id of the checkpoint")
         parser.add_argument("output", help="folder to write; an earlier result there is replaced")
-        parser.add_argument("--to", required=True, choices=("dense", "compressed"), help="what to write")
+        parser.add_argument("--to", required=True, help="what to write: dense or compressed")
         parser.add_argument("--revision", help="branch, tag or commit of a Hub model")
 
     def execute(self) -> dict:

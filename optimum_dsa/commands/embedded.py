@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from shlex import quote
 from typing import Any
@@ -18,6 +18,7 @@ from ..data import load_calibration, load_tokens
 from ..evaluation.perplexity import perplexity
 from ..pruner import DSAPruner
 from ..pruning.allocation import Allocation
+from ..pruning.allocation.layout import by_block
 from ..pruning.configuration import DSAConfig
 from ..search.problem import parse_budget
 from ..search.search import search
@@ -50,12 +51,16 @@ def demo_texts(part: str) -> list[str]:
 
 @dataclass(frozen=True)
 class DemoRow:
-    """A model of the demo: what it was pruned by, its perplexity on the test text, the share removed, its seconds."""
+    """A model of the demo: what it was pruned by, its perplexity on the test text, the share removed, its seconds.
+
+    `blocks` is the share removed from each block.
+    """
 
     name: str
     perplexity: float
     sparsity: float = 0.0
     seconds: float | None = None
+    blocks: Mapping[str, float] = field(default_factory=dict)
 
     def __str__(self) -> str:
         seconds = "" if self.seconds is None else f"{self.seconds:.1f}"
@@ -104,8 +109,9 @@ def _compare(output: OutputFolder, config: DSAConfig, budget: str, say: Callable
         pruner = DSAPruner.from_pretrained(folder, dense.tokenizer)
         report = pruner.prune(calibration, replace(config, allocation=wanted))
         seconds = time.perf_counter() - start
-        rows.append(DemoRow(name, perplexity(pruner.model, test), report.sparsity, seconds))
         allocations[name] = report.allocation
+        row = DemoRow(name, perplexity(pruner.model, test), report.sparsity, seconds, by_block(report.allocation))
+        rows.append(row)
         say(str(rows[-1]))
     pruner.save_pretrained(output)
     path, again = output.shown, quote(str(output.shown))

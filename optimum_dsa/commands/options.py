@@ -4,10 +4,16 @@ from __future__ import annotations
 
 import importlib
 import re
-from argparse import ArgumentParser, BooleanOptionalAction, _ArgumentGroup
+from argparse import ArgumentParser, BooleanOptionalAction
 from collections.abc import Callable, Collection
 from dataclasses import MISSING, Field
-from typing import Any
+from typing import Any, Protocol
+
+
+class Group(Protocol):
+    """What `add_argument_group` gives."""
+
+    def add_argument(self, *names: str, **options: Any) -> Any: ...
 
 
 # Further names of options, by setting; what turns a switch off has "no-" in front where nothing is said here.
@@ -47,9 +53,9 @@ class CommandParser(ArgumentParser):
 
 def add_settings(
     parser: ArgumentParser,
-    groups: Collection[tuple[_ArgumentGroup, Collection[str]]],
+    groups: Collection[tuple[Group, Collection[str]]],
     config: str,
-    rest: _ArgumentGroup,
+    rest: Group,
     without: Collection[str] = (),
 ) -> None:
     """Add an option for every setting of a configuration to `parser`, when it is used.
@@ -82,7 +88,7 @@ def asked_settings(args: Any, cls: type) -> dict[str, Any]:
     return {name: value for name in options_of(cls) if (value := getattr(args, name, None)) is not None}
 
 
-def _add(group: _ArgumentGroup, name: str, field: Field, text: str) -> None:
+def _add(group: Group, name: str, field: Field, text: str) -> None:
     from ..common.settings import flag_of, rule_of
 
     rule, flags = rule_of(field), [*SHORT.get(name, ()), flag_of(name)]

@@ -45,6 +45,15 @@ mode    what the adapters add to a weight W, with small factors A and B
         add_settings(parser, groups, "recovery.configuration.RecoveryConfig", how)
         add_loading_options(parser)
 
+    _checkpoints = None  # their folder, once there is one
+
+    def left_behind(self) -> str:
+        from pathlib import Path
+
+        if self._checkpoints is None or not any(Path(self._checkpoints).glob("checkpoint-*")):
+            return "nothing was written"
+        return f"checkpoints are in {self._checkpoints}; the same command with --resume goes on"
+
     def execute(self) -> dict:
         from pathlib import Path
         from shlex import quote
@@ -60,17 +69,18 @@ mode    what the adapters add to a weight W, with small factors A and B
         if args.teacher and "distillation" not in asked:
             asked["distillation"] = 0.5
         config = RecoveryConfig(**nested(RecoveryConfig, asked))
+        loading = loading_options(args)
         if args.teacher and Path(args.teacher).is_absolute() and not Path(args.teacher).is_dir():
             raise FileNotFoundError(f"No folder {args.teacher}, where the teacher would be.")
         output, model = Path(args.output), Path(args.model)
         if not config.merge and model.is_dir() and model.resolve() == output.resolve():
             raise ValueError(f"--keep-adapter needs another --output: {model} holds the weights under the adapter.")
-        loading = loading_options(args)
         check_texts(args, config.data)
         with OutputFolder(output, resume=args.resume) as place:
             checkpoints = args.checkpoints
             if checkpoints is None and (config.save_steps is not None or args.resume):
                 checkpoints = place.scratch("checkpoints")
+            self._checkpoints = checkpoints
             pruner = DSAPruner.from_pretrained(args.model, **loading)
             place.require(weight_bytes(pruner.model))
             result = pruner.recover(args.dataset, config, args.validation, args.teacher, checkpoints, args.resume)

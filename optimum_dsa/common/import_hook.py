@@ -21,22 +21,31 @@ def after_import(module: str, action: Callable[[], None]) -> None:
 
 
 class _Finder(MetaPathFinder):
-    """Leaves the finding to all others, and has the module that they find followed by an action. Works once."""
+    """Leaves the finding to all others, and has the module that they find followed by an action. Works once.
+
+    It stays until the module is really imported: whoever only asks whether there is one calls `find_spec` too.
+    """
 
     def __init__(self, module: str, action: Callable[[], None]):
         self._module = module
         self._action = action
+        self._asking = False  # the others, of whom this is one
 
     def find_spec(self, name, path=None, target=None):
-        if name != self._module:
+        if name != self._module or self._asking:
             return None
-        sys.meta_path.remove(self)
-        spec = importlib.util.find_spec(name)
+        self._asking = True
+        try:
+            spec = importlib.util.find_spec(name)
+        finally:
+            self._asking = False
         if spec is not None and spec.loader is not None:
             execute = spec.loader.exec_module
 
             def execute_and_act(module):
                 execute(module)
+                if self in sys.meta_path:
+                    sys.meta_path.remove(self)
                 try:
                     self._action()
                 except Exception:  # whoever imports that module is not to suffer

@@ -52,7 +52,7 @@ def window_losses(model: nn.Module, tokens: Tensor, batch_size: int = 8) -> Tens
     device = torch.device("cpu") if has_device_map(model) else model.device
     losses = []
     try:
-        for batch in progress(tokens.split(batch_size), "Perplexity", "batch", "optimum_dsa.evaluate"):
+        for batch in progress(tokens.split(batch_size), "Perplexity", "step", "optimum_dsa.evaluate"):
             batch = batch.to(device)
             logits = model(input_ids=batch, use_cache=False).logits
             # one window at a time: float32 log-probabilities of a whole batch would dwarf the activations

@@ -137,12 +137,11 @@ class Evaluator:
         """The answers to the first of the jobs, as many as there is room for."""
         if room.seconds is not None:  # what a job takes is known after it alone
             answers: dict[Job, Answer] = {}
-            left = room.seconds
-            for job in jobs:
-                if left <= 0:
+            for start in range(0, len(jobs), self.ranks.num_processes):
+                if sum(answer.seconds for answer in answers.values()) >= room.seconds:
                     break
-                (answers[job],) = self._compute([job])
-                left -= answers[job].seconds
+                part = jobs[start : start + self.ranks.num_processes]  # one for each rank
+                answers |= zip(part, self._compute(part))
             return answers
         tokens, within = 0, []
         for job in jobs:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 
+from ..common.devices import process_state
 from .problem import UNIFORM, Budget, Problem
 from .resolver import Resolver
 from .result import Finalist
@@ -86,10 +87,12 @@ def rank(serve: Serve, problem: Problem, ranking: Sequence[Candidate], whole: Fi
         problem.notes.append(note)
     serve([Request("anchor", Candidate("dense", counts=(0,) * len(resolver.sizes)))])
     proxies = _proxies(serve, chosen, problem.rungs, final.proxy_windows)
-    trials = serve([Request("sequential", candidate, 0, final.windows) for candidate in chosen])
+    trials = _pruned(serve, chosen, final.windows, budget)
+    if len(trials) < len(chosen):
+        problem.notes.append(f"the budget had room for {len(trials)} of {len(chosen)} finalists, uniform included")
     table = []
-    for candidate, trial, proxy in zip(chosen, trials, proxies):
-        if trial.loss is not None:
+    for candidate, proxy in zip(chosen, proxies):
+        if (trial := trials.get(candidate)) is not None and trial.loss is not None:
             asked = resolver.allocation(resolver.counts(candidate), str(candidate))
             removed = resolver.allocation(trial.counts, str(candidate))
             table.append(Finalist(candidate, trial.loss, trial.perplexity, proxy, asked, removed))
@@ -113,6 +116,23 @@ def choose(ranking: Sequence[Candidate], resolver: Resolver, number: int) -> lis
 
 def _named(first: Candidate, second: Candidate) -> Candidate:
     return second if first.counts is not None and second.counts is None else first
+
+
+def _pruned(serve: Serve, chosen: Sequence[Candidate], windows: int, budget: Budget) -> dict[Candidate, Trial]:
+    """Finalist -> its trial after the prune.
+
+    A budget of time is looked at in between: the best and uniform are pruned in any case, others while it lasts.
+    """
+    first = dict.fromkeys([chosen[0], UNIFORM])
+    queue = [*first, *(candidate for candidate in chosen if candidate not in first)]
+    each = len(queue) if budget.seconds is None else process_state().num_processes
+    together = max(each, len(first))
+    trials: dict[Candidate, Trial] = {}
+    while queue and not (trials and budget.room().seconds == 0):
+        part, queue = queue[:together], queue[together:]
+        trials |= zip(part, serve([Request("sequential", candidate, 0, windows) for candidate in part]))
+        together = each
+    return trials
 
 
 def _proxies(serve: Serve, chosen: Sequence[Candidate], rungs: Sequence[int], windows: int) -> list[float | None]:

@@ -28,7 +28,7 @@ from ..pruning.configuration import DSAConfig
 from ..pruning.unstructured.metrics import METRICS
 from .counts import allocation_of, counts_of
 from .realise import Realisation
-from .space import Candidate, _parsed
+from .space import Candidate, function_of
 from .summary import ScoreSummary
 
 
@@ -105,7 +105,7 @@ class Resolver:
         """
         if candidate.counts is not None:
             return candidate.counts
-        function = _parsed(candidate)
+        function = function_of(candidate)
         target = self.config.sparsity
         allocator = self.allocators.get(candidate.function)
         if function is None or (allocator is not None and candidate.granularity == "block"):
@@ -130,16 +130,17 @@ class Resolver:
         return self._rounded(self.counts(candidate))
 
     def _round(self, counts: tuple[int, ...]) -> tuple[int, ...]:
-        rounded = self.realisation.rounded(dict(zip(self.sizes, counts)))
-        return tuple(rounded[name] for name in self.sizes)
+        if max(self.steps) == 1:
+            return counts  # every count can be met
+        fitted = self.realisation.fitted(self.allocation(counts, "asked for"))
+        found = counts_of(fitted, self.units[fitted.granularity])
+        return tuple(found[name] for name in self.sizes)
 
     def removed_of_blocks(self, counts: Sequence[int]) -> tuple[int, ...]:
-        """What `prune` would remove per block where `counts` are asked for, each block's with one sparsity."""
-        blocks = self.units["block"]
-        sizes = {name: sum(weight.size for weight in weights) for name, weights in blocks.items()}
-        shares = {name: count / sizes[name] for name, count in zip(blocks, counts)}
-        rounded = self.realisation.rounded(counts_of(Allocation(shares, sizes), blocks))
-        return tuple(sum(rounded[weight.name] for weight in weights) for weights in blocks.values())
+        """What `prune` removes per block where `counts` are asked for, each block's with one sparsity."""
+        sizes = {block: sum(weight.size for weight in weights) for block, weights in self.units["block"].items()}
+        shares = {block: count / sizes[block] for block, count in zip(sizes, counts)}
+        return tuple(self.realisation.fitted(Allocation(shares, sizes, granularity="block")).counts().values())
 
     def _fit(self, proposed: dict[str, float], granularity: str) -> tuple[int, ...]:
         units = self.units[granularity]

@@ -147,7 +147,7 @@ class SearchSpace:
 
     def cross(self, a: Candidate, b: Candidate, rng: random.Random) -> Candidate:
         """A child that takes each gene from one of two parents; a named allocator is passed on whole."""
-        first, second = _parsed(a), _parsed(b)
+        first, second = function_of(a), function_of(b)
         if first is None or second is None:
             function, spread = rng.choice(((a.function, a.spread), (b.function, b.spread)))
         else:
@@ -160,7 +160,7 @@ class SearchSpace:
 
     def mutate(self, candidate: Candidate, rng: random.Random) -> Candidate:
         """The candidate with one gene changed: drawn anew, or moved where it is a number."""
-        parsed = _parsed(candidate)
+        parsed = function_of(candidate)
         genes = ["spread", "spread"] + (["offsets"] * 2 if self.kinds else [])
         if parsed is not None:
             genes += ["pre_process", "reduction", "transform", "post_process", "sign"]
@@ -181,7 +181,7 @@ class SearchSpace:
         return replace(candidate, function=str(replace(parsed, **{gene: fresh})))
 
 
-def _parsed(candidate: Candidate) -> AllocationFunction | None:
+def function_of(candidate: Candidate) -> AllocationFunction | None:
     """The candidate's function; `None` where it is a heuristic that only has a name."""
     if candidate.function in ALLOCATIONS:
         known = ALLOCATIONS[candidate.function]

@@ -209,7 +209,8 @@ class SearchTrace:
 
     def _check(self, settings: Mapping[str, Any]) -> None:
         """Raise `ValueError` where the trace was made with other settings than these."""
-        prints, known = settings.get(FINGERPRINTS) or {}, self.settings.get(FINGERPRINTS) or {}
+        prints, known = settings.get(FINGERPRINTS), self.settings.get(FINGERPRINTS) or {}
+        prints = prints if isinstance(prints, Mapping) else {}
         for name in sorted({*settings, *self.settings} - {FINGERPRINTS}):
             if settings.get(name) != self.settings.get(name):
                 raise ValueError(

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ..checkpoint.description import contradictions, read_description
-from ..checkpoint.shards import COMPRESSED
+from ..checkpoint.encodings import ENCODINGS
 from ..checkpoint.verify import Verification
 from ..common.escaping import one_line
 from ..common.files import read_json
@@ -145,7 +145,8 @@ def _model(path: Path, name: str) -> Outcome:
     own, parent = _evaluations(path, facts)
     if problem := next(contradictions(facts), None):
         raise ValueError(f"{path / CONFIG_NAME} contradicts itself: {problem}. It was changed after it was written.")
-    compressed = any(path.glob(f"{COMPRESSED}*.safetensors"))
+    stems = [encoding.stem for encoding in ENCODINGS.values() if not encoding.is_plain]
+    compressed = any(any(path.glob(f"{stem}*.safetensors")) for stem in stems)
     return Outcome(
         name,
         allocation,

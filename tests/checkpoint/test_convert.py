@@ -13,15 +13,15 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from optimum_dsa import DSAConfig, DSAPruner, convert, prune
-from optimum_dsa.checkpoint.convert import QUANT_METHOD
-from optimum_dsa.checkpoint.shards import COMPRESSED, find_shards, index_name, packed_headers
+from optimum_dsa.checkpoint.encodings import BITMASK, QUANT_METHOD
+from optimum_dsa.checkpoint.shards import find_shards, index_name, packed_headers
 from optimum_dsa.common.manifest import MANIFEST
 from optimum_dsa.packed.bitmask import TYPES, pack
 
 from ..tiny import state, tiny_llama
 
 
-INDEX = index_name(COMPRESSED)
+INDEX = index_name(BITMASK.stem)
 
 
 def raw(folder):
@@ -199,7 +199,7 @@ def test_a_size_that_is_none_is_refused_before_any_work(pruned, tmp_path, size):
 
 def test_wrong_requests(pruned, tmp_path):
     for arguments, message in [
-        ((pruned / "one", tmp_path / "out", "sparse"), "'dense' or 'compressed', got 'sparse'"),
+        ((pruned / "one", tmp_path / "out", "sparse"), "stored as 'dense' or 'compressed', got 'sparse'"),
         ((pruned / "one", tmp_path / "out", "dense"), "is dense already"),
         ((pruned / "compressed", tmp_path / "out", "compressed"), "is compressed already"),
     ]:

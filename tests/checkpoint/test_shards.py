@@ -8,6 +8,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from optimum_dsa.checkpoint.encodings import BITMASK, DENSE
 from optimum_dsa.checkpoint.shards import (
     Shards,
     ShardWriter,
@@ -50,17 +51,17 @@ def test_weights_are_counted_with_their_zeros(tmp_path):
     assert count_weights(tmp_path / "a.safetensors") == 64 * 33 + 35 + 9 + 1 + 0 + 27
 
 
-@pytest.mark.parametrize("stem,form", [("model", "dense"), ("dsa_model", "compressed")])
-def test_one_file_or_an_index_of_many(tmp_path, stem, form):
+@pytest.mark.parametrize("stem,encoding", [("model", DENSE), ("dsa_model", BITMASK)])
+def test_one_file_or_an_index_of_many(tmp_path, stem, encoding):
     with pytest.raises(FileNotFoundError, match="holds no weights: neither model.safetensors nor dsa_model"):
         find_shards(tmp_path)
     save_file({"a": torch.ones(2)}, tmp_path / f"{stem}.safetensors")
-    assert find_shards(tmp_path) == Shards(tmp_path, form, (f"{stem}.safetensors",))
+    assert find_shards(tmp_path) == Shards(tmp_path, encoding, (f"{stem}.safetensors",))
     for name in ("y", "x"):
         save_file({name: torch.ones(2)}, tmp_path / f"{name}.safetensors")
     index = {"weight_map": {"y": "y.safetensors", "x": "x.safetensors", "z": "y.safetensors"}}
     (tmp_path / index_name(stem)).write_text(json.dumps(index))
-    assert find_shards(str(tmp_path)) == Shards(tmp_path, form, ("x.safetensors", "y.safetensors"), index)
+    assert find_shards(str(tmp_path)) == Shards(tmp_path, encoding, ("x.safetensors", "y.safetensors"), index)
 
 
 @pytest.mark.parametrize("form", ["file", "index"])

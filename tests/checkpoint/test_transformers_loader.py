@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
 from optimum_dsa import DSAConfig, DSAPruner, prune
 from optimum_dsa.checkpoint.convert import MARK, convert
+from optimum_dsa.checkpoint.encodings import DENSE
 from optimum_dsa.checkpoint.shards import find_shards, packed_headers
 from optimum_dsa.common.installation import how_to_install
 
@@ -217,7 +218,7 @@ def test_a_loaded_model_leaves_no_trace_of_how_it_was_stored(compressed, tmp_pat
     loaded.save_pretrained(tmp_path)
     assert (tmp_path / "config.json").read_bytes() == (compressed[2] / "config.json").read_bytes()
     assert (tmp_path / "model.safetensors").read_bytes() == (compressed[2] / "model.safetensors").read_bytes()
-    assert find_shards(tmp_path).form == "dense" and not packed_headers(tmp_path / "model.safetensors")
+    assert find_shards(tmp_path).encoding is DENSE and not packed_headers(tmp_path / "model.safetensors")
 
 
 def test_a_damaged_mask_is_an_error_and_no_random_weight(compressed, tmp_path):

@@ -9,6 +9,7 @@ from torch import arange
 
 from optimum_dsa import Allocation, DSAConfig, DSAPruner, convert, prune, verify
 from optimum_dsa.checkpoint.description import read_description, write_description
+from optimum_dsa.checkpoint.encodings import BITMASK
 from optimum_dsa.checkpoint.shards import find_shards
 from optimum_dsa.commands.embedded import demo_model
 from optimum_dsa.pruning.configuration import CONFIG_NAME
@@ -250,7 +251,7 @@ def test_a_model_pruned_by_the_command_can_be_compressed_at_once(tmp_path, capsy
     options = ["-s", "0.6", "--method", "magnitude", "--allocation", "uniform", "--compressed"]
     code, _, errors = run(capsys, "prune", demo_model(), "-o", tmp_path / "out", *options)
     assert code == 0, errors
-    assert find_shards(tmp_path / "out").form == "compressed"
+    assert find_shards(tmp_path / "out").encoding is BITMASK
     assert run(capsys, "verify", tmp_path / "out")[0] == 0
 
 

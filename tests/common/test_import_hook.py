@@ -1,4 +1,4 @@
-import importlib
+import importlib.util
 import sys
 
 import pytest
@@ -25,6 +25,16 @@ def test_the_action_follows_the_import_once(module):
     assert seen == [1] and len(sys.meta_path) == finders - 1
     importlib.reload(sys.modules[module])
     del sys.modules[module]
+    importlib.import_module(module)
+    assert seen == [1]
+
+
+def test_asking_whether_there_is_one_is_no_import(module):
+    """transformers asks for peft so, before it or anybody imports it."""
+    seen = []
+    after_import(module, lambda: seen.append(1))
+    for _ in range(2):
+        assert importlib.util.find_spec(module) is not None and seen == []
     importlib.import_module(module)
     assert seen == [1]
 

@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from optimum_dsa import Allocation, AllocationFunction, DSAConfig, DSAPruner, convert
 from optimum_dsa.checkpoint.convert import converted_config
 from optimum_dsa.checkpoint.description import contradictions, read_description, report_from, seal_of
+from optimum_dsa.checkpoint.encodings import encoding_named
 from optimum_dsa.checkpoint.limits import read_contents
 from optimum_dsa.checkpoint.load import load_model
 from optimum_dsa.checkpoint.shards import count_weights, find_shards, index_name, open_shard
@@ -125,7 +126,11 @@ def read_checkpoint(content: bytes, folder: Path) -> None:
     (folder / "in").mkdir()
     (folder / "in" / f"{stem}.safetensors").write_bytes(content)
     (folder / "in" / "config.json").write_text("{}")
-    convert(folder / "in", folder / "out", form)
+    try:
+        convert(folder / "in", folder / "out", form)
+    except ValueError as error:
+        if "would not become smaller" not in str(error):  # it was read to its end
+            raise
 
 
 def read_packed(content: bytes, folder: Path) -> None:
@@ -149,7 +154,7 @@ def read_config(content: bytes, folder: Path) -> None:
     path.write_bytes(content)
     config = read_json(path)
     for to in ("dense", "compressed"):
-        converted_config(config, to, folder)
+        converted_config(config, encoding_named(to), folder)
     section = config.get("quantization_config")
     if isinstance(section, dict) and section.get("quant_method") == "optimum-dsa":
         DSAQuantizationConfig(**{name: value for name, value in section.items() if name != "quant_method"})

@@ -306,6 +306,31 @@ def test_the_command_recovers_saves_and_resumes(monkeypatch, capsys, tmp_path):
     assert code == 2 and "Did you mean 'spp'" in errors
 
 
+def test_an_interrupted_command_says_what_it_leaves_and_goes_on(monkeypatch, capsys, tmp_path):
+    text, pruned = tmp_path / "train.txt", str(tmp_path / "pruned")
+    text.write_text("\n".join(demo_texts("calibration"))[:20_000])
+    options = ["-s", "0.7", "--method", "magnitude", "--allocation", "uniform"]
+    assert run(monkeypatch, capsys, "prune", str(demo_model()), "-o", pruned, *options)[0] == 0
+    recover = ["recover", pruned, "-o", str(tmp_path / "out"), "--dataset", str(text), "--steps", "4", "--rank", "4"]
+    recover += ["--batch-size", "4", "--sequence-length", "32", "--validation-windows", "4", "--save-steps", "2"]
+    step, done = RecoveryTrainer.training_step, []
+
+    def interrupted(self, *args, **kwargs):
+        done.append(1)
+        if len(done) == 4:
+            (folder,) = tmp_path.glob(".out.dsa-work/checkpoints/checkpoint-2")
+            (folder.parent / "checkpoint-4").mkdir()  # as if it had come in the middle of saving
+            raise KeyboardInterrupt
+        return step(self, *args, **kwargs)
+
+    monkeypatch.setattr(RecoveryTrainer, "training_step", interrupted)
+    code, _, errors = run(monkeypatch, capsys, *recover)
+    assert code == 130 and "the same command with --resume goes on" in errors
+    code, output, errors = run(monkeypatch, capsys, *recover, "--resume")
+    assert code == 0, errors
+    assert len(done) == 4 + 2 and (tmp_path / "out" / "model.safetensors").is_file()
+
+
 @pytest.mark.parametrize("method", ["full", "sparse-lora"])
 @pytest.mark.parametrize("family", ["gpt2", "mixtral", "gemma3"])
 def test_other_architectures_keep_their_zeros(tiny, family, method):

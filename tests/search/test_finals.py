@@ -92,4 +92,27 @@ def test_finalists_meet_the_prune_and_the_proxy_rung_by_rung(resolver):
     assert [(each.kind, each.start, each.stop) for each in asked[1:]] == [
         *[("loss", 0, 1)] * 2, *[("loss", 1, 4)] * 2, *[("sequential", 0, 4)] * 2
     ]  # fmt: skip
+    assert not problem.notes
     assert [row.proxy for row in table] == [(1 * 1.0 + 3 * 2.0) / 4, (1 * 2.0 + 3 * 3.0) / 4]
+
+
+@pytest.mark.parametrize("seconds,pruned", [(0.5, 2), (2.5, 3), (3.5, 4), (60.0, 4)])
+def test_a_budget_of_time_ends_the_last_round_behind_the_best_and_uniform(seconds, pruned, resolver):
+    problem = toy_problem((20, 20), budget=Budget(seconds=seconds), windows=1, length=2048)
+    problem.resolver = resolver
+
+    def serve(requests):
+        trials = [
+            Trial(0, each, 1.0, seconds=float(each.kind == "sequential"), counts=resolver.counts(each.candidate))
+            for each in requests
+        ]
+        for trial in trials:
+            problem.budget.add(trial)
+        return trials
+
+    ranking = [descended(7, 13), Candidate("owl"), Candidate("atp")]
+    table = rank(serve, problem, ranking, FinalRound(4, 1, 1))
+    kept = [descended(7, 13), UNIFORM, Candidate("owl"), Candidate("atp")][:pruned]
+    assert {row.candidate for row in table} == set(kept)
+    notes = [] if pruned == 4 else [f"the budget had room for {pruned} of 4 finalists, uniform included"]
+    assert problem.notes == notes

@@ -6,7 +6,7 @@ from dataclasses import fields, replace
 import pytest
 
 from optimum_dsa.pruning.allocation import AllocationFunction
-from optimum_dsa.search.space import Candidate, SearchSpace, _parsed
+from optimum_dsa.search.space import Candidate, SearchSpace, function_of
 
 
 SPACE = SearchSpace(
@@ -70,14 +70,14 @@ def test_a_child_has_every_gene_from_one_of_its_parents():
     rng = random.Random(1)
     a = Candidate("abs,exp/mean/sin/tanh@-0.07", granularity="block", offsets=(("self_attn.q_proj", 0.1),))
     b = Candidate("exp/var/cos,cos/no_op@+0.11", granularity="matrix", offsets=(("mlp.up_proj", -0.1),))
-    first, second = _parsed(a), _parsed(b)
+    first, second = function_of(a), function_of(b)
     seen = {gene: set() for gene in GENES}
     offsets, granularities, mixed = set(), set(), 0
     for _ in range(200):
         child = SPACE.cross(a, b, rng)
         mixed += child.function not in (a.function, b.function)
         for gene in GENES:
-            seen[gene].add(getattr(_parsed(child), gene))
+            seen[gene].add(getattr(function_of(child), gene))
         offsets.add(child.offsets)
         granularities.add(child.granularity)
         assert child.spread is None
@@ -93,7 +93,7 @@ def test_a_name_is_passed_on_whole_with_its_spread():
         ("atp", 0.1), (b.function, None)
     }  # fmt: skip
     owl, wide = Candidate("owl"), Candidate("owl", 0.2)
-    children = {_parsed(SPACE.cross(owl, wide, rng)) for _ in range(50)}
+    children = {function_of(SPACE.cross(owl, wide, rng)) for _ in range(50)}
     assert {child.spread for child in children} == {0.08, 0.2} and {child.sign for child in children} == {-1}
 
 
@@ -101,7 +101,7 @@ def changed(before, after):
     """Names of what differs between two candidates."""
     if before.offsets != after.offsets:
         return {"offsets"}
-    first, second = _parsed(before), _parsed(after)
+    first, second = function_of(before), function_of(after)
     if first is None:
         return {"spread"} if before.spread != after.spread else set()
     return {gene for gene in GENES if getattr(first, gene) != getattr(second, gene)}
@@ -139,6 +139,6 @@ def test_numbers_are_moved_within_their_range():
 
 
 def test_what_a_candidate_means():
-    assert _parsed(Candidate("uniform")) is None and _parsed(Candidate("atp", 0.1)) is None
-    assert _parsed(Candidate("owl")).spread == 0.08 and _parsed(Candidate("owl", 0.2)).spread == 0.2
-    assert _parsed(Candidate("abs/mean/sin")) == AllocationFunction(("abs",), "mean", ("sin",))
+    assert function_of(Candidate("uniform")) is None and function_of(Candidate("atp", 0.1)) is None
+    assert function_of(Candidate("owl")).spread == 0.08 and function_of(Candidate("owl", 0.2)).spread == 0.2
+    assert function_of(Candidate("abs/mean/sin")) == AllocationFunction(("abs",), "mean", ("sin",))

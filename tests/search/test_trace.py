@@ -83,6 +83,15 @@ def test_a_trace_of_other_settings_or_that_is_not_to_be_resumed_is_left_alone(tm
     assert path.read_text() == before
 
 
+@pytest.mark.parametrize("prints", [None, 3, [], "x", {"model": 1}, {"text": "a"}])
+def test_a_trace_without_the_fingerprints_that_are_asked_for_is_left_alone(prints, tmp_path):
+    path = tmp_path / "trace.jsonl"
+    SearchTrace.open(path, {"seed": 3, "sha256": prints}).close()
+    with pytest.raises(ValueError, match="does not say with which model|was made with another model"):
+        SearchTrace.open(path, {"seed": 3, "sha256": {"model": "a"}}, resume=True)
+    SearchTrace.open(path, {"seed": 3}, resume=True).close()  # who does not ask, is told nothing
+
+
 def test_without_a_file_trials_are_kept_in_memory():
     trace = SearchTrace.open(None, {"seed": 3})
     trace.append(TRIALS[1])

@@ -15,10 +15,10 @@ from ...model.architecture import Architecture
 from ...model.statistics import LayerStatistics
 from ...model.walk import WalkedBlock, walk_blocks
 from ...pruning.allocate import fit_to_pattern
+from ...pruning.allocation import Allocation
 from ...pruning.configuration import DSAConfig
 from ...pruning.resolved_method import ResolvedMethod
 from ...pruning.unstructured.patterns import Pattern, removal_order
-from ..counts import allocation_of, counts_of
 from .masked_model import MaskedModel, quantise
 from .realisation import REALISATIONS
 
@@ -54,15 +54,9 @@ class Masks:
         # at the anchor: weight -> how an update changes it from a little fewer removed to a little more, and how many
         self._changes: dict[str, tuple[Tensor, int]] = {}
 
-    def rounded(self, counts: Mapping[str, int]) -> dict[str, int]:
-        """What `prune` would remove of each matrix where it is asked for `counts`: the pattern may need whole N."""
-        if max(self.steps.values()) == 1:
-            return dict(counts)  # every count can be met
-        blocks = self.architecture.units("block")
-        asked = allocation_of(counts, blocks)
-        fitted = fit_to_pattern(asked, self.config)
-        found = counts_of(fitted, self.architecture.units(fitted.granularity))
-        return {name: found[name] for name in self.sizes}
+    def fitted(self, allocation: Allocation) -> Allocation:
+        """What `prune` would make of an allocation: the pattern may need whole N."""
+        return fit_to_pattern(allocation, self.config)
 
     def move_anchor(self, counts: Mapping[str, int] | None) -> None:
         """Take scores from the activations of the model pruned to `counts`, block after block; `None`: the dense."""

@@ -12,6 +12,7 @@ from ...common.registry import Registry
 from ...data import Calibration
 from ...model.architecture import Architecture
 from ...pruning.allocate import architecture_for
+from ...pruning.allocation import Allocation
 from ...pruning.configuration import DSAConfig
 
 
@@ -30,14 +31,14 @@ class Realisation(Protocol):
     sizes: Mapping[str, int]
     steps: Mapping[str, int]
 
-    def rounded(self, counts: Mapping[str, int]) -> dict[str, int]:
-        """What `prune` would remove of each unit where it is asked for `counts`."""
+    def fitted(self, allocation: Allocation) -> Allocation:
+        """What `prune` would make of an allocation: itself, where every unit can change by a single weight."""
 
     def move_anchor(self, counts: Mapping[str, int] | None) -> None:
         """From now on, take what decides what goes from the model without `counts`; `None`: from the dense one."""
 
     def at(self, counts: Mapping[str, int]) -> AbstractContextManager[None]:
-        """The model computes as if `counts`, rounded, were gone: a proxy, from what the anchor tells."""
+        """The model computes as if `counts`, of a fitted allocation, were gone: a proxy, from the anchor."""
 
     def slopes(self, counts: Mapping[str, int]) -> AbstractContextManager[dict[str, float]]:
         """The model as `at`, for backward passes of a loss.

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from optimum_dsa import Calibration, DSAConfig, allocate, prune
+from optimum_dsa import Allocation, Calibration, DSAConfig, UpdateConfig, allocate, prune
 from optimum_dsa.model.statistics import LayerStatistics
 from optimum_dsa.pruning.allocation import split_count
 from optimum_dsa.pruning.unstructured.metrics import METRICS
@@ -214,8 +214,11 @@ def test_what_is_rounded_is_what_prune_removes(pattern, allocation):
     assert given.counts() == report.allocation.counts()  # and so it is where what was asked for is handed over
 
 
+TRUE_SEQUENTIAL = {"update": UpdateConfig(true_sequential=True)}
+
+
 @pytest.mark.parametrize("method", ["wanda", "sparsegpt"])
-@pytest.mark.parametrize("changes", [{"pattern": "mixed:4"}, {"sequential": False}, {}])
+@pytest.mark.parametrize("changes", [{"pattern": "mixed:4"}, {"sequential": False}, {}, TRUE_SEQUENTIAL])
 def test_a_finalist_is_masked_weight_by_weight_as_prune_masks_it(method, changes):
     """In matrices of more weights than an order has steps, too."""
     large = {"num_hidden_layers": 2, "hidden_size": 264, "intermediate_size": 264}
@@ -245,5 +248,6 @@ def test_a_matrix_changes_by_whole_n_where_the_pattern_needs_them():
     free, whole = (realise(model, CALIBRATION, DSAConfig(0.5, pattern=pattern)) for pattern in ("row", "mixed:8"))
     assert set(free.steps.values()) == {1}
     assert whole.steps == {name: size // 8 for name, size in whole.sizes.items()}
-    odd = {name: size // 2 + 3 for name, size in free.sizes.items()}
-    assert free.rounded(odd) == odd
+    odd = Allocation({name: (size // 2 + 3) / size for name, size in free.sizes.items()}, free.sizes)
+    assert free.fitted(odd) == odd
+    assert all(count % whole.steps[name] == 0 for name, count in whole.fitted(odd).counts().items())

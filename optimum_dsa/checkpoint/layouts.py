@@ -1,0 +1,36 @@
+"""What configuration and class of a checkpoint say of its model's shape: a row per layout."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..common.registry import Registry
+from ..model.model_class import model_class
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A kind of model that a folder may hold.
+
+    Attributes:
+        fits (`Callable`): the content of a `config.json` -> whether it speaks of this kind.
+        model_class (`Callable`): the configuration, and where it is from -> the class that loads the weights.
+    """
+
+    fits: Callable[[Mapping[str, Any]], bool]
+    model_class: Callable[[Any, str | Path], type]
+
+
+LAYOUTS = Registry("layout")
+
+# Every shape is the one that transformers makes of the configuration; whatever no other row fits is this.
+LAYOUTS.add("plain", Layout(lambda stated: True, model_class))
+
+
+def layout_of(stated: Any) -> Layout:
+    """The row for the content of a `config.json`: the last that was added of those that fit."""
+    content = stated if isinstance(stated, Mapping) else {}
+    return next(layout for layout in reversed(LAYOUTS.values()) if layout.fits(content))
