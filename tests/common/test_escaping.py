@@ -140,13 +140,14 @@ def outcome(text: str, number: float = 0.5) -> Outcome:
     )
     calibration = {"source": text, text: text, "samples": 8}
     report = PruningReport(config, allocation, shares, 100, calibration, {text: text}, {text: 0.1}, (text,), 1.0)
+    said = text or "nothing"  # what is empty has no row
     recovery = {
-        "kind": "recover", "config": {"method": text, "mode": text}, "perplexity": {"before": 2.0, "after": 1.5},
-        "steps": 3, "history": [], "data": {text: text},
+        "kind": "recover", "config": {"method": said, "mode": said}, "perplexity": {"before": 2.0, "after": 1.5},
+        "steps": 3, "history": [], "data": {said: said},
     }  # fmt: skip
     facts = describe(report, {"name": text, "revision": text}, recovery) | {"versions": {text: text}}
-    tasks = {text or "task": {text or "metric": {"value": 0.5, "error": 0.1}}}
-    row = Measurement(text or "model", 0.5, 24, 9.5, 0.1, Protocol(text or "text", 4, 8, "each", True, text), (2.0, 2.5), tasks)
+    tasks = {said: {said: {"value": 0.5, "error": 0.1}}}
+    row = Measurement(said, 0.5, 24, 9.5, 0.1, Protocol(said, 4, 8, "each", True, text), (2.0, 2.5), tasks)
     found = Verification((), 12, 24, "row", (), 100, dict.fromkeys(units, 4), units)
     facts["checksum"] = checksum(facts)
     return Outcome(
