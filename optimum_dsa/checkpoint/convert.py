@@ -87,11 +87,21 @@ def convert(source: str | Path, directory: str | Path, to: str) -> tuple[int, in
 
 
 def encode_in_place(folder: Path, encoding: Encoding) -> None:
-    """Replace the dense weights in `folder`, which transformers wrote, by encoded ones, shard after shard."""
+    """Replace the dense weights in `folder`, which transformers wrote, by encoded ones, shard after shard.
+
+    Weights that do not become smaller are encoded all the same, with a warning: that was asked for, and takes no work
+    from anybody.
+    """
     config = converted_config(read_json(folder / "config.json"), encoding, folder)
     write_text(folder / "config.json", json.dumps(config, indent=2) + "\n")
     shards = find_shards(folder)
-    convert_weights(shards, folder, encoding, remove=True)
+    before, after = convert_weights(shards, folder, encoding, remove=True)
+    if after > before * (1 - LEAST_SAVED):
+        logger.warning(
+            "The %s weights are no smaller than dense ones, which every program can read; save the "
+            "model again without that.",
+            encoding.shown,
+        )
     if shards.index is not None:
         (folder / index_name(shards.encoding.stem)).unlink()
 

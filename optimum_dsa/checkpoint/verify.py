@@ -172,7 +172,9 @@ def _count(
 
     def look(weight: Weight, removed: Tensor) -> None:
         if not pattern.holds(removed, shares[weight.name]):
-            breaches.append(f"{weight.name} does not have the pattern {pattern} at {shares[weight.name]:,} zeros")
+            breaches.append(
+                f"{plain_name(weight.name)} does not have the pattern {pattern} at {shares[weight.name]:,} zeros"
+            )
 
     zeros = count_zeros(model, architecture, look)
     return {unit: sum(zeros[weight.name] for weight in weights) for unit, weights in units.items()}, breaches

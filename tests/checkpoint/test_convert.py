@@ -178,6 +178,17 @@ def test_a_model_with_too_few_zeros_is_not_compressed(tmp_path):
     assert sorted(os.listdir(tmp_path)) == ["dense", "hardly"]
 
 
+def test_saving_what_does_not_become_smaller_is_done_and_told(tmp_path, caplog):
+    pruner = DSAPruner(tiny_llama())
+    pruner.prune(None, DSAConfig(0.01, "magnitude", "uniform"))
+    pruner.save_pretrained(tmp_path / "out", compressed=True)
+    assert "compressed weights are no smaller than dense ones" in caplog.text
+    caplog.clear()
+    pruner.prune(None, DSAConfig(0.6, "magnitude", "uniform"))
+    pruner.save_pretrained(tmp_path / "out", compressed=True)
+    assert not caplog.text
+
+
 def test_a_sparse_checkpoint_from_elsewhere_is_compressed(tmp_path):
     """It has no dsa_config.json, and needs none."""
     model = tiny_llama()

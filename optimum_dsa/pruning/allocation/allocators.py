@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ...common.registry import Registry
 from .function import AllocationFunction
+from .histogram import BINS, score_histogram
 from .operations import singular_values
 from .unit import Unit
 
@@ -154,15 +155,10 @@ ALLOCATIONS.add(
 
 # -- global: one threshold over all scores
 
-_BINS = 1 << 16
-
 
 def _score_histogram(unit: Unit) -> Tensor:
-    """Counts of the unit's scores in 65,536 bins whose edges are 0.4 % apart: the leading bits of a float32."""
-    counts = torch.zeros(_BINS, dtype=torch.int64)
-    for scores in unit.scores():
-        counts += (scores.flatten().view(torch.int32) >> 15).bincount(minlength=_BINS).cpu()
-    return counts
+    """How many of the unit's scores are in each bin of `score_histogram`."""
+    return sum(score_histogram(scores).cpu() for scores in unit.scores())
 
 
 def _one_threshold(measured: Mapping[str, Tensor], target: float, spread: float | None) -> dict[str, float]:
@@ -170,9 +166,9 @@ def _one_threshold(measured: Mapping[str, Tensor], target: float, spread: float 
     total = sum(measured.values())
     goal = target * int(total.sum())
     edge = int((total.cumsum(0) <= goal).sum())
-    within = (goal - int(total[:edge].sum())) / max(int(total[min(edge, _BINS - 1)]), 1)
+    within = (goal - int(total[:edge].sum())) / max(int(total[min(edge, BINS - 1)]), 1)
     return {
-        unit: float(counts[:edge].sum() + within * counts[min(edge, _BINS - 1)]) / int(counts.sum())
+        unit: float(counts[:edge].sum() + within * counts[min(edge, BINS - 1)]) / int(counts.sum())
         for unit, counts in measured.items()
     }
 

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -117,7 +118,10 @@ class RunningStatistics:
         """Go on from what `save` wrote into `folder`, if it did; in one process only, as it holds the sum of all."""
         if not (folder / FILE).is_file():
             return
-        tensors = load_file(folder / FILE)
+        try:
+            tensors = load_file(folder / FILE)
+        except SafetensorError as error:
+            raise ValueError(f"{folder / FILE} is damaged ({error}); remove it, and collecting begins anew.") from None
         for name, found in self.statistics.items():
             for number, total in enumerate(_sums(found)):
                 total.copy_(tensors[f"{name}:{number}"])

@@ -115,6 +115,16 @@ def test_from_a_checkpoint_without_them_pruning_waits_for_a_step(tmp_path):
     assert zero == round(0.6 * size) and callback.report.calibration["tokens"] == 4 * 12
 
 
+def test_a_file_of_them_that_was_cut_off_is_named(tmp_path):
+    running = RunningStatistics()
+    running.watch(tiny_llama(), find_architecture(tiny_llama()))
+    running.save(tmp_path)
+    (file,) = tmp_path.iterdir()
+    file.write_bytes(file.read_bytes()[:-100])
+    with pytest.raises(ValueError, match="dsa_statistics.safetensors is damaged.*remove it"):
+        running.load(tmp_path)
+
+
 def test_they_see_the_weights_behind_adapters(tmp_path):
     from peft import get_peft_model
 
