@@ -60,10 +60,12 @@ _PUBLIC = {
     "UPDATES": "pruning.unstructured.updates",
     "Unit": "pruning.allocation",
     "UpdateConfig": "pruning.configuration",
+    "TaskProtocol": "evaluation.measurement",
     "Verification": "checkpoint.verify",
     "WalkedBlock": "model.walk",
     "allocate": "pruning.allocate",
     "capture_calls": "model.calls",
+    "comparison_table": "evaluation.comparison",
     "convert": "checkpoint.convert",
     "demo_model": "commands.embedded",
     "demo_texts": "commands.embedded",
@@ -102,7 +104,7 @@ after_import("transformers.quantizers.auto", _following(".checkpoint.transformer
 after_import("peft", _following(".recovery.adapters.peft_method"))  # sparse adapters load
 
 
-sys.meta_path.append(MovedModules(__name__))
+sys.meta_path.insert(0, MovedModules(__name__))
 
 
 def __getattr__(name: str):

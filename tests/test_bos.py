@@ -7,10 +7,11 @@ import pytest
 from optimum_dsa import DataConfig, DSAConfig, DSAPruner, RecoveryConfig
 from optimum_dsa.search import search as searching
 
-from .tiny import bos_tokenizer, tiny_llama
+from .tiny import bos_tokenizer, tiny_llama, tokens
 
 
-TEXT = [" ".join(str((start + step) % 90) for step in range(40)) for start in range(60)]
+# no two windows of it are alike
+TEXT = [" ".join(map(str, row)) for row in tokens(60, 40, vocabulary=90).tolist()]
 BOS = 0
 both = pytest.mark.parametrize("bos,there", [(None, True), (True, True), (False, False)])
 
@@ -49,6 +50,14 @@ def test_search(bos, there, validation, monkeypatch):
     pruner().search(TEXT, asked(bos), validation=validation)
     ((data, tokens),) = seen
     assert starts(data.inputs["input_ids"]) is starts(tokens) is data.facts()["bos"] is there
+
+
+@both
+def test_a_search_says_it(bos, there, tmp_path):
+    options = {"strategy": "named", "budget": "1k tokens", "output": tmp_path / "found"}
+    result = pruner().search(TEXT, asked(bos), **options)
+    assert f"on windows {'that start with' if there else 'without'} BOS" in str(result)
+    assert json.loads((tmp_path / "found" / "search.json").read_text())["calibration"]["bos"] is there
 
 
 @both

@@ -56,7 +56,7 @@ MOVED = {
 
 
 class MovedModules(MetaPathFinder, Loader):
-    """Finds a module by its earlier name: asked last, so nothing that is there is hidden."""
+    """Finds a module by its earlier name: asked first, as a folder that was left behind is taken for a module."""
 
     def __init__(self, package: str):
         self._package = package

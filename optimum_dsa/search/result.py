@@ -129,6 +129,7 @@ class SearchResult:
         """Config, finalists and cost as JSON values."""
         return {
             "config": self.config.to_dict(),
+            "calibration": self.trace.settings.get("calibration"),
             "finalists": [
                 {
                     "candidate": row.candidate.to_dict(),
@@ -159,6 +160,8 @@ class SearchResult:
             removed = f"{row.removed.overall:>9.4f}" if rounds else ""
             lines.append(f"{row.loss:>15.4f}{row.perplexity:>12.2f}{_shown(row.proxy):>12}{removed}  {row.candidate}")
         lines.append("validation loss and perplexity: as pruned; proxy loss: one-shot masks, which candidates race by")
+        if (bos := (self.trace.settings.get("calibration") or {}).get("bos")) is not None:
+            lines.append(f"calibrated and compared on windows {'that start with' if bos else 'without'} BOS")
         if (correlation := self.proxy_correlation) is not None:
             lines.append(f"rank correlation of the proxy with the prune: {correlation:.2f}")
         return "\n".join([*lines, self._cost(), *self.notes])

@@ -9,7 +9,7 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from optimum_dsa import Allocation, DataConfig, DSAConfig, PruningReport
+from optimum_dsa import Allocation, DataConfig, DSAConfig, Measurement, Protocol, PruningReport
 from optimum_dsa.checkpoint.description import checksum, describe
 from optimum_dsa.checkpoint.verify import Verification
 from optimum_dsa.common.escaping import code_block, code_span, inline_markdown, one_line, table_cell, visible
@@ -140,15 +140,19 @@ def outcome(text: str, number: float = 0.5) -> Outcome:
     )
     calibration = {"source": text, text: text, "samples": 8}
     report = PruningReport(config, allocation, shares, 100, calibration, {text: text}, {text: 0.1}, (text,), 1.0)
+    said = text or "nothing"  # what is empty has no row
     recovery = {
-        "kind": "recover", "config": {"method": text, "mode": text}, "perplexity": {"before": 2.0, "after": 1.5},
-        "steps": 3, "history": [], "data": {text: text},
+        "kind": "recover", "config": {"method": said, "mode": said}, "perplexity": {"before": 2.0, "after": 1.5},
+        "steps": 3, "history": [], "data": {said: said},
     }  # fmt: skip
     facts = describe(report, {"name": text, "revision": text}, recovery) | {"versions": {text: text}}
-    row = {"dataset": text, "windows": 4, "sequence_length": 8, "perplexity": 9.5}
+    tasks = {said: {said: {"value": 0.5, "error": 0.1}}}
+    row = Measurement(said, 0.5, 24, 9.5, 0.1, Protocol(said, 4, 8, "each", True, text), (2.0, 2.5), tasks)
     found = Verification((), 12, 24, "row", (), 100, dict.fromkeys(units, 4), units)
     facts["checksum"] = checksum(facts)
-    return Outcome(text, allocation, {text + "2": allocation}, facts, evaluations=(row,), bytes=9, counted=found)
+    return Outcome(
+        text, allocation, {text + "2": allocation}, facts, evaluations=(row,), parent=(row,), bytes=9, counted=found
+    )
 
 
 def card_of(text: str) -> str:

@@ -99,6 +99,24 @@ def test_what_adapters_brought_is_not_counted(model, tmp_path):
         assert (found.size, found.sparsity) == (before.size, before.sparsity)
 
 
+def test_an_adapter_on_disk_is_worth_what_its_merge_is(tmp_path):
+    """A tied head that was pruned as well: the merge once changed the embedding."""
+    pytest.importorskip("peft")
+    pruner = DSAPruner(tiny_llama(tie_word_embeddings=True, vocab_size=93), bos_tokenizer())
+    pruner.prune(None, DSAConfig(0.5, "magnitude", "uniform", include=["lm_head", "embed_tokens"]))
+    pruner.save_pretrained(tmp_path / "out")
+    text = tokens(40, 8, vocabulary=93)
+    for name, merge in (("adapter", False), ("merged", True)):
+        one = DSAPruner.from_pretrained(tmp_path / "out")
+        config = {"steps": 8, "batch_size": 4, "validation_windows": 2, "learning_rate": 0.02}
+        one.recover(text, RecoveryConfig(merge=merge, **config))
+        one.save_pretrained(tmp_path / name)
+    kept, merged = (DSAPruner.from_pretrained(tmp_path / name).measure(text) for name in ("adapter", "merged"))
+    assert kept.perplexity == pytest.approx(merged.perplexity, rel=1e-4)
+    assert (kept.size, kept.sparsity) == (merged.size, merged.sparsity)
+    assert kept.perplexity != pytest.approx(pruner.measure(text).perplexity, rel=1e-3)
+
+
 def test_what_is_wrong_is_said_with_the_way_out(model, tmp_path):
     (tmp_path / "broken.jsonl").write_text("{")
     for text, message in (

@@ -243,4 +243,4 @@ def test_the_example_prunes_measures_and_pushes_and_goes_on_after_a_failure(hub,
     content = hub.content("me/example")
     assert content["model.safetensors"] == weights
     (measured,) = read_results(tmp_path / "out" / "evaluation.json")
-    assert f"{measured.perplexity:.3f}".encode() in content["README.md"]
+    assert f"{measured.perplexity:.2f} ± ".encode() in content["README.md"]
