@@ -10,7 +10,7 @@ class DemoCommand(LeafCommand):
 
     DESCRIPTION = """\
 Prune the embedded model (a small Llama trained on Python's standard library) at 60 % by three named allocations, and
-by one that a search of some 20 s discovers; print their perplexity on sealed text, and save the last one. Needs no
+by one that a search of half a minute discovers; print their perplexity on sealed text, and save the last one. Needs no
 network and takes under a minute.
 """
 
