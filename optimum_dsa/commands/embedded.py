@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from shlex import quote
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ..common.output import OutputFolder
@@ -85,11 +87,23 @@ def run_demo(
     """
     config = DSAConfig(sparsity, method)
     parse_budget(budget)
-    with OutputFolder(output) as place:
+    with OutputFolder(output) as place, _one_thread():
         rows = _compare(place, config, budget, say)
     say("  optimum-cli dsa prune Qwen/Qwen3-0.6B -o qwen3-60 --sparsity 0.6     (downloads model and text)")
     say("  optimum-cli dsa search --help     (finds an allocation for a model of yours)")
     return {"rows": [asdict(row) for row in rows], "output": str(place.shown)}
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """One thread inside, and as many as before afterwards."""
+    # products of this size gain little from threads, and lose much to waiting where another process has a core
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _compare(output: OutputFolder, config: DSAConfig, budget: str, say: Callable[[str], None]) -> list[DemoRow]:
