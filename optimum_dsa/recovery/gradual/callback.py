@@ -80,7 +80,7 @@ class DSACallback(TrainerCallback):
         self.names = {"exclude": tuple(exclude), "include": tuple(include), "blocks": ()}
         self.report: PruningReport | None = None
         self._held: HeldZeros | None = None
-        self._wish: dict[str, float] | None = None
+        self._proposed: dict[str, float] | None = None
         self._logged: dict[str, float] | None = None
         self._data: Calibration | None = None
         self._running = calibration if isinstance(calibration, RunningStatistics) else None
@@ -141,7 +141,7 @@ class DSACallback(TrainerCallback):
         elif needed and self._data is None:
             self._data = self._load(inner, processing_class)
         stored = state.stateful_callbacks.get(STATE)
-        self._wish = (stored or {}).get("wish")
+        self._proposed = (stored or {}).get("proposed", (stored or {}).get("wish"))
         self._catch_up(model, state)
 
     def on_step_begin(self, args, state, control, model=None, **kwargs):
@@ -237,12 +237,12 @@ class DSACallback(TrainerCallback):
                 report = prune(inner, data, self.config)
             else:
                 sparsity = self.schedule.sparsity(moment, self.config.sparsity)
-                report, self._wish = prune_to(inner, data, self.config, sparsity, None if anew else self._wish)
+                report, self._proposed = prune_to(inner, data, self.config, sparsity, None if anew else self._proposed)
         synchronise(self._held.parameters.values())
         self._held.refresh()
         if report is not None:
             self.report = plain_report(report)
-        state.stateful_callbacks[STATE] = {"wish": self._wish}
+        state.stateful_callbacks[STATE] = {"proposed": self._proposed}
         logger.info("Pruned before step %d.", moment)
 
     def _load(self, inner: nn.Module, tokenizer: Any) -> Calibration:
