@@ -49,7 +49,7 @@ class BlockCalls:
         return len(self.arguments)
 
     def run(self, block: nn.Module, index: int, batch: int) -> Tensor:
-        """The hidden states, (samples, ..., hidden size), that `block`, the stack's block `index`, makes of a batch."""
+        """The hidden states, (samples, ..., hidden size), that `block`, of this `index` in its stack, makes."""
         args, kwargs = self.arguments[batch][index]
         return _split_output(block(self.hidden[batch], *args, **kwargs))[0]
 
