@@ -140,7 +140,7 @@ def outlier_share(x: Tensor) -> Tensor:
 
 @REDUCTION.register(reference="https://arxiv.org/abs/2505.23807")
 def median(x: Tensor) -> Tensor:
-    """Median, the lower of the middle two, (n,) -> float64 scalar. Not in DSA's space: DLP's signal as in its paper."""
+    """Median, the lower of the middle two, (n,) -> float64 scalar. Not in DSA's space: DLP's, as in its paper."""
     return x.median().double()
 
 
