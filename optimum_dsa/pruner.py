@@ -224,7 +224,7 @@ class DSAPruner:
         if self.report is None:
             self._base = base_of(self.model)
         config = config or RecoveryConfig()
-        if config.method == "full" or config.merge:
+        if config.trains_weights or config.merge:
             self._stored = None
         self.model, self.recovery = recover(
             self.model, self.tokenizer, train, config, report, validation, teacher, checkpoints, resume

@@ -59,6 +59,7 @@ update      what becomes of the weights that stay: none, sparsegpt
 
         from ..checkpoint.shard_size import check_shard_size
         from ..common.output import OutputFolder
+        from ..model.adapters import has_adapters
         from ..model.parameters import weight_bytes
         from ..pruner import DSAPruner
 
@@ -71,6 +72,11 @@ update      what becomes of the weights that stay: none, sparsegpt
             check_texts(self.args, config.data)
         with OutputFolder(self.args.output) as output:
             pruner = DSAPruner.from_pretrained(self.args.model, **loading)
+            if has_adapters(pruner.model):
+                raise ValueError(
+                    f"{self.args.model} holds an adapter on a pruned model, which would be lost; merge it "
+                    "(model.merge_and_unload()), or prune the model under it."
+                )
             output.require(weight_bytes(pruner.model))
             report = pruner.prune(self.args.dataset, config)
             say(str(report))

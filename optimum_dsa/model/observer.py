@@ -52,27 +52,38 @@ class Observer:
         """Note that `weight` multiplies `inputs`, (..., in_features)."""
         # The version too: a tensor that was changed in place is another input under the same id.
         name, key = weight.name, (id(inputs), tensor_version(inputs))
+        source = self._source_of(name, key, inputs)
+        self._given[name].append(key)
+        if source != name:
+            self.statistics[name] = self.statistics[source]
+            return
+        if name not in self.statistics:
+            self.statistics[name] = LayerStatistics(weight.shape[1], inputs.device, self.gram)
+        self.statistics[name].update_(self._counted(name, inputs))
+
+    def _source_of(self, name: str, key: tuple[int, int], inputs: Tensor) -> str:
+        """The weight whose statistics hold what `name` is given now, in the input `key`: its own, or another's.
+
+        Raises:
+            UnprunableError: the two were given the same inputs before, and only some of them in this batch.
+        """
         first, _ = self._inputs.setdefault(key, (name, inputs))
         given = self._given.setdefault(name, [])
         if name not in self._source:
-            # Sharing is learnt in the first batch only; later, a weight that is new (an expert's) stands for itself.
-            shares = self._first and self._given[first] in ([], [key])
-            self._source[name] = first if shares else name
+            # Sharing begins in the first batch or never, and only with a weight that has had no input but this one:
+            # of what it was given before, `name` would have seen nothing.
+            begins = self._first and self._given[first] in ([], [key])
+            self._source[name] = first if begins else name
         source = self._source[name]
-        leading = self._given.get(source, [])
-        if source != name and leading[len(given) : len(given) + 1] != [key]:
-            if leading != given:
-                raise self._parted(name, source)
-            # Until here both saw the same; from now on each adds up its own.
-            self.statistics[name] = copy.deepcopy(self.statistics[source])
-            source = self._source[name] = name
-        given.append(key)
-        if source == name:
-            if name not in self.statistics:
-                self.statistics[name] = LayerStatistics(weight.shape[1], inputs.device, self.gram)
-            self.statistics[name].update_(self._counted(name, inputs))
-        else:
-            self.statistics[name] = self.statistics[source]
+        theirs = self._given.get(source, [])
+        if source == name or theirs[len(given) : len(given) + 1] == [key]:
+            return source
+        if theirs != given:
+            raise self._parted(name, source)
+        # The same inputs until now: what was counted for both is where its own count begins.
+        self.statistics[name] = copy.deepcopy(self.statistics[source])
+        self._source[name] = name
+        return name
 
     def finish(self, block: Block) -> dict[str, LayerStatistics]:
         """The statistics of every weight of the block, also of those that saw no input."""

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from ..common.columns import columns
 from ..common.escaping import one_line
 from .allocation import Allocation
 from .configuration import DSAConfig
@@ -84,19 +85,20 @@ class PruningReport:
         )
 
     def __str__(self) -> str:
-        width = max(len("prunable weights"), *(len(unit) for unit in self.achieved))
-        lines = [f"{'unit':<{width}}  {'weights':>13}  {'asked':>8}  {'achieved':>8}"]
-        for unit, value in self.achieved.items():
-            size, asked = self.allocation.sizes.get(unit, 0), self.allocation.sparsity.get(unit, 0.0)
-            lines.append(f"{unit:<{width}}  {size:>13,}  {asked:>8.4f}  {value:>8.4f}")
-        prunable = sum(self.allocation.sizes.values())
-        lines.append("-" * len(lines[0]))
-        lines.append(
-            f"{'prunable weights':<{width}}  {prunable:>13,}  {self.config.sparsity:>8.4f}  {self.sparsity:>8.4f}"
+        sizes, asked, size = self.allocation.sizes, self.allocation.sparsity, sum(self.allocation.sizes.values())
+        overall = self.removed / self.parameters
+        header, *lines = columns(
+            [
+                ("unit", "weights", "asked", "achieved"),
+                *(
+                    (unit, f"{sizes.get(unit, 0):,}", f"{asked.get(unit, 0.0):.4f}", f"{value:.4f}")
+                    for unit, value in self.achieved.items()
+                ),
+                ("prunable weights", f"{size:,}", f"{self.config.sparsity:.4f}", f"{self.sparsity:.4f}"),
+                ("all parameters", f"{self.parameters:,}", "", f"{overall:.4f}"),
+            ]
         )
-        lines.append(
-            f"{'all parameters':<{width}}  {self.parameters:>13,}  {'':>8}  {self.removed / self.parameters:>8.4f}"
-        )
+        lines = [header, *lines[:-2], "-" * len(header), *lines[-2:]]
         notes = []
         if "bos" in (self.calibration or {}):
             notes.append(f"calibrated on sequences {'that start with' if self.calibration['bos'] else 'without'} BOS")

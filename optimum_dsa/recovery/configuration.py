@@ -9,12 +9,12 @@ from typing import Any
 from ..common.settings import check_settings, section, setting, settings_from, settings_to, takes_flat_names
 from ..data import DataConfig
 from .adapters.modes import MODES
+from .recoveries import RECOVERIES
 
 
-METHODS = ("sparse-lora", "full")
 RANKS = ("allocation", "uniform")
-# Learning rates by mode of the adapter, and for all weights; SPP's is the published one.
-LEARNING_RATES = {"mask": 1e-3, "scale": 1e-3, "spp": 4e-3, "full": 3e-4}
+# Learning rates by mode of the adapter; SPP's is the published one.
+LEARNING_RATES = {"mask": 1e-3, "scale": 1e-3, "spp": 4e-3}
 
 
 @takes_flat_names
@@ -23,8 +23,8 @@ class RecoveryConfig:
     """How to train a pruned model back. Checked when it is made; a wrong value raises `ValueError`.
 
     Args:
-        method (`str`, defaults to `"sparse-lora"`): `"sparse-lora"` trains adapters, `"full"` all weights that are not
-            zero.
+        method (`str`, defaults to `"sparse-lora"`): A row of `RECOVERIES`: `"sparse-lora"` trains adapters, `"full"`
+            all weights that are not zero.
         mode (`str`, defaults to `"mask"`): A row of `MODES`: what the adapters add.
         steps (`int`, defaults to 300): Optimizer steps.
         learning_rate (`float`, *optional*): At its highest, after a linear warm-up over a tenth of the steps; a cosine
@@ -51,7 +51,7 @@ class RecoveryConfig:
         gradient_checkpointing (`bool`, defaults to `False`): Less memory for more time.
     """
 
-    method: str = setting("sparse-lora", choices=METHODS)
+    method: str = "sparse-lora"
     mode: str = "mask"
     steps: int = setting(300, low=1)
     learning_rate: float | None = setting(None, low=0)
@@ -74,13 +74,18 @@ class RecoveryConfig:
 
     def __post_init__(self):
         check_settings(self)
-        MODES[self.mode]
+        RECOVERIES[self.method], MODES[self.mode]
 
     @property
     def rate(self) -> float:
         """The learning rate: the one given, or the default of method and mode."""
-        given = self.learning_rate
-        return given if given is not None else LEARNING_RATES["full" if self.method == "full" else self.mode]
+        own = RECOVERIES.fact(self.method, "rate", LEARNING_RATES.get(self.mode))
+        return own if self.learning_rate is None else self.learning_rate
+
+    @property
+    def trains_weights(self) -> bool:
+        """Whether the model's own weights are trained, and not adapters beside them."""
+        return RECOVERIES.fact(self.method, "trains_weights", True)
 
     @property
     def windows(self) -> int:

@@ -5,28 +5,25 @@ from __future__ import annotations
 import os
 import tempfile
 import time
-from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
-from transformers import EarlyStoppingCallback, TrainingArguments, default_data_collator, set_seed
+from transformers import EarlyStoppingCallback, TrainingArguments, default_data_collator
 
 from ..checkpoint.load import load_model
-from ..common.installation import how_to_install
 from ..evaluation.perplexity import perplexity_with_error
 from ..model.adapters import has_adapters
-from ..model.architecture import find_architecture
 from ..model.offload import is_offloaded
-from ..model.parameters import one_name_each
 from ..pruning.report import PruningReport
 from ..pruning.zeros import FEWEST_ZEROS, MEASURED
 from .checkpoints import last_whole_checkpoint
 from .configuration import RecoveryConfig
 from .gradual.callback import DSACallback
 from .precision import in_float32
+from .recoveries import RECOVERIES
 from .result import RecoveryResult, by_step
 from .texts import read_windows
 from .trainer import RecoveryTrainer, StopWhereItDiverges, check_finite, check_loss
@@ -65,12 +62,12 @@ def recover(
     start = time.perf_counter()
     with ExitStack() as stack:
         stack.enter_context(_left_as_found(model))
-        stack.enter_context(in_float32(model, config.method == "full"))
+        stack.enter_context(in_float32(model, config.trains_weights))
         folder = Path(checkpoints or stack.enter_context(tempfile.TemporaryDirectory(prefix="optimum-dsa-")))
-        trained = _with_adapters(model, config, report) if config.method == "sparse-lora" else model
+        trained = RECOVERIES[config.method](model, config, report)
         try:
             trainer = make_trainer(trained, windows, held_out, config, teacher, folder)
-            if config.method == "full":
+            if config.trains_weights:
                 DSACallback(exclude=report.config.exclude, include=report.config.include).attach(trainer)
             last = last_whole_checkpoint(folder) if resume else None
             trainer.train(resume_from_checkpoint=None if last is None else str(last))
@@ -118,39 +115,6 @@ def _check(
             f"{checkpoints} holds {left[0].name} of another run, which this one would replace; resume that run, or "
             "name another folder."
         )
-
-
-def _with_adapters(model: nn.Module, config: RecoveryConfig, report: PruningReport) -> nn.Module:
-    """`model` inside a PEFT model with sparse adapters on all matrices that were pruned."""
-    try:
-        from peft import get_peft_model
-
-        from .adapters.peft_method import SparseLoraConfig
-    except ImportError as error:
-        raise ValueError(
-            f"Sparse adapters need peft: {how_to_install('peft')}; or use method='full' ({error})."
-        ) from None
-    asked = report.config
-    weights = find_architecture(model, asked.blocks, asked.exclude, asked.include, skip_unprunable=True).weights
-    one_name = one_name_each(model)
-    users = Counter(one_name.values())
-    # an adapter on a tied head would train the head alone, and merging it would change the embedding as well
-    modules = [weight.module for weight in weights if weight.expert is None and users[one_name[weight.name]] == 1]
-    if not modules:
-        raise ValueError(f"{type(model).__name__} has no pruned nn.Linear or Conv1D; use method='full'.")
-    set_seed(config.data.seed)
-    options = {
-        "r": config.rank,
-        "lora_alpha": config.alpha if config.alpha is not None else 2 * config.rank,
-        "mode": config.mode,
-        "target_modules": modules,
-        "task_type": "CAUSAL_LM",
-    }
-    if config.ranks == "allocation":
-        adapters = SparseLoraConfig.for_allocation(report.allocation, **options)
-    else:
-        adapters = SparseLoraConfig(**options)
-    return get_peft_model(model, adapters)
 
 
 def _teacher(model: nn.Module, teacher: Any) -> nn.Module | None:

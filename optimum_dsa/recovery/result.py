@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from ..common.columns import columns
 from ..evaluation.measurement import with_error
 from .configuration import RecoveryConfig
 
@@ -51,10 +52,11 @@ class RecoveryResult:
         }
 
     def __str__(self) -> str:
-        lines = [f"{'step':>6}  {'training loss':>13}  {'validation loss':>15}"]
+        table = [("step", "training loss", "validation loss")]
         for entry in self.history:
-            cells = [f"{entry[name]:.4f}" if name in entry else "" for name in ("loss", "eval_loss")]
-            lines.append(f"{entry['step']:>6.0f}  {cells[0]:>13}  {cells[1]:>15}")
+            losses = (f"{entry[name]:.4f}" if name in entry else "" for name in ("loss", "eval_loss"))
+            table.append((f"{entry['step']:.0f}", *losses))
+        lines = columns(table, left=())
         lines.append("-" * len(lines[0]))
         before, after = with_error(self.before, self.before_error, 3), with_error(self.after, self.after_error, 3)
         bos = {True: ", on sequences that start with BOS", False: ", on sequences without BOS"}

@@ -127,7 +127,7 @@ class _Distinct(NamedTuple):
 
     @classmethod
     def of(cls, rows: Tensor, sharing: Tensor, first: Tensor) -> _Distinct:
-        """Rows, (n, units), of which each stands for `sharing` and `first`, (n,); equal ones taken together, all int64."""
+        """Rows, (n, units), of which each stands for `sharing` and `first`, (n,), equal ones taken together; int64."""
         found, place = torch.unique(rows, dim=0, return_inverse=True)
         return cls(
             found,

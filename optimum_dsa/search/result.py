@@ -12,6 +12,7 @@ from pathlib import Path
 from statistics import correlation, mean, stdev
 from typing import Any
 
+from ..common.columns import columns
 from ..common.files import write_text
 from ..common.output import OutputFolder
 from ..pruning.allocation import Allocation
@@ -153,13 +154,11 @@ class SearchResult:
 
     def __str__(self) -> str:
         rounds = any(row.removed.counts() != row.allocation.counts() for row in self.finalists)
-        lines = [
-            f"{'validation loss':>15}{'perplexity':>12}{'proxy loss':>12}{'removed' if rounds else '':>{9 * rounds}}"
-            "  allocation"
-        ]
+        table = [("validation loss", "perplexity", "proxy loss", *(["removed"] * rounds), "allocation")]
         for row in self.finalists:
-            removed = f"{row.removed.overall:>9.4f}" if rounds else ""
-            lines.append(f"{row.loss:>15.4f}{row.perplexity:>12.2f}{_shown(row.proxy):>12}{removed}  {row.candidate}")
+            removed = [f"{row.removed.overall:.4f}"] * rounds
+            table.append((f"{row.loss:.4f}", f"{row.perplexity:.2f}", _shown(row.proxy), *removed, str(row.candidate)))
+        lines = columns(table, left=(-1,))
         lines.append("validation loss and perplexity: as pruned; proxy loss: one-shot masks, which candidates race by")
         if (bos := (self.trace.settings.get("calibration") or {}).get("bos")) is not None:
             lines.append(f"calibrated and compared on windows {'that start with' if bos else 'without'} BOS")
@@ -180,15 +179,15 @@ class SearchResult:
 
 def robustness_table(results: Sequence[SearchResult]) -> str:
     """What each of several seeds found, and how far they are apart: the paper's robustness table."""
-    lines = [f"{'seed':>4}{'validation loss':>17}{'perplexity':>12}  allocation"]
+    table = [("seed", "validation loss", "perplexity", "allocation")]
     winners = [result.finalists[0] for result in results]
     for result, row in zip(results, winners):
-        lines.append(f"{result.config.data.seed:>4}{row.loss:>17.4f}{row.perplexity:>12.2f}  {row.candidate}")
+        table.append((str(result.config.data.seed), f"{row.loss:.4f}", f"{row.perplexity:.2f}", str(row.candidate)))
     if len(results) > 1:
         losses, perplexities = [row.loss for row in winners], [row.perplexity for row in winners]
-        lines.append(f"mean{mean(losses):>17.4f}{mean(perplexities):>12.2f}")
-        lines.append(f" ±  {stdev(losses):>17.4f}{stdev(perplexities):>12.2f}  (standard deviation)")
-    return "\n".join(lines)
+        table.append(("mean", f"{mean(losses):.4f}", f"{mean(perplexities):.2f}", ""))
+        table.append(("±", f"{stdev(losses):.4f}", f"{stdev(perplexities):.2f}", "(standard deviation)"))
+    return "\n".join(columns(table, left=(-1,)))
 
 
 def rank_correlation(first: Sequence[float], second: Sequence[float]) -> float:

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from ..pruning.allocation import PRE_PROCESS, REDUCTION, AllocationFunction
+from ..pruning.allocation.histogram import BINS, score_bins, score_histogram
 
 
-BINS = 1 << 16
 SAMPLE = 1 << 16
 
 
@@ -34,8 +34,7 @@ class ScoreSummary:
     def of(cls, scores: Tensor) -> ScoreSummary:
         """The summary of non-negative float32 scores of any shape."""
         flat = scores.flatten()
-        bins = flat.view(torch.int32) >> 15
-        weights = torch.bincount(bins, minlength=BINS).double()
+        bins, weights = score_bins(flat), score_histogram(flat).double()
         sums = torch.zeros(BINS, dtype=torch.float64, device=flat.device).scatter_add_(0, bins.long(), flat.double())
         return cls._compact(sums.cpu(), weights.cpu())
 
@@ -47,7 +46,7 @@ class ScoreSummary:
         weights, sums = torch.zeros(BINS, dtype=torch.float64), torch.zeros(BINS, dtype=torch.float64)
         for summary in summaries:
             # A mean lies in its own bin, so that the bins of all fit together.
-            bins = (summary.values.float().view(torch.int32) >> 15).long()
+            bins = score_bins(summary.values.float()).long()
             weights.scatter_add_(0, bins, summary.weights)
             sums.scatter_add_(0, bins, summary.values * summary.weights)
         return cls._compact(sums, weights)

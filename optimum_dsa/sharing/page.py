@@ -49,12 +49,12 @@ def write_report(folder: str | Path, compare: Sequence[str | Path] = (), output:
     """Write `report.html` and its pictures as PNG into `output`; returns a table for the terminal.
 
     Args:
-        folder: of a pruned model or of a search.
-        compare: more of them, to show beside it.
-        output: by default `folder`.
+        folder (`str | Path`): of a model or of a search.
+        compare (`Sequence[str | Path]`): more of them, to show beside it.
+        output (`str | Path`, *optional*): by default `folder`.
 
     Raises:
-        FileNotFoundError: a folder holds neither a pruned model nor a search.
+        FileNotFoundError: a folder holds neither a model nor a search.
         ImportError: matplotlib is not installed.
     """
     outcomes = read_all([folder, *compare])

@@ -60,16 +60,18 @@ def push_folder(
     arrived before a failure is not sent again.
 
     Args:
-        folder: of a pruned model; nothing in it is changed.
-        repo_id: "user/name", or "name" for the token's own.
-        private: of a repository that is made; by default what the account or organisation has chosen.
-        revision: branch to push to; "main" by default.
-        create_pr: open a pull request instead of pushing.
-        commit_message: by default says what was removed.
-        token: by default the one that `hf auth login` stored.
-        endpoint: of the Hub; by default `HF_ENDPOINT`.
-        kept: what an error says about where the model is; by default the folder.
-        base: of an adapter, the repository of the pruned model under it; by default the one that it names.
+        folder (`str | Path`): of a pruned model; nothing in it is changed.
+        repo_id (`str`): "user/name", or "name" for the token's own.
+        private (`bool`, *optional*): of a repository that is made; by default what the account or organisation has
+            chosen.
+        revision (`str`, *optional*): branch to push to; "main" by default.
+        create_pr (`bool`, defaults to `False`): open a pull request instead of pushing.
+        commit_message (`str`, *optional*): by default says what was removed.
+        token (`str`, *optional*): by default the one that `hf auth login` stored.
+        endpoint (`str`, *optional*): of the Hub; by default `HF_ENDPOINT`.
+        kept (`str`, *optional*): what an error says about where the model is; by default the folder.
+        base (`str`, *optional*): of an adapter, the repository of the pruned model under it; by default the one that it
+            names.
 
     Raises:
         PushError: the Hub refused, or the network failed.

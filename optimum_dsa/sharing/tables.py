@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from ..checkpoint.description import seal_of
 from ..checkpoint.verify import SEALS
+from ..common.columns import columns
 from ..common.escaping import inline_markdown, one_line, table_cell, visible
 from ..evaluation.comparison import main_metric, paired_difference
 from ..evaluation.measurement import Measurement, Protocol, TaskProtocol, with_error
@@ -52,12 +53,7 @@ class Table:
     rows: Sequence[Sequence[str]]
 
     def __str__(self) -> str:
-        lines = [[*map(one_line, line)] for line in (self.header, *self.rows)]
-        widths = [max(len(line[column]) for line in lines) for column in range(len(self.header))]
-        return "\n".join(
-            "  ".join([line[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(line[1:], widths[1:]))])
-            for line in lines
-        )
+        return "\n".join(columns([[*map(one_line, line)] for line in (self.header, *self.rows)]))
 
     def markdown(self) -> str:
         """A table of GitHub's Markdown; numbers to the right, texts shown letter by letter."""

@@ -302,6 +302,13 @@ def test_the_command_recovers_saves_and_resumes(monkeypatch, capsys, tmp_path):
     code, _, errors = run(monkeypatch, capsys, *recover, *adapter, *kept, "--resume")
     assert code == 0, errors
     assert (tmp_path / "out" / "adapter_config.json").is_file() and (tmp_path / "kept" / "checkpoint-4").is_dir()
+    code, output, errors = run(monkeypatch, capsys, "verify", out)
+    assert code == 0 and "holds: " in output, errors
+    code, output, errors = run(monkeypatch, capsys, "evaluate", out, "--dataset", str(text), "--sequence-length", "32")
+    assert code == 0 and "0.7000" in output, errors
+    again = ["prune", out, "-o", str(tmp_path / "again"), "-s", "0.8", "--dataset", str(text)]
+    code, _, errors = run(monkeypatch, capsys, *again)
+    assert code == 2 and "holds an adapter on a pruned model, which would be lost; merge it" in errors
     code, _, errors = run(monkeypatch, capsys, *recover, "--mode", "spq")
     assert code == 2 and "Did you mean 'spp'" in errors
 

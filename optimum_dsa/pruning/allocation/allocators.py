@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ...common.registry import Registry
 from .function import AllocationFunction
+from .histogram import BINS, score_histogram
 from .operations import singular_values
 from .unit import Unit
 
@@ -155,16 +156,10 @@ ALLOCATIONS.add(
 
 # -- global: one threshold over all scores
 
-_BINS = 1 << 16
-
 
 def _score_histogram(unit: Unit) -> Tensor:
-    """Counts of the unit's scores in bins 0.4 % apart, the leading bits of a float32: (65536,) int64."""
-    counts = torch.zeros(_BINS, dtype=torch.int64)
-    for scores in unit.scores():
-        # Scores are not negative, and then floats are in the order of their bits: 8 of exponent, 8 of mantissa.
-        counts += (scores.flatten().view(torch.int32) >> 15).bincount(minlength=_BINS).cpu()
-    return counts
+    """How many of the unit's scores are in each bin of `score_histogram`, (65536,) int64."""
+    return sum(score_histogram(scores).cpu() for scores in unit.scores())
 
 
 def _one_threshold(measured: Mapping[str, Tensor], target: float, spread: float | None) -> dict[str, float]:
@@ -173,9 +168,9 @@ def _one_threshold(measured: Mapping[str, Tensor], target: float, spread: float 
     goal = target * int(total.sum())
     edge = int((total.cumsum(0) <= goal).sum())
     # Scores are taken to be spread evenly in the bin of the threshold, so that the shares meet the target.
-    within = (goal - int(total[:edge].sum())) / max(int(total[min(edge, _BINS - 1)]), 1)
+    within = (goal - int(total[:edge].sum())) / max(int(total[min(edge, BINS - 1)]), 1)
     return {
-        unit: float(counts[:edge].sum() + within * counts[min(edge, _BINS - 1)]) / int(counts.sum())
+        unit: float(counts[:edge].sum() + within * counts[min(edge, BINS - 1)]) / int(counts.sum())
         for unit, counts in measured.items()
     }
 
