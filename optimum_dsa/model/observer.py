@@ -64,6 +64,8 @@ class Observer:
     def _source_of(self, name: str, key: tuple[int, int], inputs: Tensor) -> str:
         """The weight whose statistics hold what `name` is given now, in the input `key`: its own, or another's.
 
+        `inputs` is (..., in_features).
+
         Raises:
             UnprunableError: the two were given the same inputs before, and only some of them in this batch.
         """

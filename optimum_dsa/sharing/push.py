@@ -70,8 +70,8 @@ def push_folder(
         token (`str`, *optional*): by default the one that `hf auth login` stored.
         endpoint (`str`, *optional*): of the Hub; by default `HF_ENDPOINT`.
         kept (`str`, *optional*): what an error says about where the model is; by default the folder.
-        base (`str`, *optional*): of an adapter, the repository of the pruned model under it; by default the one that it
-            names.
+        base (`str`, *optional*): of an adapter, the repository of the pruned model under it; by default the one that
+            it names.
 
     Raises:
         PushError: the Hub refused, or the network failed.
@@ -100,6 +100,7 @@ def push_folder(
         CommitOperationAdd(name, content if isinstance(content, bytes) else str(content))
         for name, content in contents.items()
     ]
+    # In the same commit: no reader ever meets weights of two models.
     operations += [CommitOperationDelete(name) for name in there if _is_stale(name, contents)]
     message = commit_message or _message(upload)
     with explained(repo_id, kept):
