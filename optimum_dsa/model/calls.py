@@ -49,7 +49,7 @@ class BlockCalls:
         return len(self.arguments)
 
     def run(self, block: nn.Module, index: int, batch: int) -> Tensor:
-        """The hidden states, (samples, ..., hidden size), that `block`, of this `index` in its stack, makes."""
+        """What `block`, the stack's block `index`, makes of the hidden states of `batch`: (samples, ..., hidden size)."""
         args, kwargs = self.arguments[batch][index]
         return _split_output(block(self.hidden[batch], *args, **kwargs))[0]
 
@@ -201,7 +201,7 @@ def replaced_forwards(modules: Sequence[nn.Module], make: Callable[[int, Callabl
 
 @torch.no_grad()
 def run_behind(model: nn.Module, stack: Stack, calls: BlockCalls, batch: Mapping[str, Tensor], number: int) -> None:
-    """Run what comes after the blocks of `stack` on the hidden states, (samples, ...), that `calls` holds."""
+    """Run what comes after the blocks of `stack`, not the blocks, on the hidden states of `calls`, (samples, ...)."""
     modules = [model.get_submodule(block.name) for block in stack.blocks]
 
     def make(index: int, forward: Callable) -> Callable:

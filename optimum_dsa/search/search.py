@@ -123,7 +123,10 @@ def _trace(
     calibration: Calibration | None,
     validation: Tensor,
 ) -> SearchTrace:
-    """The trace to write to; in a folder with what tells model and texts, `validation` (windows, length), apart."""
+    """The trace to write to; in a folder with what tells the model and the texts apart from others.
+
+    `validation` is (windows, length).
+    """
     if output is None:
         return SearchTrace.open(None, settings)
     path = output.path / "trace.jsonl"
@@ -146,7 +149,10 @@ def _problem(
     space: SearchSpace | None,
     finalists: int,
 ) -> tuple[Problem, FinalRound]:
-    """The problem, its budget without what the finalists will take, and how these are ranked; (windows, length)."""
+    """The problem with its budget but for what the finalists will take, and how these are ranked where it suffices.
+
+    `validation` is (windows, length).
+    """
     windows, length = validation.shape
     if space is None:
         kinds = tuple(dict.fromkeys(resolver.kinds.values()))

@@ -46,14 +46,14 @@ def spp(weight: Tensor, a: Tensor, b: Tensor, scaling: float) -> Tensor:
 
     b is (out_features, 1), other shapes as in `Mode`.
     """
-    # Row i is in group ⌊i·r/m⌋, as `Repeat` of the paper; r need not divide m.
+    # Groups of nearly one size: the rank need not divide the rows.
     rows = torch.arange(len(weight), device=a.device) * len(a) // len(weight)
     return weight * (a[rows] * b) * scaling
 
 
 def _start_at_one(a: Tensor, b: Tensor) -> None:
-    """BA = 1, in place: a (rank, in_features), b (out_features, rank). Not 1/√r everywhere, as published."""
-    # With every entry 1/√r, all ranks get one gradient and stay one rank.
+    """BA = 1, in place: a (rank, in_features), b (out_features, rank)."""
+    # With every entry 1/√r, as published, all ranks get one gradient and stay one rank.
     nn.init.ones_(a[:1])
     nn.init.ones_(b[:, :1])
 

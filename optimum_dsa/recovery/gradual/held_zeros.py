@@ -55,7 +55,7 @@ class HeldZeros:
 
 
 def keep_alive_(weight: Tensor, keep: Tensor) -> None:
-    """Give kept weights that are exactly zero the smallest normal number, of any shape, in place: 0 is the mask."""
+    """Give kept weights that are exactly zero the smallest normal number, in place: zeros are the mask. Any shape."""
     lost = (weight == 0) & keep
     if lost.any():
         weight[lost] = torch.finfo(weight.dtype).tiny

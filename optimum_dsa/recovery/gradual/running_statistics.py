@@ -95,15 +95,9 @@ class RunningStatistics:
             if torch.distributed.is_available() and torch.distributed.is_initialized():
                 for total in (squared_sum, *gram, tokens):
                     torch.distributed.all_reduce(total)
+            # One sequence, as decay leaves no whole number of them: only the scale of all scores depends on it.
             copies[name] = LayerStatistics(
-                # One sequence, as decay leaves no whole number of them: only the scale of all scores depends on it.
-                found.in_features,
-                found.device,
-                found.with_gram,
-                int(tokens),
-                1,
-                squared_sum,
-                *gram,
+                found.in_features, found.device, found.with_gram, int(tokens), 1, squared_sum, *gram
             )
         return CollectedStatistics(copies, "training")
 

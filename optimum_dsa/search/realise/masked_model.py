@@ -18,7 +18,7 @@ LEVELS = 1 << 16
 
 
 def quantise(order: Tensor) -> Tensor:
-    """A removal order, of any shape, in int16: the share of the matrix gone before each weight, from −32,768 on."""
+    """A removal order of any shape as int16: the share gone before each weight, in 65,536 steps from −32,768."""
     return ((order * LEVELS).div_(order.numel(), rounding_mode="floor") - LEVELS // 2).to(torch.int16)
 
 
@@ -57,7 +57,10 @@ class MaskedModel:
         return self._before(name, count + width) & ~self._before(name, count - width)
 
     def _before(self, name: str, count: int) -> Tensor:
-        """The first `count` weights to go, (out_features, in_features): exact up to 65,536, beyond to a step."""
+        """The first `count` weights to go: exact up to 65,536 weights, beyond that to one step of the order.
+
+        (out_features, in_features), True = gone.
+        """
         size = self.weights[name].size
         level = min(max(count, 0), size) * LEVELS // size - LEVELS // 2
         if level == LEVELS // 2:  # no int16 is as large
