@@ -49,7 +49,7 @@ class BlockCalls:
         return len(self.arguments)
 
     def run(self, block: nn.Module, index: int, batch: int) -> Tensor:
-        """What `block`, number `index` of the stack, makes of the hidden states of `batch`, (samples, ..., features)."""
+        """What `block`, number `index` of the stack, makes of the hidden states, (samples, ..., hidden size)."""
         args, kwargs = self.arguments[batch][index]
         return _split_output(block(self.hidden[batch], *args, **kwargs))[0]
 
