@@ -85,6 +85,7 @@ _PUBLIC = {
     "push_folder": "sharing.push",
     "read_results": "evaluation.results",
     "schema": "checkpoint.description",
+    "run_demo": "commands.embedded",
     "save_results": "evaluation.results",
     "split_windows": "data",
     "use_cpu": "common.devices",

@@ -68,11 +68,20 @@ class DemoRow:
 
 
 def run_demo(
-    output: str, sparsity: float, method: str, say: Callable[[str], None], budget: str = BUDGET
+    output: str,
+    sparsity: float = 0.6,
+    method: str = "wanda",
+    say: Callable[[str], None] = print,
+    budget: str = BUDGET,
 ) -> dict[str, Any]:
-    """Prune the embedded model by each of `NAMED` and by what a search finds, report, save the last one to `output`.
+    """Prune the embedded model by named allocations and by one that a search finds; the rows of their comparison.
 
-    Returns the rows of the table and the folder, as JSON values.
+    Args:
+        output (`str`): folder for the model that was pruned as the search found.
+        sparsity (`float`, defaults to 0.6): share of the weights of its blocks to remove.
+        method (`str`, defaults to `"wanda"`): a row of `METHODS`.
+        say (`Callable[[str], None]`): is given what the command prints, line by line.
+        budget (`str`, defaults to `"150k tokens"`): of the search.
     """
     config = DSAConfig(sparsity, method)
     parse_budget(budget)

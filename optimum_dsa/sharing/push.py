@@ -70,8 +70,8 @@ def push_folder(
         token (`str`, *optional*): by default the one that `hf auth login` stored.
         endpoint (`str`, *optional*): of the Hub; by default `HF_ENDPOINT`.
         kept (`str`, *optional*): what an error says about where the model is; by default the folder.
-        base (`str`, *optional*): of an adapter, the repository of the pruned model under it; by default the one that
-            it names.
+        base (`str`, *optional*): of an adapter, the repository of the pruned model under it; by default the one
+            that it names.
 
     Raises:
         PushError: the Hub refused, or the network failed.
