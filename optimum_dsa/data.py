@@ -72,7 +72,7 @@ class Calibration:
     bos: bool | None = None
 
     def batches(self, size: int) -> list[dict[str, Tensor]]:
-        """The inputs in batches of at most `size` samples."""
+        """The inputs in batches of at most `size` samples, (samples, ...) each."""
         parts = {name: value.split(size) for name, value in self.inputs.items()}
         return [dict(zip(parts, values)) for values in zip(*parts.values())]
 
@@ -137,6 +137,7 @@ def load_calibration(
 def default_length(model: nn.Module) -> int:
     """The model's longest sequence, at most 2048."""
     config = model.config.get_text_config()
+    # At 2048 most published perplexities of pruned models are measured.
     return min(getattr(config, "max_position_embeddings", None) or 2048, 2048)
 
 
@@ -184,6 +185,7 @@ def load_tokens(
         )
     if num_samples is None:
         return found
+    # On the CPU by a generator of its own: the same windows on every machine, and no global seed is touched.
     order = torch.randperm(len(found), generator=torch.Generator().manual_seed(seed))
     return found[order[:num_samples]]
 
@@ -227,6 +229,7 @@ def check_tokens(tokens: Tensor, model: nn.Module) -> None:
     if not isinstance(tokens, Tensor) or tokens.dim() != 2 or tokens.numel() == 0 or tokens.is_floating_point():
         got = f"{tuple(tokens.shape)} {tokens.dtype}" if isinstance(tokens, Tensor) else type(tokens).__name__
         raise ValueError(f"Tokens are a LongTensor (samples, length), not empty; got {got}.")
+    # Held against the model here: an index out of range ends a process on a GPU with an assertion of CUDA.
     embeddings = model.get_input_embeddings()
     vocabulary = getattr(embeddings, "num_embeddings", None)
     low, high = int(tokens.min()), int(tokens.max())
@@ -261,7 +264,9 @@ def cut_windows(
             continue
         if ids:
             ids += separator
+        # Without: special tokens are put in where they are asked for, and once.
         ids += tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        # A corpus may be larger than the disk: it is streamed, and read no further than needed.
         if wanted is not None and len(ids) >= wanted * size:
             break
     count = len(ids) // size if wanted is None else min(len(ids) // size, wanted)

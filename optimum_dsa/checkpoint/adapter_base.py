@@ -73,8 +73,10 @@ def check_base(
     way_out = "save the pruned model to a folder of its own first, or merge the adapter (RecoveryConfig(merge=True))"
     if stored is None:
         raise ValueError(f"The adapter would be saved without the pruned weights that it belongs to; {way_out}.")
+    # The adapter would name a folder that it has just replaced.
     if Path(stored).is_dir() and directory.is_dir() and Path(stored).samefile(directory):
         raise ValueError(f"{directory} holds the pruned model under the adapter; save the adapter to another folder.")
+    # The folder may have been pruned anew since: its zeros, not its name, make it the base.
     if described is None or described["achieved"]["units"] != dict(report.achieved):
         raise ValueError(f"{stored} does not hold the zeros that the model under the adapter has; {way_out}.")
     for config in model.peft_config.values():

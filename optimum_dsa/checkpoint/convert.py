@@ -56,6 +56,7 @@ def convert(source: str | Path, directory: str | Path, to: str) -> tuple[int, in
     if not source.is_dir():
         raise FileNotFoundError(f"No folder {source}.")
     shards = find_shards(source)
+    # Before anything is read: a link may lead to a file of somebody else.
     for name in ("config.json", *shards.files, *([] if shards.index is None else [index_name(shards.encoding.stem)])):
         own_file(source / name, source)
     if shards.encoding is target:
@@ -72,6 +73,7 @@ def convert(source: str | Path, directory: str | Path, to: str) -> tuple[int, in
         output.carry(source, others, folder)
         write_text(folder / "config.json", json.dumps(config, indent=2) + "\n")
         sizes = convert_weights(shards, folder, target)
+        # After the work: only the zeros of all tensors tell, and the folder is not there yet.
         if shards.encoding.is_plain and sizes[1] > sizes[0] * (1 - LEAST_SAVED):
             raise ValueError(
                 f"{source} would not become smaller: it has {sizes[0]:,} bytes of weights, {sizes[1]:,} without the "
@@ -137,6 +139,7 @@ def convert_weights(shards: Shards, target: Path, to: Encoding, remove: bool = F
         before, after = before + read, after + written
         if remove:
             (shards.folder / file).unlink()
+    # Only now is every name of every shard known.
     missing = sorted(set((shards.index or {}).get("weight_map", {})) - weight_map.keys())
     if missing:
         raise ValueError(f"{shards.folder} lacks {missing[0]}, which its index names; the checkpoint is incomplete.")
@@ -170,7 +173,7 @@ def _convert_shard(source: Path, target: Path, of: Encoding, to: Encoding) -> tu
 
 
 def _changed(tensor: torch.Tensor, to: Encoding, name: str) -> torch.Tensor | None:
-    """The tensor in another encoding; `None` where it stays as it is."""
+    """The tensor, of any shape or (bytes,) uint8, in another encoding; `None` where it stays as it is."""
     plain = decoded(tensor, name)
     if to.encode is None:
         return plain
@@ -182,6 +185,7 @@ def _width(file: Any, name: str, packed: dict[str, Header]) -> int:
     """Bytes of an element, dense: of `BF16` two, of what does not say it (`BOOL`) one."""
     if name in packed:
         return packed[name].dtype.itemsize
+    # Not from the tensor: its dtype is known from the header, without reading a byte.
     bits = re.match(r"[A-Z]+(\d+)", file.get_slice(name).get_dtype())
     return int(bits[1]) // 8 if bits else 1
 

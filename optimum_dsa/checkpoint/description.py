@@ -93,6 +93,7 @@ def read_description(path: str | Path) -> Description | None:
             f"it with {how_to_upgrade()}."
         )
     written = data if version < FORMAT_VERSION else None
+    # One step at a time, so that a new version takes one migration, whatever files there are.
     for number in range(version, FORMAT_VERSION):
         data = MIGRATIONS[number](data)
     broken = next(violations(data, schema()), None)
@@ -118,6 +119,7 @@ def seal_of(data: Mapping[str, Any]) -> str:
     version = data.version if isinstance(data, Description) else data.get("format_version", 1)
     if version == 1:
         return "none"
+    # The checksum is of what was written, before it was brought to the present version.
     content = getattr(data, "written", None) or data
     stated = content.get("checksum")
     if stated is None:

@@ -134,7 +134,8 @@ def header_bytes() -> int:
 
 
 def decoded(tensor: Tensor, name: str = "tensor") -> Tensor | None:
-    """What an encoded tensor stands for; `None` for one that is stored as it is."""
+    """What an encoded tensor, (bytes,) uint8, stands for; `None` for one that is stored as it is, of any shape."""
+    # A model may have vectors of uint8 of its own: the header decides.
     if tensor.dtype != torch.uint8 or tensor.dim() != 1 or len(tensor) == 0:
         return None
     found = header_in(tensor[: header_bytes()].cpu().numpy().tobytes(), len(tensor), name)

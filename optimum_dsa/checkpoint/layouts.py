@@ -33,4 +33,5 @@ LAYOUTS.add("plain", Layout(lambda stated: True, model_class))
 def layout_of(stated: Any) -> Layout:
     """The row for the content of a `config.json`: the last that was added of those that fit."""
     content = stated if isinstance(stated, Mapping) else {}
+    # Special rows come after the plain one, which fits everything.
     return next(layout for layout in reversed(LAYOUTS.values()) if layout.fits(content))

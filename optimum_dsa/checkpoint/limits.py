@@ -97,6 +97,7 @@ def within(contents: Contents | None, where: str | Path) -> Iterator[None]:
     if contents is None:
         yield
         return
+    # The hooks are of the whole process: another thread may make a model of its own meanwhile.
     thread, counted = threading.get_ident(), {"parameters": 0, "numbers": 0, "modules": 0, "bytes": 0}
     pieces = 30 * contents.tensors + 2000  # experts may be one tensor on disk and many modules
     most = {
@@ -124,6 +125,7 @@ def within(contents: Contents | None, where: str | Path) -> Iterator[None]:
         known = seen.setdefault(module, set())
         if value is None or name in known or threading.get_ident() != thread:
             return False
+        # What is registered again under its name, as when it is tied, takes the place of what was there.
         known.add(name)
         return True
 

@@ -53,6 +53,7 @@ def load_model(path: str, adapter: bool = True, **kwargs) -> nn.Module:
     if folder.is_dir():
         check_read_files(folder)
     if (found := _adapter_at(path, folder, shared)) is not None:
+        # They say where the adapter is, not its base.
         others = {name: value for name, value in kwargs.items() if name not in ("revision", "subfolder")}
         base = load_model(base_under(found), **others)
         return with_adapter(base, found) if adapter else base
@@ -62,6 +63,7 @@ def load_model(path: str, adapter: bool = True, **kwargs) -> nn.Module:
     contents = None if kwargs.keys() & set(_OTHER_WEIGHTS) else _contents(path, folder, stated, shared)
     config = kwargs.pop("config", None)
     if config is None:
+        # AutoConfig already makes lists as long as the numbers say.
         check_counts(stated, contents, path)
         config = _configuration(path, shared)
     loader = layout_of(stated).model_class(config, path)
@@ -82,6 +84,7 @@ def _adapter_at(path: str, folder: Path, options: Mapping[str, Any]) -> Path | N
         return None
     found = _cached(path, ADAPTER_CONFIG, options)
     if found is not None:
+        # Into the same folder of the cache, from which PEFT then reads.
         _cached(path, ADAPTER_WEIGHTS, options)
     return None if found is None else found.parent
 

@@ -59,6 +59,7 @@ def open_checkpoint(source: str | Path | nn.Module, tokenizer: Any = None, **opt
     if tokenizer is not None:  # before the model: of another place, and so of none of the model's revisions
         theirs = {name: value for name, value in options.items() if name not in ("revision", "subfolder")}
         tokenizer = load_tokenizer(tokenizer, required=True, **theirs)
+    # Before the model, which takes longer: a broken description is known at once.
     found = find_description(path, **options)
     report = None if found is None else report_from(found)
     if found is not None and not is_unchanged(found):

@@ -29,6 +29,7 @@ def report_of(model: nn.Module) -> PruningReport:
         return counted(report_from(described), model)
     architecture = find_architecture(inner, skip_unprunable=True)
     allocation = measured_allocation(inner, architecture)
+    # A config takes no sparsity of 1, which a model of nothing but zeros has.
     config = DSAConfig(min(allocation.overall, 0.9999), allocation=allocation, max_sparsity=1.0)
     return PruningReport(config, allocation, allocation.sparsity, count_parameters(inner), dense=architecture.dense)
 

@@ -48,8 +48,10 @@ def save_checkpoint(
         check_shard_size(save_kwargs["max_shard_size"])
     row = encoding_named(encoding)
     if not row.is_plain:
+        # Encoded shard after shard: one shard of everything would have to be on the disk twice.
         save_kwargs = {"max_shard_size": "5GB", **save_kwargs}
     description = describe(report, base, recovery)
+    # Before the weights are written, which takes minutes and room.
     broken = next(violations(description, schema()), None)
     if broken:
         raise ValueError(f"What was done to the model cannot be described, so nothing was written: {broken}.")
@@ -82,6 +84,7 @@ def _save_offloaded(model: nn.Module, directory: Path, **save_kwargs) -> None:
     that offloaded weights are tied.
     """
     tied = tied_names(model)
+    # A tied weight would be written once per name, and loaded as two.
     state = {name: value for name, value in model.state_dict().items() if name not in tied}
     save_kwargs = {"state_dict": state, "max_shard_size": "200MB", **save_kwargs}
     with saved_by_shards(model), warnings.catch_warnings():
@@ -98,5 +101,6 @@ def base_model(model: nn.Module, revision: str | None = None) -> dict[str, str |
     """
     name = model.config.name_or_path or None
     if name and (os.path.isabs(name) or os.path.exists(name)):
+        # A path tells where somebody keeps files, and helps nobody else.
         name = Path(name).resolve().name
     return {"name": name, "revision": revision}

@@ -100,6 +100,7 @@ def index_files(index: Any, path: Path) -> tuple[str, ...]:
     if not isinstance(weight_map, dict) or not weight_map:
         raise ValueError(f"{path} is no index of weights: it has no 'weight_map'.")
     for name, file in weight_map.items():
+        # An index is a text from a stranger: "../../other" would be read, packed and pushed.
         if not isinstance(file, str) or Path(file).name != file or "\\" in file or not file.endswith(".safetensors"):
             raise ValueError(
                 f"{path} puts {name} into {file!r}; weights are read from safetensors files beside their index only."
@@ -129,6 +130,7 @@ def packed_headers(path: str | Path) -> dict[str, Header]:
         names = list(file.keys())
         for name in names:
             part = file.get_slice(name)
+            # A slice reads its bytes only: headers of a large checkpoint cost no memory.
             if part.get_dtype() == "U8" and len(part.get_shape()) == 1 and part.get_shape()[0] > 0:
                 length = part.get_shape()[0]
                 start = part[: min(header_bytes(), length)].tobytes()
@@ -183,13 +185,16 @@ class ShardWriter:
         self._header: dict[str, Any] = {"__metadata__": metadata} if metadata else {}
         # per tensor: its name, and at most 40 digits of offsets, 160 of shape and 60 signs
         room = len(json.dumps(self._header)) + sum(len(json.dumps(name)) + 260 for name in names)
+        # A multiple of 8, so that tensors begin where every type may be read in place.
         self._room = -(-room // 8) * 8
         self._end = 0
         self._file = path.open("wb")
+        # 8 bytes for the length of the header, which come first in safetensors.
         self._file.seek(8 + self._room)
 
     def add(self, name: str, tensor: Tensor, dtype: str | None = None) -> None:
-        """Write a tensor; `dtype` is safetensors' name of its type, where it is not one that can be packed."""
+        """Write a tensor of any shape; `dtype` is safetensors' name of its type, where that cannot be packed."""
+        # Bytes, as numpy knows no bfloat16.
         data = tensor.contiguous().reshape(-1).view(torch.uint8).numpy()
         self._header[name] = {
             "dtype": dtype or _NAMES[tensor.dtype],
@@ -205,9 +210,11 @@ class ShardWriter:
     def __exit__(self, kind, error, traceback) -> None:
         with self._file as file:
             if kind is None:
+                # Padded with spaces, which JSON allows behind its value.
                 header = json.dumps(self._header, separators=(",", ":")).encode().ljust(self._room)
                 assert len(header) == self._room, "the room for the header was too small"
                 file.seek(0)
                 file.write(len(header).to_bytes(8, "little") + header)
                 file.flush()
+                # The folder is swapped in next: a file must not be empty there after a power failure.
                 os.fsync(file.fileno())

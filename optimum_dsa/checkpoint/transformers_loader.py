@@ -99,12 +99,14 @@ class DSAQuantizer(HfQuantizer):
             updated.append(conversion)
         renamings = [conversion for conversion in updated if isinstance(conversion, WeightRenaming)]
         leaves = {_renamed(name, renamings).rpartition(".")[2] for name in self._packed}
+        # By the last part of a name: transformers matches patterns, and one per tensor would be thousands.
         own = [UnpackOnly(rf"(?<![^.]){re.escape(leaf)}$", leaf) for leaf in sorted(leaves)]
         return [*updated, *own]
 
     def get_new_dtype(self, converter, param, dtype):
         """Types of ordinary tensors change as always; a packed one stays, and its conversion is told the type."""
         kind = param.get_dtype() if hasattr(param, "get_dtype") else param.dtype
+        # A cast of packed bytes would destroy them.
         if kind not in ("U8", torch.uint8):
             return dtype
         for operation in getattr(converter, "operations", ()):

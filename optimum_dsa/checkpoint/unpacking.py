@@ -26,12 +26,16 @@ class Unpack(ConversionOps):
         self.dtype: torch.dtype | None = None
 
     def convert(self, input_dict: dict[str, list[Tensor]], full_layer_name="tensor", **kwargs):
+        """Every tensor of a pattern, packed as (bytes,) uint8 or of any shape, as the model has it."""
+
         def dense(tensor: Tensor) -> Tensor:
+            """A tensor of any shape: unpacked from (bytes,) in the asked dtype, or as it is."""
             plain = decoded(tensor, full_layer_name)
             return tensor if plain is None else plain.to(self.dtype)
 
         unpacked = {pattern: [dense(tensor) for tensor in tensors] for pattern, tensors in input_dict.items()}
         if self.alone:
+            # One name, one tensor: nothing follows that would take it out of its list.
             ((tensor,),) = unpacked.values()
             return {full_layer_name: tensor}
         return unpacked

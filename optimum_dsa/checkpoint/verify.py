@@ -90,6 +90,7 @@ def verify(model: nn.Module, report: PruningReport, description: Mapping[str, An
     pattern, parameters = _pattern(report), count_parameters(model)
     try:
         architecture = architecture_for(model, report.config)
+    # A finding, not an error: a model that cannot be pruned as described is not the one described.
     except ValueError as error:
         checked.problems.append(f"the model cannot be pruned as described: {error}")
         return checked.result(0, 0, pattern, parameters)
@@ -108,6 +109,7 @@ def verify(model: nn.Module, report: PruningReport, description: Mapping[str, An
         checked.problems.append(f"the model has {parameters:,} parameters, described are {report.parameters:,}")
     zeros, breaches = _count(model, architecture, report, granularity)
     for unit, size in sizes.items():
+        # Exactly: one zero more or less is another model.
         expected = round(report.achieved.get(unit, 0.0) * size)
         if zeros[unit] != expected:
             difference = f"{abs(zeros[unit] - expected):,} {'fewer' if zeros[unit] < expected else 'more'}"
@@ -171,6 +173,7 @@ def _count(
     breaches = []
 
     def look(weight: Weight, removed: Tensor) -> None:
+        """Note a weight whose zeros, `removed`, (out_features, in_features) bool, break the pattern."""
         if not pattern.holds(removed, shares[weight.name]):
             breaches.append(
                 f"{plain_name(weight.name)} does not have the pattern {pattern} at {shares[weight.name]:,} zeros"

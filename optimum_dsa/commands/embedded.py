@@ -129,6 +129,7 @@ def _compare(output: OutputFolder, config: DSAConfig, budget: str, say: Callable
         wanted: Any = name
         if name == DISCOVERED:
             wanted = _discover(dense.model, calibration, texts["validation"][:VALIDATION], config, budget)
+        # Loaded anew for each: pruning is in place.
         pruner = DSAPruner.from_pretrained(folder, dense.tokenizer)
         report = pruner.prune(calibration, replace(config, allocation=wanted))
         seconds = time.perf_counter() - start
@@ -145,7 +146,7 @@ def _compare(output: OutputFolder, config: DSAConfig, budget: str, say: Callable
 
 
 def _discover(model: Any, calibration: Tensor, validation: Tensor, config: DSAConfig, budget: str) -> Allocation:
-    """The allocation that a search finds; of the test text it sees nothing."""
+    """The allocation that a search finds on windows, (samples, length); of the test text it sees nothing."""
     data = load_calibration(calibration, model)
     options = {"strategy": "descent", "budget": budget, "named": NAMED[1:], "finalists": 1}
     return search(model, data, validation, config, **options).best

@@ -20,12 +20,12 @@ from .fence_rows import FENCES, DependencyError, version_of
 
 
 def tensor_version(tensor: Tensor) -> int:
-    """A number that grows whenever the tensor is changed in place."""
+    """A number that grows whenever the tensor, of any shape, is changed in place."""
     return _get(tensor, "_version", "tensor version")
 
 
 def parameters_in(module: nn.Module) -> MutableMapping[str, Tensor | None]:
-    """The module's own parameters, as the mapping that its attributes are looked up in."""
+    """The module's own parameters, of any shape, as the mapping that its attributes are looked up in."""
     return _get(module, "_parameters", "module parameters")
 
 
@@ -97,7 +97,7 @@ def plain_store(store: Any, key: str) -> tuple[Any, str]:
 
 
 def in_memory(store: Any) -> Mapping[str, Tensor]:
-    """The weights of a store that are kept in memory."""
+    """The weights of a store that are kept in memory, of any shape, by name."""
     return store if isinstance(store, dict) else _get(store, "state_dict", "store")
 
 
@@ -123,6 +123,7 @@ def scratch_folder(store: Any) -> str:
     if id(store) not in _SCRATCH:
         folder = tempfile.TemporaryDirectory(prefix="optimum-dsa-", dir=_get(store, "save_folder", "store"))
         _SCRATCH[id(store)] = folder.name
+        # The store itself reads the files: they go when nobody can read them any more.
         weakref.finalize(store, _forget, id(store), folder)
     return _SCRATCH[id(store)]
 
@@ -173,6 +174,7 @@ def add_peft_type(name: str) -> None:
     if name in PeftType.__members__:
         return
     try:
+        # An enumeration with members cannot be subclassed, and PEFT looks methods up in this very one.
         member = str.__new__(PeftType, name)
         member._name_ = member._value_ = name
         member.__objclass__ = PeftType
@@ -185,7 +187,7 @@ def add_peft_type(name: str) -> None:
 
 
 def check_adapter_arguments(layer: Any, x: Tensor, *args, **kwargs) -> None:
-    """What PEFT asks of the arguments of a LoRA layer."""
+    """What PEFT asks of the arguments of a LoRA layer, x (..., in_features) first."""
     _get(layer, "_check_forward_args", "layer")(x, *args, **kwargs)
 
 

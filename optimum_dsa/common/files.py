@@ -54,6 +54,7 @@ def write_text(path: Path, text: str) -> None:
     try:
         with os.fdopen(handle, "w", encoding="utf-8") as file:
             file.write(text)
+        # mkstemp makes files that only their owner may read.
         os.chmod(temporary, 0o666 & ~umask())
         os.replace(temporary, path)
     except BaseException:
@@ -63,6 +64,7 @@ def write_text(path: Path, text: str) -> None:
 
 def umask() -> int:
     """The rights that new files do not get."""
+    # There is no way to read it without setting it.
     mask = os.umask(0)
     os.umask(mask)
     return mask

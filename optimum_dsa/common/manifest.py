@@ -29,6 +29,7 @@ def files_in(folder: Path) -> list[str]:
 
 def stamp(path: Path) -> Stamp:
     """What tells a file from the one that it was, without reading it."""
+    # Of a link the link itself, which is what would be replaced.
     status = path.lstat()
     return status.st_ino, status.st_size, status.st_mtime_ns
 
@@ -70,6 +71,7 @@ def recognised(folder: Path, names: Iterable[str]) -> dict[str, Stamp]:
         path, entry = folder / name, known.get(name)
         if path.is_symlink() or not path.is_file():
             continue
+        # Before it is read: what changes while it is hashed has another stamp afterwards.
         before = stamp(path)
         if name == MANIFEST:
             ours = bool(known)

@@ -145,6 +145,7 @@ class OutputFolder:
             target.parent.mkdir(parents=True, exist_ok=True)
             if base.resolve() == self.path:
                 with suppress(OSError):
+                    # A hard link takes no room and no time; a copy where the file system has none.
                     os.link(base / name, target, follow_symlinks=False)
                     continue
             shutil.copy2(base / name, target)
@@ -205,6 +206,7 @@ class OutputFolder:
             work = _marked(beside)
             if self.path.exists():
                 probe = work / "probe"
+                # Tried, not asked: rights do not tell of mount points.
                 os.rename(self.path, probe)
                 os.rename(probe, self.path)
             return work
@@ -331,6 +333,7 @@ class OutputFolder:
     def _elsewhere(self, fill: Callable[[Path], object]) -> Path | None:
         """A folder of another place that `fill` could fill; `None` where none could be."""
         places = {self.path.parent, Path.cwd(), Path.home(), Path(tempfile.gettempdir())}
+        # The most room first: a full disk is what mostly happens.
         for place in sorted(filter(Path.is_dir, places), key=lambda place: -shutil.disk_usage(place).free):
             safe = None
             try:

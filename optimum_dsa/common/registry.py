@@ -10,6 +10,7 @@ from typing import Any
 class UnknownNameError(KeyError):
     """A name that no table holds. A `KeyError` whose text reads as a sentence."""
 
+    # `KeyError` shows the repr of its text, quotes and escaped line ends among it.
     __str__ = Exception.__str__
 
 

@@ -52,6 +52,7 @@ class Rule:
         if self.choices:
             return isinstance(value, str) and value in self.choices
         if self.kind in ("float", "int"):
+            # True is an int in Python, and no number of samples.
             whole = isinstance(value, int) and not isinstance(value, bool) and abs(value) <= LARGEST_WHOLE
             return (is_number(value) if self.kind == "float" else whole) and self._within(value)
         if self.kind == "tuple[str, ...]":
@@ -121,6 +122,7 @@ def check_settings(config: Any) -> None:
                 hint = f" Write {field.name}=['{value}']."
             raise ValueError(f"{field.name} is {rule}, got {value!r}.{hint}")
         elif rule.kind == "tuple[str, ...]":
+            # Frozen from here on; JSON has lists only, and a list could be changed later.
             object.__setattr__(config, field.name, tuple(value))
 
 

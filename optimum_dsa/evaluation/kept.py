@@ -42,6 +42,7 @@ def measured_once(model: str, like: Measurement, measure: Callable[[], Measureme
         try:
             place.parent.mkdir(parents=True, exist_ok=True)
             write_text(place, results_json([*kept, found]) + "\n")
+        # A full disk costs the keeping, not the measurement.
         except OSError as error:
             logger.info("%s is not kept: %s", found.model, one_line(str(error)))
     return found

@@ -30,14 +30,16 @@ def perplexity(model: nn.Module, tokens: Tensor, batch_size: int = 8) -> float:
 def perplexity_with_error(model: nn.Module, tokens: Tensor, batch_size: int = 8) -> tuple[float, float | None]:
     """[`perplexity`] and its standard error, as windows of the same kind of text would scatter; `None` for one window.
 
-    The error of the mean loss per window, carried over to its exponential.
+    The error of the mean loss per window, carried over to its exponential. `tokens` are (samples, length).
     """
     return mean_perplexity(window_losses(model, tokens, batch_size))
 
 
 def mean_perplexity(losses: Tensor) -> tuple[float, float | None]:
     """Perplexity and its standard error from the mean losses of windows, (samples,)."""
+    # exp overflows at 710, and a broken model is to have a number, if a huge one.
     value = math.exp(min(losses.mean().item(), 700))
+    # The exponential is taken as linear around the mean: its slope there is its value.
     return value, value * losses.std().item() / math.sqrt(len(losses)) if len(losses) > 1 else None
 
 

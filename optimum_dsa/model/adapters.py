@@ -46,4 +46,5 @@ def adapter_parameters(model: nn.Module) -> set[int]:
             continue
         own |= {id(parameter) for parameter in base.parameters()}
         brought |= {id(parameter) for parameter in module.parameters()}
+    # A tuner layer holds its base layer as a part, so that both are among its parameters.
     return brought - own

@@ -165,8 +165,10 @@ def find_architecture(
         for index, (child, module) in enumerate(modules.named_children()):
             name = f"{stack_name}.{child}"
             weights = tuple(_block_weights(name, module, tied, adapters, exclude, used, dense, refused))
+            # A stack of one block has depth 0, and not 0 / 0.
             found.append(Block(name, weights, index / max(len(modules) - 1, 1)))
         stacks.append(Stack(stack_name, tuple(found)))
+    # Refused together and not one by one, so that one `exclude` can name them all.
     if refused and not skip_unprunable:
         listed = "; ".join(f"{name} ({why})" for name, why in list(refused.items())[:5])
         raise UnprunableError(
@@ -177,6 +179,7 @@ def find_architecture(
         logger.warning("Left dense, because they cannot be pruned: %s.", ", ".join(sorted(refused)))
         dense.update(refused)
     head = _head(model, names, include, exclude, used) if include else None
+    # After the search and not before it: only that tells which patterns named something.
     for pattern in (*exclude, *include):
         if pattern not in used:
             raise ValueError(_unmatched(model, names, pattern, inside=pattern in exclude))
@@ -229,20 +232,24 @@ def _block_weights(
                 continue
             if _matches(name, exclude, used):
                 dense[name] = "excluded"
+            # Zeros here would be zeros there, and the statistics of this input say nothing of that one.
             elif name in tied:
                 dense[name] = "shared with another part of the model"
             elif isinstance(owner, nn.Embedding):
                 dense[name] = "embedding"
+            # A set of tensors compares by identity, so that this costs no comparison of values.
             elif parameter in routers:
                 dense[name] = "router of experts"
             elif not parameter.is_floating_point():
                 refused[name] = f"quantised, {parameter.dtype}"
             elif isinstance(owner, (nn.Linear, Conv1D)) and attribute == "weight" and parameter.dim() == 2:
                 yield _weight(name, owner_name, attribute, parameter.shape, isinstance(owner, Conv1D))
+            # Two dimensions, but no matrix: a vector of biases per expert.
             elif parameter.dim() == 2 and _count_experts(owner) == parameter.shape[0]:
                 dense[name] = "biases of experts"
             elif attribute in fused_parameters(owner):
                 for expert in range(parameter.shape[0]):
+                    # Some models of transformers keep experts as (in, out); the module says so, the shape cannot.
                     transposed = bool(getattr(owner, "is_transposed", False))
                     label = f"{name}[{expert}]"
                     yield _weight(label, owner_name, attribute, parameter.shape[1:], transposed, expert)
@@ -277,12 +284,14 @@ def _count_experts(module: nn.Module) -> int:
     """How many experts a module is made of; 0 for anything else."""
     if isinstance(module, (nn.ModuleList, nn.ModuleDict)):
         experts = [child for child in module.children() if next(child.parameters(), None) is not None]
+        # Of one type and with parts: a list of plain maps is no list of experts.
         alike = len({type(expert) for expert in experts}) == 1 and any(True for _ in experts[0].children())
         return len(experts) if alike else 0
     return module.num_experts if is_experts(module) else 0
 
 
 def _is_vector(parameter: Tensor) -> bool:
+    """Whether a parameter of any shape has at most one dimension that is not 1, such as a scale of (1, 1, n)."""
     return parameter.numel() == max(parameter.shape)
 
 
@@ -303,8 +312,10 @@ def _head(
                 continue
             if not isinstance(owner, (nn.Linear, Conv1D, nn.Embedding)):
                 raise UnprunableError(f"{name} ({type(owner).__name__}) cannot be pruned; take it out of include.")
+            # Of a tied embedding and head, the head stands for both: only it multiplies an input that can be observed.
             if one_name[name] not in weights or not isinstance(owner, nn.Embedding):
                 weights[one_name[name]] = _weight(name, path, attribute, parameter.shape, isinstance(owner, Conv1D))
+    # Whoever prunes one name of a shared matrix prunes the others; that must have been asked for.
     for name, one in one_name.items():
         if one in weights and not (_matches(name, include, set()) and not _matches(name, exclude, set())):
             named = weights[one].name
@@ -325,7 +336,9 @@ def _unmatched(model: nn.Module, stacks: Sequence[str], pattern: str, inside: bo
 
 def _matches(name: str, patterns: Sequence[str], used: set[str]) -> bool:
     """Whether a pattern names the weight, a module around it, or a run of parts of its name; notes which did."""
+    # "model.layers.0.mlp" -> "model", "model.layers", ...: a glob may name any module around the weight.
     around = list(accumulate(name.split("."), "{}.{}".format))
+    # Dots on both sides, so that "layers.1" does not name "layers.10".
     hits = [
         pattern
         for pattern in patterns

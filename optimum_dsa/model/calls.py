@@ -49,18 +49,18 @@ class BlockCalls:
         return len(self.arguments)
 
     def run(self, block: nn.Module, index: int, batch: int) -> Tensor:
-        """The hidden states that `block`, the stack's block `index`, makes of those of `batch`."""
+        """What `block`, number `index` of the stack, makes of the hidden states, (samples, ..., hidden size)."""
         args, kwargs = self.arguments[batch][index]
         return _split_output(block(self.hidden[batch], *args, **kwargs))[0]
 
     def output(self, hidden: Tensor, batch: int) -> Any:
-        """`hidden` as a block of this stack returns it."""
+        """`hidden`, (samples, ..., hidden size), as a block of this stack returns it."""
         return hidden if self.extras[batch] is None else (hidden, *self.extras[batch])
 
 
 @torch.no_grad()
 def capture_calls(model: nn.Module, stack: Stack, batches: Sequence[Mapping[str, Tensor]]) -> BlockCalls:
-    """The calls of every block of `stack` for every batch; the stacks before it run as they are.
+    """The calls of every block of `stack` for every batch, (samples, length, ...); stacks before it run as they are.
 
     Raises:
         UnprunableError: the blocks are not called in order, or something happens between them.
@@ -79,7 +79,11 @@ def capture_calls(model: nn.Module, stack: Stack, batches: Sequence[Mapping[str,
 
 @torch.no_grad()
 def check_calls(model: nn.Module, stack: Stack, batch: Mapping[str, Tensor]) -> None:
-    """Raise `UnprunableError` unless the model, run as it is, calls the blocks of `stack` as `capture_calls` says."""
+    """Raise `UnprunableError` unless the model, run as it is, calls the blocks of `stack` as `capture_calls` says.
+
+    `batch` holds inputs by name, (samples, length, ...).
+    """
+    # Once with blocks that hand their input on and once for real: what differs depends on the activations.
     captured = capture_calls(model, stack, [batch])
     recorder = _Recorder(model, stack, run_all=True)
     recorder.record(batch)
@@ -104,6 +108,7 @@ class _Recorder:
         self.extras: tuple | None = None
 
     def record(self, batch: Mapping[str, Tensor]) -> None:
+        """Note every call that the model makes of the blocks for a batch, (samples, length, ...)."""
         modules = [self.model.get_submodule(block.name) for block in self.stack.blocks]
         with replaced_forwards(modules, self._replacement), suppress(_AllRecorded):
             feed(self.model, batch)
@@ -124,14 +129,17 @@ class _Recorder:
                 self.hidden = hidden
             if self.run_all or (self.run_first and index == 0):
                 hidden, self.extras = _split_output(forward(hidden, *args, **kwargs))
+            # An exception is the one way out of a forward pass: head and loss are never computed.
             if index + 1 == len(self.stack.blocks) and not self.run_all:
                 raise _AllRecorded
+            # An in-place change between blocks leaves the same tensor, with a higher version.
             self.passed, self.version = hidden, tensor_version(hidden)
             return hidden if self.extras is None else (hidden, *self.extras)
 
         return replacement
 
     def _check_order(self, index: int, hidden: Tensor) -> None:
+        """Raise unless block `index` is next, and `hidden`, (samples, ...), is what the block before it returned."""
         model, block = type(self.model).__name__, self.stack.blocks[index].name
         if index != len(self.arguments):
             raise UnprunableError(
@@ -146,7 +154,7 @@ class _Recorder:
 
 
 def _split_hidden(args: tuple, kwargs: dict) -> tuple[Tensor, tuple, dict]:
-    """The hidden states of a block's call, and its other arguments without caches: the call is made more than once."""
+    """The hidden states of a block's call, (samples, ...), and its other arguments; no caches: it is called again."""
     args = tuple(None if isinstance(value, Cache) else value for value in args)
     kwargs = {name: None if isinstance(value, Cache) else value for name, value in kwargs.items()}
     if not args:
@@ -156,18 +164,19 @@ def _split_hidden(args: tuple, kwargs: dict) -> tuple[Tensor, tuple, dict]:
 
 
 def _split_output(output: Any) -> tuple[Tensor, tuple | None]:
-    """The hidden states that a block returns, and what it returns behind them; `None` where it returns them alone."""
+    """The hidden states that a block returns, (samples, ...), and what is behind them; `None` where nothing is."""
     return (output, None) if isinstance(output, Tensor) else (_tensor(output[0]), tuple(output[1:]))
 
 
 def _tensor(hidden: Any) -> Tensor:
+    """`hidden` itself, (samples, ..., hidden size), or an error where it is no single tensor."""
     if isinstance(hidden, Tensor):
         return hidden
     raise UnprunableError(f"A block's hidden states are no single tensor, so it cannot be walked; {_WAY_OUT}")
 
 
 def _is_view_of_all(value: Tensor, other: Tensor) -> bool:
-    """Whether two tensors are one and the same memory, seen alike."""
+    """Whether two tensors of any shape are one and the same memory, seen alike."""
     return value is other or (
         value.data_ptr() == other.data_ptr() and value.shape == other.shape and value.stride() == other.stride()
     )
@@ -176,6 +185,7 @@ def _is_view_of_all(value: Tensor, other: Tensor) -> bool:
 @contextmanager
 def replaced_forwards(modules: Sequence[nn.Module], make: Callable[[int, Callable], Callable]) -> Iterator[None]:
     """The modules with `make(index, forward)` in place of their forward, for as long as the context is open."""
+    # A forward may stand on the module itself (accelerate puts one there), and has to come back.
     own = [vars(module).get("forward") for module in modules]
     try:
         for index, module in enumerate(modules):
@@ -191,7 +201,7 @@ def replaced_forwards(modules: Sequence[nn.Module], make: Callable[[int, Callabl
 
 @torch.no_grad()
 def run_behind(model: nn.Module, stack: Stack, calls: BlockCalls, batch: Mapping[str, Tensor], number: int) -> None:
-    """Run what comes after the blocks of `stack` on the hidden states that `calls` holds, and not the blocks."""
+    """Run what comes after the blocks of `stack`, not the blocks, on the hidden states of `calls`, (samples, ...)."""
     modules = [model.get_submodule(block.name) for block in stack.blocks]
 
     def make(index: int, forward: Callable) -> Callable:
@@ -202,12 +212,13 @@ def run_behind(model: nn.Module, stack: Stack, calls: BlockCalls, batch: Mapping
 
 
 def feed(model: nn.Module, batch: Mapping[str, Tensor]) -> Any:
-    """The model's output for a batch, without a cache and the losses of routers.
+    """The model's output for a batch, (samples, length, ...), without a cache and the losses of routers.
 
     An encoder-decoder that is given no decoder input decodes its own input.
     """
     accepted = inspect.signature(model.forward).parameters
     flexible = any(parameter.kind is parameter.VAR_KEYWORD for parameter in accepted.values())
+    # Where accelerate places a model, it moves the inputs itself.
     device = None if is_placed(model) else model.device
     inputs = {name: value.to(device) if device else value for name, value in batch.items()}
     for switch in ("use_cache", "output_router_logits"):

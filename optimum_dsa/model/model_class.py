@@ -58,6 +58,7 @@ def _check(found: Any, name: str, config: Any, where: str | Path) -> None:
 
 def _registered(name: str) -> Iterator[str]:
     """The model types for which an Auto class takes the class of this name."""
+    # No one table has all classes: each task of the Auto classes has its own.
     for table, types in vars(modeling_auto).items():
         if table.startswith("MODEL_") and table.endswith("MAPPING_NAMES"):
             for model_type, names in types.items():

@@ -50,6 +50,7 @@ class Observer:
 
     def observe(self, weight: Weight, inputs: Tensor) -> None:
         """Note that `weight` multiplies `inputs`, (..., in_features)."""
+        # The version too: a tensor that was changed in place is another input under the same id.
         name, key = weight.name, (id(inputs), tensor_version(inputs))
         source = self._source_of(name, key, inputs)
         self._given[name].append(key)
@@ -62,6 +63,8 @@ class Observer:
 
     def _source_of(self, name: str, key: tuple[int, int], inputs: Tensor) -> str:
         """The weight whose statistics hold what `name` is given now, in the input `key`: its own, or another's.
+
+        `inputs` is (..., in_features).
 
         Raises:
             UnprunableError: the two were given the same inputs before, and only some of them in this batch.
@@ -89,6 +92,7 @@ class Observer:
         self._end_batch()
         for weight in block.weights:
             if weight.name not in self.statistics:
+                # An expert that no token reached has no input to tell the device by.
                 device = next(iter(self.statistics.values())).device if self.statistics else "cpu"
                 self.statistics[weight.name] = LayerStatistics(weight.shape[1], device, self.gram)
             self.statistics[weight.name].sequences = self.sequences
@@ -103,6 +107,7 @@ class Observer:
         real = real.to(inputs.device)
         if inputs.shape[:2] == real.shape:
             return inputs[real]
+        # Some blocks flatten samples and positions into one dimension, in the same order.
         if inputs.dim() == 2 and len(inputs) == real.numel():
             return inputs[real.flatten()]
         raise UnprunableError(
@@ -114,6 +119,7 @@ class Observer:
         for name, source in self._source.items():
             if len(self._given.get(name, ())) != len(self._given.get(source, ())):
                 raise self._parted(name, source)
+        # Held until here: an id is free for another tensor as soon as its own is gone.
         self._inputs.clear()
         self._given.clear()
 
@@ -129,6 +135,7 @@ def _lend(block: Block, statistics: dict[str, LayerStatistics]) -> None:
     """Give weights that saw no input the mean Σ x_j² of those of their kind (the other experts) that did."""
     kinds: dict[tuple[str, tuple[int, int]], list[LayerStatistics]] = {}
     for weight in block.weights:
+        # Experts differ in a number alone: "experts.3.up" and "experts[3]" are of one kind each.
         kind = re.sub(r"(?<=[.\[])\d+(?=[.\]])", "*", weight.name), weight.shape
         kinds.setdefault(kind, []).append(statistics[weight.name])
     for alike in kinds.values():
@@ -146,6 +153,7 @@ def observing(model: nn.Module, block: Block, observer: Observer) -> Iterator[No
     with ExitStack() as stack:
         for weight in block.weights:
             module = model.get_submodule(weight.module)
+            # An embedding looks its rows up, and multiplies nothing.
             if weight.expert is None and not isinstance(module, nn.Embedding):
                 handle = module.register_forward_pre_hook(_hook(observer, weight), with_kwargs=True)
                 stack.callback(handle.remove)
@@ -167,6 +175,7 @@ class _WatchProducts(TorchFunctionMode):
     """Reports every product of an input with one slice of a fused parameter."""
 
     def __init__(self, model: nn.Module, weights: list[Weight], observe: Callable[[Weight, Tensor], None]):
+        """Watch products with `weights`, parts of fused parameters; `observe` gets the inputs, (..., in_features)."""
         super().__init__()
         self.observe = observe
         self.owners = {(w.module, w.attribute): model.get_submodule(w.module) for w in weights}
@@ -174,6 +183,7 @@ class _WatchProducts(TorchFunctionMode):
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         if function in _PRODUCTS and len(args) >= 2 and isinstance(args[1], Tensor) and args[1].dim() == 2:
+            # `linear` takes (out, in) as its second argument, the products of matrices (in, out).
             matrix = args[1] if function is nn.functional.linear else args[1].t()
             weight = self._slice(matrix)
             if weight is not None:
@@ -184,10 +194,12 @@ class _WatchProducts(TorchFunctionMode):
         """The expert whose matrix, (out_features, in_features), this is a view of."""
         for (module, attribute), owner in self.owners.items():
             parameter = getattr(owner, attribute)
+            # A slice is a new tensor every time: where its memory begins is all that tells which expert it is.
             distance = matrix.data_ptr() - parameter.data_ptr()
             if 0 <= distance < parameter.nbytes and matrix.dtype == parameter.dtype:
                 expert = distance // (parameter.stride(0) * parameter.element_size())
                 weight = self.weights.get((module, attribute, expert))
+                # Square matrices have the same shape both ways round, but not the same strides.
                 stored = matrix.t() if weight and weight.transposed else matrix
                 if weight and stored.stride() != parameter.stride()[1:]:
                     raise UnprunableError(

@@ -45,12 +45,14 @@ def resident(model: nn.Module, names: Sequence[str]) -> Iterator[set[str]]:
     loaded = []
     try:
         for module, hook in hooked:
+            # What accelerate does before a forward pass: the weights come to the execution device.
             hook.pre_forward(module)
             hook.offload = False  # from here on the hook moves inputs only
             loaded.append((module, hook))
         for name in names:
             for path, module in model.get_submodule(name).named_modules(prefix=name):
                 check_unhooked(module, path)
+        # Nothing is written back after an error: what is stored stays as it was.
         yield changes
         for name in changes:
             value = model.get_parameter(name).data
@@ -74,10 +76,11 @@ def _names_of(model: nn.Module, name: str) -> set[str]:
 
 
 def _write_back(model: nn.Module, name: str, value: Tensor) -> None:
-    """Make `value` the parameter `name`, wherever that lives: in a map of weights, on disk, or in its module."""
+    """Make `value` the parameter `name`, of any shape, wherever it lives: in a map, on disk, or in its module."""
     store, key = _store(model, name)
     if store is None:
         parameter = model.get_parameter(name).data
+        # Tied parameters that are here share their memory, and have the value already.
         if parameter.data_ptr() != value.data_ptr():
             parameter.copy_(value)
         return
@@ -86,6 +89,7 @@ def _write_back(model: nn.Module, name: str, value: Tensor) -> None:
     if key in here:
         here[key].copy_(value)
         return
+    # Offloaded to disk, or read from the checkpoint itself.
     file = Path(scratch_folder(store), f"{key}.safetensors")
     save_file({key: value.detach().cpu().contiguous()}, file.with_suffix(".tmp"))
     file.with_suffix(".tmp").replace(file)  # never written over: an earlier version may be mapped into memory
@@ -93,9 +97,10 @@ def _write_back(model: nn.Module, name: str, value: Tensor) -> None:
 
 
 def _store(model: nn.Module, name: str) -> tuple[Mapping[str, Tensor] | None, str]:
-    """The map of weights from which the parameter `name` is loaded, and its key there; `None` if it is not."""
+    """The map (name -> weight of any shape) that the parameter `name` is loaded from, its key; `None` if it is not."""
     owner, _, key = name.rpartition(".")
     while True:
+        # A hook further out may place the weights of all modules inside it, under longer keys.
         for hook in hooks_of(model.get_submodule(owner)):
             if (store := weights_behind(hook, key)) is not None:
                 return store, key

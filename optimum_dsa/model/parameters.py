@@ -25,6 +25,7 @@ def one_name_each(model: nn.Module) -> dict[str, str]:
         if id(parameter) in adapters:
             continue
         source = source_of.get(plain_name(name), plain_name(name))
+        # PEFT puts ".base_layer" into names, and the list of ties has them without.
         first, elsewhere = by_tie.setdefault(source, (name, parameter.is_meta))
         # two objects that are here and not one have been parted, whatever the list says
         one = first if elsewhere or parameter.is_meta else name
@@ -33,7 +34,7 @@ def one_name_each(model: nn.Module) -> dict[str, str]:
 
 
 def own_parameters(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Name and value of each parameter of `model` itself: a shared one once, none that adapters brought."""
+    """Name and value of each parameter of `model` itself: a shared one once, none that adapters brought; any shape."""
     for name in dict.fromkeys(one_name_each(model).values()):
         yield name, model.get_parameter(name)
 

@@ -13,13 +13,14 @@ from torch import Tensor
 
 logger = logging.getLogger(__name__)
 
+# The share that the published SparseGPT code adds as `percdamp`.
 DAMPING = 0.01
 CHUNK = 2**20  # inputs that are copied at once: bounds the memory, and stays in a processor's cache
 
 
 @dataclass(frozen=True)
 class InverseFactor:
-    """Upper Cholesky factor U of (X Xᵀ + damping)⁻¹ = Uᵀ U, and the damping that it took."""
+    """Upper Cholesky factor U of (X Xᵀ + damping)⁻¹ = Uᵀ U, (in_features, in_features), and the damping it took."""
 
     factor: Tensor
     damping: float
@@ -62,13 +63,16 @@ class LayerStatistics:
         """Add a batch of inputs, (..., in_features) of any dtype, in place."""
         rows = inputs.reshape(-1, inputs.shape[-1])
         self.tokens += rows.shape[0]
+        # With a gram at least in_features rows: every part reads and writes the whole gram.
         for part in rows.split(max(CHUNK // self.in_features, 1 if self.gram is None else self.in_features)):
+            # float16 ends at 65,504: the square of an input of 256 is beyond it.
             part = part.float()
             if self.gram is None:
                 self.squared_sum += part.square().sum(dim=0)
             else:
                 self.gram.addmm_(part.t(), part)
         if self.gram is not None:
+            # The same sums, so that a metric on Σ x² and an update on X·Xᵀ never disagree about a dead input.
             self.squared_sum.copy_(self.gram.diagonal())
         self._factor = None
 
@@ -77,6 +81,7 @@ class LayerStatistics:
         """(in_features,), √(Σ x² over tokens ÷ number of sequences): the scaler of the published Wanda code."""
         if self.tokens == 0 and self.stand_in is None:
             return torch.ones_like(self.squared_sum)
+        # By sequences and not by tokens, as the published code divides, so that scores have its scale.
         found = self.squared_sum if self.tokens else torch.full_like(self.squared_sum, self.stand_in)
         return (found / max(self.sequences, 1)).sqrt_()
 
@@ -117,6 +122,7 @@ class LayerStatistics:
         if self._factor is not None and self._factor[0] == damping:
             return self._factor[1]
         moment = self.second_moment
+        # Without any damping there is nothing to multiply: then from the usual share on.
         for attempt in [damping * 10.0**power for power in range(11)] if damping > 0 else [0.0, DAMPING, 1.0, 100.0]:
             factor = _factor_of_inverse(_damped(moment, attempt))
             if factor is not None:
@@ -149,7 +155,8 @@ class CollectedStatistics:
 
 
 def _damped(moment: Tensor, damping: float) -> Tensor:
-    """X·Xᵀ, a one where an input never fired, and `damping` times its mean on the diagonal."""
+    """X·Xᵀ, (n, n), a one where an input never fired, and `damping` times its mean on the diagonal: (n, n)."""
+    # A copy: the gram is needed again at another damping, and by allocators.
     hessian = moment.clone()
     diagonal = hessian.diagonal()
     diagonal[diagonal == 0] = 1.0
@@ -158,12 +165,16 @@ def _damped(moment: Tensor, damping: float) -> Tensor:
 
 
 def _factor_of_inverse(matrix: Tensor) -> Tensor | None:
-    """Upper Cholesky factor of matrix⁻¹; `None` where that fails. At most two matrices are alive beside the gram."""
+    """Upper Cholesky factor of matrix⁻¹, (n, n) -> (n, n); `None` where that fails.
+
+    At most two matrices are alive beside the gram.
+    """
     factor, failed = torch.linalg.cholesky_ex(matrix)
     del matrix
     if failed:
         return None
     factor = torch.cholesky_inverse(factor)
     factor, failed = torch.linalg.cholesky_ex(factor)
+    # A nearly singular matrix can pass without a failure, and leave infinities behind.
     finite = torch.stack(factor.aminmax()).isfinite().all()
     return factor.t().contiguous() if finite and not failed else None

@@ -73,8 +73,10 @@ class WalkedBlock:
         the block as the groups before it were left: one more forward pass a group.
         """
         shared: dict[int, list[Weight]] = {}
+        # Statistics stand in the order in which inputs were seen: the block runs in it, and its code may name another.
         order = {name: number for number, name in enumerate(self.statistics)}
         for weight in sorted(self.weights, key=lambda weight: order.get(weight.name, 0)):
+            # Weights that share an input share one and the same object, see `Observer`.
             shared.setdefault(id(self.statistics.get(weight.name)), []).append(weight)
         for number, weights in enumerate(shared.values()):
             found = {weight.name: self.statistics[weight.name] for weight in weights if self.statistics}
@@ -87,6 +89,7 @@ class WalkedBlock:
         self.changes.add(f"{weight.module}.{weight.attribute}")
 
 
+# Tensors made in inference mode have no version counter, by which calls and inputs are told apart.
 @torch.inference_mode(False)
 @torch.no_grad()
 def walk_blocks(
@@ -130,18 +133,23 @@ def walk_blocks(
                 found = {weight.name: collected[weight.name] for weight in block.weights if collected}
                 yield WalkedBlock(block, found, model, changes)
         return
+    # Padding goes first: what is never run needs no mask, and costs no time.
     batches = [part for batch in batches for part in without_padding(batch)]
     real = [_real_tokens(model, batch) for batch in batches]
+    # Module by module: parts of a model may be frozen in eval mode on purpose.
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:
         for stack in architecture.stacks:
+            # One sample tells how blocks are called, and an error comes before hours of work.
             check_calls(model, stack, {name: value[:1] for name, value in batches[0].items()})
+        # Of the unpruned model, for all stacks at once: an earlier stack may be pruned before a later one is captured.
         early = (
             {} if sequential else {stack.name: capture_calls(model, stack, batches) for stack in architecture.stacks}
         )
         for stack in architecture.stacks:
             calls = early.pop(stack.name, None) or capture_calls(model, stack, batches)
+            # The last block is not run again unless somebody reads what it gives.
             needed = architecture.head is not None and stack is architecture.stacks[-1]
             for index, block in enumerate(stack.blocks):
                 next(blocks)
@@ -165,7 +173,7 @@ def _walk_block(
     sequential: bool,
     last: bool,
 ) -> Iterator[WalkedBlock]:
-    """One step of the walk: collect, hand out, move the activations on (unless it is the last)."""
+    """One step of the walk: collect, hand out, move the activations, (samples, ..., hidden size), on (unless last)."""
     module = model.get_submodule(block.name)
 
     def collect(weights: Sequence[Weight], move_on: bool = False) -> Mapping[str, LayerStatistics]:
@@ -182,6 +190,7 @@ def _walk_block(
     with resident(model, [block.name]) as changes:
         again = collect if sequential else None  # otherwise what went into the block is gone
         yield WalkedBlock(block, collect(block.weights, move_on=not sequential), model, changes, again)
+        # Still inside `resident`: the changed weights are here, and need not be written and read back first.
         if sequential and not last:
             for number in range(len(calls)):
                 calls.hidden[number] = calls.run(module, index, number)
@@ -196,7 +205,7 @@ def _walk_head(
     real: Sequence[Tensor | None],
     gram: bool,
 ) -> Iterator[WalkedBlock]:
-    """The weights outside the blocks, on what the last stack gives."""
+    """The weights outside the blocks, on what the last stack gives, (samples, ..., hidden size)."""
     with resident(model, _modules(head)) as changes:
         observer = Observer(gram)
         with observing(model, head, observer):
@@ -207,7 +216,10 @@ def _walk_head(
 
 
 def without_padding(batch: Mapping[str, Tensor]) -> list[Mapping[str, Tensor]]:
-    """The batch as batches of sequences of one length, without the padding on either side that its masks mark."""
+    """The batch as batches of sequences of one length, without the padding on either side that its masks mark.
+
+    Inputs are (samples, length, ...), masks (samples, length).
+    """
     parts = [batch]
     for side in ("", "decoder_"):
         parts = [cut for part in parts for cut in _cut(part, side)]
@@ -215,7 +227,7 @@ def without_padding(batch: Mapping[str, Tensor]) -> list[Mapping[str, Tensor]]:
 
 
 def _cut(batch: Mapping[str, Tensor], side: str) -> Iterator[Mapping[str, Tensor]]:
-    """Parts of a batch whose samples are padded alike, without the padding of this side.
+    """Parts of a batch, (samples, length, ...) each, whose samples are padded alike, without this side's padding.
 
     Whatever the mask runs along is cut, be it token ids, embeddings or the samples of a recording.
     """
@@ -224,6 +236,7 @@ def _cut(batch: Mapping[str, Tensor], side: str) -> Iterator[Mapping[str, Tensor
     if not along or mask.bool().all():
         yield batch
         return
+    # Samples of one extent stay one batch: the fewer there are, the fewer forward passes.
     samples: dict[tuple[int, int], list[int]] = {}
     for sample, positions in enumerate(mask.bool()):
         if len(kept := positions.nonzero()):
@@ -238,7 +251,7 @@ def _cut(batch: Mapping[str, Tensor], side: str) -> Iterator[Mapping[str, Tensor
 
 
 def _masked(batch: Mapping[str, Tensor], side: str, mask: Tensor) -> list[str]:
-    """Names of the inputs of one side that the mask runs along, without the mask itself."""
+    """Names of the inputs of one side that the mask, (samples, length), runs along, without the mask itself."""
     return [
         name
         for name, value in batch.items()
@@ -254,6 +267,7 @@ def _real_tokens(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor | None
         mask = batch.get(f"{side}attention_mask")
         if mask is None or mask.dim() != 2 or mask.bool().all() or not _masked(batch, side, mask):
             continue
+        # A decoder reads its own tokens and, in cross-attention, those of the encoder, of another length.
         if model.config.is_encoder_decoder:
             raise ValueError(
                 f"The {side}attention_mask has holes between tokens, and which statistics they belong to cannot be "
@@ -269,6 +283,7 @@ def _modules(block: Block) -> list[str]:
 
 def _checked(block: Block, observer: Observer) -> dict[str, LayerStatistics]:
     """The block's statistics, finite and, where experts are watched, really seen."""
+    # All experts of a parameter together: that no token reached one of them is nothing unusual.
     fused: dict[str, int] = {}
     for weight in block.weights:
         if weight.expert is not None:
@@ -283,6 +298,7 @@ def _checked(block: Block, observer: Observer) -> dict[str, LayerStatistics]:
             )
     statistics = observer.finish(block)
     for weight in block.weights:
+        # The sums show it as soon as one number of any input was not finite.
         if not statistics[weight.name].squared_sum.isfinite().all():
             raise ValueError(
                 f"The input of {weight.name} holds NaN or infinities; try another dtype (bfloat16 or float32) or "

@@ -28,7 +28,9 @@ DIMENSIONS = 8  # at most
 LARGEST = 8 * (4 + DIMENSIONS)  # bytes of a header
 CHUNK = 2**16  # weights that are worked on at once, a multiple of 8: stays in a processor's cache
 
+# numpy knows no bfloat16, and as an integer -0.0 is not zero.
 _INTEGERS = {2: np.int16, 4: np.int32, 8: np.int64}
+# How many ones a byte has: a table, looked up by the mask itself.
 _ONES = np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1).sum(axis=1, dtype=np.uint8)
 
 
@@ -77,6 +79,7 @@ def pack(tensor: Tensor) -> Tensor | None:
     header = Header(tensor.dtype, tuple(tensor.shape), int(np.count_nonzero(weights)))
     if header.bytes >= tensor.nbytes:
         return None
+    # Zeros, so that padding is the same in every file: equal tensors have equal bytes.
     packed = np.zeros(header.bytes, np.uint8)
     facts = [MAGIC, TYPES.index(header.dtype), header.kept, len(header.shape), *header.shape]
     packed[: header.mask.start].view("<i8")[:] = facts
@@ -108,6 +111,7 @@ def read_header(start: bytes, length: int, name: str = "tensor") -> Header | Non
     if not (0 <= code < len(TYPES) and 0 < dimensions <= DIMENSIONS and len(shape) == dimensions):
         raise ValueError(f"{name} is damaged: a packed tensor of type {code} in {dimensions} dimensions.")
     header = Header(TYPES[code], shape, kept)
+    # In Python, whose numbers do not overflow: a shape of 2⁶³ · 2 is not 0.
     if min(shape) < 0 or not 0 <= kept <= header.size or header.bytes != length:
         raise ValueError(
             f"{name} is damaged: its header says shape {shape} with {kept} weights kept, which does not fit into its "
@@ -117,14 +121,14 @@ def read_header(start: bytes, length: int, name: str = "tensor") -> Header | Non
 
 
 def is_packed(tensor: Tensor) -> bool:
-    """Whether a tensor has the mark of a packed one."""
+    """Whether a tensor, of any shape, has the mark of a packed one, (bytes,) uint8."""
     if tensor.dtype != torch.uint8 or tensor.dim() != 1 or len(tensor) < 40:
         return False
     return int.from_bytes(tensor[:8].cpu().numpy().tobytes(), "little") == MAGIC
 
 
 def unpack(packed: Tensor, name: str = "tensor") -> Tensor:
-    """The tensor that was packed, on the device of `packed`; the work is done on the CPU.
+    """The tensor that was packed as `packed`, (bytes,) uint8, on its device; the work is done on the CPU.
 
     Raises:
         ValueError: `packed` is no packed tensor, or damaged.
@@ -134,6 +138,7 @@ def unpack(packed: Tensor, name: str = "tensor") -> Tensor:
     if header is None:
         raise ValueError(f"{name} is no packed tensor.")
     bits = packed[header.mask].numpy()
+    # Before memory is taken for the weights: a wrong mask would read values beyond their end.
     ones = int(_ONES[bits].sum(dtype=np.int64))
     if ones != header.kept or (header.size % 8 and bits[-1] >> header.size % 8):
         raise ValueError(f"{name} is damaged: its mask keeps {ones} weights, its header {header.kept}.")

@@ -45,6 +45,7 @@ def allocate(
         return _given(config, architecture)
     measured = _measure(model, architecture, calibration, config)
     proposed = config.allocator.propose(measured, config.sparsity, config.spread)
+    # It looks like a result: without a word one would believe that the allocation was computed.
     if config.allocator.reads != "nothing" and config.spread != 0 and len(set(proposed.values())) == 1 < len(measured):
         logger.warning(
             "Allocation %s does not tell the units of this model apart: all get %g, as with uniform.",
@@ -100,6 +101,7 @@ def _measure(
         architecture,
         batches,
         reads=method.allocation_reads,
+        # One pass a block: nothing is changed here, so that its outputs are the same either way.
         sequential=False,
         progress=progress("Allocating"),
     ):
@@ -130,6 +132,7 @@ def _given(config: DSAConfig, architecture: Architecture) -> Allocation:
     units = architecture.units(granularity)
     sizes = {name: sum(weight.size for weight in weights) for name, weights in units.items()}
     mean = sum(given.sparsity[name] * size for name, size in sizes.items()) / sum(sizes.values())
+    # A file of rounded shares may be off in the fourth digit; more is another target.
     if abs(mean - config.sparsity) > 5e-4:
         raise ValueError(
             f"The allocation's mean sparsity is {mean:.4f}, but the config asks for {config.sparsity}; "

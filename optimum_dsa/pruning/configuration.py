@@ -113,6 +113,7 @@ class DSAConfig:
         self._check_pattern(self.resolved.pattern)
 
     def _check_pattern(self, pattern: Pattern) -> None:
+        # Here and not when it is allocated: no choice of N could meet it, whatever the model.
         if pattern.kind == "mixed":
             least, most = levels_within(pattern.width, self.min_sparsity, self.max_sparsity)
             if not least <= self.sparsity * pattern.width <= most:
@@ -123,6 +124,7 @@ class DSAConfig:
                 )
         if pattern.sparsity is None:
             return
+        # A sparsity is typed in decimals, and 1/3 has none.
         if not math.isclose(pattern.sparsity, self.sparsity, abs_tol=1e-6):
             raise ValueError(
                 f"Pattern {pattern} removes {pattern.sparsity:.4g} of every matrix, but the sparsity asked for is "
@@ -157,6 +159,7 @@ class DSAConfig:
             return ALLOCATIONS[name]
         if _exists(name):
             return None
+        # Said here, or a path that was mistyped would be taken for a name or a function.
         if name.endswith(".json"):
             raise FileNotFoundError(f"No allocation file {name!r}.")
         if "/" in name or name.upper().startswith("W:"):
@@ -192,6 +195,7 @@ class DSAConfig:
         """Write `dsa_config.json` with this config into `directory`; never over that of a pruned model."""
         Path(directory).mkdir(parents=True, exist_ok=True)
         file = Path(directory) / CONFIG_NAME
+        # The file of a pruned model has the same name, and says what cannot be found out again.
         if file.exists() and not _holds_config(file):
             raise FileExistsError(f"{file} is not a saved DSAConfig alone; choose another folder.")
         data = {"format_version": FORMAT_VERSION, "config": self.to_dict()}
@@ -211,6 +215,7 @@ class DSAConfig:
                 f"{path} has version {version!r} of the format, and this optimum-dsa knows up to {FORMAT_VERSION}; "
                 f"upgrade it with {how_to_upgrade()}."
             )
+        # An earlier form has the settings at the top.
         given = data.get("config") or {name: value for name, value in data.items() if name != "format_version"}
         return cls.from_dict(given)
 

@@ -37,6 +37,7 @@ def prune(model: nn.Module, calibration: Source | None, config: DSAConfig) -> Pr
         batches_of(calibration, config, f"method {config.method!r}")  # missing data are found before work
     check_finite_weights(model, architecture)
     check_finite_outputs(model, architecture, calibration)
+    # A walk of its own, before the one that prunes: units are compared on the dense model.
     allocation = allocate(model, calibration, config, architecture)
     remove = RemoveWeights(config.resolved, allocation, config.update.true_sequential)
     sink = KeepBlocks()
@@ -44,6 +45,7 @@ def prune(model: nn.Module, calibration: Source | None, config: DSAConfig) -> Pr
     return PruningReport(
         config=config,
         allocation=allocation,
+        # Counted in the weights, and not what was asked for: some were zero before, or became so.
         achieved={
             unit: sum(sink.zeros[weight.name] for weight in weights) / allocation.sizes[unit]
             for unit, weights in architecture.units(allocation.granularity).items()

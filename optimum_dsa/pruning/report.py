@@ -41,6 +41,7 @@ class PruningReport:
     @property
     def removed(self) -> int:
         """Zeros in the prunable weights."""
+        # A share is a count divided by a size: rounding gives the whole number back.
         return sum(round(self.achieved[unit] * size) for unit, size in self.allocation.sizes.items())
 
     @property

@@ -50,6 +50,7 @@ class ResolvedMethod:
         recipe, pattern = config.recipe, Pattern.parse(config.recipe.pattern)
         chooses = _chooses(recipe.update, recipe.metric, pattern)
         reads = reads_of(UPDATES.fact(recipe.update, "reads", "nothing"))
+        # A metric that is never asked must not make the walk collect for it.
         if not chooses:
             reads |= reads_of(METRICS.fact(recipe.metric, "reads", "inputs"))
         of_allocator = getattr(config.allocator, "reads", "nothing")
@@ -77,6 +78,7 @@ class ResolvedMethod:
 
         The result has the weight's shape, in its dtype or in float32. At a count of 0 it is the weight, bit for bit.
         """
+        # Nothing to choose and nothing to make up for; N:M removes its own number, whatever is asked.
         if count == 0 and not self.pattern.sparsity:
             return weight.clone()
         keep = None if self.chooses else self.pattern.keep(self.metric(weight, statistics), count)

@@ -19,7 +19,7 @@ Source = Known | Tensor | Mapping[str, Tensor]
 
 
 def as_calibration(source: Source | None, model: nn.Module) -> Known | None:
-    """`source` as something that batches or statistics can be taken from."""
+    """`source`, tokens (samples, length) or inputs by name, as what batches or statistics can be taken from."""
     known = source is None or isinstance(source, (Calibration, CollectedStatistics))
     return source if known else load_calibration(source, model)
 
@@ -27,7 +27,7 @@ def as_calibration(source: Source | None, model: nn.Module) -> Known | None:
 def batches_of(
     calibration: Known | None, config: DSAConfig, who: str
 ) -> list[dict[str, Tensor]] | CollectedStatistics:
-    """What a walk is fed; raises `ValueError` where there is nothing and `who` needs it."""
+    """What a walk is fed, (samples, length, ...) by name; raises `ValueError` where there is nothing for `who`."""
     if calibration is None:
         raise ValueError(f"The {who} needs calibration data; pass texts, a file, a dataset or tokens.")
     return calibration.batches(config.batch_size) if isinstance(calibration, Calibration) else calibration
@@ -49,6 +49,7 @@ def check_finite_outputs(model: nn.Module, architecture: Architecture, calibrati
 
         return hook
 
+    # Hooks on blocks and not a look at the logits: an overflow is named where it begins.
     handles = []
     try:
         for stack in architecture.stacks:

@@ -56,6 +56,7 @@ class RemoveWeights:
         for group in walked.groups(self.true_sequential):
             for weight in group.weights:
                 tensor, statistics = walked.tensor(weight), group.statistics.get(weight.name)
+                # Into the live weight, in its dtype: ties, views and offloaded storage stay what they are.
                 tensor.copy_(self.method.pruned(tensor, statistics, counts[weight.name]))
                 walked.changed(weight)
                 if statistics is not None:
@@ -71,5 +72,6 @@ class RemoveWeights:
     def _note(self, name: str, statistics: LayerStatistics) -> None:
         if statistics.tokens == 0:
             self.unseen.append(name)
+        # Only what was raised: the damping that was asked for stands in the config.
         if (used := statistics.damping_used) and used > self.method.damping:
             self.damping[name] = used

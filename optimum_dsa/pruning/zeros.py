@@ -22,7 +22,7 @@ FEWEST_ZEROS = 0.01
 
 
 def zeros_in(tensor: Tensor) -> int:
-    """How many entries of a tensor are zero."""
+    """How many entries of a tensor of any shape are zero."""
     return int((tensor == 0).sum())
 
 
@@ -59,6 +59,7 @@ def counted(report: PruningReport, model: nn.Module) -> PruningReport:
     inner, config = inner_model(model), report.config
     architecture = find_architecture(inner, config.blocks, config.exclude, config.include, skip_unprunable=True)
     zeros = count_zeros(inner, architecture)
+    # Reports of earlier releases do not say it: then the units with these names tell.
     for granularity in (report.allocation.granularity,) if report.allocation.granularity else GRANULARITIES:
         found = _shares(zeros, architecture, granularity).sparsity
         if found.keys() == report.allocation.sizes.keys():

@@ -18,6 +18,7 @@ def last_whole_checkpoint(folder: Path) -> Path | None:
 
     What is passed over, or that the run begins anew, is said: whoever resumes expects to go on from the last one.
     """
+    # By number and not by name or time: "checkpoint-1000" comes after "checkpoint-200".
     steps = {path: int(found[1]) for path in folder.glob("checkpoint-*") if (found := _step(path))}
     latest_first = sorted(steps, key=steps.__getitem__, reverse=True)
     last = next((path for path in latest_first if _is_whole(path, steps[path])), None)

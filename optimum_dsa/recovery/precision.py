@@ -20,6 +20,7 @@ def in_float32(model: nn.Module, enabled: bool = True) -> Iterator[None]:
     changed = {name: p.dtype for name, p in model.named_parameters() if enabled and p.dtype != torch.float32}
     for name in changed:
         parameter = model.get_parameter(name)
+        # `.data`, so that the parameter stays the same object, by which ties hold.
         parameter.data = parameter.data.float()
     try:
         yield

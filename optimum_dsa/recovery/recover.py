@@ -68,9 +68,11 @@ def recover(
         try:
             trainer = make_trainer(trained, windows, held_out, config, teacher, folder)
             if config.trains_weights:
+                # Adapters keep zeros by themselves; all weights need masks.
                 DSACallback(exclude=report.config.exclude, include=report.config.include).attach(trainer)
             last = last_whole_checkpoint(folder) if resume else None
             trainer.train(resume_from_checkpoint=None if last is None else str(last))
+            # Takes accelerate's wrapper of mixed precision off the forward, which would stay on the user's model.
             trainer.accelerator.unwrap_model(trainer.model_wrapped, keep_fp32_wrapper=False)
             check_finite(trained, config)
             if trained is not model and config.merge:
@@ -135,8 +137,9 @@ def make_trainer(
     teacher: nn.Module | None,
     folder: Path,
 ) -> RecoveryTrainer:
-    """The Trainer of `trained`, a model with or without adapters, on `windows`; validates on `held_out`."""
+    """The Trainer of `trained`, with or without adapters, on `windows`; validates on `held_out`: (samples, length)."""
     early = config.patience is not None
+    # The Trainer brings back the best model from a checkpoint, which has to be of a step that was measured.
     saves = config.eval_steps if early else config.save_steps
     # newer versions of transformers warn of this name, older ones know no other
     memory = {"gradient_checkpointing": True} if config.gradient_checkpointing else {}

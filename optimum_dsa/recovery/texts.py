@@ -13,7 +13,7 @@ from .configuration import RecoveryConfig
 def read_windows(
     model: nn.Module, tokenizer: Any, train: Any, validation: Any, config: RecoveryConfig
 ) -> tuple[Tensor, Tensor, dict[str, Any]]:
-    """Training windows, validation windows, and facts of both.
+    """Training windows, validation windows, (samples, length) int64 each, and facts of both.
 
     Raises:
         ValueError: too little text, no tokenizer for text, or tokens that the model does not know.
@@ -46,7 +46,7 @@ def read_windows(
 
 
 def _read(model: nn.Module, tokenizer: Any, source: Any, config: RecoveryConfig, wanted: int) -> Tensor:
-    """At most `wanted` windows, in the order of the text."""
+    """At most `wanted` windows, (samples, length) int64, in the order of the text."""
     if isinstance(source, Tensor):
         check_tokens(source, model)
         return source.long()

@@ -36,6 +36,7 @@ class RecoveryTrainer(Trainer):
         super().__init__(*args, **kwargs)
         self.teacher, self.share, self.temperature = teacher, share, temperature
         self.model_accepts_loss_kwargs = False  # means of batches, divided by the number of accumulated ones
+        # Two bars would write over each other.
         for callback in (PrinterCallback, ProgressCallback):
             self.remove_callback(callback)
         self.add_callback(ShownProgress())
@@ -60,6 +61,7 @@ def divergence(logits: Tensor, expected: Tensor, temperature: float = 1.0) -> Te
         logits (`Tensor`): (samples, length, vocabulary), those that are trained.
         expected (`Tensor`): the teacher's, of the same shape.
     """
+    # float32: a softmax over a large vocabulary in half precision loses the small probabilities.
     student = functional.log_softmax(logits.float() / temperature, dim=-1).flatten(0, -2)
     teacher = functional.log_softmax(expected.float() / temperature, dim=-1).flatten(0, -2)
     return functional.kl_div(student, teacher, reduction="batchmean", log_target=True) * temperature**2

@@ -17,7 +17,7 @@ FEW = 0.05  # share of the validation windows up to which shared ones are warned
 def check_apart(calibration: Calibration | None, validation: Tensor) -> None:
     """Raise `ValueError` where calibration windows are used for validation; warn where a few are.
 
-    Windows of two lengths are compared in pieces of the shorter one.
+    `validation` is (windows, length). Windows of two lengths are compared in pieces of the shorter one.
     """
     known = None if calibration is None else calibration.inputs.get("input_ids")
     if known is None:
@@ -37,4 +37,6 @@ def check_apart(calibration: Calibration | None, validation: Tensor) -> None:
 
 
 def _pieces(window: Tensor, length: int) -> list[bytes]:
+    """The whole pieces of a window, (length of the window,), as bytes that can be looked up in a set."""
+    # In one dtype: equal tokens may come as int32 and as int64.
     return [piece.long().cpu().numpy().tobytes() for piece in window.split(length) if len(piece) == length]

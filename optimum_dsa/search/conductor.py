@@ -48,6 +48,7 @@ class Conductor:
         trials = []
         while self.number < len(self.earlier) and len(trials) < len(requests):
             trial = self.earlier[self.number]
+            # A strategy draws from a seeded source, so that it asks the same again, as long as nothing has changed.
             if trial.request != requests[len(trials)]:
                 raise ValueError(
                     f"Trial {self.number} of the trace is {trial.request.candidate}, but this search asks for "
@@ -57,6 +58,7 @@ class Conductor:
             self._note(trial)
             trials.append(trial)
         if len(trials) < len(requests):
+            # The last round is cut to what is left before it begins.
             room = None if self._until is None else self.budget.room(self._until)
             for trial in self.evaluator.answer(requests[len(trials) :], self.number, room):
                 self.trace.append(trial)

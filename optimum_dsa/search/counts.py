@@ -20,6 +20,7 @@ def allocation_of(counts: Mapping[str, int], blocks: Units, name: str = "custom"
     """
     parts = {block: {weight.name: weight.size for weight in weights} for block, weights in blocks.items()}
     totals = {block: sum(counts[matrix] for matrix in sizes) for block, sizes in parts.items()}
+    # Only where `prune` would divide each block into these very counts again.
     if all(split_count(totals[block], sizes) == {m: counts[m] for m in sizes} for block, sizes in parts.items()):
         sizes = {block: sum(matrices.values()) for block, matrices in parts.items()}
         return Allocation({block: totals[block] / sizes[block] for block in sizes}, sizes, name, "block")

@@ -85,6 +85,7 @@ class Enumeration:
         while len(left) and len(kept) <= most:
             kept.append(self.representatives[int(left[0])])
             far = (sparsity[left] - sparsity[left[0]]).abs().amax(1) > tolerance
+            # Each kept one takes its neighbours with it, most shared first: a greedy cover.
             left = left[far]
         return kept
 
@@ -113,7 +114,7 @@ def enumerate_space(space: SearchSpace, resolver: Resolver) -> Enumeration:
 
 
 def block_sizes(resolver: Resolver) -> Tensor:
-    """Prunable weights per block, float64."""
+    """Prunable weights per block, (units,) float64."""
     return torch.tensor([sum(w.size for w in weights) for weights in resolver.units["block"].values()]).double()
 
 
@@ -126,7 +127,7 @@ class _Distinct(NamedTuple):
 
     @classmethod
     def of(cls, rows: Tensor, sharing: Tensor, first: Tensor) -> _Distinct:
-        """Rows of which each stands for `sharing` and `first`, equal ones taken together."""
+        """Rows, (n, units), of which each stands for `sharing` and `first`, (n,), equal ones taken together; int64."""
         found, place = torch.unique(rows, dim=0, return_inverse=True)
         return cls(
             found,
@@ -141,6 +142,7 @@ def _removed(resolver: Resolver, proposals: Tensor) -> _Distinct:
     bounds = config.min_sparsity, config.max_sparsity
     matrices = [[weight.size for weight in weights] for weights in resolver.units["block"].values()]
     counts = round_matrices(fit_counts(proposals, block_sizes(resolver), config.sparsity, *bounds), matrices, *bounds)
+    # First as asked: that many functions ask alike makes the slower rounding to a pattern cheap.
     asked = _Distinct.of(counts, torch.ones(len(counts), dtype=torch.int64), torch.arange(len(counts)))
     if max(resolver.steps) == 1:
         return asked
@@ -168,6 +170,7 @@ def _numbers(resolver: Resolver, pre_processes: Sequence[Stage], reductions: Seq
         values.append([summary.pre_processed(stage) for summary in summaries])
         key = b"".join(x.numpy().tobytes() for x in values[-1])
         alike.setdefault(key, []).append(index)
+    # Only these are reduced; the rest of each group has the same scores, and so the same numbers.
     firsts = [group[0] for group in alike.values()]
     found = torch.empty(len(pre_processes), len(reductions), len(units), dtype=torch.float64)
     columns = {name: column for column, name in enumerate(reductions)}
@@ -189,6 +192,8 @@ def _reduce_matrices(resolver, stages, names, rows, columns, found) -> None:
     spectra = {name: REDUCTION.fact(name, "spectrum") for name in names}
 
     def numbers(matrices: Sequence[Tensor]) -> dict[str, float]:
+        """Reduction -> its number, of matrices (rows, columns)."""
+        # One decomposition serves all reductions of a spectrum: it is what costs seconds.
         singular = [singular_values(matrix) for matrix in matrices] if any(spectra.values()) else ()
         return {
             name: float(
@@ -199,11 +204,13 @@ def _reduce_matrices(resolver, stages, names, rows, columns, found) -> None:
             for name in names
         }
 
+    # Threads, not processes: torch lets go of the interpreter while it computes, and the scores stay shared.
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         for index, (name, weights) in enumerate(resolver.units["block"].items()):
             with resolver.unit(name, weights) as unit:
                 scores = unit.flat_scores()
 
+            # Defaults bind this turn of the loop, whatever turn a thread runs in.
             def reduce(stage: Stage, unit=unit, scores=scores) -> dict[str, float]:
                 x = scores
                 for operation in stage:
@@ -219,6 +226,7 @@ def _functions(space: SearchSpace, transforms: Sequence[Stage], numbers: Numbers
     """Every base with every tail; shorter stages come first, so that the first of a group is its shortest."""
     makers, proposals = [], []
     for transform, post_process, sign in product(transforms, dict.fromkeys(space.post_process), space.signs):
+        # The reduction of a tail is never asked: it starts from numbers that are there.
         tail = AllocationFunction((), "mean", transform, post_process, sign, space.spreads[0])
         makers += [
             partial(replace, tail, pre_process=base.pre_process, reduction=base.reduction) for base in numbers.bases

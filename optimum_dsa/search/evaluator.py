@@ -33,6 +33,7 @@ class Job:
 
     def batches(self, size: int) -> list[Job]:
         """The job as jobs of `size` windows at most, where it can be taken apart."""
+        # A prune would be made anew for every part, and slopes belong to all windows of a job.
         if self.kind != "loss":
             return [self]
         starts = range(self.start, self.stop, size)
@@ -91,6 +92,7 @@ class Evaluator:
         """
         questions = [self._question(request) for request in requests]
         for question in questions:
+            # Before anything is computed: one call never mixes anchors.
             if question.request.kind == "anchor":
                 self._move(question.counts)
         jobs = dict.fromkeys(question.job for question in questions if question.job is not None)
@@ -116,6 +118,7 @@ class Evaluator:
         answer = self.known.get(self._key(job))
         if answer is None:
             return Trial(number, request, counts=question.counts, error=NO_ROOM)
+        # NaN is the one number that is not itself.
         broken = answer.loss != answer.loss
         return Trial(
             number,
@@ -146,6 +149,7 @@ class Evaluator:
         tokens, within = 0, []
         for job in jobs:
             tokens += self.tokens(job)
+            # Stops at the first that does not fit: a cheaper one behind it would jump the queue.
             if not room.holds(tokens, len(within) + 1):
                 break
             within.append(job)

@@ -42,6 +42,7 @@ class FinalRound:
     def reserved(self, budget: Budget, length: int) -> float:
         """The share of the budget that is kept for it: what it costs, half of all at most, a tenth of a time."""
         if budget.tokens:
+            # Half at most: without a search there is nothing to rank.
             return min(self.tokens(length) / budget.tokens, 0.5)
         return min(self.evaluations / budget.evaluations, 0.5) if budget.evaluations else 0.1
 
@@ -85,6 +86,7 @@ def rank(serve: Serve, problem: Problem, ranking: Sequence[Candidate], whole: Fi
         chosen = choose(ranking, resolver, final.finalists)
     if (note := final.note(whole)) is not None:
         problem.notes.append(note)
+    # A strategy may have moved the anchor; proxies are comparable from one only.
     serve([Request("anchor", Candidate("dense", counts=(0,) * len(resolver.sizes)))])
     proxies = _proxies(serve, chosen, problem.rungs, final.proxy_windows)
     trials = _pruned(serve, chosen, final.windows, budget)

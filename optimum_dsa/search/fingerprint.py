@@ -22,6 +22,7 @@ def fingerprint_of_model(model: nn.Module) -> str:
     config = getattr(model, "config", None)
     facts = config.to_dict() if hasattr(config, "to_dict") else {}
     digest.update(json.dumps(_lasting(facts), sort_keys=True, default=str).encode())
+    # What is not saved (tables of positions) is computed, and no part of what the model is.
     saved = model.state_dict().keys()
     for path, module in model.named_modules():
         own = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
@@ -36,7 +37,7 @@ def fingerprint_of_model(model: nn.Module) -> str:
 
 
 def fingerprint_of_tokens(inputs: Mapping[str, Tensor] | Tensor) -> str:
-    """Of a model's inputs, all of them, in their order."""
+    """Of a model's inputs, (samples, length, ...) each, all of them, in their order."""
     digest = hashlib.sha256()
     inputs = {"input_ids": inputs} if isinstance(inputs, Tensor) else inputs
     for name in sorted(inputs):
@@ -53,6 +54,8 @@ def _lasting(facts: Any) -> Any:
 
 
 def _add(digest, name: str, tensor: Tensor) -> None:
+    """Take in a tensor of any shape: name, dtype and shape, then its bytes."""
+    # Name and shape too: the same bytes under other names are another model.
     digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
     for part in tensor.detach().reshape(-1).split(CHUNK):
         digest.update(part.cpu().contiguous().view(torch.uint8).numpy().data)

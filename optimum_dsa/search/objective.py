@@ -31,6 +31,7 @@ class Objective:
     def __init__(
         self, model: nn.Module, realisation: Realisation, validation: Tensor, batch_size: int = 8, top: int = 512
     ):
+        """Keep what the dense model predicts for `validation`, (windows, length) int64."""
         check_tokens(validation, model)
         self.model, self.realisation = model, realisation
         self.validation, self.batch_size = validation, batch_size
@@ -45,11 +46,13 @@ class Objective:
             logits = self._logits(rows).float()
             highest = logits.topk(min(top, logits.shape[-1]), dim=-1)
             values = highest.values - logits.logsumexp(-1, keepdim=True)
+            # int16 ends at 32,767; at 512 tokens a position the dtype decides what stays in memory.
             small = torch.int32 if logits.shape[-1] > 2**15 else torch.int16
             found += list(zip(values.half().cpu(), highest.indices.to(small).cpu()))
         return found
 
     def _logits(self, rows: Tensor) -> Tensor:
+        """Logits of token ids (windows, length): (windows, length, vocabulary)."""
         return self.model(input_ids=rows.to(self._device), use_cache=False).logits
 
     def move_anchor(self, counts: Mapping[str, int] | None) -> None:
@@ -71,6 +74,7 @@ class Objective:
         with self.realisation.slopes(counts) as slopes:
             for part in _parts(rows, self.batch_size):
                 loss = self._divergence(part).sum() / (len(rows) * self.validation.shape[1])
+                # Part by part: gradients add up, and the activations of one part are alive at a time.
                 loss.backward()
                 total += loss.item()
         return total, slopes
@@ -80,13 +84,16 @@ class Objective:
         return self._compare(self._logits(self._tokens(rows)).float(), rows)
 
     def _tokens(self, rows: range) -> Tensor:
+        """Token ids of these windows, (windows, length) int64."""
         return self.validation[rows.start : rows.stop]
 
     def _compare(self, logits: Tensor, rows: range) -> Tensor:
+        """(windows, length): divergence of `logits`, (windows, length, vocabulary), from those of the dense model."""
         dense = torch.stack([self._dense[row][0] for row in rows]).to(logits.device).float()
         tokens = torch.stack([self._dense[row][1] for row in rows]).to(logits.device).long()
         current = logits.gather(-1, tokens) - logits.logsumexp(-1, keepdim=True)
         loss = (dense.exp() * (dense - current)).sum(-1)
+        # Else the top holds the whole vocabulary, and nothing is left over.
         if dense.shape[-1] < logits.shape[-1]:
             rest, other = _rest(dense), _rest(current)
             loss = loss + rest.exp() * (rest - other)
@@ -106,6 +113,7 @@ class Objective:
             loss += self._compare(logits, part).sum().item()
             following = tokens[:, 1:].to(logits.device).flatten()
             surprise += cross_entropy(logits[:, :-1].flatten(0, 1), following, reduction="sum").item()
+        # The last token of a window has no next one to be surprised by.
         length = self.validation.shape[1]
         return loss / (len(rows) * length), math.exp(surprise / (len(rows) * (length - 1)))
 
@@ -115,5 +123,6 @@ def _parts(rows: range, size: int) -> list[range]:
 
 
 def _rest(values: Tensor) -> Tensor:
-    """log(1 − Σ exp(values)) over the last dimension, at least e⁻²⁰."""
+    """log(1 − Σ exp(values)) over the last dimension, (..., top) -> (...), at least −20."""
+    # Clamped twice: rounded halves may add up to more than 1, and in float32 1 − 2·10⁻⁹ is 1.
     return torch.log1p(-values.exp().sum(-1).clamp_max(1 - 2e-9)).clamp_min(-20)

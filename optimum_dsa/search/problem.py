@@ -85,6 +85,7 @@ class Budget:
     def room(self, share: float = 1.0) -> Room:
         """What is left until `share` of the budget is spent."""
         return Room(
+            # `and` passes None on: no limit stays none.
             self.tokens and max(math.floor(share * self.tokens + 1e-6) - self.spent_tokens, 0),
             self.evaluations and max(math.floor(share * self.evaluations + 1e-6) - self.spent_evaluations, 0),
             self.seconds and max(share * self.seconds - self.spent_seconds, 0.0),
@@ -200,8 +201,10 @@ def race(problem: Problem, candidates: Iterable[Candidate], keep: float = 0.34) 
             ranked.loss = trial.loss if not seen else (ranked.loss * seen + trial.loss * (stop - start)) / stop
             ranked.windows, ranked.counts = stop, trial.counts
             survivors.append(ranked)
+        # Stable: of equals the one that was named first stays first, on every rank and in every replay.
         survivors.sort(key=lambda ranked: ranked.loss)
         last = stop == problem.rungs[-1]
+        # Two at least: a race of one is none.
         number_kept = len(survivors) if last else max(math.ceil(keep * len(survivors)), min(2, len(survivors)))
         running, dropped = survivors[:number_kept], survivors[number_kept:]
         out = dropped + stayed + out
@@ -225,4 +228,5 @@ def distinct(ranking: Iterable[Ranked]) -> list[Ranked]:
 
 def merge(*rankings: Sequence[Ranked]) -> list[Ranked]:
     found = [ranked for ranking in rankings for ranked in ranking]
+    # More windows first: a low loss on few windows is mostly luck.
     return distinct(sorted(found, key=lambda ranked: (-ranked.windows, ranked.loss)))

@@ -32,6 +32,7 @@ def level_switch(
     generation = 0
     while not problem.over:
         generation += 1
+        # The parent races again on the same windows as its children: elitism.
         children = [counts]
         for _ in range(10 * offspring):  # there may be nothing that can be moved
             if len(children) > offspring:
@@ -95,8 +96,11 @@ def descent(
         if trial.slopes is None:
             break
         slopes = torch.tensor(trial.slopes, dtype=torch.float64)
+        # The median: a few steep matrices do not move it. Clamped, as slopes may be negative.
         middle = slopes.median().clamp_min(torch.finfo(torch.float64).tiny)
+        # Slopes span orders of magnitude, and negative ones have no logarithm.
         logs = (slopes / middle).clamp_min(0.1).log()
+        # Without its weighted mean, so that the budget stays; clipped, so that no matrix runs away.
         pull = (logs - (logs * sizes).sum() / sizes.sum()).clamp(-1.5, 1.5)
         motion = inertia * motion + (1 - inertia) * pull
         proposed = torch.tensor(counts) / sizes - step * (0.1 + 0.9 * left) * motion
@@ -104,6 +108,7 @@ def descent(
         path.append(counts)
     if not path:
         return [best]
+    # The mean of the path is less noisy than its end; both are offered, and the prune decides.
     late = torch.tensor(path[-max(len(path) // 4, 1) :], dtype=torch.float64).mean(0) / sizes
     ends = (resolver.fit(dict(zip(resolver.sizes, late.tolist()))), counts)
     return [*(Candidate("descent", counts=end) for end in dict.fromkeys(ends)), best]

@@ -69,6 +69,7 @@ class Resolver:
 
     @torch.no_grad()
     def _walk(self, calibration: Calibration) -> None:
+        # X·Xᵀ takes in_features² per matrix; only an allocator that reads it is worth that.
         reads = ("inputs", "gram") if any(each.reads == "gram" for each in self.allocators.values()) else ("inputs",)
         batches = calibration.batches(self.config.batch_size)
         for walked in walk_blocks(
@@ -77,6 +78,7 @@ class Resolver:
             tensors = {weight.name: walked.tensor(weight) for weight in walked.weights}
             for weight in walked.weights:
                 statistics = walked.statistics[weight.name]
+                # Per matrix: summaries of matrices add up to that of their block.
                 self.summaries[weight.name] = ScoreSummary.of(self.metric(tensors[weight.name], statistics))
                 self.kinds[weight.name] = weight.module.removeprefix(f"{walked.name}.")
             self.depths[walked.name] = walked.block.depth
@@ -117,6 +119,7 @@ class Resolver:
             stages = (function.pre_process, function.reduction, granularity)
             proposed = function.propose(dict(zip(self.units[granularity], self._measure(*stages))), target)
         offsets = dict(candidate.offsets)
+        # An offset is per kind of matrix, so that blocks are taken apart first.
         if offsets and granularity == "block":
             blocks = self.units["block"]
             proposed = {w.name: proposed[block] for block, weights in blocks.items() for w in weights}

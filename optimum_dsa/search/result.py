@@ -114,6 +114,7 @@ class SearchResult:
     def _drawn(self, pictures: Callable[[SearchResult], Mapping[str, Any]] | None) -> Mapping[str, Any]:
         try:
             return {} if pictures is None else pictures(self)
+        # A search of hours is not lost because matplotlib is missing.
         except ImportError as error:
             logger.info("No pictures beside the search: %s", error)
             return {}

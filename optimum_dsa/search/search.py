@@ -83,12 +83,14 @@ def search(
         "strategy": strategy,
         "budget": [budget.tokens, budget.evaluations, budget.seconds],
         "finalists": finalists,
+        # batch_size changes no result; allocation and spread are what is searched for.
         "config": {k: v for k, v in config.to_dict().items() if k not in ("allocation", "spread", "batch_size")},
         "calibration": calibration.facts() if calibration else None,
         "validation": list(validation.shape),
     }
     if named is None:
         named = ALLOCATIONS if STRATEGIES.fact(strategy, "named", True) else ()
+    # Uniform is always tried, and counted once.
     named = tuple(name for name in named if name != "uniform")
     with ExitStack() as stack:
         output = None
@@ -101,6 +103,7 @@ def search(
         realised = realise(model, calibration, config, realisation)
         resolver = Resolver(model, realised, calibration, config, named)
         evaluator = Evaluator(Objective(model, realised, validation, config.batch_size), resolver)
+        # Only the first process has a folder to read; all have to replay the same trials.
         replayed = broadcast_object_list([trace.trials])[0] if evaluator.ranks.num_processes > 1 else trace.trials
         problem, final = _problem(resolver, validation, budget, named, config, space, finalists)
         conductor = Conductor(evaluator, trace, budget, list(replayed), reports)
@@ -120,7 +123,10 @@ def _trace(
     calibration: Calibration | None,
     validation: Tensor,
 ) -> SearchTrace:
-    """The trace to write to; in a folder with what tells the model and the texts apart from others."""
+    """The trace to write to; in a folder with what tells the model and the texts apart from others.
+
+    `validation` is (windows, length).
+    """
     if output is None:
         return SearchTrace.open(None, settings)
     path = output.path / "trace.jsonl"
@@ -143,7 +149,10 @@ def _problem(
     space: SearchSpace | None,
     finalists: int,
 ) -> tuple[Problem, FinalRound]:
-    """The problem with its budget but for what the finalists will take, and how these are ranked where it suffices."""
+    """The problem with its budget but for what the finalists will take, and how these are ranked where it suffices.
+
+    `validation` is (windows, length).
+    """
     windows, length = validation.shape
     if space is None:
         kinds = tuple(dict.fromkeys(resolver.kinds.values()))

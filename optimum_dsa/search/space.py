@@ -173,6 +173,7 @@ class SearchSpace:
             return replace(candidate, offsets=tuple((k, values.get(k, 0.0)) for k in self.kinds))
         if gene == "spread":
             spread = (parsed.spread if parsed else candidate.spread) or 0.08
+            # By a factor: half a width is as near as twice of it.
             spread = round(min(max(spread * 2 ** rng.gauss(0, 0.5), self.spreads[0]), self.spreads[1]), 4)
             if parsed is None:
                 return replace(candidate, spread=spread)

@@ -43,6 +43,7 @@ def evolution(problem: Problem, population: int = GENERATION, parents: int = 6, 
     first += [space.sample(rng) for _ in range(max(population - len(first), immigrants))]
     best = merge((yield from race(problem, first)))
     while not problem.over:
+        # Counts per matrix have no genes to cross.
         breeding = [ranked.candidate for ranked in best[:parents] if ranked.candidate.counts is None] or [UNIFORM]
         children = [space.sample(rng) for _ in range(immigrants)]
         while len(children) < population:
@@ -63,6 +64,7 @@ def exhaustive(problem: Problem) -> Search:
     everything = enumerate_space(SearchSpace.published(), resolver)
     most = 2000
     if budget.tokens:
+        # Half of the budget for the first rung, a window each; the rest for those that go on.
         most = int(budget.tokens * problem.until / problem.length / 2)
     elif budget.evaluations:
         most = int(budget.evaluations * problem.until / 2)
@@ -88,6 +90,7 @@ def ramp(problem: Problem) -> Search:
 
     def evaluate(spreads: Iterable[float]) -> Generator:
         fresh = [spread for spread in spreads if spread not in tried and not problem.over]
+        # "atp" is the linear ramp; its spread is the slope that the paper searches for.
         candidates = [Candidate("atp", spread) for spread in fresh]
         ranking = yield from race(problem.with_share(1.0), candidates, keep=1.0)
         tried.update({ranked.candidate.spread: ranked for ranked in ranking})
@@ -107,6 +110,7 @@ def auto(problem: Problem) -> Search:
     found = (yield from named(problem))[:4]
     found += (yield from ramp(problem))[:2]
     evolved = yield from evolution(problem.with_share(0.3, start=found[0] if found else UNIFORM))
+    # Once more together, for one ranking of all stages: what is known costs nothing.
     ranking = yield from race(problem, dict.fromkeys([*evolved[:4], *found]), keep=1.0)
     refined = yield from descent(replace(problem, start=best_of(ranking)))
     return [*refined, *(ranked.candidate for ranked in ranking[:2])]

@@ -45,6 +45,7 @@ class ScoreSummary:
             return summaries[0]
         weights, sums = torch.zeros(BINS, dtype=torch.float64), torch.zeros(BINS, dtype=torch.float64)
         for summary in summaries:
+            # A mean lies in its own bin, so that the bins of all fit together.
             bins = score_bins(summary.values.float()).long()
             weights.scatter_add_(0, bins, summary.weights)
             sums.scatter_add_(0, bins, summary.values * summary.weights)
@@ -52,11 +53,12 @@ class ScoreSummary:
 
     @classmethod
     def _compact(cls, sums: Tensor, weights: Tensor) -> ScoreSummary:
+        """Of sums and numbers of scores per bin, (65536,) float64 each, those that hold anything."""
         used = weights > 0
         return cls(sums[used] / weights[used], weights[used])
 
     def pre_processed(self, names: Sequence[str]) -> Tensor:
-        """The values after these pre-process operations, in float32 as the scores are; whole-set ones are weighted."""
+        """The values after these pre-process operations, (bins,) float32 as scores; whole-set ones are weighted."""
         x = self.values.float()
         for name in names:
             x = (
@@ -67,12 +69,13 @@ class ScoreSummary:
         return x
 
     def reduce(self, name: str, x: Tensor) -> float:
-        """Reduction `name` of pre-processed values `x`.
+        """Reduction `name` of pre-processed values `x`, (bins,).
 
         A reduction that a user registered is applied to 65,536 values drawn at equal shares.
         """
         if name in _WEIGHTED:
             return float(_WEIGHTED[name](x.double(), self.weights))
+        # Quantiles at equal shares stand for all scores: any function of a vector can be applied to them.
         share = (torch.arange(SAMPLE, dtype=torch.float64) + 0.5) / SAMPLE * self.weights.sum()
         return float(REDUCTION[name](x[torch.searchsorted(self.weights.cumsum(0), share)]))
 
@@ -83,22 +86,27 @@ def measure(function: AllocationFunction, summary: ScoreSummary) -> float:
 
 
 def _mean(x: Tensor, w: Tensor) -> Tensor:
+    """Mean of values x, (bins,), of which there are w each, (bins,): a scalar, as of the scores themselves."""
     return (x * w).sum() / w.sum()
 
 
 def _var(x: Tensor, w: Tensor) -> Tensor:
+    """Unbiased variance of x with numbers w, (bins,) each: a scalar."""
     return ((x - _mean(x, w)).square() * w).sum() / (w.sum() - 1)
 
 
 def _normalize(x: Tensor, w: Tensor) -> Tensor:
+    """`normalize` of x with numbers w, (bins,) each -> (bins,)."""
     return ((x - _mean(x, w)) / _var(x, w).sqrt()).nan_to_num(nan=0.0)
 
 
 def _mms(x: Tensor, w: Tensor) -> Tensor:
+    """`mms` of x, (bins,) -> (bins,): extremes need no numbers."""
     return (x - x.min()) / (x.max() - x.min() + 1e-9)
 
 
 def _entropy(x: Tensor, w: Tensor) -> Tensor:
+    """`entropy` of x with numbers w, (bins,) each: a scalar."""
     share = x.clamp_min(0)
     total = (share * w).sum()
     share = share / total
@@ -106,18 +114,22 @@ def _entropy(x: Tensor, w: Tensor) -> Tensor:
 
 
 def _quantile_half(x: Tensor, w: Tensor) -> Tensor:
+    """`median`, the lower of the middle two, of x with numbers w, (bins,) each: a scalar."""
     order = x.argsort()
     return x[order][torch.searchsorted(w[order].cumsum(0), (w.sum() + 1).div(2).floor())]
 
 
 def _outliers(x: Tensor, w: Tensor) -> Tensor:
+    """`outlier_share` of x with numbers w, (bins,) each: a scalar."""
     return 100 * _mean((x > 5 * _mean(x, w)).double(), w)
 
 
 def _geometric(x: Tensor, w: Tensor) -> Tensor:
+    """`geometric_mean` of x with numbers w, (bins,) each: a scalar."""
     return _mean(x.abs().clamp_min(torch.finfo(torch.float32).tiny).log(), w).exp()
 
 
+# Each of them has its twin, by name, in the tables of operations; tests hold both against each other.
 _WEIGHTED_PRE: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"normalize": _normalize, "mms": _mms}
 _WEIGHTED: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "mean": _mean,

@@ -155,6 +155,7 @@ class SearchTrace:
 
     def __init__(self, path: str | Path | None = None, settings: Mapping[str, Any] | None = None):
         self.path = None if path is None else Path(path)
+        # As they come back from a file: tuples are lists, or no trace would fit its own settings.
         self.settings = json.loads(json.dumps(settings or {}))
         self.trials: list[Trial] = []
         self._file = None
@@ -191,6 +192,7 @@ class SearchTrace:
     def _read(self, check: bool = True) -> None:
         text = self.path.read_text(encoding="utf-8")
         whole = text[: text.rfind("\n") + 1]  # a kill may leave half a line
+        # Cut off now, or the next line would be appended to the half one.
         if whole != text and check:
             self.path.write_text(whole, encoding="utf-8")
         lines = whole.splitlines()
@@ -211,6 +213,7 @@ class SearchTrace:
         """Raise `ValueError` where the trace was made with other settings than these."""
         prints, known = settings.get(FINGERPRINTS), self.settings.get(FINGERPRINTS) or {}
         prints = prints if isinstance(prints, Mapping) else {}
+        # Settings first: their difference can be read, that of fingerprints cannot.
         for name in sorted({*settings, *self.settings} - {FINGERPRINTS}):
             if settings.get(name) != self.settings.get(name):
                 raise ValueError(

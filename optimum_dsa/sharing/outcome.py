@@ -219,6 +219,7 @@ def _evaluations(folder: Path, facts: Mapping[str, Any]) -> tuple[tuple[Measurem
     achieved = facts.get("achieved") or {}
     known = {"sparsity": achieved.get("sparsity", 0.0), "size": achieved.get("prunable", 0)}
     for path in sorted(folder.glob("*.json")):
+        # Other programs leave JSON here too, a tokenizer of many megabytes among it.
         if not path.is_file() or path.stat().st_size > LARGEST_EVALUATION:
             continue
         try:

@@ -100,6 +100,7 @@ def push_folder(
         CommitOperationAdd(name, content if isinstance(content, bytes) else str(content))
         for name, content in contents.items()
     ]
+    # In the same commit: no reader ever meets weights of two models.
     operations += [CommitOperationDelete(name) for name in there if _is_stale(name, contents)]
     message = commit_message or _message(upload)
     with explained(repo_id, kept):

@@ -125,6 +125,7 @@ def _erdos_renyi(measured: Mapping[str, tuple[int, int]], target: float, dense: 
     while True:
         free = [unit for unit in measured if unit not in dense]
         left = kept - sum(sizes[unit] for unit in dense)
+        # Not 0 / 0 where every unit is dense already.
         epsilon = max(left, 0) / max(sum(raw[unit] * sizes[unit] for unit in free), 1e-12)
         full = {unit for unit in free if epsilon * raw[unit] > 1}
         if not full:
@@ -157,15 +158,16 @@ ALLOCATIONS.add(
 
 
 def _score_histogram(unit: Unit) -> Tensor:
-    """How many of the unit's scores are in each bin of `score_histogram`."""
+    """How many of the unit's scores are in each bin of `score_histogram`, (65536,) int64."""
     return sum(score_histogram(scores).cpu() for scores in unit.scores())
 
 
 def _one_threshold(measured: Mapping[str, Tensor], target: float, spread: float | None) -> dict[str, float]:
-    """Share of each unit's scores below the threshold that `target` of all scores lie below."""
+    """Share of each unit's scores below the threshold that `target` of all lie below; counts are (65536,) int64."""
     total = sum(measured.values())
     goal = target * int(total.sum())
     edge = int((total.cumsum(0) <= goal).sum())
+    # Scores are taken to be spread evenly in the bin of the threshold, so that the shares meet the target.
     within = (goal - int(total[:edge].sum())) / max(int(total[min(edge, BINS - 1)]), 1)
     return {
         unit: float(counts[:edge].sum() + within * counts[min(edge, BINS - 1)]) / int(counts.sum())
@@ -181,6 +183,7 @@ ALLOCATIONS.add("global", Heuristic(_score_histogram, _one_threshold), reference
 
 def _mean_tail_exponent(unit: Unit) -> tuple[float, int]:
     """Mean tail exponent of the unit's matrices, and how many weights they have."""
+    # Eigenvalues of W Wᵀ are the squares of the singular values of W.
     exponents = [tail_exponent(singular_values(weight).square()) for weight in unit.weights]
     return sum(exponents) / len(exponents), sum(weight.numel() for weight in unit.weights)
 
@@ -205,6 +208,7 @@ def tail_exponent(eigenvalues: Tensor) -> float:
     best, exponent = 1.0, 0.0
     for index in range(first, min(last, len(eigenvalues) - 1)):
         tail = eigenvalues[index:]
+        # A tail of equal eigenvalues has logarithms of zero.
         alpha = 1 + len(tail) / (tail / tail[0]).log().sum().clamp_min(1e-12)
         rank = torch.arange(len(tail), dtype=torch.float64) / len(tail)
         distance = (1 - (tail / tail[0]) ** (1 - alpha) - rank).abs().max()
@@ -218,9 +222,11 @@ def _alpha(measured: Mapping[str, tuple[float, int]], target: float, spread: flo
 
     ε is 0.3 as published, or spread / target.
     """
+    # Relative to the target as published, so that a half-width in sparsity has to be divided by it.
     epsilon = 0.3 if spread is None else spread / max(target, 1e-9)
     alpha, sizes = torch.tensor(list(measured.values()), dtype=torch.float64).unbind(1)
     span = alpha.max() - alpha.min()
+    # Matrices that are all alike give no reason to prefer one.
     share = (alpha - alpha.min()) / span if span > 0 else torch.full_like(alpha, 0.5)
     ratio = 1 - epsilon + 2 * epsilon * share
     return dict(zip(measured, (target * ratio * sizes.sum() / (ratio * sizes).sum()).tolist()))
@@ -253,6 +259,7 @@ def greedy_error(weight: Tensor, gram: Tensor, width: int = 128) -> float:
         stop = min(start + width, weight.shape[1])
         w, error, h = weight[:, start:stop], errors[:, start:stop], gram[start:stop, start:stop]
         removed = torch.zeros_like(w)
+        # Half of each group, whatever the target: the published measure of redundancy is taken there.
         for _ in range(w.shape[1] // 2):
             smallest, index = error.min(dim=1, keepdim=True)
             total += float(smallest.sum(dtype=torch.float64))

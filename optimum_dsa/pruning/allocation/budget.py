@@ -132,6 +132,7 @@ def fit_to_budget(
         )
     values = torch.tensor([float(proposed[unit]) for unit in sizes], dtype=torch.float64)
     if not values.isfinite().all():
+        # NaN and ±∞ alike: the difference with itself is NaN.
         bad = [unit for unit, value in zip(sizes, values.tolist()) if value - value != 0]
         raise ValueError(f"Allocation {name} is not finite for {', '.join(bad[:5])}.")
     counts = fit_counts(values, torch.tensor(list(sizes.values()), dtype=torch.float64), target, low, high)
@@ -151,28 +152,32 @@ def _shift_to_mean(values: Tensor, weights: Tensor, target: float, low: float, h
     goal = target * weights.sum()
 
     def total(index: Tensor) -> Tensor:
+        """Removed weight at the kinks of these places, (..., 1) int64 -> (..., 1) float64."""
         shifted = (values + kinks.gather(-1, index)).clamp(low, high)
         return (shifted * weights).sum(-1, keepdim=True)
 
     # between two neighbouring kinks the total is linear in the shift: bisect for them
     first = torch.zeros_like(kinks[..., :1], dtype=torch.int64)
     last = first + kinks.shape[-1] - 1
+    # As many halvings as the longest row needs; a row that is done changes no more.
     for _ in range(kinks.shape[-1].bit_length()):
         middle = (first + last) // 2
         under = total(middle) <= goal
         apart = last - first > 1
         first, last = torch.where(apart & under, middle, first), torch.where(apart & ~under, middle, last)
     below, above = total(first), total(last)
+    # A total that is flat there meets the goal at either end.
     share = torch.where(above > below, (goal - below) / (above - below), 0.0)
     low_kink, high_kink = kinks.gather(-1, first), kinks.gather(-1, last)
     return (values + low_kink + share * (high_kink - low_kink)).clamp(low, high)
 
 
 def _round_to_total(amounts: Tensor, total: int) -> Tensor:
-    """Whole numbers that add up to `total`, which is the sum of `amounts` rounded; largest remainders are rounded up.
+    """Whole numbers that add up to `total`, the sum of `amounts` rounded: (..., n) float64 -> (..., n) int64.
 
-    Who is whole already stays: fewer are missing than have a remainder.
+    Largest remainders are rounded up. Who is whole already stays: fewer are missing than have a remainder.
     """
+    # A share times a size may come out a hair below the whole number that it is.
     floor = (amounts + 1e-9).floor()
     missing = total - floor.sum(-1, keepdim=True)
     order = (amounts - floor).argsort(dim=-1, descending=True, stable=True)
@@ -182,6 +187,7 @@ def _round_to_total(amounts: Tensor, total: int) -> Tensor:
 
 def split_count(count: int, sizes: Mapping[str, int]) -> dict[str, int]:
     """`count` weights divided over matrices in proportion to their sizes, to one weight each."""
+    # float64 holds whole numbers up to 2⁵³, more weights than any model has.
     limits = torch.tensor(list(sizes.values()), dtype=torch.float64)
     shares = limits * (count / max(int(limits.sum()), 1))
     return dict(zip(sizes, _round_to_total(shares, count).tolist()))
@@ -222,6 +228,7 @@ def round_matrices(counts: Tensor, matrices: Sequence[Sequence[int]], low: float
             rounded[..., unit] += times * (share[..., unit] * size).round().long()
     rounded = rounded.clamp(least, most)
     over = rounded.sum(-1) - counts.sum(-1)
+    # From the last unit on: what comes behind a unit is changed by what is changed in it.
     for unit in reversed(range(len(matrices))):
         before = rounded[..., unit].clone()
         rounded[..., unit] = (before - over).clamp(least[..., unit], most[..., unit])

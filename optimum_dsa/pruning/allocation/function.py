@@ -94,6 +94,7 @@ class AllocationFunction:
 
     def measure(self, unit: Unit) -> float:
         """The heavy half: pre-process and reduction of one unit's scores."""
+        # All matrices of the unit in one vector, as the published code does: large ones count more.
         x = unit.flat_scores()
         for name in self.pre_process:
             x = PRE_PROCESS[name](x)
@@ -112,7 +113,9 @@ class AllocationFunction:
         x = _defined(x)
         if self.post_process == "no_op":
             return x
+        # A post-process looks at the units of one function, never at those of another.
         rows = x.reshape(-1, x.shape[-1])
+        # Once more: a post-process may leave its domain too.
         return _defined(torch.stack([POST_PROCESS[self.post_process](row) for row in rows])).view_as(x)
 
     def propose(self, measured: Mapping[str, float], target: float, spread: float | None = None) -> dict[str, float]:
@@ -134,6 +137,7 @@ class AllocationFunction:
 
 
 def _defined(x: Tensor) -> Tensor:
+    """NaN as 0 and ±∞ as −1, as in the published code: of any shape."""
     return x.nan_to_num(nan=0.0, posinf=-1.0, neginf=-1.0)
 
 

@@ -40,6 +40,7 @@ def place(unit: str) -> Place:
     found = _BLOCK.fullmatch(name)
     if not found:
         return Place(name, None, name)
+    # Numbers inside a block are those of experts, which have one kind.
     kind = re.sub(r"(?<=\.)\d+(?=\.|$)", "*", found["rest"] or WHOLE)
     return Place(found["stack"] or "", int(found["index"]), kind)
 

@@ -11,6 +11,7 @@ from .budget import Allocation
 
 def levels_within(levels: int, low: float, high: float) -> tuple[int, int]:
     """The least and the most k for which k / `levels` is in [low, high]."""
+    # 0.29 · 100 and 0.07 · 100 miss their whole numbers by a rounding, to either side.
     return math.ceil(low * levels - 1e-9), math.floor(high * levels + 1e-9)
 
 
@@ -42,6 +43,7 @@ def fit_to_levels(
     goal = sum(allocation.counts().values())
     _check_reach(allocation, levels, least, most, goal)
     level = _shifted(level, exact, step, goal, least, most)
+    # Units of one size have one step, so that only the number of steps up per size matters for the sum.
     missing = goal - sum(level[unit] * step[unit] for unit in units)
     by_step: dict[float, list[str]] = {}
     for unit in units:
@@ -84,6 +86,7 @@ def _shifted(
 
 def _nearest_sum(goal: float, groups: Mapping[float, int]) -> tuple[int, ...]:
     """How many of each size, at most so many as there are, make a sum nearest to `goal`."""
+    # The nearest sum may lie above the goal, by less than one step.
     slack = max(groups, default=0)
     reachable: dict[float, tuple[int, ...]] = {0.0: ()}  # sum -> how many of each size it is made of
     for size, count in groups.items():
@@ -91,6 +94,7 @@ def _nearest_sum(goal: float, groups: Mapping[float, int]) -> tuple[int, ...]:
         for total, taken in reachable.items():
             for number in range(count + 1):
                 if total + number * size <= goal + slack:
+                    # One way to make a sum is enough, so that there are never more entries than different sums.
                     grown.setdefault(total + number * size, (*taken, number))
         reachable = grown or {total: (*taken, 0) for total, taken in reachable.items()}
     return reachable[min(reachable, key=lambda total: abs(total - goal))]
@@ -102,6 +106,7 @@ def _largest(
     """The `number` units of largest remainder; of equals those of least cost, or evenly spread ones."""
     alike: dict[float, list[str]] = {}
     for unit in sorted(group, key=lambda unit: -remainder[unit]):
+        # Equal up to rounding errors is equal: those must not decide which block pays.
         alike.setdefault(round(remainder[unit], 9), []).append(unit)
     chosen: list[str] = []
     for units in alike.values():
@@ -109,5 +114,6 @@ def _largest(
         if cost is not None:
             chosen += sorted(units, key=lambda unit: cost[unit])[:wanted]
         else:
+            # The middles of `wanted` equal stretches.
             chosen += [units[int((index + 0.5) * len(units) / wanted)] for index in range(wanted)]
     return chosen

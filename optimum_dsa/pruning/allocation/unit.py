@@ -30,11 +30,12 @@ class Unit:
     metric: Callable[[Tensor, LayerStatistics | None], Tensor]
 
     def scores(self) -> list[Tensor]:
-        """Fresh scores of every weight, float32."""
+        """Fresh scores of every weight, (out_features, in_features) float32 each."""
         return [self.metric(weight, statistics) for weight, statistics in zip(self.weights, self.statistics)]
 
     def flat_scores(self) -> Tensor:
-        """The scores of all weights in one vector, float32; never held twice."""
+        """The scores of all weights in one vector, (weights,) float32; never held twice."""
+        # Filled part by part: `torch.cat` would hold all scores twice, gigabytes of a large block.
         flat = torch.empty(sum(w.numel() for w in self.weights), dtype=torch.float32, device=self.weights[0].device)
         for part, weight, statistics in zip(self.split(flat), self.weights, self.statistics):
             part.copy_(self.metric(weight, statistics))

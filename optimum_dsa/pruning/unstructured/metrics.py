@@ -23,7 +23,7 @@ METRICS = Registry("metric")
 
 @METRICS.register(reference="https://arxiv.org/abs/1506.02626", reads="nothing")
 def magnitude(weight: Tensor, statistics: LayerStatistics | None = None) -> Tensor:
-    """The weight's absolute value, |W_ij|.
+    """The weight's absolute value, |W_ij|; (out_features, in_features) float32.
 
     Han et al., 2015, https://arxiv.org/abs/1506.02626.
     """
@@ -38,12 +38,13 @@ def wanda(weight: Tensor, statistics: LayerStatistics) -> Tensor:
 
     Sun et al., 2023, https://arxiv.org/abs/2306.11695, eq. 1.
     """
+    # In place on the copy that abs makes: a large matrix is never held a third time.
     return weight.float().abs().mul_(statistics.input_norm)
 
 
 @METRICS.register(reference="https://arxiv.org/abs/2306.11695")
 def wanda_variant(weight: Tensor, statistics: LayerStatistics) -> Tensor:
-    """Share of its row's total Wanda score that lies at or below each weight.
+    """Share of its row's total Wanda score that lies at or below each weight, (out_features, in_features).
 
     One threshold α on this share over the whole matrix removes from every row the weights that together hold less than
     α of the row's score: rows with a few strong weights lose more. The published code finds α by bisection; counted
@@ -51,7 +52,9 @@ def wanda_variant(weight: Tensor, statistics: LayerStatistics) -> Tensor:
 
     Sun et al., 2023, https://arxiv.org/abs/2306.11695, `use_variant` in the published code.
     """
+    # Stable, so that equal scores keep the order of their position, as everywhere in patterns.
     ordered, order = wanda(weight, statistics).sort(dim=1, stable=True)
+    # A row of zeros has shares of 0, and not 0 / 0.
     shares = ordered.cumsum(dim=1).div_(ordered.sum(dim=1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny))
     return torch.empty_like(shares).scatter_(1, order, shares)
 
@@ -60,10 +63,13 @@ def wanda_variant(weight: Tensor, statistics: LayerStatistics) -> Tensor:
 def ria(weight: Tensor, statistics: LayerStatistics) -> Tensor:
     """Importance relative to row and column, (|W_ij| / Σ_i |W_ij| + |W_ij| / Σ_j |W_ij|) · ‖x_j‖^½.
 
+    Shapes as everywhere here: (out_features, in_features) and `statistics.input_norm`, (in_features,).
+
     Zhang et al., "Plug-and-Play", ICLR 2024, Relative Importance and Activations with a = ½,
     https://github.com/biomedical-cybernetics/Relative-importance-and-activation-pruning.
     """
     size = weight.float().abs()
+    # Rows and columns without a weight, which pruned models have: 0 / tiny is 0.
     tiny = torch.finfo(torch.float32).tiny
     relative = size / size.sum(0, keepdim=True).clamp_min(tiny) + size / size.sum(1, keepdim=True).clamp_min(tiny)
     return relative.mul_(statistics.input_norm.sqrt())
@@ -73,9 +79,11 @@ def ria(weight: Tensor, statistics: LayerStatistics) -> Tensor:
 def obs(weight: Tensor, statistics: LayerStatistics) -> Tensor:
     """Optimal Brain Surgeon's error of removing one weight, W_ij² / [(X Xᵀ + damping)⁻¹]_jj.
 
-    Needs `statistics.gram`. The update "sparsegpt" evaluates it along its own elimination order instead.
+    Needs `statistics.gram`, (in_features, in_features). The update "sparsegpt" evaluates it along its own
+    elimination order instead.
 
     Hassibi & Stork, 1993; Frantar & Alistarh, 2023, https://arxiv.org/abs/2301.00774, eq. 3.
     """
+    # The inverse is Uᵀ U, whose diagonal is the sum of squares of each column of U.
     inverse_diagonal = statistics.inverse_factor().factor.square().sum(dim=0)
     return weight.float().square() / inverse_diagonal

@@ -89,6 +89,7 @@ class Pattern:
             keep = torch.empty_like(scores, dtype=torch.bool)
             for start in range(0, columns, self.width):
                 stop = min(start + self.width, columns)
+                # By shares of the count, and not by rounding in each group, which would miss the total.
                 here = count_in_columns(count, columns, start, stop)
                 keep[:, start:stop] = Pattern("matrix").keep(scores[:, start:stop], here)
             return keep
@@ -110,6 +111,7 @@ class Pattern:
         if self.kind == "row":
             of_rows = removed.sum(1)
             return int(of_rows.min()) >= count // len(removed) and int(of_rows.sum()) >= count
+        # A group is some whole columns, so that its zeros are the sum of theirs.
         columns = removed.sum(0)
         width = self.width if self.kind == "group" else len(columns)
         return all(
@@ -128,11 +130,12 @@ def count_in_columns(count: int, columns: int, start: int, stop: int) -> int:
 
 
 def _lowest(scores: Tensor, count: int) -> Tensor:
-    """True for the `count` lowest of a vector; among equals the first."""
+    """True for the `count` lowest of a vector, (n,) -> (n,) bool; among equals the first."""
     if count <= 0:
         return torch.zeros_like(scores, dtype=torch.bool)
     if count >= scores.numel():
         return torch.ones_like(scores, dtype=torch.bool)
+    # One threshold instead of a sort of the whole matrix; what equals it is told apart by position.
     threshold = scores.kthvalue(count).values
     lowest = scores < threshold
     ties = (scores == threshold).nonzero().squeeze(1)
@@ -141,23 +144,27 @@ def _lowest(scores: Tensor, count: int) -> Tensor:
 
 
 def _lowest_per_row(scores: Tensor, count: int) -> Tensor:
-    """True for the lowest of every row, `count` in all: the same number of each, the first rows one more."""
+    """True for the lowest of every row, `count` in all: the same number of each, the first rows one more.
+
+    (rows, columns) -> (rows, columns) bool.
+    """
     base, more = divmod(min(max(count, 0), scores.numel()), len(scores))
     runs = ((scores[:more], base + 1), (scores[more:], base))
     return torch.cat([_lowest_of_rows(part, number) for run, number in runs if len(run) for part in _chunks(run)])
 
 
 def _chunks(scores: Tensor) -> tuple[Tensor, ...]:
-    """Runs of rows of at most CHUNK scores each."""
+    """Runs of rows of at most CHUNK scores each: (rows, columns) -> (some, columns) each."""
     return scores.split(max(CHUNK // scores.shape[1], 1))
 
 
 def _lowest_of_rows(scores: Tensor, number: int) -> Tensor:
-    """True for the `number` lowest of every row; among equals the first."""
+    """True for the `number` lowest of every row, (rows, columns) -> the same bool; among equals the first."""
     if number == 0:
         return torch.zeros_like(scores, dtype=torch.bool)
     highest = scores.kthvalue(number, dim=1, keepdim=True).values
     lowest = scores <= highest
+    # Mostly no score equals the threshold but itself, and nothing is left to do.
     surplus = lowest.sum(dim=1, keepdim=True) - number
     if surplus.any():
         equal = scores == highest
@@ -167,8 +174,9 @@ def _lowest_of_rows(scores: Tensor, number: int) -> Tensor:
 
 
 def _keep_in_groups(scores: Tensor, width: int, removed: int) -> Tensor:
-    """False for the `removed` lowest of every `width` neighbours of a row; among equals the first."""
+    """False for the `removed` lowest of every `width` neighbours of a row, (rows, columns); among equals the first."""
     groups = scores.unflatten(1, (-1, width))
+    # Unlike topk, a stable sort says which of equal scores comes first, on every device.
     order = groups.argsort(dim=2, stable=True)[..., :removed]
     return torch.ones_like(groups, dtype=torch.bool).scatter_(2, order, False).flatten(1)
 
@@ -199,7 +207,7 @@ def removal_order(pattern: Pattern, scores: Tensor) -> Tensor:
 
 
 def _ranks(scores: Tensor) -> Tensor:
-    """The rank of every entry along the last dimension, from 0; equal ones in the order of their position."""
+    """Rank of every entry along the last dimension, from 0, (..., n) -> (..., n) int64; equal ones by position."""
     order = scores.argsort(dim=-1, stable=True)
     return torch.empty_like(order).scatter_(
         -1, order, torch.arange(order.shape[-1], device=order.device).expand_as(order)

@@ -42,7 +42,7 @@ class Choice:
 
 @UPDATES.register()
 def none(weight: Tensor, statistics: LayerStatistics | None, choice: Choice) -> Tensor:
-    """The weight with zeros where it is pruned, and nothing else changed."""
+    """The weight, (out_features, in_features), with zeros where it is pruned, and nothing else changed."""
     return weight.masked_fill(~choice.keep, 0)
 
 
@@ -58,9 +58,10 @@ def none(weight: Tensor, statistics: LayerStatistics | None, choice: Choice) -> 
 def sparsegpt(weight: Tensor, statistics: LayerStatistics, choice: Choice) -> Tensor:
     """The pruned weight whose kept entries make up, column by column, for the removed ones.
 
-    `statistics` need `gram`. Without `choice.keep`, the weights to remove are the lowest of (w / U_jj)² at the moment
-    when their group of columns is reached, U being the upper Cholesky factor of (X Xᵀ + damping)⁻¹. Weights of inputs
-    that never fired go first: they multiply nothing, whatever their size (the published code sets them to zero).
+    `statistics` need `gram`, (in_features, in_features). Without `choice.keep`, the weights to remove are the lowest
+    of (w / U_jj)² at the moment when their group of columns is reached, U being the upper Cholesky factor of (X Xᵀ +
+    damping)⁻¹. Weights of inputs that never fired go first: they multiply nothing, whatever their size (the published
+    code sets them to zero).
 
     Returns float32. The updates of 128 columns (or one group) are applied to the rest at once, which changes the speed
     and not the result.
@@ -72,6 +73,7 @@ def sparsegpt(weight: Tensor, statistics: LayerStatistics, choice: Choice) -> Te
     new = weight.t().to(torch.float32, copy=True, memory_format=torch.contiguous_format)
     columns = len(new)
     width = choice.pattern.width if choice.pattern.kind == "group" else 128
+    # No group of M may lie across two blocks: it is chosen at once, from updated weights.
     if choice.pattern.in_groups:
         width = max(width // choice.pattern.width, 1) * choice.pattern.width
     for start in range(0, columns, width):
@@ -81,9 +83,12 @@ def sparsegpt(weight: Tensor, statistics: LayerStatistics, choice: Choice) -> Te
         errors = torch.empty_like(block)
         for j in range(stop - start):
             kept = keep_column(j)
+            # What was removed, over U_jj: the error that the columns behind make up for.
             torch.div(block[j], upper[j, j], out=errors[j]).masked_fill_(kept, 0)
             block[j:].addr_(upper[j, j:], errors[j], alpha=-1)
+            # The update leaves roundings near zero here; zeros are exact.
             block[j].masked_fill_(~kept, 0)
+        # One product for all later columns, instead of a rank-one update per column.
         new[stop:].addmm_(factor[start:stop, stop:].t(), errors, alpha=-1)
     return new.t()
 
@@ -108,6 +113,8 @@ def _chooser(
     per_group = round(choice.count * pattern.width / columns)
 
     def keep_of_the_group(j: int) -> Tensor:
+        """Rows that keep column j, (out_features,) bool."""
+        # At the first column of a group: all of it is chosen from the weights as they are by then.
         if j % pattern.width == 0:
             group = slice(j, j + pattern.width)
             scores = (block[:, group] / diagonal[group]).square_().masked_fill_(dead[group], 0)

@@ -39,6 +39,7 @@ class SparseLoraLinear(LoraLinear):
         self.modes[adapter_name] = config.mode
         a = self.lora_A[adapter_name].weight
         if mode.column:
+            # A Linear like every lora_B: PEFT saves, loads and moves it as its own.
             column = nn.Linear(1, self.out_features, bias=False, device=a.device, dtype=a.dtype)
             if config.init_lora_weights and not a.is_meta:
                 nn.init.zeros_(column.weight)
@@ -50,6 +51,7 @@ class SparseLoraLinear(LoraLinear):
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
     def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
+        """The merged layer's output for x, (..., in_features) -> (..., out_features)."""
         check_adapter_arguments(self, x, *args, **kwargs)
         names = kwargs.pop("adapter_names", None)
         kwargs.pop("alora_offsets", None)
@@ -60,6 +62,7 @@ class SparseLoraLinear(LoraLinear):
         if names is not None:
             result = self.base_layer(x, *args, **kwargs)
             for name in {name for name in names if name in self.lora_A}:
+                # As in PEFT: each sample of a batch may name its own adapter.
                 rows = [row for row, chosen in enumerate(names) if chosen == name]
                 result[rows] = self._product(x[rows], [name]).to(result.dtype)
             return result
@@ -69,12 +72,14 @@ class SparseLoraLinear(LoraLinear):
         return self._product(x, adapters)
 
     def _product(self, x: Tensor, adapters: Sequence[str]) -> Tensor:
+        """x · (W + Σ ΔW)ᵀ + bias with these adapters, (..., in_features) -> (..., out_features)."""
         weight, bias = self._matrix(self.get_base_layer().weight), self.get_base_layer().bias
         if weight.is_meta:
             raise ValueError(
                 "The weight under a sparse adapter is offloaded (device 'meta'); load the model on one device, or "
                 "merge the adapter into it."
             )
+        # Dropout changes the input of the adapter alone, so that it cannot be part of one product.
         dropped = [name for name in adapters if getattr(self.lora_dropout[name], "p", 0) > 0 and self.training]
         folded = [self._part(name) for name in adapters if name not in dropped]
         if folded:
@@ -87,7 +92,7 @@ class SparseLoraLinear(LoraLinear):
         return result
 
     def get_delta_weight(self, adapter: str) -> Tensor:
-        """What the adapter adds to the weight, stored as the base layer stores it; zero where the weight is."""
+        """What the adapter adds to the weight, of the shape that the base layer stores; zero where the weight is."""
         return self._matrix(changed_weight(self._matrix(self._original()), [self._part(adapter)], whole=False))
 
     @torch.no_grad()
@@ -100,6 +105,7 @@ class SparseLoraLinear(LoraLinear):
         if not names:
             return
         original, base = self._original(), self.get_base_layer()
+        # All from the weight as it was, by which `scale` and `spp` multiply: a merged one has other values.
         parts = [self._part(name) for name in (*self.merged_adapters, *names)]
         merged = self._matrix(changed_weight(self._matrix(original), parts).to(original.dtype)).contiguous()
         if safe_merge and not merged.isfinite().all():
@@ -117,6 +123,7 @@ class SparseLoraLinear(LoraLinear):
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
             return
         original, base = self._original(), self.get_base_layer()
+        # The very parameter, so that a tied embedding is tied again.
         base.weight = self._unmerged[0]
         base.weight.data = original
         self._unmerged = None
@@ -126,7 +133,7 @@ class SparseLoraLinear(LoraLinear):
         return False
 
     def _original(self) -> Tensor:
-        """The base weight without any adapter."""
+        """The base weight without any adapter, of the shape in which the base layer stores it."""
         weight = self.get_base_layer().weight.data
         return weight if self._unmerged is None else self._unmerged[0].data.to(weight.device, weight.dtype)
 

@@ -32,23 +32,28 @@ class Mode:
 
 
 def mask(weight: Tensor, a: Tensor, b: Tensor, scaling: float) -> Tensor:
-    """LoRA's product where the weight is not zero: s · BA ⊙ [W ≠ 0]."""
+    """LoRA's product where the weight is not zero: s · BA ⊙ [W ≠ 0], (out_features, in_features)."""
     return (b @ a) * (weight != 0) * scaling
 
 
 def scale(weight: Tensor, a: Tensor, b: Tensor, scaling: float) -> Tensor:
-    """What makes W the product W ⊙ BA: s · W ⊙ (BA - 1), with s = 1."""
+    """What makes W the product W ⊙ BA: s · W ⊙ (BA - 1), with s = 1; (out_features, in_features)."""
     return weight * ((b @ a) - 1) * scaling
 
 
 def spp(weight: Tensor, a: Tensor, b: Tensor, scaling: float) -> Tensor:
-    """s · W ⊙ (b · Repeat(a)): a factor per row, times one per column and group of rows; row i is in group ⌊i·r/m⌋."""
+    """s · W ⊙ (b · Repeat(a)): a factor per row, times one per column and group of rows; row i is in group ⌊i·r/m⌋.
+
+    b is (out_features, 1), other shapes as in `Mode`.
+    """
+    # Groups of nearly one size: the rank need not divide the rows.
     rows = torch.arange(len(weight), device=a.device) * len(a) // len(weight)
     return weight * (a[rows] * b) * scaling
 
 
 def _start_at_one(a: Tensor, b: Tensor) -> None:
-    """BA = 1, in place. With every entry 1/√r, as published, all ranks get one gradient and stay one rank."""
+    """BA = 1, in place: a (rank, in_features), b (out_features, rank)."""
+    # With every entry 1/√r, as published, all ranks get one gradient and stay one rank.
     nn.init.ones_(a[:1])
     nn.init.ones_(b[:, :1])
 

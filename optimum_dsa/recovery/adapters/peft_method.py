@@ -66,6 +66,7 @@ class SparseLoraConfig(LoraConfig):
             default = option.default if option.default is not MISSING else None
             if option.name in REFUSED and getattr(self, option.name) not in (default, None, False):
                 raise ValueError(f"A sparse adapter has no {option.name}; leave it out, or use peft's LoraConfig.")
+        # PiSSA and OLoRA subtract the start of the factors from the weight, whose zeros would be lost.
         if self.init_lora_weights not in (True, False, "gaussian"):
             raise ValueError(
                 f"init_lora_weights={self.init_lora_weights!r} changes the frozen weight or needs a dense product; "
@@ -79,6 +80,7 @@ class SparseLoraConfig(LoraConfig):
         alpha / rank is the same everywhere.
         """
         ranks = ranks_for(allocation, r)
+        # LoRA scales by alpha / rank: at one alpha a higher rank would learn more slowly.
         alphas = {unit: lora_alpha * rank / r for unit, rank in ranks.items()}
         return cls(
             r=r, lora_alpha=lora_alpha, rank_pattern=pattern_of(ranks), alpha_pattern=pattern_of(alphas), **kwargs

@@ -21,7 +21,7 @@ class Part:
 
 
 def changed_weight(weight: Tensor, parts: Sequence[Part], whole: bool = True) -> Tensor:
-    """W + Σ ΔW, or with `whole=False` the sum alone, in the wider of the dtypes; differentiable."""
+    """W + Σ ΔW, or with `whole=False` the sum alone; (out_features, in_features), the wider dtype, differentiable."""
     total = sum(part.delta(weight, part.a, part.b, part.scaling) for part in parts)
     return total + weight if whole else total
 
@@ -40,11 +40,13 @@ def sparse_linear(x: Tensor, weight: Tensor, parts: Sequence[Part], whole: bool 
         x = x.to(torch.get_autocast_dtype(x.device.type))
     recipe = tuple((part.delta, part.scaling) for part in parts), whole
     factors = [factor for part in parts for factor in (part.a, part.b)]
+    # The sum is made in the dtype of the factors: autocast would round b · a before it is added.
     with torch.autocast(x.device.type, enabled=False):
         return _SparseLinear.apply(x, weight, recipe, *factors)
 
 
 def _changed(weight: Tensor, recipe, factors: Sequence[Tensor]) -> Tensor:
+    """`changed_weight` from a recipe and factors, a and b in turn: (out_features, in_features)."""
     operations, whole = recipe
     pairs = zip(operations, factors[::2], factors[1::2])
     return changed_weight(weight, [Part(delta, a, b, scaling) for (delta, scaling), a, b in pairs], whole)
@@ -62,6 +64,7 @@ class _SparseLinear(torch.autograd.Function):
     def backward(ctx, gradient):
         x, weight, *factors = ctx.saved_tensors
         needs_x, needs_weight, _, *needs = ctx.needs_input_grad
+        # The delta is made once more and differentiated by autograd: a new mode needs no backward of its own.
         leaves = [tensor.detach().requires_grad_() for tensor in (weight, *factors)]
         wanted = [leaf for leaf, need in zip(leaves, (needs_weight, *needs)) if need]
         with torch.enable_grad():
@@ -69,6 +72,7 @@ class _SparseLinear(torch.autograd.Function):
         for_x = gradient @ changed.detach().to(gradient.dtype) if needs_x else None
         found = iter(())
         if wanted:
+            # Dense, also where the weight is zero; the mode's own derivative is zero there.
             of_changed = gradient.flatten(0, -2).t() @ x.flatten(0, -2)
             found = iter(torch.autograd.grad(changed, wanted, of_changed.to(changed.dtype)))
         for_weight = next(found) if needs_weight else None

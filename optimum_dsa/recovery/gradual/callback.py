@@ -80,7 +80,7 @@ class DSACallback(TrainerCallback):
         self.names = {"exclude": tuple(exclude), "include": tuple(include), "blocks": ()}
         self.report: PruningReport | None = None
         self._held: HeldZeros | None = None
-        self._wish: dict[str, float] | None = None
+        self._proposed: dict[str, float] | None = None
         self._logged: dict[str, float] | None = None
         self._data: Calibration | None = None
         self._running = calibration if isinstance(calibration, RunningStatistics) else None
@@ -141,7 +141,7 @@ class DSACallback(TrainerCallback):
         elif needed and self._data is None:
             self._data = self._load(inner, processing_class)
         stored = state.stateful_callbacks.get(STATE)
-        self._wish = (stored or {}).get("wish")
+        self._proposed = (stored or {}).get("proposed", (stored or {}).get("wish"))
         self._catch_up(model, state)
 
     def on_step_begin(self, args, state, control, model=None, **kwargs):
@@ -162,10 +162,12 @@ class DSACallback(TrainerCallback):
         inner = inner_model(model)
         found = measured_allocation(inner, self._architecture(inner))
         numbers = {"sparsity": found.overall}
+        # Units only where something has changed: they are many, and mostly as they were.
         if found.sparsity != self._logged:
             numbers |= {f"sparsity/{unit}": value for unit, value in found.sparsity.items()}
             self._logged = found.sparsity
         logs.update(numbers)
+        # The Trainer has appended its own copy already, and reporters read `logs`.
         if state.log_history:
             state.log_history[-1].update(numbers)
 
@@ -212,12 +214,14 @@ class DSACallback(TrainerCallback):
 
     def _catch_up(self, model: nn.Module, state) -> None:
         """Do at the start of a resumed run what its schedule asked for before."""
+        # Only the last counts: it asks for more than all before it.
         missed = [moment for moment in self.schedule.moments if moment < state.global_step]
         if not missed:
             return
         inner = inner_model(model)
         total = sum(weight.size for weight in self._architecture(inner).weights)
         expected = round(self.schedule.sparsity(missed[-1], self.config.sparsity) * total)
+        # By the zeros and not by a note: the checkpoint may be from a run without the callback.
         if sum(self._zeros(inner).values()) < expected:
             self._prune(model, state, missed[-1])
         else:
@@ -232,17 +236,18 @@ class DSACallback(TrainerCallback):
         self._due = None
         inner = inner_model(model)
         anew = self.reallocate == "always" or (self.reallocate != "once" and moment in self.reallocate)
+        # What is scored is the weight itself, on the inputs that it has without what adapters add.
         with without_adapters(model):
             if len(self.schedule.moments) == 1:
                 report = prune(inner, data, self.config)
             else:
                 sparsity = self.schedule.sparsity(moment, self.config.sparsity)
-                report, self._wish = prune_to(inner, data, self.config, sparsity, None if anew else self._wish)
+                report, self._proposed = prune_to(inner, data, self.config, sparsity, None if anew else self._proposed)
         synchronise(self._held.parameters.values())
         self._held.refresh()
         if report is not None:
             self.report = plain_report(report)
-        state.stateful_callbacks[STATE] = {"wish": self._wish}
+        state.stateful_callbacks[STATE] = {"proposed": self._proposed}
         logger.info("Pruned before step %d.", moment)
 
     def _load(self, inner: nn.Module, tokenizer: Any) -> Calibration:

@@ -29,6 +29,7 @@ class HeldZeros:
                 self._handles.append(parameter.register_hook(self._masked(name)))
 
     def _masked(self, name: str):
+        # Looked up when it is called: `refresh` makes new masks while the hook stays.
         return lambda gradient: gradient * self.keep[name]
 
     @torch.no_grad()
@@ -42,6 +43,7 @@ class HeldZeros:
         for name, parameter in self.parameters.items():
             if parameter.requires_grad:
                 parameter.mul_(self.keep[name])
+                # In float32 a step that ends at exactly zero is chance; in half precision small weights round to it.
                 if parameter.dtype != torch.float32:
                     keep_alive_(parameter, self.keep[name])
 
@@ -53,7 +55,7 @@ class HeldZeros:
 
 
 def keep_alive_(weight: Tensor, keep: Tensor) -> None:
-    """Give kept weights that are exactly zero the smallest normal number, in place: zeros are the mask."""
+    """Give kept weights that are exactly zero the smallest normal number, in place: zeros are the mask. Any shape."""
     lost = (weight == 0) & keep
     if lost.any():
         weight[lost] = torch.finfo(weight.dtype).tiny

@@ -52,6 +52,7 @@ def prune_to(
         proposed = {plain_name(unit): value for unit, value in allocation.sparsity.items()}
     if round(sparsity * total) <= sum(zeros.values()):
         return None, dict(proposed)
+    # Scaled down from the final one, so that every unit is on its way to where it ends.
     share = sparsity / config.sparsity
     counts = _counts(architecture, config, {unit: value * share for unit, value in proposed.items()}, sparsity, zeros)
     sizes = {weight.name: weight.size for weight in architecture.weights}
@@ -97,9 +98,11 @@ def _counts(
         units = {plain_name(unit): weights for unit, weights in architecture.units(granularity).items()}
         if units.keys() == proposed.keys():
             break
+    # The emptiest matrix: a unit has one sparsity, and no zero of any of its matrices is given back.
     low = [max(zeros[weight.name] / weight.size for weight in weights) for weights in units.values()]
     sizes = torch.tensor([sum(weight.size for weight in weights) for weights in units.values()], dtype=torch.float64)
     low = torch.tensor(low, dtype=torch.float64)
+    # What is emptier than the bound already stays so.
     high = low.clamp(min=config.max_sparsity)
     if float((low * sizes).sum()) > sparsity * float(sizes.sum()) + 0.5:
         raise ValueError(

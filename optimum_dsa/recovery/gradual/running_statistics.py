@@ -95,6 +95,7 @@ class RunningStatistics:
             if torch.distributed.is_available() and torch.distributed.is_initialized():
                 for total in (squared_sum, *gram, tokens):
                     torch.distributed.all_reduce(total)
+            # One sequence, as decay leaves no whole number of them: only the scale of all scores depends on it.
             copies[name] = LayerStatistics(
                 found.in_features, found.device, found.with_gram, int(tokens), 1, squared_sum, *gram
             )
@@ -111,6 +112,7 @@ class RunningStatistics:
             tensors[f"{name}:tokens"] = torch.tensor(found.tokens)
         temporary = folder / f".{FILE}"
         save_file(tensors, temporary)
+        # A kill in between leaves the checkpoint without statistics, and not with half of them.
         os.replace(temporary, folder / FILE)
 
     @torch.no_grad()
@@ -135,11 +137,13 @@ class RunningStatistics:
 
 
 def _sums(found: LayerStatistics) -> list[Tensor]:
+    """The sums that there are: (in_features,) and, where collected, (in_features, in_features); no copies."""
     return [found.squared_sum] if found.gram is None else [found.squared_sum, found.gram]
 
 
 def _observe(found: LayerStatistics, running: list[str] | None) -> Callable:
     def observe(module, args, kwargs):
+        # An evaluation in between is no training input.
         if module.training and (running is None or running):
             found.update_((args[0] if args else next(iter(kwargs.values()))).detach())
 

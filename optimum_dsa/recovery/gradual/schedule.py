@@ -67,6 +67,7 @@ class PruningSchedule:
         """What has been removed before `step`, `step` included."""
         if step >= self.last:
             return final
+        # A step between two moments has what the one before it removed.
         done = [moment for moment in self.moments if moment <= step]
         if not done:
             return 0.0

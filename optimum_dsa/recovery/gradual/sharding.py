@@ -14,7 +14,7 @@ from ...common.devices import processes_and_devices
 
 @torch.no_grad()
 def synchronise(parameters: Iterable[Tensor]) -> None:
-    """Give every process the weights that the first one has, in place: ties in pruning may break differently."""
+    """Give every process the weights of the first, of any shape, in place: ties in pruning may break differently."""
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         for parameter in parameters:
             torch.distributed.broadcast(parameter.data, 0)

@@ -13,11 +13,12 @@ from ...model.architecture import Architecture, Weight
 from ...model.offload import resident
 
 
+# All values of an int16: half of what a float32 order would hold, at a step of 0.0015 % of a matrix.
 LEVELS = 1 << 16
 
 
 def quantise(order: Tensor) -> Tensor:
-    """A removal order in two bytes: the share of the matrix gone before each weight, in 65,536 steps from −32,768."""
+    """A removal order of any shape as int16: the share gone before each weight, in 65,536 steps from −32,768."""
     return ((order * LEVELS).div_(order.numel(), rounding_mode="floor") - LEVELS // 2).to(torch.int16)
 
 
@@ -49,11 +50,17 @@ class MaskedModel:
         return ~self._before(name, count)
 
     def band(self, name: str, count: int, width: int) -> Tensor:
-        """The weights whose turn is within `width` of `count`: a small change would take them or give them back."""
+        """The weights whose turn is within `width` of `count`: a small change would take them or give them back.
+
+        (out_features, in_features) bool.
+        """
         return self._before(name, count + width) & ~self._before(name, count - width)
 
     def _before(self, name: str, count: int) -> Tensor:
-        """The first `count` weights to go: exact up to 65,536 weights, beyond that to one step of the order."""
+        """The first `count` weights to go: exact up to 65,536 weights, beyond that to one step of the order.
+
+        (out_features, in_features), True = gone.
+        """
         size = self.weights[name].size
         level = min(max(count, 0), size) * LEVELS // size - LEVELS // 2
         if level == LEVELS // 2:  # no int16 is as large
@@ -120,9 +127,11 @@ class MaskedModel:
                 setattr(module, where, own)
 
     def _masked(self, parameter: Tensor, weights: Sequence[Weight]) -> Tensor:
+        """The parameter, one matrix or (experts, ..., ...), with zeros where its weights are masked."""
         known = [weight for weight in weights if self._is_masked(weight.name)]
         if not known and self._on_gradient is None:
             return parameter
+        # Of several experts in one parameter each is masked in its part of one copy; a single matrix needs none.
         masked = parameter.detach().clone() if len(weights) > 1 or not known else None
         for weight in known:
             gone = self._gone(weight.name).to(parameter.device)
@@ -137,9 +146,11 @@ class MaskedModel:
                 part.masked_fill_(gone, 0)
         if self._on_gradient is not None:
             receive = self._on_gradient
+            # The masked weight is the leaf: its gradient is not zero where the mask is.
             masked.requires_grad_(True)
 
             def hand_over(leaf: Tensor) -> None:
+                """Give each weight its gradient, (out_features, in_features), out of the parameter's."""
                 for weight in weights:
                     gradient = leaf.grad if weight.expert is None else leaf.grad[weight.expert]
                     receive(weight, gradient.t() if weight.transposed else gradient)

@@ -84,6 +84,7 @@ class Masks:
         slopes = dict.fromkeys(self.sizes, 0.0)
 
         def receive(weight, gradient: Tensor) -> None:
+            """Add the slope of one weight, from its gradient, (out_features, in_features)."""
             if weight.name in self._changes:
                 change, number = self._changes[weight.name]
                 slopes[weight.name] += (gradient.float() * change.to(gradient.device)).sum().item() / number
@@ -95,6 +96,7 @@ class Masks:
 
         flags = {parameter: parameter.requires_grad for parameter in self.model.parameters()}
         try:
+            # Only the masked copies need gradients: those of all parameters would be another model in memory.
             for parameter in flags:
                 parameter.requires_grad_(False)
             with torch.enable_grad(), self.masked.active(), self.masked.gradients(receive):
@@ -129,6 +131,7 @@ class Masks:
     @torch.no_grad()
     def _ensure_anchor(self, band: float = 0.0) -> None:
         """Have the orders, values and, where an update is used, changes over `band` at the anchor."""
+        # Changes cost two more prunes of every matrix; only slopes with an update need them.
         if self._anchored and (self._changes or not (self.method.updates and band and self.anchor)):
             return
         self._forget()
@@ -151,6 +154,7 @@ class Masks:
                     self._changes[weight.name] = _change(tensor, statistics, self.method, count, width)
                 new = self.method.pruned(tensor, statistics, count).to(tensor.dtype)
                 gone = new == 0
+                # Under the mask stands the old weight: at a smaller count it comes back.
                 self.masked.values[weight.name] = torch.where(gone, tensor, new)
                 # what the update has chosen goes first, whatever its score was before
                 scores -= gone * (scores.max() + 1)
@@ -188,7 +192,7 @@ def _change(
 ) -> tuple[Tensor, int]:
     """What a matrix becomes with `width` weights more removed than `count`, less what it is with `width` less.
 
-    And how many weights lie between both. In bfloat16: it is only ever summed over.
+    (out_features, in_features) in bfloat16, as it is only ever summed over; and how many weights lie between both.
     """
     fewer, more = max(count - width, 0), min(count + width, tensor.numel())
     change = method.pruned(tensor, statistics, more) - method.pruned(tensor, statistics, fewer)
@@ -196,7 +200,7 @@ def _change(
 
 
 def _first(batches: Sequence[Mapping[str, Tensor]], tokens: int) -> list[Mapping[str, Tensor]]:
-    """As many batches as hold `tokens`, at least one."""
+    """As many batches, (samples, length, ...) by name, as hold `tokens`, at least one."""
     taken: list[Mapping[str, Tensor]] = []
     for batch in batches:
         if tokens <= 0:

@@ -17,12 +17,12 @@ def test_a_model_that_is_sparse_enough_is_left_alone():
     model = tiny_llama()
     prune(model, tokens(), DSAConfig(0.6))
     before = zeros(model)
-    report, wish = prune_to(model, None, DSAConfig(0.8, "magnitude", "uniform"), 0.4)
+    report, proposed = prune_to(model, None, DSAConfig(0.8, "magnitude", "uniform"), 0.4)
     assert report is None and zeros(model) == before
-    assert list(wish.values()) == pytest.approx([0.8] * 3, abs=1e-3)
+    assert list(proposed.values()) == pytest.approx([0.8] * 3, abs=1e-3)
 
 
-def test_a_wish_that_is_given_is_followed_as_far_as_zeros_allow():
+def test_a_proposal_that_is_given_is_followed_as_far_as_zeros_allow():
     model = tiny_llama()
     config = DSAConfig(0.6, "magnitude", "uniform")
     names = [block.name for block in find_architecture(model).blocks]
