@@ -9,7 +9,7 @@ import re
 import warnings
 from collections.abc import Mapping
 from dataclasses import MISSING, Field, dataclass, fields, replace
-from typing import Any
+from typing import Any, get_args
 
 from .registry import near
 from .values import LARGEST_WHOLE, is_number
@@ -83,7 +83,8 @@ class Rule:
             return {"enum": [*self.choices, *([None] if self.optional else [])]}
         name = _KINDS[self.kind][1]
         found: dict[str, Any] = {"type": [name, "null"] if self.optional else name}
-        bounds = {"minimum": self.low, "maximum": self.high, "exclusiveMaximum": self.below}
+        high = LARGEST_WHOLE if self.kind == "int" and self.high is None else self.high
+        bounds = {"minimum": self.low, "maximum": high, "exclusiveMaximum": self.below}
         found |= {keyword: bound for keyword, bound in bounds.items() if bound is not None}
         return found | ({"items": {"type": "string"}} if name == "array" else {})
 
@@ -101,7 +102,9 @@ def section(kind: type, default: Any = None, shorthand: str | None = None) -> An
 
 def rule_of(field: Field) -> Rule:
     """The rule that a field's type and `setting` make; a type that is no setting's has none."""
-    kind = field.type if isinstance(field.type, str) else field.type.__name__
+    # Text where annotations are postponed; `str | None` and `tuple[str, ...]` have no name, and write themselves.
+    named = isinstance(field.type, type) and not get_args(field.type)
+    kind = field.type.__name__ if named else str(field.type)
     optional = kind.endswith(" | None")
     kind = kind.removesuffix(" | None")
     return Rule(kind if kind in _KINDS else None, optional, **field.metadata.get("rule", {}))

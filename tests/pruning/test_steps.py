@@ -1,0 +1,117 @@
+"""Steps over walked blocks: groups in the order in which they run, and statistics of what stands before them."""
+
+import pytest
+import torch
+
+from optimum_dsa import Calibration, DSAConfig, DSAPruner, UpdateConfig, find_architecture, prune, verify, walk_blocks
+from optimum_dsa.pruning.allocate import architecture_for
+from optimum_dsa.pruning.prune import run_steps
+from optimum_dsa.pruning.steps import union
+
+from ..tiny import same_state, state, tiny_llama, tokens
+
+
+BATCHES = [{"input_ids": tokens(4, 16)}, {"input_ids": tokens(2, 16, seed=1)}]
+GROUPS = [["q_proj", "k_proj", "v_proj"], ["o_proj"], ["gate_proj", "up_proj"], ["down_proj"]]
+
+
+def short(weights):
+    return [weight.module.rpartition(".")[2] for weight in weights]
+
+
+@pytest.mark.parametrize("true_sequential", [False, True])
+def test_weights_come_in_groups_of_one_input_in_the_order_in_which_they_run(true_sequential):
+    model = tiny_llama()
+    for walked in walk_blocks(model, find_architecture(model), BATCHES):
+        groups = list(walked.groups(true_sequential))
+        assert [short(group.weights) for group in groups] == GROUPS
+        for group in groups:
+            assert len({id(group.statistics[weight.name]) for weight in group.weights}) == 1
+            for weight in group.weights:
+                found, before = group.statistics[weight.name], walked.statistics[weight.name]
+                assert torch.equal(found.squared_sum, before.squared_sum)  # nothing was changed
+
+
+def test_without_statistics_there_is_one_group():
+    model = tiny_llama()
+    for walked in walk_blocks(model, find_architecture(model), None):
+        (group,) = walked.groups(True)
+        assert group.statistics == {} and len(group.weights) == 7
+
+
+def test_a_later_group_is_measured_on_what_the_earlier_ones_have_become():
+    """Against hooks on a copy whose earlier matrices are zeroed by hand."""
+    model, copy = tiny_llama(), tiny_llama()
+    block = copy.model.layers[0]
+    seen = {}
+    for path in ("self_attn.o_proj", "mlp.up_proj", "mlp.down_proj"):
+        block.get_submodule(path).register_forward_pre_hook(
+            lambda module, args, path=path: seen.setdefault(path, []).append(args[0].detach())
+        )
+    walked = next(iter(walk_blocks(model, find_architecture(model), BATCHES)))
+    for group in walked.groups(true_sequential=True):
+        name = group.weights[0].module.removeprefix("model.layers.0.")
+        path = "mlp.up_proj" if name == "mlp.gate_proj" else name
+        if path != "self_attn.q_proj":
+            seen.clear()
+            with torch.no_grad():
+                for batch in BATCHES:
+                    copy(**batch)
+            expected = torch.cat([x.flatten(0, 1) for x in seen[path]]).square().sum(0)
+            torch.testing.assert_close(group.statistics[group.weights[0].name].squared_sum, expected)
+        for weight in group.weights:
+            walked.tensor(weight)[:, ::2] = 0
+            weight.tensor(copy)[:, ::2] = 0
+
+
+@pytest.mark.parametrize("method", ["wanda", "sparsegpt"])
+def test_true_sequential_pruning_meets_the_budget_and_differs_behind_the_first_group_only(method, tmp_path):
+    plain, sequential = tiny_llama(num_hidden_layers=1), tiny_llama(num_hidden_layers=1)
+    config = DSAConfig(0.5, method, "uniform")
+    prune(plain, tokens(), config)
+    pruner = DSAPruner(sequential)
+    report = pruner.prune(tokens(), DSAConfig(0.5, method, "uniform", update=UpdateConfig(true_sequential=True)))
+    assert report.sparsity == 0.5 and verify(sequential, report).holds
+    (one,), (other,) = plain.model.layers, sequential.model.layers
+    assert torch.equal(one.self_attn.q_proj.weight, other.self_attn.q_proj.weight)
+    assert not torch.equal(one.mlp.down_proj.weight, other.mlp.down_proj.weight)
+    pruner.save_pretrained(tmp_path)
+    assert DSAPruner.from_pretrained(tmp_path).report.config == report.config
+
+
+def test_any_step_is_given_each_block_in_turn_and_what_it_reads():
+    model, seen, finished = tiny_llama(), [], []
+    before = state(model)
+
+    class Look:
+        reads = frozenset({"inputs", "gram"})
+
+        def __call__(self, walked):
+            seen.append(walked.name)
+            assert all(found.gram is not None for found in walked.statistics.values())
+
+    class Nothing:
+        reads = frozenset()
+
+        def __call__(self, walked):
+            assert seen[-1] == walked.name  # after the step before it
+
+    config = DSAConfig(0.5)
+    calibration = Calibration({"input_ids": tokens()}, "tensor")
+    steps = [Look(), Nothing()]
+    assert union(steps) == {"inputs", "gram"} and union([]) == frozenset()
+    run_steps(model, architecture_for(model, config), calibration, config, steps, lambda w: finished.append(w.name))
+    assert seen == finished == [f"model.layers.{index}" for index in range(3)] and same_state(model, before)
+
+
+def test_a_sparsity_for_attention_and_one_for_the_mlp(tmp_path):
+    pruner = DSAPruner(tiny_llama())
+    report = pruner.prune(tokens(), DSAConfig(0.5, allocation="owl", granularity="block:kind"))
+    units = [f"model.layers.{index}.{part}" for index in range(3) for part in ("self_attn", "mlp")]
+    assert list(report.achieved) == units and report.allocation.granularity == "block:kind"
+    assert report.removed == round(0.5 * sum(report.allocation.sizes.values())) and pruner.verify().holds
+    pruner.save_pretrained(tmp_path)
+    again = DSAPruner.from_pretrained(tmp_path)
+    assert again.verify().holds and again.report.allocation == report.allocation
+    other = DSAPruner(tiny_llama())
+    assert other.prune(tokens(), DSAConfig(0.5, allocation=str(tmp_path))).achieved == report.achieved
