@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
@@ -16,6 +17,8 @@ from .common.registry import near
 from .common.settings import check_settings, setting
 from .common.texts import DATASETS, check_source, describe, iterate_texts  # noqa: F401 - the door of reading
 
+
+logger = logging.getLogger(__name__)
 
 SAMPLES = 128  # sequences of calibration where nobody says how many
 
@@ -238,6 +241,23 @@ def check_tokens(tokens: Tensor, model: nn.Module) -> None:
             f"Tokens run from {low} to {high}, but {type(model).__name__} knows 0 to {(vocabulary or 0) - 1}: "
             "were they made with another tokenizer?"
         )
+    check_length(tokens.shape[1], model)
+
+
+def check_length(length: int, model: nn.Module) -> None:
+    """Raise `ValueError` for sequences longer than `model` has positions for; warn where it may stretch them."""
+    longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if not isinstance(longest, int) or length <= longest:
+        return
+    # A table of positions, of one row each (OPT and BART have two more); rotary and relative ones have no table.
+    words = model.get_input_embeddings()
+    tables = {part.num_embeddings for part in model.modules() if isinstance(part, nn.Embedding) and part is not words}
+    if tables & {longest, longest + 1, longest + 2}:
+        raise ValueError(
+            f"{type(model).__name__} takes at most {longest} tokens, and these sequences have {length}; "
+            f"use sequence_length={longest}."
+        )
+    logger.warning("%s was made for %d tokens, and these sequences have %d.", type(model).__name__, longest, length)
 
 
 def split_windows(windows: Tensor, sizes: Mapping[str, int], seed: int = 0) -> dict[str, Tensor]:

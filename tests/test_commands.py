@@ -465,3 +465,19 @@ def test_the_dense_parent_is_asked_for_once_and_feeds_the_report(monkeypatch, ca
     assert (code, errors) == (0, "")
     rows = [line.split() for line in output.splitlines() if "±" in line]
     assert [row[0] for row in rows] == [demo_model().name, "out"] and f"{dense['perplexity']:.2f}" in rows[0]
+
+
+@pytest.mark.parametrize(
+    "line", ["verify {model}", "prune {model} -o {out} -s 0.6 --method magnitude --allocation atp"]
+)
+def test_a_reader_that_goes_away_stops_no_work(tmp_path, line):
+    """As in `optimum-cli dsa verify model | head -1`, or a pager that is left."""
+    pruner = DSAPruner(tiny_llama())
+    pruner.prune(None, DSAConfig(0.5, "magnitude", "uniform"))
+    pruner.save_pretrained(tmp_path / "model")
+    words = line.format(model=tmp_path / "model", out=tmp_path / "out")
+    code = "from optimum.commands.optimum_cli import main; main()"
+    shell = f"{sys.executable} -c '{code}' dsa {words} | true; exit ${{PIPESTATUS[0]}}"
+    done = subprocess.run(["bash", "-c", shell], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0 and "roken pipe" not in done.stderr and "Traceback" not in done.stderr, done.stderr
+    assert "prune" not in line or (tmp_path / "out" / "dsa_config.json").is_file()

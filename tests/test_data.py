@@ -3,12 +3,14 @@ import json
 import datasets
 import pytest
 import torch
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from optimum_dsa import DataConfig, load_tokens, split_windows
 from optimum_dsa.data import (
     DATASETS,
     Calibration,
     check_source,
+    check_tokens,
     fingerprint,
     iterate_texts,
     load_calibration,
@@ -248,3 +250,12 @@ def test_padding_is_not_counted_wherever_it_stands(side):
 def test_batches_cover_all_samples_in_order():
     data = Calibration({"input_ids": tokens(7, 4)}, "x")
     assert torch.equal(torch.cat([batch["input_ids"] for batch in data.batches(3)]), tokens(7, 4))
+
+
+def test_sequences_that_a_model_has_no_positions_for_are_refused_or_said(caplog):
+    learned = GPT2LMHeadModel(GPT2Config(vocab_size=64, n_positions=64, n_embd=32, n_layer=1, n_head=2))
+    check_tokens(tokens(2, 64, vocabulary=64), learned)  # as many words as positions: the table of words is no limit
+    with pytest.raises(ValueError, match="takes at most 64 tokens, and these sequences have 65; use sequence_length"):
+        check_tokens(tokens(2, 65, vocabulary=64), learned)
+    check_tokens(tokens(2, 65), tiny_llama())
+    assert "was made for 64 tokens, and these sequences have 65" in caplog.text

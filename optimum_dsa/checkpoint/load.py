@@ -167,7 +167,8 @@ def load_tokenizer(source: Any, required: bool = False, **kwargs) -> Any:
     try:
         return transformers.AutoTokenizer.from_pretrained(source, **shared)
     except (OSError, ValueError, KeyError, TypeError) as error:
-        if required:
+        # A tokenizer that is there and broken is none that is missing.
+        if required or any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model")):
             why = " ".join(str(error).split())
             raise ValueError(f"No tokenizer can be loaded from {source!r}: {why:.300}") from error
         logger.info("No tokenizer at %s: %s", source, error)

@@ -56,6 +56,8 @@ def open_checkpoint(source: str | Path | nn.Module, tokenizer: Any = None, **opt
             raise ValueError(f"A loaded model takes no loading options, got {', '.join(options)}.")
         return Opened(source, load_tokenizer(tokenizer, required=True), base_model(source))
     path = str(source)
+    if Path(path).is_file():
+        raise ValueError(f"{path} is a file; a model is a folder or a Hub id.")
     if tokenizer is not None:  # before the model: of another place, and so of none of the model's revisions
         theirs = {name: value for name, value in options.items() if name not in ("revision", "subfolder")}
         tokenizer = load_tokenizer(tokenizer, required=True, **theirs)

@@ -20,8 +20,8 @@ from .save import base_model
 def report_of(model: nn.Module) -> PruningReport:
     """How `model` was pruned, as its own `dsa_config.json` says, with its zeros as they are counted now.
 
-    A sparse model from elsewhere has no such file: then the allocation is what was counted, and the rest of the config
-    are defaults.
+    A sparse model from elsewhere has no such file: then the allocation is what was counted, and has the name
+    `MEASURED`: how the zeros came about, nothing says, and `verify` holds them against no pattern.
     """
     inner = inner_model(model)
     described = _described(inner)
@@ -30,7 +30,7 @@ def report_of(model: nn.Module) -> PruningReport:
     architecture = find_architecture(inner, skip_unprunable=True)
     allocation = measured_allocation(inner, architecture)
     # A config takes no sparsity of 1, which a model of nothing but zeros has.
-    config = DSAConfig(min(allocation.overall, 0.9999), allocation=allocation, max_sparsity=1.0)
+    config = DSAConfig(min(allocation.overall, 0.9999), "magnitude", allocation, max_sparsity=1.0)
     return PruningReport(config, allocation, allocation.sparsity, count_parameters(inner), dense=architecture.dense)
 
 

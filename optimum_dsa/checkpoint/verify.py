@@ -16,7 +16,7 @@ from ..model.parameters import count_parameters
 from ..pruning.allocate import architecture_for
 from ..pruning.allocation import split_count
 from ..pruning.report import PruningReport
-from ..pruning.zeros import count_zeros
+from ..pruning.zeros import MEASURED, count_zeros
 from .description import contradictions, seal_of
 
 
@@ -131,6 +131,8 @@ def _recipe(report: PruningReport) -> str:
     """What pruned the model, as far as zeros cannot tell it."""
     config = report.config
     name = report.allocation.name
+    if name == MEASURED:
+        return "how the zeros came about: nothing that came with the model says it"
     data = (report.calibration or {}).get("source") or "none"
     return (
         f"method {config.method} (metric {config.recipe.metric}, update {config.recipe.update}), the name {name} of "
@@ -174,7 +176,8 @@ def _count(
 
     def look(weight: Weight, removed: Tensor) -> None:
         """Note a weight whose zeros, `removed`, (out_features, in_features) bool, break the pattern."""
-        if not pattern.holds(removed, shares[weight.name]):
+        # Of zeros that were only counted nobody has said by which pattern they went.
+        if report.allocation.name != MEASURED and not pattern.holds(removed, shares[weight.name]):
             breaches.append(
                 f"{plain_name(weight.name)} does not have the pattern {pattern} at {shares[weight.name]:,} zeros"
             )

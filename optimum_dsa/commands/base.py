@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import sys
+import warnings
 from argparse import ArgumentParser, BooleanOptionalAction, RawDescriptionHelpFormatter
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, redirect_stdout
@@ -54,6 +55,13 @@ class LeafCommand(BaseOptimumCLICommand):
         return "nothing was written"
 
     def run(self) -> None:
+        stdout, sys.stdout = sys.stdout, _UntilClosed(sys.stdout)
+        try:
+            self._run()
+        finally:
+            sys.stdout = stdout
+
+    def _run(self) -> None:
         from ..common.escaping import one_line
         from ..common.fence_rows import DependencyError
         from ..common.registry import UnknownNameError
@@ -79,6 +87,33 @@ class LeafCommand(BaseOptimumCLICommand):
             sys.exit(self.exit_code)
 
 
+class _UntilClosed:
+    """A stream whose reader may go away, as `head` and pagers do: then the work goes on, and is said to nobody."""
+
+    def __init__(self, stream: Any):
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        try:
+            return self._stream.write(text)
+        except BrokenPipeError:
+            self._to_nobody()
+            return len(text)
+
+    def flush(self) -> None:
+        try:
+            self._stream.flush()
+        except BrokenPipeError:
+            self._to_nobody()
+
+    def _to_nobody(self) -> None:
+        # What is buffered is written at the end all the same: by then it has somewhere to go.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), self._stream.fileno())
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
 @contextmanager
 def _spoken(as_json: bool, quiet: bool, verbose: bool) -> Iterator[None]:
     """Inside, text for people is printed unless `as_json` or `quiet`, and logs and progress are as loud as asked."""
@@ -94,6 +129,10 @@ def _spoken(as_json: bool, quiet: bool, verbose: bool) -> Iterator[None]:
             stack.enter_context(redirect_stdout(stack.enter_context(open(os.devnull, "w"))))
         if quiet:
             package.setLevel(logging.ERROR)
+            # Theirs are warnings to developers, such as that weights were offloaded as we asked.
+            stack.enter_context(warnings.catch_warnings())
+            warnings.simplefilter("ignore")
+            after_import("accelerate.logging", lambda: logging.getLogger("accelerate").setLevel(logging.ERROR))
             if not are_progress_bars_disabled("optimum_dsa"):
                 disable_progress_bars("optimum_dsa")
                 stack.callback(enable_progress_bars, "optimum_dsa")

@@ -12,6 +12,12 @@ from types import ModuleType
 # Earlier name -> where it is; both inside the package. Names that are rooms now are not among them.
 MOVED = {
     "allocation": "pruning.allocation",
+    "allocation.budget": "pruning.allocation.budget",
+    "allocation.function": "pruning.allocation.function",
+    "allocation.heuristics": "pruning.allocation.allocators",
+    "allocation.layout": "pruning.allocation.layout",
+    "allocation.operations": "pruning.allocation.operations",
+    "allocation.unit": "pruning.allocation.unit",
     "architecture": "model.architecture",
     "bitmask": "packed.bitmask",
     "calibration": "model.walk",
@@ -63,7 +69,9 @@ class MovedModules(MetaPathFinder, Loader):
 
     def find_spec(self, name: str, path=None, target=None) -> ModuleSpec | None:
         inside = name.removeprefix(f"{self._package}.")
-        return ModuleSpec(name, self) if inside != name and inside in MOVED else None
+        # What had modules in it is a package still, or these would not be looked for.
+        package = any(moved.startswith(f"{inside}.") for moved in MOVED)
+        return ModuleSpec(name, self, is_package=package) if inside != name and inside in MOVED else None
 
     def exec_module(self, module: ModuleType) -> None:
         name = f"{self._package}.{MOVED[module.__name__.removeprefix(f'{self._package}.')]}"

@@ -75,17 +75,21 @@ class Block:
     def units(self, granularity: str) -> dict[str, tuple[Weight, ...]]:
         """Unit name -> its weights, of those that this block holds.
 
-        At "block:kind" a unit is named after the part of the block that its weights are in: "layers.3.self_attn".
+        At "block:kind" a unit is a part of the block, such as its attention or its MLP, and is named after it:
+        "layers.3.self_attn". A block that holds the matrices of its MLP side by side has a unit for each.
         """
         if granularity == "matrix":
             return {weight.name: (weight,) for weight in self.weights}
         if granularity == "block":
             return {self.name: self.weights} if self.weights else {}
+        paths = {weight: weight.module.removeprefix(f"{self.name}.").split(".") for weight in self.weights}
+        # In some families (T5) a block is one list of its parts, and which of them is told by a number.
+        listed = len({path[0] for path in paths.values()}) == 1 and all(
+            path[1:2] and path[1].isdigit() for path in paths.values()
+        )
         found: dict[str, list[Weight]] = {}
-        for weight in self.weights:
-            inside = weight.module.removeprefix(f"{self.name}.")
-            part = self.name if inside == weight.module else f"{self.name}.{inside.split('.')[0]}"
-            found.setdefault(part, []).append(weight)
+        for weight, path in paths.items():
+            found.setdefault(".".join([self.name, *path[: 2 if listed else 1]]), []).append(weight)
         return {name: tuple(weights) for name, weights in found.items()}
 
 

@@ -72,12 +72,15 @@ class WalkedBlock:
         With `true_sequential` each group but the first gets statistics that are collected when its turn comes, from
         the block as the groups before it were left: one more forward pass a group.
         """
-        shared: dict[int, list[Weight]] = {}
+        shared: dict[int | tuple[str, str], list[Weight]] = {}
         # Statistics stand in the order in which inputs were seen: the block runs in it, and its code may name another.
         order = {name: number for number, name in enumerate(self.statistics)}
         for weight in sorted(self.weights, key=lambda weight: order.get(weight.name, 0)):
-            # Weights that share an input share one and the same object, see `Observer`.
-            shared.setdefault(id(self.statistics.get(weight.name)), []).append(weight)
+            # Weights that share an input share one and the same object, see `Observer`. The experts of one parameter
+            # stay together: they run beside each other, and one alone may see no token.
+            own = id(self.statistics.get(weight.name))
+            key = own if weight.expert is None else (weight.module, weight.attribute)
+            shared.setdefault(key, []).append(weight)
         for number, weights in enumerate(shared.values()):
             found = {weight.name: self.statistics[weight.name] for weight in weights if self.statistics}
             if true_sequential and number and self.again is not None:

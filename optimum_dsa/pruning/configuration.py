@@ -110,6 +110,11 @@ class DSAConfig:
                 f"{self.max_sparsity}]; widen min_sparsity / max_sparsity or change the sparsity."
             )
         METHODS[self.method]
+        if self.update.true_sequential and not self.sequential:
+            raise ValueError(
+                "true_sequential calibrates matrices on the pruned ones before them, and sequential=False calibrates "
+                "all on the dense model; leave out one of both."
+            )
         self._check_pattern(self.resolved.pattern)
 
     def _check_pattern(self, pattern: Pattern) -> None:
@@ -140,7 +145,8 @@ class DSAConfig:
     def recipe(self) -> Method:
         """Metric, pattern and update: the method's row with what this config replaces in it."""
         row = METHODS[self.method]
-        return Method(self.metric or row.metric, self.pattern or row.pattern, self.update.name or row.update)
+        given = (self.metric, row.metric), (self.pattern, row.pattern), (self.update.name, row.update)
+        return Method(*(own if mine is None else mine for mine, own in given))
 
     @cached_property
     def resolved(self) -> ResolvedMethod:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Sequence
 
@@ -10,13 +11,18 @@ from torch import nn
 
 from ..model.architecture import Architecture
 from ..model.parameters import count_parameters
+from ..model.statistics import CollectedStatistics
 from ..model.walk import walk_blocks
 from .allocate import allocate, architecture_for, check_finite_weights
+from .allocation import Allocation
 from .configuration import DSAConfig
 from .report import PruningReport
 from .sink import KeepBlocks, Sink
 from .source import Known, Source, as_calibration, batches_of, check_finite_outputs, progress
 from .steps import RemoveWeights, Step, union
+
+
+logger = logging.getLogger(__name__)
 
 
 @torch.no_grad()
@@ -33,6 +39,8 @@ def prune(model: nn.Module, calibration: Source | None, config: DSAConfig) -> Pr
     start = time.perf_counter()
     calibration = as_calibration(calibration, model)
     architecture = architecture_for(model, config)
+    if config.update.true_sequential and isinstance(calibration, CollectedStatistics):
+        raise ValueError("true_sequential collects statistics anew, and these are there already; give text instead.")
     if config.resolved.reads:
         batches_of(calibration, config, f"method {config.method!r}")  # missing data are found before work
     check_finite_weights(model, architecture)
@@ -42,6 +50,7 @@ def prune(model: nn.Module, calibration: Source | None, config: DSAConfig) -> Pr
     remove = RemoveWeights(config.resolved, allocation, config.update.true_sequential)
     sink = KeepBlocks()
     run_steps(model, architecture, calibration, config, [remove], sink)
+    _warn_of_more(sum(sink.zeros.values()), allocation, config)
     return PruningReport(
         config=config,
         allocation=allocation,
@@ -57,6 +66,17 @@ def prune(model: nn.Module, calibration: Source | None, config: DSAConfig) -> Pr
         unseen=tuple(remove.unseen),
         seconds=time.perf_counter() - start,
     )
+
+
+def _warn_of_more(zeros: int, allocation: Allocation, config: DSAConfig) -> None:
+    """Say that more weights are zero than were asked for: those that were zero before and had to stay."""
+    more = zeros - sum(allocation.counts().values())
+    if more > 0:
+        logger.warning(
+            "%d weights more than asked are zero: the model had zeros that fit neither allocation nor pattern %s.",
+            more,
+            config.resolved.pattern,
+        )
 
 
 def run_steps(

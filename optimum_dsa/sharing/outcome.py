@@ -20,6 +20,7 @@ from ..evaluation.measurement import Measurement
 from ..evaluation.results import results_from
 from ..pruning.allocation import Allocation
 from ..pruning.configuration import CONFIG_NAME
+from ..pruning.zeros import MEASURED
 from ..search.trace import SearchTrace
 
 
@@ -103,8 +104,10 @@ class Outcome:
 
     @property
     def config(self) -> Mapping[str, Any]:
-        """The configuration, as it was written."""
-        return self.facts.get("config") or {}
+        """The configuration, as it was written; without a method where the zeros are all that is known."""
+        found = self.facts.get("config") or {}
+        made = (self.facts.get("allocation") or {}).get("name")
+        return {**found, "method": "unknown"} if found and made == MEASURED else found
 
     @property
     def achieved(self) -> Mapping[str, Any]:

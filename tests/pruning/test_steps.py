@@ -2,8 +2,10 @@
 
 import pytest
 import torch
+from transformers import MixtralConfig, MixtralForCausalLM, T5Config, T5ForConditionalGeneration
 
 from optimum_dsa import Calibration, DSAConfig, DSAPruner, UpdateConfig, find_architecture, prune, verify, walk_blocks
+from optimum_dsa.model.statistics import CollectedStatistics
 from optimum_dsa.pruning.allocate import architecture_for
 from optimum_dsa.pruning.prune import run_steps
 from optimum_dsa.pruning.steps import union
@@ -115,3 +117,42 @@ def test_a_sparsity_for_attention_and_one_for_the_mlp(tmp_path):
     assert again.verify().holds and again.report.allocation == report.allocation
     other = DSAPruner(tiny_llama())
     assert other.prune(tokens(), DSAConfig(0.5, allocation=str(tmp_path))).achieved == report.achieved
+
+
+@pytest.mark.parametrize("method", ["wanda", "sparsegpt"])
+def test_experts_of_one_parameter_are_one_group_and_may_see_no_token(method):
+    config = MixtralConfig(
+        vocab_size=97, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, num_local_experts=8, num_experts_per_tok=2, max_position_embeddings=64,
+    )  # fmt: skip
+    model = MixtralForCausalLM(config).eval()
+    block = next(iter(walk_blocks(model, find_architecture(model), BATCHES)))
+    groups = [sorted({weight.attribute for weight in group.weights}) for group in block.groups()]
+    assert groups[-2:] == [["gate_up_proj"], ["down_proj"]]
+    update = UpdateConfig(true_sequential=True)
+    report = prune(model, tokens(1, 4), DSAConfig(0.5, method, "uniform", update=update))
+    assert report.sparsity == 0.5 and report.unseen
+
+
+def test_parts_that_a_block_lists_are_its_kinds():
+    config = T5Config(vocab_size=97, d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4, decoder_start_token_id=0)
+    found = find_architecture(T5ForConditionalGeneration(config)).units("block:kind")
+    assert list(found)[:2] == ["encoder.block.0.layer.0", "encoder.block.0.layer.1"]
+    assert [short(weights) for weights in list(found.values())[:2]] == [["q", "k", "v", "o"], ["wi", "wo"]]
+
+
+def test_statistics_that_are_there_already_are_not_collected_anew():
+    model = tiny_llama()
+    statistics = {name: each for block in walk_blocks(model, find_architecture(model), BATCHES, sequential=False)
+                  for name, each in block.statistics.items()}  # fmt: skip
+    config = DSAConfig(0.5, update=UpdateConfig(true_sequential=True))
+    with pytest.raises(ValueError, match="are there already"):
+        prune(model, CollectedStatistics(statistics, "elsewhere"), config)
+
+
+def test_zeros_that_the_model_had_and_that_fit_no_budget_are_said(caplog):
+    pruner = DSAPruner(tiny_llama())
+    pruner.prune(tokens(), DSAConfig(0.6, "wanda", "owl"))
+    caplog.clear()
+    report = pruner.prune(tokens(), DSAConfig(0.5, "wanda", "uniform"))
+    assert report.sparsity > 0.5 and "more than asked are zero" in caplog.text

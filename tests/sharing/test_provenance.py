@@ -31,7 +31,7 @@ CONFIGS = [
     DSAConfig(0.5, metric="ria", allocation_metric="magnitude", max_sparsity=0.8, update=UPDATE),
     DSAConfig(0.5, data=DataConfig(bos=False)),
     DSAConfig(0.5, data=DataConfig(bos=True)),
-    DSAConfig(0.5, sequential=False, update=UpdateConfig(true_sequential=True)),
+    DSAConfig(0.5, update=UpdateConfig(true_sequential=True)),
     DSAConfig(
         0.6, allocation=GIVEN, batch_size=2, include=["lm_head"], data=DataConfig(split="test", text_column="code")
     ),

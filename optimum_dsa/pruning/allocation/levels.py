@@ -52,7 +52,9 @@ def fit_to_levels(
     numbers = _nearest_sum(missing, {size: len(group) for size, group in by_step.items()})
     for group, number in zip(by_step.values(), numbers):
         remainder = {unit: exact[unit] - level[unit] for unit in group}
-        for unit in _largest(group, number, remainder, cost):
+        # The budget gives some units of one share a weight more than others: that is no other remainder.
+        apart = 2 * levels / max(allocation.sizes[group[0]], 1) + 1e-9
+        for unit in _largest(group, number, remainder, apart, cost):
             level[unit] += 1
     return replace(allocation, sparsity={unit: level[unit] / levels for unit in units})
 
@@ -101,15 +103,22 @@ def _nearest_sum(goal: float, groups: Mapping[float, int]) -> tuple[int, ...]:
 
 
 def _largest(
-    group: Sequence[str], number: int, remainder: Mapping[str, float], cost: Mapping[str, float] | None
+    group: Sequence[str],
+    number: int,
+    remainder: Mapping[str, float],
+    apart: float,
+    cost: Mapping[str, float] | None,
 ) -> list[str]:
-    """The `number` units of largest remainder; of equals those of least cost, or evenly spread ones."""
-    alike: dict[float, list[str]] = {}
+    """The `number` units of largest remainder; of those less than `apart`, these of least cost, or spread evenly."""
+    alike: list[list[str]] = []
     for unit in sorted(group, key=lambda unit: -remainder[unit]):
-        # Equal up to rounding errors is equal: those must not decide which block pays.
-        alike.setdefault(round(remainder[unit], 9), []).append(unit)
+        if alike and remainder[alike[-1][0]] - remainder[unit] < apart:
+            alike[-1].append(unit)
+        else:
+            alike.append([unit])
     chosen: list[str] = []
-    for units in alike.values():
+    for units in alike:
+        units = [unit for unit in group if unit in units]  # in the model's order again, along which they are spread
         wanted = min(number - len(chosen), len(units))
         if cost is not None:
             chosen += sorted(units, key=lambda unit: cost[unit])[:wanted]

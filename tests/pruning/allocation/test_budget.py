@@ -230,6 +230,18 @@ def test_units_of_one_remainder_that_are_rounded_up_are_spread_over_the_model(sh
     assert abs(sum(raised) / len(raised) - 5.5) <= 1  # not the first ones, nor the last
 
 
+def test_a_weight_that_the_budget_gave_to_the_first_units_is_no_other_remainder():
+    names = [f"b{index}" for index in range(20)]
+    exact = fit_to_budget(dict.fromkeys(names, 0.55), dict.fromkeys(names, 2048), 0.55)
+    assert len(set(exact.counts().values())) == 2  # not one number for all
+    rounded = fit_to_levels(exact, 4).counts().values()
+    raised = [index for index, count in enumerate(rounded) if count == max(rounded)]
+    assert raised == [2, 7, 12, 17]
+    cost = {name: -index for index, name in enumerate(names)}
+    last = fit_to_levels(exact, 4, cost=cost).sparsity
+    assert [name for name in names if last[name] == 0.75] == names[-4:]
+
+
 def test_units_of_one_remainder_are_rounded_up_where_it_costs_least():
     exact = Allocation(dict.fromkeys("abcd", 0.55), dict.fromkeys("abcd", 80), "mine", "block")
     rounded = fit_to_levels(exact, 8, cost={"a": 3.0, "b": 1.0, "c": 2.0, "d": 4.0})
