@@ -19,6 +19,7 @@ EVERY = 3  # steps between two penalties
 FACTORS = ((0.1, 1.3), (0.005, 1.2), (0.0, 1.1))
 # The support has settled, after so many steps, where no larger share of it changes: what still does is near ties.
 SETTLED = (30, 3e-4)
+REFIT = 10  # steps of conjugate gradients: it begins where ADMM has all but arrived
 
 
 @torch.no_grad()
@@ -34,17 +35,18 @@ def admm(weight: Tensor, statistics: LayerStatistics, choice: Choice) -> Tensor:
     statistics: four matrices of the weight's size, two of X·Xᵀ's.
 
     Returns (out_features, in_features) in the weight's dtype. Weights of inputs that never fired go first: they
-    multiply nothing, whatever their size.
+    multiply nothing, whatever their size; and so do those that are zero.
 
     Meng et al., 2024, "ALPS", https://arxiv.org/abs/2406.07831, algorithm 1, with damping that draws to W.
     """
     if choice.keep is not None:
         return refit(weight, statistics, choice)
-    dead = statistics.dead
+    # Weights that were zero before go first as well: pruning that goes on brings none of them back.
+    first = (weight == 0) | statistics.dead
 
     def project(sought: Tensor) -> Tensor:
         """Mask of the largest, (out_features, in_features), as many as may stay."""
-        return choice.pattern.keep(sought.square().masked_fill_(dead, 0), choice.count)
+        return choice.pattern.keep(sought.square().masked_fill_(first, 0), choice.count)
 
     # Of inputs that nobody saw none is correlated with another: the largest weights are the answer, for no cost.
     if statistics.tokens == 0:
@@ -54,7 +56,7 @@ def admm(weight: Tensor, statistics: LayerStatistics, choice: Choice) -> Tensor:
     if project(scaled).all():
         return weight.clone()
     keep, start = _support(scaled, spectrum, project)
-    return refitted(weight, statistics, keep, choice.damping, start.div_(spectrum.scale))
+    return refitted(weight, statistics, keep, choice.damping, start.div_(spectrum.scale), REFIT)
 
 
 def _support(scaled: Tensor, spectrum: Spectrum, project: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:

@@ -32,12 +32,14 @@ def refit(weight: Tensor, statistics: LayerStatistics, choice: Choice) -> Tensor
     return refitted(weight, statistics, choice.keep, choice.damping, weight.masked_fill(~choice.keep, 0))
 
 
-def refitted(weight: Tensor, statistics: LayerStatistics, keep: Tensor, damping: float, start: Tensor) -> Tensor:
+def refitted(
+    weight: Tensor, statistics: LayerStatistics, keep: Tensor, damping: float, start: Tensor, steps: int = STEPS
+) -> Tensor:
     """`refit` from `start`, (out_features, in_features), zero where `keep`, of the same shape, is False."""
     hessian, scale = statistics.scaled_moment(damping)
     before = weight.float()
     # What is sought is the change, so that rows which lose nothing stay as they are, bit for bit.
-    change = _least_squares((start.float() - before).mul_(scale), hessian, keep).div_(scale)
+    change = _least_squares((start.float() - before).mul_(scale), hessian, keep, steps).div_(scale)
     del hessian
     new = change.add_(before).masked_fill_(~keep, 0).to(weight.dtype)
     start = start.to(weight.dtype)
@@ -46,7 +48,7 @@ def refitted(weight: Tensor, statistics: LayerStatistics, keep: Tensor, damping:
     return torch.where(fell[:, None], new, start)
 
 
-def _least_squares(change: Tensor, hessian: Tensor, free: Tensor) -> Tensor:
+def _least_squares(change: Tensor, hessian: Tensor, free: Tensor, steps: int) -> Tensor:
     """`change`, (rows, columns), moved in place where it is `free` to the least of change · H · changeᵀ of every row.
 
     `hessian` is (columns, columns), of unit diagonal, so that no preconditioner is left to choose. The error falls
@@ -57,7 +59,7 @@ def _least_squares(change: Tensor, hessian: Tensor, free: Tensor) -> Tensor:
     size = torch.linalg.vecdot(residual, residual)[:, None]
     enough = size * TOLERANCE
     tiny = torch.finfo(torch.float32).tiny
-    for _ in range(STEPS):
+    for _ in range(steps):
         if not (size > enough).any():
             break
         slope = direction @ hessian
