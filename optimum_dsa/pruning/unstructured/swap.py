@@ -11,7 +11,7 @@ from .objective import row_errors
 
 
 EXCHANGES = 100  # of a row, at most
-CHUNK = 2**22  # pairs that are compared at once: bounds the memory
+CHUNK = 2**20  # pairs that are compared at once: bounds the memory
 CANDIDATES = 16  # of a set, to go and to come back, whose pairs are compared
 # Share of a row's first error by which an exchange has to lower it: less is rounding.
 LEAST = 1e-6
@@ -33,7 +33,7 @@ def swap(weight: Tensor, statistics: LayerStatistics, choice: Choice) -> Tensor:
     """
     moment, pattern = statistics.second_moment, choice.pattern
     width = weight.shape[1] if pattern.kind in ("row", "matrix") else min(pattern.width, weight.shape[1])
-    # Of M neighbours all pairs are compared, so that one exchange fills as many pairs as M times the row has weights.
+    # Of few neighbours all pairs are compared: as many for each weight as its set has.
     rows = max(CHUNK // (weight.shape[1] * min(width, CANDIDATES)), 1)
     parts = zip(weight.split(rows), choice.keep.split(rows))
     return torch.cat([_swapped(part, moment, keep, width) for part, keep in parts])
@@ -72,9 +72,12 @@ def _best_pair(
     goes_cost, goes = _cheapest((alone + crossed).masked_fill_(~keep, torch.inf), width)
     # A weight that was zero before has nothing to bring back, and would be counted as removed all the same.
     comes_cost, comes = _cheapest((alone - crossed).masked_fill_(keep | (values == 0), torch.inf), width)
+    crossing = moment[goes[..., None], comes[..., None, :]]
+    goes, comes = goes.expand_as(goes_cost), comes.expand_as(comes_cost)
     gone, back = (values.gather(1, at.flatten(1)).view_as(at) for at in (goes, comes))
-    pairs = goes_cost[..., None] + comes_cost[..., None, :]
-    pairs -= 2 * gone[..., None] * back[..., None, :] * moment[goes[..., None], comes[..., None, :]]
+    pairs = (crossing * (-2 * gone[..., None])).mul_(back[..., None, :])
+    pairs += goes_cost[..., None]
+    pairs += comes_cost[..., None, :]
     change, best = pairs.flatten(1).min(dim=1)
     each = goes.shape[2]
     # (set, place among the candidates to go, place among those to come back)
@@ -84,10 +87,15 @@ def _best_pair(
 
 
 def _cheapest(costs: Tensor, width: int) -> tuple[Tensor, Tensor]:
-    """The lowest costs of every set of `width` columns, and their columns: (rows, columns) -> (rows, sets, some)."""
-    rows, columns = costs.shape
+    """The lowest costs of every set of `width` columns, and their columns: (rows, columns) -> (rows, sets, some).
+
+    Where a set is no more than the candidates, its columns are the same for all rows, (1, sets, some).
+    """
+    columns = costs.shape[1]
     # A last set that is short is filled with what is never chosen.
     padded = torch.nn.functional.pad(costs, (0, -columns % width), value=torch.inf).unflatten(1, (-1, width))
-    lowest, at = padded.topk(min(width, CANDIDATES), dim=2, largest=False)
-    at += torch.arange(0, padded.shape[1] * width, width, device=costs.device)[:, None]
-    return lowest, at.clamp_max_(columns - 1)
+    places = torch.arange(padded.shape[1] * width, device=costs.device).view(1, -1, width)
+    if width <= CANDIDATES:
+        return padded, places.clamp_max_(columns - 1)
+    lowest, at = padded.topk(CANDIDATES, dim=2, largest=False)
+    return lowest, at.add_(places[..., :1]).clamp_max_(columns - 1)

@@ -1,5 +1,7 @@
 """Laws of the updates that lower ‖(W − Ŵ) X‖²: admm, refit, swap."""
 
+import sys
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -198,6 +200,16 @@ def test_a_weight_that_was_zero_goes_first_and_does_not_come_back(update):
     choice = masked(Pattern("row"), weight, stats, weight.numel() // 2)
     new = UPDATES[update](weight, stats, Choice(choice.pattern, choice.count) if update == "admm" else choice)
     assert int((new == 0).sum()) == weight.numel() // 2 and not new[weight == 0].any()
+
+
+@pytest.mark.parametrize("text", ["row", "2:4", "group:12"])
+def test_how_many_rows_are_swapped_at_once_changes_nothing(text, monkeypatch):
+    weight, stats = problem()
+    pattern, count = removing(text, weight)
+    choice = masked(pattern, weight, stats, count)
+    expected = UPDATES["swap"](weight, stats, choice)
+    monkeypatch.setattr(sys.modules["optimum_dsa.pruning.unstructured.swap"], "CHUNK", 1)
+    assert torch.equal(UPDATES["swap"](weight, stats, choice), expected)
 
 
 @pytest.mark.parametrize("text,width", [("row", 16), ("2:4", 4), ("group:8", 8)])
