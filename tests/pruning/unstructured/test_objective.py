@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from optimum_dsa import DSAConfig, prune
+from optimum_dsa import DSAConfig, prune, verify
 from optimum_dsa.model.statistics import LayerStatistics
 from optimum_dsa.pruning.unstructured.admm import admm
 from optimum_dsa.pruning.unstructured.metrics import METRICS
@@ -76,6 +76,8 @@ def test_admm_loses_less_than_sparsegpt_and_that_less_than_wanda(text, seed):
         for new in (admm(weight, stats, Choice(pattern, count)), UPDATES["sparsegpt"](weight, stats, chosen), zeroed)
     ]
     assert errors[0] < 0.7 * errors[1] < 0.7 * errors[2], errors
+    refit = UPDATES["refit"](weight, stats, masked(pattern, weight, stats, count))
+    assert errors[0] < layer_error(weight, refit, stats.gram) < errors[2]
 
 
 @given(
@@ -291,3 +293,10 @@ def test_alps_prunes_a_model_the_same_way_twice_and_at_sparsity_0_not_at_all():
     before = state(dense)
     prune(dense, tokens(), DSAConfig(0.0, "alps", "uniform"))
     assert all(torch.equal(value, before[name]) for name, value in state(dense).items())
+
+
+@pytest.mark.parametrize("method", ["alps", "wanda+refit", "wanda+swap"])
+def test_experts_that_no_token_reached_are_pruned_to_the_budget(method, tiny):
+    model = tiny("mixtral").bfloat16()
+    report = prune(model, tokens(1, 3), DSAConfig(0.5, method, "uniform"))
+    assert report.unseen and report.sparsity == 0.5 and verify(model, report).holds
