@@ -180,7 +180,7 @@ def test_concepts_says_what_methods_are_made_of_and_what_operations_read():
 def test_readme_and_help_name_every_method_and_allocation(table):
     text = command_parsers()["prune"].format_help()
     for name in table:
-        assert re.search(rf"\b{name}\b", text), name
+        assert re.search(rf"\b{re.escape(name)}\b", text), name
         assert name in quoted(section(TEXTS["README"], "What is there")), name
 
 

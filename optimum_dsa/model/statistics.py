@@ -26,6 +26,21 @@ class InverseFactor:
     damping: float
 
 
+@dataclass(frozen=True)
+class Spectrum:
+    """Eigenvectors and eigenvalues of H = S⁻¹ (X Xᵀ + damping) S⁻¹, S = diag(scale) giving H a unit diagonal.
+
+    Attributes:
+        scale (`Tensor`): (in_features,), positive: the square root of the damped diagonal.
+        values (`Tensor`): (in_features,), ascending, none below zero.
+        vectors (`Tensor`): (in_features, in_features), one eigenvector a column.
+    """
+
+    scale: Tensor
+    values: Tensor
+    vectors: Tensor
+
+
 @dataclass
 class LayerStatistics:
     """Sums over the inputs x of one linear map, in float32.
@@ -51,6 +66,7 @@ class LayerStatistics:
     gram: Tensor | None = None
     stand_in: float | None = None
     _factor: tuple[float, InverseFactor] | None = field(default=None, repr=False)
+    _spectrum: tuple[float, Spectrum] | None = field(default=None, repr=False)
 
     def __post_init__(self):
         if self.squared_sum is None:
@@ -74,7 +90,7 @@ class LayerStatistics:
         if self.gram is not None:
             # The same sums, so that a metric on Σ x² and an update on X·Xᵀ never disagree about a dead input.
             self.squared_sum.copy_(self.gram.diagonal())
-        self._factor = None
+        self._factor = self._spectrum = None
 
     @property
     def input_norm(self) -> Tensor:
@@ -134,6 +150,37 @@ class LayerStatistics:
             logger.warning("X·Xᵀ is ill-conditioned: the damping was raised from %g to %g.", damping, attempt)
         self._factor = (damping, InverseFactor(factor, attempt))
         return self._factor[1]
+
+    def scaled_moment(self, damping: float = DAMPING) -> tuple[Tensor, Tensor]:
+        """H, (in_features, in_features), of unit diagonal, and its `scale`, (in_features,), see [`Spectrum`].
+
+        A new matrix at every call. Inputs that never fired are uncorrelated with all others, and their scale is not 0.
+
+        Raises:
+            ValueError: no `gram` was collected.
+        """
+        hessian = _damped(self.second_moment, damping)
+        scale = hessian.diagonal().sqrt()
+        hessian.div_(scale).div_(scale[:, None])
+        return hessian, scale
+
+    def spectrum(self, damping: float = DAMPING) -> Spectrum:
+        """The `Spectrum` at `damping` times the mean of diag(X Xᵀ), computed once.
+
+        Weights that share an input share these statistics, and with them the most expensive step of an update.
+
+        Raises:
+            ValueError: no `gram` was collected.
+        """
+        if self._spectrum is None or self._spectrum[0] != damping:
+            hessian, scale = self.scaled_moment(damping)
+            try:
+                values, vectors = torch.linalg.eigh(hessian)
+            except torch.linalg.LinAlgError:  # float32 can fail to converge where eigenvalues lie very close
+                values, vectors = (part.float() for part in torch.linalg.eigh(hessian.double()))
+            # A sum of squares has no negative eigenvalue; rounding gives it some.
+            self._spectrum = (damping, Spectrum(scale, values.clamp_min_(0), vectors))
+        return self._spectrum[1]
 
 
 @dataclass(frozen=True)

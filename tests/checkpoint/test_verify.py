@@ -26,6 +26,8 @@ CONFIGS = {
     "mixed": DSAConfig(0.6, allocation="owl", pattern="mixed:8"),
     "sparsegpt": DSAConfig(0.7, "sparsegpt", "owl"),
     "sparsegpt 2:4": DSAConfig(0.5, "sparsegpt", "uniform", pattern="2:4"),
+    "alps": DSAConfig(0.7, "alps", "owl"),
+    "swap 2:4": DSAConfig(0.5, "wanda+swap", "uniform", pattern="2:4"),
     "head": DSAConfig(0.5, "magnitude", "uniform", include=("lm_head",), exclude=("down_proj",)),
 }
 

@@ -7,37 +7,23 @@ changes its arguments.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from ...common.registry import Registry
-from ...model.statistics import DAMPING, LayerStatistics
+from ...model.statistics import LayerStatistics
+from .admm import admm
+from .choice import UPDATES, Choice
 from .patterns import Pattern, count_in_columns
+from .refit import refit
+from .swap import swap
 
 
-# Facts of an update: `reads` says what it needs of calibration, "nothing" (the default) or "gram" (X·Xᵀ). One that
-# `chooses` is given no mask and takes out `count` weights of its own choice; with `criterion` it does so only where
-# that metric is asked for, which it evaluates as it goes, and with `kinds` only for patterns of these kinds.
-UPDATES = Registry("update")
+__all__ = ["UPDATES", "Choice", "none", "sparsegpt"]
 
-
-@dataclass(frozen=True)
-class Choice:
-    """Which weights of a matrix go.
-
-    Attributes:
-        pattern (`Pattern`): within which sets of weights.
-        count (`int`): how many.
-        keep (`Tensor`): (out_features, in_features), True = keep; `None` lets the update choose as it goes.
-        damping (`float`): share of the mean of diag(X Xᵀ) that is added to it, where an update inverts it.
-    """
-
-    pattern: Pattern
-    count: int
-    keep: Tensor | None = None
-    damping: float = DAMPING
+UPDATES.add("admm", admm, reference="https://arxiv.org/abs/2406.07831", reads="gram", chooses=True)
+UPDATES.add("refit", refit, reference="https://arxiv.org/abs/2406.07831", reads="gram")
+UPDATES.add("swap", swap, reference="https://arxiv.org/abs/2512.10922", reads="gram", moves=True)
 
 
 @UPDATES.register()

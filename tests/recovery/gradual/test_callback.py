@@ -142,6 +142,7 @@ SCHEDULES = {
     "rows": (DSAConfig(0.63, allocation="dsa"), PruningSchedule(end=8, every=2)),
     "matrices": (DSAConfig(0.71, "magnitude", "er"), PruningSchedule(1, 7, 1, initial=0.2)),
     "groups": (DSAConfig(0.6, "sparsegpt", "owl"), PruningSchedule(end=6, every=3, shape="linear")),
+    "alps": (DSAConfig(0.6, "alps", "owl"), PruningSchedule(end=6, every=3)),
     "2:4": (DSAConfig(0.5, allocation="uniform", pattern="2:4"), PruningSchedule(start=2)),
 }
 

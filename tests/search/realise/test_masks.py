@@ -37,7 +37,7 @@ def counts_of(objective, share):
     return {name: round(share * size) for name, size in objective.realisation.sizes.items()}
 
 
-@pytest.mark.parametrize("method", ["wanda", "magnitude", "sparsegpt"])
+@pytest.mark.parametrize("method", ["wanda", "magnitude", "sparsegpt", "alps", "wanda+swap"])
 def test_the_sequential_loss_is_that_of_the_model_that_prune_leaves(method):
     model = tiny_llama()
     before = state(model)
@@ -217,7 +217,7 @@ def test_what_is_rounded_is_what_prune_removes(pattern, allocation):
 TRUE_SEQUENTIAL = {"update": UpdateConfig(true_sequential=True)}
 
 
-@pytest.mark.parametrize("method", ["wanda", "sparsegpt"])
+@pytest.mark.parametrize("method", ["wanda", "sparsegpt", "alps"])
 @pytest.mark.parametrize("changes", [{"pattern": "mixed:4"}, {"sequential": False}, {}, TRUE_SEQUENTIAL])
 def test_a_finalist_is_masked_weight_by_weight_as_prune_masks_it(method, changes):
     """In matrices of more weights than an order has steps, too."""

@@ -1,0 +1,104 @@
+"""ALPS: which weights to keep, found by the alternating direction method of multipliers, and what they become."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from ...model.statistics import LayerStatistics, Spectrum
+from .choice import Choice
+from .refit import refit, refitted
+
+
+STEPS = 300
+PENALTY = 0.1  # the first
+EVERY = 3  # steps between two penalties
+# Share of the kept weights that changed since the last penalty -> the factor of the next, as in the published code.
+FACTORS = ((0.1, 1.3), (0.005, 1.2), (0.0, 1.1))
+# The support has settled, after so many steps, where no larger share of it changes: what still does is near ties.
+SETTLED = (30, 3e-4)
+REFIT = 10  # steps of conjugate gradients: it begins where ADMM has all but arrived
+
+
+@torch.no_grad()
+def admm(weight: Tensor, statistics: LayerStatistics, choice: Choice) -> Tensor:
+    """The weights, of the number and pattern asked for, that bring the outputs of a matrix nearest to what they were.
+
+    min ‖(W − Ŵ) X‖² over Ŵ of that support. Its relaxation splits Ŵ in two, one for the error and one for the support,
+    and draws them together with a penalty that grows while the support changes; `refit` finds the weights on it.
+    With `choice.keep` the support is given, and only they are sought. Columns are scaled to a unit diagonal of X Xᵀ.
+
+    Costs an eigendecomposition of X·Xᵀ for each different input, once, and then one or two products
+    (out_features, in_features) · (in_features, in_features) a step, 30 to 100 steps as a rule. Memory beyond the
+    statistics: four matrices of the weight's size, two of X·Xᵀ's.
+
+    Returns (out_features, in_features) in the weight's dtype. Weights of inputs that never fired go first: they
+    multiply nothing, whatever their size; and so do those that are zero.
+
+    Meng et al., 2024, "ALPS", https://arxiv.org/abs/2406.07831, algorithm 1, with damping that draws to W.
+    """
+    if choice.keep is not None:
+        return refit(weight, statistics, choice)
+    # Weights that were zero before go first as well: pruning that goes on brings none of them back.
+    first = (weight == 0) | statistics.dead
+
+    def project(sought: Tensor) -> Tensor:
+        """Mask of the largest, (out_features, in_features), as many as may stay."""
+        return choice.pattern.keep(sought.square().masked_fill_(first, 0), choice.count)
+
+    # Of inputs that nobody saw none is correlated with another: the largest weights are the answer, for no cost.
+    if statistics.tokens == 0:
+        return weight.masked_fill(~project(weight.float()), 0)
+    spectrum = statistics.spectrum(choice.damping)
+    scaled = weight.float() * spectrum.scale
+    if project(scaled).all():
+        return weight.clone()
+    keep, start = _support(scaled, spectrum, project)
+    return refitted(weight, statistics, keep, choice.damping, start.div_(spectrum.scale), REFIT)
+
+
+def _support(scaled: Tensor, spectrum: Spectrum, project: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
+    """The mask that is kept, and nearly the weights on it, both (out_features, in_features).
+
+    One matrix holds the state: where it is kept it is the sparse solution D, elsewhere the scaled multiplier V / ρ, as
+    D = keep · (W̃ + V / ρ) and V / ρ becomes what the projection has cut off. The step for the error,
+    W̃ = (W H − V + ρ D) (H + ρ)⁻¹, is then W + ρ (D − V / ρ − W) (H + ρ)⁻¹.
+
+    Args:
+        scaled: (out_features, in_features), W in columns of unit second moment.
+        project: the mask of the largest.
+    """
+    keep = before = project(scaled)
+    state = scaled.masked_fill(~keep, 0)
+    penalty, kept, grown = PENALTY, max(int(keep.sum()), 1), False
+    drawn = _drawn(spectrum, penalty, len(scaled))
+    for step in range(1, STEPS + 1):
+        sought = drawn(torch.where(keep, state, -state).sub_(scaled)).add_(scaled)
+        state = sought.add_(state.masked_fill_(keep, 0))
+        keep = project(state)
+        if step % EVERY:
+            continue
+        changed, before = int((keep != before).sum()) / kept, keep
+        if (not changed and grown) or (step >= SETTLED[0] and changed < SETTLED[1]):
+            break
+        # A support that never moved is held by the penalty: a smaller one lets it go.
+        factor = next((factor for share, factor in FACTORS if changed > share), 0.2)
+        grown |= changed > 0
+        penalty *= factor
+        # The multiplier V stays what it was, and not V / ρ.
+        state = torch.where(keep, state, state / factor)
+        drawn = _drawn(spectrum, penalty, len(scaled))
+    return keep, state.masked_fill_(~keep, 0)
+
+
+def _drawn(spectrum: Spectrum, penalty: float, rows: int) -> Callable[[Tensor], Tensor]:
+    """(rows, columns) -> itself times ρ (H + ρ)⁻¹, ρ being the penalty; to be used `EVERY` times."""
+    shares = penalty / (spectrum.values + penalty)
+    vectors = spectrum.vectors
+    # One product with the inverse instead of two with the eigenvectors, where there are rows enough to pay for it.
+    if EVERY * rows >= len(vectors):
+        inverse = (vectors * shares) @ vectors.t()
+        return lambda matrix: matrix @ inverse
+    return lambda matrix: (matrix @ vectors).mul_(shares) @ vectors.t()
