@@ -475,7 +475,7 @@ def test_a_reader_that_goes_away_stops_no_work(tmp_path, line):
     pruner = DSAPruner(tiny_llama())
     pruner.prune(None, DSAConfig(0.5, "magnitude", "uniform"))
     pruner.save_pretrained(tmp_path / "model")
-    words = line.format(model=tmp_path / "model", out=tmp_path / "out")
+    words = line.format(model=tmp_path / "model", out=tmp_path / "out") + " --allocation atp" * ("prune" in line)
     code = "from optimum.commands.optimum_cli import main; main()"
     shell = f"{sys.executable} -c '{code}' dsa {words} | true; exit ${{PIPESTATUS[0]}}"
     done = subprocess.run(["bash", "-c", shell], capture_output=True, text=True, timeout=300)
