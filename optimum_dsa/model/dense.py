@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from .architecture import Block, Stack, Weight
 from .calls import BlockCalls, run_behind
 from .observer import observing
+from .residual import watching_additions
 
 
 # Called without arguments: the model computes with its dense weights inside the context.
@@ -19,10 +20,15 @@ AsDense = Callable[[], AbstractContextManager[None]]
 
 
 class DenseInputs:
-    """What the weights of a block multiply in the dense model in one batch: by weight, its inputs in order."""
+    """What the weights of a block multiply in the dense model in one batch: by weight, its inputs in order.
+
+    Attributes:
+        before: by weight, the residual stream to which its outputs are added, (samples, ..., hidden size).
+    """
 
     def __init__(self):
         self.inputs: dict[str, list[Tensor]] = {}
+        self.before: dict[str, Tensor] = {}
 
     def observe(self, weight: Weight, inputs: Tensor) -> None:
         """Note that `weight` multiplies `inputs`, (..., in_features)."""
@@ -39,10 +45,13 @@ class DenseStream:
         hidden (`Sequence[Tensor]`): what goes into the first block of the pruned model, per batch (samples, ...,
             hidden size): where it is the same, it is held once.
         as_dense (`AsDense`, *optional*): makes the weights the dense ones; then no copy of a block's is kept.
+        residual (`bool`): whether what the residual stream has is watched, too.
     """
 
-    def __init__(self, calls: BlockCalls, hidden: Sequence[Tensor], as_dense: AsDense | None = None):
-        self.calls = calls
+    def __init__(
+        self, calls: BlockCalls, hidden: Sequence[Tensor], as_dense: AsDense | None = None, residual: bool = False
+    ):
+        self.calls, self.residual = calls, residual
         for number, (own, other) in enumerate(zip(calls.hidden, hidden, strict=True)):
             calls.hidden[number] = other if torch.equal(own, other) else own
         self._after = list(calls.hidden)
@@ -61,7 +70,8 @@ class DenseStream:
     def inputs(self, model: nn.Module, part: Block, module: nn.Module, index: int, batch: int) -> DenseInputs:
         """What the weights of `part`, some of the block `module`, number `index`, multiply in the dense model."""
         found = DenseInputs()
-        with self._as_dense(), observing(model, part, found):
+        watch = watching_additions(model, part, self.calls.hidden[batch]) if self.residual else nullcontext({})
+        with self._as_dense(), observing(model, part, found), watch as found.before:
             self._after[batch] = self.calls.run(module, index, batch)
         return found
 

@@ -82,6 +82,23 @@ class Observer:
         if dense is not None:
             self.statistics[name].pair_(self._counted(name, inputs), self._counted(name, dense))
 
+    def add_residual(self, before: Mapping[str, Tensor], dense: Mapping[str, Tensor]) -> None:
+        """Note what the residual stream lacks in the batch that was run last.
+
+        Args:
+            before: by weight, the stream that its outputs are added to, (samples, ..., out_features).
+            dense: the same in the dense model.
+        """
+        sources = list(self._source.values())
+        for name, stream in before.items():
+            # One sum cannot serve two matrices that share an input: what they lack differs.
+            given = self._given.get(name, ())
+            if name not in dense or len(given) != 1 or sources.count(self._source[name]) != 1:
+                continue
+            missing = dense[name].to(stream.device).float() - stream.float()
+            inputs = self._inputs[given[0]][1]
+            self.statistics[name].lack_(self._counted(name, inputs), self._counted(name, missing))
+
     def _dense_of(self, name: str, inputs: Tensor) -> Tensor | None:
         """What the dense model gives in the place of `inputs`, (..., in_features); `None` where that is not known."""
         dense, number = self._dense.get(name, ()), len(self._given[name]) - 1

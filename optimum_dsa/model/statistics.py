@@ -38,6 +38,8 @@ class LayerStatistics:
         stand_in (`float`): what every Σ x_j² is taken to be where no input was seen.
         drift (`Tensor`): (in_features, in_features), Σ (x_dense − x) xᵀ over all tokens, x_dense being what the dense
             model gives in the place of x; `None` where no such input was seen.
+        lack (`Tensor`): (out_features, in_features), Σ (h_dense − h) xᵀ, h being the residual stream to which the
+            outputs are added; `None` where they are not, or nobody asked.
         paired (`int`): inputs whose x_dense was seen. A routed expert has none: the dense model routes other tokens.
 
     A matrix that saw no input at all (an expert that no token was routed to) answers as if its inputs were white: its
@@ -54,7 +56,9 @@ class LayerStatistics:
     gram: Tensor | None = None
     stand_in: float | None = None
     drift: Tensor | None = None
+    lack: Tensor | None = None
     paired: int = 0
+    _lacking: int = field(default=0, repr=False)
     _factor: tuple[float, InverseFactor] | None = field(default=None, repr=False)
 
     def __post_init__(self):
@@ -93,6 +97,20 @@ class LayerStatistics:
             # The difference and not X_dense·Xᵀ: exactly zero where nothing is pruned yet, and small behind that.
             part = part.float()
             self.drift.addmm_((other.float() - part).t(), part)
+
+    @torch.no_grad()
+    def lack_(self, inputs: Tensor, missing: Tensor) -> None:
+        """Add to `lack`, in place, a batch's inputs, (..., in_features), and h_dense − h, (..., out_features)."""
+        rows, others = inputs.reshape(-1, inputs.shape[-1]), missing.reshape(-1, missing.shape[-1])
+        if self.lack is None:
+            self.lack = torch.zeros(others.shape[1], self.in_features, dtype=torch.float32, device=self.device)
+        self._lacking += rows.shape[0]
+        self.lack.addmm_(others.float().t(), rows.float())
+
+    @property
+    def lacks(self) -> bool:
+        """Whether `lack` is a sum over all the inputs that were seen."""
+        return self.lack is not None and self._lacking == self.tokens
 
     @property
     def is_paired(self) -> bool:

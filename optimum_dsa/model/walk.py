@@ -19,13 +19,15 @@ from torch import Tensor, nn
 
 from .architecture import Architecture, Block, Stack, UnprunableError, Weight
 from .calls import BlockCalls, capture_calls, check_calls, run_behind
-from .dense import AsDense, DenseStream
+from .dense import AsDense, DenseInputs, DenseStream
 from .observer import Observer, observing
 from .offload import resident
+from .residual import watching_additions
 from .statistics import CollectedStatistics, LayerStatistics
 
 
-# What a walk can collect of each weight's input: "inputs" (Σ x²), "gram" (X·Xᵀ as well), "cross_gram" (X_dense·Xᵀ).
+# What a walk can collect of each weight's input: "inputs" (Σ x²), "gram" (X·Xᵀ as well), "cross_gram" (X_dense·Xᵀ),
+# and with it "residual" (what the residual stream lacks where a weight's outputs are added to it).
 Reads = frozenset[str]
 _READS = {"nothing": frozenset(), "inputs": frozenset({"inputs"}), "gram": frozenset({"inputs", "gram"})}
 
@@ -118,7 +120,8 @@ def walk_blocks(
             `CollectedStatistics` runs nothing and gives those.
         reads (`Collection[str]`, defaults to `{"inputs"}`): what is collected of each weight's input: "inputs" is Σ x²
             (and always collected where there are batches), "gram" is X·Xᵀ as well, and "cross_gram" X_dense·Xᵀ of
-            what the dense model gives in the place of X, for all weights that every token reaches.
+            what the dense model gives in the place of X, for all weights that every token reaches. "residual", beside
+            "cross_gram", is `LayerStatistics.lack` of the weights whose outputs are added to the residual stream.
         progress (`Callable[[Sequence[Block]], Iterable[Block]]`, defaults to `iter`): wraps the sequence of blocks, as
             tqdm does.
         as_dense (`AsDense`, *optional*): a context in which the model computes with its dense weights, for a caller
@@ -158,7 +161,9 @@ def walk_blocks(
         for stack in architecture.stacks:
             calls = capture_calls(model, stack, batches) if sequential else early.pop(stack.name)
             # Arguments of its own: a block may leave in them what a later one reads (shared keys and values).
-            dense = DenseStream(early.pop(stack.name), calls.hidden, as_dense) if cross else None
+            dense = None
+            if cross:
+                dense = DenseStream(early.pop(stack.name), calls.hidden, as_dense, "residual" in reads)
             # The last block is not run again unless somebody reads what it gives.
             needed = architecture.head is not None and stack is architecture.stacks[-1]
             for index, block in enumerate(stack.blocks):
@@ -201,11 +206,13 @@ def _walk_block(
         """Statistics of what `weights` multiply in the block as it is now; `move_on` replaces what goes into it."""
         part, observer = replace(block, weights=tuple(weights)), Observer(gram)
         for number in range(len(calls)):
-            beside = dense.inputs(model, part, module, index, number).inputs if dense else None
-            tokens = calls.hidden[number].shape[:-1].numel()
-            observer.start_batch(calls.samples[number], real[number], beside, tokens)
-            with observing(model, part, observer):
+            beside = dense.inputs(model, part, module, index, number) if dense else DenseInputs()
+            hidden = calls.hidden[number]
+            observer.start_batch(calls.samples[number], real[number], beside.inputs, hidden.shape[:-1].numel())
+            watch = watching_additions(model, part, hidden) if dense and dense.residual else nullcontext({})
+            with observing(model, part, observer), watch as before:
                 output = calls.run(module, index, number)
+            observer.add_residual(before, beside.before)
             if move_on:
                 calls.hidden[number] = output
         return _checked(part, observer)

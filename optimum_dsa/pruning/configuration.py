@@ -41,17 +41,25 @@ class UpdateConfig:
         targets (`str`, defaults to `"sparse"`): What the pruned matrices are fitted to: `"sparse"`, what their own
             weights make of the inputs that they get, or `"dense"`, what the dense model has in that place, so that a
             block makes up for those before it. Routed experts are fitted to the former in any case.
+        residual (`bool`, defaults to `False`): With dense targets, whether what the residual stream lacks is part of
+            the target of the matrices whose outputs are added to it (o, down).
     """
 
     name: str | None = None
     damping: float = setting(DAMPING, low=0)
     true_sequential: bool = False
     targets: str = setting("sparse", choices=TARGETS)
+    residual: bool = False
 
     def __post_init__(self):
         check_settings(self)
         if self.name is not None:
             UPDATES[self.name]
+        if self.residual and self.targets != "dense":
+            raise ValueError(
+                f"residual=True adds to the targets of the dense model, and targets is {self.targets!r}; use "
+                "targets='dense' with it, or residual=False."
+            )
 
 
 @takes_flat_names

@@ -32,7 +32,7 @@ class ResolvedMethod:
         damping (`float`): of the update, see [`UpdateConfig`].
         chooses (`bool`): whether the update chooses what is removed itself; then the metric is not asked.
         reads (`frozenset[str]`): what scores and update need of calibration: "inputs", "gram", and "cross_gram" where
-            the targets are the dense model's.
+            the targets are the dense model's ("residual" with what the residual stream lacks).
         allocation_metric (`Callable`): the scores from which the allocation is computed.
         allocation_reads (`frozenset[str]`): what the allocation needs.
     """
@@ -56,7 +56,7 @@ class ResolvedMethod:
         if not chooses:
             reads |= reads_of(METRICS.fact(recipe.metric, "reads", "inputs"))
         if config.update.targets == "dense":
-            reads |= {"cross_gram"}
+            reads |= {"cross_gram", "residual"} if config.update.residual else {"cross_gram"}
         of_allocator = getattr(config.allocator, "reads", "nothing")
         if of_allocator == "scores":
             of_allocator = METRICS.fact(config.allocation_metric, "reads", "inputs")

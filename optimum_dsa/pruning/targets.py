@@ -20,7 +20,8 @@ def dense_target(weight: Tensor, statistics: LayerStatistics, damping: float = D
     T minimises ‖T·X − W·X_dense‖² + λ‖T − W‖², which is T = W (X_dense·Xᵀ + λ)(X·Xᵀ + λ)⁻¹, computed as
     W + W (X_dense − X) Xᵀ (X·Xᵀ + λ)⁻¹: where the inputs are those of the dense model it is W, bit for bit. What
     ‖T'·X − W·X_dense‖² of any T' has beyond that of T at λ = 0 is ‖(T' − T)·X‖², the objective of every update, so
-    none of them has to know of X_dense.
+    none of them has to know of X_dense. Where the statistics have `lack`, of W·X_dense + (H_dense − H), H being the
+    residual stream to which the outputs are added: T makes up for what the stream lacks, too.
 
     Args:
         weight: W, (out_features, in_features).
@@ -34,8 +35,9 @@ def dense_target(weight: Tensor, statistics: LayerStatistics, damping: float = D
     The objective is SparseGPT's, https://arxiv.org/abs/2301.00774, eq. 1, with the dense model's inputs on its left.
     """
     # In the first block nothing has drifted, and its matrices need no factor for this.
-    if not statistics.is_paired or not statistics.drift.any():
+    parts = [weight.float() @ statistics.drift] if statistics.is_paired and statistics.drift.any() else []
+    parts += [statistics.lack] if statistics.lacks and statistics.lack.any() else []
+    if not parts:
         return weight
     factor = statistics.inverse_factor(damping).factor  # U, the inverse being Uᵀ·U
-    weight = weight.float()
-    return weight + (weight @ statistics.drift @ factor.t()) @ factor
+    return weight.float() + sum(parts) @ factor.t() @ factor

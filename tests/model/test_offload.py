@@ -114,7 +114,7 @@ def test_dense_targets_are_those_of_the_model_in_memory(name, place, checkpoints
     path, batch = checkpoints[name], inputs(name)
     expected, found = DSAPruner(load(name, path)), DSAPruner(place(name, path, tmp_path))
     for pruner in (expected, found):
-        update = UpdateConfig(targets="dense", true_sequential=True)
+        update = UpdateConfig(targets="dense", true_sequential=True, residual=True)
         pruner.prune(batch, DSAConfig(0.5, "sparsegpt", "uniform", update=update, batch_size=4))
     assert same_output(expected.model, found.model, batch)
 

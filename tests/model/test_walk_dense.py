@@ -13,6 +13,7 @@ from ..plain_walk import Inputs, check_equal, check_same_state, hooks, plain, sp
 
 
 READS = {"inputs", "gram", "cross_gram"}
+RESIDUAL = READS | {"residual"}
 
 
 class Rows(Inputs):
@@ -122,6 +123,71 @@ def test_what_is_changed_besides_weights_does_not_reach_the_dense_stream(tiny, i
     for walked in walk_blocks(model, found, split(batch, 6), reads=READS):
         assert not check_cross(walked.statistics, dense, rows_of(model, found, batch))
         model.get_submodule(walked.name).input_layernorm.weight.data.mul_(1.5)
+
+
+WRITERS = {
+    "llama": {"o_proj", "down_proj"},
+    "opt": {"out_proj", "fc2"},
+    "gpt2": {"c_proj"},
+    "bert": {"dense"},
+    "t5": {"o", "wo"},
+    "vit": {"o_proj", "fc2", "dense", "out_proj"},
+    "gemma2": set(),  # a norm stands between
+    "phi": set(),  # attention and MLP are added to each other first
+    "mixtral": {"o_proj"},
+}
+
+
+@pytest.mark.parametrize("family", WRITERS)
+def test_matrices_that_write_to_the_residual_stream_are_found_and_no_others(family, tiny, inputs):
+    model = tiny(family)
+    found, writers = find_architecture(model), set()
+    for walked in walk_blocks(model, found, split(inputs(family), 3), reads=RESIDUAL):
+        for weight in walked.weights:
+            statistics = walked.statistics[weight.name]
+            if statistics.lacks:
+                assert statistics.lack.shape == weight.shape and not statistics.lack.any()
+                writers.add(weight.module.rpartition(".")[2])
+            assert statistics.lack is None or statistics.lacks
+    assert writers <= WRITERS[family] and bool(writers) == bool(WRITERS[family])
+
+
+@pytest.mark.parametrize("true_sequential", [False, True])
+def test_what_the_residual_stream_lacks_is_what_two_plain_models_differ_by(true_sequential, tiny, inputs):
+    model, other, batch = tiny("llama"), tiny("llama"), inputs("llama")
+    found = find_architecture(model)
+
+    @torch.no_grad()
+    def streams(each):
+        """Block and writer -> the stream before the addition, (tokens, hidden size): what the norms are given."""
+        seen = {}
+        for index, block in enumerate(each.model.layers):
+            for norm, writer in (("input_layernorm", "o_proj"), ("post_attention_layernorm", "down_proj")):
+                block.get_submodule(norm).register_forward_pre_hook(
+                    lambda module, args, key=(index, writer): seen.__setitem__(key, args[0].flatten(0, 1))
+                )
+        feed(each, batch)
+        for block in each.model.layers:
+            block.input_layernorm._forward_pre_hooks.clear()
+            block.post_attention_layernorm._forward_pre_hooks.clear()
+        return seen
+
+    dense = streams(other)
+    for index, walked in enumerate(walk_blocks(model, found, split(batch, 6), reads=RESIDUAL)):
+        for group in walked.groups(true_sequential):
+            name = group.weights[0].module.rpartition(".")[2]
+            if name in ("o_proj", "down_proj"):
+                statistics = group.statistics[group.weights[0].name]
+                if true_sequential or name == "o_proj":
+                    sparse, rows = streams(model), rows_of(model, found, batch)
+                    expected = (dense[index, name] - sparse[index, name]).t() @ rows[group.weights[0].name]
+                    torch.testing.assert_close(statistics.lack, expected, rtol=1e-3, atol=1e-3)
+                assert statistics.lacks and statistics.lack.any() == (
+                    index > 0 or (true_sequential and name != "o_proj")
+                )
+            if true_sequential:
+                halve(walked, group.weights)
+        halve(walked, walked.weights)
 
 
 @pytest.mark.parametrize("how", ["raises", "stops"])

@@ -166,7 +166,7 @@ class Masks:
         if self.method.reads:
             batches = _first(self.calibration.batches(self.config.batch_size), tokens)
         # On the dense model's activations nothing has drifted from them.
-        reads = self.method.reads if sequential else self.method.reads - {"cross_gram"}
+        reads = self.method.reads if sequential else self.method.reads - {"cross_gram", "residual"}
         yield from walk_blocks(
             self.model,
             self.architecture,

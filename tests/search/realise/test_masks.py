@@ -236,7 +236,7 @@ def test_a_finalist_is_masked_weight_by_weight_as_prune_masks_it(method, changes
 
 @pytest.mark.parametrize("true_sequential", [False, True])
 def test_a_finalist_with_dense_targets_is_what_prune_makes_of_it(true_sequential):
-    update = UpdateConfig(targets="dense", true_sequential=true_sequential)
+    update = UpdateConfig(targets="dense", true_sequential=true_sequential, residual=True)
     config = DSAConfig(0.6, "sparsegpt", "atp", spread=0.1, update=update)
     model, other = tiny_llama(), tiny_llama()
     resolver = Resolver(model, found := realise(model, CALIBRATION, config), CALIBRATION, config, ("atp",))
