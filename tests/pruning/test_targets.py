@@ -16,7 +16,9 @@ from optimum_dsa import (
     find_architecture,
     prune,
     verify,
+    walk_blocks,
 )
+from optimum_dsa.model.statistics import CollectedStatistics
 from optimum_dsa.pruning.targets import dense_target
 from optimum_dsa.pruning.unstructured.methods import METHODS
 from optimum_dsa.pruning.unstructured.updates import UPDATES
@@ -205,6 +207,16 @@ def test_targets_that_would_change_nothing_are_refused():
 def test_a_residual_without_dense_targets_is_refused():
     with pytest.raises(ValueError, match="targets is 'sparse'; use targets='dense' with it"):
         UpdateConfig(residual=True)
+
+
+def test_statistics_from_elsewhere_are_refused_before_a_weight_is_changed():
+    model = tiny_llama()
+    before, found = state(model), find_architecture(model)
+    walk = walk_blocks(model, found, [{"input_ids": tokens()}], reads={"gram"}, sequential=False)
+    collected = {name: each for walked in walk for name, each in walked.statistics.items()}
+    with pytest.raises(ValueError, match="over batches of inputs"):
+        prune(model, CollectedStatistics(collected, "elsewhere"), config())
+    assert same_state(model, before)
 
 
 def test_a_config_with_dense_targets_survives_its_own_form():
