@@ -111,7 +111,8 @@ def test_options_reach_the_config(monkeypatch, capsys, tmp_path, text):
     config = json.loads((out / "dsa_config.json").read_text())["config"]
     expected = {
         "sparsity": 0.5, "method": "magnitude", "allocation": "atp", "spread": 0.1, "pattern": "matrix",
-        "update": {"name": "none", "damping": 0.01, "true_sequential": False}, "granularity": "matrix",
+        "update": {"name": "none", "damping": 0.01, "true_sequential": False, "targets": "sparse", "residual": False},
+        "granularity": "matrix",
         "exclude": ["down_proj"], "batch_size": 2, "sequential": False,
         "data": {"num_samples": 4, "sequence_length": 32, "text_column": "text", "split": None, "bos": False,
                  "seed": 5},

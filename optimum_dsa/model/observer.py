@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +18,12 @@ from .statistics import LayerStatistics
 
 
 _PRODUCTS = {nn.functional.linear, torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.mm, Tensor.mm}
+
+
+class Observes(Protocol):
+    """Is told what the weights of a block multiply."""
+
+    def observe(self, weight: Weight, inputs: Tensor) -> None: ...
 
 
 class Observer:
@@ -36,15 +43,26 @@ class Observer:
         self._given: dict[str, list[tuple[int, int]]] = {}  # of this batch: weight -> its inputs, in order
         self._first = True
         self._real: Tensor | None = None
+        self._dense: Mapping[str, Sequence[Tensor]] = {}
+        self._tokens = 0
 
-    def start_batch(self, samples: int, real: Tensor | None = None) -> None:
+    def start_batch(
+        self,
+        samples: int,
+        real: Tensor | None = None,
+        dense: Mapping[str, Sequence[Tensor]] | None = None,
+        tokens: int = 0,
+    ) -> None:
         """Begin a batch of `samples` sequences; of whose tokens only those are counted that `real` marks.
 
         Args:
             real (`Tensor`, *optional*): (samples, length) bool; by default all tokens are.
+            dense (`Mapping[str, Sequence[Tensor]]`, *optional*): by weight, what it multiplies in the dense model in
+                this batch, in order, (..., in_features).
+            tokens (`int`): the tokens of the batch, all of which have to reach a weight before inputs are paired.
         """
         self._end_batch()
-        self._real = real
+        self._real, self._dense, self._tokens = real, dense or {}, tokens
         self._first = self.sequences == 0
         self.sequences += samples
 
@@ -60,6 +78,35 @@ class Observer:
         if name not in self.statistics:
             self.statistics[name] = LayerStatistics(weight.shape[1], inputs.device, self.gram)
         self.statistics[name].update_(self._counted(name, inputs))
+        dense = self._dense_of(name, inputs)
+        if dense is not None:
+            self.statistics[name].pair_(self._counted(name, inputs), self._counted(name, dense))
+
+    def add_residual(self, before: Mapping[str, Tensor], dense: Mapping[str, Tensor]) -> None:
+        """Note what the residual stream lacks in the batch that was run last.
+
+        Args:
+            before: by weight, the stream that its outputs are added to, (samples, ..., out_features).
+            dense: the same in the dense model.
+        """
+        sources = list(self._source.values())
+        for name, stream in before.items():
+            # One sum cannot serve two matrices that share an input: what they lack differs.
+            given = self._given.get(name, ())
+            if name not in dense or len(given) != 1 or sources.count(self._source[name]) != 1:
+                continue
+            missing = dense[name].to(stream.device).float() - stream.float()
+            inputs = self._inputs[given[0]][1]
+            self.statistics[name].lack_(self._counted(name, inputs), self._counted(name, missing))
+
+    def _dense_of(self, name: str, inputs: Tensor) -> Tensor | None:
+        """What the dense model gives in the place of `inputs`, (..., in_features); `None` where that is not known."""
+        dense, number = self._dense.get(name, ()), len(self._given[name]) - 1
+        if number >= len(dense) or dense[number].shape != inputs.shape:
+            return None
+        # As many tokens of a routed expert need not be the same ones; where all tokens come, they come in order.
+        whole = inputs.dim() > 2 or len(inputs) == self._tokens
+        return dense[number].to(inputs.device) if whole else None
 
     def _source_of(self, name: str, key: tuple[int, int], inputs: Tensor) -> str:
         """The weight whose statistics hold what `name` is given now, in the input `key`: its own, or another's.
@@ -147,7 +194,7 @@ def _lend(block: Block, statistics: dict[str, LayerStatistics]) -> None:
 
 
 @contextmanager
-def observing(model: nn.Module, block: Block, observer: Observer) -> Iterator[None]:
+def observing(model: nn.Module, block: Block, observer: Observes) -> Iterator[None]:
     """Hooks that report every input of the block's weights to `observer` while the context is open."""
     fused = [weight for weight in block.weights if weight.expert is not None]
     with ExitStack() as stack:
@@ -164,7 +211,7 @@ def observing(model: nn.Module, block: Block, observer: Observer) -> Iterator[No
         yield
 
 
-def _hook(observer: Observer, weight: Weight) -> Callable:
+def _hook(observer: Observes, weight: Weight) -> Callable:
     def observe(module, args, kwargs):
         observer.observe(weight, args[0] if args else next(iter(kwargs.values())))
 

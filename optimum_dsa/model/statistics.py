@@ -51,6 +51,11 @@ class LayerStatistics:
         tokens (`int`): inputs seen. A routed expert counts those that reached it.
         sequences (`int`): sequences seen.
         stand_in (`float`): what every Σ x_j² is taken to be where no input was seen.
+        drift (`Tensor`): (in_features, in_features), Σ (x_dense − x) xᵀ over all tokens, x_dense being what the dense
+            model gives in the place of x; `None` where no such input was seen.
+        lack (`Tensor`): (out_features, in_features), Σ (h_dense − h) xᵀ, h being the residual stream to which the
+            outputs are added; `None` where they are not, or nobody asked.
+        paired (`int`): inputs whose x_dense was seen. A routed expert has none: the dense model routes other tokens.
 
     A matrix that saw no input at all (an expert that no token was routed to) answers as if its inputs were white: its
     scores fall back to the weights alone. `stand_in` brings them to the scale of those beside it, or allocators that
@@ -65,6 +70,10 @@ class LayerStatistics:
     squared_sum: Tensor = None
     gram: Tensor | None = None
     stand_in: float | None = None
+    drift: Tensor | None = None
+    lack: Tensor | None = None
+    paired: int = 0
+    _lacking: int = field(default=0, repr=False)
     _factor: tuple[float, InverseFactor] | None = field(default=None, repr=False)
     _spectrum: tuple[float, Spectrum] | None = field(default=None, repr=False)
 
@@ -91,6 +100,49 @@ class LayerStatistics:
             # The same sums, so that a metric on Σ x² and an update on X·Xᵀ never disagree about a dead input.
             self.squared_sum.copy_(self.gram.diagonal())
         self._factor = self._spectrum = None
+
+    @torch.no_grad()
+    def pair_(self, inputs: Tensor, dense: Tensor) -> None:
+        """Add to `drift`, in place, the inputs of a batch and those of the dense model, (..., in_features) both."""
+        rows, others = inputs.reshape(-1, inputs.shape[-1]), dense.reshape(-1, dense.shape[-1])
+        if self.drift is None:
+            self.drift = torch.zeros(self.in_features, self.in_features, dtype=torch.float32, device=self.device)
+        self.paired += rows.shape[0]
+        width = max(CHUNK // self.in_features, self.in_features)
+        for part, other in zip(rows.split(width), others.split(width)):
+            # The difference and not X_dense·Xᵀ: exactly zero where nothing is pruned yet, and small behind that.
+            part = part.float()
+            self.drift.addmm_((other.float() - part).t(), part)
+
+    @torch.no_grad()
+    def lack_(self, inputs: Tensor, missing: Tensor) -> None:
+        """Add to `lack`, in place, a batch's inputs, (..., in_features), and h_dense − h, (..., out_features)."""
+        rows, others = inputs.reshape(-1, inputs.shape[-1]), missing.reshape(-1, missing.shape[-1])
+        if self.lack is None:
+            self.lack = torch.zeros(others.shape[1], self.in_features, dtype=torch.float32, device=self.device)
+        self._lacking += rows.shape[0]
+        self.lack.addmm_(others.float().t(), rows.float())
+
+    @property
+    def lacks(self) -> bool:
+        """Whether `lack` is a sum over all the inputs that were seen."""
+        return self.lack is not None and self._lacking == self.tokens
+
+    @property
+    def is_paired(self) -> bool:
+        """Whether `drift` and `cross` are sums over all the inputs that were seen."""
+        return self.drift is not None and self.paired == self.tokens
+
+    @property
+    def cross(self) -> Tensor:
+        """(in_features, in_features), X_dense·Xᵀ: Σ x_dense xᵀ over all tokens.
+
+        Raises:
+            ValueError: it was not collected, or not for all inputs.
+        """
+        if not self.is_paired:
+            raise ValueError('X_dense·Xᵀ was not collected; walk the blocks with reads={"gram", "cross_gram"}.')
+        return self.second_moment + self.drift
 
     @property
     def input_norm(self) -> Tensor:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -18,12 +19,15 @@ from torch import Tensor, nn
 
 from .architecture import Architecture, Block, Stack, UnprunableError, Weight
 from .calls import BlockCalls, capture_calls, check_calls, run_behind
+from .dense import AsDense, DenseInputs, DenseStream
 from .observer import Observer, observing
 from .offload import resident
+from .residual import watching_additions
 from .statistics import CollectedStatistics, LayerStatistics
 
 
-# What a walk can collect of each weight's input: "inputs" (Σ x²), "gram" (X·Xᵀ as well).
+# What a walk can collect of each weight's input: "inputs" (Σ x²), "gram" (X·Xᵀ as well), "cross_gram" (X_dense·Xᵀ),
+# and with it "residual" (what the residual stream lacks where a weight's outputs are added to it).
 Reads = frozenset[str]
 _READS = {"nothing": frozenset(), "inputs": frozenset({"inputs"}), "gram": frozenset({"inputs", "gram"})}
 
@@ -103,38 +107,46 @@ def walk_blocks(
     reads: Collection[str] = _READS["inputs"],
     sequential: bool = True,
     progress: Callable[[Sequence[Block]], Iterable[Block]] = iter,
+    as_dense: AsDense | None = None,
     gram: bool | None = None,
 ) -> Iterator[WalkedBlock]:
     """Each block with the statistics of its inputs, first block first.
 
     The caller may change a block's weights before it asks for the next one. With `sequential` the next block is given
     the outputs of the block as the caller left it (two forward passes per block), otherwise those that it had before
-    (one). One block's activations are alive at a time.
+    (one). One block's activations are alive at a time. With "cross_gram" in `reads` the dense model's go beside
+    them: one forward pass of the dense block more, and one with every later group of a `true_sequential` caller.
 
     Args:
         batches (`Sequence[Mapping[str, Tensor]]`): inputs of the model by name, first dimension the samples. What an
             attention mask marks as padding is cut off. `None` runs nothing and gives no statistics, and
             `CollectedStatistics` runs nothing and gives those.
         reads (`Collection[str]`, defaults to `{"inputs"}`): what is collected of each weight's input: "inputs" is Σ x²
-            (and always collected where there are batches), "gram" is X·Xᵀ as well.
+            (and always collected where there are batches), "gram" is X·Xᵀ as well, and "cross_gram" X_dense·Xᵀ of
+            what the dense model gives in the place of X, for all weights that every token reaches. "residual", beside
+            "cross_gram", is `LayerStatistics.lack` of the weights whose outputs are added to the residual stream.
         progress (`Callable[[Sequence[Block]], Iterable[Block]]`, defaults to `iter`): wraps the sequence of blocks, as
             tqdm does.
+        as_dense (`AsDense`, *optional*): a context in which the model computes with its dense weights, for a caller
+            who does not write to them; by default a copy of one block's is kept.
         gram (`bool`, *optional*): earlier name of "gram" in `reads`.
 
     Raises:
-        ValueError: NaN or infinities in the input of a weight, which it names.
+        ValueError: NaN or infinities in the input of a weight, which it names; "cross_gram" of a walk that runs
+            nothing, or in which nothing before a block is pruned.
         UnprunableError: the model does not run its blocks one after the other.
     """
     if gram is not None:
         warnings.warn("walk_blocks(gram=True) is walk_blocks(reads={'inputs', 'gram'}).", FutureWarning, stacklevel=2)
-    gram = gram or "gram" in reads
+    gram, cross = gram or "gram" in reads, "cross_gram" in reads
+    if cross and (not sequential or isinstance(batches, CollectedStatistics)):
+        raise ValueError(
+            "X_dense·Xᵀ (cross_gram) is of a walk that runs each block on what the pruned ones before it give; "
+            "walk with sequential=True over batches of inputs, or do not read it."
+        )
     blocks = iter(progress(architecture.blocks))
     if batches is None or isinstance(batches, CollectedStatistics):
-        collected = batches.statistics if batches else {}
-        for block in blocks:
-            with resident(model, _modules(block)) as changes:
-                found = {weight.name: collected[weight.name] for weight in block.weights if collected}
-                yield WalkedBlock(block, found, model, changes)
+        yield from _walk_still(model, blocks, batches.statistics if batches else {})
         return
     # Padding goes first: what is never run needs no mask, and costs no time.
     batches = [part for batch in batches for part in without_padding(batch)]
@@ -147,23 +159,36 @@ def walk_blocks(
             # One sample tells how blocks are called, and an error comes before hours of work.
             check_calls(model, stack, {name: value[:1] for name, value in batches[0].items()})
         # Of the unpruned model, for all stacks at once: an earlier stack may be pruned before a later one is captured.
-        early = (
-            {} if sequential else {stack.name: capture_calls(model, stack, batches) for stack in architecture.stacks}
-        )
+        ahead = architecture.stacks if cross or not sequential else ()
+        early = {stack.name: capture_calls(model, stack, batches) for stack in ahead}
         for stack in architecture.stacks:
-            calls = early.pop(stack.name, None) or capture_calls(model, stack, batches)
+            calls = capture_calls(model, stack, batches) if sequential else early.pop(stack.name)
+            # Arguments of its own: a block may leave in them what a later one reads (shared keys and values).
+            dense = None
+            if cross:
+                dense = DenseStream(early.pop(stack.name), calls.hidden, as_dense, "residual" in reads)
             # The last block is not run again unless somebody reads what it gives.
             needed = architecture.head is not None and stack is architecture.stacks[-1]
             for index, block in enumerate(stack.blocks):
                 next(blocks)
                 last = index + 1 == len(stack.blocks) and not needed
-                yield from _walk_block(model, block, calls, index, real, gram, sequential, last)
+                yield from _walk_block(model, block, calls, index, real, gram, sequential, last, dense)
         if architecture.head is not None:
-            yield from _walk_head(model, next(blocks), stack, calls, batches, real, gram)
+            yield from _walk_head(model, next(blocks), stack, calls, batches, real, gram, dense)
         next(blocks, None)  # lets a progress bar finish
     finally:
         for module in training:
             module.training = True
+
+
+def _walk_still(
+    model: nn.Module, blocks: Iterable[Block], collected: Mapping[str, LayerStatistics]
+) -> Iterator[WalkedBlock]:
+    """The blocks, of which nothing is run, with the statistics that are there."""
+    for block in blocks:
+        with resident(model, _modules(block)) as changes:
+            found = {weight.name: collected[weight.name] for weight in block.weights if collected}
+            yield WalkedBlock(block, found, model, changes)
 
 
 def _walk_block(
@@ -175,6 +200,7 @@ def _walk_block(
     gram: bool,
     sequential: bool,
     last: bool,
+    dense: DenseStream | None,
 ) -> Iterator[WalkedBlock]:
     """One step of the walk: collect, hand out, move the activations, (samples, ..., hidden size), on (unless last)."""
     module = model.get_submodule(block.name)
@@ -182,15 +208,19 @@ def _walk_block(
     def collect(weights: Sequence[Weight], move_on: bool = False) -> Mapping[str, LayerStatistics]:
         """Statistics of what `weights` multiply in the block as it is now; `move_on` replaces what goes into it."""
         part, observer = replace(block, weights=tuple(weights)), Observer(gram)
-        with observing(model, part, observer):
-            for number in range(len(calls)):
-                observer.start_batch(calls.samples[number], real[number])
+        for number in range(len(calls)):
+            beside = dense.inputs(model, part, module, index, number) if dense else DenseInputs()
+            hidden = calls.hidden[number]
+            observer.start_batch(calls.samples[number], real[number], beside.inputs, hidden.shape[:-1].numel())
+            watch = watching_additions(model, part, hidden) if dense and dense.residual else nullcontext({})
+            with observing(model, part, observer), watch as before:
                 output = calls.run(module, index, number)
-                if move_on:
-                    calls.hidden[number] = output
+            observer.add_residual(before, beside.before)
+            if move_on:
+                calls.hidden[number] = output
         return _checked(part, observer)
 
-    with resident(model, [block.name]) as changes:
+    with resident(model, [block.name]) as changes, dense.at(module) if dense else nullcontext():
         again = collect if sequential else None  # otherwise what went into the block is gone
         yield WalkedBlock(block, collect(block.weights, move_on=not sequential), model, changes, again)
         # Still inside `resident`: the changed weights are here, and need not be written and read back first.
@@ -207,13 +237,16 @@ def _walk_head(
     batches: Sequence[Mapping[str, Tensor]],
     real: Sequence[Tensor | None],
     gram: bool,
+    dense: DenseStream | None,
 ) -> Iterator[WalkedBlock]:
     """The weights outside the blocks, on what the last stack gives, (samples, ..., hidden size)."""
     with resident(model, _modules(head)) as changes:
         observer = Observer(gram)
-        with observing(model, head, observer):
-            for number, batch in enumerate(batches):
-                observer.start_batch(calls.samples[number], real[number])
+        for number, batch in enumerate(batches):
+            beside = dense.inputs_behind(model, head, stack, batch, number).inputs if dense else None
+            tokens = calls.hidden[number].shape[:-1].numel()
+            observer.start_batch(calls.samples[number], real[number], beside, tokens)
+            with observing(model, head, observer):
                 run_behind(model, stack, calls, batch, number)
         yield WalkedBlock(head, _checked(head, observer), model, changes)
 

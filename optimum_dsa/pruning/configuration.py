@@ -19,6 +19,7 @@ from ..model.architecture import GRANULARITIES
 from ..model.statistics import DAMPING
 from .allocation import ALLOCATIONS, Allocation, AllocationFunction, Allocator, levels_within
 from .resolved_method import ResolvedMethod
+from .targets import TARGETS
 from .unstructured.methods import METHODS, Method
 from .unstructured.patterns import Pattern
 from .unstructured.updates import UPDATES
@@ -37,16 +38,28 @@ class UpdateConfig:
         damping (`float`, defaults to 0.01): Share of mean diag(X·Xᵀ) added to it before it is inverted.
         true_sequential (`bool`, defaults to `False`): Whether the matrices of a block that come later (o; gate, up;
             down) are calibrated on the pruned ones before them (q, k, v), too: more forward passes, better weights.
+        targets (`str`, defaults to `"sparse"`): What the pruned matrices are fitted to: `"sparse"`, what their own
+            weights make of the inputs that they get, or `"dense"`, what the dense model has in that place, so that a
+            block makes up for those before it. Routed experts are fitted to the former in any case.
+        residual (`bool`, defaults to `False`): With dense targets, whether what the residual stream lacks is part of
+            the target of the matrices whose outputs are added to it (o, down).
     """
 
     name: str | None = None
     damping: float = setting(DAMPING, low=0)
     true_sequential: bool = False
+    targets: str = setting("sparse", choices=TARGETS)
+    residual: bool = False
 
     def __post_init__(self):
         check_settings(self)
         if self.name is not None:
             UPDATES[self.name]
+        if self.residual and self.targets != "dense":
+            raise ValueError(
+                f"residual=True adds to the targets of the dense model, and targets is {self.targets!r}; use "
+                "targets='dense' with it, or residual=False."
+            )
 
 
 @takes_flat_names
@@ -116,6 +129,8 @@ class DSAConfig:
                 "all on the dense model; leave out one of both."
             )
         self._check_pattern(self.resolved.pattern)
+        if self.update.targets == "dense":
+            self._check_dense_targets()
 
     def _check_pattern(self, pattern: Pattern) -> None:
         # Here and not when it is allocated: no choice of N could meet it, whatever the model.
@@ -139,6 +154,19 @@ class DSAConfig:
             raise ValueError(
                 f"Pattern {pattern} gives every matrix the same sparsity, so there is nothing to allocate; "
                 f"use allocation='uniform', or pattern='mixed:{pattern.width}' to let N differ."
+            )
+
+    def _check_dense_targets(self) -> None:
+        if UPDATES.fact(self.recipe.update, "reads", "nothing") != "gram":
+            able = ", ".join(name for name in sorted(UPDATES) if UPDATES.fact(name, "reads", "nothing") == "gram")
+            raise ValueError(
+                f"targets='dense' is for updates that fit the kept weights to X·Xᵀ, and {self.recipe.update!r}, the "
+                f"update of method {self.method!r}, does not; use one of {able}, or targets='sparse'."
+            )
+        if not self.sequential:
+            raise ValueError(
+                "targets='dense' with sequential=False changes nothing: every block is calibrated on the dense model "
+                "already; use sequential=True or targets='sparse'."
             )
 
     @property

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..model.statistics import LayerStatistics
 from ..model.walk import Reads, reads_of
+from .targets import dense_target
 from .unstructured.metrics import METRICS
 from .unstructured.patterns import Pattern
 from .unstructured.updates import UPDATES, Choice
@@ -30,7 +31,8 @@ class ResolvedMethod:
         update (`Callable`): (weight, statistics, choice) -> what the matrix becomes.
         damping (`float`): of the update, see [`UpdateConfig`].
         chooses (`bool`): whether the update chooses what is removed itself; then the metric is not asked.
-        reads (`frozenset[str]`): what scores and update need of calibration: "inputs", "gram".
+        reads (`frozenset[str]`): what scores and update need of calibration: "inputs", "gram", and "cross_gram" where
+            the targets are the dense model's ("residual" with what the residual stream lacks).
         allocation_metric (`Callable`): the scores from which the allocation is computed.
         allocation_reads (`frozenset[str]`): what the allocation needs.
     """
@@ -53,6 +55,8 @@ class ResolvedMethod:
         # A metric that is never asked must not make the walk collect for it.
         if not chooses:
             reads |= reads_of(METRICS.fact(recipe.metric, "reads", "inputs"))
+        if config.update.targets == "dense":
+            reads |= {"cross_gram", "residual"} if config.update.residual else {"cross_gram"}
         of_allocator = getattr(config.allocator, "reads", "nothing")
         if of_allocator == "scores":
             of_allocator = METRICS.fact(config.allocation_metric, "reads", "inputs")
@@ -81,6 +85,8 @@ class ResolvedMethod:
         # Nothing to choose and nothing to make up for; N:M removes its own number, whatever is asked.
         if count == 0 and not self.pattern.sparsity:
             return weight.clone()
+        if statistics is not None and "cross_gram" in self.reads:
+            weight = dense_target(weight, statistics, self.damping)
         keep = None if self.chooses else self.pattern.keep(self.metric(weight, statistics), count)
         return self.update(weight, statistics, Choice(self.pattern, count, keep, self.damping))
 

@@ -22,7 +22,8 @@ class Step(Protocol):
     """Changes one walked block, in place.
 
     Attributes:
-        reads: what the walk has to collect for it: "inputs" (Σ x² of every weight's input), "gram" (X·Xᵀ as well).
+        reads: what the walk has to collect for it: "inputs" (Σ x² of every weight's input), "gram" (X·Xᵀ as well),
+            "cross_gram" (X_dense·Xᵀ as well), and with it "residual".
     """
 
     reads: Reads

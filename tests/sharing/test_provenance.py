@@ -32,6 +32,7 @@ CONFIGS = [
     DSAConfig(0.5, data=DataConfig(bos=False)),
     DSAConfig(0.5, data=DataConfig(bos=True)),
     DSAConfig(0.5, update=UpdateConfig(true_sequential=True)),
+    DSAConfig(0.5, "sparsegpt", update=UpdateConfig(true_sequential=True, targets="dense", residual=True)),
     DSAConfig(
         0.6, allocation=GIVEN, batch_size=2, include=["lm_head"], data=DataConfig(split="test", text_column="code")
     ),

@@ -44,6 +44,7 @@ class MaskedModel:
         self.values: dict[str, Tensor] = {}
         self.exact: dict[str, Tensor] = {}
         self._on_gradient = None
+        self._suspended = False
 
     def keep(self, name: str, count: int) -> Tensor:
         """The mask of one weight, (out_features, in_features), True = keep."""
@@ -92,6 +93,15 @@ class MaskedModel:
             yield
 
     @contextmanager
+    def suspended(self) -> Iterator[None]:
+        """The model computes with its dense weights inside the context, also while it is `active`."""
+        self._suspended = True
+        try:
+            yield
+        finally:
+            self._suspended = False
+
+    @contextmanager
     def gradients(self, receive) -> Iterator[None]:
         """Backward passes inside the context call `receive(weight, gradient)` once per weight and forward pass.
 
@@ -110,6 +120,8 @@ class MaskedModel:
         own, inner = vars(module).get(where), getattr(module, where)
 
         def forward(*args, **kwargs):
+            if self._suspended:
+                return inner(*args, **kwargs)
             parameter = parameters[attribute]
             parameters[attribute] = self._masked(parameter, weights)
             try:

@@ -165,8 +165,16 @@ class Masks:
         batches = None
         if self.method.reads:
             batches = _first(self.calibration.batches(self.config.batch_size), tokens)
+        # On the dense model's activations nothing has drifted from them.
+        reads = self.method.reads if sequential else self.method.reads - {"cross_gram", "residual"}
         yield from walk_blocks(
-            self.model, self.architecture, batches, reads=self.method.reads, sequential=sequential, progress=shown
+            self.model,
+            self.architecture,
+            batches,
+            reads=reads,
+            sequential=sequential,
+            progress=shown,
+            as_dense=self.masked.suspended,
         )
 
     def _forget(self) -> None:

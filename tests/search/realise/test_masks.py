@@ -234,6 +234,23 @@ def test_a_finalist_is_masked_weight_by_weight_as_prune_masks_it(method, changes
     assert not found.masked.exact and not found.masked.values
 
 
+@pytest.mark.parametrize("true_sequential", [False, True])
+def test_a_finalist_with_dense_targets_is_what_prune_makes_of_it(true_sequential):
+    update = UpdateConfig(targets="dense", true_sequential=true_sequential, residual=True)
+    config = DSAConfig(0.6, "sparsegpt", "atp", spread=0.1, update=update)
+    model, other = tiny_llama(), tiny_llama()
+    resolver = Resolver(model, found := realise(model, CALIBRATION, config), CALIBRATION, config, ("atp",))
+    counts = dict(zip(found.sizes, resolver.removed(Candidate("atp", 0.1))))
+    prune(other, CALIBRATION, config)
+    with found.pruned(counts), torch.no_grad():
+        text = CALIBRATION.inputs["input_ids"]
+        torch.testing.assert_close(model(text).logits, other(text).logits)
+    found.move_anchor(counts)
+    with found.slopes(counts) as slopes:
+        model(text, labels=text).loss.backward()
+    assert all(value == value for value in slopes.values()) and any(slopes.values())
+
+
 def test_a_pattern_that_leaves_nothing_to_allocate_is_refused_with_the_one_that_does():
     config = DSAConfig(0.5, pattern="2:4", allocation="uniform")
     with pytest.raises(ValueError, match="no allocation to search for; use pattern='mixed:4'"):
