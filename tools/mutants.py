@@ -34,6 +34,10 @@ from pathlib import Path
 PACKAGE = "optimum_dsa"
 # module -> the files that test it; for others the one that mirrors it
 TESTS = {
+    **{
+        f"pruning/unstructured/{name}.py": ["pruning/unstructured/test_objective.py"]
+        for name in ("admm", "refit", "swap")
+    },
     "pruning/allocation/histogram.py": ["pruning/allocation/test_allocators.py", "search/test_summary.py"],
     **{f"search/{name}.py": ["search/test_search.py"] for name in ("conductor", "counts")},
     "pruning/allocation/levels.py": ["pruning/allocation/test_budget.py"],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import re
+import textwrap
 from argparse import ArgumentParser, BooleanOptionalAction
 from collections.abc import Callable, Collection
 from dataclasses import MISSING, Field
@@ -70,6 +71,8 @@ def add_settings(
     def fill() -> None:
         from ..common.settings import options_of, sections_of
 
+        parser.description = _with_names(parser.description or "")
+
         cls = _class(config)
         texts = _texts(cls)
         owner = {name: section for section, names in sections_of(cls).items() for name in names}
@@ -79,6 +82,24 @@ def add_settings(
                 _add(next(chosen, rest), name, field, texts.get(name, ""))
 
     parser.later(fill) if isinstance(parser, CommandParser) else fill()
+
+
+def _with_names(text: str) -> str:
+    """A description with the rows of the tables in the place of {methods}, {allocations} and {updates}."""
+    if "{methods}" not in text:
+        return text
+    from ..pruning.allocation import ALLOCATIONS
+    from ..pruning.unstructured.methods import METHODS
+    from ..pruning.unstructured.updates import UPDATES
+
+    methods = [
+        f"{name:<14} {METHODS.fact(name, 'about', f'{row.metric}, {row.pattern}, {row.update}')}"
+        for name, row in METHODS.items()
+    ]
+    indent = " " * 14
+    allocations = textwrap.fill(", ".join(ALLOCATIONS) + ";", 100, initial_indent=indent, subsequent_indent=indent)
+    listed = {"methods": "\n".join(indent + line for line in methods), "allocations": allocations}
+    return text.format(**listed, updates=", ".join(UPDATES))
 
 
 def asked_settings(args: Any, cls: type) -> dict[str, Any]:

@@ -16,20 +16,13 @@ class PruneCommand(LeafCommand):
 Prune a transformers model to an exact budget, in one shot, and save it as an ordinary checkpoint.
 
 method      how weights are scored and what happens to the rest
-              magnitude      |W|, needs no data
-              wanda          |W| times the norm of its input, per row (default)
-              wanda_variant  the same, rows may differ
-              ria            relative importance and activations
-              sparsegpt      second order, and the kept weights make up for the removed ones
-              alps           which weights stay, and what they become, from one objective: dearer and better
-              wanda+refit    wanda's mask, and the least squares weights on it
-              wanda+swap     wanda's mask bettered by exchanges, the weights as they are
-allocation  how much to remove from each block
-              uniform, dsa (default), owl, dlp, dlp_median, er, er_plus, global, alphapruning, atp, lsa;
+{methods}
+allocation  how much to remove from each block (default: dsa)
+{allocations}
               an allocation function such as "abslog/var/atan,asin/no_op@+0.08";
               an allocation as JSON, or the folder of a pruned model
 pattern     row, matrix, group:128, 2:4 (any N:M), mixed:8 (N:8, N from the allocation)
-update      what becomes of the weights that stay: none, sparsegpt, admm, refit, swap
+update      what becomes of the weights that stay: {updates}
 """
     EXAMPLES = """\
   optimum-cli dsa prune Qwen/Qwen3-0.6B -o out --sparsity 0.6

@@ -18,14 +18,55 @@ class Method:
     update: str = "none"
 
 
+# The fact `about` is what the help of `optimum-cli dsa prune` says of a method.
 METHODS = Registry("method")
 
-METHODS.add("magnitude", Method("magnitude", "matrix"), reference=METRICS.references["magnitude"])
-METHODS.add("wanda", Method("wanda", "row"), reference=METRICS.references["wanda"])
-METHODS.add("wanda_variant", Method("wanda_variant", "matrix"), reference=METRICS.references["wanda_variant"])
-METHODS.add("ria", Method("ria", "matrix"), reference=METRICS.references["ria"])
-METHODS.add("sparsegpt", Method("obs", "group:128", "sparsegpt"), reference=METRICS.references["obs"])
+METHODS.add(
+    "magnitude",
+    Method("magnitude", "matrix"),
+    reference=METRICS.references["magnitude"],
+    about="|W|, needs no data",
+)
+METHODS.add(
+    "wanda",
+    Method("wanda", "row"),
+    reference=METRICS.references["wanda"],
+    about="|W| times the norm of its input, per row (default)",
+)
+METHODS.add(
+    "wanda_variant",
+    Method("wanda_variant", "matrix"),
+    reference=METRICS.references["wanda_variant"],
+    about="the same, rows may differ",
+)
+METHODS.add(
+    "ria",
+    Method("ria", "matrix"),
+    reference=METRICS.references["ria"],
+    about="relative importance and activations",
+)
+METHODS.add(
+    "sparsegpt",
+    Method("obs", "group:128", "sparsegpt"),
+    reference=METRICS.references["obs"],
+    about="second order, and the kept weights make up for the removed ones",
+)
 # The metric says only where a search begins: the update finds the support itself.
-METHODS.add("alps", Method("obs", "matrix", "admm"), reference=UPDATES.references["admm"])
-METHODS.add("wanda+refit", Method("wanda", "row", "refit"), reference=METRICS.references["wanda"])
-METHODS.add("wanda+swap", Method("wanda", "row", "swap"), reference=UPDATES.references["swap"])
+METHODS.add(
+    "alps",
+    Method("obs", "matrix", "admm"),
+    reference=UPDATES.references["admm"],
+    about="which weights stay, and what they become, from one objective: dearer and better",
+)
+METHODS.add(
+    "wanda+refit",
+    Method("wanda", "row", "refit"),
+    reference=METRICS.references["wanda"],
+    about="wanda's mask, and the least squares weights on it",
+)
+METHODS.add(
+    "wanda+swap",
+    Method("wanda", "row", "swap"),
+    reference=UPDATES.references["swap"],
+    about="wanda's mask bettered by exchanges, the weights as they are",
+)
