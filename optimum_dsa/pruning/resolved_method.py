@@ -33,6 +33,7 @@ class ResolvedMethod:
         chooses (`bool`): whether the update chooses what is removed itself; then the metric is not asked.
         reads (`frozenset[str]`): what scores and update need of calibration: "inputs", "gram", and "cross_gram" where
             the targets are the dense model's ("residual" with what the residual stream lacks).
+        metric_reads (`frozenset[str]`): what the metric needs, also where it is not asked: a search orders by it.
         allocation_metric (`Callable`): the scores from which the allocation is computed.
         allocation_reads (`frozenset[str]`): what the allocation needs.
     """
@@ -43,6 +44,7 @@ class ResolvedMethod:
     damping: float
     chooses: bool
     reads: Reads
+    metric_reads: Reads
     allocation_metric: Callable[[Tensor, LayerStatistics | None], Tensor]
     allocation_reads: Reads
 
@@ -52,9 +54,10 @@ class ResolvedMethod:
         recipe, pattern = config.recipe, Pattern.parse(config.recipe.pattern)
         chooses = _chooses(recipe.update, recipe.metric, pattern)
         reads = reads_of(UPDATES.fact(recipe.update, "reads", "nothing"))
+        metric_reads = reads_of(METRICS.fact(recipe.metric, "reads", "inputs"))
         # A metric that is never asked must not make the walk collect for it.
         if not chooses:
-            reads |= reads_of(METRICS.fact(recipe.metric, "reads", "inputs"))
+            reads |= metric_reads
         if config.update.targets == "dense":
             reads |= {"cross_gram", "residual"} if config.update.residual else {"cross_gram"}
         of_allocator = getattr(config.allocator, "reads", "nothing")
@@ -67,6 +70,7 @@ class ResolvedMethod:
             damping=config.update.damping,
             chooses=chooses,
             reads=reads,
+            metric_reads=metric_reads,
             allocation_metric=METRICS[config.allocation_metric],
             allocation_reads=reads_of(of_allocator),
         )

@@ -8,7 +8,17 @@ import torch
 from accelerate.tracking import GeneralTracker
 from transformers import LlamaForCausalLM
 
-from optimum_dsa import ALLOCATIONS, Calibration, DataConfig, DSAConfig, DSAPruner, allocate, perplexity, prune
+from optimum_dsa import (
+    ALLOCATIONS,
+    UPDATES,
+    Calibration,
+    DataConfig,
+    DSAConfig,
+    DSAPruner,
+    allocate,
+    perplexity,
+    prune,
+)
 from optimum_dsa.search.evaluator import Evaluator
 from optimum_dsa.search.finals import FinalRound
 from optimum_dsa.search.problem import Budget, parse_budget
@@ -482,3 +492,22 @@ def test_a_trace_that_ends_in_the_middle_of_a_rung_is_gone_on_with_from_there(tm
     assert asked[0] == (1, 2) and outcome(resumed) == outcome(whole)
     assert [trial.number for trial in resumed.trace.trials] == list(range(len(resumed.trace.trials)))
     assert resumed.budget.spent_tokens == whole.budget.spent_tokens
+
+
+def test_what_an_update_chooses_is_what_is_searched_for():
+    """An update that is registered may choose; then the metric only says where a search begins."""
+
+    def smallest(weight, statistics, choice):
+        gone = weight.abs().flatten().argsort()[: choice.count]
+        return weight.flatten().index_fill(0, gone, 0).view_as(weight)
+
+    UPDATES.add("smallest", smallest, chooses=True)
+    try:
+        config = DSAConfig(0.5, "wanda", pattern="matrix", update="smallest")
+        calibration, validation = tokens(8, 16), tokens(8, 16, seed=9)
+        found = DSAPruner(tiny_llama()).search(calibration, config, budget="3000 tokens", validation=validation)
+        pruner = DSAPruner(tiny_llama())
+        pruner.prune(calibration, replace(config, allocation=found.best))
+    finally:
+        del UPDATES["smallest"]
+    assert found.finalists[0].perplexity == pytest.approx(perplexity(pruner.model, validation), rel=1e-4)

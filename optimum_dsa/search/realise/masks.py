@@ -163,10 +163,11 @@ class Masks:
     @torch.no_grad()
     def _walk(self, sequential: bool, tokens: int, shown: Callable = iter) -> Iterator[WalkedBlock]:
         batches = None
-        if self.method.reads:
+        wanted = self.method.reads | self.method.metric_reads
+        if wanted:
             batches = _first(self.calibration.batches(self.config.batch_size), tokens)
         # On the dense model's activations nothing has drifted from them.
-        reads = self.method.reads if sequential else self.method.reads - {"cross_gram", "residual"}
+        reads = wanted if sequential else wanted - {"cross_gram", "residual"}
         yield from walk_blocks(
             self.model,
             self.architecture,
