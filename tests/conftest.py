@@ -16,6 +16,7 @@ import torch
 import transformers as tf
 from torch import Tensor, nn
 
+from optimum_dsa import demo_texts
 from optimum_dsa.common.fence_rows import DependencyError
 
 from .tiny import LOADS_COMPRESSED
@@ -249,3 +250,11 @@ def tiny() -> Callable[[str], nn.Module]:
 def inputs() -> Callable[..., dict[str, Tensor]]:
     """`inputs("llama", samples=6)`: what the family's model can be calibrated with."""
     return _inputs
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    """A file of held-out text, short enough to be fast."""
+    path = tmp_path_factory.mktemp("text") / "calibration.txt"
+    path.write_text("\n".join(demo_texts("calibration"))[:20_000])
+    return str(path)

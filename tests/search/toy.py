@@ -78,3 +78,7 @@ def play(strategy, problem, loss, slopes=None):
             requests = strategy.send(trials)
     except StopIteration as end:
         return end.value, asked
+
+
+def counts_of(objective, share):
+    return {name: round(share * size) for name, size in objective.realisation.sizes.items()}

@@ -17,24 +17,11 @@ from optimum_dsa.search.resolver import Resolver
 from optimum_dsa.search.space import Candidate
 
 from ...tiny import same_state, state, tiny_llama, tokens
-from ..toy import judge
+from ..toy import counts_of, judge
 
 
 VALIDATION = tokens(5, 16, seed=5)
 CALIBRATION = Calibration({"input_ids": tokens()}, "x")
-
-
-@pytest.fixture
-def objective():
-    model = tiny_llama()
-    torch.manual_seed(1)
-    for parameter in model.parameters():
-        parameter.data *= 3  # or nothing that is removed would matter
-    return judge(model, Calibration({"input_ids": tokens()}, "x"), tokens(4, 16, seed=5), DSAConfig(0.6), top=30)
-
-
-def counts_of(objective, share):
-    return {name: round(share * size) for name, size in objective.realisation.sizes.items()}
 
 
 @pytest.mark.parametrize("method", ["wanda", "magnitude", "sparsegpt", "alps", "wanda+swap"])
