@@ -40,7 +40,7 @@ SOME = (
     "tests/sharing/test_push.py::test_a_second_push_changes_nothing",
     "tests/sharing/test_card.py::test_the_card_names_the_base_model_and_carries_its_licence",
     "tests/test_data.py::test_a_short_name_stands_for_a_repository_and_its_column",
-    "tests/test_commands.py::test_help_teaches_every_name",
+    "tests/test_options.py::test_help_teaches_every_name",
     "tests/test_commands.py::test_bad_usage_is_one_clear_line_and_exit_code_2",
     "tests/evaluation/test_metric.py",
     "tests/recovery/test_recover.py::test_without_peft_all_weights_can_be_trained_and_adapters_say_what_to_install",
