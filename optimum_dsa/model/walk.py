@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from .architecture import Architecture, Block, Stack, UnprunableError, Weight
 from .calls import BlockCalls, capture_calls, check_calls, run_behind
 from .dense import AsDense, DenseInputs, DenseStream
-from .observer import Observer, observing
+from .observer import Observer, Unheard, observing
 from .offload import resident
 from .residual import watching_additions
 from .statistics import CollectedStatistics, LayerStatistics
@@ -66,9 +66,29 @@ class WalkedBlock:
     def weights(self) -> tuple[Weight, ...]:
         return self.block.weights
 
+    def state(self) -> dict[str, Tensor]:
+        """Every parameter and buffer of the block that a checkpoint has and that is here, live, by full name."""
+        found = {}
+        for name in self.block.modules:
+            found |= self.model.get_submodule(name).state_dict(prefix=f"{name}.")
+        # of an offloaded model that is not run, the weights alone are brought in
+        return {name: value for name, value in found.items() if isinstance(value, Tensor) and not value.is_meta}
+
     def tensor(self, weight: Weight) -> Tensor:
         """The live weight, (out_features, in_features); the walk sees what is written to it."""
         return weight.tensor(self.model)
+
+    def become(self, values: Mapping[str, Tensor]) -> None:
+        """Copy `values` into the tensors of these names, of `state`, and their shapes."""
+        live = self.state()
+        for name, value in values.items():
+            # What is as it should be (norms, mostly) need not be written back to a disk either.
+            if torch.equal(live[name].cpu(), value.cpu()):
+                continue
+            live[name].copy_(value)
+            owner, _, attribute = name.rpartition(".")
+            if attribute in dict(self.model.get_submodule(owner).named_parameters(recurse=False)):
+                self.changes.add(name)
 
     def groups(self, true_sequential: bool = False) -> Iterator[Group]:
         """The weights in groups that share an input, in the order in which the block runs them.
@@ -108,6 +128,7 @@ def walk_blocks(
     sequential: bool = True,
     progress: Callable[[Sequence[Block]], Iterable[Block]] = iter,
     as_dense: AsDense | None = None,
+    finished: int = 0,
     gram: bool | None = None,
 ) -> Iterator[WalkedBlock]:
     """Each block with the statistics of its inputs, first block first.
@@ -129,6 +150,8 @@ def walk_blocks(
             tqdm does.
         as_dense (`AsDense`, *optional*): a context in which the model computes with its dense weights, for a caller
             who does not write to them; by default a copy of one block's is kept.
+        finished (`int`, defaults to 0): so many blocks, the first ones, come without statistics: the caller makes them
+            what an earlier walk left, and the blocks after them see what they would have seen then.
         gram (`bool`, *optional*): earlier name of "gram" in `reads`.
 
     Raises:
@@ -145,6 +168,7 @@ def walk_blocks(
             "walk with sequential=True over batches of inputs, or do not read it."
         )
     blocks = iter(progress(architecture.blocks))
+    head = architecture.head if finished < len(architecture.blocks) else None  # as far as it is read
     if batches is None or isinstance(batches, CollectedStatistics):
         yield from _walk_still(model, blocks, batches.statistics if batches else {})
         return
@@ -167,14 +191,19 @@ def walk_blocks(
             dense = None
             if cross:
                 dense = DenseStream(early.pop(stack.name), calls.hidden, as_dense, "residual" in reads)
-            # The last block is not run again unless somebody reads what it gives.
-            needed = architecture.head is not None and stack is architecture.stacks[-1]
+            # The last block that is read is not run again unless somebody reads what it gives.
+            needed = head is not None and stack is architecture.stacks[-1]
+            read = stack.blocks[finished:]
             for index, block in enumerate(stack.blocks):
                 next(blocks)
-                last = index + 1 == len(stack.blocks) and not needed
-                yield from _walk_block(model, block, calls, index, real, gram, sequential, last, dense)
-        if architecture.head is not None:
+                last = (index + 1 == len(stack.blocks) or not read) and not needed
+                done = index < finished
+                yield from _walk_block(model, block, calls, index, real, gram, sequential, last, dense, done)
+            finished = max(finished - len(stack.blocks), 0)
+        if head is not None:
             yield from _walk_head(model, next(blocks), stack, calls, batches, real, gram, dense)
+        elif architecture.head is not None:
+            yield from _walk_still(model, blocks, {})
         next(blocks, None)  # lets a progress bar finish
     finally:
         for module in training:
@@ -201,8 +230,12 @@ def _walk_block(
     sequential: bool,
     last: bool,
     dense: DenseStream | None,
+    finished: bool,
 ) -> Iterator[WalkedBlock]:
-    """One step of the walk: collect, hand out, move the activations, (samples, ..., hidden size), on (unless last)."""
+    """One step of the walk: collect, hand out, move the activations, (samples, ..., hidden size), on (unless last).
+
+    Of a `finished` block nothing is collected.
+    """
     module = model.get_submodule(block.name)
 
     def collect(weights: Sequence[Weight], move_on: bool = False) -> Mapping[str, LayerStatistics]:
@@ -220,9 +253,20 @@ def _walk_block(
                 calls.hidden[number] = output
         return _checked(part, observer)
 
+    def pass_by() -> Mapping[str, LayerStatistics]:
+        """No statistics; what the block is given moves on as in `collect`, and in the same way, to the last bit."""
+        for number in range(0 if last else len(calls)):
+            if dense:
+                dense.inputs(model, block, module, index, number)
+            if not sequential:
+                with observing(model, block, Unheard()):
+                    calls.hidden[number] = calls.run(module, index, number)
+        return {}
+
     with resident(model, [block.name]) as changes, dense.at(module) if dense else nullcontext():
-        again = collect if sequential else None  # otherwise what went into the block is gone
-        yield WalkedBlock(block, collect(block.weights, move_on=not sequential), model, changes, again)
+        again = collect if sequential and not finished else None  # otherwise what went into the block is gone
+        found = pass_by() if finished else collect(block.weights, move_on=not sequential)
+        yield WalkedBlock(block, found, model, changes, again)
         # Still inside `resident`: the changed weights are here, and need not be written and read back first.
         if sequential and not last:
             for number in range(len(calls)):

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -16,23 +18,34 @@ from ..model.walk import walk_blocks
 from .allocate import allocate, architecture_for, check_finite_weights
 from .allocation import Allocation
 from .configuration import DSAConfig
+from .finished import FinishedBlocks, settings_of
 from .report import PruningReport
 from .sink import KeepBlocks, Sink
 from .source import Known, Source, as_calibration, batches_of, check_finite_outputs, progress
-from .steps import RemoveWeights, Step, union
+from .steps import RemoveWeights, Step, notes_of, union
 
 
 logger = logging.getLogger(__name__)
 
 
 @torch.no_grad()
-def prune(model: nn.Module, calibration: Source | None, config: DSAConfig) -> PruningReport:
+def prune(
+    model: nn.Module,
+    calibration: Source | None,
+    config: DSAConfig,
+    checkpoints: str | Path | None = None,
+    resume: bool = False,
+) -> PruningReport:
     """Prune `model` in place; what was asked and what came out.
 
     Args:
         calibration (`Calibration | CollectedStatistics | Tensor | Mapping[str, Tensor]`): a LongTensor (samples,
             length), the model's inputs by name, what `load_calibration` gives, or statistics that are there already;
             `None` where method and allocation need no data.
+        checkpoints (`str | Path`, *optional*): folder for the blocks that are finished, from which a prune that was
+            interrupted goes on; as large as the blocks in the end.
+        resume (`bool`, defaults to `False`): go on from those that are there, with `model` as it was at the beginning;
+            the end is that of an uninterrupted run.
 
     Everything that can be known to be wrong is raised before the first weight is changed.
     """
@@ -45,11 +58,16 @@ def prune(model: nn.Module, calibration: Source | None, config: DSAConfig) -> Pr
         batches_of(calibration, config, f"method {config.method!r}")  # missing data are found before work
     check_finite_weights(model, architecture)
     check_finite_outputs(model, architecture, calibration)
-    # A walk of its own, before the one that prunes: units are compared on the dense model.
-    allocation = allocate(model, calibration, config, architecture)
+    finished = _finished(model, architecture, calibration, config, checkpoints, resume)
+    allocation = finished.allocation if finished else None
+    if allocation is None:
+        # A walk of its own, before the one that prunes: units are compared on the dense model.
+        allocation = allocate(model, calibration, config, architecture)
+    if finished:
+        finished.begin(allocation)
     remove = RemoveWeights(config.resolved, allocation, config.update.true_sequential)
     sink = KeepBlocks()
-    run_steps(model, architecture, calibration, config, [remove], sink)
+    run_steps(model, architecture, calibration, config, [remove], sink, finished)
     _warn_of_more(sum(sink.zeros.values()), allocation, config)
     return PruningReport(
         config=config,
@@ -66,6 +84,23 @@ def prune(model: nn.Module, calibration: Source | None, config: DSAConfig) -> Pr
         unseen=tuple(remove.unseen),
         seconds=time.perf_counter() - start,
     )
+
+
+def _finished(
+    model: nn.Module,
+    architecture: Architecture,
+    calibration: Known | None,
+    config: DSAConfig,
+    checkpoints: str | Path | None,
+    resume: bool,
+) -> FinishedBlocks | None:
+    """What an earlier run finished, and where this one's blocks go; `None` where they are not kept."""
+    if checkpoints is None:
+        if resume:
+            raise ValueError("Resuming needs a folder of checkpoints; name one.")
+        return None
+    names = [block.name for block in architecture.blocks]
+    return FinishedBlocks.open(checkpoints, resume, settings_of(model, calibration, config), names)
 
 
 def _warn_of_more(zeros: int, allocation: Allocation, config: DSAConfig) -> None:
@@ -86,13 +121,35 @@ def run_steps(
     config: DSAConfig,
     steps: Sequence[Step],
     sink: Sink,
+    finished: FinishedBlocks | None = None,
 ) -> None:
-    """The body of every one-shot pruner: each block in turn is given to all steps, then to the sink."""
+    """The body of every one-shot pruner: each block in turn is given to all steps, then to the sink.
+
+    Blocks that are `finished` are put back instead, and those that are not are kept there as they become so.
+    """
     reads = union(steps)
     batches = batches_of(calibration, config, f"method {config.method!r}") if reads else None
-    for walked in walk_blocks(
-        model, architecture, batches, reads=reads, sequential=config.sequential, progress=progress("Pruning")
-    ):
-        for step in steps:
-            step(walked)
+    done = finished.count if finished else 0
+    blocks = walk_blocks(
+        model,
+        architecture,
+        batches,
+        reads=reads,
+        sequential=config.sequential,
+        progress=progress("Pruning"),
+        finished=done,
+    )
+    for number, walked in enumerate(blocks):
+        if number < done:
+            finished.restore(number, walked, steps)
+        else:
+            known = [notes_of(step).copy() for step in steps]
+            for step in steps:
+                step(walked)
+            if finished:
+                finished.add(number, walked, [_new(notes_of(step), old) for step, old in zip(steps, known)])
         sink(walked)
+
+
+def _new(notes: Mapping[str, Any], known: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: note for name, note in notes.items() if name not in known}

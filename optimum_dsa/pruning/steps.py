@@ -8,7 +8,7 @@ for walked in walk_blocks(model, architecture, batches, reads=union(steps)):
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 
@@ -21,12 +21,18 @@ from .resolved_method import ResolvedMethod
 class Step(Protocol):
     """Changes one walked block, in place.
 
+    What it does to a block follows from the block, its statistics and its own settings, and from no block before it,
+    and it changes nothing outside the block: one that an interrupted prune finished is put back without asking it.
+
     Attributes:
         reads: what the walk has to collect for it: "inputs" (Σ x² of every weight's input), "gram" (X·Xᵀ as well),
             "cross_gram" (X_dense·Xᵀ as well), and with it "residual".
+        notes: what the report will say of it: the name of a weight or of a block -> a JSON value. It is added to at a
+            block, kept with the block, and put back with it; a step that tells nothing needs none.
     """
 
     reads: Reads
+    notes: dict[str, Any]
 
     def __call__(self, walked: WalkedBlock) -> None: ...
 
@@ -34,6 +40,11 @@ class Step(Protocol):
 def union(steps: Sequence[Step]) -> Reads:
     """What a walk has to read so that every step has what it needs."""
     return frozenset().union(*(step.reads for step in steps))
+
+
+def notes_of(step: Step) -> dict[str, Any]:
+    """What a step has noted; an empty dictionary of no consequence of one that notes nothing."""
+    return getattr(step, "notes", {})
 
 
 class RemoveWeights:
@@ -48,8 +59,15 @@ class RemoveWeights:
         self.method, self.counts, self.granularity = method, allocation.counts(), allocation.granularity
         self.true_sequential = true_sequential
         self.reads: Reads = method.reads
-        self.damping: dict[str, float] = {}
-        self.unseen: list[str] = []
+        self.notes: dict[str, Any] = {}  # weight -> its "damping", and whether it was "unseen"
+
+    @property
+    def damping(self) -> dict[str, float]:
+        return {name: noted["damping"] for name, noted in self.notes.items() if "damping" in noted}
+
+    @property
+    def unseen(self) -> list[str]:
+        return [name for name, noted in self.notes.items() if "unseen" in noted]
 
     @torch.no_grad()
     def __call__(self, walked: WalkedBlock) -> None:
@@ -71,8 +89,9 @@ class RemoveWeights:
         return shares
 
     def _note(self, name: str, statistics: LayerStatistics) -> None:
-        if statistics.tokens == 0:
-            self.unseen.append(name)
+        noted: dict[str, Any] = {"unseen": True} if statistics.tokens == 0 else {}
         # Only what was raised: the damping that was asked for stands in the config.
         if (used := statistics.damping_used) and used > self.method.damping:
-            self.damping[name] = used
+            noted["damping"] = used
+        if noted:
+            self.notes[name] = noted
