@@ -22,6 +22,7 @@ from .calls import BlockCalls, capture_calls, check_calls, run_behind
 from .dense import AsDense, DenseInputs, DenseStream
 from .observer import Observer, Unheard, observing
 from .offload import resident
+from .padding import real_tokens, without_padding
 from .residual import watching_additions
 from .statistics import CollectedStatistics, LayerStatistics
 
@@ -168,13 +169,12 @@ def walk_blocks(
             "walk with sequential=True over batches of inputs, or do not read it."
         )
     blocks = iter(progress(architecture.blocks))
-    head = architecture.head if finished < len(architecture.blocks) else None  # as far as it is read
     if batches is None or isinstance(batches, CollectedStatistics):
         yield from _walk_still(model, blocks, batches.statistics if batches else {})
         return
     # Padding goes first: what is never run needs no mask, and costs no time.
     batches = [part for batch in batches for part in without_padding(batch)]
-    real = [_real_tokens(model, batch) for batch in batches]
+    real = [real_tokens(model, batch) for batch in batches]
     # Module by module: parts of a model may be frozen in eval mode on purpose.
     training = [module for module in model.modules() if module.training]
     model.eval()
@@ -191,19 +191,11 @@ def walk_blocks(
             dense = None
             if cross:
                 dense = DenseStream(early.pop(stack.name), calls.hidden, as_dense, "residual" in reads)
-            # The last block that is read is not run again unless somebody reads what it gives.
-            needed = head is not None and stack is architecture.stacks[-1]
-            read = stack.blocks[finished:]
-            for index, block in enumerate(stack.blocks):
-                next(blocks)
-                last = (index + 1 == len(stack.blocks) or not read) and not needed
-                done = index < finished
-                yield from _walk_block(model, block, calls, index, real, gram, sequential, last, dense, done)
+            needed = architecture.head is not None and stack is architecture.stacks[-1]
+            yield from _walk_stack(model, stack, blocks, calls, real, gram, sequential, needed, dense, finished)
             finished = max(finished - len(stack.blocks), 0)
-        if head is not None:
-            yield from _walk_head(model, next(blocks), stack, calls, batches, real, gram, dense)
-        elif architecture.head is not None:
-            yield from _walk_still(model, blocks, {})
+        if architecture.head is not None:
+            yield from _walk_head(model, next(blocks), stack, calls, batches, real, gram, dense, finished > 0)
         next(blocks, None)  # lets a progress bar finish
     finally:
         for module in training:
@@ -218,6 +210,27 @@ def _walk_still(
         with resident(model, _modules(block)) as changes:
             found = {weight.name: collected[weight.name] for weight in block.weights if collected}
             yield WalkedBlock(block, found, model, changes)
+
+
+def _walk_stack(
+    model: nn.Module,
+    stack: Stack,
+    blocks: Iterator[Block],
+    calls: BlockCalls,
+    real: Sequence[Tensor | None],
+    gram: bool,
+    sequential: bool,
+    needed: bool,
+    dense: DenseStream | None,
+    finished: int,
+) -> Iterator[WalkedBlock]:
+    """The blocks of a stack, the first of them `finished`; `needed`: the head may read what the last one gives."""
+    count = len(stack.blocks)
+    for index, block in enumerate(stack.blocks):
+        next(blocks)
+        # A block is not run again unless somebody reads what it gives: a later one, or the head.
+        read = finished <= count if needed else max(index + 1, finished) < count
+        yield from _walk_block(model, block, calls, index, real, gram, sequential, not read, dense, index < finished)
 
 
 def _walk_block(
@@ -282,79 +295,18 @@ def _walk_head(
     real: Sequence[Tensor | None],
     gram: bool,
     dense: DenseStream | None,
+    finished: bool,
 ) -> Iterator[WalkedBlock]:
     """The weights outside the blocks, on what the last stack gives, (samples, ..., hidden size)."""
     with resident(model, _modules(head)) as changes:
         observer = Observer(gram)
-        for number, batch in enumerate(batches):
+        for number, batch in enumerate(() if finished else batches):
             beside = dense.inputs_behind(model, head, stack, batch, number).inputs if dense else None
             tokens = calls.hidden[number].shape[:-1].numel()
             observer.start_batch(calls.samples[number], real[number], beside, tokens)
             with observing(model, head, observer):
                 run_behind(model, stack, calls, batch, number)
-        yield WalkedBlock(head, _checked(head, observer), model, changes)
-
-
-def without_padding(batch: Mapping[str, Tensor]) -> list[Mapping[str, Tensor]]:
-    """The batch as batches of sequences of one length, without the padding on either side that its masks mark.
-
-    Inputs are (samples, length, ...), masks (samples, length).
-    """
-    parts = [batch]
-    for side in ("", "decoder_"):
-        parts = [cut for part in parts for cut in _cut(part, side)]
-    return parts
-
-
-def _cut(batch: Mapping[str, Tensor], side: str) -> Iterator[Mapping[str, Tensor]]:
-    """Parts of a batch, (samples, length, ...) each, whose samples are padded alike, without this side's padding.
-
-    Whatever the mask runs along is cut, be it token ids, embeddings or the samples of a recording.
-    """
-    mask = batch.get(f"{side}attention_mask")
-    along = [] if mask is None or mask.dim() != 2 else _masked(batch, side, mask)
-    if not along or mask.bool().all():
-        yield batch
-        return
-    # Samples of one extent stay one batch: the fewer there are, the fewer forward passes.
-    samples: dict[tuple[int, int], list[int]] = {}
-    for sample, positions in enumerate(mask.bool()):
-        if len(kept := positions.nonzero()):
-            samples.setdefault((int(kept[0]), int(kept[-1]) + 1), []).append(sample)
-    if not samples:
-        raise ValueError(f"The {side}attention_mask marks every token of a batch as padding.")
-    for (start, stop), chosen in samples.items():
-        part = {name: value[chosen] for name, value in batch.items()}
-        for name in (*along, f"{side}attention_mask"):
-            part[name] = part[name][:, start:stop]
-        yield part
-
-
-def _masked(batch: Mapping[str, Tensor], side: str, mask: Tensor) -> list[str]:
-    """Names of the inputs of one side that the mask, (samples, length), runs along, without the mask itself."""
-    return [
-        name
-        for name, value in batch.items()
-        if name.startswith("decoder_") == bool(side)
-        and name != f"{side}attention_mask"
-        and value.shape[:2] == mask.shape
-    ]
-
-
-def _real_tokens(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor | None:
-    """(samples, length) bool where padding is left between tokens; `None` where it was at the ends, and is cut off."""
-    for side in ("", "decoder_"):
-        mask = batch.get(f"{side}attention_mask")
-        if mask is None or mask.dim() != 2 or mask.bool().all() or not _masked(batch, side, mask):
-            continue
-        # A decoder reads its own tokens and, in cross-attention, those of the encoder, of another length.
-        if model.config.is_encoder_decoder:
-            raise ValueError(
-                f"The {side}attention_mask has holes between tokens, and which statistics they belong to cannot be "
-                "told in an encoder-decoder; give sequences that are padded at their ends only."
-            )
-        return mask.bool()
-    return None
+        yield WalkedBlock(head, {} if finished else _checked(head, observer), model, changes)
 
 
 def _modules(block: Block) -> list[str]:
