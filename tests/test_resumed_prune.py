@@ -151,6 +151,14 @@ def test_a_disk_with_room_for_the_result_alone_keeps_no_blocks(command, tmp_path
     assert "none for finished blocks beside it: this run cannot be resumed. --checkpoints FOLDER" in caplog.text
 
 
+def test_none_are_kept_where_none_are_wanted(command, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(FinishedBlocks, "open", lambda *_: pytest.fail("opened"))
+    prune = [*command, "-o", str(tmp_path / "out"), "--no-checkpoints"]
+    code, _, errors = run(monkeypatch, capsys, *prune, "--resume")
+    assert code == 2 and "--no-checkpoints keeps none; leave one of them out" in errors
+    assert run(monkeypatch, capsys, *prune)[0] == 0
+
+
 def test_a_result_that_was_whole_needs_no_blocks_any_more(tmp_path):
     out = tmp_path / "out"
     with OutputFolder(out) as output:

@@ -44,8 +44,12 @@ update      what becomes of the weights that stay: {updates}
         data = add_calibration_options(parser)
         add_settings(parser, [(data, CALIBRATION)], "pruning.configuration.DSAConfig", what)
         run = parser.add_argument_group("stopping and going on")
-        run.add_argument(
+        place = run.add_mutually_exclusive_group()
+        place.add_argument(
             "--checkpoints", help="folder for finished blocks (default: beside OUTPUT, hidden, removed at the end)"
+        )
+        place.add_argument(
+            "--no-checkpoints", action="store_true", help="keep none: less disk and time, and nothing to go on from"
         )
         run.add_argument(
             "--resume",
@@ -86,11 +90,14 @@ update      what becomes of the weights that stay: {updates}
         if self.args.max_shard_size is not None:
             check_shard_size(self.args.max_shard_size)
             options["max_shard_size"] = self.args.max_shard_size
+        if self.args.no_checkpoints and self.args.resume:
+            raise ValueError("--resume goes on from checkpoints, and --no-checkpoints keeps none; leave one of them out.")
         if config.resolved.reads | config.resolved.allocation_reads:
             check_texts(self.args, config.data)
         with OutputFolder(self.args.output, resume=self.args.resume) as output:
-            self._checkpoints = Path(self.args.checkpoints or output.scratch("blocks"))
-            check_folder(self._checkpoints, self.args.resume)
+            if not self.args.no_checkpoints:
+                self._checkpoints = Path(self.args.checkpoints or output.scratch("blocks"))
+                check_folder(self._checkpoints, self.args.resume)
             pruner = DSAPruner.from_pretrained(self.args.model, **loading)
             if has_adapters(pruner.model):
                 raise ValueError(
@@ -108,6 +115,9 @@ update      what becomes of the weights that stay: {updates}
         """Raise where the disk has no room for a result of `size` bytes; without room for blocks, keep none."""
         import logging
 
+        if self._checkpoints is None:
+            output.require(size)
+            return
         # Both at once at the end. What a run left is there already, and counts as used.
         left = sum(file.stat().st_size for file in self._checkpoints.glob("block-*"))
         blocks = max(size - left, 0) if self._checkpoints.is_relative_to(output.work) else 0

@@ -69,10 +69,13 @@ class DenseStream:
 
     def inputs(self, model: nn.Module, part: Block, module: nn.Module, index: int, batch: int) -> DenseInputs:
         """What the weights of `part`, some of the block `module`, number `index`, multiply in the dense model."""
-        found = DenseInputs()
-        watch = watching_additions(model, part, self.calls.hidden[batch]) if self.residual else nullcontext({})
+        found, hidden = DenseInputs(), self.calls.hidden[batch]
+        watch = watching_additions(model, part, hidden) if self.residual else nullcontext({})
         with self._as_dense(), observing(model, part, found), watch as found.before:
-            self._after[batch] = self.calls.run(module, index, batch)
+            output = self.calls.run(module, index, batch)
+        # Of the first time: a walk that passes the block by has no other, and is to go on alike to the last bit.
+        if self._after[batch] is hidden:
+            self._after[batch] = output
         return found
 
     def inputs_behind(

@@ -34,7 +34,7 @@ from ..model.walk import WalkedBlock
 from .allocation import Allocation
 from .configuration import DSAConfig
 from .source import Known
-from .steps import Step, notes_of
+from .steps import Step
 
 
 logger = logging.getLogger(__name__)
@@ -113,7 +113,7 @@ class FinishedBlocks:
         with safe_open(self._path(number), "pt") as file:
             walked.become({name: file.get_tensor(name) for name in _names(file)})
             for step, noted in zip(steps, json.loads(file.metadata()["notes"]), strict=True):
-                notes_of(step).update(noted)
+                step.notes.update(noted)
 
     def _path(self, number: int) -> Path:
         return self.folder / f"block-{number:04}.safetensors"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from .finished import FinishedBlocks, settings_of
 from .report import PruningReport
 from .sink import KeepBlocks, Sink
 from .source import Known, Source, as_calibration, batches_of, check_finite_outputs, progress
-from .steps import RemoveWeights, Step, notes_of, union
+from .steps import RemoveWeights, Step, union
 
 
 logger = logging.getLogger(__name__)
@@ -143,13 +143,13 @@ def run_steps(
         if number < done:
             finished.restore(number, walked, steps)
         else:
-            known = [notes_of(step).copy() for step in steps]
+            known = [set(step.notes) for step in steps] if finished else []
             for step in steps:
                 step(walked)
             if finished:
-                finished.add(number, walked, [_new(notes_of(step), old) for step, old in zip(steps, known)])
+                finished.add(number, walked, [_new(step.notes, old) for step, old in zip(steps, known)])
         sink(walked)
 
 
-def _new(notes: Mapping[str, Any], known: Mapping[str, Any]) -> dict[str, Any]:
+def _new(notes: Mapping[str, Any], known: Collection[str]) -> dict[str, Any]:
     return {name: note for name, note in notes.items() if name not in known}

@@ -21,14 +21,16 @@ from .resolved_method import ResolvedMethod
 class Step(Protocol):
     """Changes one walked block, in place.
 
-    What it does to a block follows from the block, its statistics and its own settings, and from no block before it,
-    and it changes nothing outside the block: one that an interrupted prune finished is put back without asking it.
+    A block that an interrupted prune finished is put back without asking its steps, and those after it have to become
+    what they would have become. So a step changes nothing outside its block, and what it does follows from the block,
+    the statistics, its settings and its notes: a generator is made anew for every block, and what is found at one
+    block for later ones is looked up in the notes.
 
     Attributes:
         reads: what the walk has to collect for it: "inputs" (Σ x² of every weight's input), "gram" (X·Xᵀ as well),
             "cross_gram" (X_dense·Xᵀ as well), and with it "residual".
-        notes: what the report will say of it: the name of a weight or of a block -> a JSON value. It is added to at a
-            block, kept with the block, and put back with it; a step that tells nothing needs none.
+        notes: name of a weight or of a block -> a JSON value, such as what the report says of it. Those that are added
+            at a block are kept with it, and put back with it.
     """
 
     reads: Reads
@@ -40,11 +42,6 @@ class Step(Protocol):
 def union(steps: Sequence[Step]) -> Reads:
     """What a walk has to read so that every step has what it needs."""
     return frozenset().union(*(step.reads for step in steps))
-
-
-def notes_of(step: Step) -> dict[str, Any]:
-    """What a step has noted; an empty dictionary of no consequence of one that notes nothing."""
-    return getattr(step, "notes", {})
 
 
 class RemoveWeights:

@@ -149,7 +149,7 @@ class Everything:
 
 
 class Silent:
-    reads = frozenset()
+    reads, notes = frozenset(), {}
 
     def __call__(self, walked): ...
 
