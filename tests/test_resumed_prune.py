@@ -4,6 +4,7 @@ import json
 import logging
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import textwrap
@@ -11,6 +12,7 @@ import textwrap
 import pytest
 
 from optimum_dsa import DSAPruner, demo_model
+from optimum_dsa.commands.stopping import Terminated, stoppable
 from optimum_dsa.common.output import OutputFolder
 from optimum_dsa.pruning.finished import FinishedBlocks
 
@@ -155,7 +157,7 @@ def test_none_are_kept_where_none_are_wanted(command, tmp_path, monkeypatch, cap
     monkeypatch.setattr(FinishedBlocks, "open", lambda *_: pytest.fail("opened"))
     prune = [*command, "-o", str(tmp_path / "out"), "--no-checkpoints"]
     code, _, errors = run(monkeypatch, capsys, *prune, "--resume")
-    assert code == 2 and "--no-checkpoints keeps none; leave one of them out" in errors
+    assert code == 2 and "--no-checkpoints keeps none; leave one out" in errors
     assert run(monkeypatch, capsys, *prune)[0] == 0
 
 
@@ -173,3 +175,13 @@ def test_a_result_that_was_whole_needs_no_blocks_any_more(tmp_path):
     os.rename(out, work / "result")
     OutputFolder(out).begin().__exit__(None, None, None)
     assert os.listdir(tmp_path) == ["out"] and (out / "config.json").is_file()
+
+
+def test_sigterm_is_ours_while_a_command_works_and_never_under_a_launcher(monkeypatch):
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    with pytest.raises(Terminated), stoppable():
+        os.kill(os.getpid(), signal.SIGTERM)
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with stoppable():
+        assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL

@@ -91,7 +91,7 @@ update      what becomes of the weights that stay: {updates}
             check_shard_size(self.args.max_shard_size)
             options["max_shard_size"] = self.args.max_shard_size
         if self.args.no_checkpoints and self.args.resume:
-            raise ValueError("--resume goes on from checkpoints, and --no-checkpoints keeps none; leave one of them out.")
+            raise ValueError("--resume goes on from checkpoints, and --no-checkpoints keeps none; leave one out.")
         if config.resolved.reads | config.resolved.allocation_reads:
             check_texts(self.args, config.data)
         with OutputFolder(self.args.output, resume=self.args.resume) as output:
