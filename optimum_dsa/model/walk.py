@@ -83,8 +83,10 @@ class WalkedBlock:
         """Copy `values` into the tensors of these names, of `state`, and their shapes."""
         live = self.state()
         for name, value in values.items():
-            # What is as it should be (norms, mostly) need not be written back to a disk either.
-            if torch.equal(live[name].cpu(), value.cpu()):
+            # What is as it should be (norms, mostly) need not be written back to a disk. As bytes, in which -0 is
+            # not 0, and which every type has.
+            mine, wanted = (tensor.cpu().reshape(-1).view(torch.uint8) for tensor in (live[name], value))
+            if torch.equal(mine, wanted):
                 continue
             live[name].copy_(value)
             owner, _, attribute = name.rpartition(".")

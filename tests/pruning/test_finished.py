@@ -6,7 +6,7 @@ import shutil
 import pytest
 import torch
 
-from optimum_dsa import Calibration, DSAConfig, UpdateConfig, find_architecture, prune, walk_blocks
+from optimum_dsa import Calibration, DSAConfig, UpdateConfig, find_architecture, prune
 from optimum_dsa.model.statistics import CollectedStatistics
 from optimum_dsa.pruning import prune as module
 from optimum_dsa.pruning.finished import FinishedBlocks, finished_in
@@ -108,26 +108,6 @@ def test_a_finished_block_is_not_asked_again_and_the_allocation_not_computed(tmp
     assert asked == ["model.layers.2"] and same_state(again, state(model))
     prune(tiny_llama(), tokens(), config, tmp_path, resume=True)
     assert asked == ["model.layers.2"] and finished_in(tmp_path) == 3
-
-
-def test_a_walk_passes_finished_blocks_by_and_shows_the_next_what_it_saw(tmp_path):
-    model, batches = tiny_llama(), [{"input_ids": tokens()}]
-    reads = {"inputs", "gram", "cross_gram"}
-
-    def walk(finished):
-        for walked in walk_blocks(model, find_architecture(model), batches, reads=reads, finished=finished):
-            for weight in walked.weights:
-                walked.tensor(weight)[:, ::2] = 0
-            yield walked
-
-    before = state(model)
-    whole = {walked.name: walked.statistics for walked in walk(0)}
-    model.load_state_dict(before)
-    part = {walked.name: walked.statistics for walked in walk(2)}
-    assert part["model.layers.0"] == part["model.layers.1"] == {}
-    for name, found in part["model.layers.2"].items():
-        assert torch.equal(found.gram, whole["model.layers.2"][name].gram)
-        assert torch.equal(found.drift, whole["model.layers.2"][name].drift)
 
 
 # -- every tensor of a block, and what steps say of it
