@@ -1,4 +1,4 @@
-"""Padding of a batch: cut off at the ends, and marked where it stands between tokens."""
+"""Padding: cut off before anything runs, and what is left of it between tokens told apart from them."""
 
 from __future__ import annotations
 
