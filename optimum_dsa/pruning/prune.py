@@ -19,6 +19,7 @@ from .allocate import allocate, architecture_for, check_finite_weights
 from .allocation import Allocation
 from .configuration import DSAConfig
 from .finished import FinishedBlocks, settings_of
+from .reconstruct import Reconstruct
 from .report import PruningReport
 from .sink import KeepBlocks, Sink
 from .source import Known, Source, as_calibration, batches_of, check_finite_outputs, progress
@@ -54,8 +55,11 @@ def prune(
     architecture = architecture_for(model, config)
     if config.update.true_sequential and isinstance(calibration, CollectedStatistics):
         raise ValueError("true_sequential collects statistics anew, and these are there already; give text instead.")
+    # Missing data are found before work.
     if config.resolved.reads:
-        batches_of(calibration, config, f"method {config.method!r}")  # missing data are found before work
+        batches_of(calibration, config, f"method {config.method!r}")
+    if config.reconstruct.steps:
+        batches_of(calibration, config, "training of blocks (reconstruct)", Reconstruct.reads)
     check_finite_weights(model, architecture)
     check_finite_outputs(model, architecture, calibration)
     finished = _finished(model, architecture, calibration, config, checkpoints, resume)
@@ -66,8 +70,12 @@ def prune(
     if finished:
         finished.begin(allocation)
     remove = RemoveWeights(config.resolved, allocation, config.update.true_sequential)
+    steps: list[Step] = [remove]
+    reconstruct = Reconstruct(config.reconstruct, config.data.seed)
+    if config.reconstruct.steps:
+        steps.append(reconstruct)
     sink = KeepBlocks()
-    run_steps(model, architecture, calibration, config, [remove], sink, finished)
+    run_steps(model, architecture, calibration, config, steps, sink, finished)
     _warn_of_more(sum(sink.zeros.values()), allocation, config)
     return PruningReport(
         config=config,
@@ -82,6 +90,7 @@ def prune(
         dense=architecture.dense,
         damping=remove.damping,
         unseen=tuple(remove.unseen),
+        reconstruction=reconstruct.found,
         seconds=time.perf_counter() - start,
     )
 
@@ -128,7 +137,7 @@ def run_steps(
     Blocks that are `finished` are put back instead, and those that are not are kept there as they become so.
     """
     reads = union(steps)
-    batches = batches_of(calibration, config, f"method {config.method!r}") if reads else None
+    batches = batches_of(calibration, config, f"method {config.method!r}", reads) if reads else None
     done = finished.count if finished else 0
     blocks = walk_blocks(
         model,
