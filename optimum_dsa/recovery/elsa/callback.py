@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 from pathlib import Path
 
@@ -18,9 +17,6 @@ from ..gradual.schedule import SCHEDULES
 from ..gradual.sharding import refuse_sharded, refuse_shared_devices, synchronise
 from .budget import counts_of
 from .split import FILE, SplitWeights
-
-
-logger = logging.getLogger(__name__)
 
 
 class ElsaCallback(TrainerCallback):

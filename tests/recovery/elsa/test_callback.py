@@ -11,11 +11,11 @@ from optimum_dsa import DSAConfig, DSAPruner, find_architecture, perplexity
 from optimum_dsa.checkpoint.origin import report_of
 from optimum_dsa.recovery.elsa.budget import with_budget
 from optimum_dsa.recovery.elsa.callback import ElsaCallback
-from optimum_dsa.recovery.elsa.split import FILE
+from optimum_dsa.recovery.elsa.split import FILE, SplitWeights
 from optimum_dsa.recovery.recover import make_trainer
 
 from ...tiny import tiny_llama
-from ..adapters.test_peft_method import same_zeros, zeros
+from ..adapters.test_peft_method import same_zeros, sparse_llama, zeros
 from ..test_recover import regular, small
 
 
@@ -58,6 +58,13 @@ def test_a_pruned_model_keeps_its_budget_and_its_zeros_move(config):
     pruner.recover(regular(), asked(learning_rate=0.02))
     assert pruner.verify().holds and pruner.report.achieved == before.achieved
     assert not same_zeros(pruner.model, first)
+
+
+def test_a_sparse_model_from_elsewhere_keeps_the_number_of_its_zeros():
+    model = sparse_llama(sparsity=0.6)
+    before = {name: int(zero.sum()) for name, zero in zeros(model).items()}
+    pruner, _ = trained(model, asked())
+    assert sum(int(zero.sum()) for zero in zeros(pruner.model).values()) == sum(before.values())
 
 
 def test_the_weights_come_to_the_sparse_ones():
@@ -129,6 +136,17 @@ def test_any_trainer_ends_with_the_budget_also_when_it_is_stopped(tmp_path):
         for unit, weights in find_architecture(model).units("block").items():
             found[unit] = sum(int((weight.tensor(model) == 0).sum()) for weight in weights)
         assert found == report.allocation.counts() and trainer.state.global_step == (stop or 12)
+
+
+def test_zeros_are_chosen_by_the_optimizers_second_moments(tmp_path, monkeypatch):
+    given, project = [], SplitWeights.project
+    monkeypatch.setattr(
+        SplitWeights, "project", lambda self, moments, share: given.append(moments) or project(self, moments, share)
+    )
+    model = tiny_llama()
+    own_trainer(model, tmp_path)[0].train()
+    wanted = {weight.parameter(model) for weight in find_architecture(model).weights}
+    assert given and all(wanted <= moments.keys() for moments in given)
 
 
 class StopAt(TrainerCallback):
