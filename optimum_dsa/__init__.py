@@ -44,6 +44,7 @@ _PUBLIC = {
     "Protocol": "evaluation.measurement",
     "PruningReport": "pruning.report",
     "PruningSchedule": "recovery.gradual.schedule",
+    "QUALITIES": "pruning.presets",
     "RECOVERIES": "recovery.recoveries",
     "REDUCTION": "pruning.allocation",
     "RecoveryConfig": "recovery.configuration",
