@@ -70,6 +70,7 @@ update      what becomes of the weights that stay: {updates}
         if config.resolved.reads | config.resolved.allocation_reads:
             check_texts(self.args, config.data)
         with OutputFolder(self.args.output) as output:
+            self._say_plan(config, loading)
             pruner = DSAPruner.from_pretrained(self.args.model, **loading)
             if has_adapters(pruner.model):
                 raise ValueError(
@@ -82,6 +83,18 @@ update      what becomes of the weights that stay: {updates}
             pruner.save_pretrained(output, self.args.compressed, **options)
         print(f"saved to {self.args.output}; next: optimum-cli dsa evaluate {quote(self.args.output)} --dataset FILE")
         return {"output": self.args.output, **report.to_dict()}
+
+    def _say_plan(self, config, loading: dict) -> None:
+        """What was chosen, and what it will need: arithmetic on the model's configuration, before it is loaded."""
+        from ..checkpoint.plan import plan
+
+        try:
+            found = plan(self.args.model, config, output=self.args.output, run_block=False, **loading)
+        except (ValueError, OSError):
+            return  # what is wrong with the model, loading it says
+        if self.args.quality:
+            say(f"quality {self.args.quality}: {found.method}; {found.text.samples} x {found.text.length} tokens")
+        say(f"expected: {found.line}")
 
 
 def add_calibration_options(parser):

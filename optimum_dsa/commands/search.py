@@ -113,11 +113,8 @@ strategy    named         uniform and every named allocator
             if several:
                 say(f"\n{robustness_table(results)}")
                 min(results, key=lambda result: result.finalists[0].loss).save(whole, plot_search)
-        options = "".join(
-            f" --{name} {quote(getattr(args, name))}"
-            for name in ("quality", "method", "pattern")
-            if getattr(args, name)
-        )
+        said = {name: getattr(args, name) for name in ("quality", "method", "pattern")}
+        options = "".join(f" --{name} {quote(value)}" for name, value in said.items() if value)
         print(
             f"saved to {output}; next: optimum-cli dsa prune {quote(args.model)} -o OUT -s {args.sparsity}"
             f"{options} --allocation {quote(str(output))}"

@@ -228,8 +228,8 @@ class DSAConfig:
         ```
 
         Args:
-            settings (`dict`): any of a `DSAConfig`, those of its sections under their own names, too. The quality fills
-                in what is not given; of a section that is given as an object, all is.
+            settings (`dict`): any of a `DSAConfig`, those of its sections under their own names, too. The quality
+                fills in what is not given; of a section that is given as an object, all is.
 
         Raises:
             UnknownNameError: there is no such quality.
