@@ -48,6 +48,8 @@ _PUBLIC = {
     "QUALITIES": "pruning.presets",
     "RECOVERIES": "recovery.recoveries",
     "REDUCTION": "pruning.allocation",
+    "ReconstructConfig": "pruning.configuration",
+    "Reconstruction": "pruning.reconstruct",
     "RecoveryConfig": "recovery.configuration",
     "RecoveryResult": "recovery.result",
     "Registry": "common.registry",
