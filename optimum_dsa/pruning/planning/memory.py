@@ -58,6 +58,8 @@ def phases(shape: ModelShape, config: DSAConfig, text: Text, offloaded: bool = F
     if config.resolved.allocation_reads:
         found["allocating"] = found["loading"] | _allocating(shape, config, text)
     found["pruning"] = found["loading"] | _pruning(shape, config, text)
+    if config.reconstruct.steps:
+        found["training blocks"] = found["loading"] | _training(shape, config, text)
     return {name: {part: int(size) for part, size in parts.items() if size >= 1} for name, parts in found.items()}
 
 
@@ -108,6 +110,27 @@ def _pruning(shape: ModelShape, config: DSAConfig, text: Text) -> dict[str, floa
     return parts
 
 
+def _training(shape: ModelShape, config: DSAConfig, text: Text) -> dict[str, float]:
+    """`Reconstruct`, which comes when a block is pruned, and its statistics are there as yet."""
+    parts = _pruning(shape, config, text)
+    block = _largest(shape)
+    if "factors" in parts:
+        parts["factors"] = _factors(config, block, meanwhile=False)
+    del parts["matrix at work"]
+    parts.setdefault("calibration text", _tokens(text))
+    parts.setdefault("activations", _activations(shape, text))
+    # What the dense block gives, and where nothing else reads it, what goes in.
+    parts.setdefault("dense activations", 2 * shape.stacks * _activations(shape, text))
+    parts.setdefault("dense block", block.parameters * shape.itemsize)
+    # The start, the best, gradients, Adam's two, a mask of a byte; a copy where the weights are not in float32.
+    parts["training"] = block.size * (FLOAT * (5 if shape.itemsize >= FLOAT else 6) + 1)
+    # Everything that a block computes stays until its gradient is there.
+    batch = min(text.batch, 8, text.samples) * text.length
+    computed = sum((group.columns + sum(group.rows)) * group.share for group in block.inputs) + 4 * block.hidden
+    parts["one batch"] = batch * (computed * shape.itemsize + 4 * block.hidden * FLOAT)
+    return parts
+
+
 def _largest(shape: ModelShape) -> BlockShape:
     """The block that needs most, by its matrices."""
     return max(shape.blocks, key=lambda block: (block.size, block.parameters))
@@ -149,17 +172,18 @@ def _is_added(group: InputShape, block: BlockShape) -> bool:
     return len(group.rows) == 1 and group.rows[0] == block.hidden and group.share == 1
 
 
-def _factors(config: DSAConfig, block: BlockShape) -> int:
+def _factors(config: DSAConfig, block: BlockShape, meanwhile: bool = True) -> int:
     """What is computed of X·Xᵀ for every input, kept while the block is worked on, and what that takes meanwhile."""
     resolved = config.resolved
-    kept, meanwhile = KEPT.get(config.recipe.update, (None, 0))
+    kept, more = KEPT.get(config.recipe.update, (None, 0))
     # The metric `obs`, where it is asked, and `dense_target` use the factor as well.
     wanted = {kept} | ({"factor"} if "cross_gram" in resolved.reads else set())
     if not resolved.chooses and "gram" in resolved.metric_reads:
         wanted.add("factor")
     wanted.discard(None)
     each = sum(group.columns**2 for group in block.inputs)
-    return (len(wanted) * each + max(meanwhile, 2 if wanted else 0) * block.widest**2) * FLOAT
+    more = max(more, 2 if wanted else 0) if meanwhile else 0
+    return (len(wanted) * each + more * block.widest**2) * FLOAT
 
 
 def _working(update: str, block: BlockShape, cross: bool) -> float:

@@ -188,5 +188,6 @@ def method_line(config: DSAConfig) -> str:
     said += ["dense targets"] if update.targets == "dense" else []
     said += ["true sequential"] if update.true_sequential else []
     said += ["residual"] if update.residual else []
+    said += [f"{config.reconstruct.steps} steps of training a block"] if config.reconstruct.steps else []
     allocation = config.allocation if isinstance(config.allocation, str) else config.allocation.name
     return f"{', '.join(said)}; allocation {allocation}"

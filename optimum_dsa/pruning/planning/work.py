@@ -14,7 +14,9 @@ from ...model.walk import walk_blocks
 from ..allocate import fit
 from ..allocation import Unit
 from ..configuration import DSAConfig
-from ..steps import RemoveWeights
+from ..reconstruct import HELD_OUT, LOOKS, RATES, Reconstruct
+from ..source import micro_batch, step_size
+from ..steps import RemoveWeights, Step, union
 from .memory import Text
 from .shape import BlockShape, ModelShape
 
@@ -55,21 +57,30 @@ def time_block(model: nn.Module, config: DSAConfig, text: Text) -> Seconds:
     generator = torch.Generator().manual_seed(0)
     windows = min(WINDOWS, text.samples)
     tokens = torch.randint(vocabulary, (windows, text.length), generator=generator)
-    batches = Calibration({"input_ids": tokens}, "random").batches(min(text.batch, windows))
+    calibration = Calibration({"input_ids": tokens}, "random")
+    batches = calibration.batches(min(text.batch, windows))
     uniform = fit(dict.fromkeys(architecture.units("block"), config.sparsity), architecture, config, "block")
-    remove = RemoveWeights(config.resolved, uniform, config.update.true_sequential)
+    steps: list[Step] = [RemoveWeights(config.resolved, uniform, config.update.true_sequential)]
     walking = acting = again = 0.0
     if config.resolved.allocation_reads:
         passed, measuring, _ = _second(
-            model, architecture, batches, config.resolved.allocation_reads, False, _measure(config)
+            model, architecture, batches, config.resolved.allocation_reads, False, [_measure(config)]
         )
         walking, acting = passed, measuring
-    reads = config.resolved.reads
+    trains = config.reconstruct.steps and windows > 1
+    if trains:
+        # Rates are tried in the first block of a model alone.
+        steps.append(Reconstruct(replace(config.reconstruct, rate=config.reconstruct.rate or RATES[0])))
+        batches = calibration.batches(micro_batch(windows, text.batch))
+    reads = union(steps)
     passed, removing, again = _second(
-        model, architecture, batches if reads else None, reads, config.sequential, remove
+        model, architecture, batches if reads else None, reads, config.sequential, steps[:1]
     )
-    walking, acting = walking + passed, acting + removing
     size = architecture.blocks[min(1, len(architecture.blocks) - 1)].size
+    walking, acting = walking + passed, acting + removing
+    if trains:
+        _, training, _ = _second(model, architecture, batches, reads, config.sequential, steps[1:])
+        acting += training * step_size(text.samples) / step_size(windows)
     return Seconds(size, acting, (walking + again) / (windows * text.length))
 
 
@@ -85,8 +96,8 @@ def _measure(config: DSAConfig):
     return measure
 
 
-def _second(model, architecture, batches, reads, sequential, act) -> tuple[float, float, float]:
-    """Seconds of the walk from the first block to the second, of `act` there, and of passes that `act` asks for."""
+def _second(model, architecture, batches, reads, sequential, steps) -> tuple[float, float, float]:
+    """Seconds of the walk from the first block to the second, of `steps` there, and of passes that they ask for."""
     walk = walk_blocks(model, architecture, batches, reads=reads, sequential=sequential)
     first = next(walk)
     for weight in first.weights:
@@ -104,7 +115,8 @@ def _second(model, architecture, batches, reads, sequential, act) -> tuple[float
         return found
 
     start = time.perf_counter()
-    act(replace(walked, again=again if walked.again else None))
+    for act in steps:
+        act(replace(walked, again=again if walked.again else None))
     acting = _since(start, model)
     walk.close()
     return walking, max(acting - passes[0], 0.0), passes[0]
@@ -149,6 +161,10 @@ def _of_block(block: BlockShape, config: DSAConfig, text: Text) -> tuple[float, 
         passes += (len(block.inputs) - 1) * (2 if "cross_gram" in reads else 1)
     sums = ("gram" in resolved.allocation_reads) + ("gram" in reads) + ("cross_gram" in reads)
     scored = block.size * SCORES * ((not resolved.chooses) + bool(config.allocator and resolved.allocation_reads))
+    if config.reconstruct.steps:
+        # A step runs forward and back, at twice the cost; the windows held out are looked at all along.
+        trained = config.reconstruct.steps * step_size(text.samples) / text.samples
+        passes += 1 + 3 * trained + LOOKS * HELD_OUT
     return passes * forward, (
         sums * gram
         + of_matrix * sum(rows * group.columns**2 for group in block.inputs for rows in group.rows)

@@ -24,6 +24,8 @@ CONFIGS = {
     "sparsegpt": DSAConfig(0.5, "sparsegpt"),
     "alps": DSAConfig(0.5, "alps"),
     "alps dense": DSAConfig(0.5, "alps", update=DENSE),
+    "trained": DSAConfig(0.5, "alps", update=DENSE, reconstruct=8),
+    "wanda trained": DSAConfig(0.5, reconstruct=8),
     "swap": DSAConfig(0.5, "wanda+swap"),
 }
 
@@ -71,7 +73,7 @@ def test_what_reads_no_text_needs_none():
 
 
 def test_better_weights_need_more_memory_and_more_time():
-    order = [CONFIGS[name] for name in ("magnitude", "uniform", "sparsegpt", "alps", "alps dense")]
+    order = [CONFIGS[name] for name in ("magnitude", "uniform", "sparsegpt", "alps", "alps dense", "trained")]
     plans = [plan_for(llama(), config) for config in order]
     assert sorted(plan.total for plan in plans) == [plan.total for plan in plans]
     work = [sum(operations(llama(), config, plan.text)) for config, plan in zip(order, plans)]
@@ -152,7 +154,7 @@ def test_the_tables_speak_of_updates_that_are_there():
     assert WORKING.keys() == OPERATIONS.keys() and KEPT.keys() <= WORKING.keys() <= UPDATES.keys()
 
 
-@pytest.mark.parametrize("name", ["uniform", "wanda", "alps dense"])
+@pytest.mark.parametrize("name", ["uniform", "wanda", "alps dense", "trained"])
 def test_a_block_is_timed_and_the_rest_extrapolated(name):
     with torch.device("meta"):
         model = tiny_llama()
