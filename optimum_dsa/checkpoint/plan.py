@@ -37,7 +37,8 @@ def plan(
     or two windows; the rest is extrapolated.
 
     Args:
-        dtype, device_map: as for [`DSAPruner.from_pretrained`].
+        dtype (`str`, defaults to `"auto"`): as for [`DSAPruner.from_pretrained`].
+        device_map (`Any`, *optional*): as for it.
         output (`str`, defaults to the working folder): where the result will go.
         run_block (`bool`, defaults to `True`): whether a block is run; otherwise time is arithmetic, too: a product is
             timed, and operations are counted.

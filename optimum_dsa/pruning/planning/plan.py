@@ -23,16 +23,16 @@ class Plan:
     """What pruning one model in one process needs.
 
     Attributes:
-        method: of the config, in a line.
-        text: how much calibration text.
-        device: where the work is done, and whose memory this is about.
-        phases: phase of the work -> part of the memory -> bytes.
-        disk: what is written -> bytes.
-        seconds: how long it will take: an estimate.
-        timed: whether that is from a block that was run; else from arithmetic.
-        available: bytes of memory that are there for it; `None` where nobody has looked.
-        disk_available: bytes that are free where the result goes.
-        remedy: what to change where it does not fit.
+        method (`str`): of the config, in a line.
+        text (`Text`): how much calibration text: `samples`, `length`, `batch`.
+        device (`str`): where the work is done, and whose memory this is about.
+        phases (`Mapping[str, Mapping[str, int]]`): phase of the work -> part of the memory -> bytes.
+        disk (`Mapping[str, int]`): what is written -> bytes.
+        seconds (`float`): how long it will take: an estimate.
+        timed (`bool`): whether that is from a block that was run; else from arithmetic.
+        available (`int`): bytes of memory that are there for it; `None` where nobody has looked.
+        disk_available (`int`): bytes that are free where the result goes.
+        remedy (`Remedy`): what to change where it does not fit: `options`, `total`, `fits`.
     """
 
     method: str
