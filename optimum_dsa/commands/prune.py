@@ -90,8 +90,8 @@ update      what becomes of the weights that stay: {updates}
 
         try:
             found = plan(self.args.model, config, output=self.args.output, run_block=False, **loading)
-        except (ValueError, OSError):
-            return  # what is wrong with the model, loading it says
+        except Exception:  # noqa: BLE001 - what is wrong with the model, loading it says; a forecast stops no work
+            return
         if self.args.quality:
             say(f"quality {self.args.quality}: {found.method}; {found.text.samples} x {found.text.length} tokens")
         say(f"expected: {found.line}")
