@@ -43,7 +43,7 @@ def test_prune_then_evaluate(tmp_path, text):
     code, output, errors = command("prune", str(demo_model()), "-o", out, "--dataset", text, *options)
     assert (code, errors) == (0, "")
     expected, *table = output.splitlines()
-    assert re.fullmatch(r"expected: about .* \(an estimate\), memory .* of .*, disk 4.22 MB", expected), expected
+    assert re.fullmatch(r"expected: about .* \(an estimate\), memory .* of .*, disk 7.91 MB", expected), expected
     assert [line.split()[0] for line in table[1:11]] == [f"model.layers.{index}" for index in range(10)]
     assert table[12].split()[-2:] == ["0.6000", "0.6000"]
     code, output, errors = command("evaluate", out, "--dataset", text, "--sequence-length", "64", "--json")
@@ -83,7 +83,7 @@ def test_options_reach_the_config(monkeypatch, capsys, tmp_path, text):
     expected = {
         "sparsity": 0.5, "method": "magnitude", "allocation": "atp", "spread": 0.1, "pattern": "matrix",
         "update": {"name": "none", "damping": 0.01, "true_sequential": False, "targets": "sparse", "residual": False},
-        "reconstruct": {"steps": 0, "rate": None},
+        "reconstruct": {"steps": 0, "rate": None, "span": 1, "apart": False},
         "granularity": "matrix",
         "exclude": ["down_proj"], "batch_size": 2, "sequential": False,
         "data": {"num_samples": 4, "sequence_length": 32, "text_column": "text", "split": None, "bos": False,

@@ -33,7 +33,7 @@ def llama_8b(path: Path) -> str:
 
 def test_a_configuration_alone_is_enough(tmp_path):
     found = plan(llama_8b(tmp_path), DSAConfig(0.6), run_block=False)
-    assert found.parts["weights"] == 2 * 8_030_261_248 == found.disk["result"]
+    assert found.parts["weights"] == 2 * 8_030_261_248 == found.disk["result"] > found.disk["finished blocks"]
     assert (found.text.samples, found.text.length, found.device, found.timed) == (128, 2048, "cpu", False)
     assert found.seconds > 60 and 18e9 < found.total < 25e9
     dense = plan(str(tmp_path), DSAConfig(0.6, "alps", update=UpdateConfig(targets="dense")), run_block=False)
@@ -138,7 +138,7 @@ def test_prune_says_what_a_quality_chose_and_what_it_will_need(monkeypatch, caps
     assert code == 0, errors
     first, second, *_ = output.splitlines()
     assert first == "quality fast: wanda; allocation dsa; 2 x 32 tokens"
-    assert second.startswith("expected: about ") and "memory " in second and "disk 4.22 MB" in second
+    assert second.startswith("expected: about ") and "memory " in second and "disk 7.91 MB" in second
 
 
 # As `optimum-cli dsa prune` does it: a plan, then the model.

@@ -122,13 +122,15 @@ def _training(shape: ModelShape, config: DSAConfig, text: Text) -> dict[str, flo
     # What the dense block gives, and where nothing else reads it, what goes in.
     parts.setdefault("dense activations", 2 * shape.stacks * _activations(shape, text))
     parts.setdefault("dense block", block.parameters * shape.itemsize)
+    span, share = config.reconstruct.span, 0.5 if config.reconstruct.apart else 1
     # The start, the best, gradients, Adam's two, a mask of a byte; a copy where the weights are not in float32.
-    parts["training"] = block.size * (FLOAT * (5 if shape.itemsize >= FLOAT else 6) + 1)
+    parts["training"] = span * share * block.size * (FLOAT * (5 if shape.itemsize >= FLOAT else 6) + 1)
     # Everything that a block computes stays until its gradient is there.
     batch = min(text.batch, 8, text.samples) * text.length
     computed = sum((group.columns + sum(group.rows)) * group.share for group in block.inputs) + 4 * block.hidden
-    parts["one batch"] = batch * (computed * shape.itemsize + 4 * block.hidden * FLOAT)
-    return parts
+    parts["one batch"] = span * share * batch * (computed * shape.itemsize + 4 * block.hidden * FLOAT)
+    # Blocks that are trained together wait for the last, with all that was collected for them.
+    return parts | {part: span * parts[part] for part in ("dense block", "statistics", "factors") if part in parts}
 
 
 def _largest(shape: ModelShape) -> BlockShape:

@@ -18,6 +18,10 @@ from .shape import ModelShape
 USED = 50 * 2**20
 
 
+# What `prune --resume` goes on from, until the end; without room for it, `prune` keeps none and goes on.
+CHECKPOINTS = "finished blocks"
+
+
 @dataclass(frozen=True)
 class Plan:
     """What pruning one model in one process needs.
@@ -64,7 +68,8 @@ class Plan:
     @property
     def fits(self) -> bool:
         """Whether memory and disk suffice, as far as anybody has looked."""
-        return self.memory_fits and (self.disk_available is None or sum(self.disk.values()) <= self.disk_available)
+        needed = sum(size for part, size in self.disk.items() if part != CHECKPOINTS)
+        return self.memory_fits and (self.disk_available is None or needed <= self.disk_available)
 
     @property
     def memory_fits(self) -> bool:
@@ -150,9 +155,10 @@ def plan_for(
         found = phases(asked.shape, asked.config, asked.text, asked.offloaded)
         return {name: own | parts for name, parts in found.items()}
 
-    disk = {"result": shape.parameters * shape.itemsize}
+    blocks = sum(block.parameters for block in shape.blocks) * shape.itemsize
+    disk = {"result": shape.parameters * shape.itemsize, CHECKPOINTS: blocks}
     if offloaded:
-        disk["changed weights"] = sum(block.parameters for block in shape.blocks) * shape.itemsize
+        disk["changed weights"] = blocks
     found = Plan(
         method_line(config),
         asked.text,

@@ -14,9 +14,10 @@ from ...model.walk import walk_blocks
 from ..allocate import fit
 from ..allocation import Unit
 from ..configuration import DSAConfig
-from ..reconstruct import HELD_OUT, LOOKS, RATES, Reconstruct
+from ..reconstruct import RATES, Reconstruct
 from ..source import micro_batch, step_size
 from ..steps import RemoveWeights, Step, union
+from ..training import HELD_OUT, LOOKS
 from .memory import Text
 from .shape import BlockShape, ModelShape
 

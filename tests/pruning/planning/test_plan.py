@@ -26,6 +26,7 @@ CONFIGS = {
     "alps dense": DSAConfig(0.5, "alps", update=DENSE),
     "trained": DSAConfig(0.5, "alps", update=DENSE, reconstruct=8),
     "wanda trained": DSAConfig(0.5, reconstruct=8),
+    "trained in a row": DSAConfig(0.5, "alps", update=DENSE, reconstruct={"steps": 8, "span": 3}),
     "swap": DSAConfig(0.5, "wanda+swap"),
 }
 
