@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from ..common.machine import disk_available, memory_available, own_memory
 from ..model.architecture import find_architecture
@@ -19,6 +20,8 @@ from .skeleton import open_skeleton, sample_model
 
 
 logger = logging.getLogger(__name__)
+
+WORD = 1000  # bytes of memory for a word of a tokenizer: 48 MB were measured for 49,152
 
 
 def plan(
@@ -54,7 +57,7 @@ def plan(
         config.resolved.pattern.check(weight.name, weight.shape[1])
     shape = shape_of(model, architecture, dtype)
     # Only now: the model's class has brought its libraries in, as it will when it is loaded.
-    libraries = own_memory()
+    libraries = own_memory() + _tokenizer(path, model)
     device, offloaded = _place(device_map)
     on_cpu = torch.device(device).type == "cpu"
     asked: dict[str, Any] = {
@@ -75,6 +78,13 @@ def plan(
         return replace(found, seconds=seconds, timed=True)
     forward, rest = operations(shape, config, found.text)
     return replace(found, seconds=forward / speed(device, dtype) + rest / speed(device, torch.float32))
+
+
+def _tokenizer(path: str | Path, model: nn.Module) -> int:
+    """Bytes that the tokenizer beside a model takes; 0 where a folder has none."""
+    if Path(path).is_dir() and not Path(path, "tokenizer.json").is_file():
+        return 0
+    return WORD * (getattr(model.config.get_text_config(), "vocab_size", None) or 0)
 
 
 def _place(device_map: Any) -> tuple[str, bool]:
