@@ -53,6 +53,16 @@ class BlockCalls:
         args, kwargs = self.arguments[batch][index]
         return _split_output(block(self.hidden[batch], *args, **kwargs))[0]
 
+    def everything_of(self, block: nn.Module, index: int, batch: int) -> list[Tensor]:
+        """All tensors that `block`, number `index`, leaves behind: what it returns, and what its arguments hold then.
+
+        A block may leave in its arguments what a later one reads (shared keys and values).
+        """
+        args, kwargs = self.arguments[batch][index]
+        output = block(self.hidden[batch], *args, **kwargs)
+        # Copied, as the next run may write into them.
+        return [*_tensors(output), *(tensor.clone() for tensor in _tensors((args, kwargs)))]
+
     def output(self, hidden: Tensor, batch: int) -> Any:
         """`hidden`, (samples, ..., hidden size), as a block of this stack returns it."""
         return hidden if self.extras[batch] is None else (hidden, *self.extras[batch])
@@ -78,8 +88,8 @@ def capture_calls(model: nn.Module, stack: Stack, batches: Sequence[Mapping[str,
 
 
 @torch.no_grad()
-def check_calls(model: nn.Module, stack: Stack, batch: Mapping[str, Tensor]) -> None:
-    """Raise `UnprunableError` unless the model, run as it is, calls the blocks of `stack` as `capture_calls` says.
+def check_calls(model: nn.Module, stack: Stack, batch: Mapping[str, Tensor]) -> BlockCalls:
+    """`capture_calls` of one batch; raises `UnprunableError` unless the model, run as it is, calls its blocks so.
 
     `batch` holds inputs by name, (samples, length, ...).
     """
@@ -93,6 +103,7 @@ def check_calls(model: nn.Module, stack: Stack, batch: Mapping[str, Tensor]) -> 
                 f"{type(model).__name__} hands {block.name} more of what the blocks before it compute than its hidden "
                 f"states, so they cannot be walked one after the other; {_WAY_OUT}"
             )
+    return captured
 
 
 class _Recorder:
@@ -173,6 +184,15 @@ def _tensor(hidden: Any) -> Tensor:
     if isinstance(hidden, Tensor):
         return hidden
     raise UnprunableError(f"A block's hidden states are no single tensor, so it cannot be walked; {_WAY_OUT}")
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    """Every tensor in an argument or output."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, (Mapping, list, tuple)):
+        for item in value.values() if isinstance(value, Mapping) else value:
+            yield from _tensors(item)
 
 
 def _is_view_of_all(value: Tensor, other: Tensor) -> bool:

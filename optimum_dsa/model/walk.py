@@ -13,6 +13,7 @@ import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -49,7 +50,11 @@ class Group:
 
 @dataclass(frozen=True)
 class WalkedBlock:
-    """The block at which a walk stands: its weights on their device, and the statistics of their inputs."""
+    """The block at which a walk stands: its weights on their device, and the statistics of their inputs.
+
+    `rewritten()` says that a block of which nothing is pruned yet computes the same as before with other weights
+    (channels in another order): they are the dense ones from there on.
+    """
 
     block: Block
     statistics: Mapping[str, LayerStatistics]
@@ -57,6 +62,10 @@ class WalkedBlock:
     changes: set[str] = field(repr=False)
     # weights -> statistics of their inputs in the block as it is now; None where nothing is run
     again: Callable[[Sequence[Weight]], Mapping[str, LayerStatistics]] | None = field(default=None, repr=False)
+    # runs the block as it is now on one sample -> all tensors that it leaves behind, see `BlockCalls.everything_of`;
+    # None where nothing is run
+    run: Callable[[], list[Tensor]] | None = field(default=None, repr=False)
+    rewritten: Callable[[], None] = field(default=lambda: None, repr=False)
 
     @property
     def name(self) -> str:
@@ -155,9 +164,9 @@ def walk_blocks(
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:
-        for stack in architecture.stacks:
-            # One sample tells how blocks are called, and an error comes before hours of work.
-            check_calls(model, stack, {name: value[:1] for name, value in batches[0].items()})
+        # One sample tells how blocks are called, and an error comes before hours of work.
+        one = {name: value[:1] for name, value in batches[0].items()}
+        samples = {stack.name: check_calls(model, stack, one) for stack in architecture.stacks}
         # Of the unpruned model, for all stacks at once: an earlier stack may be pruned before a later one is captured.
         ahead = architecture.stacks if cross or not sequential else ()
         early = {stack.name: capture_calls(model, stack, batches) for stack in ahead}
@@ -172,7 +181,8 @@ def walk_blocks(
             for index, block in enumerate(stack.blocks):
                 next(blocks)
                 last = index + 1 == len(stack.blocks) and not needed
-                yield from _walk_block(model, block, calls, index, real, gram, sequential, last, dense)
+                sample = samples[stack.name]
+                yield from _walk_block(model, block, calls, index, real, gram, sequential, last, dense, sample)
         if architecture.head is not None:
             yield from _walk_head(model, next(blocks), stack, calls, batches, real, gram, dense)
         next(blocks, None)  # lets a progress bar finish
@@ -201,6 +211,7 @@ def _walk_block(
     sequential: bool,
     last: bool,
     dense: DenseStream | None,
+    sample: BlockCalls,
 ) -> Iterator[WalkedBlock]:
     """One step of the walk: collect, hand out, move the activations, (samples, ..., hidden size), on (unless last)."""
     module = model.get_submodule(block.name)
@@ -220,9 +231,16 @@ def _walk_block(
                 calls.hidden[number] = output
         return _checked(part, observer)
 
+    def run() -> list[Tensor]:
+        """All that the block as it is now leaves behind on one sample."""
+        sample.hidden[0] = calls.hidden[0][:1].clone()
+        return sample.everything_of(module, index, 0)
+
     with resident(model, [block.name]) as changes, dense.at(module) if dense else nullcontext():
         again = collect if sequential else None  # otherwise what went into the block is gone
-        yield WalkedBlock(block, collect(block.weights, move_on=not sequential), model, changes, again)
+        statistics = collect(block.weights, move_on=not sequential)
+        rewritten = partial(dense.take, module) if dense else lambda: None
+        yield WalkedBlock(block, statistics, model, changes, again, run, rewritten)
         # Still inside `resident`: the changed weights are here, and need not be written and read back first.
         if sequential and not last:
             for number in range(len(calls)):

@@ -22,6 +22,7 @@ from .resolved_method import ResolvedMethod
 from .targets import TARGETS
 from .unstructured.methods import METHODS, Method
 from .unstructured.patterns import Pattern
+from .unstructured.permutations import PERMUTATIONS
 from .unstructured.updates import UPDATES
 
 
@@ -79,6 +80,9 @@ class DSAConfig:
             the method's.
         update (`UpdateConfig` or `str`, *optional*): What becomes of the weights that stay; a text is its name, a row
             of `UPDATES`. Defaults to the method's.
+        permute (`str`, *optional*): A row of `PERMUTATIONS`: with an N:M pattern, the order in which channels within a
+            block are put first, so that more of what matters stays. The model computes the same. Defaults to the order
+            that they have.
         granularity (`str`, defaults to `"block"`): One sparsity per `"block"`, per `"matrix"`, or per `"block:kind"`:
             the attention of a block and its MLP apart. An allocation that exists per matrix only (`er`, `er_plus`) is
             computed per matrix.
@@ -102,6 +106,7 @@ class DSAConfig:
     spread: float | None = setting(None, low=0, high=1, what="a half-width")
     pattern: str | None = None
     update: UpdateConfig = section(UpdateConfig, shorthand="name")
+    permute: str | None = None
     granularity: str = setting("block", choices=GRANULARITIES)
     sequential: bool = True
     exclude: tuple[str, ...] = ()
@@ -129,6 +134,13 @@ class DSAConfig:
                 "all on the dense model; leave out one of both."
             )
         self._check_pattern(self.resolved.pattern)
+        if self.permute is not None:
+            PERMUTATIONS[self.permute]
+            if not self.resolved.pattern.in_groups:
+                raise ValueError(
+                    f"permute={self.permute!r} chooses which channels share a group of an N:M pattern, and pattern "
+                    f"{self.resolved.pattern} has none; use pattern='2:4' (any N:M) or 'mixed:8', or leave permute out."
+                )
         if self.update.targets == "dense":
             self._check_dense_targets()
 

@@ -16,6 +16,7 @@ from ..model.walk import walk_blocks
 from .allocate import allocate, architecture_for, check_finite_weights
 from .allocation import Allocation
 from .configuration import DSAConfig
+from .permute import Permute
 from .report import PruningReport
 from .sink import KeepBlocks, Sink
 from .source import Known, Source, as_calibration, batches_of, check_finite_outputs, progress
@@ -39,17 +40,19 @@ def prune(model: nn.Module, calibration: Source | None, config: DSAConfig) -> Pr
     start = time.perf_counter()
     calibration = as_calibration(calibration, model)
     architecture = architecture_for(model, config)
-    if config.update.true_sequential and isinstance(calibration, CollectedStatistics):
-        raise ValueError("true_sequential collects statistics anew, and these are there already; give text instead.")
-    if config.resolved.reads:
+    if isinstance(calibration, CollectedStatistics):
+        _check_statistics_do(config)
+    if config.resolved.reads or config.permute:
         batches_of(calibration, config, f"method {config.method!r}")  # missing data are found before work
     check_finite_weights(model, architecture)
     check_finite_outputs(model, architecture, calibration)
     # A walk of its own, before the one that prunes: units are compared on the dense model.
     allocation = allocate(model, calibration, config, architecture)
     remove = RemoveWeights(config.resolved, allocation, config.update.true_sequential)
+    # First of all: what follows sees the channels in the order in which they are saved.
+    permute = [Permute(config.resolved, allocation, config.permute)] if config.permute else []
     sink = KeepBlocks()
-    run_steps(model, architecture, calibration, config, [remove], sink)
+    run_steps(model, architecture, calibration, config, [*permute, remove], sink)
     _warn_of_more(sum(sink.zeros.values()), allocation, config)
     return PruningReport(
         config=config,
@@ -64,8 +67,20 @@ def prune(model: nn.Module, calibration: Source | None, config: DSAConfig) -> Pr
         dense=architecture.dense,
         damping=remove.damping,
         unseen=tuple(remove.unseen),
+        permuted=permute[0].permuted if permute else {},
         seconds=time.perf_counter() - start,
     )
+
+
+def _check_statistics_do(config: DSAConfig) -> None:
+    """Raise where statistics that are there already, instead of text, are not enough for what `config` asks for."""
+    if config.update.true_sequential:
+        raise ValueError("true_sequential collects statistics anew, and these are there already; give text instead.")
+    if config.permute:
+        raise ValueError(
+            f"permute={config.permute!r} compares what the model gives before and after, and statistics give nothing "
+            "to run it on; give text instead, or leave permute out."
+        )
 
 
 def _warn_of_more(zeros: int, allocation: Allocation, config: DSAConfig) -> None:

@@ -80,6 +80,12 @@ class ResolvedMethod:
         """Whether weights that stay are changed."""
         return self.update is not UPDATES["none"]
 
+    def target(self, weight: Tensor, statistics: LayerStatistics | None) -> Tensor:
+        """What a matrix, (out_features, in_features), is pruned as: itself, or what has the dense model's outputs."""
+        if statistics is not None and "cross_gram" in self.reads:
+            return dense_target(weight, statistics, self.damping)
+        return weight
+
     @torch.no_grad()
     def pruned(self, weight: Tensor, statistics: LayerStatistics | None, count: int) -> Tensor:
         """A matrix, (out_features, in_features), without `count` of its weights, and with what makes up for them.
@@ -89,8 +95,7 @@ class ResolvedMethod:
         # Nothing to choose and nothing to make up for; N:M removes its own number, whatever is asked.
         if count == 0 and not self.pattern.sparsity:
             return weight.clone()
-        if statistics is not None and "cross_gram" in self.reads:
-            weight = dense_target(weight, statistics, self.damping)
+        weight = self.target(weight, statistics)
         keep = None if self.chooses else self.pattern.keep(self.metric(weight, statistics), count)
         return self.update(weight, statistics, Choice(self.pattern, count, keep, self.damping))
 
