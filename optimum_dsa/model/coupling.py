@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -198,20 +199,19 @@ class _Wiring:
         for digit in range(max((rows - 1).bit_length(), 1)):
             touched = []
             for value in (0, 1):
-                chosen = (row >> digit & 1) == value
                 try:
-                    inputs, rest = self.run({name: lambda own, other: torch.where(chosen, other, own)})
+                    inputs, rest = self.run({name: partial(_where, (row >> digit & 1) == value)})
                 except _Rewired:
                     return None, None
                 reached = {id(self.inputs[one][0]) for one in inputs if _differ(self.inputs[one], inputs[one])}
                 if _differ(self._rest, rest) or reached - {group} and (group is not None or len(reached) > 1):
                     return None, None
                 group = next(iter(reached), group)
-                touched.append((inputs, group))
+                touched.append(inputs)
             if group is None or group not in self.groups():
                 return None, None
             reader = self.groups()[group][0]
-            zero, one = (_channels(self.inputs[reader][0], inputs[reader][0]) for inputs, _ in touched)
+            zero, one = (_channels(self.inputs[reader][0], inputs[reader][0]) for inputs in touched)
             # Every channel depends on rows with this digit or on rows without it, and on no others: with all digits
             # told, it depends on one row alone.
             if not (zero ^ one).all():
@@ -265,6 +265,11 @@ def _sets(kinds: Tensor, sources: Sequence[Tensor]) -> tuple[ChannelSet, ...]:
             columns = torch.tensor([[read[channel][kind] for channel in found] for kind in by], device=kinds.device)
             sets.append(ChannelSet(columns, rows[:, columns[0]]))
     return tuple(sets)
+
+
+def _where(rows: Tensor, own: Tensor, other: Tensor) -> Tensor:
+    """`own` with `other` in some `rows`, (out_features,) bool; (..., out_features) all three."""
+    return torch.where(rows, other, own)
 
 
 def _channels(before: Tensor, after: Tensor) -> Tensor:

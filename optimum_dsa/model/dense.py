@@ -69,7 +69,7 @@ class DenseStream:
         self.calls.hidden, self._as_dense, self._kept = list(self._after), self._given, []
 
     def take(self, module: nn.Module) -> None:
-        """Take the block's weights as they are now for the dense ones: it computes the same, written in another way."""
+        """Take the block's weights as they are now for the dense ones: it computes the same with them."""
         for kept, parameter in zip(self._kept, module.parameters()):
             kept.copy_(parameter)
 

@@ -164,9 +164,7 @@ def walk_blocks(
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:
-        # One sample tells how blocks are called, and an error comes before hours of work.
-        one = {name: value[:1] for name, value in batches[0].items()}
-        samples = {stack.name: check_calls(model, stack, one) for stack in architecture.stacks}
+        samples = _sample_calls(model, architecture, batches[0])
         # Of the unpruned model, for all stacks at once: an earlier stack may be pruned before a later one is captured.
         ahead = architecture.stacks if cross or not sequential else ()
         early = {stack.name: capture_calls(model, stack, batches) for stack in ahead}
@@ -189,6 +187,13 @@ def walk_blocks(
     finally:
         for module in training:
             module.training = True
+
+
+def _sample_calls(model: nn.Module, architecture: Architecture, batch: Mapping[str, Tensor]) -> dict[str, BlockCalls]:
+    """Stack -> the calls of its blocks for the first sample of a batch, (samples, length, ...), checked."""
+    # One sample tells how blocks are called, and an error comes before hours of work.
+    one = {name: value[:1] for name, value in batch.items()}
+    return {stack.name: check_calls(model, stack, one) for stack in architecture.stacks}
 
 
 def _walk_still(

@@ -139,7 +139,7 @@ class DSAConfig:
             if not self.resolved.pattern.in_groups:
                 raise ValueError(
                     f"permute={self.permute!r} chooses which channels share a group of an N:M pattern, and pattern "
-                    f"{self.resolved.pattern} has none; use pattern='2:4' (any N:M) or 'mixed:8', or leave permute out."
+                    f"{self.resolved.pattern} has none; use pattern='2:4' (any N:M) or 'mixed:8', or no permute."
                 )
         if self.update.targets == "dense":
             self._check_dense_targets()

@@ -28,8 +28,8 @@ class Permute:
     """Puts the channels between coupled matrices of a block in an order in which N:M costs less of the score.
 
     The rows of gate and up, or of v within a head, move with the columns of down, or of o: the block computes what it
-    did, and its checkpoint is an ordinary one. Outputs on a sample are compared before and after, and where they differ
-    by more than rounding does, the order is undone.
+    did, and its checkpoint is an ordinary one. Outputs on a sample are compared before and after, and where they
+    differ by more than rounding does, the order is undone.
 
     Attributes:
         permuted: weights whose columns were moved -> the share of their score that the pattern leaves, before and

@@ -1,8 +1,8 @@
 """Orders of channels for N:M patterns: which of them share a group, so that more of the score stays.
 
-Every row takes `scores`, (rows, channels) float32, non-negative, of the channels that can change places, and N and M of
-the pattern; it returns an order, (channels,) int64: place k is taken by channel `order[k]`, and every M neighbouring
-places are a group, of which each row keeps the N highest scores.
+Every row takes `scores`, (rows, channels) float32, non-negative, of the channels that can change places, and N and M
+of the pattern; it returns an order, (channels,) int64: place k is taken by channel `order[k]`, and every M
+neighbouring places are a group, of which each row keeps the N highest scores.
 """
 
 from __future__ import annotations
