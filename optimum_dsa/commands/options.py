@@ -85,11 +85,12 @@ def add_settings(
 
 
 def _with_names(text: str) -> str:
-    """A description with the rows of the tables in the place of {methods}, {allocations} and {updates}."""
+    """A description with the rows of tables in the place of {methods}, {allocations}, {permutations}, {updates}."""
     if "{methods}" not in text:
         return text
     from ..pruning.allocation import ALLOCATIONS
     from ..pruning.unstructured.methods import METHODS
+    from ..pruning.unstructured.permutations import PERMUTATIONS
     from ..pruning.unstructured.updates import UPDATES
 
     methods = [
@@ -99,7 +100,7 @@ def _with_names(text: str) -> str:
     indent = " " * 14
     allocations = textwrap.fill(", ".join(ALLOCATIONS) + ";", 100, initial_indent=indent, subsequent_indent=indent)
     listed = {"methods": "\n".join(indent + line for line in methods), "allocations": allocations}
-    return text.format(**listed, updates=", ".join(UPDATES))
+    return text.format(**listed, permutations=", ".join(PERMUTATIONS), updates=", ".join(UPDATES))
 
 
 def asked_settings(args: Any, cls: type) -> dict[str, Any]:

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from ..model.architecture import Weight
 from ..model.coupling import ChannelSet, Coupling, find_couplings, outputs_of, reorder_
 from ..model.walk import Reads, WalkedBlock
 from .allocation import Allocation
 from .resolved_method import ResolvedMethod
 from .steps import shares
-from .unstructured.permutations import PERMUTATIONS, retained
+from .unstructured.permutations import PERMUTATIONS, Channels
 
 
 logger = logging.getLogger(__name__)
@@ -40,8 +40,7 @@ class Permute:
     def __init__(self, method: ResolvedMethod, allocation: Allocation, permutation: str):
         self.method, self.allocation = method, allocation
         self.choose = PERMUTATIONS[permutation]
-        # At least the sums: a walk that runs nothing could not compare what comes out.
-        self.reads: Reads = method.metric_reads | {"inputs"}
+        self.reads: Reads = method.reads
         self.permuted: dict[str, tuple[float, float]] = {}
         self.left: dict[str, str] = {}
 
@@ -58,49 +57,63 @@ class Permute:
 
     def _permute(self, walked: WalkedBlock, coupling: Coupling, counts: dict[str, int]) -> None:
         """Move the channels of one coupling, whose consumers lose `counts` weights, where that gains anything."""
-        width = self.method.pattern.width
-        kept = [width - round(counts[weight.name] * width / weight.size) for weight in coupling.consumers]
-        names = [weight.name for weight in coupling.consumers]
+        names, width = list(counts), self.method.pattern.width
+        kept = {width - round(counts[weight.name] * width / weight.size) for weight in coupling.consumers}
         usable = [_in_whole_groups(places, width) for places in coupling.sets]
         if not all(usable):
             self.left |= dict.fromkeys(names, f"channels that can change places do not fill groups of {width}")
-        if not any(usable) or kept[0] in (0, width):
+        if len(kept) > 1:
+            self.left |= dict.fromkeys(names, "matrices that share their inputs lose different shares")
             return
-        scores = [self._scores(walked, weight) for weight in coupling.consumers]
+        if not any(usable) or kept & {0, width}:
+            return
+        found = self._channels(walked, coupling, *kept)
+        places_of = [places.columns for places in coupling.sets]
+        before = {name: whole.retained() / whole.scores.sum().item() for name, whole in found.items()}
         orders = [
-            self._order(places, scores, kept) if use else torch.arange(places.columns.shape[1])
-            for places, use in zip(coupling.sets, usable)
+            self._order(list(found.values()), columns)
+            if use
+            else torch.arange(columns.shape[1], device=columns.device)
+            for columns, use in zip(places_of, usable)
         ]
-        orders = [order.to(places.columns.device) for places, order in zip(coupling.sets, orders)]
+        del found
         if all(bool((order.diff() == 1).all()) for order in orders):
             return
-        before = [retained(score, keep, width) / score.sum().item() for score, keep in zip(scores, kept)]
-        del scores
         if not _moved(walked, coupling, orders):
             logger.warning("%s: another order of channels changes what the block gives; left as is.", ", ".join(names))
             self.left |= dict.fromkeys(names, "the block gave something else in another order")
             return
         walked.rewritten()
-        for weight, keep, share in zip(coupling.consumers, kept, before):
-            after = self._scores(walked, weight)
-            self.permuted[weight.name] = share, retained(after, keep, width) / after.sum().item()
+        for name, whole in self._channels(walked, coupling, *kept).items():
+            self.permuted[name] = before[name], whole.retained() / whole.scores.sum().item()
 
-    def _scores(self, walked: WalkedBlock, weight: Weight) -> Tensor:
-        """(out_features, in_features), by which the pattern would choose."""
-        statistics = walked.statistics.get(weight.name)
-        return self.method.metric(self.method.target(walked.tensor(weight), statistics), statistics)
+    def _channels(self, walked: WalkedBlock, coupling: Coupling, kept: int) -> dict[str, Channels]:
+        """Consumer -> all its columns as they are now."""
+        found = {}
+        for weight in coupling.consumers:
+            statistics = walked.statistics[weight.name]
+            target = self.method.target(walked.tensor(weight), statistics)
+            moment = statistics.second_moment if statistics.with_gram else torch.diag(statistics.squared_sum)
+            scores = self.method.metric(target, statistics)
+            found[weight.name] = Channels(scores, kept, self.method.pattern.width, target.float()[None], moment[None])
+        return found
 
-    def _order(self, places: ChannelSet, scores: Sequence[Tensor], kept: Sequence[int]) -> Tensor:
-        """The order of one set's channels, (size,); the one that they have where no other keeps more."""
-        device, width = scores[0].device, self.method.pattern.width
-        columns = places.columns.to(device)
-        # Whoever reads the same channels has to take them in the same order: their rows are judged together.
-        parts = [torch.cat([score[:, own] for own in columns]) for score in scores]
-        order = self.choose(torch.cat(parts), kept[0], width)
-        here, there = (
-            sum(retained(part[:, way], keep, width) for part, keep in zip(parts, kept)) for way in (slice(None), order)
+    def _order(self, consumers: Sequence[Channels], columns: Tensor) -> Tensor:
+        """The order of one set's channels, (size,), whose `columns` are (copies, size); as it is where none is better.
+
+        Whoever reads the same channels has to take them in the same order: all are judged together.
+        """
+        columns, first = columns.to(consumers[0].scores.device), consumers[0]
+        channels = replace(
+            first,
+            scores=torch.cat([whole.scores[:, own] for own in columns for whole in consumers]),
+            weights=torch.stack([torch.cat([whole.weights[0][:, own] for whole in consumers]) for own in columns]),
+            # What the errors of different places have to do with each other is left out.
+            moments=torch.stack([first.moments[0][own[:, None], own] for own in columns]),
         )
-        return order if there > here else torch.arange(len(order), device=device)
+        order = self.choose(channels)
+        here = torch.arange(columns.shape[1], device=columns.device)
+        return order if channels.retained(order) > channels.retained() else here
 
 
 def _moved(walked: WalkedBlock, coupling: Coupling, orders: Sequence[Tensor]) -> bool:

@@ -42,7 +42,7 @@ def prune(model: nn.Module, calibration: Source | None, config: DSAConfig) -> Pr
     architecture = architecture_for(model, config)
     if isinstance(calibration, CollectedStatistics):
         _check_statistics_do(config)
-    if config.resolved.reads or config.permute:
+    if config.resolved.reads:
         batches_of(calibration, config, f"method {config.method!r}")  # missing data are found before work
     check_finite_weights(model, architecture)
     check_finite_outputs(model, architecture, calibration)

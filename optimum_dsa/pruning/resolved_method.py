@@ -14,6 +14,7 @@ from ..model.walk import Reads, reads_of
 from .targets import dense_target
 from .unstructured.metrics import METRICS
 from .unstructured.patterns import Pattern
+from .unstructured.permutations import PERMUTATIONS
 from .unstructured.updates import UPDATES, Choice
 
 
@@ -58,6 +59,9 @@ class ResolvedMethod:
         # A metric that is never asked must not make the walk collect for it.
         if not chooses:
             reads |= metric_reads
+        # Channels are put in order by the metric, and what the model gives is compared: that takes text in any case.
+        if config.permute is not None:
+            reads |= metric_reads | reads_of(PERMUTATIONS.fact(config.permute, "reads", "inputs"))
         if config.update.targets == "dense":
             reads |= {"cross_gram", "residual"} if config.update.residual else {"cross_gram"}
         of_allocator = getattr(config.allocator, "reads", "nothing")

@@ -16,6 +16,7 @@ from ..pruning.allocation import ALLOCATIONS, POST_PROCESS, PRE_PROCESS, REDUCTI
 from ..pruning.configuration import CONFIG_NAME, DSAConfig
 from ..pruning.unstructured.methods import METHODS
 from ..pruning.unstructured.metrics import METRICS
+from ..pruning.unstructured.permutations import PERMUTATIONS
 from ..pruning.unstructured.updates import UPDATES
 from ..recovery.configuration import RecoveryConfig
 from ..search.strategies import STRATEGIES
@@ -116,6 +117,7 @@ def papers(config: Mapping[str, Any]) -> dict[str, str]:
     cite(METHODS, config.get("method"))
     cite(METRICS, config.get("metric"))
     cite(UPDATES, (config.get("update") or {}).get("name"))
+    cite(PERMUTATIONS, config.get("permute"))
     name = config.get("allocation")
     name = name.get("name") if isinstance(name, Mapping) else name
     name = str(name).split(", ")[0]  # a searched one goes on with its spread and offsets

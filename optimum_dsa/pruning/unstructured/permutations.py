@@ -1,13 +1,13 @@
 """Orders of channels for N:M patterns: which of them share a group, so that more of the score stays.
 
-Every row takes `scores`, (rows, channels) float32, non-negative, of the channels that can change places, and N and M
-of the pattern; it returns an order, (channels,) int64: place k is taken by channel `order[k]`, and every M
-neighbouring places are a group, of which each row keeps the N highest scores.
+Every row takes `Channels` that can change places, and returns an order, (channels,) int64: place k is taken by channel
+`order[k]`, and every M neighbouring places are a group, of which each row keeps the N highest scores. The fact `reads`
+says what it needs of calibration beside what the scores need: "inputs" (the default) or "gram" (X·Xᵀ).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -20,8 +20,9 @@ PERMUTATIONS = Registry("permutation")
 
 RIA = "https://github.com/biomedical-cybernetics/Relative-importance-and-activation-pruning"
 ROUNDS, ENOUGH = 12, 1e-4  # of `exchange`: rounds over all members of the groups, and the gain that ends them
-# Of `learned`: channels that are put in order together, steps, rate, first and last temperature, Sinkhorn's rounds.
-BLOCK, STEPS, RATE, TEMPERATURES, BALANCES = 64, 50, 0.1, (1.0, 0.1), 5
+# Of `learned`: channels that are put in order together, steps, their rate, what divides the numbers before they are
+# balanced, rounds of that, and the number that the order as it is begins with.
+BLOCK, STEPS, RATE, TEMPERATURE, BALANCES, START = 64, 50, 0.1, 0.5, 5, 2.0
 TOGETHER = 128  # groups among which members are assigned at once: the cost of an assignment grows with the cube
 CHUNK = 2**18  # gains that are worked on at once: they stay in a processor's cache
 
@@ -32,47 +33,87 @@ def retained(scores: Tensor, kept: int, width: int) -> float:
     return groups.topk(kept, dim=2).values.sum(dtype=torch.float64).item()
 
 
+@dataclass(frozen=True)
+class Channels:
+    """What the columns of a matrix hold, or of several places that have to be put in the same order.
+
+    Attributes:
+        scores (`Tensor`): (copies · rows, channels) float32, non-negative: the rows of one place after the other.
+        kept (`int`): N of the pattern.
+        width (`int`): M.
+        weights (`Tensor`): (copies, rows, channels) float32; where nobody gives them, the scores.
+        moments (`Tensor`): (copies, channels, channels), X·Xᵀ of the inputs; where nobody gives them, of white ones.
+    """
+
+    scores: Tensor
+    kept: int
+    width: int
+    weights: Tensor = None
+    moments: Tensor = None
+
+    def __post_init__(self):
+        if self.weights is None:
+            object.__setattr__(self, "weights", self.scores[None])
+        if self.moments is None:
+            white = torch.eye(self.scores.shape[1], device=self.scores.device)
+            object.__setattr__(self, "moments", white.expand(len(self.weights), -1, -1))
+
+    def reordered(self, order: Tensor) -> Channels:
+        """The same channels in another order, (channels,)."""
+        return replace(
+            self,
+            scores=self.scores[:, order],
+            weights=self.weights[..., order],
+            moments=self.moments[:, order[:, None], order],
+        )
+
+    def retained(self, order: Tensor | slice = slice(None)) -> float:
+        """The sum of the scores that stay with the channels in that order, (channels,)."""
+        return retained(self.scores[:, order], self.kept, self.width)
+
+
 @PERMUTATIONS.register(reference=RIA)
-def ria(scores: Tensor, kept: int, width: int) -> Tensor:
+def ria(channels: Channels) -> Tensor:
     """Channels in the order of their sums dealt to the groups in turn, then one member of each group dealt anew.
 
-    `scores` is (rows, channels), the result (channels,). The strongest channels do not meet in one group, where they
+    (channels,). The strongest channels do not meet in one group, where they
     would push each other out. A second step takes the first members out of all groups and assigns them to where they
     add most, the other members being where they are; then the second ones, and so on.
 
     Zhang et al., "Plug-and-Play", ICLR 2024, channel permutation: heuristic allocation and linear sum assignment.
     """
-    dealt = scores.sum(0).argsort(descending=True, stable=True).view(width, -1).t()
-    return _reassigned(scores, dealt, kept, range(width)).flatten()
+    dealt = channels.scores.sum(0).argsort(descending=True, stable=True).view(channels.width, -1).t()
+    return _reassigned(channels, dealt).flatten()
 
 
 @PERMUTATIONS.register(reference=RIA)
-def exchange(scores: Tensor, kept: int, width: int) -> Tensor:
-    """`ria`'s assignment repeated, from the better of its start and the order as it is, until it gains no more.
+def exchange(channels: Channels) -> Tensor:
+    """`ria`'s assignment repeated, from the better of its result and the order as it is, until it gains no more.
 
-    (rows, channels) -> (channels,). Each round assigns every member of the groups once, grouped by chance anew.
+    (channels,). Each round assigns every member of the groups once, grouped by chance anew.
     """
-    here = torch.arange(scores.shape[1], device=scores.device)
-    order = max(here, ria(scores, kept, width), key=lambda order: retained(scores[:, order], kept, width))
-    generator, groups = torch.Generator().manual_seed(0), order.view(-1, width)
-    best = retained(scores[:, order], kept, width)
+    here = torch.arange(channels.scores.shape[1], device=channels.scores.device)
+    order = max(here, ria(channels), key=channels.retained)
+    generator, groups = torch.Generator().manual_seed(0), order.view(-1, channels.width)
+    best = channels.retained(order)
     for _ in range(ROUNDS):
         chance = torch.rand(groups.shape, generator=generator).argsort(1).to(groups.device)
-        groups = _reassigned(scores, groups.gather(1, chance), kept, range(width))
-        now = retained(scores[:, groups.flatten()], kept, width)
+        groups = _reassigned(channels, groups.gather(1, chance))
+        now = channels.retained(groups.flatten())
         if now - best <= ENOUGH * best:
             break
         best = now
     return groups.flatten()
 
 
-def _reassigned(scores: Tensor, groups: Tensor, kept: int, members: Sequence[int]) -> Tensor:
-    """`groups`, (groups, width) channels, after each of `members` in turn was assigned to the groups anew.
+def _reassigned(channels: Channels, groups: Tensor) -> Tensor:
+    """`groups`, (groups, width) channels, after each member in turn was assigned to the groups anew.
 
     Never a lower score: that all stay where they are is one of the assignments.
     """
+    scores, kept = channels.scores, channels.kept
     groups, parts = groups.clone(), -(-len(groups) // TOGETHER)
-    for member in members:
+    for member in range(channels.width):
         others = torch.cat([groups[:, :member], groups[:, member + 1 :]], dim=1)
         # One more in a group stays where it beats the last that would stay without it, and pushes that one out.
         stronger = scores[:, others].topk(kept, dim=2).values[..., -1] if kept <= others.shape[1] else None
@@ -92,55 +133,61 @@ def _gains(scores: Tensor, threshold: Tensor) -> Tensor:
     return gains
 
 
-@PERMUTATIONS.register(reference="https://arxiv.org/abs/2510.10136")
-def learned(scores: Tensor, kept: int, width: int) -> Tensor:
-    """A soft permutation within every 64 neighbouring channels, trained by gradients and hardened at every step.
+@PERMUTATIONS.register(reference="https://arxiv.org/abs/2510.10136", reads="gram")
+def learned(channels: Channels) -> Tensor:
+    """`ria`'s order, in which the channels of every 64 neighbouring places are put in order anew by gradients.
 
-    (rows, channels) -> (channels,). Sinkhorn's balancing makes a matrix of numbers doubly stochastic, an assignment
-    makes it a permutation, and the gradient goes through the former. What is maximised is the score that stays; the
-    publication minimises the distance of a layer's outputs instead. The best order that was seen is returned.
+    (channels,). Sinkhorn's balancing makes a matrix of numbers doubly stochastic, the highest entries make it a
+    permutation, and the gradient goes through the former. What falls is ‖(W − Ŵ) X‖², Ŵ being the weights that the
+    scores leave, as they are. The best order that was seen is returned.
 
-    Zou et al., "PermLLM", 2025, https://arxiv.org/abs/2510.10136, block-wise learnable channel permutation.
+    Zou et al., "PermLLM", 2025, https://arxiv.org/abs/2510.10136, block-wise learnable channel permutation; there it
+    begins from the order as it is, and the loss is the cosine of a layer's outputs.
     """
-    block = max(BLOCK // width * width, width)
-    whole = scores.shape[1] // block * block
-    parts = [scores[:, :whole].unflatten(1, (-1, block))] if whole else []
-    parts += [scores[:, None, whole:]] if whole < scores.shape[1] else []
-    orders, start = [], 0
-    for part in parts:
-        first = start + torch.arange(part.shape[1], device=scores.device) * part.shape[2]
-        orders.append((_learn(part.transpose(0, 1), kept, width) + first[:, None]).flatten())
-        start += part.shape[1] * part.shape[2]
-    return torch.cat(orders)
+    start = ria(channels)
+    ordered = channels.reordered(start)
+    size = min(BLOCK, len(start)) // channels.width * channels.width
+    # Channels that fill no block stay where they are.
+    inside = len(start) // size * size
+    order = torch.arange(len(start), device=start.device)
+    order[:inside] = (_learn(ordered, inside // size, size) + order[:inside:size, None]).flatten()
+    return start[order]
 
 
 @torch.enable_grad()
-def _learn(scores: Tensor, kept: int, width: int) -> Tensor:
-    """The best orders, (blocks, size), of the channels of `scores`, (blocks, rows, size)."""
-    size = scores.shape[2]
-    logits = torch.zeros(len(scores), size, size, device=scores.device, requires_grad=True)
-    best = torch.arange(size, device=scores.device).repeat(len(scores), 1)
-    most = torch.full((len(scores),), -torch.inf, device=scores.device)
+def _learn(channels: Channels, blocks: int, size: int) -> Tensor:
+    """The best orders, (blocks, size), of so many blocks of channels from the first on."""
+    inside, width, weights, moments = blocks * size, channels.width, channels.weights, channels.moments
+    scores = channels.scores.unflatten(0, (len(weights), -1))
+    eye = torch.eye(size, device=scores.device)
+    logits = (START * eye).repeat(blocks, 1, 1).requires_grad_()
     optimizer = torch.optim.Adam([logits], RATE)
-    eye, total = torch.eye(size, device=scores.device), scores.sum()
-    first, last = TEMPERATURES
-    for step in range(STEPS):
-        soft = logits + eye * (step == 0)  # the order as it is comes first
-        soft = soft / (first * (last / first) ** (step / STEPS))
+    total = ((weights @ moments) * weights).sum()
+    best, least = torch.arange(size, device=scores.device).repeat(blocks, 1), torch.inf
+
+    def moved(values: Tensor, how: Tensor) -> Tensor:
+        """(..., channels) times a matrix (size, size) for every block."""
+        parts = torch.einsum("crkb,kbp->crkp", values[..., :inside].unflatten(-1, (blocks, size)), how)
+        return torch.cat([parts.flatten(-2), values[..., inside:]], dim=-1)
+
+    for _ in range(STEPS):
+        soft = logits / TEMPERATURE
         for _ in range(BALANCES):
             soft = soft - soft.logsumexp(2, keepdim=True)
             soft = soft - soft.logsumexp(1, keepdim=True)
         soft = soft.exp()
         place = _hardened(soft.detach())
-        hard = eye[place]  # [channel, place]
-        permuted = scores @ (hard + soft - soft.detach())
-        groups = permuted.unflatten(2, (-1, width))
-        stays = groups.topk(kept, dim=3).values.sum((1, 2, 3))
-        better = stays.detach() > most
-        most = torch.where(better, stays.detach(), most)
-        best = torch.where(better[:, None], place.argsort(1), best)
+        how = eye[place] + soft - soft.detach()  # [channel, place]
+        with torch.no_grad():
+            groups = moved(scores, eye[place]).unflatten(-1, (-1, width))
+            stays = groups.topk(channels.kept, dim=-1).indices
+            gone = torch.ones_like(groups).scatter_(-1, stays, 0.0).flatten(-2)
+        lost = moved(moved(weights, how) * gone, how.transpose(1, 2))
+        loss = ((lost @ moments) * lost).sum() / total
+        if loss.item() < least:
+            least, best = loss.item(), place.argsort(1)
         optimizer.zero_grad()
-        (-stays.sum() / total).backward()
+        loss.backward()
         optimizer.step()
     return best
 

@@ -11,7 +11,7 @@ from optimum_dsa import PERMUTATIONS
 from optimum_dsa.pruning.unstructured import permutations
 from optimum_dsa.pruning.unstructured.assignment import best_assignment
 from optimum_dsa.pruning.unstructured.patterns import Pattern
-from optimum_dsa.pruning.unstructured.permutations import retained
+from optimum_dsa.pruning.unstructured.permutations import Channels, retained
 
 
 @pytest.fixture(autouse=True)
@@ -30,9 +30,9 @@ def scores(rows=24, channels=96, seed=0):
 )
 def test_every_row_gives_an_order_and_leaves_the_scores_alone(name, kept, width, channels):
     given, before = scores(channels=channels), scores(channels=channels)
-    order = PERMUTATIONS[name](given, kept, width)
+    order = PERMUTATIONS[name](Channels(given, kept, width))
     assert torch.equal(order.sort().values, torch.arange(channels)) and torch.equal(given, before)
-    assert torch.equal(order, PERMUTATIONS[name](given, kept, width))  # the same every time
+    assert torch.equal(order, PERMUTATIONS[name](Channels(given, kept, width)))  # the same every time
 
 
 @pytest.mark.parametrize("name", sorted(PERMUTATIONS))
@@ -40,7 +40,7 @@ def test_what_can_be_kept_whole_is(name):
     """Half of the channels are worth nothing, and stand together."""
     given = scores(channels=32)
     given[:, 16:] = 0
-    order = PERMUTATIONS[name](given, 2, 4)
+    order = PERMUTATIONS[name](Channels(given, 2, 4))
     most = retained(given[:, order], 2, 4) / given.sum().item()
     assert retained(given, 2, 4) / given.sum().item() < 0.75 and most > (0.85 if name == "learned" else 0.9999)
 
@@ -48,14 +48,14 @@ def test_what_can_be_kept_whole_is(name):
 @pytest.mark.parametrize("seed", range(3))
 def test_exchange_keeps_no_less_than_ria_and_learned_no_less_than_the_order_as_it_is(seed):
     given = scores(seed=seed)
-    kept = {name: retained(given[:, PERMUTATIONS[name](given, 2, 4)], 2, 4) for name in PERMUTATIONS}
+    kept = {name: retained(given[:, PERMUTATIONS[name](Channels(given, 2, 4))], 2, 4) for name in PERMUTATIONS}
     assert kept["exchange"] >= kept["ria"] > retained(given, 2, 4) and kept["learned"] >= retained(given, 2, 4)
 
 
 def test_groups_are_assigned_in_parts_without_a_loss(monkeypatch):
-    given, whole = scores(), PERMUTATIONS["ria"](scores(), 2, 4)
+    given, whole = scores(), PERMUTATIONS["ria"](Channels(scores(), 2, 4))
     monkeypatch.setattr(permutations, "TOGETHER", 7)
-    order = PERMUTATIONS["ria"](given, 2, 4)
+    order = PERMUTATIONS["ria"](Channels(given, 2, 4))
     assert torch.equal(order.sort().values, torch.arange(96)) and not torch.equal(order, whole)
     assert retained(given[:, order], 2, 4) > retained(given, 2, 4)
 
