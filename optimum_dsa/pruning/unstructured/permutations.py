@@ -7,7 +7,7 @@ says what it needs of calibration beside what the scores need: "inputs" (the def
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -22,7 +22,7 @@ RIA = "https://github.com/biomedical-cybernetics/Relative-importance-and-activat
 ROUNDS, ENOUGH = 12, 1e-4  # of `exchange`: rounds over all members of the groups, and the gain that ends them
 # Of `learned`: channels that are put in order together, steps, their rate, what divides the numbers before they are
 # balanced, rounds of that, and the number that the order as it is begins with.
-BLOCK, STEPS, RATE, TEMPERATURE, BALANCES, START = 64, 50, 0.1, 0.5, 5, 2.0
+BLOCK, STEPS, RATE, TEMPERATURE, BALANCES, START = 64, 50, 0.02, 0.1, 5, 0.1
 TOGETHER = 128  # groups among which members are assigned at once: the cost of an assignment grows with the cube
 CHUNK = 2**18  # gains that are worked on at once: they stay in a processor's cache
 
@@ -57,15 +57,6 @@ class Channels:
         if self.moments is None:
             white = torch.eye(self.scores.shape[1], device=self.scores.device)
             object.__setattr__(self, "moments", white.expand(len(self.weights), -1, -1))
-
-    def reordered(self, order: Tensor) -> Channels:
-        """The same channels in another order, (channels,)."""
-        return replace(
-            self,
-            scores=self.scores[:, order],
-            weights=self.weights[..., order],
-            moments=self.moments[:, order[:, None], order],
-        )
 
     def retained(self, order: Tensor | slice = slice(None)) -> float:
         """The sum of the scores that stay with the channels in that order, (channels,)."""
@@ -135,23 +126,22 @@ def _gains(scores: Tensor, threshold: Tensor) -> Tensor:
 
 @PERMUTATIONS.register(reference="https://arxiv.org/abs/2510.10136", reads="gram")
 def learned(channels: Channels) -> Tensor:
-    """`ria`'s order, in which the channels of every 64 neighbouring places are put in order anew by gradients.
+    """Every 64 neighbouring channels put in order among themselves by gradients, from the order as it is.
 
     (channels,). Sinkhorn's balancing makes a matrix of numbers doubly stochastic, the highest entries make it a
     permutation, and the gradient goes through the former. What falls is ‖(W − Ŵ) X‖², Ŵ being the weights that the
     scores leave, as they are. The best order that was seen is returned.
 
-    Zou et al., "PermLLM", 2025, https://arxiv.org/abs/2510.10136, block-wise learnable channel permutation; there it
-    begins from the order as it is, and the loss is the cosine of a layer's outputs.
+    Zou et al., "PermLLM", 2025, https://arxiv.org/abs/2510.10136, block-wise learnable channel permutation; there the
+    loss is the cosine of a layer's outputs, and an exact assignment makes the permutation.
     """
-    start = ria(channels)
-    ordered = channels.reordered(start)
-    size = min(BLOCK, len(start)) // channels.width * channels.width
+    count = channels.scores.shape[1]
+    size = min(BLOCK, count) // channels.width * channels.width
     # Channels that fill no block stay where they are.
-    inside = len(start) // size * size
-    order = torch.arange(len(start), device=start.device)
-    order[:inside] = (_learn(ordered, inside // size, size) + order[:inside:size, None]).flatten()
-    return start[order]
+    inside = count // size * size
+    order = torch.arange(count, device=channels.scores.device)
+    order[:inside] = (_learn(channels, inside // size, size) + order[:inside:size, None]).flatten()
+    return order
 
 
 @torch.enable_grad()
