@@ -23,7 +23,7 @@ ROUNDS, ENOUGH = 12, 1e-4  # of `exchange`: rounds over all members of the group
 # Of `learned`: channels that are put in order together, steps, their rate, what divides the numbers before they are
 # balanced, rounds of that, and the number that the order as it is begins with.
 BLOCK, STEPS, RATE, TEMPERATURE, BALANCES, START = 64, 50, 0.02, 0.1, 5, 0.1
-TOGETHER = 128  # groups among which members are assigned at once: the cost of an assignment grows with the cube
+TOGETHER = 256  # groups among which members are assigned at once: the cost of an assignment grows with the cube
 CHUNK = 2**18  # gains that are worked on at once: they stay in a processor's cache
 
 
