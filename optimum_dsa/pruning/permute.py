@@ -55,37 +55,52 @@ class Permute:
         for coupling in couplings:
             self._permute(walked, coupling, {weight.name: counts[weight.name] for weight in coupling.consumers})
 
+    def log(self) -> None:
+        """Name what stayed where it was, by reason; a warning where all did."""
+        reasons: dict[str, list[str]] = {}
+        for name, why in self.left.items():
+            reasons.setdefault(why, []).append(name)
+        for why, names in reasons.items():
+            logger.info("Columns of %d weights stay where they are (%s): %s.", len(names), why, ", ".join(names))
+        if not self.permuted:
+            logger.warning("No channels were put in another order: %s.", "; ".join(reasons))
+
     def _permute(self, walked: WalkedBlock, coupling: Coupling, counts: dict[str, int]) -> None:
         """Move the channels of one coupling, whose consumers lose `counts` weights, where that gains anything."""
-        names, width = list(counts), self.method.pattern.width
+        why = self._try(walked, coupling, counts)
+        if why is not None:
+            self.left |= dict.fromkeys(counts, why)
+
+    def _try(self, walked: WalkedBlock, coupling: Coupling, counts: dict[str, int]) -> str | None:
+        """Move the channels; or why they stay where they are."""
+        width = self.method.pattern.width
         kept = {width - round(counts[weight.name] * width / weight.size) for weight in coupling.consumers}
         usable = [_in_whole_groups(places, width) for places in coupling.sets]
-        if not all(usable):
-            self.left |= dict.fromkeys(names, f"channels that can change places do not fill groups of {width}")
+        if not any(usable):
+            return f"channels that can change places do not fill groups of {width}"
         if len(kept) > 1:
-            self.left |= dict.fromkeys(names, "matrices that share their inputs lose different shares")
-            return
-        if not any(usable) or kept & {0, width}:
-            return
+            return "matrices that share their inputs lose different shares"
+        if kept & {0, width}:
+            return "nothing or all of every group goes"
         found = self._channels(walked, coupling, *kept)
-        places_of = [places.columns for places in coupling.sets]
         before = {name: whole.retained() / whole.scores.sum().item() for name, whole in found.items()}
         orders = [
-            self._order(list(found.values()), columns)
-            if use
-            else torch.arange(columns.shape[1], device=columns.device)
-            for columns, use in zip(places_of, usable)
+            self._order(list(found.values()), places.columns) if use else torch.arange(places.columns.shape[1])
+            for places, use in zip(coupling.sets, usable)
         ]
+        orders = [order.to(places.columns.device) for places, order in zip(coupling.sets, orders)]
         del found
         if all(bool((order.diff() == 1).all()) for order in orders):
-            return
+            return "no order that was found keeps more"
         if not _moved(walked, coupling, orders):
-            logger.warning("%s: another order of channels changes what the block gives; left as is.", ", ".join(names))
-            self.left |= dict.fromkeys(names, "the block gave something else in another order")
-            return
+            logger.warning(
+                "%s: another order of channels changes what the block gives; left as is.", ", ".join(counts)
+            )
+            return "the block gave something else in another order"
         walked.rewritten()
         for name, whole in self._channels(walked, coupling, *kept).items():
             self.permuted[name] = before[name], whole.retained() / whole.scores.sum().item()
+        return None
 
     def _channels(self, walked: WalkedBlock, coupling: Coupling, kept: int) -> dict[str, Channels]:
         """Consumer -> all its columns as they are now."""

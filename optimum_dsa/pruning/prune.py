@@ -53,6 +53,8 @@ def prune(model: nn.Module, calibration: Source | None, config: DSAConfig) -> Pr
     permute = [Permute(config.resolved, allocation, config.permute)] if config.permute else []
     sink = KeepBlocks()
     run_steps(model, architecture, calibration, config, [*permute, remove], sink)
+    for step in permute:
+        step.log()
     _warn_of_more(sum(sink.zeros.values()), allocation, config)
     return PruningReport(
         config=config,

@@ -55,7 +55,7 @@ def test_more_of_the_score_stays_and_the_model_computes_the_same(name, method):
     assert {weight.split(".")[-2] for weight in step.permuted} <= {"o_proj", "down_proj"}
     assert all(old < new for old, new in step.permuted.values()) and len(step.permuted) >= 3
     everything = {weight.name for weight in find_architecture(model).weights}
-    assert set(step.left) | set(step.permuted) <= everything and not set(step.left) & set(step.permuted)
+    assert set(step.left) | set(step.permuted) == everything and not set(step.left) & set(step.permuted)
 
 
 @pytest.mark.parametrize("name", sorted(PERMUTATIONS))
@@ -135,6 +135,16 @@ def test_a_head_that_holds_no_whole_group_is_left(caplog):
     step = only_permuted(tiny_llama(), config(pattern="8:16"))  # heads of 8
     assert {weight.split(".")[-2] for weight in step.permuted} == {"down_proj"}
     assert "do not fill groups of 16" in step.left["model.layers.0.self_attn.o_proj.weight"]
+
+
+def test_what_stays_where_it_is_is_named(tiny, inputs, caplog):
+    with caplog.at_level(logging.INFO, logger=permute.__name__):
+        report = prune(tiny("mixtral"), inputs("mixtral"), config())
+        assert report.permuted and all("o_proj" in name for name in report.permuted)
+        assert "16 weights stay where they are (experts of one parameter): model.layers.0.mlp.experts" in caplog.text
+        assert "No channels" not in caplog.text
+        prune(tiny("jetmoe"), inputs("jetmoe"), config())
+        assert "No channels were put in another order: experts of one parameter" in caplog.text
 
 
 def test_mixed_patterns_and_bfloat16_take_it_too():
