@@ -9,12 +9,13 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from ..model.architecture import Weight
 from ..model.coupling import ChannelSet, Coupling, find_couplings, outputs_of, reorder_
 from ..model.walk import Reads, WalkedBlock
 from .allocation import Allocation
 from .resolved_method import ResolvedMethod
 from .steps import shares
-from .unstructured.permutations import PERMUTATIONS, Channels
+from .unstructured.permutations import PERMUTATIONS, Channels, retained
 
 
 logger = logging.getLogger(__name__)
@@ -40,6 +41,7 @@ class Permute:
     def __init__(self, method: ResolvedMethod, allocation: Allocation, permutation: str):
         self.method, self.allocation = method, allocation
         self.choose = PERMUTATIONS[permutation]
+        self.by_errors = PERMUTATIONS.fact(permutation, "reads", "inputs") == "gram"
         self.reads: Reads = method.reads
         self.permuted: dict[str, tuple[float, float]] = {}
         self.left: dict[str, str] = {}
@@ -82,10 +84,13 @@ class Permute:
             return "matrices that share their inputs lose different shares"
         if kept & {0, width}:
             return "nothing or all of every group goes"
-        found = self._channels(walked, coupling, *kept)
-        before = {name: whole.retained() / whole.scores.sum().item() for name, whole in found.items()}
+        names = [weight.name for weight in coupling.consumers]
+        found = [self._scores(walked, weight) for weight in coupling.consumers]
+        before = [retained(scores, *kept, width) / scores.sum().item() for scores in found]
         orders = [
-            self._order(list(found.values()), places.columns) if use else torch.arange(places.columns.shape[1])
+            self._order(walked, coupling, found, places.columns, *kept)
+            if use
+            else torch.arange(places.columns.shape[1])
             for places, use in zip(coupling.sets, usable)
         ]
         orders = [order.to(places.columns.device) for places, order in zip(coupling.sets, orders)]
@@ -93,39 +98,40 @@ class Permute:
         if all(bool((order.diff() == 1).all()) for order in orders):
             return "no order that was found keeps more"
         if not _moved(walked, coupling, orders):
-            logger.warning(
-                "%s: another order of channels changes what the block gives; left as is.", ", ".join(counts)
-            )
+            logger.warning("%s: another order of channels changes what the block gives; left as is.", ", ".join(names))
             return "the block gave something else in another order"
         walked.rewritten()
-        for name, whole in self._channels(walked, coupling, *kept).items():
-            self.permuted[name] = before[name], whole.retained() / whole.scores.sum().item()
+        for weight, share in zip(coupling.consumers, before):
+            scores = self._scores(walked, weight)
+            self.permuted[weight.name] = share, retained(scores, *kept, width) / scores.sum().item()
         return None
 
-    def _channels(self, walked: WalkedBlock, coupling: Coupling, kept: int) -> dict[str, Channels]:
-        """Consumer -> all its columns as they are now."""
-        found = {}
-        for weight in coupling.consumers:
-            statistics = walked.statistics[weight.name]
-            target = self.method.target(walked.tensor(weight), statistics)
-            moment = statistics.second_moment if statistics.with_gram else torch.diag(statistics.squared_sum)
-            scores = self.method.metric(target, statistics)
-            found[weight.name] = Channels(scores, kept, self.method.pattern.width, target.float()[None], moment[None])
-        return found
+    def _scores(self, walked: WalkedBlock, weight: Weight) -> Tensor:
+        """(out_features, in_features), by which the pattern would choose."""
+        statistics = walked.statistics[weight.name]
+        return self.method.metric(self.method.target(walked.tensor(weight), statistics), statistics)
 
-    def _order(self, consumers: Sequence[Channels], columns: Tensor) -> Tensor:
+    def _order(
+        self, walked: WalkedBlock, coupling: Coupling, scores: Sequence[Tensor], columns: Tensor, kept: int
+    ) -> Tensor:
         """The order of one set's channels, (size,), whose `columns` are (copies, size); as it is where none is better.
 
-        Whoever reads the same channels has to take them in the same order: all are judged together.
+        Whoever reads the same channels has to take them in the same order: all are judged together. `scores` are those
+        of the coupling's consumers, (out_features, in_features) each.
         """
-        columns, first = columns.to(consumers[0].scores.device), consumers[0]
-        channels = replace(
-            first,
-            scores=torch.cat([whole.scores[:, own] for own in columns for whole in consumers]),
-            weights=torch.stack([torch.cat([whole.weights[0][:, own] for whole in consumers]) for own in columns]),
-            # What the errors of different places have to do with each other is left out.
-            moments=torch.stack([first.moments[0][own[:, None], own] for own in columns]),
+        columns = columns.to(scores[0].device)
+        channels = Channels(
+            torch.cat([one[:, own] for own in columns for one in scores]), kept, self.method.pattern.width
         )
+        if self.by_errors:
+            weights = [walked.tensor(weight).float() for weight in coupling.consumers]
+            moment = walked.statistics[coupling.consumers[0].name].second_moment
+            channels = replace(
+                channels,
+                weights=torch.stack([torch.cat([weight[:, own] for weight in weights]) for own in columns]),
+                # What the errors of different places have to do with each other is left out.
+                moments=torch.stack([moment[own[:, None], own] for own in columns]),
+            )
         order = self.choose(channels)
         here = torch.arange(columns.shape[1], device=columns.device)
         return order if channels.retained(order) > channels.retained() else here

@@ -17,6 +17,7 @@ from .allocate import allocate, architecture_for, check_finite_weights
 from .allocation import Allocation
 from .configuration import DSAConfig
 from .permute import Permute
+from .reconstruct import Reconstruct
 from .report import PruningReport
 from .sink import KeepBlocks, Sink
 from .source import Known, Source, as_calibration, batches_of, check_finite_outputs, progress
@@ -42,8 +43,11 @@ def prune(model: nn.Module, calibration: Source | None, config: DSAConfig) -> Pr
     architecture = architecture_for(model, config)
     if isinstance(calibration, CollectedStatistics):
         _check_statistics_do(config)
+    # Missing data are found before work.
     if config.resolved.reads:
-        batches_of(calibration, config, f"method {config.method!r}")  # missing data are found before work
+        batches_of(calibration, config, f"method {config.method!r}")
+    if config.reconstruct.steps:
+        batches_of(calibration, config, "training of blocks (reconstruct)", Reconstruct.reads)
     check_finite_weights(model, architecture)
     check_finite_outputs(model, architecture, calibration)
     # A walk of its own, before the one that prunes: units are compared on the dense model.
@@ -51,8 +55,12 @@ def prune(model: nn.Module, calibration: Source | None, config: DSAConfig) -> Pr
     remove = RemoveWeights(config.resolved, allocation, config.update.true_sequential)
     # First of all: what follows sees the channels in the order in which they are saved.
     permute = [Permute(config.resolved, allocation, config.permute)] if config.permute else []
+    steps: list[Step] = [*permute, remove]
+    reconstruct = Reconstruct(config.reconstruct, config.data.seed)
+    if config.reconstruct.steps:
+        steps.append(reconstruct)
     sink = KeepBlocks()
-    run_steps(model, architecture, calibration, config, [*permute, remove], sink)
+    run_steps(model, architecture, calibration, config, steps, sink)
     for step in permute:
         step.log()
     _warn_of_more(sum(sink.zeros.values()), allocation, config)
@@ -70,6 +78,7 @@ def prune(model: nn.Module, calibration: Source | None, config: DSAConfig) -> Pr
         damping=remove.damping,
         unseen=tuple(remove.unseen),
         permuted=permute[0].permuted if permute else {},
+        reconstruction=reconstruct.found,
         seconds=time.perf_counter() - start,
     )
 
@@ -106,7 +115,7 @@ def run_steps(
 ) -> None:
     """The body of every one-shot pruner: each block in turn is given to all steps, then to the sink."""
     reads = union(steps)
-    batches = batches_of(calibration, config, f"method {config.method!r}") if reads else None
+    batches = batches_of(calibration, config, f"method {config.method!r}", reads) if reads else None
     for walked in walk_blocks(
         model, architecture, batches, reads=reads, sequential=config.sequential, progress=progress("Pruning")
     ):

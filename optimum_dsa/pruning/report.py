@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from statistics import mean
 from typing import Any
 
 from ..common.columns import columns
 from ..common.escaping import one_line
 from .allocation import Allocation
 from .configuration import DSAConfig
+from .reconstruct import Reconstruction
 
 
 @dataclass(frozen=True)
@@ -27,6 +29,7 @@ class PruningReport:
         unseen (`tuple[str, ...]`): weights that no calibration token reached; they were scored by magnitude.
         permuted (`Mapping[str, tuple[float, float]]`): weights whose columns were put in another order -> the share of
             their score that the pattern leaves, before and after.
+        reconstruction (`Mapping[str, Reconstruction]`): blocks that were trained -> what that did.
         seconds (`float`): wall time.
     """
 
@@ -39,6 +42,7 @@ class PruningReport:
     damping: Mapping[str, float] = field(default_factory=dict)
     unseen: tuple[str, ...] = ()
     permuted: Mapping[str, tuple[float, float]] = field(default_factory=dict)
+    reconstruction: Mapping[str, Reconstruction] = field(default_factory=dict)
     seconds: float = 0.0
 
     @property
@@ -70,6 +74,7 @@ class PruningReport:
             "damping": dict(self.damping),
             "unseen": list(self.unseen),
             "permuted": {name: list(shares) for name, shares in self.permuted.items()},
+            "reconstruction": {block: asdict(found) for block, found in self.reconstruction.items()},
             "seconds": round(self.seconds, 3),
         }
 
@@ -86,6 +91,9 @@ class PruningReport:
             damping=dict(data.get("damping") or {}),
             unseen=tuple(data.get("unseen") or ()),
             permuted={name: tuple(shares) for name, shares in (data.get("permuted") or {}).items()},
+            reconstruction={
+                block: Reconstruction(**found) for block, found in (data.get("reconstruction") or {}).items()
+            },
             seconds=data.get("seconds", 0.0),
         )
 
@@ -118,5 +126,12 @@ class PruningReport:
             notes.append(
                 f"channels of {len(self.permuted)} weights in another order: {after:.2%} of their score stays, and "
                 f"{before:.2%} would have"
+            )
+        if trained := self.reconstruction.values():
+            before, after = (mean(getattr(found, name) for found in trained) for name in ("before", "after"))
+            rates = sorted({found.rate for found in trained if found.steps})
+            notes.append(
+                f"blocks trained: {before:.2%} of their outputs lost before, {after:.2%} after, on windows held out "
+                f"(mean of {len(trained)}; rate {', '.join(f'{rate:g}' for rate in rates) or 'none'})"
             )
         return "\n".join(map(one_line, lines + notes))

@@ -40,7 +40,7 @@ def only_permuted(model, asked):
     return step
 
 
-def backwards(self, consumers, columns):
+def backwards(self, walked, coupling, scores, columns, kept):
     return torch.arange(columns.shape[1]).flip(0)
 
 
@@ -103,7 +103,7 @@ def test_permuted_on_the_way_is_what_pruning_the_permuted_model_gives(method, up
     one, other = tiny_llama(), tiny_llama()
     for walked in walk_blocks(other, find_architecture(other), [{"input_ids": tokens()}]):
         for found in coupling.find_couplings(walked)[0]:
-            coupling.reorder_(walked, found, [backwards(None, None, places.columns) for places in found.sets])
+            coupling.reorder_(walked, found, [backwards(*[None] * 4, places.columns, 2) for places in found.sets])
     asked = config(method=method, update=UpdateConfig(**update))
     assert len(prune(one, tokens(), asked).permuted) == 6
     prune(other, tokens(), config(None, method=method, update=UpdateConfig(**update)))

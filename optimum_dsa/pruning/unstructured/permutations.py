@@ -41,22 +41,15 @@ class Channels:
         scores (`Tensor`): (copies · rows, channels) float32, non-negative: the rows of one place after the other.
         kept (`int`): N of the pattern.
         width (`int`): M.
-        weights (`Tensor`): (copies, rows, channels) float32; where nobody gives them, the scores.
-        moments (`Tensor`): (copies, channels, channels), X·Xᵀ of the inputs; where nobody gives them, of white ones.
+        weights (`Tensor`): (copies, rows, channels) float32, and
+        moments (`Tensor`): (copies, channels, channels), X·Xᵀ of the inputs: for who reads "gram", `None` for others.
     """
 
     scores: Tensor
     kept: int
     width: int
-    weights: Tensor = None
-    moments: Tensor = None
-
-    def __post_init__(self):
-        if self.weights is None:
-            object.__setattr__(self, "weights", self.scores[None])
-        if self.moments is None:
-            white = torch.eye(self.scores.shape[1], device=self.scores.device)
-            object.__setattr__(self, "moments", white.expand(len(self.weights), -1, -1))
+    weights: Tensor | None = None
+    moments: Tensor | None = None
 
     def retained(self, order: Tensor | slice = slice(None)) -> float:
         """The sum of the scores that stay with the channels in that order, (channels,)."""
