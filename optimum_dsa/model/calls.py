@@ -38,20 +38,25 @@ class BlockCalls:
         arguments: per batch and block, (positional, keyword) arguments except the hidden states and caches.
         extras: per batch, what a block returns behind the hidden states; `None` where it returns those alone.
         samples: per batch, the number of sequences.
+        sample: the calls for one sequence alone, of which any block can be run at little cost.
     """
 
     hidden: list[Tensor] = field(default_factory=list)
     arguments: list[list[tuple[tuple, dict]]] = field(default_factory=list)
     extras: list[tuple | None] = field(default_factory=list)
     samples: list[int] = field(default_factory=list)
+    sample: BlockCalls | None = None
 
     def __len__(self) -> int:
         return len(self.arguments)
 
-    def run(self, block: nn.Module, index: int, batch: int) -> Tensor:
-        """What `block`, number `index` of the stack, makes of the hidden states, (samples, ..., hidden size)."""
+    def run(self, block: Callable, index: int, batch: int, hidden: Tensor | None = None) -> Tensor:
+        """What `block`, number `index` of the stack, makes of the hidden states, (samples, ..., hidden size).
+
+        These are `hidden`, or what stands in `self.hidden`.
+        """
         args, kwargs = self.arguments[batch][index]
-        return _split_output(block(self.hidden[batch], *args, **kwargs))[0]
+        return _split_output(block(self.hidden[batch] if hidden is None else hidden, *args, **kwargs))[0]
 
     def everything_of(self, block: nn.Module, index: int, batch: int) -> list[Tensor]:
         """All tensors that `block`, number `index`, leaves behind: what it returns, and what its arguments hold then.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -43,17 +44,25 @@ class Permute:
         self.choose = PERMUTATIONS[permutation]
         self.by_errors = PERMUTATIONS.fact(permutation, "reads", "inputs") == "gram"
         self.reads: Reads = method.reads
-        self.permuted: dict[str, tuple[float, float]] = {}
-        self.left: dict[str, str] = {}
+        self.waiting: Sequence[WalkedBlock] = ()
+        self.notes: dict[str, Any] = {}  # weight -> the two shares of its score, or why it stays
+
+    @property
+    def permuted(self) -> dict[str, tuple[float, float]]:
+        return {name: tuple(noted) for name, noted in self.notes.items() if not isinstance(noted, str)}
+
+    @property
+    def left(self) -> dict[str, str]:
+        return {name: noted for name, noted in self.notes.items() if isinstance(noted, str)}
 
     @torch.no_grad()
     def __call__(self, walked: WalkedBlock) -> None:
         if walked.run is None:
-            self.left |= {weight.name: "outside the blocks" for weight in walked.weights}
+            self.notes |= {weight.name: "outside the blocks" for weight in walked.weights}
             return
         counts = shares(walked, self.allocation)
         couplings, left = find_couplings(walked)
-        self.left |= left
+        self.notes |= left
         for coupling in couplings:
             self._permute(walked, coupling, {weight.name: counts[weight.name] for weight in coupling.consumers})
 
@@ -71,7 +80,7 @@ class Permute:
         """Move the channels of one coupling, whose consumers lose `counts` weights, where that gains anything."""
         why = self._try(walked, coupling, counts)
         if why is not None:
-            self.left |= dict.fromkeys(counts, why)
+            self.notes |= dict.fromkeys(counts, why)
 
     def _try(self, walked: WalkedBlock, coupling: Coupling, counts: dict[str, int]) -> str | None:
         """Move the channels; or why they stay where they are."""
@@ -103,7 +112,7 @@ class Permute:
         walked.rewritten()
         for weight, share in zip(coupling.consumers, before):
             scores = self._scores(walked, weight)
-            self.permuted[weight.name] = share, retained(scores, *kept, width) / scores.sum().item()
+            self.notes[weight.name] = [share, retained(scores, *kept, width) / scores.sum().item()]
         return None
 
     def _scores(self, walked: WalkedBlock, weight: Weight) -> Tensor:

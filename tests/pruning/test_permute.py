@@ -94,7 +94,7 @@ def test_patterns_of_wider_groups_are_pruned_saved_loaded_and_verified(pattern, 
         ("wanda", {}),
         ("wanda", {"true_sequential": True}),
         ("sparsegpt", {"targets": "dense"}),
-        ("alps", {"targets": "dense", "true_sequential": True, "residual": True}),
+        ("sparsegpt", {"targets": "dense", "true_sequential": True, "residual": True}),
     ],
 )
 def test_permuted_on_the_way_is_what_pruning_the_permuted_model_gives(method, update, monkeypatch):
