@@ -102,7 +102,7 @@ class WalkedBlock:
             live[name].copy_(value)
             owner, _, attribute = name.rpartition(".")
             if attribute in dict(self.model.get_submodule(owner).named_parameters(recurse=False)):
-                self.changes.add(name)
+                self.changed(name)
 
     def groups(self, true_sequential: bool = False) -> Iterator[Group]:
         """The weights in groups that share an input, in the order in which the block runs them.
@@ -303,7 +303,8 @@ def _walk_block(
     with resident(model, [block.name]) as changes, dense.at(module) if dense else nullcontext():
         again = collect if sequential and not finished else None  # otherwise what went into the block is gone
         found = pass_by() if finished else collect(block.weights, move_on=not sequential)
-        replay = Replay(module, index, calls, dense) if dense and "outputs" in dense.reads else None
+        replays = dense and "outputs" in dense.reads and not finished
+        replay = Replay(module, index, calls, dense) if replays else None
         rewritten = partial(dense.take, module) if dense else lambda: None
         yield WalkedBlock(block, found, model, changes, again, replay, run, rewritten)
         # Still inside `resident`: the changed weights are here, and need not be written and read back first.
@@ -326,8 +327,8 @@ def _walk_head(
     """The weights outside the blocks, on what the last stack gives, (samples, ..., hidden size)."""
     with resident(model, _modules(head)) as changes:
         observer = Observer(gram)
-        paired = dense is not None and "cross_gram" in dense.reads
         for number, batch in enumerate(() if finished else batches):
+            paired = dense is not None and "cross_gram" in dense.reads
             beside = dense.inputs_behind(model, head, stack, batch, number).inputs if paired else None
             tokens = calls.hidden[number].shape[:-1].numel()
             observer.start_batch(calls.samples[number], real[number], beside, tokens)

@@ -44,7 +44,6 @@ class Permute:
         self.choose = PERMUTATIONS[permutation]
         self.by_errors = PERMUTATIONS.fact(permutation, "reads", "inputs") == "gram"
         self.reads: Reads = method.reads
-        self.waiting: Sequence[WalkedBlock] = ()
         self.notes: dict[str, Any] = {}  # weight -> the two shares of its score, or why it stays
 
     @property

@@ -180,7 +180,7 @@ def run_steps(
         for step in steps:
             step(walked)
         held.append((number, walked, [_new(step.notes, old) for step, old in zip(steps, known)]))
-        if any(step.waiting for step in steps):
+        if any(getattr(step, "waiting", ()) for step in steps):
             continue
         for number, block, notes in held:
             if finished:
