@@ -189,7 +189,7 @@ def method_line(config: DSAConfig) -> str:
     """How a config prunes, in a line: method, what differs from its row, allocation."""
     update = config.update
     said = [config.method]
-    said += [f"{name} {value}" for name in ("metric", "pattern") if (value := getattr(config, name))]
+    said += [f"{name} {value}" for name in ("metric", "pattern", "permute") if (value := getattr(config, name))]
     said += [f"update {update.name}"] if update.name else []
     said += ["dense targets"] if update.targets == "dense" else []
     said += ["true sequential"] if update.true_sequential else []
