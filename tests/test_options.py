@@ -16,6 +16,7 @@ from optimum.commands.base import CommandInfo
 from optimum_dsa import (
     ALLOCATIONS,
     METHODS,
+    PERMUTATIONS,
     UPDATES,
     DSAConfig,
     DSAPruner,
@@ -46,6 +47,7 @@ FIRST = {
     "--validation --validation-windows --split --text-column --sequence-length --seed --eval-steps --patience "
     "--save-steps --checkpoints --resume --device --dtype --device-map --offload-folder --revision "
     "--trust-remote-code",
+    "plan": "-s --sparsity --quality --method --config --dataset --num-samples --no-run --device --dtype --device-map",
     "evaluate": "--dataset --split --text-column --sequence-length --num-samples --seed --tasks --include-path "
     "--num-fewshot --limit --batch-size --output --json --device --dtype --device-map --offload-folder --revision "
     "--trust-remote-code",
@@ -80,7 +82,7 @@ def test_a_terminal_that_cannot_show_a_sign_shows_another(monkeypatch):
 @pytest.mark.contract
 def test_help_teaches_every_name(monkeypatch, capsys):
     _, output, _ = run(monkeypatch, capsys, "prune", "--help")
-    for name in (*METHODS, *ALLOCATIONS, *UPDATES):
+    for name in (*METHODS, *ALLOCATIONS, *PERMUTATIONS, *UPDATES):
         assert name in output
     assert "examples:" in output
     for name in ("prune", "evaluate", "demo", "env"):
@@ -95,7 +97,9 @@ def test_no_option_went_away_and_every_command_can_be_quiet(info):
     assert {*FIRST[info.name].split(), "--json", "-q", "--quiet", "-v", "--verbose"} <= options
 
 
-@pytest.mark.parametrize("name,config", [("prune", DSAConfig), ("search", DSAConfig), ("recover", RecoveryConfig)])
+@pytest.mark.parametrize(
+    "name,config", [("prune", DSAConfig), ("plan", DSAConfig), ("search", DSAConfig), ("recover", RecoveryConfig)]
+)
 def test_every_setting_is_an_option_with_a_help(name, config):
     parser = ArgumentParser()
     info = next(info for info in DSACommand.SUBCOMMANDS if info.name == name)

@@ -85,21 +85,25 @@ def add_settings(
 
 
 def _with_names(text: str) -> str:
-    """A description with the rows of the tables in the place of {methods}, {allocations} and {updates}."""
+    """A description with the rows of the tables in the place of their names in braces."""
     if "{methods}" not in text:
         return text
     from ..pruning.allocation import ALLOCATIONS
+    from ..pruning.presets import QUALITIES
     from ..pruning.unstructured.methods import METHODS
+    from ..pruning.unstructured.permutations import PERMUTATIONS
     from ..pruning.unstructured.updates import UPDATES
 
     methods = [
         f"{name:<14} {METHODS.fact(name, 'about', f'{row.metric}, {row.pattern}, {row.update}')}"
         for name, row in METHODS.items()
     ]
+    qualities = [f"{name:<14} {QUALITIES.fact(name, 'about', row)}" for name, row in QUALITIES.items()]
     indent = " " * 14
     allocations = textwrap.fill(", ".join(ALLOCATIONS) + ";", 100, initial_indent=indent, subsequent_indent=indent)
     listed = {"methods": "\n".join(indent + line for line in methods), "allocations": allocations}
-    return text.format(**listed, updates=", ".join(UPDATES))
+    listed["qualities"] = "\n".join(indent + line for line in qualities)
+    return text.format(**listed, permutations=", ".join(PERMUTATIONS), updates=", ".join(UPDATES))
 
 
 def asked_settings(args: Any, cls: type) -> dict[str, Any]:

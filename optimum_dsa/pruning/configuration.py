@@ -12,16 +12,27 @@ from typing import Any
 
 from ..common.files import read_json, write_text
 from ..common.installation import how_to_upgrade
-from ..common.settings import check_settings, section, setting, settings_from, settings_to, takes_flat_names
+from ..common.settings import (
+    check_settings,
+    flattened,
+    nested,
+    section,
+    setting,
+    settings_from,
+    settings_to,
+    takes_flat_names,
+)
 from ..common.values import is_whole
 from ..data import DataConfig
 from ..model.architecture import GRANULARITIES
 from ..model.statistics import DAMPING
 from .allocation import ALLOCATIONS, Allocation, AllocationFunction, Allocator, levels_within
+from .presets import with_quality
 from .resolved_method import ResolvedMethod
 from .targets import TARGETS
 from .unstructured.methods import METHODS, Method
 from .unstructured.patterns import Pattern
+from .unstructured.permutations import PERMUTATIONS
 from .unstructured.updates import UPDATES
 
 
@@ -107,6 +118,9 @@ class DSAConfig:
             the method's.
         update (`UpdateConfig` or `str`, *optional*): What becomes of the weights that stay; a text is its name, a row
             of `UPDATES`. Defaults to the method's.
+        permute (`str`, *optional*): A row of `PERMUTATIONS`: with an N:M pattern, the order in which channels within a
+            block are put first, so that more of what matters stays. The model computes the same. Defaults to the order
+            that they have.
         reconstruct (`ReconstructConfig` or `int`): Training of every block's kept weights against the dense block; a
             number is its steps.
         granularity (`str`, defaults to `"block"`): One sparsity per `"block"`, per `"matrix"`, or per `"block:kind"`:
@@ -132,6 +146,7 @@ class DSAConfig:
     spread: float | None = setting(None, low=0, high=1, what="a half-width")
     pattern: str | None = None
     update: UpdateConfig = section(UpdateConfig, shorthand="name")
+    permute: str | None = None
     reconstruct: ReconstructConfig = section(ReconstructConfig, shorthand="steps")
     granularity: str = setting("block", choices=GRANULARITIES)
     sequential: bool = True
@@ -165,6 +180,13 @@ class DSAConfig:
                 "the dense model's; use sequential=True or reconstruct=0."
             )
         self._check_pattern(self.resolved.pattern)
+        if self.permute is not None:
+            PERMUTATIONS[self.permute]
+            if not self.resolved.pattern.in_groups:
+                raise ValueError(
+                    f"permute={self.permute!r} chooses which channels share a group of an N:M pattern, and pattern "
+                    f"{self.resolved.pattern} has none; use pattern='2:4' (any N:M) or 'mixed:8', or no permute."
+                )
         if self.update.targets == "dense":
             self._check_dense_targets()
 
@@ -244,6 +266,29 @@ class DSAConfig:
     def given_allocation(self) -> Allocation:
         """The allocation where `allocator` is `None`."""
         return self.allocation if isinstance(self.allocation, Allocation) else Allocation.load(self.allocation)
+
+    @classmethod
+    def preset(cls, quality: str, sparsity: float, **settings) -> DSAConfig:
+        """The config of a quality, a row of `QUALITIES`: `"fast"`, `"good"` or `"best"`.
+
+        ```python
+        DSAConfig.preset("good", 0.7, num_samples=32, exclude=("lm_head",))
+        ```
+
+        Args:
+            settings (`dict`): any of a `DSAConfig`, those of its sections under their own names, too. The quality
+                fills in what is not given; of a section that is given as an object, all is.
+
+        Raises:
+            UnknownNameError: there is no such quality.
+            ValueError: a setting contradicts the quality, such as another method; it names both.
+        """
+        given = {
+            name: settings_to(value) if isinstance(value, (DataConfig, UpdateConfig)) else value
+            for name, value in settings.items()
+        }
+        flat = with_quality(quality, {"sparsity": sparsity, **flattened(cls, given)})
+        return settings_from(cls, nested(cls, flat))
 
     def to_dict(self) -> dict[str, Any]:
         """All fields as JSON values, sections as objects."""

@@ -7,6 +7,7 @@ from optimum_dsa import (
     ALLOCATIONS,
     METHODS,
     METRICS,
+    PERMUTATIONS,
     PRE_PROCESS,
     REDUCTION,
     UPDATES,
@@ -87,7 +88,13 @@ def test_a_dataset_has_an_id_where_it_is_on_the_hub():
 
 @pytest.mark.parametrize(
     "table,field",
-    [(METHODS, "method"), (ALLOCATIONS, "allocation"), (METRICS, "metric"), (UPDATES, "update")],
+    [
+        (METHODS, "method"),
+        (ALLOCATIONS, "allocation"),
+        (METRICS, "metric"),
+        (PERMUTATIONS, "permute"),
+        (UPDATES, "update"),
+    ],
     ids=lambda value: getattr(value, "kind", value),
 )
 def test_every_part_that_was_published_is_cited(table, field):
