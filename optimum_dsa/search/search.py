@@ -24,7 +24,7 @@ from .finals import FinalRound, rank
 from .fingerprint import fingerprint_of_model, fingerprint_of_tokens
 from .objective import Objective
 from .problem import Budget, Problem, parse_budget
-from .realise import check_searchable, realise
+from .realise import REALISATIONS, check_searchable, realise, suited
 from .resolver import Resolver
 from .result import RESULT_FILES, SearchResult
 from .space import Candidate, SearchSpace
@@ -49,7 +49,7 @@ def search(
     resume: bool = False,
     named: Sequence[str] | None = None,
     report_to: Any = None,
-    realisation: str = "masks",
+    realisation: str | None = None,
     pictures: Callable[[SearchResult], Mapping[str, Any]] | None = None,
 ) -> SearchResult:
     """The allocation that hurts `model` least at `config.sparsity`, found on validation text.
@@ -68,7 +68,8 @@ def search(
         resume: go on with the trace in `folder`; the end is that of an uninterrupted run.
         named: rows of `ALLOCATIONS` that are tried; by default all, where the strategy tries any.
         report_to: what accelerate can log to, such as "trackio" or "tensorboard", or a tracker.
-        realisation: a row of `REALISATIONS`: what an allocation is.
+        realisation: a row of `REALISATIONS`: what an allocation is while it is compared. By default "database" where the
+            method changes the weights that it keeps or the strategy reads error curves, else "masks".
         pictures: what draws figures of the result for `folder`, such as `plot_search`.
 
     Raises:
@@ -79,6 +80,8 @@ def search(
     check_apart(calibration, validation)
     budget = parse_budget(budget)
     run = STRATEGIES[strategy]
+    kind = realisation or ("database" if STRATEGIES.fact(strategy, "curves") else suited(config))
+    REALISATIONS[kind]
     settings = {
         "strategy": strategy,
         "budget": [budget.tokens, budget.evaluations, budget.seconds],
@@ -88,6 +91,8 @@ def search(
         "calibration": calibration.facts() if calibration else None,
         "validation": list(validation.shape),
     }
+    if kind != "masks":  # which was all there was: what has no word of it goes on
+        settings["realisation"] = kind
     if named is None:
         named = ALLOCATIONS if STRATEGIES.fact(strategy, "named", True) else ()
     # Uniform is always tried, and counted once.
@@ -100,7 +105,7 @@ def search(
         stack.callback(reports.close)
         trace = _trace(output, settings, resume, model, calibration, validation)
         stack.callback(trace.close)
-        realised = realise(model, calibration, config, realisation)
+        realised = realise(model, calibration, config, kind)
         resolver = Resolver(model, realised, calibration, config, named)
         evaluator = Evaluator(Objective(model, realised, validation, config.batch_size), resolver)
         # Only the first process has a folder to read; all have to replay the same trials.
