@@ -26,7 +26,7 @@ from .model.adapters import has_adapters, inner_model, plain_name
 from .model.walk import walk_blocks
 from .pruning.allocate import allocate, architecture_for
 from .pruning.allocation import Allocation
-from .pruning.configuration import DSAConfig
+from .pruning.configuration import AUTO, DSAConfig
 from .pruning.prune import prune
 from .pruning.report import PruningReport
 from .pruning.zeros import counted
@@ -96,10 +96,19 @@ class DSAPruner:
         Args:
             calibration (`Any`): texts, a .txt / .jsonl / .parquet path, a dataset or its name, a LongTensor (samples,
                 length), or a mapping of the model's inputs; `None` where method and allocation need no data.
+            config (`DSAConfig`): with `allocation="auto"`, every row of `ALLOCATIONS` is tried for real before, on
+                windows of the text that do not calibrate: as many prunes. The report says what was compared.
         """
-        needed = config.resolved.reads | config.resolved.allocation_reads
+        needed, compared = config.resolved.reads | config.resolved.allocation_reads, {}
+        if config.allocation == AUTO:
+            from .search.ready_made import settle
+
+            settled = settle(self.model, calibration, config, self.tokenizer)
+            data, config, compared = settled.calibration, settled.config, settled.compared
+        else:
+            data = self._load(calibration, config, needed)
         self._stored = None
-        self.report = prune(self.model, self._load(calibration, config, needed), config)
+        self.report = replace(prune(self.model, data, config), compared=compared)
         self.recovery = None
         return self.report
 

@@ -20,7 +20,8 @@ method      how weights are scored and what happens to the rest
 allocation  how much to remove from each block (default: dsa)
 {allocations}
               an allocation function such as "abslog/var/atan,asin/no_op@+0.08";
-              an allocation as JSON, or the folder of a pruned model
+              an allocation as JSON, or the folder of a pruned model;
+              auto: each of the names is tried for real on other windows of the text, at the cost of a prune each
 pattern     row, matrix, group:128, 2:4 (any N:M), mixed:8 (N:8, N from the allocation)
 update      what becomes of the weights that stay: {updates}
 """
@@ -58,13 +59,14 @@ update      what becomes of the weights that stay: {updates}
         from ..model.adapters import has_adapters
         from ..model.parameters import weight_bytes
         from ..pruner import DSAPruner
+        from ..pruning.configuration import AUTO
 
         config = asked_config(self.args)
         options, loading = {}, loading_options(self.args)  # wrong ones end it here, before any work
         if self.args.max_shard_size is not None:
             check_shard_size(self.args.max_shard_size)
             options["max_shard_size"] = self.args.max_shard_size
-        if config.resolved.reads | config.resolved.allocation_reads:
+        if config.resolved.reads | config.resolved.allocation_reads or config.allocation == AUTO:
             check_texts(self.args, config.data)
         with OutputFolder(self.args.output) as output:
             pruner = DSAPruner.from_pretrained(self.args.model, **loading)

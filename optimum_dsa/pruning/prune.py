@@ -37,6 +37,7 @@ def prune(model: nn.Module, calibration: Source | None, config: DSAConfig) -> Pr
     Everything that can be known to be wrong is raised before the first weight is changed.
     """
     start = time.perf_counter()
+    config.check_settled()
     calibration = as_calibration(calibration, model)
     architecture = architecture_for(model, config)
     if config.update.true_sequential and isinstance(calibration, CollectedStatistics):

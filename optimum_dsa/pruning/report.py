@@ -26,6 +26,8 @@ class PruningReport:
         damping (`Mapping[str, float]`): weights whose X·Xᵀ needed more damping than asked -> the damping.
         unseen (`tuple[str, ...]`): weights that no calibration token reached; they were scored by magnitude.
         seconds (`float`): wall time.
+        compared (`Mapping[str, float]`): allocation -> validation loss of the model pruned with it, best first, where
+            the config asked for `"auto"`.
     """
 
     config: DSAConfig
@@ -37,6 +39,7 @@ class PruningReport:
     damping: Mapping[str, float] = field(default_factory=dict)
     unseen: tuple[str, ...] = ()
     seconds: float = 0.0
+    compared: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def removed(self) -> int:
@@ -51,7 +54,7 @@ class PruningReport:
 
     def to_dict(self) -> dict[str, Any]:
         """JSON values; the part of `dsa_config.json` that describes the result."""
-        return {
+        data = {
             "config": self.config.to_dict(),
             "allocation": self.allocation.to_dict(),
             "achieved": {
@@ -68,6 +71,7 @@ class PruningReport:
             "unseen": list(self.unseen),
             "seconds": round(self.seconds, 3),
         }
+        return data | ({"compared": dict(self.compared)} if self.compared else {})
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> PruningReport:
@@ -82,6 +86,7 @@ class PruningReport:
             damping=dict(data.get("damping") or {}),
             unseen=tuple(data.get("unseen") or ()),
             seconds=data.get("seconds", 0.0),
+            compared=dict(data.get("compared") or {}),
         )
 
     def __str__(self) -> str:
@@ -106,6 +111,9 @@ class PruningReport:
             notes.append(f"left dense: {len(self.dense)} matrices ({', '.join(sorted(set(self.dense.values())))})")
         if self.damping:
             notes.append(f"damping raised for {len(self.damping)} weights, to {max(self.damping.values()):g} at most")
+        if self.compared:
+            losses = ", ".join(f"{name} {loss:.4f}" for name, loss in self.compared.items())
+            notes.append(f"allocations compared by their validation loss after the prune: {losses}")
         if self.unseen:
             notes.append(f"{len(self.unseen)} weights saw no calibration token and were scored by magnitude")
         return "\n".join(map(one_line, lines + notes))

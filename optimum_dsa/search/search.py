@@ -6,6 +6,7 @@ import logging
 import random
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from ..common.devices import process_state
 from ..common.output import OutputFolder
 from ..data import Calibration
 from ..pruning.allocation import ALLOCATIONS, Allocation
-from ..pruning.configuration import DSAConfig
+from ..pruning.configuration import AUTO, DSAConfig
 from .apart import check_apart
 from .conductor import Conductor, TrialLogger
 from .evaluator import Evaluator
@@ -77,6 +78,8 @@ def search(
             with is of another model, of other texts or settings.
     """
     check_searchable(config)
+    if config.allocation == AUTO:  # which no result may hold
+        config = replace(config, allocation="uniform")
     check_apart(calibration, validation)
     budget = parse_budget(budget)
     run = STRATEGIES[strategy]
