@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from .recovery.configuration import RecoveryConfig
     from .recovery.result import RecoveryResult
     from .search.result import SearchResult
+    from .search.sensitivity import Sensitivity
 
 
 logger = logging.getLogger(__name__)
@@ -169,6 +170,16 @@ class DSAPruner:
             report_to=report_to,
             pictures=plot_search,
         )
+
+    def sensitivity(self, calibration: Any, config: DSAConfig) -> Sensitivity:
+        """How much of its output every matrix loses at rising sparsities under the method of `config`.
+
+        The model is not changed.
+        """
+        from .search.sensitivity import sensitivity
+
+        needed = config.resolved.reads | config.resolved.metric_reads
+        return sensitivity(self.model, self._load(calibration, config, needed), config)
 
     @torch.no_grad()
     def masks(self) -> Iterator[tuple[str, Tensor]]:

@@ -219,8 +219,8 @@ class DSAConfig:
         """Raise `ValueError` where the allocation is yet to be chosen."""
         if self.allocation == AUTO:
             raise ValueError(
-                "allocation='auto' is chosen by trying allocations on text, which DSAPruner.prune does; call that (its "
-                f"report.config has the name), or name one of {', '.join(ALLOCATIONS)}."
+                "allocation='auto' is chosen by trying allocations on text, which DSAPruner.prune does; call that, "
+                f"and its report has the name, or name one of {', '.join(ALLOCATIONS)}."
             )
 
     def to_dict(self) -> dict[str, Any]:

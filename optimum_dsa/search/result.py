@@ -37,8 +37,8 @@ class Finalist:
         candidate (`Candidate`): what it is.
         loss (`float`): divergence on validation windows after the sequential prune.
         perplexity (`float`): on the same.
-        proxy (`float`): divergence with one-shot masks from the dense model's statistics, or with matrices solved about
-            uniform, on fewer windows: what a search compares candidates by.
+        proxy (`float`): divergence with one-shot masks from the dense model's statistics, or with matrices that were
+            solved about uniform, on fewer windows: what a search compares candidates by.
         allocation (`Allocation`): what `DSAConfig(allocation=...)` takes.
         removed (`Allocation`): what `prune` makes of it; another one where the pattern needs whole N.
     """

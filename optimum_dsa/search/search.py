@@ -69,8 +69,8 @@ def search(
         resume: go on with the trace in `folder`; the end is that of an uninterrupted run.
         named: rows of `ALLOCATIONS` that are tried; by default all, where the strategy tries any.
         report_to: what accelerate can log to, such as "trackio" or "tensorboard", or a tracker.
-        realisation: a row of `REALISATIONS`: what an allocation is while it is compared. By default "database" where the
-            method changes the weights that it keeps or the strategy reads error curves, else "masks".
+        realisation: a row of `REALISATIONS`: what an allocation is while it is compared. By default "database" where
+            the method changes the weights that it keeps or the strategy reads error curves, else "masks".
         pictures: what draws figures of the result for `folder`, such as `plot_search`.
 
     Raises:
@@ -85,17 +85,7 @@ def search(
     run = STRATEGIES[strategy]
     kind = realisation or ("database" if STRATEGIES.fact(strategy, "curves") else suited(config))
     REALISATIONS[kind]
-    settings = {
-        "strategy": strategy,
-        "budget": [budget.tokens, budget.evaluations, budget.seconds],
-        "finalists": finalists,
-        # batch_size changes no result; allocation and spread are what is searched for.
-        "config": {k: v for k, v in config.to_dict().items() if k not in ("allocation", "spread", "batch_size")},
-        "calibration": calibration.facts() if calibration else None,
-        "validation": list(validation.shape),
-    }
-    if kind != "masks":  # which was all there was: what has no word of it goes on
-        settings["realisation"] = kind
+    settings = _settings(strategy, budget, finalists, config, calibration, validation, kind)
     if named is None:
         named = ALLOCATIONS if STRATEGIES.fact(strategy, "named", True) else ()
     # Uniform is always tried, and counted once.
@@ -121,6 +111,29 @@ def search(
         if output is not None:
             result.save(output, pictures)
         return result
+
+
+def _settings(
+    strategy: str,
+    budget: Budget,
+    finalists: int,
+    config: DSAConfig,
+    calibration: Calibration | None,
+    validation: Tensor,
+    kind: str,
+) -> dict[str, Any]:
+    """What a trace has to have been made with to be gone on with; `validation` is (windows, length)."""
+    settings = {
+        "strategy": strategy,
+        "budget": [budget.tokens, budget.evaluations, budget.seconds],
+        "finalists": finalists,
+        # batch_size changes no result; allocation and spread are what is searched for.
+        "config": {k: v for k, v in config.to_dict().items() if k not in ("allocation", "spread", "batch_size")},
+        "calibration": calibration.facts() if calibration else None,
+        "validation": list(validation.shape),
+    }
+    # Masks were all there was: a trace that has no word of it goes on.
+    return settings if kind == "masks" else settings | {"realisation": kind}
 
 
 def _trace(

@@ -1,4 +1,4 @@
-"""Matrices solved at levels as the realisation of an allocation: what the update makes, between levels, error curves."""
+"""Matrices solved at levels as the realisation of an allocation: what the update makes, and error curves."""
 
 import pytest
 import torch
@@ -7,7 +7,6 @@ from optimum_dsa import METHODS, Calibration, DSAConfig, UpdateConfig
 from optimum_dsa.search.objective import Objective
 from optimum_dsa.search.realise import realise, suited
 from optimum_dsa.search.realise.database import OFFSETS, relative_error
-from optimum_dsa.search.realise.masked_model import MaskedModel
 
 from ...tiny import same_state, state, tiny_llama, tokens
 
