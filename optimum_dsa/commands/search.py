@@ -115,8 +115,8 @@ strategy    named         uniform and every named allocator
             if several:
                 say(f"\n{robustness_table(results)}")
                 min(results, key=lambda result: result.finalists[0].loss).save(whole, plot_search)
-        named = ("method", "pattern", "update", "targets")
-        options = "".join(f" --{name} {quote(getattr(args, name))}" for name in named if getattr(args, name))
+        named = ("method", "pattern", "update", "targets", "reconstruct")
+        options = "".join(f" --{name} {quote(str(getattr(args, name)))}" for name in named if getattr(args, name))
         # The allocation was found under these, and is for them.
         options += "".join(f" {flag_of(name)}" for name in ("true_sequential", "residual") if getattr(args, name))
         print(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 
@@ -45,16 +45,24 @@ class DenseStream:
         hidden (`Sequence[Tensor]`): what goes into the first block of the pruned model, per batch (samples, ...,
             hidden size): where it is the same, it is held once.
         as_dense (`AsDense`, *optional*): makes the weights the dense ones; then no copy of a block's is kept.
-        residual (`bool`): whether what the residual stream has is watched, too.
+        reads (`Collection[str]`): what the walk reads; without "cross_gram" no inputs are watched, and with "residual"
+            what the residual stream has is, too.
+
+    Attributes:
+        outputs: per batch what the dense block gives, (samples, ..., hidden size), once `inputs` was called.
     """
 
     def __init__(
-        self, calls: BlockCalls, hidden: Sequence[Tensor], as_dense: AsDense | None = None, residual: bool = False
+        self,
+        calls: BlockCalls,
+        hidden: Sequence[Tensor],
+        as_dense: AsDense | None = None,
+        reads: Collection[str] = ("cross_gram",),
     ):
-        self.calls, self.residual = calls, residual
+        self.calls, self.reads = calls, reads
         for number, (own, other) in enumerate(zip(calls.hidden, hidden, strict=True)):
             calls.hidden[number] = other if torch.equal(own, other) else own
-        self._after = list(calls.hidden)
+        self.outputs = list(calls.hidden)
         self._given = self._as_dense = as_dense
 
     @contextmanager
@@ -65,14 +73,18 @@ class DenseStream:
             kept = [parameter.detach().clone() for parameter in module.parameters()]
             self._as_dense = partial(_holding, module, kept)
         yield
-        self.calls.hidden, self._as_dense = list(self._after), self._given
+        self.calls.hidden, self._as_dense = list(self.outputs), self._given
 
     def inputs(self, model: nn.Module, part: Block, module: nn.Module, index: int, batch: int) -> DenseInputs:
         """What the weights of `part`, some of the block `module`, number `index`, multiply in the dense model."""
-        found = DenseInputs()
-        watch = watching_additions(model, part, self.calls.hidden[batch]) if self.residual else nullcontext({})
-        with self._as_dense(), observing(model, part, found), watch as found.before:
-            self._after[batch] = self.calls.run(module, index, batch)
+        found, hidden = DenseInputs(), self.calls.hidden[batch]
+        watched = "cross_gram" in self.reads
+        # What it gives is the same every time; only what is watched has to be seen again.
+        if not watched and self.outputs[batch] is not hidden:
+            return found
+        watch = watching_additions(model, part, hidden) if "residual" in self.reads else nullcontext({})
+        with self._as_dense(), observing(model, part, found) if watched else nullcontext(), watch as found.before:
+            self.outputs[batch] = self.calls.run(module, index, batch)
         return found
 
     def inputs_behind(

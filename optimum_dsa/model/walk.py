@@ -27,7 +27,8 @@ from .statistics import CollectedStatistics, LayerStatistics
 
 
 # What a walk can collect of each weight's input: "inputs" (Σ x²), "gram" (X·Xᵀ as well), "cross_gram" (X_dense·Xᵀ),
-# and with it "residual" (what the residual stream lacks where a weight's outputs are added to it).
+# and with it "residual" (what the residual stream lacks where a weight's outputs are added to it); and of each block
+# "outputs" (what the dense model gives in its place, and the block to be run again beside it).
 Reads = frozenset[str]
 _READS = {"nothing": frozenset(), "inputs": frozenset({"inputs"}), "gram": frozenset({"inputs", "gram"})}
 
@@ -48,6 +49,29 @@ class Group:
 
 
 @dataclass(frozen=True)
+class Replay:
+    """A block to be run again on what goes into it, batch by batch, and what the dense model gives in its place.
+
+    Attributes:
+        samples: sequences of every batch.
+        targets: outputs of the dense model's block on the dense model's inputs, per batch (samples, ..., hidden size).
+    """
+
+    module: nn.Module = field(repr=False)
+    index: int
+    calls: BlockCalls = field(repr=False)
+    targets: Sequence[Tensor] = field(repr=False)
+
+    @property
+    def samples(self) -> Sequence[int]:
+        return self.calls.samples
+
+    def run(self, batch: int, block: Callable | None = None) -> Tensor:
+        """What `block`, by default the one in the model, makes of a batch: (samples, ..., hidden size)."""
+        return self.calls.run(block or self.module, self.index, batch)
+
+
+@dataclass(frozen=True)
 class WalkedBlock:
     """The block at which a walk stands: its weights on their device, and the statistics of their inputs."""
 
@@ -57,6 +81,7 @@ class WalkedBlock:
     changes: set[str] = field(repr=False)
     # weights -> statistics of their inputs in the block as it is now; None where nothing is run
     again: Callable[[Sequence[Weight]], Mapping[str, LayerStatistics]] | None = field(default=None, repr=False)
+    replay: Replay | None = None  # where "outputs" are read; not of the weights outside the blocks
 
     @property
     def name(self) -> str:
@@ -91,9 +116,9 @@ class WalkedBlock:
                 found = self.again(weights)
             yield Group(tuple(weights), found)
 
-    def changed(self, weight: Weight) -> None:
-        """Say that `tensor(weight)` was written to, so that an offloaded weight is written back."""
-        self.changes.add(f"{weight.module}.{weight.attribute}")
+    def changed(self, weight: Weight | str) -> None:
+        """Say that `tensor(weight)`, or a parameter by its full name, was written to, so that it is written back."""
+        self.changes.add(weight if isinstance(weight, str) else f"{weight.module}.{weight.attribute}")
 
 
 # Tensors made in inference mode have no version counter, by which calls and inputs are told apart.
@@ -125,6 +150,7 @@ def walk_blocks(
             (and always collected where there are batches), "gram" is X·Xᵀ as well, and "cross_gram" X_dense·Xᵀ of
             what the dense model gives in the place of X, for all weights that every token reaches. "residual", beside
             "cross_gram", is `LayerStatistics.lack` of the weights whose outputs are added to the residual stream.
+            "outputs" is a `Replay` of every block of a stack.
         progress (`Callable[[Sequence[Block]], Iterable[Block]]`, defaults to `iter`): wraps the sequence of blocks, as
             tqdm does.
         as_dense (`AsDense`, *optional*): a context in which the model computes with its dense weights, for a caller
@@ -138,11 +164,11 @@ def walk_blocks(
     """
     if gram is not None:
         warnings.warn("walk_blocks(gram=True) is walk_blocks(reads={'inputs', 'gram'}).", FutureWarning, stacklevel=2)
-    gram, cross = gram or "gram" in reads, "cross_gram" in reads
-    if cross and (not sequential or isinstance(batches, CollectedStatistics)):
+    gram, beside = gram or "gram" in reads, {"cross_gram", "outputs"} & set(reads)
+    if beside and (not sequential or isinstance(batches, CollectedStatistics)):
         raise ValueError(
-            "X_dense·Xᵀ (cross_gram) is of a walk that runs each block on what the pruned ones before it give; "
-            "walk with sequential=True over batches of inputs, or do not read it."
+            f"{' and '.join(sorted(beside))}: what the dense model has beside a pruned one is of a walk with "
+            "sequential=True over batches of inputs; walk so, or do not read it."
         )
     blocks = iter(progress(architecture.blocks))
     if batches is None or isinstance(batches, CollectedStatistics):
@@ -159,14 +185,12 @@ def walk_blocks(
             # One sample tells how blocks are called, and an error comes before hours of work.
             check_calls(model, stack, {name: value[:1] for name, value in batches[0].items()})
         # Of the unpruned model, for all stacks at once: an earlier stack may be pruned before a later one is captured.
-        ahead = architecture.stacks if cross or not sequential else ()
+        ahead = architecture.stacks if beside or not sequential else ()
         early = {stack.name: capture_calls(model, stack, batches) for stack in ahead}
         for stack in architecture.stacks:
             calls = capture_calls(model, stack, batches) if sequential else early.pop(stack.name)
             # Arguments of its own: a block may leave in them what a later one reads (shared keys and values).
-            dense = None
-            if cross:
-                dense = DenseStream(early.pop(stack.name), calls.hidden, as_dense, "residual" in reads)
+            dense = DenseStream(early.pop(stack.name), calls.hidden, as_dense, reads) if beside else None
             # The last block is not run again unless somebody reads what it gives.
             needed = architecture.head is not None and stack is architecture.stacks[-1]
             for index, block in enumerate(stack.blocks):
@@ -212,7 +236,7 @@ def _walk_block(
             beside = dense.inputs(model, part, module, index, number) if dense else DenseInputs()
             hidden = calls.hidden[number]
             observer.start_batch(calls.samples[number], real[number], beside.inputs, hidden.shape[:-1].numel())
-            watch = watching_additions(model, part, hidden) if dense and dense.residual else nullcontext({})
+            watch = watching_additions(model, part, hidden) if dense and "residual" in dense.reads else nullcontext({})
             with observing(model, part, observer), watch as before:
                 output = calls.run(module, index, number)
             observer.add_residual(before, beside.before)
@@ -222,7 +246,9 @@ def _walk_block(
 
     with resident(model, [block.name]) as changes, dense.at(module) if dense else nullcontext():
         again = collect if sequential else None  # otherwise what went into the block is gone
-        yield WalkedBlock(block, collect(block.weights, move_on=not sequential), model, changes, again)
+        found = collect(block.weights, move_on=not sequential)
+        replay = Replay(module, index, calls, dense.outputs) if dense and "outputs" in dense.reads else None
+        yield WalkedBlock(block, found, model, changes, again, replay)
         # Still inside `resident`: the changed weights are here, and need not be written and read back first.
         if sequential and not last:
             for number in range(len(calls)):
@@ -243,7 +269,8 @@ def _walk_head(
     with resident(model, _modules(head)) as changes:
         observer = Observer(gram)
         for number, batch in enumerate(batches):
-            beside = dense.inputs_behind(model, head, stack, batch, number).inputs if dense else None
+            paired = dense is not None and "cross_gram" in dense.reads
+            beside = dense.inputs_behind(model, head, stack, batch, number).inputs if paired else None
             tokens = calls.hidden[number].shape[:-1].numel()
             observer.start_batch(calls.samples[number], real[number], beside, tokens)
             with observing(model, head, observer):

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from statistics import mean
 from typing import Any
 
 from ..common.columns import columns
 from ..common.escaping import one_line
 from .allocation import Allocation
 from .configuration import DSAConfig
+from .reconstruct import Reconstruction
 
 
 @dataclass(frozen=True)
@@ -25,6 +27,7 @@ class PruningReport:
         dense (`Mapping[str, str]`): matrices of the blocks that stayed dense -> why.
         damping (`Mapping[str, float]`): weights whose X·Xᵀ needed more damping than asked -> the damping.
         unseen (`tuple[str, ...]`): weights that no calibration token reached; they were scored by magnitude.
+        reconstruction (`Mapping[str, Reconstruction]`): blocks that were trained -> what that did.
         seconds (`float`): wall time.
         compared (`Mapping[str, float]`): allocation -> validation loss of the model pruned with it, best first, where
             the config asked for `"auto"`.
@@ -38,6 +41,7 @@ class PruningReport:
     dense: Mapping[str, str] = field(default_factory=dict)
     damping: Mapping[str, float] = field(default_factory=dict)
     unseen: tuple[str, ...] = ()
+    reconstruction: Mapping[str, Reconstruction] = field(default_factory=dict)
     seconds: float = 0.0
     compared: Mapping[str, float] = field(default_factory=dict)
 
@@ -69,6 +73,7 @@ class PruningReport:
             "dense": dict(self.dense),
             "damping": dict(self.damping),
             "unseen": list(self.unseen),
+            "reconstruction": {block: asdict(found) for block, found in self.reconstruction.items()},
             "seconds": round(self.seconds, 3),
         }
         return data | ({"compared": dict(self.compared)} if self.compared else {})
@@ -85,6 +90,9 @@ class PruningReport:
             dense=dict(data.get("dense") or {}),
             damping=dict(data.get("damping") or {}),
             unseen=tuple(data.get("unseen") or ()),
+            reconstruction={
+                block: Reconstruction(**found) for block, found in (data.get("reconstruction") or {}).items()
+            },
             seconds=data.get("seconds", 0.0),
             compared=dict(data.get("compared") or {}),
         )
@@ -116,4 +124,11 @@ class PruningReport:
             notes.append(f"allocations compared by their validation loss after the prune: {losses}")
         if self.unseen:
             notes.append(f"{len(self.unseen)} weights saw no calibration token and were scored by magnitude")
+        if trained := self.reconstruction.values():
+            before, after = (mean(getattr(found, name) for found in trained) for name in ("before", "after"))
+            rates = sorted({found.rate for found in trained if found.steps})
+            notes.append(
+                f"blocks trained: {before:.2%} of their outputs lost before, {after:.2%} after, on windows held out "
+                f"(mean of {len(trained)}; rate {', '.join(f'{rate:g}' for rate in rates) or 'none'})"
+            )
         return "\n".join(map(one_line, lines + notes))
