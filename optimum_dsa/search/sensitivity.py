@@ -95,8 +95,8 @@ def sensitivity(
     is, so that targets and order of the method make no difference.
 
     Args:
-        calibration: `None` for a method that reads no inputs.
-        levels: sparsities, in (0, 1).
+        calibration (`Calibration`, *optional*): needed by a method that reads inputs.
+        levels (`Sequence[float]`): sparsities, in (0, 1).
 
     Raises:
         ValueError: the pattern removes the same of every matrix, or text is needed and missing.
