@@ -102,6 +102,6 @@ def asked_config(args, **given):
     asked = asked_settings(args, DSAConfig)
     path = getattr(args, "config", None)
     base = DSAConfig.from_pretrained(path).to_dict() if path else {}
-    if "sparsity" not in base | asked:
+    if "sparsity" not in given | base | asked:
         raise ValueError("say how much to remove, for example --sparsity 0.6")
     return DSAConfig.from_dict(nested(DSAConfig, given | base | asked))

@@ -60,7 +60,7 @@ def test_one_that_was_killed_goes_on_to_the_same_end(strategy, lines, tmp_path):
 
 def test_a_search_by_masks_is_not_gone_on_with_by_the_database(tmp_path):
     run("named", "1k tokens", config=WHOLE, named=[], folder=tmp_path / "s", realisation="masks")
-    with pytest.raises(ValueError, match="realisation='database', not None"):
+    with pytest.raises(ValueError, match="made with realisation=None, not 'database'"):
         run("named", "1k tokens", config=WHOLE, named=[], folder=tmp_path / "s", resume=True)
 
 
