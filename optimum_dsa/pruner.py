@@ -91,7 +91,13 @@ class DSAPruner:
         pruner._description, pruner._base, pruner._stored = found.description, found.base, found.stored
         return pruner
 
-    def prune(self, calibration: Any, config: DSAConfig) -> PruningReport:
+    def prune(
+        self,
+        calibration: Any,
+        config: DSAConfig,
+        checkpoints: str | Path | None = None,
+        resume: bool = False,
+    ) -> PruningReport:
         """Prune the model in place.
 
         Args:
@@ -99,6 +105,10 @@ class DSAPruner:
                 length), or a mapping of the model's inputs; `None` where method and allocation need no data.
             config (`DSAConfig`): with `allocation="auto"`, every row of `ALLOCATIONS` is tried for real before, on
                 windows of the text that do not calibrate: as many prunes. The report says what was compared.
+            checkpoints (`str`, *optional*): folder for the blocks that are finished, from which a run goes on that was
+                interrupted. It stays, and takes as much room as the blocks.
+            resume (`bool`, defaults to `False`): go on from those in it, with the model as it was at the beginning:
+                load it again. The end is that of an uninterrupted run.
         """
         needed, compared = config.resolved.reads | config.resolved.allocation_reads, {}
         if config.allocation == AUTO:
@@ -109,7 +119,8 @@ class DSAPruner:
         else:
             data = self._load(calibration, config, needed)
         self._stored = None
-        self.report = replace(prune(self.model, data, config), compared=compared)
+        report = prune(self.model, data, config, checkpoints, resume)
+        self.report = replace(report, compared=compared) if compared else report
         self.recovery = None
         return self.report
 
@@ -225,7 +236,7 @@ class DSAPruner:
         checkpoints: str | Path | None = None,
         resume: bool = False,
     ) -> RecoveryResult:
-        """Train the model, pruned here or before, and keep each of its zeros.
+        """Train the model, pruned here or before, and keep each of its zeros, or with `method="elsa"` their number.
 
         Args:
             train (`Any`): texts, a .txt / .jsonl / .parquet path, a dataset or its name, or a LongTensor (samples,
@@ -238,12 +249,14 @@ class DSAPruner:
             resume (`bool`, defaults to `False`): go on from the last of them.
         """
         from .recovery.configuration import RecoveryConfig
+        from .recovery.elsa.budget import with_budget
         from .recovery.recover import recover
 
         report = self.report or report_of(self.model)
         if self.report is None:
             self._base = base_of(self.model)
         config = config or RecoveryConfig()
+        report = with_budget(self.model, report, config)
         if config.trains_weights or config.merge:
             self._stored = None
         self.model, self.recovery = recover(

@@ -1,5 +1,6 @@
 import json
 import os
+import re
 import subprocess
 import sys
 
@@ -42,7 +43,8 @@ def test_prune_then_evaluate(tmp_path, text):
     options = ["--sparsity", "0.6", "--allocation", "owl", "--num-samples", "8", "--sequence-length", "64"]
     code, output, errors = command("prune", str(demo_model()), "-o", out, "--dataset", text, *options)
     assert (code, errors) == (0, "")
-    table = output.splitlines()
+    expected, *table = output.splitlines()
+    assert re.fullmatch(r"expected: about .* \(an estimate\), memory .* of .*, disk 7.91 MB", expected), expected
     assert [line.split()[0] for line in table[1:11]] == [f"model.layers.{index}" for index in range(10)]
     assert table[12].split()[-2:] == ["0.6000", "0.6000"]
     code, output, errors = command("evaluate", out, "--dataset", text, "--sequence-length", "64", "--json")
@@ -82,7 +84,7 @@ def test_options_reach_the_config(monkeypatch, capsys, tmp_path, text):
     expected = {
         "sparsity": 0.5, "method": "magnitude", "allocation": "atp", "spread": 0.1, "pattern": "matrix",
         "update": {"name": "none", "damping": 0.01, "true_sequential": False, "targets": "sparse", "residual": False},
-        "reconstruct": {"steps": 0, "rate": None},
+        "reconstruct": {"steps": 0, "rate": None, "span": 1, "apart": False},
         "granularity": "matrix",
         "exclude": ["down_proj"], "batch_size": 2, "sequential": False,
         "data": {"num_samples": 4, "sequence_length": 32, "text_column": "text", "split": None, "bos": False,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from .base import LeafCommand, add_loading_options, check_texts, loading_options, say
 from .options import add_settings
-from .prune import CALIBRATION, add_calibration_options, asked_config
+from .prune import CALIBRATION, add_calibration_options, add_quality_option, asked_config
 
 
 class SearchCommand(LeafCommand):
@@ -53,6 +53,7 @@ strategy    named         uniform and every named allocator
         )
         parser.add_argument("--report-to", help="log trials to trackio, tensorboard, wandb, ... (default: none)")
         what = parser.add_argument_group("how the model will be pruned")
+        add_quality_option(what)
         data = add_calibration_options(parser)
         found = ("allocation", "spread", "granularity")  # is what is searched
         add_settings(parser, [(data, CALIBRATION)], "pruning.configuration.DSAConfig", what, without=found)
@@ -115,7 +116,7 @@ strategy    named         uniform and every named allocator
             if several:
                 say(f"\n{robustness_table(results)}")
                 min(results, key=lambda result: result.finalists[0].loss).save(whole, plot_search)
-        named = ("method", "pattern", "update", "targets", "reconstruct")
+        named = ("quality", "method", "pattern", "update", "targets", "reconstruct")
         options = "".join(f" --{name} {quote(str(getattr(args, name)))}" for name in named if getattr(args, name))
         # The allocation was found under these, and is for them.
         options += "".join(f" {flag_of(name)}" for name in ("true_sequential", "residual") if getattr(args, name))

@@ -55,8 +55,15 @@ class Weight:
 
     def tensor(self, model: nn.Module) -> Tensor:
         """The live weight as (out_features, in_features): a view that writes through to the parameter."""
-        parameter = getattr(model.get_submodule(self.module), self.attribute).data
-        matrix = parameter if self.expert is None else parameter[self.expert]
+        return self.matrix(self.parameter(model).data)
+
+    def parameter(self, model: nn.Module) -> nn.Parameter:
+        """The parameter that holds the weight, of its own shape; several experts may share it."""
+        return getattr(model.get_submodule(self.module), self.attribute)
+
+    def matrix(self, tensor: Tensor) -> Tensor:
+        """The weight's part of a tensor of its parameter's shape, as (out_features, in_features): a view."""
+        matrix = tensor if self.expert is None else tensor[self.expert]
         return matrix.t() if self.transposed else matrix
 
 
@@ -71,6 +78,13 @@ class Block:
     @property
     def size(self) -> int:
         return sum(weight.size for weight in self.weights)
+
+    @property
+    def modules(self) -> tuple[str, ...]:
+        """Names of the modules that hold it: itself, or those of weights outside the blocks."""
+        if all(weight.module.startswith(f"{self.name}.") or weight.module == self.name for weight in self.weights):
+            return (self.name,)
+        return tuple(dict.fromkeys(weight.module for weight in self.weights))
 
     def units(self, granularity: str) -> dict[str, tuple[Weight, ...]]:
         """Unit name -> its weights, of those that this block holds.

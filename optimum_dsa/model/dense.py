@@ -83,9 +83,17 @@ class DenseStream:
         if not watched and self.outputs[batch] is not hidden:
             return found
         watch = watching_additions(model, part, hidden) if "residual" in self.reads else nullcontext({})
-        with self._as_dense(), observing(model, part, found) if watched else nullcontext(), watch as found.before:
-            self.outputs[batch] = self.calls.run(module, index, batch)
+        with observing(model, part, found) if watched else nullcontext(), watch as found.before:
+            output = self.run(module, index, batch)
+        # Of the first time: a walk that passes the block by has no other, and is to go on alike to the last bit.
+        if self.outputs[batch] is hidden:
+            self.outputs[batch] = output
         return found
+
+    def run(self, module: nn.Module, index: int, batch: int) -> Tensor:
+        """What the dense block, `module` of number `index`, makes of a batch: (samples, ..., hidden size)."""
+        with self._as_dense():
+            return self.calls.run(module, index, batch)
 
     def inputs_behind(
         self, model: nn.Module, head: Block, stack: Stack, batch: Mapping[str, Tensor], number: int
@@ -98,6 +106,38 @@ class DenseStream:
         with observing(model, head, found):
             run_behind(model, stack, self.calls, batch, number)
         return found
+
+
+class Replay:
+    """A block to be run again on what goes into it, batch by batch, beside the dense model's.
+
+    Attributes:
+        module: the block in the model.
+        index: its number in its stack.
+        calls: of the model, as the walk goes on with them.
+        inputs: what goes into it, per batch (samples, ..., hidden size), while the walk stands at it.
+        samples: sequences of every batch.
+        is_last: whether it is the last of its stack.
+    """
+
+    def __init__(self, module: nn.Module, index: int, calls: BlockCalls, dense: DenseStream):
+        self.module, self.index, self.calls, self._dense = module, index, calls, dense
+        self.inputs, self.samples = tuple(calls.hidden), tuple(calls.samples)
+        self.is_last = index + 1 == len(calls.arguments[0])
+
+    @property
+    def targets(self) -> Sequence[Tensor]:
+        """What the dense block gives behind the dense blocks before it, per batch (samples, ..., hidden size)."""
+        return self._dense.outputs
+
+    def run(self, batch: int, hidden: Tensor | None = None, block: Callable | None = None) -> Tensor:
+        """What `block`, by default the model's, makes of `hidden`, by default its input, (samples, ..., size)."""
+        hidden = self.inputs[batch] if hidden is None else hidden
+        return self.calls.run(block or self.module, self.index, batch, hidden)
+
+    def run_dense(self, batch: int) -> Tensor:
+        """As `targets`, of one batch, run again."""
+        return self._dense.run(self.module, self.index, batch)
 
 
 @contextmanager

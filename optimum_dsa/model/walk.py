@@ -19,9 +19,10 @@ from torch import Tensor, nn
 
 from .architecture import Architecture, Block, Stack, UnprunableError, Weight
 from .calls import BlockCalls, capture_calls, check_calls, run_behind
-from .dense import AsDense, DenseInputs, DenseStream
-from .observer import Observer, observing
+from .dense import AsDense, DenseInputs, DenseStream, Replay
+from .observer import Observer, Unheard, observing
 from .offload import resident
+from .padding import real_tokens, without_padding
 from .residual import watching_additions
 from .statistics import CollectedStatistics, LayerStatistics
 
@@ -49,29 +50,6 @@ class Group:
 
 
 @dataclass(frozen=True)
-class Replay:
-    """A block to be run again on what goes into it, batch by batch, and what the dense model gives in its place.
-
-    Attributes:
-        samples: sequences of every batch.
-        targets: outputs of the dense model's block on the dense model's inputs, per batch (samples, ..., hidden size).
-    """
-
-    module: nn.Module = field(repr=False)
-    index: int
-    calls: BlockCalls = field(repr=False)
-    targets: Sequence[Tensor] = field(repr=False)
-
-    @property
-    def samples(self) -> Sequence[int]:
-        return self.calls.samples
-
-    def run(self, batch: int, block: Callable | None = None) -> Tensor:
-        """What `block`, by default the one in the model, makes of a batch: (samples, ..., hidden size)."""
-        return self.calls.run(block or self.module, self.index, batch)
-
-
-@dataclass(frozen=True)
 class WalkedBlock:
     """The block at which a walk stands: its weights on their device, and the statistics of their inputs."""
 
@@ -91,9 +69,31 @@ class WalkedBlock:
     def weights(self) -> tuple[Weight, ...]:
         return self.block.weights
 
+    def state(self) -> dict[str, Tensor]:
+        """Every parameter and buffer of the block that a checkpoint has and that is here, live, by full name."""
+        found = {}
+        for name in self.block.modules:
+            found |= self.model.get_submodule(name).state_dict(prefix=f"{name}.")
+        # of an offloaded model that is not run, the weights alone are brought in
+        return {name: value for name, value in found.items() if isinstance(value, Tensor) and not value.is_meta}
+
     def tensor(self, weight: Weight) -> Tensor:
         """The live weight, (out_features, in_features); the walk sees what is written to it."""
         return weight.tensor(self.model)
+
+    def become(self, values: Mapping[str, Tensor]) -> None:
+        """Copy `values` into the tensors of these names, of `state`, and their shapes."""
+        live = self.state()
+        for name, value in values.items():
+            # What is as it should be (norms, mostly) need not be written back to a disk. As bytes, in which -0 is
+            # not 0, and which every type has.
+            mine, wanted = (tensor.cpu().reshape(-1).view(torch.uint8) for tensor in (live[name], value))
+            if torch.equal(mine, wanted):
+                continue
+            live[name].copy_(value)
+            owner, _, attribute = name.rpartition(".")
+            if attribute in dict(self.model.get_submodule(owner).named_parameters(recurse=False)):
+                self.changed(name)
 
     def groups(self, true_sequential: bool = False) -> Iterator[Group]:
         """The weights in groups that share an input, in the order in which the block runs them.
@@ -133,6 +133,7 @@ def walk_blocks(
     sequential: bool = True,
     progress: Callable[[Sequence[Block]], Iterable[Block]] = iter,
     as_dense: AsDense | None = None,
+    finished: int = 0,
     gram: bool | None = None,
 ) -> Iterator[WalkedBlock]:
     """Each block with the statistics of its inputs, first block first.
@@ -155,6 +156,8 @@ def walk_blocks(
             tqdm does.
         as_dense (`AsDense`, *optional*): a context in which the model computes with its dense weights, for a caller
             who does not write to them; by default a copy of one block's is kept.
+        finished (`int`, defaults to 0): so many blocks, the first ones, come without statistics: the caller makes them
+            what an earlier walk left, and the blocks after them see what they would have seen then.
         gram (`bool`, *optional*): earlier name of "gram" in `reads`.
 
     Raises:
@@ -176,7 +179,7 @@ def walk_blocks(
         return
     # Padding goes first: what is never run needs no mask, and costs no time.
     batches = [part for batch in batches for part in without_padding(batch)]
-    real = [_real_tokens(model, batch) for batch in batches]
+    real = [real_tokens(model, batch) for batch in batches]
     # Module by module: parts of a model may be frozen in eval mode on purpose.
     training = [module for module in model.modules() if module.training]
     model.eval()
@@ -191,14 +194,11 @@ def walk_blocks(
             calls = capture_calls(model, stack, batches) if sequential else early.pop(stack.name)
             # Arguments of its own: a block may leave in them what a later one reads (shared keys and values).
             dense = DenseStream(early.pop(stack.name), calls.hidden, as_dense, reads) if beside else None
-            # The last block is not run again unless somebody reads what it gives.
             needed = architecture.head is not None and stack is architecture.stacks[-1]
-            for index, block in enumerate(stack.blocks):
-                next(blocks)
-                last = index + 1 == len(stack.blocks) and not needed
-                yield from _walk_block(model, block, calls, index, real, gram, sequential, last, dense)
+            yield from _walk_stack(model, stack, blocks, calls, real, gram, sequential, needed, dense, finished)
+            finished = max(finished - len(stack.blocks), 0)
         if architecture.head is not None:
-            yield from _walk_head(model, next(blocks), stack, calls, batches, real, gram, dense)
+            yield from _walk_head(model, next(blocks), stack, calls, batches, real, gram, dense, finished > 0)
         next(blocks, None)  # lets a progress bar finish
     finally:
         for module in training:
@@ -215,6 +215,27 @@ def _walk_still(
             yield WalkedBlock(block, found, model, changes)
 
 
+def _walk_stack(
+    model: nn.Module,
+    stack: Stack,
+    blocks: Iterator[Block],
+    calls: BlockCalls,
+    real: Sequence[Tensor | None],
+    gram: bool,
+    sequential: bool,
+    needed: bool,
+    dense: DenseStream | None,
+    finished: int,
+) -> Iterator[WalkedBlock]:
+    """The blocks of a stack, the first of them `finished`; `needed`: the head may read what the last one gives."""
+    count = len(stack.blocks)
+    for index, block in enumerate(stack.blocks):
+        next(blocks)
+        # A block is not run again unless somebody reads what it gives: a later one, or the head.
+        read = finished <= count if needed else max(index + 1, finished) < count
+        yield from _walk_block(model, block, calls, index, real, gram, sequential, not read, dense, index < finished)
+
+
 def _walk_block(
     model: nn.Module,
     block: Block,
@@ -225,8 +246,12 @@ def _walk_block(
     sequential: bool,
     last: bool,
     dense: DenseStream | None,
+    finished: bool,
 ) -> Iterator[WalkedBlock]:
-    """One step of the walk: collect, hand out, move the activations, (samples, ..., hidden size), on (unless last)."""
+    """One step of the walk: collect, hand out, move the activations, (samples, ..., hidden size), on (unless last).
+
+    Of a `finished` block nothing is collected.
+    """
     module = model.get_submodule(block.name)
 
     def collect(weights: Sequence[Weight], move_on: bool = False) -> Mapping[str, LayerStatistics]:
@@ -244,10 +269,21 @@ def _walk_block(
                 calls.hidden[number] = output
         return _checked(part, observer)
 
+    def pass_by() -> Mapping[str, LayerStatistics]:
+        """No statistics; what the block is given moves on as in `collect`, and in the same way, to the last bit."""
+        for number in range(0 if last else len(calls)):
+            if dense:
+                dense.inputs(model, block, module, index, number)
+            if not sequential:
+                with observing(model, block, Unheard()):
+                    calls.hidden[number] = calls.run(module, index, number)
+        return {}
+
     with resident(model, [block.name]) as changes, dense.at(module) if dense else nullcontext():
-        again = collect if sequential else None  # otherwise what went into the block is gone
-        found = collect(block.weights, move_on=not sequential)
-        replay = Replay(module, index, calls, dense.outputs) if dense and "outputs" in dense.reads else None
+        again = collect if sequential and not finished else None  # otherwise what went into the block is gone
+        found = pass_by() if finished else collect(block.weights, move_on=not sequential)
+        replays = dense and "outputs" in dense.reads and not finished
+        replay = Replay(module, index, calls, dense) if replays else None
         yield WalkedBlock(block, found, model, changes, again, replay)
         # Still inside `resident`: the changed weights are here, and need not be written and read back first.
         if sequential and not last:
@@ -264,80 +300,19 @@ def _walk_head(
     real: Sequence[Tensor | None],
     gram: bool,
     dense: DenseStream | None,
+    finished: bool,
 ) -> Iterator[WalkedBlock]:
     """The weights outside the blocks, on what the last stack gives, (samples, ..., hidden size)."""
     with resident(model, _modules(head)) as changes:
         observer = Observer(gram)
-        for number, batch in enumerate(batches):
+        for number, batch in enumerate(() if finished else batches):
             paired = dense is not None and "cross_gram" in dense.reads
             beside = dense.inputs_behind(model, head, stack, batch, number).inputs if paired else None
             tokens = calls.hidden[number].shape[:-1].numel()
             observer.start_batch(calls.samples[number], real[number], beside, tokens)
             with observing(model, head, observer):
                 run_behind(model, stack, calls, batch, number)
-        yield WalkedBlock(head, _checked(head, observer), model, changes)
-
-
-def without_padding(batch: Mapping[str, Tensor]) -> list[Mapping[str, Tensor]]:
-    """The batch as batches of sequences of one length, without the padding on either side that its masks mark.
-
-    Inputs are (samples, length, ...), masks (samples, length).
-    """
-    parts = [batch]
-    for side in ("", "decoder_"):
-        parts = [cut for part in parts for cut in _cut(part, side)]
-    return parts
-
-
-def _cut(batch: Mapping[str, Tensor], side: str) -> Iterator[Mapping[str, Tensor]]:
-    """Parts of a batch, (samples, length, ...) each, whose samples are padded alike, without this side's padding.
-
-    Whatever the mask runs along is cut, be it token ids, embeddings or the samples of a recording.
-    """
-    mask = batch.get(f"{side}attention_mask")
-    along = [] if mask is None or mask.dim() != 2 else _masked(batch, side, mask)
-    if not along or mask.bool().all():
-        yield batch
-        return
-    # Samples of one extent stay one batch: the fewer there are, the fewer forward passes.
-    samples: dict[tuple[int, int], list[int]] = {}
-    for sample, positions in enumerate(mask.bool()):
-        if len(kept := positions.nonzero()):
-            samples.setdefault((int(kept[0]), int(kept[-1]) + 1), []).append(sample)
-    if not samples:
-        raise ValueError(f"The {side}attention_mask marks every token of a batch as padding.")
-    for (start, stop), chosen in samples.items():
-        part = {name: value[chosen] for name, value in batch.items()}
-        for name in (*along, f"{side}attention_mask"):
-            part[name] = part[name][:, start:stop]
-        yield part
-
-
-def _masked(batch: Mapping[str, Tensor], side: str, mask: Tensor) -> list[str]:
-    """Names of the inputs of one side that the mask, (samples, length), runs along, without the mask itself."""
-    return [
-        name
-        for name, value in batch.items()
-        if name.startswith("decoder_") == bool(side)
-        and name != f"{side}attention_mask"
-        and value.shape[:2] == mask.shape
-    ]
-
-
-def _real_tokens(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor | None:
-    """(samples, length) bool where padding is left between tokens; `None` where it was at the ends, and is cut off."""
-    for side in ("", "decoder_"):
-        mask = batch.get(f"{side}attention_mask")
-        if mask is None or mask.dim() != 2 or mask.bool().all() or not _masked(batch, side, mask):
-            continue
-        # A decoder reads its own tokens and, in cross-attention, those of the encoder, of another length.
-        if model.config.is_encoder_decoder:
-            raise ValueError(
-                f"The {side}attention_mask has holes between tokens, and which statistics they belong to cannot be "
-                "told in an encoder-decoder; give sequences that are padded at their ends only."
-            )
-        return mask.bool()
-    return None
+        yield WalkedBlock(head, {} if finished else _checked(head, observer), model, changes)
 
 
 def _modules(block: Block) -> list[str]:

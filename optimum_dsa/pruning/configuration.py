@@ -12,12 +12,22 @@ from typing import Any
 
 from ..common.files import read_json, write_text
 from ..common.installation import how_to_upgrade
-from ..common.settings import check_settings, section, setting, settings_from, settings_to, takes_flat_names
+from ..common.settings import (
+    check_settings,
+    flattened,
+    nested,
+    section,
+    setting,
+    settings_from,
+    settings_to,
+    takes_flat_names,
+)
 from ..common.values import is_whole
 from ..data import DataConfig
 from ..model.architecture import GRANULARITIES
 from ..model.statistics import DAMPING
 from .allocation import ALLOCATIONS, Allocation, AllocationFunction, Allocator, levels_within
+from .presets import with_quality
 from .resolved_method import ResolvedMethod
 from .targets import TARGETS
 from .unstructured.methods import METHODS, Method
@@ -72,13 +82,23 @@ class ReconstructConfig:
             nothing; 64 is enough as a rule.
         rate (`float`, *optional*): The first learning rate, which falls to zero. By default the best of a few on
             calibration windows that are held out.
+        span (`int`, defaults to 1): Blocks in a row that are trained together, so that each makes up for the others:
+            better, with as many times the memory.
+        apart (`bool`, defaults to `False`): Whether attention and MLP of a block are trained one after the other: as
+            many steps each, in about half the memory.
     """
 
     steps: int = setting(0, low=0)
     rate: float | None = setting(None, low=0, what="a learning rate")
+    span: int = setting(1, low=1)
+    apart: bool = False
 
     def __post_init__(self):
         check_settings(self)
+        if self.apart and self.span > 1:
+            raise ValueError(
+                f"apart trains parts of a block, and span={self.span} as many blocks together; leave out one of both."
+            )
 
 
 @takes_flat_names
@@ -248,6 +268,29 @@ class DSAConfig:
                 "allocation='auto' is chosen by trying allocations on text, which DSAPruner.prune does; call that, "
                 f"and its report has the name, or name one of {', '.join(ALLOCATIONS)}."
             )
+
+    @classmethod
+    def preset(cls, quality: str, sparsity: float, **settings) -> DSAConfig:
+        """The config of a quality, a row of `QUALITIES`: `"fast"`, `"good"` or `"best"`.
+
+        ```python
+        DSAConfig.preset("good", 0.7, num_samples=32, exclude=("lm_head",))
+        ```
+
+        Args:
+            settings (`dict`): any of a `DSAConfig`, those of its sections under their own names, too. The quality
+                fills in what is not given; of a section that is given as an object, all is.
+
+        Raises:
+            UnknownNameError: there is no such quality.
+            ValueError: a setting contradicts the quality, such as another method; it names both.
+        """
+        given = {
+            name: settings_to(value) if isinstance(value, (DataConfig, UpdateConfig)) else value
+            for name, value in settings.items()
+        }
+        flat = with_quality(quality, {"sparsity": sparsity, **flattened(cls, given)})
+        return settings_from(cls, nested(cls, flat))
 
     def to_dict(self) -> dict[str, Any]:
         """All fields as JSON values, sections as objects."""

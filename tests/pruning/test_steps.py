@@ -86,14 +86,14 @@ def test_any_step_is_given_each_block_in_turn_and_what_it_reads():
     before = state(model)
 
     class Look:
-        reads = frozenset({"inputs", "gram"})
+        reads, notes = frozenset({"inputs", "gram"}), {}
 
         def __call__(self, walked):
             seen.append(walked.name)
             assert all(found.gram is not None for found in walked.statistics.values())
 
     class Nothing:
-        reads = frozenset()
+        reads, notes = frozenset(), {}
 
         def __call__(self, walked):
             assert seen[-1] == walked.name  # after the step before it
