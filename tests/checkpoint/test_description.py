@@ -37,6 +37,7 @@ def report(**changes):
         "unseen": ("layers.1.down",),
         "reconstruction": {"layers.0": Reconstruction(0.25, 0.125, 1e-3, 64)},
         "seconds": 1.5,
+        "compared": {"owl": 0.1, "uniform": 0.2},
     }
     return PruningReport(**{**facts, **changes})
 
