@@ -25,6 +25,7 @@ allocation  how much to remove from each block (default: dsa)
               an allocation as JSON, or the folder of a pruned model;
               auto: each of the names is tried for real on other windows of the text, at the cost of a prune each
 pattern     row, matrix, group:128, 2:4 (any N:M), mixed:8 (N:8, N from the allocation)
+permute     with N:M, in which order channels are put first: {permutations}
 update      what becomes of the weights that stay: {updates}
 """
     EXAMPLES = """\

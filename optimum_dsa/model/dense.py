@@ -64,16 +64,22 @@ class DenseStream:
             calls.hidden[number] = other if torch.equal(own, other) else own
         self.outputs = list(calls.hidden)
         self._given = self._as_dense = as_dense
+        self._kept: list[Tensor] = []
 
     @contextmanager
     def at(self, module: nn.Module) -> Iterator[None]:
         """Stand at a block that is dense as yet; on leaving, go on to the next one."""
         if self._given is None:
             # All parameters and not the prunable ones alone: whoever is given the block may change any.
-            kept = [parameter.detach().clone() for parameter in module.parameters()]
-            self._as_dense = partial(_holding, module, kept)
+            self._kept = [parameter.detach().clone() for parameter in module.parameters()]
+            self._as_dense = partial(_holding, module, self._kept)
         yield
-        self.calls.hidden, self._as_dense = list(self.outputs), self._given
+        self.calls.hidden, self._as_dense, self._kept = list(self.outputs), self._given, []
+
+    def take(self, module: nn.Module) -> None:
+        """Take the block's weights as they are now for the dense ones: it computes the same with them."""
+        for kept, parameter in zip(self._kept, module.parameters()):
+            kept.copy_(parameter)
 
     def inputs(self, model: nn.Module, part: Block, module: nn.Module, index: int, batch: int) -> DenseInputs:
         """What the weights of `part`, some of the block `module`, number `index`, multiply in the dense model."""

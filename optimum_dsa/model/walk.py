@@ -13,6 +13,7 @@ import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -51,7 +52,11 @@ class Group:
 
 @dataclass(frozen=True)
 class WalkedBlock:
-    """The block at which a walk stands: its weights on their device, and the statistics of their inputs."""
+    """The block at which a walk stands: its weights on their device, and the statistics of their inputs.
+
+    `rewritten()` says that a block of which nothing is pruned yet computes the same as before with other weights
+    (channels in another order): they are the dense ones from there on.
+    """
 
     block: Block
     statistics: Mapping[str, LayerStatistics]
@@ -60,6 +65,10 @@ class WalkedBlock:
     # weights -> statistics of their inputs in the block as it is now; None where nothing is run
     again: Callable[[Sequence[Weight]], Mapping[str, LayerStatistics]] | None = field(default=None, repr=False)
     replay: Replay | None = None  # where "outputs" are read; not of the weights outside the blocks
+    # runs the block as it is now on one sample -> all tensors that it leaves behind, see `BlockCalls.everything_of`;
+    # None where nothing is run
+    run: Callable[[], list[Tensor]] | None = field(default=None, repr=False)
+    rewritten: Callable[[], None] = field(default=lambda: None, repr=False)
 
     @property
     def name(self) -> str:
@@ -184,15 +193,14 @@ def walk_blocks(
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:
-        for stack in architecture.stacks:
-            # One sample tells how blocks are called, and an error comes before hours of work.
-            check_calls(model, stack, {name: value[:1] for name, value in batches[0].items()})
+        samples = _sample_calls(model, architecture, batches[0])
         # Of the unpruned model, for all stacks at once: an earlier stack may be pruned before a later one is captured.
         ahead = architecture.stacks if beside or not sequential else ()
         early = {stack.name: capture_calls(model, stack, batches) for stack in ahead}
         for stack in architecture.stacks:
             calls = capture_calls(model, stack, batches) if sequential else early.pop(stack.name)
             # Arguments of its own: a block may leave in them what a later one reads (shared keys and values).
+            calls.sample = samples[stack.name]
             dense = DenseStream(early.pop(stack.name), calls.hidden, as_dense, reads) if beside else None
             needed = architecture.head is not None and stack is architecture.stacks[-1]
             yield from _walk_stack(model, stack, blocks, calls, real, gram, sequential, needed, dense, finished)
@@ -203,6 +211,13 @@ def walk_blocks(
     finally:
         for module in training:
             module.training = True
+
+
+def _sample_calls(model: nn.Module, architecture: Architecture, batch: Mapping[str, Tensor]) -> dict[str, BlockCalls]:
+    """Stack -> the calls of its blocks for the first sample of a batch, (samples, length, ...), checked."""
+    # One sample tells how blocks are called, and an error comes before hours of work.
+    one = {name: value[:1] for name, value in batch.items()}
+    return {stack.name: check_calls(model, stack, one) for stack in architecture.stacks}
 
 
 def _walk_still(
@@ -269,8 +284,14 @@ def _walk_block(
                 calls.hidden[number] = output
         return _checked(part, observer)
 
+    def run() -> list[Tensor]:
+        """All that the block as it is now leaves behind on one sample."""
+        calls.sample.hidden[0] = calls.hidden[0][:1].clone()
+        return calls.sample.everything_of(module, index, 0)
+
     def pass_by() -> Mapping[str, LayerStatistics]:
         """No statistics; what the block is given moves on as in `collect`, and in the same way, to the last bit."""
+        run()  # later blocks may read what it leaves in their arguments
         for number in range(0 if last else len(calls)):
             if dense:
                 dense.inputs(model, block, module, index, number)
@@ -284,7 +305,8 @@ def _walk_block(
         found = pass_by() if finished else collect(block.weights, move_on=not sequential)
         replays = dense and "outputs" in dense.reads and not finished
         replay = Replay(module, index, calls, dense) if replays else None
-        yield WalkedBlock(block, found, model, changes, again, replay)
+        rewritten = partial(dense.take, module) if dense else lambda: None
+        yield WalkedBlock(block, found, model, changes, again, replay, run, rewritten)
         # Still inside `resident`: the changed weights are here, and need not be written and read back first.
         if sequential and not last:
             for number in range(len(calls)):
