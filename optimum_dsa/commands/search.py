@@ -116,7 +116,7 @@ strategy    named         uniform and every named allocator
             if several:
                 say(f"\n{robustness_table(results)}")
                 min(results, key=lambda result: result.finalists[0].loss).save(whole, plot_search)
-        named = ("quality", "method", "pattern", "update", "targets", "reconstruct")
+        named = ("quality", "method", "pattern", "permute", "update", "targets", "reconstruct")
         options = "".join(f" --{name} {quote(str(getattr(args, name)))}" for name in named if getattr(args, name))
         # The allocation was found under these, and is for them.
         options += "".join(f" {flag_of(name)}" for name in ("true_sequential", "residual") if getattr(args, name))
