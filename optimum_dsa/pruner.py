@@ -26,7 +26,7 @@ from .model.adapters import has_adapters, inner_model, plain_name
 from .model.walk import walk_blocks
 from .pruning.allocate import allocate, architecture_for
 from .pruning.allocation import Allocation
-from .pruning.configuration import DSAConfig
+from .pruning.configuration import AUTO, DSAConfig
 from .pruning.prune import prune
 from .pruning.report import PruningReport
 from .pruning.zeros import counted
@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from .recovery.configuration import RecoveryConfig
     from .recovery.result import RecoveryResult
     from .search.result import SearchResult
+    from .search.sensitivity import Sensitivity
 
 
 logger = logging.getLogger(__name__)
@@ -102,14 +103,24 @@ class DSAPruner:
         Args:
             calibration (`Any`): texts, a .txt / .jsonl / .parquet path, a dataset or its name, a LongTensor (samples,
                 length), or a mapping of the model's inputs; `None` where method and allocation need no data.
+            config (`DSAConfig`): with `allocation="auto"`, every row of `ALLOCATIONS` is tried for real before, on
+                windows of the text that do not calibrate: as many prunes. The report says what was compared.
             checkpoints (`str`, *optional*): folder for the blocks that are finished, from which a run goes on that was
                 interrupted. It stays, and takes as much room as the blocks.
             resume (`bool`, defaults to `False`): go on from those in it, with the model as it was at the beginning:
                 load it again. The end is that of an uninterrupted run.
         """
-        needed = config.resolved.reads | config.resolved.allocation_reads
+        needed, compared = config.resolved.reads | config.resolved.allocation_reads, {}
+        if config.allocation == AUTO:
+            from .search.ready_made import settle
+
+            settled = settle(self.model, calibration, config, self.tokenizer)
+            data, config, compared = settled.calibration, settled.config, settled.compared
+        else:
+            data = self._load(calibration, config, needed)
         self._stored = None
-        self.report = prune(self.model, self._load(calibration, config, needed), config, checkpoints, resume)
+        report = prune(self.model, data, config, checkpoints, resume)
+        self.report = replace(report, compared=compared) if compared else report
         self.recovery = None
         return self.report
 
@@ -170,6 +181,16 @@ class DSAPruner:
             report_to=report_to,
             pictures=plot_search,
         )
+
+    def sensitivity(self, calibration: Any, config: DSAConfig) -> Sensitivity:
+        """How much of its output every matrix loses at rising sparsities under the method of `config`.
+
+        The model is not changed.
+        """
+        from .search.sensitivity import sensitivity
+
+        needed = config.resolved.reads | config.resolved.metric_reads
+        return sensitivity(self.model, self._load(calibration, config, needed), config)
 
     @torch.no_grad()
     def masks(self) -> Iterator[tuple[str, Tensor]]:

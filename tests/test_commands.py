@@ -6,6 +6,7 @@ import sys
 
 import pytest
 from optimum.commands.optimum_cli import main
+from transformers import AutoTokenizer
 
 from optimum_dsa import (
     DSAPruner,
@@ -250,6 +251,57 @@ def test_a_search_for_a_pattern_hands_it_on_to_prune(monkeypatch, capsys, tmp_pa
     assert code == 2 and "use pattern='mixed:4'" in errors and not (tmp_path / "found").exists()
     code, output, errors = run(monkeypatch, capsys, *search, "--pattern", "mixed:4", "--strategy", "named")
     assert code == 0 and f"-s 0.5 --pattern mixed:4 --allocation {found}" in output, errors
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    """A model of two narrow blocks, with a tokenizer."""
+    folder = tmp_path_factory.mktemp("small")
+    tokenizer = AutoTokenizer.from_pretrained(demo_model())
+    tiny_llama(num_hidden_layers=2, vocab_size=len(tokenizer)).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+def test_a_search_under_an_update_hands_it_on_to_prune(monkeypatch, capsys, tmp_path, text, small):
+    found, out = str(tmp_path / "found"), str(tmp_path / "out")
+    data = ["--dataset", text, "--num-samples", "4", "--sequence-length", "32"]
+    how = ["--method", "alps", "--targets", "dense", "--true-sequential", "--residual"]
+    work = ["search", small, "-o", found, "-s", "0.5", *data, *how, "--budget", "200 tokens", "--num-samples", "2"]
+    for resumed in ([], ["--resume"]):
+        code, output, errors = run(monkeypatch, capsys, *work, "--strategy", "curves", *resumed)
+        assert code == 0 and "--method alps --targets dense --true-sequential --residual --allocation" in output, (
+            errors
+        )
+    code, output, errors = run(monkeypatch, capsys, "prune", small, "-o", out, "-s", "0.5", *data, *how,
+                               "--allocation", found)  # fmt: skip
+    assert code == 0, errors
+
+
+def test_the_sensitivity_of_a_model_is_a_picture_and_numbers(monkeypatch, capsys, tmp_path, text, small):
+    out = tmp_path / "curves"
+    data = ["--dataset", text, "--num-samples", "4", "--sequence-length", "32"]
+    code, _, errors = run(monkeypatch, capsys, "report", small, "--sensitivity", *data)
+    assert code == 2 and "say where with -o" in errors
+    work = ["report", small, "--sensitivity", "--method", "sparsegpt", *data, "-o", str(out), "--json"]
+    code, output, errors = run(monkeypatch, capsys, *work)
+    assert code == 0, errors
+    assert json.loads(output)["levels"][0] == 0.3
+    assert {path.name for path in out.iterdir()} >= {"sensitivity.json", "sensitivity.png"}
+
+
+def test_prune_with_auto_says_what_it_chose(monkeypatch, capsys, tmp_path, text):
+    from functools import partial
+
+    from optimum_dsa.search import ready_made
+    from optimum_dsa.search.search import search
+
+    monkeypatch.setattr(ready_made, "search", partial(search, named=("owl",)))
+    work = ["prune", str(demo_model()), "-o", str(tmp_path / "out"), "-s", "0.5", "--allocation", "auto"]
+    work += ["--method", "magnitude", "--dataset", text, "--num-samples", "4", "--sequence-length", "32"]
+    code, output, errors = run(monkeypatch, capsys, *work)
+    assert code == 0 and "allocations compared by their validation loss" in output, errors
+    assert json.loads((tmp_path / "out" / "dsa_config.json").read_text())["config"]["allocation"] in ("owl", "uniform")
 
 
 @pytest.mark.parametrize(

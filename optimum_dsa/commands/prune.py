@@ -22,7 +22,8 @@ method      how weights are scored and what happens to the rest
 allocation  how much to remove from each block (default: dsa)
 {allocations}
               an allocation function such as "abslog/var/atan,asin/no_op@+0.08";
-              an allocation as JSON, or the folder of a pruned model
+              an allocation as JSON, or the folder of a pruned model;
+              auto: each of the names is tried for real on other windows of the text, at the cost of a prune each
 pattern     row, matrix, group:128, 2:4 (any N:M), mixed:8 (N:8, N from the allocation)
 permute     with N:M, in which order channels are put first: {permutations}
 update      what becomes of the weights that stay: {updates}
@@ -87,6 +88,7 @@ update      what becomes of the weights that stay: {updates}
         from ..model.adapters import has_adapters
         from ..model.parameters import weight_bytes
         from ..pruner import DSAPruner
+        from ..pruning.configuration import AUTO
         from ..pruning.finished import check_folder
 
         config = asked_config(self.args)
@@ -96,7 +98,7 @@ update      what becomes of the weights that stay: {updates}
             options["max_shard_size"] = self.args.max_shard_size
         if self.args.no_checkpoints and self.args.resume:
             raise ValueError("--resume goes on from checkpoints, and --no-checkpoints keeps none; leave one out.")
-        if config.resolved.reads | config.resolved.allocation_reads:
+        if config.resolved.reads | config.resolved.allocation_reads or config.allocation == AUTO:
             check_texts(self.args, config.data)
         with OutputFolder(self.args.output, resume=self.args.resume) as output:
             if not self.args.no_checkpoints:
@@ -180,6 +182,6 @@ def asked_config(args, **given):
     if quality:
         given = with_quality(quality, given | asked)
     base = DSAConfig.from_pretrained(path).to_dict() if path else {}
-    if "sparsity" not in base | asked:
+    if "sparsity" not in given | base | asked:
         raise ValueError("say how much to remove, for example --sparsity 0.6")
     return DSAConfig.from_dict(nested(DSAConfig, given | base | asked))

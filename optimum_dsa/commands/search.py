@@ -21,12 +21,14 @@ strategy    named         uniform and every named allocator
             evolution     functions bred from the best
             level_switch  budget moved between matrices at random, what helps is kept
             descent       budget moved between matrices along the loss's slope
+            curves        budget moved by the loss's slope and each matrix's error curve
             auto          named, ramp, evolution, then descent (default)
 """
     EXAMPLES = """\
   optimum-cli dsa search Qwen/Qwen3-0.6B -o found --sparsity 0.7
   optimum-cli dsa search ./model -o found -s 0.7 --dataset cal.txt --validation val.txt --budget "10 min"
   optimum-cli dsa search ./model -o found -s 0.7 --dataset cal.txt --validation val.txt --budget "10 min" --resume
+  optimum-cli dsa search ./model -o found -s 0.7 --method alps --targets dense --true-sequential --residual
   optimum-cli dsa prune ./model -o out -s 0.7 --allocation found
 """
 
@@ -68,6 +70,7 @@ strategy    named         uniform and every named allocator
 
         from ..common.devices import process_state
         from ..common.output import OutputFolder
+        from ..common.settings import flag_of
         from ..pruner import DSAPruner
         from ..search.problem import parse_budget
         from ..search.realise import check_searchable
@@ -113,8 +116,10 @@ strategy    named         uniform and every named allocator
             if several:
                 say(f"\n{robustness_table(results)}")
                 min(results, key=lambda result: result.finalists[0].loss).save(whole, plot_search)
-        said = {name: getattr(args, name) for name in ("quality", "method", "pattern")}
-        options = "".join(f" --{name} {quote(value)}" for name, value in said.items() if value)
+        named = ("quality", "method", "pattern", "permute", "update", "targets", "reconstruct")
+        options = "".join(f" --{name} {quote(str(getattr(args, name)))}" for name in named if getattr(args, name))
+        # The allocation was found under these, and is for them.
+        options += "".join(f" {flag_of(name)}" for name in ("true_sequential", "residual") if getattr(args, name))
         print(
             f"saved to {output}; next: optimum-cli dsa prune {quote(args.model)} -o OUT -s {args.sparsity}"
             f"{options} --allocation {quote(str(output))}"

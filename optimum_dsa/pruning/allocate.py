@@ -39,6 +39,7 @@ def allocate(
     Raises:
         ValueError: calibration data are needed and missing, or the budget cannot be met.
     """
+    config.check_settled()
     calibration = as_calibration(calibration, model)
     architecture = architecture or architecture_for(model, config)
     if config.allocator is None:

@@ -38,6 +38,7 @@ from .unstructured.updates import UPDATES
 
 CONFIG_NAME = "dsa_config.json"
 FORMAT_VERSION = 3  # of that file
+AUTO = "auto"  # an allocation that is yet to be chosen
 
 
 @dataclass(frozen=True)
@@ -110,8 +111,8 @@ class DSAConfig:
         sparsity (`float`): Share of the prunable weights to remove, in [0, 1).
         method (`str`, defaults to `"wanda"`): A row of `METHODS`: metric, pattern and update.
         allocation (`str` or [`Allocation`], defaults to `"dsa"`): A row of `ALLOCATIONS`, an allocation function such
-            as `"abslog/var/atan,asin/no_op@+0.08"` or `"W:(ABSLOG)-(VAR)-(ATAN,ASIN)-(7)"`, an [`Allocation`], or the
-            path of one as JSON or of a pruned model.
+            as `"abslog/var/atan,asin/no_op@+0.08"` or `"W:(ABSLOG)-(VAR)-(ATAN,ASIN)-(7)"`, an [`Allocation`], the
+            path of one as JSON or of a pruned model, or `"auto"`: all rows are tried for real, and the best is taken.
         spread (`float`, *optional*): Half the distance between the most and the least pruned unit. Defaults to the
             allocation's own.
         pattern (`str`, *optional*): `"row"`, `"matrix"`, `"group:128"`, `"2:4"` (any N:M) or `"mixed:8"`. Defaults to
@@ -189,6 +190,11 @@ class DSAConfig:
                 )
         if self.update.targets == "dense":
             self._check_dense_targets()
+        if self.allocation == AUTO and (self.spread is not None or self.granularity != "block"):
+            raise ValueError(
+                "allocation='auto' compares named allocations as they are, per block and with their own spread; leave "
+                "out spread and granularity, or name an allocation."
+            )
 
     def _check_pattern(self, pattern: Pattern) -> None:
         # Here and not when it is allocated: no choice of N could meet it, whatever the model.
@@ -243,7 +249,7 @@ class DSAConfig:
     def allocator(self) -> Allocator | None:
         """What computes the allocation; `None` where it is given."""
         name = self.allocation
-        if isinstance(name, Allocation):
+        if isinstance(name, Allocation) or name == AUTO:
             return None
         if not isinstance(name, str):
             raise ValueError(f"allocation is a name, an allocation function, a path or an Allocation, got {name!r}.")
@@ -266,6 +272,14 @@ class DSAConfig:
     def given_allocation(self) -> Allocation:
         """The allocation where `allocator` is `None`."""
         return self.allocation if isinstance(self.allocation, Allocation) else Allocation.load(self.allocation)
+
+    def check_settled(self) -> None:
+        """Raise `ValueError` where the allocation is yet to be chosen."""
+        if self.allocation == AUTO:
+            raise ValueError(
+                "allocation='auto' is chosen by trying allocations on text, which DSAPruner.prune does; call that, "
+                f"and its report has the name, or name one of {', '.join(ALLOCATIONS)}."
+            )
 
     @classmethod
     def preset(cls, quality: str, sparsity: float, **settings) -> DSAConfig:
@@ -307,7 +321,12 @@ class DSAConfig:
         return settings_from(cls, {**data, **given})
 
     def save_pretrained(self, directory: str | Path) -> None:
-        """Write `dsa_config.json` with this config into `directory`; never over that of a pruned model."""
+        """Write `dsa_config.json` with this config into `directory`; never over that of a pruned model.
+
+        Raises:
+            ValueError: its allocation is yet to be chosen: a file says what a model was made with.
+        """
+        self.check_settled()
         Path(directory).mkdir(parents=True, exist_ok=True)
         file = Path(directory) / CONFIG_NAME
         # The file of a pruned model has the same name, and says what cannot be found out again.

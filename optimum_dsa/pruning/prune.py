@@ -53,6 +53,7 @@ def prune(
     Everything that can be known to be wrong is raised before the first weight is changed.
     """
     start = time.perf_counter()
+    config.check_settled()
     calibration = as_calibration(calibration, model)
     architecture = architecture_for(model, config)
     _check_calibration(model, calibration, config)

@@ -31,6 +31,8 @@ class PruningReport:
             their score that the pattern leaves, before and after.
         reconstruction (`Mapping[str, Reconstruction]`): blocks that were trained -> what that did.
         seconds (`float`): wall time.
+        compared (`Mapping[str, float]`): allocation -> validation loss of the model pruned with it, best first, where
+            the config asked for `"auto"`.
     """
 
     config: DSAConfig
@@ -44,6 +46,7 @@ class PruningReport:
     permuted: Mapping[str, tuple[float, float]] = field(default_factory=dict)
     reconstruction: Mapping[str, Reconstruction] = field(default_factory=dict)
     seconds: float = 0.0
+    compared: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def removed(self) -> int:
@@ -58,7 +61,7 @@ class PruningReport:
 
     def to_dict(self) -> dict[str, Any]:
         """JSON values; the part of `dsa_config.json` that describes the result."""
-        return {
+        data = {
             "config": self.config.to_dict(),
             "allocation": self.allocation.to_dict(),
             "achieved": {
@@ -77,6 +80,7 @@ class PruningReport:
             "reconstruction": {block: asdict(found) for block, found in self.reconstruction.items()},
             "seconds": round(self.seconds, 3),
         }
+        return data | ({"compared": dict(self.compared)} if self.compared else {})
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> PruningReport:
@@ -95,6 +99,7 @@ class PruningReport:
                 block: Reconstruction(**found) for block, found in (data.get("reconstruction") or {}).items()
             },
             seconds=data.get("seconds", 0.0),
+            compared=dict(data.get("compared") or {}),
         )
 
     def __str__(self) -> str:
@@ -119,6 +124,9 @@ class PruningReport:
             notes.append(f"left dense: {len(self.dense)} matrices ({', '.join(sorted(set(self.dense.values())))})")
         if self.damping:
             notes.append(f"damping raised for {len(self.damping)} weights, to {max(self.damping.values()):g} at most")
+        if self.compared:
+            losses = ", ".join(f"{name} {loss:.4f}" for name, loss in self.compared.items())
+            notes.append(f"allocations compared by their validation loss after the prune: {losses}")
         if self.unseen:
             notes.append(f"{len(self.unseen)} weights saw no calibration token and were scored by magnitude")
         if self.permuted:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -175,6 +176,10 @@ class Evaluator:
         if job.kind == "slopes":
             loss, found = self.objective.slopes(by_name, rows)
             slopes = tuple(found[name] for name in self.resolver.sizes)
+        elif job.kind == "errors":
+            found = self.objective.errors(by_name)
+            slopes = tuple(found[name] for name in self.resolver.sizes)
+            loss = sum(map(operator.mul, slopes, self.resolver.sizes.values())) / sum(self.resolver.sizes.values())
         elif job.kind == "sequential":
             loss, perplexity = self.objective.sequential(by_name, rows)
         else:

@@ -56,7 +56,7 @@ class Objective:
         return self.model(input_ids=rows.to(self._device), use_cache=False).logits
 
     def move_anchor(self, counts: Mapping[str, int] | None) -> None:
-        """Judge from now on by what the model without `counts` tells; `None`: by the dense model."""
+        """Judge from now on by what the model without `counts` tells; `None`: by that where a realisation begins."""
         self.realisation.move_anchor(counts)
 
     @torch.no_grad()
@@ -78,6 +78,10 @@ class Objective:
                 loss.backward()
                 total += loss.item()
         return total, slopes
+
+    def errors(self, counts: Mapping[str, int]) -> dict[str, float]:
+        """Unit -> the share of its output that is lost with `counts` removed; no validation text is read."""
+        return self.realisation.errors(counts)
 
     def _divergence(self, rows: range) -> Tensor:
         """(windows, length): KL of the dense from the current next-token distribution, its tail as one outcome."""

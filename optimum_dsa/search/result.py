@@ -8,6 +8,7 @@ import logging
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import combinations
 from pathlib import Path
 from statistics import correlation, mean, stdev
 from typing import Any
@@ -18,6 +19,7 @@ from ..common.output import OutputFolder
 from ..pruning.allocation import Allocation
 from ..pruning.configuration import DSAConfig
 from .problem import Budget
+from .realise import REALISATIONS
 from .space import Candidate
 from .trace import SearchTrace
 
@@ -35,8 +37,8 @@ class Finalist:
         candidate (`Candidate`): what it is.
         loss (`float`): divergence on validation windows after the sequential prune.
         perplexity (`float`): on the same.
-        proxy (`float`): divergence with one-shot masks from the dense model's statistics, on fewer windows: what a
-            search compares candidates by.
+        proxy (`float`): divergence with one-shot masks from the dense model's statistics, or with matrices that were
+            solved about uniform, on fewer windows: what a search compares candidates by.
         allocation (`Allocation`): what `DSAConfig(allocation=...)` takes.
         removed (`Allocation`): what `prune` makes of it; another one where the pattern needs whole N.
     """
@@ -84,8 +86,22 @@ class SearchResult:
 
         `None` for fewer than three.
         """
-        pairs = [(row.proxy, row.loss) for row in self.finalists if row.proxy is not None]
+        pairs = self._pairs()
         return rank_correlation(*zip(*pairs)) if len(pairs) >= 3 else None
+
+    @property
+    def proxy_concordance(self) -> float | None:
+        """The same as Kendall's: how many more pairs of finalists both order alike than not; `None` as above."""
+        pairs = self._pairs()
+        return concordance(*zip(*pairs)) if len(pairs) >= 3 else None
+
+    def _pairs(self) -> list[tuple[float, float]]:
+        return [(row.proxy, row.loss) for row in self.finalists if row.proxy is not None]
+
+    @property
+    def proxy(self) -> str:
+        """What candidates raced by, in words."""
+        return REALISATIONS.fact(self.trace.settings.get("realisation", "masks"), "proxy", "a proxy")
 
     def save(
         self,
@@ -143,7 +159,9 @@ class SearchResult:
                 }
                 for row in self.finalists
             ],
+            "proxy": self.proxy,
             "proxy_correlation": self.proxy_correlation,
+            "proxy_concordance": self.proxy_concordance,
             "notes": list(self.notes),
             "baselines": {name: allocation.to_dict() for name, allocation in self.baselines.items()},
             "trials": len(self.trace.trials),
@@ -159,11 +177,14 @@ class SearchResult:
             removed = [f"{row.removed.overall:.4f}"] * rounds
             table.append((f"{row.loss:.4f}", f"{row.perplexity:.2f}", _shown(row.proxy), *removed, str(row.candidate)))
         lines = columns(table, left=(-1,))
-        lines.append("validation loss and perplexity: as pruned; proxy loss: one-shot masks, which candidates race by")
+        lines.append(f"validation loss and perplexity: as pruned; proxy loss: {self.proxy}, which candidates race by")
         if (bos := (self.trace.settings.get("calibration") or {}).get("bos")) is not None:
             lines.append(f"calibrated and compared on windows {'that start with' if bos else 'without'} BOS")
         if (correlation := self.proxy_correlation) is not None:
-            lines.append(f"rank correlation of the proxy with the prune: {correlation:.2f}")
+            lines.append(
+                f"rank correlation of the proxy with the prune: {correlation:.2f} (Spearman), "
+                f"{self.proxy_concordance:.2f} (Kendall), over {len(self._pairs())} finalists"
+            )
         return "\n".join([*lines, self._cost(), *self.notes])
 
     def _cost(self) -> str:
@@ -198,6 +219,16 @@ def rank_correlation(first: Sequence[float], second: Sequence[float]) -> float:
 
     first, second = ranks(first), ranks(second)
     return correlation(first, second) if len(set(first)) > 1 < len(set(second)) else 0.0
+
+
+def concordance(first: Sequence[float], second: Sequence[float]) -> float:
+    """Kendall's τ-a: pairs that both order alike less those that they do not, over all pairs; in [−1, 1]."""
+    pairs = list(combinations(zip(first, second), 2))
+
+    def sign(value: float) -> int:
+        return (value > 0) - (value < 0)
+
+    return sum(sign(a - c) * sign(b - d) for (a, b), (c, d) in pairs) / len(pairs)
 
 
 def _shown(value: float | None) -> str:

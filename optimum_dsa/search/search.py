@@ -6,6 +6,7 @@ import logging
 import random
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +19,14 @@ from ..common.same_run import FINGERPRINTS
 from ..data import Calibration
 from ..model.fingerprint import fingerprint_of_model, fingerprint_of_tensors
 from ..pruning.allocation import ALLOCATIONS, Allocation
-from ..pruning.configuration import DSAConfig
+from ..pruning.configuration import AUTO, DSAConfig
 from .apart import check_apart
 from .conductor import Conductor, TrialLogger
 from .evaluator import Evaluator
 from .finals import FinalRound, rank
 from .objective import Objective
 from .problem import Budget, Problem, parse_budget
-from .realise import check_searchable, realise
+from .realise import REALISATIONS, check_searchable, realise, suited
 from .resolver import Resolver
 from .result import RESULT_FILES, SearchResult
 from .space import Candidate, SearchSpace
@@ -50,7 +51,7 @@ def search(
     resume: bool = False,
     named: Sequence[str] | None = None,
     report_to: Any = None,
-    realisation: str = "masks",
+    realisation: str | None = None,
     pictures: Callable[[SearchResult], Mapping[str, Any]] | None = None,
 ) -> SearchResult:
     """The allocation that hurts `model` least at `config.sparsity`, found on validation text.
@@ -69,7 +70,8 @@ def search(
         resume: go on with the trace in `folder`; the end is that of an uninterrupted run.
         named: rows of `ALLOCATIONS` that are tried; by default all, where the strategy tries any.
         report_to: what accelerate can log to, such as "trackio" or "tensorboard", or a tracker.
-        realisation: a row of `REALISATIONS`: what an allocation is.
+        realisation: a row of `REALISATIONS`: what an allocation is while it is compared. By default "database" where
+            the method changes the weights that it keeps or the strategy reads error curves, else "masks".
         pictures: what draws figures of the result for `folder`, such as `plot_search`.
 
     Raises:
@@ -77,18 +79,14 @@ def search(
             with is of another model, of other texts or settings.
     """
     check_searchable(config)
+    if config.allocation == AUTO:  # which no result may hold
+        config = replace(config, allocation="uniform")
     check_apart(calibration, validation)
     budget = parse_budget(budget)
     run = STRATEGIES[strategy]
-    settings = {
-        "strategy": strategy,
-        "budget": [budget.tokens, budget.evaluations, budget.seconds],
-        "finalists": finalists,
-        # batch_size changes no result; allocation and spread are what is searched for.
-        "config": {k: v for k, v in config.to_dict().items() if k not in ("allocation", "spread", "batch_size")},
-        "calibration": calibration.facts() if calibration else None,
-        "validation": list(validation.shape),
-    }
+    kind = realisation or ("database" if STRATEGIES.fact(strategy, "curves") else suited(config))
+    REALISATIONS[kind]
+    settings = _settings(strategy, budget, finalists, config, calibration, validation, kind)
     if named is None:
         named = ALLOCATIONS if STRATEGIES.fact(strategy, "named", True) else ()
     # Uniform is always tried, and counted once.
@@ -101,7 +99,7 @@ def search(
         stack.callback(reports.close)
         trace = _trace(output, settings, resume, model, calibration, validation)
         stack.callback(trace.close)
-        realised = realise(model, calibration, config, realisation)
+        realised = realise(model, calibration, config, kind)
         resolver = Resolver(model, realised, calibration, config, named)
         evaluator = Evaluator(Objective(model, realised, validation, config.batch_size), resolver)
         # Only the first process has a folder to read; all have to replay the same trials.
@@ -114,6 +112,29 @@ def search(
         if output is not None:
             result.save(output, pictures)
         return result
+
+
+def _settings(
+    strategy: str,
+    budget: Budget,
+    finalists: int,
+    config: DSAConfig,
+    calibration: Calibration | None,
+    validation: Tensor,
+    kind: str,
+) -> dict[str, Any]:
+    """What a trace has to have been made with to be gone on with; `validation` is (windows, length)."""
+    settings = {
+        "strategy": strategy,
+        "budget": [budget.tokens, budget.evaluations, budget.seconds],
+        "finalists": finalists,
+        # batch_size changes no result; allocation and spread are what is searched for.
+        "config": {k: v for k, v in config.to_dict().items() if k not in ("allocation", "spread", "batch_size")},
+        "calibration": calibration.facts() if calibration else None,
+        "validation": list(validation.shape),
+    }
+    # Masks were all there was: a trace that has no word of it goes on.
+    return settings if kind == "masks" else settings | {"realisation": kind}
 
 
 def _trace(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Generator, Iterable
 from dataclasses import replace
 
+from . import curves  # noqa: F401 - a row of the table
 from .enumeration import block_sizes, enumerate_space
 from .problem import GENERATION, STRATEGIES, UNIFORM, Problem, Ranked, Search, best_of, distinct, merge, race
 from .refinement import descent

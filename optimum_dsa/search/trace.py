@@ -22,8 +22,9 @@ class Request:
     """What a strategy asks for.
 
     Attributes:
-        kind: "loss" (a proxy: with masks from the anchor), "slopes" (the same and its slope per matrix), "sequential"
-            (the loss after the prune itself), or "anchor" (take scores at this candidate from now on).
+        kind: "loss" (a proxy: with masks or matrices from the anchor), "slopes" (the same and its slope per matrix),
+            "errors" (what every matrix loses at these counts, on no validation window), "sequential" (the loss after
+            the prune itself), or "anchor" (take scores at this candidate from now on).
         candidate: of what.
         start, stop: the validation windows.
     """
@@ -46,7 +47,7 @@ class Trial:
         number (`int`): position in the search.
         request (`Request`): what was asked.
         loss (`float`): lower is better; `None` where the candidate is impossible, and then `error` says why.
-        slopes (`tuple[float, ...]`): per matrix, where they were asked for.
+        slopes (`tuple[float, ...]`): per matrix, where they were asked for; with "errors" those.
         tokens (`int`): validation tokens that it cost; 0 where the answer was known already.
         seconds (`float`): wall time that it cost.
         counts (`tuple[int, ...]`): what `prune` would remove per matrix, and what was judged.

@@ -16,6 +16,7 @@ from ..pruning.allocation import Allocation
 from ..pruning.allocation.layout import by_block, grid, short_names
 from .drawing import (
     INK,
+    MARKERS,
     MUTED,
     PAPER,
     RULE,
@@ -155,6 +156,36 @@ def search_curves(
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: short_number(value)))
     axes.grid(axis="y", color=RULE, linewidth=0.8)
     legend(axes, len(traces))
+    return figure
+
+
+def error_curves(
+    levels: Sequence[float], panels: Mapping[str, Mapping[str, Sequence[float]]], title: str | None = None
+) -> Figure:
+    """The share of output lost against the share of weights removed, a panel for each set of curves.
+
+    A set of more curves than there are markers goes from light to dark in its order, without a legend.
+
+    Args:
+        levels (`Sequence[float]`): sparsities.
+        panels (`Mapping[str, Mapping[str, Sequence[float]]]`): heading -> label -> errors at these levels.
+        title (`str`, *optional*): above the chart.
+    """
+    figure, _ = new_figure(1.6 * WIDTH, 3.2, title, len(panels))
+    for axes, (heading, curves) in zip(figure.axes, panels.items()):
+        names, looks, many = short_names(curves), styles(list(curves)), len(curves) > len(MARKERS) + 1
+        for number, (label, errors) in enumerate(curves.items()):
+            shade = 0.75 - 0.65 * number / max(len(curves) - 1, 1)
+            look = {"color": str(shade), "linewidth": 1.4} if many else looks[label]
+            axes.plot(levels, errors, label=plain(names[label]), **look)
+        axes.set_title(heading, fontsize=9.5, color=MUTED, loc="left", pad=6 if many else 34)
+        axes.set_yscale("log")
+        axes.set_xlabel("weights removed")
+        percent(axes.xaxis)
+        axes.grid(axis="y", color=RULE, linewidth=0.8)
+        if not many:
+            legend(axes, len(curves))
+    figure.axes[0].set_ylabel("share of output lost")
     return figure
 
 

@@ -38,6 +38,7 @@ def report(**changes):
         "permuted": {"layers.0.down": (0.75, 0.8)},
         "reconstruction": {"layers.0": Reconstruction(0.25, 0.125, 1e-3, 64)},
         "seconds": 1.5,
+        "compared": {"owl": 0.1, "uniform": 0.2},
     }
     return PruningReport(**{**facts, **changes})
 

@@ -56,11 +56,15 @@ class Bowl:
         shares = self.shares(counts)
         return sum(cost * size * share**2 / 2 for cost, size, share in zip(self.costs, self.sizes, shares))
 
+    def errors(self, counts):
+        """Curves of the same shape, without the costs: what the loss makes of them is told by slopes alone."""
+        return tuple(share**2 for share in self.shares(counts))
+
     def slopes(self, counts):
         return tuple(cost * share for cost, share in zip(self.costs, self.shares(counts)))
 
 
-def play(strategy, problem, loss, slopes=None):
+def play(strategy, problem, loss, slopes=None, errors=None):
     """What a strategy returns, and all that it asked for, with losses from `loss(counts)`."""
     asked = []
     try:
@@ -71,7 +75,8 @@ def play(strategy, problem, loss, slopes=None):
                 counts = problem.resolver.counts(request.candidate)
                 tokens = 0 if request.kind == "anchor" else len(request.rows) * problem.length
                 value = None if request.kind == "anchor" else loss(counts)
-                found = slopes(counts) if slopes and request.kind == "slopes" else None
+                found = errors(counts) if errors and request.kind == "errors" else None
+                found = slopes(counts) if slopes and request.kind == "slopes" else found
                 trials.append(Trial(len(asked), request, value, found, tokens, counts=counts))
                 problem.budget.add(trials[-1])
                 asked.append(request)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 
 import torch
@@ -34,6 +34,8 @@ class MaskedModel:
         values: weight name -> what takes the weight's place before it is masked, where a method updates what it keeps.
         exact: weight name -> the very mask of a prune, (out_features, in_features), True = keep; it comes before the
             order, whose steps are coarser than one weight where a matrix has more than 65,536.
+        solved: weight name -> what makes the whole pruned matrix, (out_features, in_features); it comes before all
+            others, and is called in every forward pass, so that no second model is held.
     """
 
     def __init__(self, model: nn.Module, architecture: Architecture):
@@ -43,6 +45,7 @@ class MaskedModel:
         self.counts: Mapping[str, int] = {}
         self.values: dict[str, Tensor] = {}
         self.exact: dict[str, Tensor] = {}
+        self.solved: dict[str, Callable[[], Tensor]] = {}
         self._on_gradient = None
         self._suspended = False
 
@@ -69,7 +72,7 @@ class MaskedModel:
         return self.orders[name] < level
 
     def _is_masked(self, name: str) -> bool:
-        return name in self.exact or (name in self.orders and name in self.counts)
+        return name in self.exact or name in self.solved or (name in self.orders and name in self.counts)
 
     def _gone(self, name: str) -> Tensor:
         """What is masked of one weight, (out_features, in_features), True = gone."""
@@ -146,6 +149,13 @@ class MaskedModel:
         # Of several experts in one parameter each is masked in its part of one copy; a single matrix needs none.
         masked = parameter.detach().clone() if len(weights) > 1 or not known else None
         for weight in known:
+            if weight.name in self.solved:
+                new = self.solved[weight.name]().to(parameter)
+                new = new.t() if weight.transposed else new
+                masked = new if masked is None else masked
+                if weight.expert is not None and len(weights) > 1:
+                    masked[weight.expert].copy_(new)
+                continue
             gone = self._gone(weight.name).to(parameter.device)
             gone = gone.t() if weight.transposed else gone
             value = self.values.get(weight.name)

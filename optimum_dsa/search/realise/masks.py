@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ...common.progress import progress
 from ...data import Calibration
-from ...model.architecture import Architecture
+from ...model.architecture import Architecture, Weight
 from ...model.statistics import LayerStatistics
 from ...model.walk import WalkedBlock, walk_blocks
 from ...pruning.allocate import fit_to_pattern
@@ -94,16 +94,26 @@ class Masks:
             moved = (gradient.float() * self.masked.value(weight.name).float()).masked_select(near)
             slopes[weight.name] -= moved.sum().item() / max(moved.numel(), 1)
 
+        with self._backward(receive):
+            yield slopes
+
+    @contextmanager
+    def _backward(self, receive: Callable[[Weight, Tensor], None]) -> Iterator[None]:
+        """The model with masks, for backward passes that `receive` (weight, gradient)."""
         flags = {parameter: parameter.requires_grad for parameter in self.model.parameters()}
         try:
             # Only the masked copies need gradients: those of all parameters would be another model in memory.
             for parameter in flags:
                 parameter.requires_grad_(False)
             with torch.enable_grad(), self.masked.active(), self.masked.gradients(receive):
-                yield slopes
+                yield
         finally:
             for parameter, flag in flags.items():
                 parameter.requires_grad_(flag)
+
+    def errors(self, counts: Mapping[str, int]) -> dict[str, float]:
+        """Raises `ValueError`: an order tells which weights go, and not what is lost with them."""
+        raise ValueError("Masks have no error curves; search with realisation='database'.")
 
     @contextmanager
     def pruned(self, counts: Mapping[str, int]) -> Iterator[None]:
@@ -119,7 +129,7 @@ class Masks:
     @torch.no_grad()
     def _prune(self, counts: Mapping[str, int]) -> None:
         """The very masks of a prune and, where an update is used, what it makes of the kept weights."""
-        for walked in self._walk(self.config.sequential, sys.maxsize, _shown("Pruning a finalist")):
+        for walked in self._walk(self.config.sequential, sys.maxsize, shown("Pruning a finalist")):
             for group in walked.groups(self.config.update.true_sequential):
                 for weight in group.weights:
                     tensor, statistics = walked.tensor(weight), group.statistics.get(weight.name)
@@ -182,12 +192,14 @@ class Masks:
         """Give up what is known at the anchor: it is as large as the model."""
         self._anchored, self._changes = False, {}
         self.masked.orders, self.masked.values, self.masked.exact, self.masked.counts = {}, {}, {}, {}
+        self.masked.solved = {}
 
 
-REALISATIONS.add("masks", Masks)
+REALISATIONS.add("masks", Masks, proxy="one-shot masks")
 
 
-def _shown(description: str) -> Callable:
+def shown(description: str) -> Callable:
+    """What shows the progress of a walk over blocks."""
     return lambda blocks: progress(blocks, description, "block", "optimum_dsa.search")
 
 

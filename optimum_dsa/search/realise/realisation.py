@@ -35,7 +35,7 @@ class Realisation(Protocol):
         """What `prune` would make of an allocation: itself, where every unit can change by a single weight."""
 
     def move_anchor(self, counts: Mapping[str, int] | None) -> None:
-        """From now on, take what decides what goes from the model without `counts`; `None`: from the dense one."""
+        """From now on, take what decides what goes from the model without `counts`; `None`: from where it begins."""
 
     def at(self, counts: Mapping[str, int]) -> AbstractContextManager[None]:
         """The model computes as if `counts`, of a fitted allocation, were gone: a proxy, from the anchor."""
@@ -46,11 +46,18 @@ class Realisation(Protocol):
         Yields unit -> how fast the loss rises as one more weight goes; it fills as the passes are made.
         """
 
+    def errors(self, counts: Mapping[str, int]) -> dict[str, float]:
+        """Unit -> the share of its output that is lost at `counts`, at the anchor; points of its error curve.
+
+        Raises:
+            ValueError: it knows of none.
+        """
+
     def pruned(self, counts: Mapping[str, int]) -> AbstractContextManager[None]:
         """The model computes as `prune` would leave it, weight by weight. The anchor's knowledge is given up."""
 
 
-# (model, architecture, calibration, config) -> `Realisation`
+# (model, architecture, calibration, config) -> `Realisation`. The fact `proxy` says what candidates race by, in words.
 REALISATIONS = Registry("realisation")
 
 
@@ -58,6 +65,11 @@ def realise(model: nn.Module, calibration: Calibration | None, config: DSAConfig
     """The row `kind` of `REALISATIONS` on what `config` prunes in `model`."""
     check_searchable(config)
     return REALISATIONS[kind](model, architecture_for(model, config), calibration, config)
+
+
+def suited(config: DSAConfig) -> str:
+    """The row of `REALISATIONS` for the method of `config`: an order tells nothing of what an update makes."""
+    return "database" if config.resolved.updates else "masks"
 
 
 def check_searchable(config: DSAConfig) -> None:
