@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from functools import partial
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from .architecture import Block, Stack, Weight
 from .calls import BlockCalls, run_behind
-from .observer import observing
+from .observer import AllSeen, observing
 from .residual import watching_additions
 
 
@@ -54,24 +54,35 @@ class DenseStream:
         self.calls, self.residual = calls, residual
         for number, (own, other) in enumerate(zip(calls.hidden, hidden, strict=True)):
             calls.hidden[number] = other if torch.equal(own, other) else own
-        self._after = list(calls.hidden)
+        self._after: list[Tensor | None] = [None] * len(calls.hidden)
         self._given = self._as_dense = as_dense
 
     @contextmanager
-    def at(self, module: nn.Module) -> Iterator[None]:
-        """Stand at a block that is dense as yet; on leaving, go on to the next one."""
+    def at(self, module: nn.Module, index: int) -> Iterator[None]:
+        """Stand at a block, number `index`, that is dense as yet; on leaving, go on to the next one."""
+        self._after = [None] * len(self.calls.hidden)
         if self._given is None:
             # All parameters and not the prunable ones alone: whoever is given the block may change any.
             kept = [parameter.detach().clone() for parameter in module.parameters()]
             self._as_dense = partial(_holding, module, kept)
         yield
-        self.calls.hidden, self._as_dense = list(self._after), self._given
+        for batch, after in enumerate(self._after):
+            if after is None:
+                with self._as_dense():
+                    self._after[batch] = self.calls.run(module, index, batch)
+        self.calls.hidden, self._as_dense = self._after, self._given
 
-    def inputs(self, model: nn.Module, part: Block, module: nn.Module, index: int, batch: int) -> DenseInputs:
-        """What the weights of `part`, some of the block `module`, number `index`, multiply in the dense model."""
+    def inputs(
+        self, model: nn.Module, part: Block, module: nn.Module, index: int, batch: int, stops: bool = False
+    ) -> DenseInputs:
+        """What the weights of `part`, some of the block `module`, number `index`, multiply in the dense model.
+
+        With `stops` what comes behind them is run once only: the first time.
+        """
         found = DenseInputs()
+        stops = stops and self._after[batch] is not None
         watch = watching_additions(model, part, self.calls.hidden[batch]) if self.residual else nullcontext({})
-        with self._as_dense(), observing(model, part, found), watch as found.before:
+        with suppress(AllSeen), self._as_dense(), observing(model, part, found, stops), watch as found.before:
             self._after[batch] = self.calls.run(module, index, batch)
         return found
 

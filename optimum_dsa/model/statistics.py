@@ -99,7 +99,7 @@ class LayerStatistics:
         if self.gram is not None:
             # The same sums, so that a metric on Σ x² and an update on X·Xᵀ never disagree about a dead input.
             self.squared_sum.copy_(self.gram.diagonal())
-        self._factor = self._spectrum = None
+        self.release_()
 
     @torch.no_grad()
     def pair_(self, inputs: Tensor, dense: Tensor) -> None:
@@ -170,6 +170,10 @@ class LayerStatistics:
     def dead(self) -> Tensor:
         """(in_features,) bool: inputs that never fired, whose weights multiply nothing."""
         return (self.second_moment.diagonal() if self.with_gram else self.input_norm) == 0
+
+    def release_(self) -> None:
+        """Give up, in place, what was derived of the sums: it is computed again if somebody asks."""
+        self._factor = self._spectrum = None
 
     @property
     def damping_used(self) -> float | None:

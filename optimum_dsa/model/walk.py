@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -20,8 +20,9 @@ from torch import Tensor, nn
 from .architecture import Architecture, Block, Stack, UnprunableError, Weight
 from .calls import BlockCalls, capture_calls, check_calls, run_behind
 from .dense import AsDense, DenseInputs, DenseStream
-from .observer import Observer, observing
+from .observer import AllSeen, Observer, observing
 from .offload import resident
+from .padding import real_tokens, without_padding
 from .residual import watching_additions
 from .statistics import CollectedStatistics, LayerStatistics
 
@@ -44,19 +45,27 @@ class Group:
     """Weights of a block that multiply one and the same input, with its statistics."""
 
     weights: tuple[Weight, ...]
-    statistics: Mapping[str, LayerStatistics]
+    statistics: dict[str, LayerStatistics]
 
 
 @dataclass(frozen=True)
 class WalkedBlock:
-    """The block at which a walk stands: its weights on their device, and the statistics of their inputs."""
+    """The block at which a walk stands: its weights on their device, and the statistics of their inputs.
+
+    Attributes:
+        needed (`bool`): whether somebody else will ask for the statistics: then `done` leaves them alone.
+        sampled (`bool`): whether the statistics are of one batch and without X·Xᵀ, because those of every group are
+            collected when its turn comes.
+    """
 
     block: Block
-    statistics: Mapping[str, LayerStatistics]
+    statistics: dict[str, LayerStatistics]
     model: nn.Module = field(repr=False)
     changes: set[str] = field(repr=False)
     # weights -> statistics of their inputs in the block as it is now; None where nothing is run
-    again: Callable[[Sequence[Weight]], Mapping[str, LayerStatistics]] | None = field(default=None, repr=False)
+    again: Callable[[Sequence[Weight]], dict[str, LayerStatistics]] | None = field(default=None, repr=False)
+    needed: bool = False
+    sampled: bool = False
 
     @property
     def name(self) -> str:
@@ -86,10 +95,25 @@ class WalkedBlock:
             key = own if weight.expert is None else (weight.module, weight.attribute)
             shared.setdefault(key, []).append(weight)
         for number, weights in enumerate(shared.values()):
-            found = {weight.name: self.statistics[weight.name] for weight in weights if self.statistics}
-            if true_sequential and number and self.again is not None:
-                found = self.again(weights)
-            yield Group(tuple(weights), found)
+            later = true_sequential and (number > 0 or self.sampled) and self.again is not None
+            # Held by whoever is given them alone: those of the next group would stand beside them otherwise.
+            yield Group(tuple(weights), self.again(weights) if later else self._statistics_of(weights))
+
+    def _statistics_of(self, weights: Sequence[Weight]) -> dict[str, LayerStatistics]:
+        return {weight.name: self.statistics[weight.name] for weight in weights if weight.name in self.statistics}
+
+    def done(self, weight: Weight, group: Group) -> None:
+        """Say that `weight`, of `group`, needs its statistics no more; those that nobody else needs are freed.
+
+        X·Xᵀ of a wide matrix is larger than the matrix, and what updates derive of it is twice that.
+        """
+        if self.needed:
+            return
+        self.statistics.pop(weight.name, None)
+        found = group.statistics.pop(weight.name, None)
+        if found is not None and all(found is not other for other in group.statistics.values()):
+            # Whoever gave the statistics to the walk may hold them still, and then without what is derived of them.
+            found.release_()
 
     def changed(self, weight: Weight) -> None:
         """Say that `tensor(weight)` was written to, so that an offloaded weight is written back."""
@@ -108,6 +132,7 @@ def walk_blocks(
     sequential: bool = True,
     progress: Callable[[Sequence[Block]], Iterable[Block]] = iter,
     as_dense: AsDense | None = None,
+    true_sequential: bool = False,
     gram: bool | None = None,
 ) -> Iterator[WalkedBlock]:
     """Each block with the statistics of its inputs, first block first.
@@ -129,6 +154,8 @@ def walk_blocks(
             tqdm does.
         as_dense (`AsDense`, *optional*): a context in which the model computes with its dense weights, for a caller
             who does not write to them; by default a copy of one block's is kept.
+        true_sequential (`bool`): the caller asks for `groups(true_sequential=True)` and for no other statistics, so
+            that what all groups multiply before any of them is changed is not collected at all.
         gram (`bool`, *optional*): earlier name of "gram" in `reads`.
 
     Raises:
@@ -138,8 +165,7 @@ def walk_blocks(
     """
     if gram is not None:
         warnings.warn("walk_blocks(gram=True) is walk_blocks(reads={'inputs', 'gram'}).", FutureWarning, stacklevel=2)
-    gram, cross = gram or "gram" in reads, "cross_gram" in reads
-    if cross and (not sequential or isinstance(batches, CollectedStatistics)):
+    if "cross_gram" in reads and (not sequential or isinstance(batches, CollectedStatistics)):
         raise ValueError(
             "X_dense·Xᵀ (cross_gram) is of a walk that runs each block on what the pruned ones before it give; "
             "walk with sequential=True over batches of inputs, or do not read it."
@@ -148,9 +174,25 @@ def walk_blocks(
     if batches is None or isinstance(batches, CollectedStatistics):
         yield from _walk_still(model, blocks, batches.statistics if batches else {})
         return
+    wanted = {"gram", *reads} if gram else {*reads}
+    yield from _walk_running(model, architecture, batches, blocks, wanted, sequential, true_sequential, as_dense)
+
+
+def _walk_running(
+    model: nn.Module,
+    architecture: Architecture,
+    batches: Sequence[Mapping[str, Tensor]],
+    blocks: Iterator[Block],
+    reads: Collection[str],
+    sequential: bool,
+    true_sequential: bool,
+    as_dense: AsDense | None,
+) -> Iterator[WalkedBlock]:
+    """`walk_blocks` over batches, inputs by name, (samples, length, ...); `blocks` is told how far it is."""
+    gram, cross = "gram" in reads, "cross_gram" in reads
     # Padding goes first: what is never run needs no mask, and costs no time.
     batches = [part for batch in batches for part in without_padding(batch)]
-    real = [_real_tokens(model, batch) for batch in batches]
+    real = [real_tokens(model, batch) for batch in batches]
     # Module by module: parts of a model may be frozen in eval mode on purpose.
     training = [module for module in model.modules() if module.training]
     model.eval()
@@ -172,7 +214,9 @@ def walk_blocks(
             for index, block in enumerate(stack.blocks):
                 next(blocks)
                 last = index + 1 == len(stack.blocks) and not needed
-                yield from _walk_block(model, block, calls, index, real, gram, sequential, last, dense)
+                yield from _walk_block(
+                    model, block, calls, index, real, gram, sequential, last, dense, true_sequential and sequential
+                )
         if architecture.head is not None:
             yield from _walk_head(model, next(blocks), stack, calls, batches, real, gram, dense)
         next(blocks, None)  # lets a progress bar finish
@@ -201,28 +245,53 @@ def _walk_block(
     sequential: bool,
     last: bool,
     dense: DenseStream | None,
+    sample: bool,
 ) -> Iterator[WalkedBlock]:
-    """One step of the walk: collect, hand out, move the activations, (samples, ..., hidden size), on (unless last)."""
-    module = model.get_submodule(block.name)
+    """One step of the walk: collect, hand out, move the activations, (samples, ..., hidden size), on (unless last).
 
-    def collect(weights: Sequence[Weight], move_on: bool = False) -> Mapping[str, LayerStatistics]:
+    With `sample` what is handed out is of the first batch: enough to tell the groups and their order by.
+    """
+    module = model.get_submodule(block.name)
+    # weights of which a sample shows: they are given one input in a batch, and nothing need be seen of their outputs
+    alone: set[str] = set()
+
+    def collect(weights: Sequence[Weight], move_on: bool = False) -> dict[str, LayerStatistics]:
         """Statistics of what `weights` multiply in the block as it is now; `move_on` replaces what goes into it."""
         part, observer = replace(block, weights=tuple(weights)), Observer(gram)
         for number in range(len(calls)):
-            beside = dense.inputs(model, part, module, index, number) if dense else DenseInputs()
             hidden = calls.hidden[number]
+            # What comes behind the last weight that is watched need not run; a block may cut longer inputs in parts.
+            alike = hidden.shape[1:] == calls.hidden[0].shape[1:]
+            stops = alike and alone.issuperset(weight.name for weight in weights)
+            beside = dense.inputs(model, part, module, index, number, stops) if dense else DenseInputs()
             observer.start_batch(calls.samples[number], real[number], beside.inputs, hidden.shape[:-1].numel())
             watch = watching_additions(model, part, hidden) if dense and dense.residual else nullcontext({})
-            with observing(model, part, observer), watch as before:
+            with suppress(AllSeen), observing(model, part, observer, stops), watch as before:
                 output = calls.run(module, index, number)
             observer.add_residual(before, beside.before)
             if move_on:
                 calls.hidden[number] = output
         return _checked(part, observer)
 
-    with resident(model, [block.name]) as changes, dense.at(module) if dense else nullcontext():
+    def first_batch() -> dict[str, LayerStatistics]:
+        observer = Observer(gram=False)
+        observer.start_batch(calls.samples[0], real[0])
+        watch = watching_additions(model, block, calls.hidden[0]) if dense and dense.residual else nullcontext({})
+        with observing(model, block, observer), watch as added:
+            calls.run(module, index, 0)
+        alone.update(observer.given_once().difference(added))
+        return observer.finish(block)
+
+    with resident(model, [block.name]) as changes, dense.at(module, index) if dense else nullcontext():
         again = collect if sequential else None  # otherwise what went into the block is gone
-        yield WalkedBlock(block, collect(block.weights, move_on=not sequential), model, changes, again)
+        yield WalkedBlock(
+            block,
+            first_batch() if sample else collect(block.weights, move_on=not sequential),
+            model,
+            changes,
+            again,
+            sampled=sample,
+        )
         # Still inside `resident`: the changed weights are here, and need not be written and read back first.
         if sequential and not last:
             for number in range(len(calls)):
@@ -249,68 +318,6 @@ def _walk_head(
             with observing(model, head, observer):
                 run_behind(model, stack, calls, batch, number)
         yield WalkedBlock(head, _checked(head, observer), model, changes)
-
-
-def without_padding(batch: Mapping[str, Tensor]) -> list[Mapping[str, Tensor]]:
-    """The batch as batches of sequences of one length, without the padding on either side that its masks mark.
-
-    Inputs are (samples, length, ...), masks (samples, length).
-    """
-    parts = [batch]
-    for side in ("", "decoder_"):
-        parts = [cut for part in parts for cut in _cut(part, side)]
-    return parts
-
-
-def _cut(batch: Mapping[str, Tensor], side: str) -> Iterator[Mapping[str, Tensor]]:
-    """Parts of a batch, (samples, length, ...) each, whose samples are padded alike, without this side's padding.
-
-    Whatever the mask runs along is cut, be it token ids, embeddings or the samples of a recording.
-    """
-    mask = batch.get(f"{side}attention_mask")
-    along = [] if mask is None or mask.dim() != 2 else _masked(batch, side, mask)
-    if not along or mask.bool().all():
-        yield batch
-        return
-    # Samples of one extent stay one batch: the fewer there are, the fewer forward passes.
-    samples: dict[tuple[int, int], list[int]] = {}
-    for sample, positions in enumerate(mask.bool()):
-        if len(kept := positions.nonzero()):
-            samples.setdefault((int(kept[0]), int(kept[-1]) + 1), []).append(sample)
-    if not samples:
-        raise ValueError(f"The {side}attention_mask marks every token of a batch as padding.")
-    for (start, stop), chosen in samples.items():
-        part = {name: value[chosen] for name, value in batch.items()}
-        for name in (*along, f"{side}attention_mask"):
-            part[name] = part[name][:, start:stop]
-        yield part
-
-
-def _masked(batch: Mapping[str, Tensor], side: str, mask: Tensor) -> list[str]:
-    """Names of the inputs of one side that the mask, (samples, length), runs along, without the mask itself."""
-    return [
-        name
-        for name, value in batch.items()
-        if name.startswith("decoder_") == bool(side)
-        and name != f"{side}attention_mask"
-        and value.shape[:2] == mask.shape
-    ]
-
-
-def _real_tokens(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor | None:
-    """(samples, length) bool where padding is left between tokens; `None` where it was at the ends, and is cut off."""
-    for side in ("", "decoder_"):
-        mask = batch.get(f"{side}attention_mask")
-        if mask is None or mask.dim() != 2 or mask.bool().all() or not _masked(batch, side, mask):
-            continue
-        # A decoder reads its own tokens and, in cross-attention, those of the encoder, of another length.
-        if model.config.is_encoder_decoder:
-            raise ValueError(
-                f"The {side}attention_mask has holes between tokens, and which statistics they belong to cannot be "
-                "told in an encoder-decoder; give sequences that are padded at their ends only."
-            )
-        return mask.bool()
-    return None
 
 
 def _modules(block: Block) -> list[str]:

@@ -114,6 +114,8 @@ def _measure(
                 method.allocation_metric,
             )
             measured[name] = allocator.measure(unit)
+        # The statistics of one block, and not of two: the next one's are collected before the names are others'.
+        del walked, unit
     return measured
 
 

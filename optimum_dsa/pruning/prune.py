@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import nn
@@ -91,8 +92,16 @@ def run_steps(
     reads = union(steps)
     batches = batches_of(calibration, config, f"method {config.method!r}") if reads else None
     for walked in walk_blocks(
-        model, architecture, batches, reads=reads, sequential=config.sequential, progress=progress("Pruning")
+        model,
+        architecture,
+        batches,
+        reads=reads,
+        sequential=config.sequential,
+        progress=progress("Pruning"),
+        true_sequential=all(getattr(step, "true_sequential", False) for step in steps if step.reads),
     ):
-        for step in steps:
-            step(walked)
+        for number, step in enumerate(steps):
+            step(replace(walked, needed=bool(union(steps[number + 1 :]))))
         sink(walked)
+        # The statistics of one block, and not of two: the next one's are collected before the name is another's.
+        del walked

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import Protocol
 
 import torch
+from torch import Tensor
 
 from ..model.statistics import LayerStatistics
 from ..model.walk import Reads, WalkedBlock
@@ -20,6 +21,8 @@ from .resolved_method import ResolvedMethod
 
 class Step(Protocol):
     """Changes one walked block, in place.
+
+    One that reads statistics by `walked.groups(true_sequential=True)` alone says so by `true_sequential = True`.
 
     Attributes:
         reads: what the walk has to collect for it: "inputs" (Σ x² of every weight's input), "gram" (X·Xᵀ as well),
@@ -56,12 +59,16 @@ class RemoveWeights:
         counts = self._shares(walked)
         for group in walked.groups(self.true_sequential):
             for weight in group.weights:
-                tensor, statistics = walked.tensor(weight), group.statistics.get(weight.name)
-                # Into the live weight, in its dtype: ties, views and offloaded storage stay what they are.
-                tensor.copy_(self.method.pruned(tensor, statistics, counts[weight.name]))
+                self._prune(walked.tensor(weight), weight.name, group.statistics.get(weight.name), counts[weight.name])
                 walked.changed(weight)
-                if statistics is not None:
-                    self._note(weight.name, statistics)
+                walked.done(weight, group)
+
+    def _prune(self, tensor: Tensor, name: str, statistics: LayerStatistics | None, count: int) -> None:
+        """Prune the live weight `tensor`, (out_features, in_features), in place."""
+        # Into the live weight, in its dtype: ties, views and offloaded storage stay what they are.
+        tensor.copy_(self.method.pruned(tensor, statistics, count))
+        if statistics is not None:
+            self._note(name, statistics)
 
     def _shares(self, walked: WalkedBlock) -> Mapping[str, int]:
         """Weight -> how many of its entries go: each unit's number, divided over its matrices by their size."""
