@@ -37,8 +37,8 @@ class Observer:
     is learnt from the first batch, and checked on every input.
     """
 
-    def __init__(self, gram: bool):
-        self.gram = gram
+    def __init__(self, gram: bool, mean: bool = False):
+        self.gram, self.mean = gram, mean
         self.statistics: dict[str, LayerStatistics] = {}
         self.sequences = 0
         self._source: dict[str, str] = {}  # weight -> the weight whose statistics it shares
@@ -80,7 +80,7 @@ class Observer:
             self.statistics[name] = self.statistics[source]
             return
         if name not in self.statistics:
-            self.statistics[name] = LayerStatistics(weight.shape[1], inputs.device, self.gram)
+            self.statistics[name] = self._statistics(weight, inputs.device)
         self.statistics[name].update_(self._counted(name, inputs))
         dense = self._dense_of(name, inputs)
         if dense is not None:
@@ -149,10 +149,13 @@ class Observer:
             if weight.name not in self.statistics:
                 # An expert that no token reached has no input to tell the device by.
                 device = next(iter(self.statistics.values())).device if self.statistics else "cpu"
-                self.statistics[weight.name] = LayerStatistics(weight.shape[1], device, self.gram)
+                self.statistics[weight.name] = self._statistics(weight, device)
             self.statistics[weight.name].sequences = self.sequences
         _lend(block, self.statistics)
         return self.statistics
+
+    def _statistics(self, weight: Weight, device: torch.device | str) -> LayerStatistics:
+        return LayerStatistics(weight.shape[1], device, self.gram, with_sum=self.mean)
 
     def _counted(self, name: str, inputs: Tensor) -> Tensor:
         """The inputs of real tokens, (tokens, in_features); all of them where none is padding."""

@@ -48,6 +48,7 @@ class LayerStatistics:
     Attributes:
         squared_sum (`Tensor`): (in_features,), Σ x_j² over all tokens.
         gram (`Tensor`): (in_features, in_features), Σ x xᵀ over all tokens; `None` unless it was asked for.
+        sum (`Tensor`): (in_features,), Σ x_j over all tokens; `None` unless it was asked for.
         tokens (`int`): inputs seen. A routed expert counts those that reached it.
         sequences (`int`): sequences seen.
         stand_in (`float`): what every Σ x_j² is taken to be where no input was seen.
@@ -73,6 +74,8 @@ class LayerStatistics:
     drift: Tensor | None = None
     lack: Tensor | None = None
     paired: int = 0
+    with_sum: bool = False
+    sum: Tensor | None = None
     _lacking: int = field(default=0, repr=False)
     _factor: tuple[float, InverseFactor] | None = field(default=None, repr=False)
     _spectrum: tuple[float, Spectrum] | None = field(default=None, repr=False)
@@ -82,6 +85,8 @@ class LayerStatistics:
             self.squared_sum = torch.zeros(self.in_features, dtype=torch.float32, device=self.device)
         if self.with_gram and self.gram is None:
             self.gram = torch.zeros(self.in_features, self.in_features, dtype=torch.float32, device=self.device)
+        if self.with_sum and self.sum is None:
+            self.sum = torch.zeros_like(self.squared_sum)
 
     @torch.no_grad()
     def update_(self, inputs: Tensor) -> None:
@@ -92,6 +97,8 @@ class LayerStatistics:
         for part in rows.split(max(CHUNK // self.in_features, 1 if self.gram is None else self.in_features)):
             # float16 ends at 65,504: the square of an input of 256 is beyond it.
             part = part.float()
+            if self.sum is not None:
+                self.sum += part.sum(dim=0)
             if self.gram is None:
                 self.squared_sum += part.square().sum(dim=0)
             else:
@@ -152,6 +159,17 @@ class LayerStatistics:
         # By sequences and not by tokens, as the published code divides, so that scores have its scale.
         found = self.squared_sum if self.tokens else torch.full_like(self.squared_sum, self.stand_in)
         return (found / max(self.sequences, 1)).sqrt_()
+
+    @property
+    def mean(self) -> Tensor:
+        """(in_features,), the mean of x_j over all tokens; 0 where no input was seen.
+
+        Raises:
+            ValueError: Σ x_j was not collected.
+        """
+        if self.sum is None:
+            raise ValueError('Σ x was not collected; walk the blocks with reads={"inputs", "mean"} for this update.')
+        return self.sum / max(self.tokens, 1)
 
     @property
     def second_moment(self) -> Tensor:

@@ -13,6 +13,7 @@ import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -27,10 +28,15 @@ from .residual import watching_additions
 from .statistics import CollectedStatistics, LayerStatistics
 
 
-# What a walk can collect of each weight's input: "inputs" (Σ x²), "gram" (X·Xᵀ as well), "cross_gram" (X_dense·Xᵀ),
-# and with it "residual" (what the residual stream lacks where a weight's outputs are added to it).
+# What a walk can collect of each weight's input: "inputs" (Σ x²), "mean" (Σ x as well), "gram" (X·Xᵀ as well),
+# "cross_gram" (X_dense·Xᵀ), and with it "residual" (what the residual stream lacks where outputs are added to it).
 Reads = frozenset[str]
-_READS = {"nothing": frozenset(), "inputs": frozenset({"inputs"}), "gram": frozenset({"inputs", "gram"})}
+_READS = {
+    "nothing": frozenset(),
+    "inputs": frozenset({"inputs"}),
+    "mean": frozenset({"inputs", "mean"}),
+    "gram": frozenset({"inputs", "gram"}),
+}
 
 
 def reads_of(fact: str) -> Reads:
@@ -147,9 +153,10 @@ def walk_blocks(
             attention mask marks as padding is cut off. `None` runs nothing and gives no statistics, and
             `CollectedStatistics` runs nothing and gives those.
         reads (`Collection[str]`, defaults to `{"inputs"}`): what is collected of each weight's input: "inputs" is Σ x²
-            (and always collected where there are batches), "gram" is X·Xᵀ as well, and "cross_gram" X_dense·Xᵀ of
-            what the dense model gives in the place of X, for all weights that every token reaches. "residual", beside
-            "cross_gram", is `LayerStatistics.lack` of the weights whose outputs are added to the residual stream.
+            (and always collected where there are batches), "mean" is Σ x as well, "gram" is X·Xᵀ as well, and
+            "cross_gram" X_dense·Xᵀ of what the dense model gives in the place of X, for all weights that every token
+            reaches. "residual", beside "cross_gram", is `LayerStatistics.lack` of the weights whose outputs are added
+            to the residual stream.
         progress (`Callable[[Sequence[Block]], Iterable[Block]]`, defaults to `iter`): wraps the sequence of blocks, as
             tqdm does.
         as_dense (`AsDense`, *optional*): a context in which the model computes with its dense weights, for a caller
@@ -189,7 +196,7 @@ def _walk_running(
     as_dense: AsDense | None,
 ) -> Iterator[WalkedBlock]:
     """`walk_blocks` over batches, inputs by name, (samples, length, ...); `blocks` is told how far it is."""
-    gram, cross = "gram" in reads, "cross_gram" in reads
+    cross, watch = "cross_gram" in reads, partial(Observer, "gram" in reads, "mean" in reads)
     # Padding goes first: what is never run needs no mask, and costs no time.
     batches = [part for batch in batches for part in without_padding(batch)]
     real = [real_tokens(model, batch) for batch in batches]
@@ -215,10 +222,10 @@ def _walk_running(
                 next(blocks)
                 last = index + 1 == len(stack.blocks) and not needed
                 yield from _walk_block(
-                    model, block, calls, index, real, gram, sequential, last, dense, true_sequential and sequential
+                    model, block, calls, index, real, watch, sequential, last, dense, true_sequential and sequential
                 )
         if architecture.head is not None:
-            yield from _walk_head(model, next(blocks), stack, calls, batches, real, gram, dense)
+            yield from _walk_head(model, next(blocks), stack, calls, batches, real, watch, dense)
         next(blocks, None)  # lets a progress bar finish
     finally:
         for module in training:
@@ -241,7 +248,7 @@ def _walk_block(
     calls: BlockCalls,
     index: int,
     real: Sequence[Tensor | None],
-    gram: bool,
+    watch: Callable[[], Observer],
     sequential: bool,
     last: bool,
     dense: DenseStream | None,
@@ -257,7 +264,7 @@ def _walk_block(
 
     def collect(weights: Sequence[Weight], move_on: bool = False) -> dict[str, LayerStatistics]:
         """Statistics of what `weights` multiply in the block as it is now; `move_on` replaces what goes into it."""
-        part, observer = replace(block, weights=tuple(weights)), Observer(gram)
+        part, observer = replace(block, weights=tuple(weights)), watch()
         for number in range(len(calls)):
             hidden = calls.hidden[number]
             # What comes behind the last weight that is watched need not run; a block may cut longer inputs in parts.
@@ -265,8 +272,8 @@ def _walk_block(
             stops = alike and alone.issuperset(weight.name for weight in weights)
             beside = dense.inputs(model, part, module, index, number, stops) if dense else DenseInputs()
             observer.start_batch(calls.samples[number], real[number], beside.inputs, hidden.shape[:-1].numel())
-            watch = watching_additions(model, part, hidden) if dense and dense.residual else nullcontext({})
-            with suppress(AllSeen), observing(model, part, observer, stops), watch as before:
+            added = watching_additions(model, part, hidden) if dense and dense.residual else nullcontext({})
+            with suppress(AllSeen), observing(model, part, observer, stops), added as before:
                 output = calls.run(module, index, number)
             observer.add_residual(before, beside.before)
             if move_on:
@@ -276,10 +283,10 @@ def _walk_block(
     def first_batch() -> dict[str, LayerStatistics]:
         observer = Observer(gram=False)
         observer.start_batch(calls.samples[0], real[0])
-        watch = watching_additions(model, block, calls.hidden[0]) if dense and dense.residual else nullcontext({})
-        with observing(model, block, observer), watch as added:
+        added = watching_additions(model, block, calls.hidden[0]) if dense and dense.residual else nullcontext({})
+        with observing(model, block, observer), added as before:
             calls.run(module, index, 0)
-        alone.update(observer.given_once().difference(added))
+        alone.update(observer.given_once().difference(before))
         return observer.finish(block)
 
     with resident(model, [block.name]) as changes, dense.at(module, index) if dense else nullcontext():
@@ -305,12 +312,12 @@ def _walk_head(
     calls: BlockCalls,
     batches: Sequence[Mapping[str, Tensor]],
     real: Sequence[Tensor | None],
-    gram: bool,
+    watch: Callable[[], Observer],
     dense: DenseStream | None,
 ) -> Iterator[WalkedBlock]:
     """The weights outside the blocks, on what the last stack gives, (samples, ..., hidden size)."""
     with resident(model, _modules(head)) as changes:
-        observer = Observer(gram)
+        observer = watch()
         for number, batch in enumerate(batches):
             beside = dense.inputs_behind(model, head, stack, batch, number).inputs if dense else None
             tokens = calls.hidden[number].shape[:-1].numel()

@@ -25,8 +25,8 @@ class Step(Protocol):
     One that reads statistics by `walked.groups(true_sequential=True)` alone says so by `true_sequential = True`.
 
     Attributes:
-        reads: what the walk has to collect for it: "inputs" (Σ x² of every weight's input), "gram" (X·Xᵀ as well),
-            "cross_gram" (X_dense·Xᵀ as well), and with it "residual".
+        reads: what the walk has to collect for it: "inputs" (Σ x² of every weight's input), "mean" (Σ x as well),
+            "gram" (X·Xᵀ as well), "cross_gram" (X_dense·Xᵀ as well), and with it "residual".
     """
 
     reads: Reads

@@ -14,6 +14,7 @@ from torch import Tensor
 from ...model.statistics import LayerStatistics
 from .admm import admm
 from .choice import UPDATES, Choice
+from .dsnot import dsnot
 from .patterns import Pattern, count_in_columns
 from .refit import refit
 from .swap import swap
@@ -22,6 +23,7 @@ from .swap import swap
 __all__ = ["UPDATES", "Choice", "none", "sparsegpt"]
 
 UPDATES.add("admm", admm, reference="https://arxiv.org/abs/2406.07831", reads="gram", chooses=True)
+UPDATES.add("dsnot", dsnot, reference="https://arxiv.org/abs/2310.08915", reads="mean", moves=True)
 UPDATES.add("refit", refit, reference="https://arxiv.org/abs/2406.07831", reads="gram")
 UPDATES.add("swap", swap, reference="https://arxiv.org/abs/2512.10922", reads="gram", moves=True)
 
