@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ logger = logging.getLogger(__name__)
 # The share that the published SparseGPT code adds as `percdamp`.
 DAMPING = 0.01
 CHUNK = 2**20  # inputs that are copied at once: bounds the memory, and stays in a processor's cache
+GPU_CHUNK = 2**24  # the same where there is no cache to stay in, and every call has to be worth its launch
 
 
 @dataclass(frozen=True)
@@ -94,14 +96,18 @@ class LayerStatistics:
         rows = inputs.reshape(-1, inputs.shape[-1])
         self.tokens += rows.shape[0]
         # With a gram at least in_features rows: every part reads and writes the whole gram.
-        for part in rows.split(max(CHUNK // self.in_features, 1 if self.gram is None else self.in_features)):
-            # float16 ends at 65,504: the square of an input of 256 is beyond it.
-            part = part.float()
+        chunk = (GPU_CHUNK if rows.is_cuda else CHUNK) // self.in_features
+        for part in rows.split(max(chunk, 1 if self.gram is None else self.in_features)):
             if self.sum is not None:
-                self.sum += part.sum(dim=0)
+                self.sum += part.sum(dim=0, dtype=torch.float32)
             if self.gram is None:
-                self.squared_sum += part.square().sum(dim=0)
+                # float16 ends at 65,504: the square of an input of 256 is beyond it.
+                self.squared_sum += part.float().square().sum(dim=0)
+            elif part.is_cuda and sums_halves_in_float32(part.device, part.dtype):
+                # The product of two halves is a float32 without rounding, so that tensor cores lose nothing.
+                self.gram += torch.mm(part.t(), part, out_dtype=torch.float32)
             else:
+                part = part.float()
                 self.gram.addmm_(part.t(), part)
         if self.gram is not None:
             # The same sums, so that a metric on Σ x² and an update on X·Xᵀ never disagree about a dead input.
@@ -273,6 +279,18 @@ class CollectedStatistics:
         """What a pruned model's description says of its calibration."""
         tokens = max((found.tokens for found in self.statistics.values()), default=0)
         return {"source": self.source, "samples": None, "length": None, "tokens": tokens, "seed": None}
+
+
+@cache
+def sums_halves_in_float32(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether products of float16 or bfloat16 matrices can be had in float32 there, without copies in float32."""
+    if dtype not in (torch.float16, torch.bfloat16):
+        return False
+    try:
+        some = torch.ones(16, 16, device=device, dtype=dtype)
+        return bool((torch.mm(some, some, out_dtype=torch.float32) == 16).all())
+    except (RuntimeError, TypeError):  # no kernel for this device, or a PyTorch that does not know the argument
+        return False
 
 
 def _damped(moment: Tensor, damping: float) -> Tensor:
