@@ -304,16 +304,19 @@ def _damped(moment: Tensor, damping: float) -> Tensor:
 
 
 def _factor_of_inverse(matrix: Tensor) -> Tensor | None:
-    """Upper Cholesky factor of matrix⁻¹, (n, n) -> (n, n); `None` where that fails.
+    """Upper Cholesky factor U of matrix⁻¹ = Uᵀ·U, (n, n) -> (n, n); `None` where that fails.
 
-    At most two matrices are alive beside the gram.
+    U is R⁻¹, R being the upper triangular matrix with R·Rᵀ = matrix, which the Cholesky factor of the matrix from its
+    other end is. At most two matrices are alive beside the gram, and the inverse itself is none of them.
     """
-    factor, failed = torch.linalg.cholesky_ex(matrix)
+    factor = matrix.flip(0, 1)
     del matrix
+    factor, failed = torch.linalg.cholesky_ex(factor)
     if failed:
         return None
-    factor = torch.cholesky_inverse(factor)
-    factor, failed = torch.linalg.cholesky_ex(factor)
+    factor = factor.flip(0, 1)
+    # Solved where it stands: by columns is how LAPACK has a matrix, and no copy is needed.
+    inverse = torch.eye(len(factor), device=factor.device).t()
+    torch.linalg.solve_triangular(factor, inverse, upper=True, out=inverse)
     # A nearly singular matrix can pass without a failure, and leave infinities behind.
-    finite = torch.stack(factor.aminmax()).isfinite().all()
-    return factor.t().contiguous() if finite and not failed else None
+    return inverse if torch.stack(inverse.t().aminmax()).isfinite().all() else None
