@@ -38,7 +38,8 @@ class DenseInputs:
 class DenseStream:
     """Runs the dense block, also when the one in the model is pruned in part, on what the dense blocks before it gave.
 
-    While it stands at a block, what goes into the dense one and what comes out are alive, and a copy of its weights.
+    While it stands at a block, what goes into the dense one is alive and, where it need not be run again, what comes
+    out of it, and a copy of its weights.
 
     Args:
         calls (`BlockCalls`): of the dense model; changed as it goes on.
@@ -54,36 +55,40 @@ class DenseStream:
         self.calls, self.residual = calls, residual
         for number, (own, other) in enumerate(zip(calls.hidden, hidden, strict=True)):
             calls.hidden[number] = other if torch.equal(own, other) else own
-        self._after: list[Tensor | None] = [None] * len(calls.hidden)
+        self._after: list[Tensor | None] = []
+        self._again = False
         self._given = self._as_dense = as_dense
 
     @contextmanager
-    def at(self, module: nn.Module, index: int) -> Iterator[None]:
-        """Stand at a block, number `index`, that is dense as yet; on leaving, go on to the next one."""
-        self._after = [None] * len(self.calls.hidden)
+    def at(self, module: nn.Module, index: int, again: bool = False) -> Iterator[None]:
+        """Stand at a block, number `index`, that is dense as yet; on leaving, go on to the next one.
+
+        With `again` it is run once more then, and what comes out is not kept beside what goes in until then.
+        """
+        self._after, self._again = [None] * len(self.calls.hidden), again
         if self._given is None:
             # All parameters and not the prunable ones alone: whoever is given the block may change any.
             kept = [parameter.detach().clone() for parameter in module.parameters()]
             self._as_dense = partial(_holding, module, kept)
         yield
         for batch, after in enumerate(self._after):
-            if after is None:
-                with self._as_dense():
-                    self._after[batch] = self.calls.run(module, index, batch)
-        self.calls.hidden, self._as_dense = self._after, self._given
+            with self._as_dense():
+                self.calls.hidden[batch] = self.calls.run(module, index, batch) if after is None else after
+        self._after, self._as_dense = [], self._given
 
     def inputs(
         self, model: nn.Module, part: Block, module: nn.Module, index: int, batch: int, stops: bool = False
     ) -> DenseInputs:
         """What the weights of `part`, some of the block `module`, number `index`, multiply in the dense model.
 
-        With `stops` what comes behind them is run once only: the first time.
+        With `stops` what comes behind them is not run, unless it is to be kept.
         """
         found = DenseInputs()
-        stops = stops and self._after[batch] is not None
+        stops = stops and (self._again or self._after[batch] is not None)
         watch = watching_additions(model, part, self.calls.hidden[batch]) if self.residual else nullcontext({})
         with suppress(AllSeen), self._as_dense(), observing(model, part, found, stops), watch as found.before:
-            self._after[batch] = self.calls.run(module, index, batch)
+            after = self.calls.run(module, index, batch)
+            self._after[batch] = None if self._again else after
         return found
 
     def inputs_behind(

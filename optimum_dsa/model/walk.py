@@ -289,7 +289,7 @@ def _walk_block(
         alone.update(observer.given_once().difference(before))
         return observer.finish(block)
 
-    with resident(model, [block.name]) as changes, dense.at(module, index) if dense else nullcontext():
+    with resident(model, [block.name]) as changes, dense.at(module, index, again=sample) if dense else nullcontext():
         again = collect if sequential else None  # otherwise what went into the block is gone
         yield WalkedBlock(
             block,
