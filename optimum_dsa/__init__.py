@@ -46,6 +46,8 @@ _PUBLIC = {
     "PruningSchedule": "recovery.gradual.schedule",
     "RECOVERIES": "recovery.recoveries",
     "REDUCTION": "pruning.allocation",
+    "ReconstructConfig": "pruning.configuration",
+    "Reconstruction": "pruning.reconstruct",
     "RecoveryConfig": "recovery.configuration",
     "RecoveryResult": "recovery.result",
     "Registry": "common.registry",

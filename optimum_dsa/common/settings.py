@@ -95,7 +95,7 @@ def setting(default: Any = MISSING, **rule) -> Any:
 
 
 def section(kind: type, default: Any = None, shorthand: str | None = None) -> Any:
-    """A field that holds settings of its own, a `kind`; a text given for it is its setting `shorthand`."""
+    """A field that holds settings of its own, a `kind`; a text or number given for it is its setting `shorthand`."""
     made = kind() if default is None else default
     return dataclasses.field(default=made, metadata={"section": kind, "shorthand": shorthand})
 
@@ -133,7 +133,8 @@ def _section_from(field: Field, value: Any) -> Any:
     kind, shorthand = field.metadata["section"], field.metadata["shorthand"]
     if isinstance(value, kind):
         return value
-    if shorthand and (value is None or isinstance(value, str)):
+    rule = rule_of(kind.__dataclass_fields__[shorthand]) if shorthand else None
+    if rule and (value is None or isinstance(value, str if rule.kind == "str" else (int, float))):
         return replace(field.default, **{shorthand: value})
     if isinstance(value, Mapping):
         return settings_from(kind, value, field.default)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from functools import partial
 
@@ -46,16 +46,24 @@ class DenseStream:
         hidden (`Sequence[Tensor]`): what goes into the first block of the pruned model, per batch (samples, ...,
             hidden size): where it is the same, it is held once.
         as_dense (`AsDense`, *optional*): makes the weights the dense ones; then no copy of a block's is kept.
-        residual (`bool`): whether what the residual stream has is watched, too.
+        reads (`Collection[str]`): what the walk reads; without "cross_gram" no inputs are watched, and with "residual"
+            what the residual stream has is, too.
+
+    Attributes:
+        outputs: per batch what the dense block gives, (samples, ..., hidden size), once `inputs` was called.
     """
 
     def __init__(
-        self, calls: BlockCalls, hidden: Sequence[Tensor], as_dense: AsDense | None = None, residual: bool = False
+        self,
+        calls: BlockCalls,
+        hidden: Sequence[Tensor],
+        as_dense: AsDense | None = None,
+        reads: Collection[str] = ("cross_gram",),
     ):
-        self.calls, self.residual = calls, residual
+        self.calls, self.reads = calls, reads
         for number, (own, other) in enumerate(zip(calls.hidden, hidden, strict=True)):
             calls.hidden[number] = other if torch.equal(own, other) else own
-        self._after: list[Tensor | None] = []
+        self.outputs: list[Tensor | None] = []
         self._again = False
         self._given = self._as_dense = as_dense
 
@@ -65,16 +73,16 @@ class DenseStream:
 
         With `again` it is run once more then, and what comes out is not kept beside what goes in until then.
         """
-        self._after, self._again = [None] * len(self.calls.hidden), again
+        self.outputs, self._again = [None] * len(self.calls.hidden), again and "outputs" not in self.reads
         if self._given is None:
             # All parameters and not the prunable ones alone: whoever is given the block may change any.
             kept = [parameter.detach().clone() for parameter in module.parameters()]
             self._as_dense = partial(_holding, module, kept)
         yield
-        for batch, after in enumerate(self._after):
+        for batch, after in enumerate(self.outputs):
             with self._as_dense():
                 self.calls.hidden[batch] = self.calls.run(module, index, batch) if after is None else after
-        self._after, self._as_dense = [], self._given
+        self.outputs, self._as_dense = [], self._given
 
     def inputs(
         self, model: nn.Module, part: Block, module: nn.Module, index: int, batch: int, stops: bool = False
@@ -83,12 +91,16 @@ class DenseStream:
 
         With `stops` what comes behind them is not run, unless it is to be kept.
         """
-        found = DenseInputs()
-        stops = stops and (self._again or self._after[batch] is not None)
-        watch = watching_additions(model, part, self.calls.hidden[batch]) if self.residual else nullcontext({})
-        with suppress(AllSeen), self._as_dense(), observing(model, part, found, stops), watch as found.before:
+        found, hidden = DenseInputs(), self.calls.hidden[batch]
+        watched, known = "cross_gram" in self.reads, self._again or self.outputs[batch] is not None
+        # What it gives is the same every time; only what is watched has to be seen again.
+        if known and not watched:
+            return found
+        watch = observing(model, part, found, stops and known) if watched else nullcontext()
+        added = watching_additions(model, part, hidden) if "residual" in self.reads else nullcontext({})
+        with suppress(AllSeen), self._as_dense(), watch, added as found.before:
             after = self.calls.run(module, index, batch)
-            self._after[batch] = None if self._again else after
+            self.outputs[batch] = None if self._again else after
         return found
 
     def inputs_behind(

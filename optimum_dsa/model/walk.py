@@ -29,7 +29,8 @@ from .statistics import CollectedStatistics, LayerStatistics
 
 
 # What a walk can collect of each weight's input: "inputs" (Σ x²), "mean" (Σ x as well), "gram" (X·Xᵀ as well),
-# "cross_gram" (X_dense·Xᵀ), and with it "residual" (what the residual stream lacks where outputs are added to it).
+# "cross_gram" (X_dense·Xᵀ), and with it "residual" (what the residual stream lacks where outputs are added to it); and
+# of each block "outputs" (what the dense model gives in its place, and the block to be run again beside it).
 Reads = frozenset[str]
 _READS = {
     "nothing": frozenset(),
@@ -55,6 +56,29 @@ class Group:
 
 
 @dataclass(frozen=True)
+class Replay:
+    """A block to be run again on what goes into it, batch by batch, and what the dense model gives in its place.
+
+    Attributes:
+        samples: sequences of every batch.
+        targets: outputs of the dense model's block on the dense model's inputs, per batch (samples, ..., hidden size).
+    """
+
+    module: nn.Module = field(repr=False)
+    index: int
+    calls: BlockCalls = field(repr=False)
+    targets: Sequence[Tensor] = field(repr=False)
+
+    @property
+    def samples(self) -> Sequence[int]:
+        return self.calls.samples
+
+    def run(self, batch: int, block: Callable | None = None) -> Tensor:
+        """What `block`, by default the one in the model, makes of a batch: (samples, ..., hidden size)."""
+        return self.calls.run(block or self.module, self.index, batch)
+
+
+@dataclass(frozen=True)
 class WalkedBlock:
     """The block at which a walk stands: its weights on their device, and the statistics of their inputs.
 
@@ -70,6 +94,7 @@ class WalkedBlock:
     changes: set[str] = field(repr=False)
     # weights -> statistics of their inputs in the block as it is now; None where nothing is run
     again: Callable[[Sequence[Weight]], dict[str, LayerStatistics]] | None = field(default=None, repr=False)
+    replay: Replay | None = None  # where "outputs" are read; not of the weights outside the blocks
     needed: bool = False
     sampled: bool = False
 
@@ -121,9 +146,9 @@ class WalkedBlock:
             # Whoever gave the statistics to the walk may hold them still, and then without what is derived of them.
             found.release_()
 
-    def changed(self, weight: Weight) -> None:
-        """Say that `tensor(weight)` was written to, so that an offloaded weight is written back."""
-        self.changes.add(f"{weight.module}.{weight.attribute}")
+    def changed(self, weight: Weight | str) -> None:
+        """Say that `tensor(weight)`, or a parameter by its full name, was written to, so that it is written back."""
+        self.changes.add(weight if isinstance(weight, str) else f"{weight.module}.{weight.attribute}")
 
 
 # Tensors made in inference mode have no version counter, by which calls and inputs are told apart.
@@ -156,7 +181,7 @@ def walk_blocks(
             (and always collected where there are batches), "mean" is Σ x as well, "gram" is X·Xᵀ as well, and
             "cross_gram" X_dense·Xᵀ of what the dense model gives in the place of X, for all weights that every token
             reaches. "residual", beside "cross_gram", is `LayerStatistics.lack` of the weights whose outputs are added
-            to the residual stream.
+            to the residual stream. "outputs" is a `Replay` of every block of a stack.
         progress (`Callable[[Sequence[Block]], Iterable[Block]]`, defaults to `iter`): wraps the sequence of blocks, as
             tqdm does.
         as_dense (`AsDense`, *optional*): a context in which the model computes with its dense weights, for a caller
@@ -172,10 +197,11 @@ def walk_blocks(
     """
     if gram is not None:
         warnings.warn("walk_blocks(gram=True) is walk_blocks(reads={'inputs', 'gram'}).", FutureWarning, stacklevel=2)
-    if "cross_gram" in reads and (not sequential or isinstance(batches, CollectedStatistics)):
+    beside = {"cross_gram", "outputs"} & set(reads)
+    if beside and (not sequential or isinstance(batches, CollectedStatistics)):
         raise ValueError(
-            "X_dense·Xᵀ (cross_gram) is of a walk that runs each block on what the pruned ones before it give; "
-            "walk with sequential=True over batches of inputs, or do not read it."
+            f"{' and '.join(sorted(beside))}: what the dense model has beside a pruned one is of a walk with "
+            "sequential=True over batches of inputs; walk so, or do not read it."
         )
     blocks = iter(progress(architecture.blocks))
     if batches is None or isinstance(batches, CollectedStatistics):
@@ -196,7 +222,7 @@ def _walk_running(
     as_dense: AsDense | None,
 ) -> Iterator[WalkedBlock]:
     """`walk_blocks` over batches, inputs by name, (samples, length, ...); `blocks` is told how far it is."""
-    cross, watch = "cross_gram" in reads, partial(Observer, "gram" in reads, "mean" in reads)
+    beside, watch = {"cross_gram", "outputs"} & set(reads), partial(Observer, "gram" in reads, "mean" in reads)
     # Padding goes first: what is never run needs no mask, and costs no time.
     batches = [part for batch in batches for part in without_padding(batch)]
     real = [real_tokens(model, batch) for batch in batches]
@@ -208,14 +234,12 @@ def _walk_running(
             # One sample tells how blocks are called, and an error comes before hours of work.
             check_calls(model, stack, {name: value[:1] for name, value in batches[0].items()})
         # Of the unpruned model, for all stacks at once: an earlier stack may be pruned before a later one is captured.
-        ahead = architecture.stacks if cross or not sequential else ()
+        ahead = architecture.stacks if beside or not sequential else ()
         early = {stack.name: capture_calls(model, stack, batches) for stack in ahead}
         for stack in architecture.stacks:
             calls = capture_calls(model, stack, batches) if sequential else early.pop(stack.name)
             # Arguments of its own: a block may leave in them what a later one reads (shared keys and values).
-            dense = None
-            if cross:
-                dense = DenseStream(early.pop(stack.name), calls.hidden, as_dense, "residual" in reads)
+            dense = DenseStream(early.pop(stack.name), calls.hidden, as_dense, reads) if beside else None
             # The last block is not run again unless somebody reads what it gives.
             needed = architecture.head is not None and stack is architecture.stacks[-1]
             for index, block in enumerate(stack.blocks):
@@ -272,7 +296,8 @@ def _walk_block(
             stops = alike and alone.issuperset(weight.name for weight in weights)
             beside = dense.inputs(model, part, module, index, number, stops) if dense else DenseInputs()
             observer.start_batch(calls.samples[number], real[number], beside.inputs, hidden.shape[:-1].numel())
-            added = watching_additions(model, part, hidden) if dense and dense.residual else nullcontext({})
+            additions = "residual" in dense.reads if dense else False
+            added = watching_additions(model, part, hidden) if additions else nullcontext({})
             with suppress(AllSeen), observing(model, part, observer, stops), added as before:
                 output = calls.run(module, index, number)
             observer.add_residual(before, beside.before)
@@ -283,7 +308,8 @@ def _walk_block(
     def first_batch() -> dict[str, LayerStatistics]:
         observer = Observer(gram=False)
         observer.start_batch(calls.samples[0], real[0])
-        added = watching_additions(model, block, calls.hidden[0]) if dense and dense.residual else nullcontext({})
+        additions = "residual" in dense.reads if dense else False
+        added = watching_additions(model, block, calls.hidden[0]) if additions else nullcontext({})
         with observing(model, block, observer), added as before:
             calls.run(module, index, 0)
         alone.update(observer.given_once().difference(before))
@@ -291,12 +317,15 @@ def _walk_block(
 
     with resident(model, [block.name]) as changes, dense.at(module, index, again=sample) if dense else nullcontext():
         again = collect if sequential else None  # otherwise what went into the block is gone
+        replay = Replay(module, index, calls, dense.outputs) if dense and "outputs" in dense.reads else None
+        # The statistics have no name here: they are freed as soon as whoever is given them lets go of them.
         yield WalkedBlock(
             block,
             first_batch() if sample else collect(block.weights, move_on=not sequential),
             model,
             changes,
             again,
+            replay,
             sampled=sample,
         )
         # Still inside `resident`: the changed weights are here, and need not be written and read back first.
@@ -319,7 +348,8 @@ def _walk_head(
     with resident(model, _modules(head)) as changes:
         observer = watch()
         for number, batch in enumerate(batches):
-            beside = dense.inputs_behind(model, head, stack, batch, number).inputs if dense else None
+            paired = dense is not None and "cross_gram" in dense.reads
+            beside = dense.inputs_behind(model, head, stack, batch, number).inputs if paired else None
             tokens = calls.hidden[number].shape[:-1].numel()
             observer.start_batch(calls.samples[number], real[number], beside, tokens)
             with observing(model, head, observer):

@@ -62,6 +62,24 @@ class UpdateConfig:
             )
 
 
+@dataclass(frozen=True)
+class ReconstructConfig:
+    """How every block is trained, once it is pruned, until it gives what the dense block gave.
+
+    Args:
+        steps (`int`, defaults to 0): Steps of training for every block, of 8 calibration windows each. 0 trains
+            nothing; 64 is enough as a rule.
+        rate (`float`, *optional*): The first learning rate, which falls to zero. By default the best of a few on
+            calibration windows that are held out.
+    """
+
+    steps: int = setting(0, low=0)
+    rate: float | None = setting(None, low=0, what="a learning rate")
+
+    def __post_init__(self):
+        check_settings(self)
+
+
 @takes_flat_names
 @dataclass(frozen=True)
 class DSAConfig:
@@ -79,6 +97,8 @@ class DSAConfig:
             the method's.
         update (`UpdateConfig` or `str`, *optional*): What becomes of the weights that stay; a text is its name, a row
             of `UPDATES`. Defaults to the method's.
+        reconstruct (`ReconstructConfig` or `int`): Training of every block's kept weights against the dense block; a
+            number is its steps.
         granularity (`str`, defaults to `"block"`): One sparsity per `"block"`, per `"matrix"`, or per `"block:kind"`:
             the attention of a block and its MLP apart. An allocation that exists per matrix only (`er`, `er_plus`) is
             computed per matrix.
@@ -102,6 +122,7 @@ class DSAConfig:
     spread: float | None = setting(None, low=0, high=1, what="a half-width")
     pattern: str | None = None
     update: UpdateConfig = section(UpdateConfig, shorthand="name")
+    reconstruct: ReconstructConfig = section(ReconstructConfig, shorthand="steps")
     granularity: str = setting("block", choices=GRANULARITIES)
     sequential: bool = True
     exclude: tuple[str, ...] = ()
@@ -127,6 +148,11 @@ class DSAConfig:
             raise ValueError(
                 "true_sequential calibrates matrices on the pruned ones before them, and sequential=False calibrates "
                 "all on the dense model; leave out one of both."
+            )
+        if self.reconstruct.steps and not self.sequential:
+            raise ValueError(
+                "reconstruct trains blocks on what the pruned ones before them give, and sequential=False gives them "
+                "the dense model's; use sequential=True or reconstruct=0."
             )
         self._check_pattern(self.resolved.pattern)
         if self.update.targets == "dense":

@@ -17,6 +17,7 @@ from ..model.walk import walk_blocks
 from .allocate import allocate, architecture_for, check_finite_weights
 from .allocation import Allocation
 from .configuration import DSAConfig
+from .reconstruct import Reconstruct
 from .report import PruningReport
 from .sink import KeepBlocks, Sink
 from .source import Known, Source, as_calibration, batches_of, check_finite_outputs, progress
@@ -42,15 +43,22 @@ def prune(model: nn.Module, calibration: Source | None, config: DSAConfig) -> Pr
     architecture = architecture_for(model, config)
     if config.update.true_sequential and isinstance(calibration, CollectedStatistics):
         raise ValueError("true_sequential collects statistics anew, and these are there already; give text instead.")
+    # Missing data are found before work.
     if config.resolved.reads:
-        batches_of(calibration, config, f"method {config.method!r}")  # missing data are found before work
+        batches_of(calibration, config, f"method {config.method!r}")
+    if config.reconstruct.steps:
+        batches_of(calibration, config, "training of blocks (reconstruct)", Reconstruct.reads)
     check_finite_weights(model, architecture)
     check_finite_outputs(model, architecture, calibration)
     # A walk of its own, before the one that prunes: units are compared on the dense model.
     allocation = allocate(model, calibration, config, architecture)
     remove = RemoveWeights(config.resolved, allocation, config.update.true_sequential)
+    steps: list[Step] = [remove]
+    reconstruct = Reconstruct(config.reconstruct, config.data.seed)
+    if config.reconstruct.steps:
+        steps.append(reconstruct)
     sink = KeepBlocks()
-    run_steps(model, architecture, calibration, config, [remove], sink)
+    run_steps(model, architecture, calibration, config, steps, sink)
     _warn_of_more(sum(sink.zeros.values()), allocation, config)
     return PruningReport(
         config=config,
@@ -65,6 +73,7 @@ def prune(model: nn.Module, calibration: Source | None, config: DSAConfig) -> Pr
         dense=architecture.dense,
         damping=remove.damping,
         unseen=tuple(remove.unseen),
+        reconstruction=reconstruct.found,
         seconds=time.perf_counter() - start,
     )
 
@@ -90,7 +99,9 @@ def run_steps(
 ) -> None:
     """The body of every one-shot pruner: each block in turn is given to all steps, then to the sink."""
     reads = union(steps)
-    batches = batches_of(calibration, config, f"method {config.method!r}") if reads else None
+    # of statistics, and not of what the dense block gives alone
+    readers = [step for step in steps if step.reads - {"outputs"}]
+    batches = batches_of(calibration, config, f"method {config.method!r}", reads) if reads else None
     for walked in walk_blocks(
         model,
         architecture,
@@ -98,10 +109,10 @@ def run_steps(
         reads=reads,
         sequential=config.sequential,
         progress=progress("Pruning"),
-        true_sequential=all(getattr(step, "true_sequential", False) for step in steps if step.reads),
+        true_sequential=bool(readers) and all(getattr(step, "true_sequential", False) for step in readers),
     ):
         for number, step in enumerate(steps):
-            step(replace(walked, needed=bool(union(steps[number + 1 :]))))
+            step(replace(walked, needed=any(other in readers for other in steps[number + 1 :])))
         sink(walked)
         # The statistics of one block, and not of two: the next one's are collected before the name is another's.
         del walked

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from statistics import mean
 from typing import Any
 
 from ..common.columns import columns
 from ..common.escaping import one_line
 from .allocation import Allocation
 from .configuration import DSAConfig
+from .reconstruct import Reconstruction
 
 
 @dataclass(frozen=True)
@@ -25,6 +27,7 @@ class PruningReport:
         dense (`Mapping[str, str]`): matrices of the blocks that stayed dense -> why.
         damping (`Mapping[str, float]`): weights whose X·Xᵀ needed more damping than asked -> the damping.
         unseen (`tuple[str, ...]`): weights that no calibration token reached; they were scored by magnitude.
+        reconstruction (`Mapping[str, Reconstruction]`): blocks that were trained -> what that did.
         seconds (`float`): wall time.
     """
 
@@ -36,6 +39,7 @@ class PruningReport:
     dense: Mapping[str, str] = field(default_factory=dict)
     damping: Mapping[str, float] = field(default_factory=dict)
     unseen: tuple[str, ...] = ()
+    reconstruction: Mapping[str, Reconstruction] = field(default_factory=dict)
     seconds: float = 0.0
 
     @property
@@ -66,6 +70,7 @@ class PruningReport:
             "dense": dict(self.dense),
             "damping": dict(self.damping),
             "unseen": list(self.unseen),
+            "reconstruction": {block: asdict(found) for block, found in self.reconstruction.items()},
             "seconds": round(self.seconds, 3),
         }
 
@@ -81,6 +86,9 @@ class PruningReport:
             dense=dict(data.get("dense") or {}),
             damping=dict(data.get("damping") or {}),
             unseen=tuple(data.get("unseen") or ()),
+            reconstruction={
+                block: Reconstruction(**found) for block, found in (data.get("reconstruction") or {}).items()
+            },
             seconds=data.get("seconds", 0.0),
         )
 
@@ -108,4 +116,11 @@ class PruningReport:
             notes.append(f"damping raised for {len(self.damping)} weights, to {max(self.damping.values()):g} at most")
         if self.unseen:
             notes.append(f"{len(self.unseen)} weights saw no calibration token and were scored by magnitude")
+        if trained := self.reconstruction.values():
+            before, after = (mean(getattr(found, name) for found in trained) for name in ("before", "after"))
+            rates = sorted({found.rate for found in trained if found.steps})
+            notes.append(
+                f"blocks trained: {before:.2%} of their outputs lost before, {after:.2%} after, on windows held out "
+                f"(mean of {len(trained)}; rate {', '.join(f'{rate:g}' for rate in rates) or 'none'})"
+            )
         return "\n".join(map(one_line, lines + notes))

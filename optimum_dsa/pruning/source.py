@@ -11,6 +11,7 @@ from ..data import Calibration, load_calibration
 from ..model.architecture import Architecture
 from ..model.calls import feed
 from ..model.statistics import CollectedStatistics
+from ..model.walk import Reads
 from .configuration import DSAConfig
 
 
@@ -25,12 +26,35 @@ def as_calibration(source: Source | None, model: nn.Module) -> Known | None:
 
 
 def batches_of(
-    calibration: Known | None, config: DSAConfig, who: str
+    calibration: Known | None, config: DSAConfig, who: str, reads: Reads = frozenset()
 ) -> list[dict[str, Tensor]] | CollectedStatistics:
-    """What a walk is fed, (samples, length, ...) by name; raises `ValueError` where there is nothing for `who`."""
+    """What a walk is fed, (samples, length, ...) by name, in batches that suit what it `reads`.
+
+    Raises:
+        ValueError: there is nothing for `who`, or nothing to be trained on.
+    """
     if calibration is None:
         raise ValueError(f"The {who} needs calibration data; pass texts, a file, a dataset or tokens.")
-    return calibration.batches(config.batch_size) if isinstance(calibration, Calibration) else calibration
+    size = config.batch_size
+    if "outputs" in reads:
+        samples = len(next(iter(calibration.inputs.values()))) if isinstance(calibration, Calibration) else 0
+        if samples < 2:
+            raise ValueError(
+                "reconstruct trains on calibration windows, and looks at another one whether that helps; got "
+                f"{samples}. Give text, and not statistics, and num_samples of at least 2; or use reconstruct=0."
+            )
+        size = micro_batch(samples, size)
+    return calibration.batches(size) if isinstance(calibration, Calibration) else calibration
+
+
+def micro_batch(samples: int, batch_size: int) -> int:
+    """The largest batch of at most `batch_size` of which a number makes a [`step_size`], whatever that is."""
+    return min(2 ** (batch_size.bit_length() - 1), step_size(samples))
+
+
+def step_size(samples: int) -> int:
+    """Sequences of a step of training, of so many in all: 8, or the power of two that leaves four such groups."""
+    return min(8, 2 ** max((samples // 4).bit_length() - 1, 0))
 
 
 def check_finite_outputs(model: nn.Module, architecture: Architecture, calibration: Known | None) -> None:

@@ -14,6 +14,7 @@ from ..common.settings import flag_of, flattened
 from ..data import DATASETS
 from ..pruning.allocation import ALLOCATIONS, POST_PROCESS, PRE_PROCESS, REDUCTION, TRANSFORM, AllocationFunction
 from ..pruning.configuration import CONFIG_NAME, DSAConfig
+from ..pruning.reconstruct import REFERENCE as RECONSTRUCTION
 from ..pruning.unstructured.methods import METHODS
 from ..pruning.unstructured.metrics import METRICS
 from ..pruning.unstructured.updates import UPDATES
@@ -116,6 +117,8 @@ def papers(config: Mapping[str, Any]) -> dict[str, str]:
     cite(METHODS, config.get("method"))
     cite(METRICS, config.get("metric"))
     cite(UPDATES, (config.get("update") or {}).get("name"))
+    if (config.get("reconstruct") or {}).get("steps"):
+        found["reconstruct"] = RECONSTRUCTION
     name = config.get("allocation")
     name = name.get("name") if isinstance(name, Mapping) else name
     name = str(name).split(", ")[0]  # a searched one goes on with its spread and offsets

@@ -5,7 +5,7 @@ from dataclasses import fields
 
 import pytest
 
-from optimum_dsa import Allocation, DSAConfig, PruningReport
+from optimum_dsa import Allocation, DSAConfig, PruningReport, Reconstruction
 from optimum_dsa.checkpoint.description import (
     MIGRATIONS,
     DescriptionError,
@@ -35,6 +35,7 @@ def report(**changes):
         "dense": {"layers.0.router": "excluded"},
         "damping": {"layers.0.up": 0.1},
         "unseen": ("layers.1.down",),
+        "reconstruction": {"layers.0": Reconstruction(0.25, 0.125, 1e-3, 64)},
         "seconds": 1.5,
     }
     return PruningReport(**{**facts, **changes})
@@ -103,6 +104,7 @@ def test_the_schema_is_json_schema_and_other_validators_agree():
         ("achieved.units", [], "achieved.units is object"),
         ("base_model", None, "base_model is object"),
         ("unseen", None, "unseen is array"),
+        ("reconstruction.layers0", {"before": 1}, "reconstruction.layers0.after is missing"),
         ("seconds", -1, "seconds breaks minimum 0"),
         ("versions.torch", 2, "versions.torch is string"),
         ("dense", None, "dense is object"),

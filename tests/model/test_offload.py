@@ -15,7 +15,7 @@ import torch
 import transformers
 from safetensors import safe_open
 
-from optimum_dsa import DSAConfig, DSAPruner, UpdateConfig
+from optimum_dsa import DSAConfig, DSAPruner, ReconstructConfig, UpdateConfig
 from optimum_dsa.model.architecture import find_architecture, find_stacks
 from optimum_dsa.model.calls import feed
 from optimum_dsa.model.offload import is_offloaded, resident
@@ -116,6 +116,17 @@ def test_dense_targets_are_those_of_the_model_in_memory(name, place, checkpoints
     for pruner in (expected, found):
         update = UpdateConfig(targets="dense", true_sequential=True, residual=True)
         pruner.prune(batch, DSAConfig(0.5, "sparsegpt", "uniform", update=update, batch_size=4))
+    assert same_output(expected.model, found.model, batch)
+
+
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("name", MODELS)
+def test_trained_blocks_are_written_back(name, place, checkpoints, inputs, tmp_path):
+    path, batch = checkpoints[name], inputs(name)
+    expected, found = DSAPruner(load(name, path)), DSAPruner(place(name, path, tmp_path))
+    for pruner in (expected, found):
+        report = pruner.prune(batch, DSAConfig(0.5, "wanda", "uniform", reconstruct=ReconstructConfig(4, rate=1e-3)))
+        assert any(block.steps for block in report.reconstruction.values())
     assert same_output(expected.model, found.model, batch)
 
 

@@ -169,7 +169,8 @@ def test_a_walk_in_true_sequence_collects_what_any_other_does(family, reads, tin
             for name, statistics in group.statistics.items():
                 for part in ("tokens", "sequences", "paired", "squared_sum", "gram", "drift", "lack"):
                     found, expected = getattr(same.statistics[name], part), getattr(statistics, part)
-                    assert found is expected or torch.equal(torch.as_tensor(found), torch.as_tensor(expected)), part
+                    if found is not expected:
+                        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-4, msg=f"{name} {part}")
             for walked in (one, other):
                 for weight in group.weights:
                     walked.tensor(weight)[:, ::2] = 0

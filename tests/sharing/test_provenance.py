@@ -13,6 +13,7 @@ from optimum_dsa import (
     Allocation,
     DataConfig,
     DSAConfig,
+    ReconstructConfig,
     UpdateConfig,
 )
 from optimum_dsa.commands.prune import asked_config
@@ -33,6 +34,7 @@ CONFIGS = [
     DSAConfig(0.5, data=DataConfig(bos=True)),
     DSAConfig(0.5, update=UpdateConfig(true_sequential=True)),
     DSAConfig(0.5, "sparsegpt", update=UpdateConfig(true_sequential=True, targets="dense", residual=True)),
+    DSAConfig(0.5, "alps", reconstruct=ReconstructConfig(64, rate=1e-3)),
     DSAConfig(
         0.6, allocation=GIVEN, batch_size=2, include=["lm_head"], data=DataConfig(split="test", text_column="code")
     ),

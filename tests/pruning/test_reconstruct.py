@@ -1,0 +1,215 @@
+"""Block reconstruction: kept weights trained against the dense block, masks held."""
+
+import copy
+
+import pytest
+import torch
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    MixtralConfig,
+    MixtralForCausalLM,
+    T5Config,
+    T5ForConditionalGeneration,
+)
+
+from optimum_dsa import (
+    DataConfig,
+    DSAConfig,
+    DSAPruner,
+    ReconstructConfig,
+    UpdateConfig,
+    demo_model,
+    demo_texts,
+    load_calibration,
+    perplexity,
+    prune,
+    verify,
+)
+from optimum_dsa.model.calls import feed
+from optimum_dsa.model.statistics import CollectedStatistics
+from optimum_dsa.pruning.source import micro_batch, step_size
+
+from ..tiny import VOCABULARY, same_state, state, tiny_llama, tokens
+
+
+def config(steps=6, method="wanda", sparsity=0.5, rate=1e-3, **changes):
+    return DSAConfig(sparsity, method, "uniform", reconstruct=ReconstructConfig(steps, rate), **changes)
+
+
+def zeros(model):
+    return {name: value == 0 for name, value in model.named_parameters() if value.dim() == 2}
+
+
+def tiny_gpt2():
+    torch.manual_seed(0)
+    return GPT2LMHeadModel(GPT2Config(vocab_size=VOCABULARY, n_positions=32, n_embd=32, n_layer=2, n_head=2)).eval()
+
+
+def tiny_mixtral():
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    experts = {"num_key_value_heads": 2, "num_local_experts": 4, "num_experts_per_tok": 2}
+    return MixtralForCausalLM(MixtralConfig(vocab_size=VOCABULARY, **sizes, **experts)).eval()
+
+
+def tiny_t5():
+    torch.manual_seed(0)
+    sizes = {"d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4}
+    return T5ForConditionalGeneration(T5Config(vocab_size=VOCABULARY, **sizes)).eval()
+
+
+FAMILIES = {"llama": tiny_llama, "gpt2": tiny_gpt2, "experts": tiny_mixtral, "encoder-decoder": tiny_t5}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_mask_is_held_and_no_loss_rises(family):
+    model = FAMILIES[family]()
+    other = copy.deepcopy(model)
+    # of one batch size, for a tie between two weights may be decided by rounding
+    plain = prune(other, tokens(16), config(0, batch_size=4))
+    report = prune(model, tokens(16), config(batch_size=4))
+    assert report.sparsity == plain.sparsity == 0.5 and verify(model, report).holds
+    # the first block sees the same in both, and what the first mask was cannot depend on training
+    first = next(iter(report.reconstruction))
+    pruned, trained = zeros(other), zeros(model)
+    assert all(torch.equal(pruned[name], trained[name]) for name in pruned if name.startswith(f"{first}."))
+    for found in report.reconstruction.values():
+        assert 0 < found.after <= found.before and (found.steps > 0) == (found.after < found.before)
+    assert any(found.after < found.before for found in report.reconstruction.values())
+    assert all(not parameter.requires_grad or parameter.grad is None for parameter in model.parameters())
+
+
+def test_the_loss_is_the_distance_to_the_dense_model_on_windows_that_are_held_out():
+    """Of the first block, and of the second behind the trained first one, against plain forward passes."""
+    model, dense = tiny_llama(), tiny_llama()
+    text = tokens(32)
+    report = prune(model, text, config())
+    held_out = {"input_ids": text[-8:]}
+    seen = {}
+
+    def remember(which):
+        return lambda module, args, output: seen.setdefault(which, []).append(output.detach())
+
+    for which, one in (("own", model), ("dense", dense)):
+        for index in range(2):
+            one.model.layers[index].register_forward_hook(remember((which, index)))
+        with torch.no_grad():
+            feed(one, held_out)
+    for index in range(2):
+        own, target = seen["own", index][0], seen["dense", index][0]
+        expected = ((own - target).square().sum() / target.square().sum()).item()
+        assert report.reconstruction[f"model.layers.{index}"].after == pytest.approx(expected, rel=1e-4)
+
+
+def test_no_steps_change_nothing():
+    one, other = tiny_llama(), tiny_llama()
+    report = prune(one, tokens(), config(0))
+    prune(other, tokens(), DSAConfig(0.5, "wanda", "uniform"))
+    assert same_state(one, state(other)) and report.reconstruction == {}
+
+
+def test_a_rate_that_only_hurts_leaves_every_block_as_it_was_pruned():
+    one, other = tiny_llama(), tiny_llama()
+    report = prune(one, tokens(16), config(rate=100.0))
+    prune(other, tokens(16), config(0))
+    assert same_state(one, state(other))
+    assert all(found.steps == 0 and found.after == found.before for found in report.reconstruction.values())
+
+
+def test_nothing_is_trained_where_nothing_is_pruned():
+    model, before = tiny_llama(), state(tiny_llama())
+    report = prune(model, tokens(16), config(exclude=["model.layers.1.*"]))
+    dense = {name: value for name, value in before.items() if name.startswith("model.layers.1.")}
+    assert all(torch.equal(model.state_dict()[name], value) for name, value in dense.items())
+    assert "model.layers.1" not in report.reconstruction and "model.layers.2" in report.reconstruction
+
+
+def test_an_excluded_matrix_stays_and_norms_and_biases_are_trained():
+    model = tiny_gpt2()
+    before = state(model)
+    prune(model, tokens(16), config(exclude=["*.c_attn.weight"]))
+    after = model.state_dict()
+    assert torch.equal(after["transformer.h.0.attn.c_attn.weight"], before["transformer.h.0.attn.c_attn.weight"])
+    for name in ("attn.c_attn.bias", "ln_1.weight", "mlp.c_proj.weight"):
+        assert not torch.equal(after[f"transformer.h.0.{name}"], before[f"transformer.h.0.{name}"])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_batches_of_any_size_train_the_same(dtype):
+    exact = 1e-3 if dtype == torch.float32 else 0.1
+    reports = [prune(tiny_llama().to(dtype), tokens(36), config(batch_size=size)) for size in (1, 3, 8, 16)]
+    for report in reports:
+        assert report.sparsity == 0.5
+        for block, found in report.reconstruction.items():
+            assert found.after == pytest.approx(reports[0].reconstruction[block].after, rel=exact)
+
+
+@pytest.mark.parametrize("samples", [2, 3, 4, 7, 8, 31, 32, 128])
+def test_a_step_is_made_of_whole_batches_and_windows_are_left_to_be_held_out(samples):
+    size = step_size(samples)
+    assert size <= 8 and samples >= 2 * size and (size == 8 or samples < 8 * size)
+    for batch_size in (1, 2, 3, 5, 8, 100):
+        assert size % micro_batch(samples, batch_size) == 0 and micro_batch(samples, batch_size) <= batch_size
+
+
+def test_a_pattern_is_kept(tmp_path):
+    pruner = DSAPruner(tiny_llama())
+    pruner.prune(tokens(16), config(pattern="2:4"))
+    pruner.save_pretrained(tmp_path)
+    found = DSAPruner.from_pretrained(tmp_path)
+    assert found.verify().holds
+    assert found.report.reconstruction == pruner.report.reconstruction and len(found.report.reconstruction) == 3
+
+
+def test_rates_are_tried_on_the_first_block_and_the_best_is_kept():
+    report = prune(tiny_llama(), tokens(16), config(rate=None))
+    rates = {found.rate for found in report.reconstruction.values() if found.steps}
+    assert len(rates) == 1 and "blocks trained" in str(report) and f"rate {rates.pop():g}" in str(report)
+
+
+def test_it_helps_on_text_that_it_has_not_seen():
+    """The model that is shipped."""
+    losses, data = [], DataConfig(num_samples=16, sequence_length=64)
+    for steps in (0, 16):
+        pruner = DSAPruner.from_pretrained(demo_model(), dtype=torch.float32)
+        pruner.prune(demo_texts("calibration"), config(steps, sparsity=0.6, rate=1e-3, data=data))
+        text = load_calibration(demo_texts("validation"), pruner.model, pruner.tokenizer, data).inputs["input_ids"]
+        losses.append(perplexity(pruner.model, text))
+    assert losses[1] < 0.9 * losses[0]
+
+
+def test_dense_targets_and_training_share_the_dense_blocks_pass():
+    update = UpdateConfig(targets="dense", true_sequential=True, residual=True)
+    model = tiny_llama()
+    report = prune(model, tokens(16), config(method="alps", update=update))
+    assert report.sparsity == 0.5 and len(report.reconstruction) == 3
+    first = report.reconstruction["model.layers.0"]
+    assert first.after <= first.before
+
+
+@pytest.mark.parametrize("source", [tokens(1), CollectedStatistics({}, "elsewhere")])
+def test_what_cannot_be_trained_on_is_refused_before_work(source):
+    model = tiny_llama()
+    before = state(model)
+    with pytest.raises(ValueError, match="num_samples of at least 2.*reconstruct=0"):
+        prune(model, source, config(method="magnitude"))
+    assert same_state(model, before)
+
+
+def test_it_needs_the_pruned_blocks_outputs():
+    with pytest.raises(ValueError, match="sequential=True or reconstruct=0"):
+        config(sequential=False)
+
+
+def test_a_number_is_its_steps():
+    assert DSAConfig(0.5, reconstruct=64) == DSAConfig(0.5, reconstruct=ReconstructConfig(64))
+    with pytest.raises(ValueError, match="steps is a whole number of at least 0, got 1.5"):
+        DSAConfig(0.5, reconstruct=1.5)
+
+
+def test_it_trains_inside_inference_mode():
+    model, text = tiny_llama(), tokens(16)
+    with torch.inference_mode():
+        report = prune(model, text, config())
+    assert any(found.steps for found in report.reconstruction.values())
