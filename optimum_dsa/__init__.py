@@ -47,7 +47,7 @@ _PUBLIC = {
     "RECOVERIES": "recovery.recoveries",
     "REDUCTION": "pruning.allocation",
     "ReconstructConfig": "pruning.configuration",
-    "Reconstruction": "pruning.reconstruct",
+    "Reconstruction": "pruning.training",
     "RecoveryConfig": "recovery.configuration",
     "RecoveryResult": "recovery.result",
     "Registry": "common.registry",

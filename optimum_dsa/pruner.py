@@ -90,16 +90,26 @@ class DSAPruner:
         pruner._description, pruner._base, pruner._stored = found.description, found.base, found.stored
         return pruner
 
-    def prune(self, calibration: Any, config: DSAConfig) -> PruningReport:
+    def prune(
+        self,
+        calibration: Any,
+        config: DSAConfig,
+        checkpoints: str | Path | None = None,
+        resume: bool = False,
+    ) -> PruningReport:
         """Prune the model in place.
 
         Args:
             calibration (`Any`): texts, a .txt / .jsonl / .parquet path, a dataset or its name, a LongTensor (samples,
                 length), or a mapping of the model's inputs; `None` where method and allocation need no data.
+            checkpoints (`str`, *optional*): folder for the blocks that are finished, from which a run goes on that was
+                interrupted. It stays, and takes as much room as the blocks.
+            resume (`bool`, defaults to `False`): go on from those in it, with the model as it was at the beginning:
+                load it again. The end is that of an uninterrupted run.
         """
         needed = config.resolved.reads | config.resolved.allocation_reads
         self._stored = None
-        self.report = prune(self.model, self._load(calibration, config, needed), config)
+        self.report = prune(self.model, self._load(calibration, config, needed), config, checkpoints, resume)
         self.recovery = None
         return self.report
 

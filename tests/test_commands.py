@@ -81,7 +81,7 @@ def test_options_reach_the_config(monkeypatch, capsys, tmp_path, text):
     expected = {
         "sparsity": 0.5, "method": "magnitude", "allocation": "atp", "spread": 0.1, "pattern": "matrix",
         "update": {"name": "none", "damping": 0.01, "true_sequential": False, "targets": "sparse", "residual": False},
-        "reconstruct": {"steps": 0, "rate": None},
+        "reconstruct": {"steps": 0, "rate": None, "span": 1, "apart": False},
         "granularity": "matrix",
         "exclude": ["down_proj"], "batch_size": 2, "sequential": False,
         "data": {"num_samples": 4, "sequence_length": 32, "text_column": "text", "split": None, "bos": False,

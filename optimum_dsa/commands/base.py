@@ -15,6 +15,8 @@ from typing import Any
 
 from optimum.commands.base import BaseOptimumCLICommand
 
+from .stopping import Terminated, stoppable
+
 
 DTYPES = ("auto", "float32", "bfloat16", "float16", "float64")
 
@@ -72,15 +74,15 @@ class LeafCommand(BaseOptimumCLICommand):
         asked = vars(self.args) if self.args else {}
         as_json, quiet = asked.get("json", False), asked.get("quiet", False)
         try:
-            with _spoken(as_json, quiet, asked.get("verbose", False)):
+            with stoppable(), _spoken(as_json, quiet, asked.get("verbose", False)):
                 facts = self.execute()
         except (ValueError, OSError, UnknownNameError, DependencyError) as error:
             message = one_line(" ".join(str(error).split())) or type(error).__name__
             print(f"optimum-cli dsa {self.COMMAND.name}: error: {message}", file=sys.stderr)
             sys.exit(2)
-        except KeyboardInterrupt:
+        except KeyboardInterrupt as stopped:
             print(f"optimum-cli dsa {self.COMMAND.name}: interrupted, {one_line(self.left_behind())}", file=sys.stderr)
-            sys.exit(130)
+            sys.exit(143 if isinstance(stopped, Terminated) else 130)
         if as_json:
             print(json.dumps(facts))
         if self.exit_code:

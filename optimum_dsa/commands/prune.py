@@ -29,6 +29,7 @@ update      what becomes of the weights that stay: {updates}
   optimum-cli dsa prune ./model -o out -s 0.7 --method sparsegpt --allocation owl --dataset calibration.txt
   optimum-cli dsa prune ./model -o out -s 0.5 --pattern 2:4 --allocation uniform
   optimum-cli dsa prune ./model -o out -s 0.5 --method magnitude --allocation uniform --device-map disk
+  optimum-cli dsa prune Qwen/Qwen3-0.6B -o out --sparsity 0.6 --resume
 """
 
     @staticmethod
@@ -42,6 +43,19 @@ update      what becomes of the weights that stay: {updates}
         what.add_argument("--config", help="dsa_config.json, or a folder with one, to start from")
         data = add_calibration_options(parser)
         add_settings(parser, [(data, CALIBRATION)], "pruning.configuration.DSAConfig", what)
+        run = parser.add_argument_group("stopping and going on")
+        place = run.add_mutually_exclusive_group()
+        place.add_argument(
+            "--checkpoints", help="folder for finished blocks (default: beside OUTPUT, hidden, removed at the end)"
+        )
+        place.add_argument(
+            "--no-checkpoints", action="store_true", help="keep none: less disk and time, and nothing to go on from"
+        )
+        run.add_argument(
+            "--resume",
+            action="store_true",
+            help="go on behind the last finished block; the same model, text and options are needed",
+        )
         add_loading_options(parser)
         parser.add_argument("--max-shard-size", help="largest weight file, such as 2GB")
         parser.add_argument(
@@ -50,7 +64,18 @@ update      what becomes of the weights that stay: {updates}
             help="store no zeros: smaller, and loads after import optimum_dsa only",
         )
 
+    _checkpoints = None  # the folder of finished blocks, once there is one
+
+    def left_behind(self) -> str:
+        from ..pruning.finished import finished_in
+
+        count = 0 if self._checkpoints is None else finished_in(self._checkpoints)
+        if not count:
+            return "nothing was written"
+        return f"{count} finished blocks are in {self._checkpoints}; the same command with --resume goes on"
+
     def execute(self) -> dict:
+        from pathlib import Path
         from shlex import quote
 
         from ..checkpoint.shard_size import check_shard_size
@@ -58,27 +83,52 @@ update      what becomes of the weights that stay: {updates}
         from ..model.adapters import has_adapters
         from ..model.parameters import weight_bytes
         from ..pruner import DSAPruner
+        from ..pruning.finished import check_folder
 
         config = asked_config(self.args)
         options, loading = {}, loading_options(self.args)  # wrong ones end it here, before any work
         if self.args.max_shard_size is not None:
             check_shard_size(self.args.max_shard_size)
             options["max_shard_size"] = self.args.max_shard_size
+        if self.args.no_checkpoints and self.args.resume:
+            raise ValueError("--resume goes on from checkpoints, and --no-checkpoints keeps none; leave one out.")
         if config.resolved.reads | config.resolved.allocation_reads:
             check_texts(self.args, config.data)
-        with OutputFolder(self.args.output) as output:
+        with OutputFolder(self.args.output, resume=self.args.resume) as output:
+            if not self.args.no_checkpoints:
+                self._checkpoints = Path(self.args.checkpoints or output.scratch("blocks"))
+                check_folder(self._checkpoints, self.args.resume)
             pruner = DSAPruner.from_pretrained(self.args.model, **loading)
             if has_adapters(pruner.model):
                 raise ValueError(
                     f"{self.args.model} holds an adapter on a pruned model, which would be lost; merge it "
                     "(model.merge_and_unload()), or prune the model under it."
                 )
-            output.require(weight_bytes(pruner.model))
-            report = pruner.prune(self.args.dataset, config)
+            self._check_room(output, weight_bytes(pruner.model))
+            report = pruner.prune(self.args.dataset, config, self._checkpoints, self.args.resume)
             say(str(report))
             pruner.save_pretrained(output, self.args.compressed, **options)
         print(f"saved to {self.args.output}; next: optimum-cli dsa evaluate {quote(self.args.output)} --dataset FILE")
         return {"output": self.args.output, **report.to_dict()}
+
+    def _check_room(self, output, size: int) -> None:
+        """Raise where the disk has no room for a result of `size` bytes; without room for blocks, keep none."""
+        import logging
+
+        if self._checkpoints is None:
+            output.require(size)
+            return
+        # Both at once at the end. What a run left is there already, and counts as used.
+        left = sum(file.stat().st_size for file in self._checkpoints.glob("block-*"))
+        blocks = max(size - left, 0) if self._checkpoints.is_relative_to(output.work) else 0
+        output.require(size + blocks if self.args.resume else size)
+        if size + blocks > output.free:
+            logging.getLogger(__name__).warning(
+                "The disk of %s has room for the result, and none for finished blocks beside it: this run cannot be "
+                "resumed. --checkpoints FOLDER keeps them elsewhere.",
+                self.args.output,
+            )
+            self._checkpoints = None
 
 
 def add_calibration_options(parser):

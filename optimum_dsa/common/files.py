@@ -6,6 +6,7 @@ import json
 import os
 import tempfile
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -68,3 +69,18 @@ def umask() -> int:
     mask = os.umask(0)
     os.umask(mask)
     return mask
+
+
+def free_name(path: Path) -> Path:
+    """A name beside `path` that nothing has."""
+    number = 1
+    while os.path.lexists(free := path.with_name(f"{path.name}-kept-{number}")):
+        number += 1
+    return free
+
+
+def remove_empty(folder: Path) -> None:
+    """Remove folders without files, from the deepest up."""
+    for place, _, _ in os.walk(folder, topdown=False):
+        with suppress(OSError):
+            os.rmdir(place)

@@ -82,6 +82,12 @@ def recognised(folder: Path, names: Iterable[str]) -> dict[str, Stamp]:
     return found
 
 
+def recognised_by(result: Path, folder: Path, names: Iterable[str]) -> set[str]:
+    """Those of the named files in `folder` that came from `result`, whose manifest names them."""
+    known = read_manifest(result)
+    return {name for name in names if name in known and entries(folder, [name])[name] == known[name]}
+
+
 def record(path: Path) -> None:
     """Add the file at `path` to its folder's manifest, where there is one."""
     known = read_manifest(path.parent)

@@ -27,9 +27,19 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-from .files import umask, write_text
+from .files import free_name, remove_empty, umask, write_text
 from .lock import OutputBusyError, OutputLock
-from .manifest import MANIFEST, Stamp, entries, files_in, read_manifest, recognised, stamp, write_manifest
+from .manifest import (
+    MANIFEST,
+    Stamp,
+    entries,
+    files_in,
+    read_manifest,
+    recognised,
+    recognised_by,
+    stamp,
+    write_manifest,
+)
 
 
 logger = logging.getLogger(__name__)
@@ -125,18 +135,22 @@ class OutputFolder:
         return self.work / "result"
 
     def scratch(self, name: str) -> Path:
-        """A folder beside the result, for what a later run needs to go on; it goes when the result is in place."""
+        """A folder for what a later run needs to go on; it goes when the result is in place, or if it stays empty."""
         folder = self.work / name
         folder.mkdir(exist_ok=True)
         return folder
 
     def require(self, size: int) -> None:
         """Raise `OSError` where the disk has no room for `size` bytes more."""
-        free = shutil.disk_usage(self.work).free
-        if size > free:
+        if size > (free := self.free):
             raise OutputError(
                 f"{self.shown} needs {size:,} bytes, and {free:,} are free there; make room, or choose another path."
             )
+
+    @property
+    def free(self) -> int:
+        """Bytes that the disk has room for."""
+        return shutil.disk_usage(self.work).free
 
     def carry(self, base: Path, names: Iterable[str], folder: Path) -> None:
         """Put the named files of `base` into `folder`: linked where they only change places, copied otherwise."""
@@ -241,13 +255,23 @@ class OutputFolder:
                     f"of {foreign[0]} in it; move the one or the other away."
                 )
             self._swap()
+            # What it could have been made from once more is of no use but to who asks to go on.
+            for rest in self._rests() if not self.resume else ():
+                self._remove(rest)
         for name in ("result", "old"):
             self._remove(self.work / name)
-        rests = sorted(path.name for path in self.work.iterdir() if path.name != MARK)
+        rests = sorted(path.name for path in self._rests())
         if rests and not self.resume:
             raise ForeignFileError(
                 f"An interrupted run left {rests[0]} in {self.work}; resume it, or remove that folder to begin anew."
             )
+
+    def _rests(self) -> list[Path]:
+        """What a run kept to go on from (`scratch`); folders of it in which nothing is are removed."""
+        found = [path for path in self.work.iterdir() if path.name not in (MARK, "result", "old")]
+        for path in found:
+            remove_empty(path)
+        return [path for path in found if path.exists()]
 
     def _check(self) -> dict[str, Stamp]:
         """What will be replaced; `ForeignFileError` for anything that must not be."""
@@ -307,7 +331,7 @@ class OutputFolder:
         if not os.path.lexists(file):
             return
         if stamp(file) != known:
-            os.rename(file, aside := _free_name(file))
+            os.rename(file, aside := free_name(file))
             logger.warning(
                 "%s was not there, or another, when work on %s began; it is %s now.", file, self.shown, aside
             )
@@ -325,9 +349,9 @@ class OutputFolder:
         for name, known in self._known.items():
             if (old / name).exists() and stamp(old / name) == known:
                 (old / name).unlink()
-        _remove_empty(old)
+        remove_empty(old)
         if old.exists():
-            os.rename(old, aside := _free_name(self.path))
+            os.rename(old, aside := free_name(self.path))
             logger.warning("Files that were put into %s while it was written are in %s.", self.shown, aside)
 
     def _elsewhere(self, fill: Callable[[Path], object]) -> Path | None:
@@ -349,7 +373,8 @@ class OutputFolder:
 
     def _leave(self) -> None:
         """Let others in; a work folder in which there is something to go on with stays."""
-        if self.work is not None and self.work.is_dir() and [file.name for file in self.work.iterdir()] == [MARK]:
+        there = self.work is not None and self.work.is_dir() and not self._rests()
+        if there and [file.name for file in self.work.iterdir()] == [MARK]:
             self._remove(self.work)
         if self._lock is not None:
             self._lock.release()
@@ -363,12 +388,6 @@ class OutputFolder:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def recognised_by(result: Path, folder: Path, names: Iterable[str]) -> set[str]:
-    """Those of the named files in `folder` that came from `result`, whose manifest names them."""
-    known = read_manifest(result)
-    return {name for name in names if name in known and entries(folder, [name])[name] == known[name]}
-
-
 def _marked(work: Path) -> Path:
     """A work folder, made where it is missing; `ForeignFileError` for one that is not ours."""
     if work.is_dir() and any(work.iterdir()) and not (work / MARK).is_file():
@@ -376,18 +395,3 @@ def _marked(work: Path) -> Path:
     work.mkdir(exist_ok=True)
     write_text(work / MARK, json.dumps({"made_by": "optimum-dsa"}) + "\n")
     return work
-
-
-def _free_name(path: Path) -> Path:
-    """A name beside `path` that nothing has."""
-    number = 1
-    while os.path.lexists(free := path.with_name(f"{path.name}-kept-{number}")):
-        number += 1
-    return free
-
-
-def _remove_empty(folder: Path) -> None:
-    """Remove folders without files, from the deepest up."""
-    for place, _, _ in os.walk(folder, topdown=False):
-        with suppress(OSError):
-            os.rmdir(place)

@@ -72,6 +72,13 @@ class Block:
     def size(self) -> int:
         return sum(weight.size for weight in self.weights)
 
+    @property
+    def modules(self) -> tuple[str, ...]:
+        """Names of the modules that hold it: itself, or those of weights outside the blocks."""
+        if all(weight.module.startswith(f"{self.name}.") or weight.module == self.name for weight in self.weights):
+            return (self.name,)
+        return tuple(dict.fromkeys(weight.module for weight in self.weights))
+
     def units(self, granularity: str) -> dict[str, tuple[Weight, ...]]:
         """Unit name -> its weights, of those that this block holds.
 

@@ -48,10 +48,13 @@ class BlockCalls:
     def __len__(self) -> int:
         return len(self.arguments)
 
-    def run(self, block: nn.Module, index: int, batch: int) -> Tensor:
-        """What `block`, number `index` of the stack, makes of the hidden states, (samples, ..., hidden size)."""
+    def run(self, block: Callable, index: int, batch: int, hidden: Tensor | None = None) -> Tensor:
+        """What `block`, number `index` of the stack, makes of the hidden states, (samples, ..., hidden size).
+
+        These are `hidden`, or what stands in `self.hidden`.
+        """
         args, kwargs = self.arguments[batch][index]
-        return _split_output(block(self.hidden[batch], *args, **kwargs))[0]
+        return _split_output(block(self.hidden[batch] if hidden is None else hidden, *args, **kwargs))[0]
 
     def output(self, hidden: Tensor, batch: int) -> Any:
         """`hidden`, (samples, ..., hidden size), as a block of this stack returns it."""

@@ -38,8 +38,8 @@ class DenseInputs:
 class DenseStream:
     """Runs the dense block, also when the one in the model is pruned in part, on what the dense blocks before it gave.
 
-    While it stands at a block, what goes into the dense one is alive and, where it need not be run again, what comes
-    out of it, and a copy of its weights.
+    While it stands at a block, what goes into the dense one is alive, a copy of its weights and, unless it is run for
+    itself in the end, what comes out.
 
     Args:
         calls (`BlockCalls`): of the dense model; changed as it goes on.
@@ -50,7 +50,8 @@ class DenseStream:
             what the residual stream has is, too.
 
     Attributes:
-        outputs: per batch what the dense block gives, (samples, ..., hidden size), once `inputs` was called.
+        outputs: per batch what the dense block gives, (samples, ..., hidden size), once `inputs` or `complete` was
+            called.
     """
 
     def __init__(
@@ -64,25 +65,32 @@ class DenseStream:
         for number, (own, other) in enumerate(zip(calls.hidden, hidden, strict=True)):
             calls.hidden[number] = other if torch.equal(own, other) else own
         self.outputs: list[Tensor | None] = []
-        self._again = False
+        self._anew = False
         self._given = self._as_dense = as_dense
 
     @contextmanager
-    def at(self, module: nn.Module, index: int, again: bool = False) -> Iterator[None]:
-        """Stand at a block, number `index`, that is dense as yet; on leaving, go on to the next one.
+    def at(self, module: nn.Module, index: int, anew: bool = False, last: bool = False) -> Iterator[None]:
+        """Stand at a block, number `index`, that is dense as yet; on leaving, go on to the next one, unless `last`.
 
-        With `again` it is run once more then, and what comes out is not kept beside what goes in until then.
+        With `anew` what comes out is never what `inputs` saw, but is run for itself: on leaving, or when `complete` is
+        called.
         """
-        self.outputs, self._again = [None] * len(self.calls.hidden), again and "outputs" not in self.reads
+        self.outputs, self._anew = [None] * len(self.calls.hidden), anew
         if self._given is None:
             # All parameters and not the prunable ones alone: whoever is given the block may change any.
             kept = [parameter.detach().clone() for parameter in module.parameters()]
             self._as_dense = partial(_holding, module, kept)
         yield
-        for batch, after in enumerate(self.outputs):
-            with self._as_dense():
-                self.calls.hidden[batch] = self.calls.run(module, index, batch) if after is None else after
+        # Batch by batch, so that what goes in goes as what comes out comes.
+        for batch in range(0 if last else len(self.outputs)):
+            output = self.outputs[batch]
+            self.calls.hidden[batch] = self.run(module, index, batch) if output is None else output
         self.outputs, self._as_dense = [], self._given
+
+    def complete(self, module: nn.Module, index: int) -> None:
+        """Have `outputs` of every batch of the block `module`, number `index`."""
+        for batch, output in enumerate(self.outputs):
+            self.outputs[batch] = self.run(module, index, batch) if output is None else output
 
     def inputs(
         self, model: nn.Module, part: Block, module: nn.Module, index: int, batch: int, stops: bool = False
@@ -92,16 +100,23 @@ class DenseStream:
         With `stops` what comes behind them is not run, unless it is to be kept.
         """
         found, hidden = DenseInputs(), self.calls.hidden[batch]
-        watched, known = "cross_gram" in self.reads, self._again or self.outputs[batch] is not None
+        watched, known = "cross_gram" in self.reads, self._anew or self.outputs[batch] is not None
         # What it gives is the same every time; only what is watched has to be seen again.
         if known and not watched:
             return found
         watch = observing(model, part, found, stops and known) if watched else nullcontext()
         added = watching_additions(model, part, hidden) if "residual" in self.reads else nullcontext({})
-        with suppress(AllSeen), self._as_dense(), watch, added as found.before:
-            after = self.calls.run(module, index, batch)
-            self.outputs[batch] = None if self._again else after
+        with suppress(AllSeen), watch, added as found.before:
+            output = self.run(module, index, batch)
+            # Of the first time: a walk that passes the block by has no other, and is to go on alike to the last bit.
+            if not known:
+                self.outputs[batch] = output
         return found
+
+    def run(self, module: nn.Module, index: int, batch: int) -> Tensor:
+        """What the dense block, `module` of number `index`, makes of a batch: (samples, ..., hidden size)."""
+        with self._as_dense():
+            return self.calls.run(module, index, batch)
 
     def inputs_behind(
         self, model: nn.Module, head: Block, stack: Stack, batch: Mapping[str, Tensor], number: int
@@ -114,6 +129,38 @@ class DenseStream:
         with observing(model, head, found):
             run_behind(model, stack, self.calls, batch, number)
         return found
+
+
+class Replay:
+    """A block to be run again on what goes into it, batch by batch, beside the dense model's.
+
+    Attributes:
+        module: the block in the model.
+        index: its number in its stack.
+        calls: of the model, as the walk goes on with them.
+        inputs: what goes into it, per batch (samples, ..., hidden size), while the walk stands at it.
+        samples: sequences of every batch.
+        is_last: whether it is the last of its stack.
+    """
+
+    def __init__(self, module: nn.Module, index: int, calls: BlockCalls, dense: DenseStream):
+        self.module, self.index, self.calls, self._dense = module, index, calls, dense
+        self.inputs, self.samples = tuple(calls.hidden), tuple(calls.samples)
+        self.is_last = index + 1 == len(calls.arguments[0])
+
+    @property
+    def targets(self) -> Sequence[Tensor]:
+        """What the dense block gives behind the dense blocks before it, per batch (samples, ..., hidden size)."""
+        return self._dense.outputs
+
+    def run(self, batch: int, hidden: Tensor | None = None, block: Callable | None = None) -> Tensor:
+        """What `block`, by default the model's, makes of `hidden`, by default its input, (samples, ..., size)."""
+        hidden = self.inputs[batch] if hidden is None else hidden
+        return self.calls.run(block or self.module, self.index, batch, hidden)
+
+    def run_dense(self, batch: int) -> Tensor:
+        """As `targets`, of one batch, run again."""
+        return self._dense.run(self.module, self.index, batch)
 
 
 @contextmanager

@@ -30,6 +30,12 @@ class Observes(Protocol):
     def observe(self, weight: Weight, inputs: Tensor) -> None: ...
 
 
+class Unheard:
+    """Is told, and keeps nothing: for a block that has to be run as it is when it is observed."""
+
+    def observe(self, weight: Weight, inputs: Tensor) -> None: ...
+
+
 class Observer:
     """Collects the `LayerStatistics` of a block's weights over batches.
 

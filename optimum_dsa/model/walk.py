@@ -12,7 +12,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext, suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -20,12 +20,13 @@ from torch import Tensor, nn
 
 from .architecture import Architecture, Block, Stack, UnprunableError, Weight
 from .calls import BlockCalls, capture_calls, check_calls, run_behind
-from .dense import AsDense, DenseInputs, DenseStream
-from .observer import AllSeen, Observer, observing
+from .dense import AsDense, DenseInputs, DenseStream, Replay
+from .observer import AllSeen, Observer, Unheard, observing
 from .offload import resident
 from .padding import real_tokens, without_padding
 from .residual import watching_additions
 from .statistics import CollectedStatistics, LayerStatistics
+from .walked import WalkedBlock
 
 
 # What a walk can collect of each weight's input: "inputs" (Σ x²), "mean" (Σ x as well), "gram" (X·Xᵀ as well),
@@ -47,110 +48,6 @@ def reads_of(fact: str) -> Reads:
     return _READS[fact]
 
 
-@dataclass(frozen=True)
-class Group:
-    """Weights of a block that multiply one and the same input, with its statistics."""
-
-    weights: tuple[Weight, ...]
-    statistics: dict[str, LayerStatistics]
-
-
-@dataclass(frozen=True)
-class Replay:
-    """A block to be run again on what goes into it, batch by batch, and what the dense model gives in its place.
-
-    Attributes:
-        samples: sequences of every batch.
-        targets: outputs of the dense model's block on the dense model's inputs, per batch (samples, ..., hidden size).
-    """
-
-    module: nn.Module = field(repr=False)
-    index: int
-    calls: BlockCalls = field(repr=False)
-    targets: Sequence[Tensor] = field(repr=False)
-
-    @property
-    def samples(self) -> Sequence[int]:
-        return self.calls.samples
-
-    def run(self, batch: int, block: Callable | None = None) -> Tensor:
-        """What `block`, by default the one in the model, makes of a batch: (samples, ..., hidden size)."""
-        return self.calls.run(block or self.module, self.index, batch)
-
-
-@dataclass(frozen=True)
-class WalkedBlock:
-    """The block at which a walk stands: its weights on their device, and the statistics of their inputs.
-
-    Attributes:
-        needed (`bool`): whether somebody else will ask for the statistics: then `done` leaves them alone.
-        sampled (`bool`): whether the statistics are of one batch and without X·Xᵀ, because those of every group are
-            collected when its turn comes.
-    """
-
-    block: Block
-    statistics: dict[str, LayerStatistics]
-    model: nn.Module = field(repr=False)
-    changes: set[str] = field(repr=False)
-    # weights -> statistics of their inputs in the block as it is now; None where nothing is run
-    again: Callable[[Sequence[Weight]], dict[str, LayerStatistics]] | None = field(default=None, repr=False)
-    replay: Replay | None = None  # where "outputs" are read; not of the weights outside the blocks
-    needed: bool = False
-    sampled: bool = False
-
-    @property
-    def name(self) -> str:
-        return self.block.name
-
-    @property
-    def weights(self) -> tuple[Weight, ...]:
-        return self.block.weights
-
-    def tensor(self, weight: Weight) -> Tensor:
-        """The live weight, (out_features, in_features); the walk sees what is written to it."""
-        return weight.tensor(self.model)
-
-    def groups(self, true_sequential: bool = False) -> Iterator[Group]:
-        """The weights in groups that share an input, in the order in which the block runs them.
-
-        With `true_sequential` each group but the first gets statistics that are collected when its turn comes, from
-        the block as the groups before it were left: one more forward pass a group.
-        """
-        shared: dict[int | tuple[str, str], list[Weight]] = {}
-        # Statistics stand in the order in which inputs were seen: the block runs in it, and its code may name another.
-        order = {name: number for number, name in enumerate(self.statistics)}
-        for weight in sorted(self.weights, key=lambda weight: order.get(weight.name, 0)):
-            # Weights that share an input share one and the same object, see `Observer`. The experts of one parameter
-            # stay together: they run beside each other, and one alone may see no token.
-            own = id(self.statistics.get(weight.name))
-            key = own if weight.expert is None else (weight.module, weight.attribute)
-            shared.setdefault(key, []).append(weight)
-        for number, weights in enumerate(shared.values()):
-            later = true_sequential and (number > 0 or self.sampled) and self.again is not None
-            # Held by whoever is given them alone: those of the next group would stand beside them otherwise.
-            yield Group(tuple(weights), self.again(weights) if later else self._statistics_of(weights))
-
-    def _statistics_of(self, weights: Sequence[Weight]) -> dict[str, LayerStatistics]:
-        return {weight.name: self.statistics[weight.name] for weight in weights if weight.name in self.statistics}
-
-    def done(self, weight: Weight, group: Group) -> None:
-        """Say that `weight`, of `group`, needs its statistics no more; those that nobody else needs are freed.
-
-        X·Xᵀ of a wide matrix is larger than the matrix, and what updates derive of it is twice that.
-        """
-        if self.needed:
-            return
-        self.statistics.pop(weight.name, None)
-        found = group.statistics.pop(weight.name, None)
-        if found is not None and all(found is not other for other in group.statistics.values()):
-            # Whoever gave the statistics to the walk may hold them still, and then without what is derived of them.
-            found.release_()
-
-    def changed(self, weight: Weight | str) -> None:
-        """Say that `tensor(weight)`, or a parameter by its full name, was written to, so that it is written back."""
-        self.changes.add(weight if isinstance(weight, str) else f"{weight.module}.{weight.attribute}")
-
-
 # Tensors made in inference mode have no version counter, by which calls and inputs are told apart.
 @torch.inference_mode(False)
 @torch.no_grad()
@@ -164,6 +61,7 @@ def walk_blocks(
     progress: Callable[[Sequence[Block]], Iterable[Block]] = iter,
     as_dense: AsDense | None = None,
     true_sequential: bool = False,
+    finished: int = 0,
     gram: bool | None = None,
 ) -> Iterator[WalkedBlock]:
     """Each block with the statistics of its inputs, first block first.
@@ -188,6 +86,8 @@ def walk_blocks(
             who does not write to them; by default a copy of one block's is kept.
         true_sequential (`bool`): the caller asks for `groups(true_sequential=True)` and for no other statistics, so
             that what all groups multiply before any of them is changed is not collected at all.
+        finished (`int`, defaults to 0): so many blocks, the first ones, come without statistics: the caller makes them
+            what an earlier walk left, and the blocks after them see what they would have seen then.
         gram (`bool`, *optional*): earlier name of "gram" in `reads`.
 
     Raises:
@@ -208,7 +108,9 @@ def walk_blocks(
         yield from _walk_still(model, blocks, batches.statistics if batches else {})
         return
     wanted = {"gram", *reads} if gram else {*reads}
-    yield from _walk_running(model, architecture, batches, blocks, wanted, sequential, true_sequential, as_dense)
+    yield from _walk_running(
+        model, architecture, batches, blocks, wanted, sequential, true_sequential, as_dense, finished
+    )
 
 
 def _walk_running(
@@ -220,6 +122,7 @@ def _walk_running(
     sequential: bool,
     true_sequential: bool,
     as_dense: AsDense | None,
+    finished: int,
 ) -> Iterator[WalkedBlock]:
     """`walk_blocks` over batches, inputs by name, (samples, length, ...); `blocks` is told how far it is."""
     beside, watch = {"cross_gram", "outputs"} & set(reads), partial(Observer, "gram" in reads, "mean" in reads)
@@ -240,16 +143,13 @@ def _walk_running(
             calls = capture_calls(model, stack, batches) if sequential else early.pop(stack.name)
             # Arguments of its own: a block may leave in them what a later one reads (shared keys and values).
             dense = DenseStream(early.pop(stack.name), calls.hidden, as_dense, reads) if beside else None
-            # The last block is not run again unless somebody reads what it gives.
             needed = architecture.head is not None and stack is architecture.stacks[-1]
-            for index, block in enumerate(stack.blocks):
-                next(blocks)
-                last = index + 1 == len(stack.blocks) and not needed
-                yield from _walk_block(
-                    model, block, calls, index, real, watch, sequential, last, dense, true_sequential and sequential
-                )
+            yield from _walk_stack(
+                model, stack, blocks, calls, real, watch, sequential, needed, dense, finished, true_sequential
+            )
+            finished = max(finished - len(stack.blocks), 0)
         if architecture.head is not None:
-            yield from _walk_head(model, next(blocks), stack, calls, batches, real, watch, dense)
+            yield from _walk_head(model, next(blocks), stack, calls, batches, real, watch, dense, finished > 0)
         next(blocks, None)  # lets a progress bar finish
     finally:
         for module in training:
@@ -266,6 +166,31 @@ def _walk_still(
             yield WalkedBlock(block, found, model, changes)
 
 
+def _walk_stack(
+    model: nn.Module,
+    stack: Stack,
+    blocks: Iterator[Block],
+    calls: BlockCalls,
+    real: Sequence[Tensor | None],
+    watch: Callable[[], Observer],
+    sequential: bool,
+    needed: bool,
+    dense: DenseStream | None,
+    finished: int,
+    true_sequential: bool,
+) -> Iterator[WalkedBlock]:
+    """The blocks of a stack, the first of them `finished`; `needed`: the head may read what the last one gives."""
+    count = len(stack.blocks)
+    for index, block in enumerate(stack.blocks):
+        next(blocks)
+        # A block is not run again unless somebody reads what it gives: a later one, or the head.
+        read = finished <= count if needed else max(index + 1, finished) < count
+        sample = true_sequential and sequential
+        yield from _walk_block(
+            model, block, calls, index, real, watch, sequential, not read, dense, index < finished, sample
+        )
+
+
 def _walk_block(
     model: nn.Module,
     block: Block,
@@ -276,11 +201,13 @@ def _walk_block(
     sequential: bool,
     last: bool,
     dense: DenseStream | None,
+    finished: bool,
     sample: bool,
 ) -> Iterator[WalkedBlock]:
     """One step of the walk: collect, hand out, move the activations, (samples, ..., hidden size), on (unless last).
 
-    With `sample` what is handed out is of the first batch: enough to tell the groups and their order by.
+    Of a `finished` block nothing is collected. With `sample` what is handed out is of the first batch: enough to tell
+    the groups and their order by.
     """
     module = model.get_submodule(block.name)
     # weights of which a sample shows: they are given one input in a batch, and nothing need be seen of their outputs
@@ -315,19 +242,28 @@ def _walk_block(
         alone.update(observer.given_once().difference(before))
         return observer.finish(block)
 
-    with resident(model, [block.name]) as changes, dense.at(module, index, again=sample) if dense else nullcontext():
-        again = collect if sequential else None  # otherwise what went into the block is gone
-        replay = Replay(module, index, calls, dense.outputs) if dense and "outputs" in dense.reads else None
+    def pass_by() -> dict[str, LayerStatistics]:
+        """No statistics; what the block is given moves on as in `collect`, and in the same way, to the last bit."""
+        for number in range(0 if last else len(calls)):
+            if dense and not sample:
+                dense.inputs(model, block, module, index, number)
+            if not sequential:
+                with observing(model, block, Unheard()):
+                    calls.hidden[number] = calls.run(module, index, number)
+        return {}
+
+    def found() -> dict[str, LayerStatistics]:
+        if finished:
+            return pass_by()
+        return first_batch() if sample else collect(block.weights, move_on=not sequential)
+
+    with resident(model, [block.name]) as changes, dense.at(module, index, sample, last) if dense else nullcontext():
+        again = collect if sequential and not finished else None  # otherwise what went into the block is gone
+        replay = Replay(module, index, calls, dense) if dense and "outputs" in dense.reads else None
+        if replay and sample and not finished:
+            dense.complete(module, index)
         # The statistics have no name here: they are freed as soon as whoever is given them lets go of them.
-        yield WalkedBlock(
-            block,
-            first_batch() if sample else collect(block.weights, move_on=not sequential),
-            model,
-            changes,
-            again,
-            replay,
-            sampled=sample,
-        )
+        yield WalkedBlock(block, found(), model, changes, again, replay, sampled=sample)
         # Still inside `resident`: the changed weights are here, and need not be written and read back first.
         if sequential and not last:
             for number in range(len(calls)):
@@ -343,18 +279,19 @@ def _walk_head(
     real: Sequence[Tensor | None],
     watch: Callable[[], Observer],
     dense: DenseStream | None,
+    finished: bool,
 ) -> Iterator[WalkedBlock]:
     """The weights outside the blocks, on what the last stack gives, (samples, ..., hidden size)."""
     with resident(model, _modules(head)) as changes:
         observer = watch()
-        for number, batch in enumerate(batches):
-            paired = dense is not None and "cross_gram" in dense.reads
+        paired = dense is not None and "cross_gram" in dense.reads
+        for number, batch in enumerate(() if finished else batches):
             beside = dense.inputs_behind(model, head, stack, batch, number).inputs if paired else None
             tokens = calls.hidden[number].shape[:-1].numel()
             observer.start_batch(calls.samples[number], real[number], beside, tokens)
             with observing(model, head, observer):
                 run_behind(model, stack, calls, batch, number)
-        yield WalkedBlock(head, _checked(head, observer), model, changes)
+        yield WalkedBlock(head, {} if finished else _checked(head, observer), model, changes)
 
 
 def _modules(block: Block) -> list[str]:

@@ -71,13 +71,23 @@ class ReconstructConfig:
             nothing; 64 is enough as a rule.
         rate (`float`, *optional*): The first learning rate, which falls to zero. By default the best of a few on
             calibration windows that are held out.
+        span (`int`, defaults to 1): Blocks in a row that are trained together, so that each makes up for the others:
+            better, with as many times the memory.
+        apart (`bool`, defaults to `False`): Whether attention and MLP of a block are trained one after the other: as
+            many steps each, in about half the memory.
     """
 
     steps: int = setting(0, low=0)
     rate: float | None = setting(None, low=0, what="a learning rate")
+    span: int = setting(1, low=1)
+    apart: bool = False
 
     def __post_init__(self):
         check_settings(self)
+        if self.apart and self.span > 1:
+            raise ValueError(
+                f"apart trains parts of a block, and span={self.span} as many blocks together; leave out one of both."
+            )
 
 
 @takes_flat_names

@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 
 from ..model.architecture import Architecture
+from ..model.offload import is_offloaded
 from ..model.parameters import count_parameters
 from ..model.statistics import CollectedStatistics
-from ..model.walk import walk_blocks
+from ..model.walk import WalkedBlock, walk_blocks
 from .allocate import allocate, architecture_for, check_finite_weights
 from .allocation import Allocation
 from .configuration import DSAConfig
+from .finished import FinishedBlocks, settings_of
 from .reconstruct import Reconstruct
 from .report import PruningReport
 from .sink import KeepBlocks, Sink
@@ -28,37 +32,46 @@ logger = logging.getLogger(__name__)
 
 
 @torch.no_grad()
-def prune(model: nn.Module, calibration: Source | None, config: DSAConfig) -> PruningReport:
+def prune(
+    model: nn.Module,
+    calibration: Source | None,
+    config: DSAConfig,
+    checkpoints: str | Path | None = None,
+    resume: bool = False,
+) -> PruningReport:
     """Prune `model` in place; what was asked and what came out.
 
     Args:
         calibration (`Calibration | CollectedStatistics | Tensor | Mapping[str, Tensor]`): a LongTensor (samples,
             length), the model's inputs by name, what `load_calibration` gives, or statistics that are there already;
             `None` where method and allocation need no data.
+        checkpoints (`str | Path`, *optional*): folder for the blocks that are finished, from which a prune that was
+            interrupted goes on; as large as the blocks in the end.
+        resume (`bool`, defaults to `False`): go on from those that are there, with `model` as it was at the beginning;
+            the end is that of an uninterrupted run.
 
     Everything that can be known to be wrong is raised before the first weight is changed.
     """
     start = time.perf_counter()
     calibration = as_calibration(calibration, model)
     architecture = architecture_for(model, config)
-    if config.update.true_sequential and isinstance(calibration, CollectedStatistics):
-        raise ValueError("true_sequential collects statistics anew, and these are there already; give text instead.")
-    # Missing data are found before work.
-    if config.resolved.reads:
-        batches_of(calibration, config, f"method {config.method!r}")
-    if config.reconstruct.steps:
-        batches_of(calibration, config, "training of blocks (reconstruct)", Reconstruct.reads)
+    _check_calibration(model, calibration, config)
     check_finite_weights(model, architecture)
     check_finite_outputs(model, architecture, calibration)
-    # A walk of its own, before the one that prunes: units are compared on the dense model.
-    allocation = allocate(model, calibration, config, architecture)
+    finished = _finished(model, architecture, calibration, config, checkpoints, resume)
+    allocation = finished.allocation if finished else None
+    if allocation is None:
+        # A walk of its own, before the one that prunes: units are compared on the dense model.
+        allocation = allocate(model, calibration, config, architecture)
+    if finished:
+        finished.begin(allocation)
     remove = RemoveWeights(config.resolved, allocation, config.update.true_sequential)
     steps: list[Step] = [remove]
     reconstruct = Reconstruct(config.reconstruct, config.data.seed)
     if config.reconstruct.steps:
         steps.append(reconstruct)
     sink = KeepBlocks()
-    run_steps(model, architecture, calibration, config, steps, sink)
+    run_steps(model, architecture, calibration, config, steps, sink, finished)
     _warn_of_more(sum(sink.zeros.values()), allocation, config)
     return PruningReport(
         config=config,
@@ -76,6 +89,39 @@ def prune(model: nn.Module, calibration: Source | None, config: DSAConfig) -> Pr
         reconstruction=reconstruct.found,
         seconds=time.perf_counter() - start,
     )
+
+
+def _check_calibration(model: nn.Module, calibration: Known | None, config: DSAConfig) -> None:
+    """Raise `ValueError` where what `config` asks for cannot be had from this model and these data."""
+    if config.update.true_sequential and isinstance(calibration, CollectedStatistics):
+        raise ValueError("true_sequential collects statistics anew, and these are there already; give text instead.")
+    # Missing data are found before work.
+    if config.resolved.reads:
+        batches_of(calibration, config, f"method {config.method!r}")
+    if config.reconstruct.steps:
+        batches_of(calibration, config, "training of blocks (reconstruct)", Reconstruct.reads)
+        if config.reconstruct.span > 1 and is_offloaded(model):
+            raise ValueError(
+                f"span={config.reconstruct.span} trains blocks together, and of an offloaded model one is there at a "
+                "time; use span=1, or load the model into memory."
+            )
+
+
+def _finished(
+    model: nn.Module,
+    architecture: Architecture,
+    calibration: Known | None,
+    config: DSAConfig,
+    checkpoints: str | Path | None,
+    resume: bool,
+) -> FinishedBlocks | None:
+    """What an earlier run finished, and where this one's blocks go; `None` where they are not kept."""
+    if checkpoints is None:
+        if resume:
+            raise ValueError("Resuming needs a folder of checkpoints; name one.")
+        return None
+    names = [block.name for block in architecture.blocks]
+    return FinishedBlocks.open(checkpoints, resume, settings_of(model, calibration, config), names)
 
 
 def _warn_of_more(zeros: int, allocation: Allocation, config: DSAConfig) -> None:
@@ -96,13 +142,18 @@ def run_steps(
     config: DSAConfig,
     steps: Sequence[Step],
     sink: Sink,
+    finished: FinishedBlocks | None = None,
 ) -> None:
-    """The body of every one-shot pruner: each block in turn is given to all steps, then to the sink."""
+    """The body of every one-shot pruner: each block in turn is given to all steps, then to the sink.
+
+    Blocks that are `finished` are put back instead, and those that are not are kept there as they become so.
+    """
     reads = union(steps)
     # of statistics, and not of what the dense block gives alone
     readers = [step for step in steps if step.reads - {"outputs"}]
     batches = batches_of(calibration, config, f"method {config.method!r}", reads) if reads else None
-    for walked in walk_blocks(
+    done = _whole(architecture, finished.count, config.reconstruct.span) if finished else 0
+    blocks = walk_blocks(
         model,
         architecture,
         batches,
@@ -110,9 +161,38 @@ def run_steps(
         sequential=config.sequential,
         progress=progress("Pruning"),
         true_sequential=bool(readers) and all(getattr(step, "true_sequential", False) for step in readers),
-    ):
-        for number, step in enumerate(steps):
-            step(replace(walked, needed=any(other in readers for other in steps[number + 1 :])))
-        sink(walked)
-        # The statistics of one block, and not of two: the next one's are collected before the name is another's.
-        del walked
+        finished=done,
+    )
+    held: list[tuple[int, WalkedBlock, list[dict[str, Any]]]] = []
+    for number, walked in enumerate(blocks):
+        if number < done:
+            finished.restore(number, walked, steps)
+            sink(walked)
+            continue
+        known = [set(step.notes) for step in steps]
+        for place, step in enumerate(steps):
+            step(replace(walked, needed=any(other in readers for other in steps[place + 1 :])))
+        # Of one block, and not of two: the next one's are collected while this one still has a name.
+        walked.statistics.clear()
+        held.append((number, walked, [_new(step.notes, old) for step, old in zip(steps, known)]))
+        if any(getattr(step, "waiting", ()) for step in steps):
+            continue
+        for number, block, notes in held:
+            if finished:
+                finished.add(number, block, notes)
+            sink(block)
+        held.clear()
+
+
+def _new(notes: Mapping[str, Any], known: Collection[str]) -> dict[str, Any]:
+    return {name: note for name, note in notes.items() if name not in known}
+
+
+def _whole(architecture: Architecture, count: int, span: int) -> int:
+    """How many of the first `count` blocks are all of those that are trained together, `span` at a time."""
+    start = 0
+    for stack in architecture.stacks:
+        if count < start + len(stack.blocks):
+            return count - (count - start) % span
+        start += len(stack.blocks)
+    return count

@@ -11,7 +11,7 @@ from ..common.columns import columns
 from ..common.escaping import one_line
 from .allocation import Allocation
 from .configuration import DSAConfig
-from .reconstruct import Reconstruction
+from .training import Reconstruction
 
 
 @dataclass(frozen=True)

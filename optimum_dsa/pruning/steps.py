@@ -8,7 +8,7 @@ for walked in walk_blocks(model, architecture, batches, reads=union(steps)):
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -24,12 +24,22 @@ class Step(Protocol):
 
     One that reads statistics by `walked.groups(true_sequential=True)` alone says so by `true_sequential = True`.
 
+    A block that an interrupted prune finished is put back without asking its steps, and those after it have to become
+    what they would have become. So a step changes nothing outside its block, and what it does follows from the block,
+    the statistics, its settings and its notes: a generator is made anew for every block, and what is found at one
+    block for later ones is looked up in the notes.
+
     Attributes:
         reads: what the walk has to collect for it: "inputs" (Σ x² of every weight's input), "mean" (Σ x as well),
             "gram" (X·Xᵀ as well), "cross_gram" (X_dense·Xᵀ as well), and with it "residual".
+        notes: name of a weight or of a block -> a JSON value, such as what the report says of it. Those that are added
+            at a block are kept with it, and put back with it.
+        waiting: blocks that it was given and will change once more, together with the next.
     """
 
     reads: Reads
+    notes: dict[str, Any]
+    waiting: Sequence[WalkedBlock] = ()
 
     def __call__(self, walked: WalkedBlock) -> None: ...
 
@@ -49,10 +59,17 @@ class RemoveWeights:
 
     def __init__(self, method: ResolvedMethod, allocation: Allocation, true_sequential: bool = False):
         self.method, self.counts, self.granularity = method, allocation.counts(), allocation.granularity
-        self.true_sequential = true_sequential
+        self.true_sequential, self.waiting = true_sequential, ()
         self.reads: Reads = method.reads
-        self.damping: dict[str, float] = {}
-        self.unseen: list[str] = []
+        self.notes: dict[str, Any] = {}  # weight -> its "damping", and whether it was "unseen"
+
+    @property
+    def damping(self) -> dict[str, float]:
+        return {name: noted["damping"] for name, noted in self.notes.items() if "damping" in noted}
+
+    @property
+    def unseen(self) -> list[str]:
+        return [name for name, noted in self.notes.items() if "unseen" in noted]
 
     @torch.no_grad()
     def __call__(self, walked: WalkedBlock) -> None:
@@ -78,8 +95,9 @@ class RemoveWeights:
         return shares
 
     def _note(self, name: str, statistics: LayerStatistics) -> None:
-        if statistics.tokens == 0:
-            self.unseen.append(name)
+        noted: dict[str, Any] = {"unseen": True} if statistics.tokens == 0 else {}
         # Only what was raised: the damping that was asked for stands in the config.
         if (used := statistics.damping_used) and used > self.method.damping:
-            self.damping[name] = used
+            noted["damping"] = used
+        if noted:
+            self.notes[name] = noted

@@ -14,14 +14,15 @@ from torch import Tensor, nn
 
 from ..common.devices import process_state
 from ..common.output import OutputFolder
+from ..common.same_run import FINGERPRINTS
 from ..data import Calibration
+from ..model.fingerprint import fingerprint_of_model, fingerprint_of_tensors
 from ..pruning.allocation import ALLOCATIONS, Allocation
 from ..pruning.configuration import DSAConfig
 from .apart import check_apart
 from .conductor import Conductor, TrialLogger
 from .evaluator import Evaluator
 from .finals import FinalRound, rank
-from .fingerprint import fingerprint_of_model, fingerprint_of_tokens
 from .objective import Objective
 from .problem import Budget, Problem, parse_budget
 from .realise import check_searchable, realise
@@ -29,7 +30,7 @@ from .resolver import Resolver
 from .result import RESULT_FILES, SearchResult
 from .space import Candidate, SearchSpace
 from .strategies import STRATEGIES
-from .trace import FINGERPRINTS, SearchTrace
+from .trace import SearchTrace
 
 
 logger = logging.getLogger(__name__)
@@ -134,8 +135,8 @@ def _trace(
         logger.warning("%s holds no search to go on with; a new one begins.", output.shown)
     prints = {
         "model": fingerprint_of_model(model),
-        "calibration": None if calibration is None else fingerprint_of_tokens(calibration.inputs),
-        "validation": fingerprint_of_tokens(validation),
+        "calibration": None if calibration is None else fingerprint_of_tensors(calibration.inputs),
+        "validation": fingerprint_of_tensors({"input_ids": validation}),
     }
     return SearchTrace.open(path, {**settings, FINGERPRINTS: prints}, resume)
 

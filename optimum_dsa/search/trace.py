@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from ..common.files import parse_json
+from ..common.same_run import check_same_run
 from ..common.values import is_number, is_real, is_whole, short
 from .space import Candidate
 
 
-FINGERPRINTS = "sha256"  # the entry of a trace's settings that tells models and texts apart by what they hold
 NO_ROOM = "the budget has no room for it"  # the error of a trial that was not computed
 
 
@@ -206,31 +206,8 @@ class SearchTrace:
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{self.path} is no search trace: {error}.") from None
         if check:
-            self._check(settings)
+            check_same_run(f"The search in {self.path}", settings, self.settings, "choose another folder")
         self.settings = settings
-
-    def _check(self, settings: Mapping[str, Any]) -> None:
-        """Raise `ValueError` where the trace was made with other settings than these."""
-        prints, known = settings.get(FINGERPRINTS), self.settings.get(FINGERPRINTS) or {}
-        prints = prints if isinstance(prints, Mapping) else {}
-        # Settings first: their difference can be read, that of fingerprints cannot.
-        for name in sorted({*settings, *self.settings} - {FINGERPRINTS}):
-            if settings.get(name) != self.settings.get(name):
-                raise ValueError(
-                    f"The search in {self.path} was made with {name}={settings.get(name)!r}, not "
-                    f"{self.settings.get(name)!r}; resume it with the same settings, or choose another folder."
-                )
-        for name, value in known.items():
-            if name not in prints:
-                raise ValueError(
-                    f"The search in {self.path} does not say with which {name} it was made, so it cannot be told "
-                    "whether it can go on with this; choose another folder."
-                )
-            if prints[name] != value:
-                raise ValueError(
-                    f"The search in {self.path} was made with another {name} (its content differs, whatever its "
-                    "name); resume it with the same, or choose another folder."
-                )
 
     def best_so_far(self) -> tuple[list[int], list[float]]:
         """Tokens spent and lowest proxy loss so far, an entry per improvement and one for the end.

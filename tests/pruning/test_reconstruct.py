@@ -7,6 +7,7 @@ import torch
 from transformers import (
     GPT2Config,
     GPT2LMHeadModel,
+    LlamaForCausalLM,
     MixtralConfig,
     MixtralForCausalLM,
     T5Config,
@@ -21,20 +22,23 @@ from optimum_dsa import (
     UpdateConfig,
     demo_model,
     demo_texts,
+    find_architecture,
     load_calibration,
     perplexity,
     prune,
     verify,
+    walk_blocks,
 )
 from optimum_dsa.model.calls import feed
 from optimum_dsa.model.statistics import CollectedStatistics
 from optimum_dsa.pruning.source import micro_batch, step_size
+from optimum_dsa.pruning.stretches import parts
 
 from ..tiny import VOCABULARY, same_state, state, tiny_llama, tokens
 
 
-def config(steps=6, method="wanda", sparsity=0.5, rate=1e-3, **changes):
-    return DSAConfig(sparsity, method, "uniform", reconstruct=ReconstructConfig(steps, rate), **changes)
+def config(steps=6, method="wanda", sparsity=0.5, rate=1e-3, span=1, apart=False, **changes):
+    return DSAConfig(sparsity, method, "uniform", reconstruct=ReconstructConfig(steps, rate, span, apart), **changes)
 
 
 def zeros(model):
@@ -62,16 +66,20 @@ def tiny_t5():
 FAMILIES = {"llama": tiny_llama, "gpt2": tiny_gpt2, "experts": tiny_mixtral, "encoder-decoder": tiny_t5}
 
 
+HOW = {"blocks": {}, "pairs": {"span": 2}, "parts": {"apart": True}}
+
+
+@pytest.mark.parametrize("how", HOW)
 @pytest.mark.parametrize("family", FAMILIES)
-def test_the_mask_is_held_and_no_loss_rises(family):
+def test_the_mask_is_held_and_no_loss_rises(family, how):
     model = FAMILIES[family]()
     other = copy.deepcopy(model)
     # of one batch size, for a tie between two weights may be decided by rounding
     plain = prune(other, tokens(16), config(0, batch_size=4))
-    report = prune(model, tokens(16), config(batch_size=4))
+    report = prune(model, tokens(16), config(batch_size=4, **HOW[how]))
     assert report.sparsity == plain.sparsity == 0.5 and verify(model, report).holds
     # the first block sees the same in both, and what the first mask was cannot depend on training
-    first = next(iter(report.reconstruction))
+    first = find_architecture(model).blocks[0].name
     pruned, trained = zeros(other), zeros(model)
     assert all(torch.equal(pruned[name], trained[name]) for name in pruned if name.startswith(f"{first}."))
     for found in report.reconstruction.values():
@@ -100,6 +108,75 @@ def test_the_loss_is_the_distance_to_the_dense_model_on_windows_that_are_held_ou
         own, target = seen["own", index][0], seen["dense", index][0]
         expected = ((own - target).square().sum() / target.square().sum()).item()
         assert report.reconstruction[f"model.layers.{index}"].after == pytest.approx(expected, rel=1e-4)
+
+
+def lost(dense, model, index, text):
+    """Share of the output of block `index` that a model loses, by plain forward passes."""
+    seen = []
+    for one in (dense, model):
+        handle = one.model.layers[index].register_forward_hook(lambda module, args, output: seen.append(output))
+        with torch.no_grad():
+            one(input_ids=text)
+        handle.remove()
+    target, own = seen
+    return ((own - target).square().sum() / target.square().sum()).item()
+
+
+def test_blocks_of_a_span_are_trained_together_and_the_last_of_a_stack_alone():
+    model, dense, text = tiny_llama(), tiny_llama(), tokens(32)
+    report = prune(model, text, config(span=2))
+    assert list(report.reconstruction) == ["model.layers.1", "model.layers.2"]
+    for index in (1, 2):
+        found = report.reconstruction[f"model.layers.{index}"]
+        assert found.steps and found.after == pytest.approx(lost(dense, model, index, text[-8:]), rel=1e-4)
+    norms = [layer.input_layernorm.weight for layer in model.model.layers]
+    assert not any(torch.equal(norm, torch.ones(32)) for norm in norms)
+
+
+def test_parts_of_a_block_come_nearer_to_what_the_block_is_to_give():
+    model, dense, text = tiny_llama(), tiny_llama(), tokens(32)
+    report = prune(model, text, config(apart=True))
+    for index in range(3):
+        found = report.reconstruction[f"model.layers.{index}"]
+        assert found.after < found.before
+        assert found.after == pytest.approx(lost(dense, model, index, text[-8:]), rel=1e-4)
+    # what is in neither part stays
+    assert torch.equal(model.model.layers[0].input_layernorm.weight, torch.ones(32))
+
+
+def test_the_last_part_is_fitted_to_what_the_residual_stream_lacks_as_well():
+    """Attention left as it was pruned, an MLP that could do all makes the block's output the dense one's."""
+    text = tokens(16)
+    model, seen = tiny_llama(), []
+
+    def look(walked):
+        if walked.replay.index == 0:
+            attention, mlp = parts(walked)
+            with torch.no_grad():
+                whole, own = walked.replay.run(0), mlp.run(0, mlp.parameters)
+                target = walked.replay.targets[0]
+            seen.append((attention, mlp, whole, own, target))
+
+    run_walk(model, text, look)
+    ((attention, mlp, whole, own, target),) = seen
+    torch.testing.assert_close(mlp.targets[0] - own, target - whole)
+    assert attention.prefix.endswith("self_attn") and mlp.prefix.endswith("mlp")
+
+
+def run_walk(model, text, look):
+    architecture = find_architecture(model)
+    for walked in walk_blocks(model, architecture, [{"input_ids": text}], reads={"inputs", "outputs"}):
+        for weight in walked.weights:
+            walked.tensor(weight)[::2] = 0
+        look(walked)
+
+
+def test_an_offloaded_model_has_one_block_at_a_time(tmp_path):
+    path = tmp_path / "model"
+    tiny_llama().save_pretrained(path)
+    model = LlamaForCausalLM.from_pretrained(path, device_map={"": "disk"}, offload_folder=tmp_path / "offload")
+    with pytest.raises(ValueError, match="span=2 trains blocks together"):
+        prune(model, tokens(16), config(span=2))
 
 
 def test_no_steps_change_nothing():
@@ -195,6 +272,11 @@ def test_what_cannot_be_trained_on_is_refused_before_work(source):
     with pytest.raises(ValueError, match="num_samples of at least 2.*reconstruct=0"):
         prune(model, source, config(method="magnitude"))
     assert same_state(model, before)
+
+
+def test_parts_and_spans_are_two_things():
+    with pytest.raises(ValueError, match="span=2.*leave out one of both"):
+        ReconstructConfig(4, span=2, apart=True)
 
 
 def test_it_needs_the_pruned_blocks_outputs():

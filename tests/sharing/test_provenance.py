@@ -34,7 +34,8 @@ CONFIGS = [
     DSAConfig(0.5, data=DataConfig(bos=True)),
     DSAConfig(0.5, update=UpdateConfig(true_sequential=True)),
     DSAConfig(0.5, "sparsegpt", update=UpdateConfig(true_sequential=True, targets="dense", residual=True)),
-    DSAConfig(0.5, "alps", reconstruct=ReconstructConfig(64, rate=1e-3)),
+    DSAConfig(0.5, "alps", reconstruct=ReconstructConfig(64, rate=1e-3, span=2)),
+    DSAConfig(0.5, reconstruct=ReconstructConfig(8, apart=True)),
     DSAConfig(
         0.6, allocation=GIVEN, batch_size=2, include=["lm_head"], data=DataConfig(split="test", text_column="code")
     ),

@@ -1,4 +1,4 @@
-"""Fingerprints: whether a search that goes on sees the model and the tokens that it began with."""
+"""Fingerprints: whether a run that goes on sees the model and the tokens that it began with."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..model.offload import resident
+from .offload import resident
 
 
 CHUNK = 1 << 24  # weights that are brought to the CPU at once
@@ -36,12 +36,11 @@ def fingerprint_of_model(model: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def fingerprint_of_tokens(inputs: Mapping[str, Tensor] | Tensor) -> str:
-    """Of a model's inputs, (samples, length, ...) each, all of them, in their order."""
+def fingerprint_of_tensors(tensors: Mapping[str, Tensor]) -> str:
+    """Of tensors of any shape by name, such as a model's inputs, all of them, in whichever order they are given."""
     digest = hashlib.sha256()
-    inputs = {"input_ids": inputs} if isinstance(inputs, Tensor) else inputs
-    for name in sorted(inputs):
-        _add(digest, name, inputs[name])
+    for name in sorted(tensors):
+        _add(digest, name, tensors[name])
     return digest.hexdigest()
 
 

@@ -1,10 +1,10 @@
-"""Whether a search goes on with what it began with."""
+"""Whether a run goes on with what it began with."""
 
 import pytest
 import torch
 from transformers import LlamaForCausalLM
 
-from optimum_dsa.search.fingerprint import fingerprint_of_model, fingerprint_of_tokens
+from optimum_dsa.model.fingerprint import fingerprint_of_model, fingerprint_of_tensors
 
 from ..tiny import tiny_llama, tokens
 
@@ -47,13 +47,13 @@ def test_it_is_the_same_wherever_the_weights_are_kept(where, tied, tmp_path):
     assert fingerprint_of_model(there) == fingerprint_of_model(here)
 
 
-def test_tokens_count_by_value_place_and_shape():
-    whole = fingerprint_of_tokens(tokens())
-    assert fingerprint_of_tokens({"input_ids": tokens()}) == whole == fingerprint_of_tokens(tokens().clone())
+def test_tensors_count_by_name_value_place_and_shape():
+    def found(values, **others):
+        return fingerprint_of_tensors({"input_ids": values, **others})
+
+    whole = found(tokens())
+    assert found(tokens().clone()) == whole != fingerprint_of_tensors({"ids": tokens()})
     other = tokens().clone()
     other[3, 5] += 1
-    assert (
-        len({whole, *(fingerprint_of_tokens(t) for t in (other, tokens().flip(0), tokens().view(-1), tokens()[1:]))})
-        == 5
-    )
-    assert fingerprint_of_tokens({"input_ids": tokens(), "mask": torch.ones(2)}) != whole
+    assert len({whole, *map(found, (other, tokens().flip(0), tokens().view(-1), tokens()[1:]))}) == 5
+    assert found(tokens(), mask=torch.ones(2)) != whole

@@ -1,0 +1,36 @@
+"""A command that is asked to end: by SIGTERM as by Ctrl-C."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM came: what `kill`, a scheduler and a machine that is shut down send."""
+
+
+@contextmanager
+def stoppable() -> Iterator[None]:
+    """Inside, SIGTERM raises `Terminated`, so that what is half-written goes and the user is told how to go on."""
+    # Under a launcher a process may wait for others in a call that no exception ends; it is killed as ever.
+    alone = int(os.environ.get("WORLD_SIZE", 1)) == 1
+    main = threading.current_thread() is threading.main_thread()
+    if not (alone and main and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL):
+        yield
+        return
+    owner = os.getpid()
+
+    def end(*_):
+        if os.getpid() != owner:  # a process that was forked off to help, and has nothing to clear away
+            os._exit(143)
+        raise Terminated
+
+    signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)

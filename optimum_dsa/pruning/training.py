@@ -1,0 +1,133 @@
+"""Training of a stretch of a model, on windows of which some are held out: these choose the rate, and when to stop."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import islice
+
+import torch
+from torch import Tensor
+
+from .source import step_size
+from .stretches import Stretch
+
+
+HELD_OUT = 1 / 8  # of the calibration windows
+LOOKS = 8  # at the held-out windows, in the course of a training
+BETAS = (0.9, 0.95)
+
+
+@dataclass(frozen=True)
+class Reconstruction:
+    """What training a block did. Losses are shares of its output, on calibration windows that it was not trained on.
+
+    Attributes:
+        before, after: Σ ‖block − dense block‖² over Σ ‖dense block‖².
+        rate: the learning rate.
+        steps: after which the loss was lowest; 0 where none lowered it, and the block is what it was.
+    """
+
+    before: float
+    after: float
+    rate: float
+    steps: int
+
+
+class Training:
+    """Trainings of one stretch from one start, of which the best is kept.
+
+    Attributes:
+        found: the [`Reconstruction`] of the best.
+    """
+
+    def __init__(self, stretch: Stretch, steps: int, seed: int):
+        self.stretch, self.steps, self.seed = stretch, steps, seed
+        # Where it is in float32 the weight itself is trained, and no copy.
+        self.masters = {name: value.detach().float().requires_grad_() for name, value in stretch.parameters.items()}
+        self.held = {name: value == 0 for name, value in stretch.parameters.items() if value.dim() > 1}
+        self.best = self.start = {name: value.detach().clone() for name, value in self.masters.items()}
+        groups = _groups(stretch.samples, step_size(sum(stretch.samples)))
+        out = max(round(len(groups) * HELD_OUT), 1)
+        self.groups, self.held_out = groups[:-out], [batch for group in groups[-out:] for batch in group]
+        # Of all windows, so that a step does not depend on the batches that it is made of.
+        self.mean = sum(float(target.float().square().sum()) for target in stretch.targets) / sum(stretch.samples)
+        before = self._held_out_loss()
+        self.found = Reconstruction(before, before, 0.0, 0)
+
+    def run(self, rate: float) -> None:
+        """Train from the start at `rate`, and keep the weights of the lowest loss on the held-out windows."""
+        for name, value in self.start.items():
+            self.masters[name].data.copy_(value)
+        optimizer = torch.optim.Adam(self.masters.values(), lr=rate, betas=BETAS)
+        look = max(self.steps // LOOKS, 1)
+        for step, group in enumerate(islice(self._shuffled(), self.steps)):
+            for parameters in optimizer.param_groups:
+                parameters["lr"] = rate * (1 + math.cos(math.pi * step / self.steps)) / 2
+            self._backward(group)
+            for name, held in self.held.items():
+                # A weight that never has a gradient has no moments either, and Adam leaves it at zero.
+                if self.masters[name].grad is not None:
+                    self.masters[name].grad.masked_fill_(held, 0)
+            optimizer.step()
+            optimizer.zero_grad()
+            if (step + 1) % look == 0 or step + 1 == self.steps:
+                self._look(rate, step + 1)
+
+    def loss(self) -> float:
+        """Share of the output that is lost on the held-out windows, by the stretch as it is now."""
+        with torch.no_grad():
+            return self._share(self.stretch.parameters)
+
+    def finish(self) -> None:
+        """Make the best weights the stretch's own."""
+        for name, value in self.best.items():
+            self.stretch.parameters[name].copy_(value)
+
+    def _look(self, rate: float, step: int) -> None:
+        loss = self._held_out_loss()
+        # Not a number is less than nothing, and never kept.
+        if loss < self.found.after:
+            self.found = replace(self.found, after=loss, rate=rate, steps=step)
+            self.best = {name: value.detach().clone() for name, value in self.masters.items()}
+
+    def _backward(self, group: Sequence[int]) -> None:
+        """Add the gradients of the mean loss of a group's batches, one batch's activations at a time."""
+        samples = sum(self.stretch.samples[batch] for batch in group)
+        for batch in group:
+            (self._lost(batch, self._values()) / (self.mean * samples)).backward()
+
+    @torch.no_grad()
+    def _held_out_loss(self) -> float:
+        return self._share(self._values())
+
+    def _share(self, values: Mapping[str, Tensor]) -> float:
+        """Share of the output that is lost on the held-out windows."""
+        whole = sum(self.stretch.targets[batch].float().square().sum() for batch in self.held_out)
+        return float(sum(self._lost(batch, values) for batch in self.held_out) / whole)
+
+    def _values(self) -> dict[str, Tensor]:
+        """What is trained in the stretch's own type, for that is the model that is made."""
+        return {name: value.to(self.stretch.parameters[name].dtype) for name, value in self.masters.items()}
+
+    def _lost(self, batch: int, values: Mapping[str, Tensor]) -> Tensor:
+        """Σ ‖what comes out − target‖² over a batch, a scalar in float32."""
+        return (self.stretch.run(batch, values).float() - self.stretch.targets[batch].float()).square().sum()
+
+    def _shuffled(self) -> Iterator[Sequence[int]]:
+        """The groups to be trained on, without end, in a new order every time round."""
+        generator = torch.Generator().manual_seed(self.seed)
+        while True:
+            for number in torch.randperm(len(self.groups), generator=generator).tolist():
+                yield self.groups[number]
+
+
+def _groups(samples: Sequence[int], size: int) -> list[list[int]]:
+    """Numbers of batches of so many samples each, put together until there are `size` samples."""
+    groups: list[list[int]] = [[]]
+    for number in range(len(samples)):
+        if sum(samples[other] for other in groups[-1]) >= size:
+            groups.append([])
+        groups[-1].append(number)
+    return groups

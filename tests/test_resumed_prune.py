@@ -1,0 +1,187 @@
+"""`prune --resume`: whatever ends a run, and wherever, the next one ends as if nothing had been."""
+
+import json
+import logging
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import textwrap
+
+import pytest
+
+from optimum_dsa import DSAPruner, demo_model
+from optimum_dsa.commands.stopping import Terminated, stoppable
+from optimum_dsa.common.output import OutputFolder
+from optimum_dsa.pruning.finished import FinishedBlocks
+
+from .test_commands import run
+
+
+# runs a command to its end, for a folder `whole`; then once for each moment, in a process of its own that is ended
+# there; says how each ended, and how many blocks lie there then
+ENDED = """
+    import os, signal, sys
+    from pathlib import Path
+    import torch
+    from optimum.commands.optimum_cli import main
+    from optimum_dsa.common.output import OutputFolder
+    from optimum_dsa.pruning import finished
+    import optimum_dsa.pruner
+
+    def end(number): os.kill(os.getpid(), number)
+
+    def arm(kind, number):
+        add, save = finished.FinishedBlocks.add, finished.save_file
+        def then_end(self, block, *others):
+            add(self, block, *others)
+            if block == number:
+                end(signal.SIGTERM if kind == "term" else signal.SIGKILL)
+        def half(values, path, metadata):
+            save(values, path, metadata)
+            if f"{number:04}" in path.name:
+                path.write_bytes(path.read_bytes()[:99])
+                end(signal.SIGKILL)
+        if kind in ("kill", "term"):
+            finished.FinishedBlocks.add = then_end
+        if kind == "half":
+            finished.save_file = half
+        if kind == "swap":
+            OutputFolder._swap = lambda *_: end(signal.SIGKILL)
+
+    torch.set_num_threads(1)
+    moments, out, arguments = sys.argv[1], Path(sys.argv[2]), sys.argv[3:]
+    sys.argv = ["optimum-cli", "dsa", *arguments, "-o", str(out.with_name("whole"))]
+    main()
+    for moment in moments.split(","):
+        pid = os.fork()
+        if not pid:
+            kind, number = moment.split()
+            arm(kind, int(number))
+            sys.argv = ["optimum-cli", "dsa", *arguments, "-o", str(out), *["--resume"] * (moment != "kill 1")]
+            main()
+            os._exit(0)
+        ended = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+        print("ended", moment, ended, len(list(out.parent.glob(".*/blocks/block-*s"))), flush=True)
+"""
+
+
+@pytest.fixture
+def command(tmp_path, text):
+    options = ["-s", "0.6", "--method", "sparsegpt", "--allocation", "dsa", "--dataset", text, "--num-samples", "4"]
+    return ["prune", str(demo_model()), *options, "--sequence-length", "32"]
+
+
+def content(folder):
+    """Every file by name, without what is of one run alone."""
+    found = {path.name: path.read_bytes() for path in folder.iterdir()}
+    described = json.loads(found["dsa_config.json"])
+    for name in ("seconds", "checksum"):
+        del described[name]
+    del found["dsa_manifest.json"]
+    return found | {"dsa_config.json": described}
+
+
+def test_a_command_that_is_ended_anywhere_goes_on_to_the_same_bytes(command, tmp_path, monkeypatch, capsys):
+    moments = {"kill 1": (-9, 2), "term 3": (143, 4), "half 6": (-9, 6), "swap 0": (-9, 10)}
+    arguments = [sys.executable, "-c", textwrap.dedent(ENDED), ",".join(moments), str(tmp_path / "out"), *command]
+    environment = os.environ | {"TOKENIZERS_PARALLELISM": "false"}  # it warns of forks otherwise
+    done = subprocess.run(arguments, capture_output=True, text=True, env=environment)
+    ends = [line for line in done.stdout.splitlines() if line.startswith("ended")]
+    assert ends == [f"ended {moment} {code} {count}" for moment, (code, count) in moments.items()], done.stderr
+    blocks = tmp_path / ".out.dsa-work" / "blocks"
+    said = f"prune: interrupted, 4 finished blocks are in {blocks}; the same command with --resume goes on"
+    assert said in done.stderr
+    assert (blocks / "block-0006.safetensors").exists()
+    assert run(monkeypatch, capsys, *command, "-o", str(tmp_path / "out"), "--resume")[0] == 0
+    assert content(tmp_path / "out") == content(tmp_path / "whole")
+    assert {path.name for path in tmp_path.iterdir()} == {"out", "whole"}
+
+
+def interrupted(count, error=KeyboardInterrupt):
+    real = FinishedBlocks.add
+
+    def add(self, number, *others):
+        if number == count:
+            raise error
+        real(self, number, *others)
+
+    return add
+
+
+def test_an_interrupted_command_says_how_to_go_on_and_is_not_replaced_unasked(command, tmp_path, monkeypatch, capsys):
+    prune, blocks = [*command, "-o", str(tmp_path / "out")], tmp_path / ".out.dsa-work" / "blocks"
+    with monkeypatch.context() as patch:
+        patch.setattr(DSAPruner, "from_pretrained", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
+        code, _, errors = run(patch, capsys, *prune)
+        assert code == 130 and "interrupted, nothing was written" in errors and not list(tmp_path.iterdir())
+    with monkeypatch.context() as patch:
+        patch.setattr(FinishedBlocks, "add", interrupted(2))
+        code, _, errors = run(patch, capsys, *prune)
+        assert code == 130 and f"2 finished blocks are in {blocks}; the same command with --resume goes on" in errors
+    code, _, errors = run(monkeypatch, capsys, *prune)
+    assert code == 2 and f"An interrupted run left blocks in {blocks.parent}; resume it, or remove" in errors
+    code, _, errors = run(monkeypatch, capsys, *prune, "--resume", "--method", "wanda")
+    assert code == 2 and "was made with method='sparsegpt', not 'wanda'; resume it with the same settings" in errors
+    code, _, errors = run(monkeypatch, capsys, *prune, "--resume", "--batch-size", "2")
+    assert code == 0, errors
+    assert {path.name for path in tmp_path.iterdir()} == {"out"}
+
+
+def test_blocks_can_be_kept_elsewhere_and_stay_there(command, tmp_path, monkeypatch, capsys):
+    prune, place = [*command, "-o", str(tmp_path / "out"), "--checkpoints", str(tmp_path / "b")], tmp_path / "b"
+    assert run(monkeypatch, capsys, *prune)[0] == 0 and len(list(place.iterdir())) == 11
+    (tmp_path / "b" / "block-0009.safetensors").unlink()
+    code, _, errors = run(monkeypatch, capsys, *prune)
+    assert code == 2 and "holds block-0000.safetensors of another run" in errors
+    before = content(tmp_path / "out")
+    assert run(monkeypatch, capsys, *prune, "--resume")[0] == 0
+    assert content(tmp_path / "out") == before and len(list(place.iterdir())) == 11
+
+
+def test_a_disk_with_room_for_the_result_alone_keeps_no_blocks(command, tmp_path, monkeypatch, capsys, caplog):
+    caplog.set_level(logging.WARNING)
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=6_000_000))  # and the weights have 4
+    asked = []
+    monkeypatch.setattr(FinishedBlocks, "add", lambda *_: asked.append(1))
+    code, _, errors = run(monkeypatch, capsys, *command, "-o", str(tmp_path / "out"), "--resume")
+    assert code == 2 and "bytes, and 6,000,000 are free there" in errors
+    code, _, errors = run(monkeypatch, capsys, *command, "-o", str(tmp_path / "out"))
+    assert code == 0 and not asked, errors
+    assert "none for finished blocks beside it: this run cannot be resumed. --checkpoints FOLDER" in caplog.text
+
+
+def test_none_are_kept_where_none_are_wanted(command, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(FinishedBlocks, "open", lambda *_: pytest.fail("opened"))
+    prune = [*command, "-o", str(tmp_path / "out"), "--no-checkpoints"]
+    code, _, errors = run(monkeypatch, capsys, *prune, "--resume")
+    assert code == 2 and "--no-checkpoints keeps none; leave one out" in errors
+    assert run(monkeypatch, capsys, *prune)[0] == 0
+
+
+def test_a_result_that_was_whole_needs_no_blocks_any_more(tmp_path):
+    out = tmp_path / "out"
+    with OutputFolder(out) as output:
+        (output.scratch("blocks") / "block-0000.safetensors").write_text("1")
+        output._remove = lambda folder: None  # as if it were killed between the result and what it was made from
+        output.write(lambda folder: (folder / "config.json").write_text("1"))
+    work = tmp_path / ".out.dsa-work"
+    assert os.listdir(work / "blocks") == ["block-0000.safetensors"]
+    os.rename(out, work / "result")
+    with OutputFolder(out, resume=True) as output:
+        assert os.listdir(output.scratch("blocks")) == ["block-0000.safetensors"]
+    os.rename(out, work / "result")
+    OutputFolder(out).begin().__exit__(None, None, None)
+    assert os.listdir(tmp_path) == ["out"] and (out / "config.json").is_file()
+
+
+def test_sigterm_is_ours_while_a_command_works_and_never_under_a_launcher(monkeypatch):
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    with pytest.raises(Terminated), stoppable():
+        os.kill(os.getpid(), signal.SIGTERM)
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with stoppable():
+        assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
