@@ -69,7 +69,7 @@ def walk_blocks(
     The caller may change a block's weights before it asks for the next one. With `sequential` the next block is given
     the outputs of the block as the caller left it (two forward passes per block), otherwise those that it had before
     (one). One block's activations are alive at a time. With "cross_gram" in `reads` the dense model's go beside
-    them: one forward pass of the dense block more, and one with every later group of a `true_sequential` caller.
+    them: one forward pass of the dense block more, and with `groups(true_sequential=True)` one a group.
 
     Args:
         batches (`Sequence[Mapping[str, Tensor]]`): inputs of the model by name, first dimension the samples. What an

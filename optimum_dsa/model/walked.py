@@ -79,7 +79,8 @@ class WalkedBlock:
         """The weights in groups that share an input, in the order in which the block runs them.
 
         With `true_sequential` each group but the first gets statistics that are collected when its turn comes, from
-        the block as the groups before it were left: one more forward pass a group.
+        the block as the groups before it were left: one more forward pass a group. Where the walk was told of it
+        (`sampled`), the first group's are collected then, too, and a pass ends where nothing of the group comes after.
         """
         shared: dict[int | tuple[str, str], list[Weight]] = {}
         # Statistics stand in the order in which inputs were seen: the block runs in it, and its code may name another.
