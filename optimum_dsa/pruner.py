@@ -215,7 +215,7 @@ class DSAPruner:
         checkpoints: str | Path | None = None,
         resume: bool = False,
     ) -> RecoveryResult:
-        """Train the model, pruned here or before, and keep each of its zeros.
+        """Train the model, pruned here or before, and keep each of its zeros, or with `method="elsa"` their number.
 
         Args:
             train (`Any`): texts, a .txt / .jsonl / .parquet path, a dataset or its name, or a LongTensor (samples,
@@ -228,12 +228,14 @@ class DSAPruner:
             resume (`bool`, defaults to `False`): go on from the last of them.
         """
         from .recovery.configuration import RecoveryConfig
+        from .recovery.elsa.budget import with_budget
         from .recovery.recover import recover
 
         report = self.report or report_of(self.model)
         if self.report is None:
             self._base = base_of(self.model)
         config = config or RecoveryConfig()
+        report = with_budget(self.model, report, config)
         if config.trains_weights or config.merge:
             self._stored = None
         self.model, self.recovery = recover(

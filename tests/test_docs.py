@@ -23,6 +23,7 @@ from optimum_dsa import (
     MODES,
     POST_PROCESS,
     PRE_PROCESS,
+    RECOVERIES,
     REDUCTION,
     SCHEDULES,
     TRANSFORM,
@@ -136,7 +137,7 @@ def test_links_of_the_readme_lead_to_a_file_and_a_heading():
 
 @pytest.mark.parametrize("name", sorted(TEXTS))
 def test_papers_are_cited_by_the_addresses_of_the_tables(name):
-    tables = [*TABLES.values(), MODES, SCHEDULES]
+    tables = [*TABLES.values(), MODES, SCHEDULES, RECOVERIES]
     known = {address for table in tables for address in table.references.values()} | {DISTILLATION, RECONSTRUCTION}
     assert set(re.findall(r"https://arxiv\.org/[\w./]+", TEXTS[name])) <= known
 

@@ -46,6 +46,7 @@ FIRST = {
     "--validation --validation-windows --split --text-column --sequence-length --seed --eval-steps --patience "
     "--save-steps --checkpoints --resume --device --dtype --device-map --offload-folder --revision "
     "--trust-remote-code",
+    "plan": "-s --sparsity --quality --method --config --dataset --num-samples --no-run --device --dtype --device-map",
     "evaluate": "--dataset --split --text-column --sequence-length --num-samples --seed --tasks --include-path "
     "--num-fewshot --limit --batch-size --output --json --device --dtype --device-map --offload-folder --revision "
     "--trust-remote-code",
@@ -95,7 +96,9 @@ def test_no_option_went_away_and_every_command_can_be_quiet(info):
     assert {*FIRST[info.name].split(), "--json", "-q", "--quiet", "-v", "--verbose"} <= options
 
 
-@pytest.mark.parametrize("name,config", [("prune", DSAConfig), ("search", DSAConfig), ("recover", RecoveryConfig)])
+@pytest.mark.parametrize(
+    "name,config", [("prune", DSAConfig), ("plan", DSAConfig), ("search", DSAConfig), ("recover", RecoveryConfig)]
+)
 def test_every_setting_is_an_option_with_a_help(name, config):
     parser = ArgumentParser()
     info = next(info for info in DSACommand.SUBCOMMANDS if info.name == name)

@@ -182,6 +182,11 @@ def test_sigterm_is_ours_while_a_command_works_and_never_under_a_launcher(monkey
     with pytest.raises(Terminated), stoppable():
         os.kill(os.getpid(), signal.SIGTERM)
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    with stoppable():
+        child = os.fork()
+        if not child:
+            os.kill(os.getpid(), signal.SIGTERM)
+        assert os.waitpid(child, 0)[1] == signal.SIGTERM
     monkeypatch.setenv("WORLD_SIZE", "2")
     with stoppable():
         assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL

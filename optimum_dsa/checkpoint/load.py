@@ -57,17 +57,15 @@ def load_model(path: str, adapter: bool = True, **kwargs) -> nn.Module:
         others = {name: value for name, value in kwargs.items() if name not in ("revision", "subfolder")}
         base = load_model(base_under(found), **others)
         return with_adapter(base, found) if adapter else base
-    found = folder / "config.json" if folder.is_dir() else _cached(path, "config.json", shared)
-    # read here first: larger than any configuration, it is refused before transformers reads it
-    stated = read_json(found) if found is not None and found.is_file() else {}
-    contents = None if kwargs.keys() & set(_OTHER_WEIGHTS) else _contents(path, folder, stated, shared)
+    stated = stated_in(path, folder, shared)
+    contents = None if kwargs.keys() & set(_OTHER_WEIGHTS) else contents_of(path, folder, stated, shared)
     config = kwargs.pop("config", None)
     if config is None:
         # AutoConfig already makes lists as long as the numbers say.
         check_counts(stated, contents, path)
-        config = _configuration(path, shared)
+        config = read_configuration(path, shared)
     loader = layout_of(stated).model_class(config, path)
-    with within(contents, path), _explained(f"The checkpoint at {path} cannot be loaded"):
+    with within(contents, path), explained(f"The checkpoint at {path} cannot be loaded"):
         return loader.from_pretrained(path, config=config, **kwargs).eval()
 
 
@@ -89,13 +87,22 @@ def _adapter_at(path: str, folder: Path, options: Mapping[str, Any]) -> Path | N
     return None if found is None else found.parent
 
 
-def _configuration(path: str, options: Mapping[str, Any]) -> Any:
-    with _explained(f"The config.json of {path} is none that transformers reads"):
+def stated_in(path: str, folder: Path, options: Mapping[str, Any]) -> Any:
+    """The content of the `config.json` at `path`, in `folder` or on the Hub; nothing where there is none."""
+    found = folder / "config.json" if folder.is_dir() else _cached(path, "config.json", options)
+    # read here first: larger than any configuration, it is refused before transformers reads it
+    return read_json(found) if found is not None and found.is_file() else {}
+
+
+def read_configuration(path: str, options: Mapping[str, Any]) -> Any:
+    """The configuration at `path`; `options` may be more than those that say where it is."""
+    options = {name: options[name] for name in _HUB_OPTIONS if name in options}
+    with explained(f"The config.json of {path} is none that transformers reads"):
         return transformers.AutoConfig.from_pretrained(path, **options)
 
 
 @contextmanager
-def _explained(what: str) -> Iterator[None]:
+def explained(what: str) -> Iterator[None]:
     """Makes a `ValueError` of whatever a wrong value in `config.json` ends in: transformers checks few of them."""
     try:
         yield
@@ -108,7 +115,7 @@ def _explained(what: str) -> Iterator[None]:
         ) from error
 
 
-def _contents(path: str, folder: Path, stated: Any, options: Mapping[str, Any]) -> Contents | None:
+def contents_of(path: str, folder: Path, stated: Any, options: Mapping[str, Any]) -> Contents | None:
     """What the weights at `path` hold; `None` where they are not in safetensors, and so not counted."""
     encoding = encoding_in(stated)
     if not folder.is_dir():

@@ -7,6 +7,7 @@ from .demo import DemoCommand
 from .env import EnvCommand
 from .evaluate import EvaluateCommand
 from .options import CommandParser
+from .plan import PlanCommand
 from .prune import PruneCommand
 from .push import PushCommand
 from .recover import RecoverCommand
@@ -21,6 +22,7 @@ class DSACommand(BaseOptimumCLICommand):
     COMMAND = CommandInfo("dsa", "Prune transformers models with discovered sparsity allocations.")
     SUBCOMMANDS = (
         CommandInfo("prune", "Prune a model to an exact budget and save it.", PruneCommand),
+        CommandInfo("plan", "Say what pruning a model will need: memory, disk, time.", PlanCommand),
         CommandInfo("search", "Find the allocation that hurts a model least.", SearchCommand),
         CommandInfo("recover", "Train a pruned model and keep its zeros.", RecoverCommand),
         CommandInfo("evaluate", "Measure a model's perplexity and its sparsity.", EvaluateCommand),

@@ -85,10 +85,11 @@ def add_settings(
 
 
 def _with_names(text: str) -> str:
-    """A description with the rows of the tables in the place of {methods}, {allocations} and {updates}."""
+    """A description with the rows of the tables in the place of their names in braces."""
     if "{methods}" not in text:
         return text
     from ..pruning.allocation import ALLOCATIONS
+    from ..pruning.presets import QUALITIES
     from ..pruning.unstructured.methods import METHODS
     from ..pruning.unstructured.updates import UPDATES
 
@@ -96,9 +97,11 @@ def _with_names(text: str) -> str:
         f"{name:<14} {METHODS.fact(name, 'about', f'{row.metric}, {row.pattern}, {row.update}')}"
         for name, row in METHODS.items()
     ]
+    qualities = [f"{name:<14} {QUALITIES.fact(name, 'about', row)}" for name, row in QUALITIES.items()]
     indent = " " * 14
     allocations = textwrap.fill(", ".join(ALLOCATIONS) + ";", 100, initial_indent=indent, subsequent_indent=indent)
     listed = {"methods": "\n".join(indent + line for line in methods), "allocations": allocations}
+    listed["qualities"] = "\n".join(indent + line for line in qualities)
     return text.format(**listed, updates=", ".join(UPDATES))
 
 

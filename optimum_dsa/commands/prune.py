@@ -15,6 +15,8 @@ class PruneCommand(LeafCommand):
     DESCRIPTION = """\
 Prune a transformers model to an exact budget, in one shot, and save it as an ordinary checkpoint.
 
+quality     how good it is to be, in one word; it chooses the method, and fills in what is not said
+{qualities}
 method      how weights are scored and what happens to the rest
 {methods}
 allocation  how much to remove from each block (default: dsa)
@@ -25,7 +27,7 @@ pattern     row, matrix, group:128, 2:4 (any N:M), mixed:8 (N:8, N from the allo
 update      what becomes of the weights that stay: {updates}
 """
     EXAMPLES = """\
-  optimum-cli dsa prune Qwen/Qwen3-0.6B -o out --sparsity 0.6
+  optimum-cli dsa prune Qwen/Qwen3-0.6B -o out --sparsity 0.6 --quality good
   optimum-cli dsa prune ./model -o out -s 0.7 --method sparsegpt --allocation owl --dataset calibration.txt
   optimum-cli dsa prune ./model -o out -s 0.5 --pattern 2:4 --allocation uniform
   optimum-cli dsa prune ./model -o out -s 0.5 --method magnitude --allocation uniform --device-map disk
@@ -40,6 +42,7 @@ update      what becomes of the weights that stay: {updates}
             "-o", "--output", required=True, help="folder to write; an earlier result there is replaced"
         )
         what = parser.add_argument_group("what to remove")
+        add_quality_option(what)
         what.add_argument("--config", help="dsa_config.json, or a folder with one, to start from")
         data = add_calibration_options(parser)
         add_settings(parser, [(data, CALIBRATION)], "pruning.configuration.DSAConfig", what)
@@ -98,6 +101,7 @@ update      what becomes of the weights that stay: {updates}
             if not self.args.no_checkpoints:
                 self._checkpoints = Path(self.args.checkpoints or output.scratch("blocks"))
                 check_folder(self._checkpoints, self.args.resume)
+            self._say_plan(config, loading)
             pruner = DSAPruner.from_pretrained(self.args.model, **loading)
             if has_adapters(pruner.model):
                 raise ValueError(
@@ -110,6 +114,18 @@ update      what becomes of the weights that stay: {updates}
             pruner.save_pretrained(output, self.args.compressed, **options)
         print(f"saved to {self.args.output}; next: optimum-cli dsa evaluate {quote(self.args.output)} --dataset FILE")
         return {"output": self.args.output, **report.to_dict()}
+
+    def _say_plan(self, config, loading: dict) -> None:
+        """What was chosen, and what it will need: arithmetic on the model's configuration, before it is loaded."""
+        from ..checkpoint.plan import plan
+
+        try:
+            found = plan(self.args.model, config, output=self.args.output, run_block=False, **loading)
+        except Exception:  # noqa: BLE001 - what is wrong with the model, loading it says; a forecast stops no work
+            return
+        if self.args.quality:
+            say(f"quality {self.args.quality}: {found.method}; {found.text.samples} x {found.text.length} tokens")
+        say(f"expected: {found.line}")
 
     def _check_room(self, output, size: int) -> None:
         """Raise where the disk has no room for a result of `size` bytes; without room for blocks, keep none."""
@@ -142,13 +158,26 @@ def add_calibration_options(parser):
     return data
 
 
+def add_quality_option(group):
+    """`--quality`, a row of `QUALITIES`."""
+    group.add_argument("--quality", help="fast, good or best: chooses the method, and fills in what is not said")
+
+
 def asked_config(args, **given):
-    """The `DSAConfig` that the options ask for, on top of `given` and of `--config` where there is one."""
+    """The `DSAConfig` that the options ask for, on top of `given` and of `--config` or `--quality`, if any."""
     from ..common.settings import nested
     from ..pruning.configuration import DSAConfig
+    from ..pruning.presets import with_quality
 
     asked = asked_settings(args, DSAConfig)
-    path = getattr(args, "config", None)
+    path, quality = getattr(args, "config", None), getattr(args, "quality", None)
+    if quality and path:
+        raise ValueError(
+            f"--quality {quality} chooses how to prune, and the config in {path} says it already; leave out one of "
+            "both, --quality or --config."
+        )
+    if quality:
+        given = with_quality(quality, given | asked)
     base = DSAConfig.from_pretrained(path).to_dict() if path else {}
     if "sparsity" not in base | asked:
         raise ValueError("say how much to remove, for example --sparsity 0.6")

@@ -7,13 +7,16 @@ from .options import add_settings, asked_settings
 
 
 class RecoverCommand(LeafCommand):
-    """A pruned model in, one with the same zeros and a lower perplexity out."""
+    """A pruned model in, one with the same or as many zeros and a lower perplexity out."""
 
     DESCRIPTION = """\
-Train a pruned model, on language modelling or towards its dense parent's predictions, and keep every zero.
+Train a pruned model, on language modelling or towards its dense parent's predictions, and keep every zero; or train
+under a budget of zeros, a dense model as well.
 
 method  sparse-lora  adapters on the pruned matrices, merged at the end (default)
         full         all weights that are not zero
+        elsa         all weights; which become zero is chosen on the way, how many is the pruned model's budget, or
+                     for a dense model --sparsity, --allocation and --pattern
 mode    what the adapters add to a weight W, with small factors A and B
           mask       BA where W is not zero (default)
           scale      what makes it W times BA, entry by entry
@@ -24,12 +27,15 @@ mode    what the adapters add to a weight W, with small factors A and B
   optimum-cli dsa recover out -o better --dataset train.txt --validation val.txt --method full --patience 3
   optimum-cli dsa recover out -o better --dataset train.txt --teacher Qwen/Qwen3-0.6B --distillation 0.5
   optimum-cli dsa recover out -o better --dataset train.txt --save-steps 100 --resume
+  optimum-cli dsa recover Qwen/Qwen3-0.6B -o out --dataset train.txt --method elsa --sparsity 0.8
 """
 
     @staticmethod
     def parse_args(parser):
         RecoverCommand.describe(parser, "recover")
-        parser.add_argument("model", help="folder or Hub id of the pruned model")
+        parser.add_argument(
+            "model", help="folder or Hub id of the pruned model; with --method elsa also of a dense one"
+        )
         parser.add_argument(
             "-o", "--output", required=True, help="folder to write; an earlier result there is replaced"
         )
@@ -41,7 +47,13 @@ mode    what the adapters add to a weight W, with small factors A and B
         run = parser.add_argument_group("stopping and going on")
         run.add_argument("--checkpoints", help="their folder (default: beside OUTPUT, hidden, removed at the end)")
         run.add_argument("--resume", action="store_true", help="go on from the last checkpoint")
-        groups = [(data, ("data", "validation_windows")), (run, ("eval_steps", "patience", "save_steps"))]
+        elsa = parser.add_argument_group("training under a budget (--method elsa)")
+        budget = ("sparsity", "allocation", "pattern", "penalty", "project_every", "growth", "shape")
+        groups = [
+            (elsa, budget),
+            (data, ("data", "validation_windows")),
+            (run, ("eval_steps", "patience", "save_steps")),
+        ]
         add_settings(parser, groups, "recovery.configuration.RecoveryConfig", how)
         add_loading_options(parser)
 
@@ -86,8 +98,9 @@ mode    what the adapters add to a weight W, with small factors A and B
             result = pruner.recover(args.dataset, config, args.validation, args.teacher, checkpoints, args.resume)
             say(str(result))
             pruner.save_pretrained(place)
+        as_before = "" if config.sparsity is not None else " as before"
         print(
-            f"saved to {args.output}, sparsity {pruner.report.sparsity:.4f} as before; next: optimum-cli dsa evaluate "
-            f"{quote(args.output)} --dataset FILE"
+            f"saved to {args.output}, sparsity {pruner.report.sparsity:.4f}{as_before}; "
+            f"next: optimum-cli dsa evaluate {quote(args.output)} --dataset FILE"
         )
         return {"output": args.output, "sparsity": pruner.report.sparsity, **result.to_dict()}

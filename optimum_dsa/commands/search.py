@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from .base import LeafCommand, add_loading_options, check_texts, loading_options, say
 from .options import add_settings
-from .prune import CALIBRATION, add_calibration_options, asked_config
+from .prune import CALIBRATION, add_calibration_options, add_quality_option, asked_config
 
 
 class SearchCommand(LeafCommand):
@@ -51,6 +51,7 @@ strategy    named         uniform and every named allocator
         )
         parser.add_argument("--report-to", help="log trials to trackio, tensorboard, wandb, ... (default: none)")
         what = parser.add_argument_group("how the model will be pruned")
+        add_quality_option(what)
         data = add_calibration_options(parser)
         found = ("allocation", "spread", "granularity")  # is what is searched
         add_settings(parser, [(data, CALIBRATION)], "pruning.configuration.DSAConfig", what, without=found)
@@ -112,9 +113,8 @@ strategy    named         uniform and every named allocator
             if several:
                 say(f"\n{robustness_table(results)}")
                 min(results, key=lambda result: result.finalists[0].loss).save(whole, plot_search)
-        options = "".join(
-            f" --{name} {quote(getattr(args, name))}" for name in ("method", "pattern") if getattr(args, name)
-        )
+        said = {name: getattr(args, name) for name in ("quality", "method", "pattern")}
+        options = "".join(f" --{name} {quote(value)}" for name, value in said.items() if value)
         print(
             f"saved to {output}; next: optimum-cli dsa prune {quote(args.model)} -o OUT -s {args.sparsity}"
             f"{options} --allocation {quote(str(output))}"

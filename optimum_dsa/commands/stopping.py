@@ -25,9 +25,11 @@ def stoppable() -> Iterator[None]:
     owner = os.getpid()
 
     def end(*_):
-        if os.getpid() != owner:  # a process that was forked off to help, and has nothing to clear away
-            os._exit(143)
-        raise Terminated
+        if os.getpid() == owner:
+            raise Terminated
+        # A process that was forked off to help, and has nothing to clear away.
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        os.kill(os.getpid(), signal.SIGTERM)
 
     signal.signal(signal.SIGTERM, end)
     try:

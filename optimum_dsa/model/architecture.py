@@ -55,8 +55,15 @@ class Weight:
 
     def tensor(self, model: nn.Module) -> Tensor:
         """The live weight as (out_features, in_features): a view that writes through to the parameter."""
-        parameter = getattr(model.get_submodule(self.module), self.attribute).data
-        matrix = parameter if self.expert is None else parameter[self.expert]
+        return self.matrix(self.parameter(model).data)
+
+    def parameter(self, model: nn.Module) -> nn.Parameter:
+        """The parameter that holds the weight, of its own shape; several experts may share it."""
+        return getattr(model.get_submodule(self.module), self.attribute)
+
+    def matrix(self, tensor: Tensor) -> Tensor:
+        """The weight's part of a tensor of its parameter's shape, as (out_features, in_features): a view."""
+        matrix = tensor if self.expert is None else tensor[self.expert]
         return matrix.t() if self.transposed else matrix
 
 

@@ -259,8 +259,9 @@ def _walk_block(
 
     with resident(model, [block.name]) as changes, dense.at(module, index, sample, last) if dense else nullcontext():
         again = collect if sequential and not finished else None  # otherwise what went into the block is gone
-        replay = Replay(module, index, calls, dense) if dense and "outputs" in dense.reads else None
-        if replay and sample and not finished:
+        replays = dense and "outputs" in dense.reads and not finished
+        replay = Replay(module, index, calls, dense) if replays else None
+        if replay and sample:
             dense.complete(module, index)
         # The statistics have no name here: they are freed as soon as whoever is given them lets go of them.
         yield WalkedBlock(block, found(), model, changes, again, replay, sampled=sample)
@@ -284,8 +285,8 @@ def _walk_head(
     """The weights outside the blocks, on what the last stack gives, (samples, ..., hidden size)."""
     with resident(model, _modules(head)) as changes:
         observer = watch()
-        paired = dense is not None and "cross_gram" in dense.reads
         for number, batch in enumerate(() if finished else batches):
+            paired = dense is not None and "cross_gram" in dense.reads
             beside = dense.inputs_behind(model, head, stack, batch, number).inputs if paired else None
             tokens = calls.hidden[number].shape[:-1].numel()
             observer.start_batch(calls.samples[number], real[number], beside, tokens)

@@ -73,7 +73,7 @@ class WalkedBlock:
             live[name].copy_(value)
             owner, _, attribute = name.rpartition(".")
             if attribute in dict(self.model.get_submodule(owner).named_parameters(recurse=False)):
-                self.changes.add(name)
+                self.changed(name)
 
     def groups(self, true_sequential: bool = False) -> Iterator[Group]:
         """The weights in groups that share an input, in the order in which the block runs them.

@@ -12,12 +12,22 @@ from typing import Any
 
 from ..common.files import read_json, write_text
 from ..common.installation import how_to_upgrade
-from ..common.settings import check_settings, section, setting, settings_from, settings_to, takes_flat_names
+from ..common.settings import (
+    check_settings,
+    flattened,
+    nested,
+    section,
+    setting,
+    settings_from,
+    settings_to,
+    takes_flat_names,
+)
 from ..common.values import is_whole
 from ..data import DataConfig
 from ..model.architecture import GRANULARITIES
 from ..model.statistics import DAMPING
 from .allocation import ALLOCATIONS, Allocation, AllocationFunction, Allocator, levels_within
+from .presets import with_quality
 from .resolved_method import ResolvedMethod
 from .targets import TARGETS
 from .unstructured.methods import METHODS, Method
@@ -244,6 +254,29 @@ class DSAConfig:
     def given_allocation(self) -> Allocation:
         """The allocation where `allocator` is `None`."""
         return self.allocation if isinstance(self.allocation, Allocation) else Allocation.load(self.allocation)
+
+    @classmethod
+    def preset(cls, quality: str, sparsity: float, **settings) -> DSAConfig:
+        """The config of a quality, a row of `QUALITIES`: `"fast"`, `"good"` or `"best"`.
+
+        ```python
+        DSAConfig.preset("good", 0.7, num_samples=32, exclude=("lm_head",))
+        ```
+
+        Args:
+            settings (`dict`): any of a `DSAConfig`, those of its sections under their own names, too. The quality
+                fills in what is not given; of a section that is given as an object, all is.
+
+        Raises:
+            UnknownNameError: there is no such quality.
+            ValueError: a setting contradicts the quality, such as another method; it names both.
+        """
+        given = {
+            name: settings_to(value) if isinstance(value, (DataConfig, UpdateConfig)) else value
+            for name, value in settings.items()
+        }
+        flat = with_quality(quality, {"sparsity": sparsity, **flattened(cls, given)})
+        return settings_from(cls, nested(cls, flat))
 
     def to_dict(self) -> dict[str, Any]:
         """All fields as JSON values, sections as objects."""

@@ -96,4 +96,4 @@ class Reconstruct:
         """The rates to be tried: the one that was given or found, or all."""
         if self.config.rate is not None:
             return (self.config.rate,)
-        return [found.rate for found in self.found.values() if found.steps][:1] or RATES
+        return next(((found.rate,) for found in self.found.values() if found.steps), RATES)

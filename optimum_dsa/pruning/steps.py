@@ -34,12 +34,12 @@ class Step(Protocol):
             "gram" (X·Xᵀ as well), "cross_gram" (X_dense·Xᵀ as well), and with it "residual".
         notes: name of a weight or of a block -> a JSON value, such as what the report says of it. Those that are added
             at a block are kept with it, and put back with it.
-        waiting: blocks that it was given and will change once more, together with the next.
+        waiting: blocks that it was given and will change once more, together with the next; a step that never does so
+            need not have it.
     """
 
     reads: Reads
     notes: dict[str, Any]
-    waiting: Sequence[WalkedBlock] = ()
 
     def __call__(self, walked: WalkedBlock) -> None: ...
 
@@ -59,7 +59,7 @@ class RemoveWeights:
 
     def __init__(self, method: ResolvedMethod, allocation: Allocation, true_sequential: bool = False):
         self.method, self.counts, self.granularity = method, allocation.counts(), allocation.granularity
-        self.true_sequential, self.waiting = true_sequential, ()
+        self.true_sequential = true_sequential
         self.reads: Reads = method.reads
         self.notes: dict[str, Any] = {}  # weight -> its "damping", and whether it was "unseen"
 

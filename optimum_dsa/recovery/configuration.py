@@ -9,6 +9,7 @@ from typing import Any
 from ..common.settings import check_settings, section, setting, settings_from, settings_to, takes_flat_names
 from ..data import DataConfig
 from .adapters.modes import MODES
+from .gradual.schedule import SCHEDULES
 from .recoveries import RECOVERIES
 
 
@@ -24,11 +25,12 @@ class RecoveryConfig:
 
     Args:
         method (`str`, defaults to `"sparse-lora"`): A row of `RECOVERIES`: `"sparse-lora"` trains adapters, `"full"`
-            all weights that are not zero.
+            all weights that are not zero, `"elsa"` all weights, while it chooses which become zero.
         mode (`str`, defaults to `"mask"`): A row of `MODES`: what the adapters add.
         steps (`int`, defaults to 300): Optimizer steps.
         learning_rate (`float`, *optional*): At its highest, after a linear warm-up over a tenth of the steps; a cosine
-            brings it to zero. Defaults to 1e-3 (mask, scale), 4e-3 (spp) or 3e-4 (full).
+            brings it to zero. Defaults to 1e-3 (mask, scale), 4e-3 (spp), 3e-4 (full) or
+            2e-3 (elsa).
         batch_size (`int`, defaults to 8): Sequences per forward pass.
         accumulation (`int`, defaults to 1): Forward passes per optimizer step.
         weight_decay (`float`, defaults to 0.0): AdamW's.
@@ -40,6 +42,15 @@ class RecoveryConfig:
         distillation (`float`, defaults to 0.0): Weight of the divergence from the dense model's predictions, in
             [0, 1]; the rest is the language modelling loss.
         temperature (`float`, defaults to 1.0): Softens both predictions that are compared.
+        sparsity (`float`, *optional*): The budget of a dense model that `"elsa"` trains: the share of its prunable
+            weights that end as zeros. A pruned model has its budget.
+        allocation (`str`, defaults to `"uniform"`): How that is divided: a row of `ALLOCATIONS` that needs no data, or
+            the path of an allocation.
+        pattern (`str`, defaults to `"matrix"`): Within which weights of the dense model the zeros are chosen.
+        penalty (`float`, defaults to 0.2): What a step of `"elsa"` takes of the distance to sparse weights.
+        project_every (`int`, defaults to 5): Its steps between two choices of the zeros.
+        growth (`float`, defaults to 0.5): The share of its steps in which the budget grows from nothing to the whole.
+        shape (`str`, defaults to `"cubic"`): A row of `SCHEDULES`: how it grows.
         data (`DataConfig`): Which text is trained on: how much, how long a sequence, column, split, and the seed of
             its order and of the adapters' start.
         validation_windows (`int`, defaults to 32): Windows on which perplexity is measured; where no validation text
@@ -64,6 +75,13 @@ class RecoveryConfig:
     merge: bool = True
     distillation: float = setting(0.0, low=0, high=1)
     temperature: float = setting(1.0, low=1e-3)
+    sparsity: float | None = setting(None, low=0, below=1, what="the share of weights to remove")
+    allocation: str = "uniform"
+    pattern: str = "matrix"
+    penalty: float = setting(0.2, low=1e-4, high=1)
+    project_every: int = setting(5, low=1)
+    growth: float = setting(0.5, low=0, high=1)
+    shape: str = "cubic"
     data: DataConfig = section(DataConfig)
     validation_windows: int = setting(32, low=1)
     eval_steps: int = setting(50, low=1)
@@ -74,7 +92,19 @@ class RecoveryConfig:
 
     def __post_init__(self):
         check_settings(self)
-        RECOVERIES[self.method], MODES[self.mode]
+        RECOVERIES[self.method], MODES[self.mode], SCHEDULES[self.shape]
+        if RECOVERIES.fact(self.method, "moves_zeros", False):
+            if self.patience is not None:
+                raise ValueError(
+                    f"patience={self.patience} would bring back an earlier model, and with method={self.method!r} "
+                    "only the last is sparse; leave it out, or ask for fewer steps."
+                )
+        elif self.sparsity is not None:
+            able = ", ".join(sorted(name for name in RECOVERIES if RECOVERIES.fact(name, "moves_zeros", False)))
+            raise ValueError(
+                f"sparsity={self.sparsity:g} is for methods that choose zeros ({able}), and {self.method!r} keeps "
+                "those that are there; leave it out."
+            )
 
     @property
     def rate(self) -> float:

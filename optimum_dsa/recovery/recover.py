@@ -18,9 +18,9 @@ from ..evaluation.perplexity import perplexity_with_error
 from ..model.adapters import has_adapters
 from ..model.offload import is_offloaded
 from ..pruning.report import PruningReport
-from ..pruning.zeros import FEWEST_ZEROS, MEASURED
 from .checkpoints import last_whole_checkpoint
 from .configuration import RecoveryConfig
+from .elsa.budget import is_dense
 from .gradual.callback import DSACallback
 from .precision import in_float32
 from .recoveries import RECOVERIES
@@ -68,9 +68,8 @@ def recover(
         try:
             trainer = make_trainer(trained, windows, held_out, config, teacher, folder)
             if config.trains_weights:
-                # Adapters keep zeros by themselves; all weights need masks.
-                DSACallback(exclude=report.config.exclude, include=report.config.include).attach(trainer)
-            last = last_whole_checkpoint(folder) if resume else None
+                _keeps_the_budget(config, report).attach(trainer)
+            last = last_whole_checkpoint(folder, RECOVERIES.fact(config.method, "files", ())) if resume else None
             trainer.train(resume_from_checkpoint=None if last is None else str(last))
             # Takes accelerate's wrapper of mixed precision off the forward, which would stay on the user's model.
             trainer.accelerator.unwrap_model(trainer.model_wrapped, keep_fp32_wrapper=False)
@@ -91,13 +90,21 @@ def recover(
     )
 
 
+def _keeps_the_budget(config: RecoveryConfig, report: PruningReport) -> Any:
+    """The callback under which all weights are trained; adapters keep zeros by themselves."""
+    if make := RECOVERIES.fact(config.method, "callback"):
+        return make(config, report)
+    return DSACallback(exclude=report.config.exclude, include=report.config.include)
+
+
 def _check(
     model: nn.Module, config: RecoveryConfig, report: PruningReport, teacher: Any, checkpoints: Any, resume: bool
 ) -> None:
-    if report.allocation.name == MEASURED and report.sparsity < FEWEST_ZEROS:
+    if is_dense(report):
         raise ValueError(
             f"{type(model).__name__} was not pruned: no dsa_config.json says so, and {report.sparsity:.2%} of its "
-            "prunable weights are zero. Prune it first; a dense model is trained with transformers' Trainer."
+            "prunable weights are zero. Prune it first, or train it under a budget with method='elsa'; a dense "
+            "model that stays dense is trained with transformers' Trainer."
         )
     if has_adapters(model):
         raise ValueError("The model has an adapter already; merge it first (model.merge_and_unload()).")

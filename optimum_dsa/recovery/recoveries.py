@@ -13,13 +13,17 @@ from ..common.registry import Registry
 from ..model.architecture import find_architecture
 from ..model.parameters import one_name_each
 from ..pruning.report import PruningReport
+from .elsa.split import FILE
 
 
 if TYPE_CHECKING:
     from .configuration import RecoveryConfig
+    from .elsa.callback import ElsaCallback
 
 # The fact `trains_weights` says that the model's own weights are trained: then `DSACallback` keeps their zeros, and
 # they are in float32 meanwhile. `rate` is the learning rate where nobody gives one; adapters have one for each mode.
+# `moves_zeros`: it ends with the zeros of a budget, wherever they were; then `callback` (config, report) makes the
+# callback that sees to it, in the place of `DSACallback`, and `files` are what that adds to each checkpoint.
 RECOVERIES = Registry("recovery method")
 
 
@@ -60,4 +64,23 @@ def sparse_lora(model: nn.Module, config: RecoveryConfig, report: PruningReport)
 @RECOVERIES.register(trains_weights=True, rate=3e-4)
 def full(model: nn.Module, config: RecoveryConfig, report: PruningReport) -> nn.Module:
     """`model` itself: all weights that are not zero are trained."""
+    return model
+
+
+def _elsa_callback(config: RecoveryConfig, report: PruningReport) -> ElsaCallback:
+    from .elsa.callback import ElsaCallback
+
+    return ElsaCallback(report, config.penalty, config.project_every, config.growth, config.shape)
+
+
+@RECOVERIES.register(
+    reference="https://arxiv.org/abs/2510.01650",
+    trains_weights=True,
+    moves_zeros=True,
+    rate=2e-3,
+    callback=_elsa_callback,
+    files=(FILE,),
+)
+def elsa(model: nn.Module, config: RecoveryConfig, report: PruningReport) -> nn.Module:
+    """`model` itself, dense or pruned: all weights are trained, and drawn to the budget's zeros on the way (ADMM)."""
     return model

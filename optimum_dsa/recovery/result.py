@@ -66,10 +66,10 @@ class RecoveryResult:
 
 
 def by_step(log: Iterable[Mapping[str, float]]) -> list[dict[str, float]]:
-    """A Trainer's log with one entry per step that has a loss: step, losses and learning rate."""
+    """A Trainer's log with one entry per step that has a loss: step, losses, learning rate, and `elsa`'s residual."""
     steps: dict[float, dict[str, float]] = {}
     for entry in log:
         if "loss" in entry or "eval_loss" in entry:
-            names = [name for name in ("step", "loss", "eval_loss", "learning_rate") if name in entry]
+            names = [name for name in ("step", "loss", "eval_loss", "learning_rate", "residual") if name in entry]
             steps.setdefault(entry["step"], {}).update({name: entry[name] for name in names})
     return list(steps.values())

@@ -19,6 +19,7 @@ from ..evaluation.comparison import main_metric
 from ..evaluation.measurement import Measurement, with_error
 from ..pruning.allocation import Allocation
 from ..pruning.configuration import DSAConfig
+from ..recovery.recoveries import RECOVERIES
 from .outcome import Outcome
 from .provenance import (
     calibration_source,
@@ -97,8 +98,10 @@ def model_card(
         eval_results=_eval_results(shown.evaluations) or None,
         **_plain_metadata(base or {}),
     )
-    made = command(facts)
     base_name = (facts.get("base_model") or {}).get("name")
+    # A dense model that was trained sparse was never pruned before: the one command is that of its training.
+    trained_dense = (outcome.training.get("config") or {}).get("sparsity") is not None
+    made = recover_command(outcome.training, base_name) if trained_dense else command(facts)
     return ModelCard.from_template(
         data,
         template_str=files("optimum_dsa.sharing").joinpath("templates/model_card.md").read_text(encoding="utf-8"),
@@ -126,7 +129,7 @@ def model_card(
         recovery=_recovery(outcome.training),
         versions=Table(["package", "version"], [*map(list, (facts.get("versions") or {}).items())]).markdown(),
         seal=SEALS.get(seal_of(outcome.facts), ""),
-        papers={inline_markdown(part): address for part, address in papers(facts["config"]).items()},
+        papers={inline_markdown(part): address for part, address in papers(facts["config"], outcome.training).items()},
     )
 
 
@@ -165,9 +168,13 @@ def _training(recovery: Mapping[str, Any]) -> str:
         return f"It was trained with `DSACallback`, up to step {recovery.get('step')}."
     asked, perplexity = recovery["config"], recovery["perplexity"]
     before, after = (with_error(perplexity[name], perplexity.get(f"{name}_error"), 3) for name in ("before", "after"))
+    method = str(asked["method"])
+    moved = method in RECOVERIES and RECOVERIES.fact(method, "moves_zeros", False)
+    zeros = "which chose its zeros within the budget" if moved else "with every zero kept"
+    when = "It" if asked.get("sparsity") is not None else "After pruning it"
     return (
-        f"After pruning it was trained for {recovery['steps']} steps ({code_span(str(asked['method']))}), with every "
-        f"zero kept: perplexity on validation text {before} before and {after} after. {RECORDED}"
+        f"{when} was trained for {recovery['steps']} steps ({code_span(method)}), {zeros}: "
+        f"perplexity on validation text {before} before and {after} after. {RECORDED}"
     )
 
 

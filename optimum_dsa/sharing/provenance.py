@@ -19,6 +19,7 @@ from ..pruning.unstructured.methods import METHODS
 from ..pruning.unstructured.metrics import METRICS
 from ..pruning.unstructured.updates import UPDATES
 from ..recovery.configuration import RecoveryConfig
+from ..recovery.recoveries import RECOVERIES
 from ..search.strategies import STRATEGIES
 
 
@@ -57,11 +58,15 @@ def command(facts: Mapping[str, Any]) -> str:
     return shlex.join(words)
 
 
-def recover_command(recovery: Mapping[str, Any]) -> str:
-    """The command line that trains the pruned model once more: every setting that is not its default."""
+def recover_command(recovery: Mapping[str, Any], base: str | None = None) -> str:
+    """The command line that trains the pruned model once more, or `base`, the dense one that was trained sparse.
+
+    It has every setting that is not its default.
+    """
     config, data = recovery["config"], recovery.get("data") or {}
     defaults = RecoveryConfig().to_dict()
-    words = ["optimum-cli", "dsa", "recover", "OUT", "-o", "BETTER"]
+    model, output = ("OUT", "BETTER") if config.get("sparsity") is None else (_word(base) or "BASE_MODEL", "OUT")
+    words = ["optimum-cli", "dsa", "recover", model, "-o", output]
     for option, name in (("--dataset", data.get("train")), ("--validation", data.get("validation"))):
         if name or option == "--dataset":
             known = isinstance(name, str) and names_data(name) and not _PATH.match(name) and _word(name)
@@ -106,8 +111,8 @@ def is_repository(name: Any, alone: bool = False) -> bool:
     return isinstance(name, str) and bool(re.fullmatch(rf"({part}/){'?' if alone else ''}{part}", name))
 
 
-def papers(config: Mapping[str, Any]) -> dict[str, str]:
-    """Part -> address of its publication, of every part that had a say."""
+def papers(config: Mapping[str, Any], recovery: Mapping[str, Any] | None = None) -> dict[str, str]:
+    """Part -> address of its publication, of every part that had a say, in the training after pruning as well."""
     found: dict[str, str | None] = {}
 
     def cite(table: Registry, name: Any) -> None:
@@ -117,6 +122,7 @@ def papers(config: Mapping[str, Any]) -> dict[str, str]:
     cite(METHODS, config.get("method"))
     cite(METRICS, config.get("metric"))
     cite(UPDATES, (config.get("update") or {}).get("name"))
+    cite(RECOVERIES, ((recovery or {}).get("config") or {}).get("method"))
     if (config.get("reconstruct") or {}).get("steps"):
         found["reconstruct"] = RECONSTRUCTION
     name = config.get("allocation")

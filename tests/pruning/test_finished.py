@@ -57,6 +57,7 @@ CONFIGS = {
         "update": UpdateConfig(targets="dense", true_sequential=True, residual=True),
     },
     "excluded": {"exclude": ["layers.1", "o_proj"], "method": "sparsegpt", "granularity": "block:kind"},
+    "reconstruct": {"reconstruct": 4, "update": UpdateConfig("sparsegpt", targets="dense")},
     "head": {"include": ["lm_head"], "update": UpdateConfig("refit")},
     "trained": {"reconstruct": 4},
     "trained in pairs": {"reconstruct": ReconstructConfig(4, span=2)},

@@ -31,6 +31,7 @@ from optimum_dsa import (
 )
 from optimum_dsa.model.calls import feed
 from optimum_dsa.model.statistics import CollectedStatistics
+from optimum_dsa.pruning.reconstruct import RATES, Reconstruct
 from optimum_dsa.pruning.source import micro_batch, step_size
 from optimum_dsa.pruning.stretches import parts
 
@@ -295,3 +296,14 @@ def test_it_trains_inside_inference_mode():
     with torch.inference_mode():
         report = prune(model, text, config())
     assert any(found.steps for found in report.reconstruction.values())
+
+
+def test_the_rate_is_the_one_that_helped_first_and_a_block_in_which_none_did_chooses_none():
+    step = Reconstruct(ReconstructConfig(4))
+    step.notes["a"] = {"before": 0.1, "after": 0.1, "rate": 0.0, "steps": 0}
+    assert step._rates() == RATES
+    step.notes["b"] = {"before": 0.1, "after": 0.05, "rate": 1e-3, "steps": 2}
+    assert step._rates() == (1e-3,) and list(step.found) == ["a", "b"]
+    given = Reconstruct(ReconstructConfig(4, rate=2e-4))
+    given.notes["a"] = {"before": 0.1, "after": 0.1, "rate": 0.0, "steps": 0}
+    assert given._rates() == (2e-4,)

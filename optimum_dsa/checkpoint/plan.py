@@ -1,0 +1,101 @@
+"""The plan for a checkpoint: what pruning it will need, found without loading it."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..common.machine import disk_available, memory_available, own_memory
+from ..model.architecture import find_architecture
+from ..pruning.configuration import DSAConfig
+from ..pruning.planning.plan import Plan, plan_for
+from ..pruning.planning.shape import ModelShape, shape_of
+from ..pruning.planning.work import operations, speed, time_block
+from .skeleton import open_skeleton, sample_model
+
+
+logger = logging.getLogger(__name__)
+
+
+def plan(
+    path: str | Path,
+    config: DSAConfig,
+    *,
+    dtype: str = "auto",
+    device_map: Any = None,
+    output: str | Path = ".",
+    run_block: bool = True,
+    **options,
+) -> Plan:
+    """What pruning the model at a path or Hub id by `config` will need; its weights are not read.
+
+    Memory is arithmetic on sizes. Time is that of one block of the model's sizes, with random weights, pruned on one
+    or two windows; the rest is extrapolated.
+
+    Args:
+        dtype (`str`, defaults to `"auto"`): as for [`DSAPruner.from_pretrained`].
+        device_map (`Any`, *optional*): as for it.
+        output (`str`, defaults to the working folder): where the result will go.
+        run_block (`bool`, defaults to `True`): whether a block is run; otherwise time is arithmetic, too: a product is
+            timed, and operations are counted.
+        options (`dict`): of `from_pretrained`; those that say where the checkpoint is are used (`revision`, ...).
+
+    Raises:
+        ValueError: the checkpoint cannot be a model's, or the config does not fit it.
+        OSError: there is no checkpoint.
+    """
+    model, dtype = open_skeleton(path, dtype, **options)
+    architecture = find_architecture(model, config.blocks, config.exclude, config.include, config.skip_unprunable)
+    for weight in architecture.weights:
+        config.resolved.pattern.check(weight.name, weight.shape[1])
+    shape = shape_of(model, architecture, dtype)
+    # Only now: the model's class has brought its libraries in, as it will when it is loaded.
+    libraries = own_memory()
+    device, offloaded = _place(device_map)
+    on_cpu = torch.device(device).type == "cpu"
+    asked: dict[str, Any] = {
+        "device": device,
+        "offloaded": offloaded,
+        "libraries": libraries if on_cpu else 0,
+        "available": memory_available(device) + (own_memory() if on_cpu else 0),
+        "disk_available": disk_available(output),
+    }
+    found = plan_for(shape, config, **asked)
+    if device_map == "auto" and not found.memory_fits:
+        found = plan_for(shape, config, **asked | {"offloaded": True})
+    needed = found.total - found.phases["loading"]["weights"]
+    seconds = None
+    if run_block and needed <= found.available:
+        seconds = _run(path, config, found, shape, dtype, options)
+    if seconds is not None:
+        return replace(found, seconds=seconds, timed=True)
+    forward, rest = operations(shape, config, found.text)
+    return replace(found, seconds=forward / speed(device, dtype) + rest / speed(device, torch.float32))
+
+
+def _place(device_map: Any) -> tuple[str, bool]:
+    """The device that computes, and whether weights are on the disk."""
+    if device_map is None:
+        return "cpu", False
+    if device_map == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu", False
+    places = set(device_map.values()) if isinstance(device_map, dict) else {device_map}
+    devices = sorted(str(place) for place in places if str(place) not in ("cpu", "disk"))
+    first = devices[0] if devices else "cpu"
+    return f"cuda:{first}" if first.isdigit() else first, "disk" in places
+
+
+def _run(
+    path: str | Path, config: DSAConfig, found: Plan, shape: ModelShape, dtype: torch.dtype, options: dict[str, Any]
+) -> float | None:
+    """Seconds, from a block that is run; `None` where it cannot be made alone."""
+    try:
+        model = sample_model(path, dtype, found.device, **options)
+        return time_block(model, config, found.text).total(shape, found.text)
+    except (ValueError, RuntimeError) as error:
+        logger.warning("No block of %s could be run alone (%s): the time is from arithmetic.", path, error)
+        return None

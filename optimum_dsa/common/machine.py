@@ -1,0 +1,72 @@
+"""How much memory and disk there is, and how much of it this process has."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+import torch
+
+
+_GROUP = Path("/sys/fs/cgroup")  # where Linux says what the processes of a container may have, and have
+TYPICAL = 400 * 2**20  # of a process that has imported everything, where the system does not say
+
+
+def own_memory() -> int:
+    """Bytes of memory that this process has now."""
+    try:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except (OSError, ValueError):  # not Linux
+        return TYPICAL
+
+
+def memory_available(device: str = "cpu") -> int:
+    """Bytes that are free on a device, "cpu", "cuda", "cuda:1", ...; in a container no more than it may take."""
+    if torch.device(device).type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    try:
+        lines = (line.split() for line in Path("/proc/meminfo").read_text().splitlines())
+        available = 1024 * next(int(words[1]) for words in lines if words[0] == "MemAvailable:")
+    except (OSError, ValueError, StopIteration):
+        available = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return max(min(available, _left_in_container()), 0)
+
+
+def _left_in_container() -> float:
+    """Bytes that the processes of this container may still take; infinity where nobody has said how much."""
+    try:
+        # A limit that is none is written as "max".
+        limit, current = (int((_GROUP / f"memory.{name}").read_text()) for name in ("max", "current"))
+        stat = dict(line.split() for line in (_GROUP / "memory.stat").read_text().splitlines())
+        return limit - current + int(stat.get("inactive_file", 0))  # what was read from files makes room
+    except (OSError, ValueError):
+        return float("inf")
+
+
+def disk_available(path: str | Path) -> int:
+    """Bytes that are free where `path` is, or will be."""
+    place = Path(path).absolute()
+    while not place.exists():
+        place = place.parent
+    return shutil.disk_usage(place).free
+
+
+def shown_bytes(number: float) -> str:
+    """Bytes as people read them: "1.5 GB"."""
+    for unit in ("B", "KB", "MB", "GB"):
+        if number < 999.5:
+            return f"{number:.0f} {unit}" if number >= 99.5 or unit == "B" else f"{number:.3g} {unit}"
+        number /= 1000
+    return f"{number:.3g} TB"
+
+
+def shown_seconds(seconds: float) -> str:
+    """A time as people read it: "40 s", "12 min", "3.5 h"."""
+    if seconds < 1:
+        return "a second"
+    for unit, size, most in (("s", 1, 100), ("min", 60, 100), ("h", 3600, 72)):
+        number = seconds / size
+        if number < most:
+            return f"{number:.2g} {unit}" if number < 9.95 else f"{number:.0f} {unit}"
+    return f"{seconds / 86400:.0f} days"

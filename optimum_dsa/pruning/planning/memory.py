@@ -1,0 +1,200 @@
+"""How much memory pruning holds at once, part by part: arithmetic on sizes.
+
+Every formula stands beside the name of the code that it mirrors; where that changes, it changes here. They are held
+against the measured peak of a process by a test.
+
+What is freed within one step of the work is added up, and not its largest taken: a C library keeps what is freed for
+the next request, and a process does not shrink in between.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from ..configuration import DSAConfig
+from ..unstructured.updates import UPDATES
+from .shape import BlockShape, InputShape, ModelShape
+
+
+FLOAT = 4  # bytes of a number in statistics, scores and updates
+
+# Update -> float32 matrices of the size of the weight, and of X·Xᵀ, that are alive while one matrix is worked on,
+# beside what is kept of its input. `none`: scores, their order and the mask. `sparsegpt`: the transposed copy, scores
+# of the mask. `admm`: its state, what it seeks, two masks, then those of `refit`; the inverse and its making. `refit`:
+# change, residual, direction, slope and the weight; H.
+WORKING = {"none": (2.5, 0), "sparsegpt": (2.5, 0), "admm": (6, 2), "refit": (6, 1), "swap": (5, 1)}
+OTHER = (6, 2)  # of an update that somebody has added
+
+# Update -> what `LayerStatistics` computes of every input and keeps, and how many more of X·Xᵀ's size it takes
+# meanwhile. `inverse_factor`: two matrices beside the factor. `spectrum`: H, and LAPACK's two.
+KEPT = {"sparsegpt": ("factor", 2), "admm": ("spectrum", 3)}
+
+
+@dataclass(frozen=True)
+class Text:
+    """How much calibration text: sequences, tokens of each, sequences per forward pass."""
+
+    samples: int
+    length: int
+    batch: int
+
+    @property
+    def tokens(self) -> int:
+        return self.samples * self.length
+
+    @property
+    def tokens_at_once(self) -> int:
+        """Tokens of one forward pass."""
+        return min(self.samples, self.batch) * self.length
+
+
+def phases(shape: ModelShape, config: DSAConfig, text: Text, offloaded: bool = False) -> dict[str, dict[str, int]]:
+    """Phase of the work -> part -> bytes, of everything but the libraries.
+
+    Args:
+        offloaded: whether weights are elsewhere, and brought in block by block.
+    """
+    found = {"loading": {"weights": weights(shape, offloaded)}}
+    if config.resolved.allocation_reads:
+        found["allocating"] = found["loading"] | _allocating(shape, config, text)
+    found["pruning"] = found["loading"] | _pruning(shape, config, text)
+    if config.reconstruct.steps:
+        found["training blocks"] = found["loading"] | _training(shape, config, text)
+    return {name: {part: int(size) for part, size in parts.items() if size >= 1} for name, parts in found.items()}
+
+
+def weights(shape: ModelShape, offloaded: bool) -> int:
+    """Bytes of the weights that are there: all, or one block's beside what stands outside the blocks."""
+    numbers = shape.outside + max(block.parameters for block in shape.blocks) if offloaded else shape.parameters
+    return numbers * shape.itemsize
+
+
+def _allocating(shape: ModelShape, config: DSAConfig, text: Text) -> dict[str, float]:
+    """`allocate`: one walk, `sequential=False`, that measures unit after unit."""
+    reads = config.resolved.allocation_reads
+    block = _largest(shape)
+    sizes = [block.size] if config.unit_granularity == "block" else [rows * cols for rows, cols in block.weights]
+    return {
+        "calibration text": _tokens(text),
+        # Every stack's are recorded before the first is walked.
+        "activations": shape.stacks * _activations(shape, text),
+        "one batch": _batch(shape, block, text),
+        "statistics": _statistics(block, "gram" in reads),
+        # `Unit.flat_scores`, and the copy that a pre-process makes, with its mask.
+        "scores": max(sizes) * (2 * FLOAT + 1),
+    }
+
+
+def _pruning(shape: ModelShape, config: DSAConfig, text: Text) -> dict[str, float]:
+    """`run_steps` with `RemoveWeights`, at the block where it needs most."""
+    reads, update = config.resolved.reads, config.recipe.update
+    cross = "cross_gram" in reads
+    block = _largest(shape)
+    parts: dict[str, float] = {}
+    if reads:
+        parts["calibration text"] = _tokens(text)
+        parts["activations"] = _activations(shape, text)
+        parts["one batch"] = _batch(shape, block, text)
+        parts["statistics"] = _statistics(block, "gram" in reads, cross, "residual" in reads)
+    if cross:
+        # `DenseStream`: what goes into the dense block, what comes out, its weights, and what its matrices are given.
+        parts["dense activations"] = 2 * shape.stacks * _activations(shape, text)
+        parts["dense block"] = block.parameters * shape.itemsize
+        parts["one batch"] += text.tokens_at_once * shape.itemsize * sum(group.columns for group in block.inputs)
+    if "residual" in reads:
+        # `watching_additions`, of the dense block and of the other: outputs that are added, and what comes of it.
+        parts["one batch"] += 8 * text.tokens_at_once * block.hidden * shape.itemsize
+    if "gram" in reads:
+        parts["factors"] = _factors(config, block)
+    parts["matrix at work"] = _working(update, block, cross)
+    return parts
+
+
+def _training(shape: ModelShape, config: DSAConfig, text: Text) -> dict[str, float]:
+    """`Reconstruct`, which comes when a block is pruned, and its statistics are there as yet."""
+    parts = _pruning(shape, config, text)
+    block = _largest(shape)
+    if "factors" in parts:
+        parts["factors"] = _factors(config, block, meanwhile=False)
+    del parts["matrix at work"]
+    parts.setdefault("calibration text", _tokens(text))
+    parts.setdefault("activations", _activations(shape, text))
+    # What the dense block gives, and where nothing else reads it, what goes in.
+    parts.setdefault("dense activations", 2 * shape.stacks * _activations(shape, text))
+    parts.setdefault("dense block", block.parameters * shape.itemsize)
+    span, share = config.reconstruct.span, 0.5 if config.reconstruct.apart else 1
+    # The start, the best, gradients, Adam's two, a mask of a byte; a copy where the weights are not in float32.
+    parts["training"] = span * share * block.size * (FLOAT * (5 if shape.itemsize >= FLOAT else 6) + 1)
+    # Everything that a block computes stays until its gradient is there.
+    batch = min(text.batch, 8, text.samples) * text.length
+    computed = sum((group.columns + sum(group.rows)) * group.share for group in block.inputs) + 4 * block.hidden
+    parts["one batch"] = span * share * batch * (computed * shape.itemsize + 4 * block.hidden * FLOAT)
+    # Blocks that are trained together wait for the last, with all that was collected for them.
+    return parts | {part: span * parts[part] for part in ("dense block", "statistics", "factors") if part in parts}
+
+
+def _largest(shape: ModelShape) -> BlockShape:
+    """The block that needs most, by its matrices."""
+    return max(shape.blocks, key=lambda block: (block.size, block.parameters))
+
+
+def _tokens(text: Text) -> int:
+    """`Calibration.inputs`: 8 bytes a token."""
+    return 8 * text.tokens
+
+
+def _activations(shape: ModelShape, text: Text) -> int:
+    """`BlockCalls.hidden` of all batches."""
+    return text.tokens * shape.hidden * shape.itemsize
+
+
+def _batch(shape: ModelShape, block: BlockShape, text: Text) -> int:
+    """A forward pass of one batch through a block.
+
+    The inputs of all its weights, which `Observer` holds to the end of the batch; the widest outputs; the block's own
+    input twice, once in float32, as norms compute in it.
+    """
+    held = sum(group.columns * group.share for group in block.inputs)
+    widest = max((sum(group.rows) * group.share for group in block.inputs), default=0)
+    return int(text.tokens_at_once * ((held + widest + block.hidden) * shape.itemsize + block.hidden * FLOAT))
+
+
+def _statistics(block: BlockShape, gram: bool, cross: bool = False, residual: bool = False) -> int:
+    """`LayerStatistics` of every different input of a block: Σ x², X·Xᵀ, the drift, the lack."""
+    numbers = sum(group.columns for group in block.inputs)
+    if gram:
+        numbers += sum(group.columns**2 * (2 if cross and group.share == 1 else 1) for group in block.inputs)
+    if residual:
+        numbers += sum(group.columns * group.rows[0] for group in block.inputs if _is_added(group, block))
+    return numbers * FLOAT
+
+
+def _is_added(group: InputShape, block: BlockShape) -> bool:
+    """Whether the outputs of a weight are added to the residual stream: `Observer.add_residual`, by sizes alone."""
+    return len(group.rows) == 1 and group.rows[0] == block.hidden and group.share == 1
+
+
+def _factors(config: DSAConfig, block: BlockShape, meanwhile: bool = True) -> int:
+    """What is computed of X·Xᵀ for every input, kept while the block is worked on, and what that takes meanwhile."""
+    resolved = config.resolved
+    kept, more = KEPT.get(config.recipe.update, (None, 0))
+    # The metric `obs`, where it is asked, and `dense_target` use the factor as well.
+    wanted = {kept} | ({"factor"} if "cross_gram" in resolved.reads else set())
+    if not resolved.chooses and "gram" in resolved.metric_reads:
+        wanted.add("factor")
+    wanted.discard(None)
+    each = sum(group.columns**2 for group in block.inputs)
+    more = max(more, 2 if wanted else 0) if meanwhile else 0
+    return (len(wanted) * each + more * block.widest**2) * FLOAT
+
+
+def _working(update: str, block: BlockShape, cross: bool) -> float:
+    """`ResolvedMethod.pruned` of the largest matrix of a block, with the target that stands for the weight."""
+    of_weight, of_gram = WORKING.get(update, OTHER if UPDATES.fact(update, "reads", "nothing") == "gram" else (2.5, 0))
+    largest = max((rows * columns for rows, columns in block.weights), default=0)
+    return (largest * (of_weight + (2 if cross else 0)) + of_gram * block.widest**2) * FLOAT
+
+
+def in_dtype(shape: ModelShape, itemsize: int) -> ModelShape:
+    """The same model in numbers of `itemsize` bytes."""
+    return replace(shape, itemsize=itemsize)

@@ -1,0 +1,198 @@
+"""A plan for a checkpoint is made without its weights, and is what a process then takes."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, T5Config
+
+from optimum_dsa import DSAConfig, UpdateConfig, demo_model, plan
+from optimum_dsa.checkpoint.skeleton import open_skeleton, sample_model
+from optimum_dsa.model.parameters import count_parameters
+from optimum_dsa.pruning.planning.work import Seconds
+
+from ..test_commands import run
+
+
+def folder(path: Path, config, name: str, dtype: str = "bfloat16") -> str:
+    """A folder with nothing but the `config.json` of a model."""
+    config.architectures, config.dtype = [name], dtype
+    config.save_pretrained(path)
+    return str(path)
+
+
+def llama_8b(path: Path) -> str:
+    sizes = {"vocab_size": 128256, "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32}
+    heads = {"num_attention_heads": 32, "num_key_value_heads": 8, "max_position_embeddings": 8192}
+    return folder(path, LlamaConfig(**sizes, **heads, tie_word_embeddings=False), "LlamaForCausalLM")
+
+
+def test_a_configuration_alone_is_enough(tmp_path):
+    found = plan(llama_8b(tmp_path), DSAConfig(0.6), run_block=False)
+    assert found.parts["weights"] == 2 * 8_030_261_248 == found.disk["result"] > found.disk["finished blocks"]
+    assert (found.text.samples, found.text.length, found.device, found.timed) == (128, 2048, "cpu", False)
+    assert found.seconds > 60 and 18e9 < found.total < 25e9
+    dense = plan(str(tmp_path), DSAConfig(0.6, "alps", update=UpdateConfig(targets="dense")), run_block=False)
+    assert dense.parts["statistics"] == 4 * (3 * 4096 + 14336) + 4 * 2 * (3 * 4096**2 + 14336**2)
+
+
+@pytest.mark.parametrize(
+    "name,config",
+    [
+        (
+            "T5ForConditionalGeneration",
+            T5Config(vocab_size=64, d_model=16, d_ff=32, num_layers=2, num_heads=2, d_kv=8),
+        ),
+        (
+            "MixtralForCausalLM",
+            MixtralConfig(
+                vocab_size=64,
+                hidden_size=16,
+                intermediate_size=32,
+                num_hidden_layers=2,
+                num_attention_heads=2,
+                num_key_value_heads=1,
+                num_local_experts=4,
+            ),
+        ),
+    ],
+)
+def test_other_architectures_have_a_plan_too(tmp_path, name, config):
+    path = folder(tmp_path, config, name, "float32")
+    model, dtype = open_skeleton(path)
+    assert dtype == torch.float32 and all(parameter.is_meta for parameter in model.parameters())
+    found = plan(path, DSAConfig(0.5, "alps", update=UpdateConfig(targets="dense")), run_block=False)
+    assert found.parts["weights"] == 4 * count_parameters(model) and found.fits
+
+
+def test_the_time_is_that_of_a_block_which_is_run(monkeypatch):
+    config = DSAConfig(0.5, data={"num_samples": 2, "sequence_length": 32})
+    found = plan(demo_model(), config)
+    assert found.timed and 0 < found.seconds < 600
+    monkeypatch.setattr("optimum_dsa.checkpoint.plan.time_block", lambda *_: Seconds(1_843_200 // 10, 2.0, 0.5))
+    assert plan(demo_model(), config).seconds == pytest.approx(10 * (2 + 0.5 * 64))
+    model = sample_model(demo_model(), torch.float32, "cpu")
+    assert len(model.model.layers) == 2 and model.device.type != "meta"
+
+
+@pytest.mark.parametrize("error", [ValueError, RuntimeError])
+def test_a_block_that_cannot_be_run_alone_leaves_arithmetic(monkeypatch, caplog, error):
+    def broken(*args):
+        raise error("no such block")
+
+    monkeypatch.setattr("optimum_dsa.checkpoint.plan.time_block", broken)
+    found = plan(demo_model(), DSAConfig(0.5, data={"num_samples": 2, "sequence_length": 32}))
+    assert found.seconds > 0 and not found.timed and "no such block" in caplog.text
+
+
+def test_what_does_not_fit_the_model_is_said(tmp_path):
+    with pytest.raises(ValueError, match="needs in_features divisible by 7"):
+        plan(demo_model(), DSAConfig(3 / 7, pattern="4:7", allocation="uniform"))
+    with pytest.raises(OSError):
+        plan(tmp_path / "nothing", DSAConfig(0.5))
+
+
+def test_the_command_says_it_and_prints_it_as_json(monkeypatch, capsys, tmp_path):
+    path = llama_8b(tmp_path)
+    code, output, errors = run(monkeypatch, capsys, "plan", path, "-s", "0.6", "--quality", "fast", "--no-run")
+    assert (code, errors) == (0, "") and "16 x 512 tokens" in output and "16.1 GB" in output
+    code, output, errors = run(
+        monkeypatch, capsys, "plan", path, "-s", "0.6", "--no-run", "--json", "-o", str(tmp_path)
+    )
+    found = json.loads(output)
+    assert code == 0 and found["memory"]["total"] == sum(found["memory"]["parts"].values())
+    assert found["model"] == path and found["timed"] is False
+
+
+@pytest.mark.parametrize("command", ["prune", "plan", "search"])
+@pytest.mark.parametrize(
+    "options,named",
+    [
+        (["--method", "ria"], ["'good'", "'ria'", "leave out one"]),
+        (["--update", "refit"], ["'good'", "update 'refit'"]),
+        (["--targets", "sparse"], ["'good'", "targets 'dense'", "'sparse'"]),
+        (["--quality", "god"], ["Did you mean 'good'"]),
+    ],
+)
+def test_a_contradiction_is_refused_before_anything_is_loaded(monkeypatch, capsys, command, options, named):
+    place = ["-o", "/dev/null/out"] if command != "plan" else []
+    arguments = [command, "/nowhere", *place, "-s", "0.5", "--quality", "good", *options]
+    code, output, errors = run(monkeypatch, capsys, *arguments)
+    assert code == 2 and output == "" and all(text in errors for text in named), errors
+
+
+def test_a_quality_and_a_config_are_one_too_many(monkeypatch, capsys, tmp_path):
+    DSAConfig(0.5).save_pretrained(tmp_path)
+    arguments = ["prune", "/nowhere", "-o", str(tmp_path), "--config", str(tmp_path), "--quality", "good"]
+    code, _, errors = run(monkeypatch, capsys, *arguments)
+    assert code == 2 and "--quality good" in errors and "--config" in errors
+
+
+def test_prune_says_what_a_quality_chose_and_what_it_will_need(monkeypatch, capsys, tmp_path, text):
+    options = ["-s", "0.5", "--quality", "fast", "--dataset", text, "--num-samples", "2", "--sequence-length", "32"]
+    code, output, errors = run(monkeypatch, capsys, "prune", str(demo_model()), "-o", str(tmp_path / "out"), *options)
+    assert code == 0, errors
+    first, second, *_ = output.splitlines()
+    assert first == "quality fast: wanda; allocation dsa; 2 x 32 tokens"
+    assert second.startswith("expected: about ") and "memory " in second and "disk 7.91 MB" in second
+
+
+# As `optimum-cli dsa prune` does it: a plan, then the model.
+MEASURED = """
+import json, sys
+import torch
+from optimum_dsa import DSAConfig, DSAPruner, plan
+
+config = DSAConfig.from_dict(json.loads(sys.argv[2]))
+found = plan(sys.argv[1], config, run_block=False)
+pruner = DSAPruner.from_pretrained(sys.argv[1])
+# They are mapped from the file, and there when they are read: all of them, when the model is saved.
+sum(parameter.sum() for parameter in pruner.model.parameters())
+pruner.prune(torch.randint(1000, (config.data.num_samples, config.data.sequence_length)), config)
+lines = open("/proc/self/status").read().splitlines()
+peak = 1024 * int(next(line for line in lines if line.startswith("VmHWM")).split()[1])
+print(json.dumps([found.total, peak, found.parts["libraries"]]))
+"""
+
+
+@pytest.fixture(scope="module")
+def planned_and_measured(tmp_path_factory):
+    """By method, the bytes that were planned, measured, and those of the libraries."""
+    place = str(tmp_path_factory.mktemp("measured") / "model")
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 40000, "hidden_size": 512, "intermediate_size": 1024, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 8, "num_key_value_heads": 4, "tie_word_embeddings": False}
+    LlamaForCausalLM(LlamaConfig(**sizes, **heads)).save_pretrained(place)
+    plain = {"sparsity": 0.5, "num_samples": 16, "sequence_length": 128, "batch_size": 16}
+    dense = {"targets": "dense", "true_sequential": True, "residual": True}
+    settings = {
+        "wanda": plain,
+        "sparsegpt": plain | {"method": "sparsegpt"},
+        "alps": plain | {"method": "alps"},
+        "alps dense": plain | {"method": "alps", **dense},
+    }
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    processes = {
+        name: subprocess.Popen(
+            [sys.executable, "-c", MEASURED, place, json.dumps(given)],
+            stdout=subprocess.PIPE,
+            text=True,
+            env=environment,
+        )
+        for name, given in settings.items()
+    }
+    return {name: json.loads(process.communicate()[0]) for name, process in processes.items()}
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the peak of a process is Linux's to say")
+@pytest.mark.parametrize("name", ["wanda", "sparsegpt", "alps", "alps dense"])
+def test_the_memory_planned_is_the_memory_measured(planned_and_measured, name):
+    planned, measured, libraries = planned_and_measured[name]
+    print(name, planned, measured, libraries)
+    assert abs(planned - measured) <= 0.2 * measured
+    # Most of a small model's process is libraries: without them, too.
+    assert abs(planned - measured) <= 0.2 * (measured - libraries)

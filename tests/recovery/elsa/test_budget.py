@@ -1,0 +1,79 @@
+"""The budget is the pruned model's own, or what is asked for a dense one; anything unclear is refused."""
+
+import re
+
+import pytest
+
+from optimum_dsa import DSAConfig, DSAPruner, RecoveryConfig
+from optimum_dsa.recovery.elsa.budget import counts_of, with_budget
+
+from ...tiny import tiny_llama, tokens
+from ..test_recover import regular, small
+
+
+def dense_report(model):
+    from optimum_dsa.checkpoint.origin import report_of
+
+    return report_of(model)
+
+
+@pytest.mark.parametrize("config", [DSAConfig(0.7, "wanda", "owl"), DSAConfig(0.6, "magnitude", granularity="matrix")])
+def test_the_counts_of_a_pruned_model_are_its_zeros(config):
+    pruner = DSAPruner.from_pretrained(tiny_llama())
+    pruner.prune(tokens(), config)
+    counts, pattern = counts_of(pruner.model, pruner.report)
+    assert pattern == config.resolved.pattern
+    assert {weight: int((weight.tensor(pruner.model) == 0).sum()) for weight in counts} == counts
+
+
+def test_a_matrix_that_loses_nothing_is_left_alone():
+    model = tiny_llama()
+    report = with_budget(model, dense_report(model), small(method="elsa", sparsity=0.0))
+    assert counts_of(model, report)[0] == {}
+
+
+@pytest.mark.parametrize(
+    "changes,words",
+    [
+        ({}, "is dense, and no budget was given; say sparsity=0.8"),
+        ({"sparsity": 0.7, "pattern": "2:4"}, "Pattern 2:4 removes 0.5 of every matrix"),
+        ({"sparsity": 0.7, "allocation": "owl"}, "allocation='owl' is computed from data"),
+    ],
+)
+def test_a_dense_model_needs_a_budget_that_can_be_met(changes, words):
+    pruner = DSAPruner.from_pretrained(tiny_llama())
+    with pytest.raises(ValueError, match=re.escape(words)):
+        pruner.recover(regular(), small(method="elsa", **changes))
+
+
+def test_a_pruned_model_has_its_budget():
+    pruner = DSAPruner.from_pretrained(tiny_llama())
+    pruner.prune(None, DSAConfig(0.5, "magnitude", "uniform"))
+    with pytest.raises(ValueError, match=r"sparsity=0.8 is for a dense model, and this one was pruned to 0.5000"):
+        pruner.recover(regular(), small(method="elsa", sparsity=0.8))
+
+
+@pytest.mark.parametrize(
+    "changes,words",
+    [
+        ({"method": "full", "sparsity": 0.5}, "sparsity=0.5 is for methods that choose zeros (elsa)"),
+        ({"method": "elsa", "patience": 2}, "patience=2 would bring back an earlier model"),
+        ({"penalty": 0.0}, "penalty is a number, in [0.0001, 1], got 0.0"),
+        ({"sparsity": 1.0}, "sparsity is the share of weights to remove, in [0, 1), got 1.0"),
+        ({"shape": "cubik"}, "Did you mean 'cubic'?"),
+        ({"project_every": 0}, "project_every is a whole number of at least 1, got 0"),
+    ],
+)
+def test_settings_that_do_not_fit_are_refused(changes, words):
+    with pytest.raises((ValueError, KeyError), match=re.escape(words)):
+        RecoveryConfig(**changes)
+
+
+def test_frozen_weights_and_foreign_budgets_are_refused():
+    pruner = DSAPruner.from_pretrained(tiny_llama())
+    report = pruner.prune(None, DSAConfig(0.5, "magnitude", "uniform"))
+    with pytest.raises(ValueError, match=r"The budget says nothing of .*layers\.3"):
+        counts_of(tiny_llama(num_hidden_layers=4), report)
+    pruner.model.model.layers[0].mlp.up_proj.weight.requires_grad_(False)
+    with pytest.raises(ValueError, match=r"layers.0.mlp.up_proj.weight is frozen"):
+        counts_of(pruner.model, report)
