@@ -37,6 +37,7 @@ _PUBLIC = {
     "Method": "pruning.unstructured.methods",
     "Mode": "recovery.adapters.modes",
     "OutputFolder": "common.output",
+    "PERMUTATIONS": "pruning.unstructured.permutations",
     "POST_PROCESS": "pruning.allocation",
     "PRE_PROCESS": "pruning.allocation",
     "Pattern": "pruning.unstructured.patterns",

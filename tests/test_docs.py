@@ -21,6 +21,7 @@ from optimum_dsa import (
     METHODS,
     METRICS,
     MODES,
+    PERMUTATIONS,
     POST_PROCESS,
     PRE_PROCESS,
     RECOVERIES,
@@ -52,6 +53,7 @@ TABLES = {
     "Transform": TRANSFORM,
     "Post-process": POST_PROCESS,
     "Updates": UPDATES,
+    "Order of channels": PERMUTATIONS,
 }
 # A block under this comment, which no reader sees, is executed.
 BLOCK = re.compile(r"(?P<runs><!-- runs -->\n)?^```(?P<language>\w*)\n(?P<code>.*?)^```$", re.MULTILINE | re.DOTALL)

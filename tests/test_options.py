@@ -16,6 +16,7 @@ from optimum.commands.base import CommandInfo
 from optimum_dsa import (
     ALLOCATIONS,
     METHODS,
+    PERMUTATIONS,
     UPDATES,
     DSAConfig,
     DSAPruner,
@@ -81,7 +82,7 @@ def test_a_terminal_that_cannot_show_a_sign_shows_another(monkeypatch):
 @pytest.mark.contract
 def test_help_teaches_every_name(monkeypatch, capsys):
     _, output, _ = run(monkeypatch, capsys, "prune", "--help")
-    for name in (*METHODS, *ALLOCATIONS, *UPDATES):
+    for name in (*METHODS, *ALLOCATIONS, *PERMUTATIONS, *UPDATES):
         assert name in output
     assert "examples:" in output
     for name in ("prune", "evaluate", "demo", "env"):

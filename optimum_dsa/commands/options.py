@@ -91,6 +91,7 @@ def _with_names(text: str) -> str:
     from ..pruning.allocation import ALLOCATIONS
     from ..pruning.presets import QUALITIES
     from ..pruning.unstructured.methods import METHODS
+    from ..pruning.unstructured.permutations import PERMUTATIONS
     from ..pruning.unstructured.updates import UPDATES
 
     methods = [
@@ -102,7 +103,7 @@ def _with_names(text: str) -> str:
     allocations = textwrap.fill(", ".join(ALLOCATIONS) + ";", 100, initial_indent=indent, subsequent_indent=indent)
     listed = {"methods": "\n".join(indent + line for line in methods), "allocations": allocations}
     listed["qualities"] = "\n".join(indent + line for line in qualities)
-    return text.format(**listed, updates=", ".join(UPDATES))
+    return text.format(**listed, permutations=", ".join(PERMUTATIONS), updates=", ".join(UPDATES))
 
 
 def asked_settings(args: Any, cls: type) -> dict[str, Any]:

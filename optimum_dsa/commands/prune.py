@@ -24,6 +24,7 @@ allocation  how much to remove from each block (default: dsa)
               an allocation function such as "abslog/var/atan,asin/no_op@+0.08";
               an allocation as JSON, or the folder of a pruned model
 pattern     row, matrix, group:128, 2:4 (any N:M), mixed:8 (N:8, N from the allocation)
+permute     with N:M, in which order channels are put first: {permutations}
 update      what becomes of the weights that stay: {updates}
 """
     EXAMPLES = """\

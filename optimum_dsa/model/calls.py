@@ -38,12 +38,14 @@ class BlockCalls:
         arguments: per batch and block, (positional, keyword) arguments except the hidden states and caches.
         extras: per batch, what a block returns behind the hidden states; `None` where it returns those alone.
         samples: per batch, the number of sequences.
+        sample: the calls for one sequence alone, of which any block can be run at little cost.
     """
 
     hidden: list[Tensor] = field(default_factory=list)
     arguments: list[list[tuple[tuple, dict]]] = field(default_factory=list)
     extras: list[tuple | None] = field(default_factory=list)
     samples: list[int] = field(default_factory=list)
+    sample: BlockCalls | None = None
 
     def __len__(self) -> int:
         return len(self.arguments)
@@ -55,6 +57,16 @@ class BlockCalls:
         """
         args, kwargs = self.arguments[batch][index]
         return _split_output(block(self.hidden[batch] if hidden is None else hidden, *args, **kwargs))[0]
+
+    def everything_of(self, block: nn.Module, index: int, batch: int) -> list[Tensor]:
+        """All tensors that `block`, number `index`, leaves behind: what it returns, and what its arguments hold then.
+
+        A block may leave in its arguments what a later one reads (shared keys and values).
+        """
+        args, kwargs = self.arguments[batch][index]
+        output = block(self.hidden[batch], *args, **kwargs)
+        # Copied, as the next run may write into them.
+        return [*_tensors(output), *(tensor.clone() for tensor in _tensors((args, kwargs)))]
 
     def output(self, hidden: Tensor, batch: int) -> Any:
         """`hidden`, (samples, ..., hidden size), as a block of this stack returns it."""
@@ -81,8 +93,8 @@ def capture_calls(model: nn.Module, stack: Stack, batches: Sequence[Mapping[str,
 
 
 @torch.no_grad()
-def check_calls(model: nn.Module, stack: Stack, batch: Mapping[str, Tensor]) -> None:
-    """Raise `UnprunableError` unless the model, run as it is, calls the blocks of `stack` as `capture_calls` says.
+def check_calls(model: nn.Module, stack: Stack, batch: Mapping[str, Tensor]) -> BlockCalls:
+    """`capture_calls` of one batch; raises `UnprunableError` unless the model, run as it is, calls its blocks so.
 
     `batch` holds inputs by name, (samples, length, ...).
     """
@@ -96,6 +108,7 @@ def check_calls(model: nn.Module, stack: Stack, batch: Mapping[str, Tensor]) -> 
                 f"{type(model).__name__} hands {block.name} more of what the blocks before it compute than its hidden "
                 f"states, so they cannot be walked one after the other; {_WAY_OUT}"
             )
+    return captured
 
 
 class _Recorder:
@@ -176,6 +189,15 @@ def _tensor(hidden: Any) -> Tensor:
     if isinstance(hidden, Tensor):
         return hidden
     raise UnprunableError(f"A block's hidden states are no single tensor, so it cannot be walked; {_WAY_OUT}")
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    """Every tensor in an argument or output."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, (Mapping, list, tuple)):
+        for item in value.values() if isinstance(value, Mapping) else value:
+            yield from _tensors(item)
 
 
 def _is_view_of_all(value: Tensor, other: Tensor) -> bool:

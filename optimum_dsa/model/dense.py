@@ -67,6 +67,7 @@ class DenseStream:
         self.outputs: list[Tensor | None] = []
         self._anew = False
         self._given = self._as_dense = as_dense
+        self._kept: list[Tensor] = []
 
     @contextmanager
     def at(self, module: nn.Module, index: int, anew: bool = False, last: bool = False) -> Iterator[None]:
@@ -78,14 +79,19 @@ class DenseStream:
         self.outputs, self._anew = [None] * len(self.calls.hidden), anew
         if self._given is None:
             # All parameters and not the prunable ones alone: whoever is given the block may change any.
-            kept = [parameter.detach().clone() for parameter in module.parameters()]
-            self._as_dense = partial(_holding, module, kept)
+            self._kept = [parameter.detach().clone() for parameter in module.parameters()]
+            self._as_dense = partial(_holding, module, self._kept)
         yield
         # Batch by batch, so that what goes in goes as what comes out comes.
         for batch in range(0 if last else len(self.outputs)):
             output = self.outputs[batch]
             self.calls.hidden[batch] = self.run(module, index, batch) if output is None else output
-        self.outputs, self._as_dense = [], self._given
+        self.outputs, self._as_dense, self._kept = [], self._given, []
+
+    def take(self, module: nn.Module) -> None:
+        """Take the block's weights as they are now for the dense ones: it computes the same with them."""
+        for kept, parameter in zip(self._kept, module.parameters()):
+            kept.copy_(parameter)
 
     def complete(self, module: nn.Module, index: int) -> None:
         """Have `outputs` of every batch of the block `module`, number `index`."""

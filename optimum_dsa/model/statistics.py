@@ -136,6 +136,19 @@ class LayerStatistics:
         self._lacking += rows.shape[0]
         self.lack.addmm_(others.float().t(), rows.float())
 
+    @torch.no_grad()
+    def reorder_(self, order: Tensor) -> None:
+        """Put the inputs in another order, in place: input k becomes what input `order[k]` was, (in_features,)."""
+        self.squared_sum = self.squared_sum[order]
+        if self.sum is not None:
+            self.sum = self.sum[order]
+        for name in ("gram", "drift"):
+            if (moment := getattr(self, name)) is not None:
+                setattr(self, name, moment[order[:, None], order])
+        if self.lack is not None:
+            self.lack = self.lack[:, order]
+        self.release_()
+
     @property
     def lacks(self) -> bool:
         """Whether `lack` is a sum over all the inputs that were seen."""

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import nullcontext, suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import replace
 from functools import partial
 
@@ -133,15 +133,14 @@ def _walk_running(
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:
-        for stack in architecture.stacks:
-            # One sample tells how blocks are called, and an error comes before hours of work.
-            check_calls(model, stack, {name: value[:1] for name, value in batches[0].items()})
+        samples = _sample_calls(model, architecture, batches[0])
         # Of the unpruned model, for all stacks at once: an earlier stack may be pruned before a later one is captured.
         ahead = architecture.stacks if beside or not sequential else ()
         early = {stack.name: capture_calls(model, stack, batches) for stack in ahead}
         for stack in architecture.stacks:
             calls = capture_calls(model, stack, batches) if sequential else early.pop(stack.name)
             # Arguments of its own: a block may leave in them what a later one reads (shared keys and values).
+            calls.sample = samples[stack.name]
             dense = DenseStream(early.pop(stack.name), calls.hidden, as_dense, reads) if beside else None
             needed = architecture.head is not None and stack is architecture.stacks[-1]
             yield from _walk_stack(
@@ -154,6 +153,13 @@ def _walk_running(
     finally:
         for module in training:
             module.training = True
+
+
+def _sample_calls(model: nn.Module, architecture: Architecture, batch: Mapping[str, Tensor]) -> dict[str, BlockCalls]:
+    """Stack -> the calls of its blocks for the first sample of a batch, (samples, length, ...), checked."""
+    # One sample tells how blocks are called, and an error comes before hours of work.
+    one = {name: value[:1] for name, value in batch.items()}
+    return {stack.name: check_calls(model, stack, one) for stack in architecture.stacks}
 
 
 def _walk_still(
@@ -206,8 +212,7 @@ def _walk_block(
 ) -> Iterator[WalkedBlock]:
     """One step of the walk: collect, hand out, move the activations, (samples, ..., hidden size), on (unless last).
 
-    Of a `finished` block nothing is collected. With `sample` what is handed out is of the first batch: enough to tell
-    the groups and their order by.
+    Of a `finished` block nothing is collected, with `sample` the first batch: it tells groups and their order.
     """
     module = model.get_submodule(block.name)
     # weights of which a sample shows: they are given one input in a batch, and nothing need be seen of their outputs
@@ -223,8 +228,7 @@ def _walk_block(
             stops = alike and alone.issuperset(weight.name for weight in weights)
             beside = dense.inputs(model, part, module, index, number, stops) if dense else DenseInputs()
             observer.start_batch(calls.samples[number], real[number], beside.inputs, hidden.shape[:-1].numel())
-            additions = "residual" in dense.reads if dense else False
-            added = watching_additions(model, part, hidden) if additions else nullcontext({})
+            added = _watching_additions(model, part, hidden, dense)
             with suppress(AllSeen), observing(model, part, observer, stops), added as before:
                 output = calls.run(module, index, number)
             observer.add_residual(before, beside.before)
@@ -235,15 +239,20 @@ def _walk_block(
     def first_batch() -> dict[str, LayerStatistics]:
         observer = Observer(gram=False)
         observer.start_batch(calls.samples[0], real[0])
-        additions = "residual" in dense.reads if dense else False
-        added = watching_additions(model, block, calls.hidden[0]) if additions else nullcontext({})
+        added = _watching_additions(model, block, calls.hidden[0], dense)
         with observing(model, block, observer), added as before:
             calls.run(module, index, 0)
         alone.update(observer.given_once().difference(before))
         return observer.finish(block)
 
+    def run() -> list[Tensor]:
+        """All that the block as it is now leaves behind on one sample."""
+        calls.sample.hidden[0] = calls.hidden[0][:1].clone()
+        return calls.sample.everything_of(module, index, 0)
+
     def pass_by() -> dict[str, LayerStatistics]:
         """No statistics; what the block is given moves on as in `collect`, and in the same way, to the last bit."""
+        run()  # later blocks may read what it leaves in their arguments
         for number in range(0 if last else len(calls)):
             if dense and not sample:
                 dense.inputs(model, block, module, index, number)
@@ -252,23 +261,27 @@ def _walk_block(
                     calls.hidden[number] = calls.run(module, index, number)
         return {}
 
-    def found() -> dict[str, LayerStatistics]:
-        if finished:
-            return pass_by()
-        return first_batch() if sample else collect(block.weights, move_on=not sequential)
-
+    found = pass_by if finished else first_batch if sample else partial(collect, block.weights, not sequential)
     with resident(model, [block.name]) as changes, dense.at(module, index, sample, last) if dense else nullcontext():
         again = collect if sequential and not finished else None  # otherwise what went into the block is gone
         replays = dense and "outputs" in dense.reads and not finished
         replay = Replay(module, index, calls, dense) if replays else None
         if replay and sample:
             dense.complete(module, index)
+        rewritten = partial(dense.take, module) if dense else lambda: None
         # The statistics have no name here: they are freed as soon as whoever is given them lets go of them.
-        yield WalkedBlock(block, found(), model, changes, again, replay, sampled=sample)
+        yield WalkedBlock(block, found(), model, changes, again, replay, run, rewritten, sampled=sample)
         # Still inside `resident`: the changed weights are here, and need not be written and read back first.
         if sequential and not last:
             for number in range(len(calls)):
                 calls.hidden[number] = calls.run(module, index, number)
+
+
+def _watching_additions(
+    model: nn.Module, part: Block, hidden: Tensor, dense: DenseStream | None
+) -> AbstractContextManager[Mapping[str, Tensor]]:
+    """`watching_additions` from `hidden`, (samples, ..., hidden size), on, where what the stream lacks is read."""
+    return watching_additions(model, part, hidden) if dense and "residual" in dense.reads else nullcontext({})
 
 
 def _walk_head(

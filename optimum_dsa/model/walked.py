@@ -25,6 +25,9 @@ class Group:
 class WalkedBlock:
     """The block at which a walk stands: its weights on their device, and the statistics of their inputs.
 
+    `rewritten()` says that a block of which nothing is pruned yet computes the same as before with other weights
+    (channels in another order): they are the dense ones from there on.
+
     Attributes:
         needed (`bool`): whether somebody else will ask for the statistics: then `done` leaves them alone.
         sampled (`bool`): whether the statistics are of one batch and without X·Xᵀ, because those of every group are
@@ -38,6 +41,10 @@ class WalkedBlock:
     # weights -> statistics of their inputs in the block as it is now; None where nothing is run
     again: Callable[[Sequence[Weight]], dict[str, LayerStatistics]] | None = field(default=None, repr=False)
     replay: Replay | None = None  # where "outputs" are read; not of the weights outside the blocks
+    # runs the block as it is now on one sample -> all tensors that it leaves behind, see `BlockCalls.everything_of`;
+    # None where nothing is run
+    run: Callable[[], list[Tensor]] | None = field(default=None, repr=False)
+    rewritten: Callable[[], None] = field(default=lambda: None, repr=False)
     needed: bool = False
     sampled: bool = False
 

@@ -32,6 +32,7 @@ from .resolved_method import ResolvedMethod
 from .targets import TARGETS
 from .unstructured.methods import METHODS, Method
 from .unstructured.patterns import Pattern
+from .unstructured.permutations import PERMUTATIONS
 from .unstructured.updates import UPDATES
 
 
@@ -117,6 +118,9 @@ class DSAConfig:
             the method's.
         update (`UpdateConfig` or `str`, *optional*): What becomes of the weights that stay; a text is its name, a row
             of `UPDATES`. Defaults to the method's.
+        permute (`str`, *optional*): A row of `PERMUTATIONS`: with an N:M pattern, the order in which channels within a
+            block are put first, so that more of what matters stays. The model computes the same. Defaults to the order
+            that they have.
         reconstruct (`ReconstructConfig` or `int`): Training of every block's kept weights against the dense block; a
             number is its steps.
         granularity (`str`, defaults to `"block"`): One sparsity per `"block"`, per `"matrix"`, or per `"block:kind"`:
@@ -142,6 +146,7 @@ class DSAConfig:
     spread: float | None = setting(None, low=0, high=1, what="a half-width")
     pattern: str | None = None
     update: UpdateConfig = section(UpdateConfig, shorthand="name")
+    permute: str | None = None
     reconstruct: ReconstructConfig = section(ReconstructConfig, shorthand="steps")
     granularity: str = setting("block", choices=GRANULARITIES)
     sequential: bool = True
@@ -175,6 +180,13 @@ class DSAConfig:
                 "the dense model's; use sequential=True or reconstruct=0."
             )
         self._check_pattern(self.resolved.pattern)
+        if self.permute is not None:
+            PERMUTATIONS[self.permute]
+            if not self.resolved.pattern.in_groups:
+                raise ValueError(
+                    f"permute={self.permute!r} chooses which channels share a group of an N:M pattern, and pattern "
+                    f"{self.resolved.pattern} has none; use pattern='2:4' (any N:M) or 'mixed:8', or no permute."
+                )
         if self.update.targets == "dense":
             self._check_dense_targets()
 

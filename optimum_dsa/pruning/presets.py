@@ -61,7 +61,7 @@ QUALITIES.add(
         {"reconstruct": 64, "allocation": "dsa", "num_samples": 128},
     ),
     about="matrix after matrix, with what the residual stream lacks, and every block trained to what it gave",
-    costs=6,
+    costs=26,
 )
 
 

@@ -21,6 +21,7 @@ from .allocate import allocate, architecture_for, check_finite_weights
 from .allocation import Allocation
 from .configuration import DSAConfig
 from .finished import FinishedBlocks, settings_of
+from .permute import Permute
 from .reconstruct import Reconstruct
 from .report import PruningReport
 from .sink import KeepBlocks, Sink
@@ -66,12 +67,16 @@ def prune(
     if finished:
         finished.begin(allocation)
     remove = RemoveWeights(config.resolved, allocation, config.update.true_sequential)
-    steps: list[Step] = [remove]
+    # First of all: what follows sees the channels in the order in which they are saved.
+    permute = [Permute(config.resolved, allocation, config.permute)] if config.permute else []
+    steps: list[Step] = [*permute, remove]
     reconstruct = Reconstruct(config.reconstruct, config.data.seed)
     if config.reconstruct.steps:
         steps.append(reconstruct)
     sink = KeepBlocks()
     run_steps(model, architecture, calibration, config, steps, sink, finished)
+    for step in permute:
+        step.log()
     _warn_of_more(sum(sink.zeros.values()), allocation, config)
     return PruningReport(
         config=config,
@@ -86,6 +91,7 @@ def prune(
         dense=architecture.dense,
         damping=remove.damping,
         unseen=tuple(remove.unseen),
+        permuted=permute[0].permuted if permute else {},
         reconstruction=reconstruct.found,
         seconds=time.perf_counter() - start,
     )
@@ -95,6 +101,11 @@ def _check_calibration(model: nn.Module, calibration: Known | None, config: DSAC
     """Raise `ValueError` where what `config` asks for cannot be had from this model and these data."""
     if config.update.true_sequential and isinstance(calibration, CollectedStatistics):
         raise ValueError("true_sequential collects statistics anew, and these are there already; give text instead.")
+    if config.permute and isinstance(calibration, CollectedStatistics):
+        raise ValueError(
+            f"permute={config.permute!r} compares what the model gives before and after, and statistics give nothing "
+            "to run it on; give text instead, or leave permute out."
+        )
     # Missing data are found before work.
     if config.resolved.reads:
         batches_of(calibration, config, f"method {config.method!r}")

@@ -27,6 +27,8 @@ class PruningReport:
         dense (`Mapping[str, str]`): matrices of the blocks that stayed dense -> why.
         damping (`Mapping[str, float]`): weights whose X·Xᵀ needed more damping than asked -> the damping.
         unseen (`tuple[str, ...]`): weights that no calibration token reached; they were scored by magnitude.
+        permuted (`Mapping[str, tuple[float, float]]`): weights whose columns were put in another order -> the share of
+            their score that the pattern leaves, before and after.
         reconstruction (`Mapping[str, Reconstruction]`): blocks that were trained -> what that did.
         seconds (`float`): wall time.
     """
@@ -39,6 +41,7 @@ class PruningReport:
     dense: Mapping[str, str] = field(default_factory=dict)
     damping: Mapping[str, float] = field(default_factory=dict)
     unseen: tuple[str, ...] = ()
+    permuted: Mapping[str, tuple[float, float]] = field(default_factory=dict)
     reconstruction: Mapping[str, Reconstruction] = field(default_factory=dict)
     seconds: float = 0.0
 
@@ -70,6 +73,7 @@ class PruningReport:
             "dense": dict(self.dense),
             "damping": dict(self.damping),
             "unseen": list(self.unseen),
+            "permuted": {name: list(shares) for name, shares in self.permuted.items()},
             "reconstruction": {block: asdict(found) for block, found in self.reconstruction.items()},
             "seconds": round(self.seconds, 3),
         }
@@ -86,6 +90,7 @@ class PruningReport:
             dense=dict(data.get("dense") or {}),
             damping=dict(data.get("damping") or {}),
             unseen=tuple(data.get("unseen") or ()),
+            permuted={name: tuple(shares) for name, shares in (data.get("permuted") or {}).items()},
             reconstruction={
                 block: Reconstruction(**found) for block, found in (data.get("reconstruction") or {}).items()
             },
@@ -116,6 +121,12 @@ class PruningReport:
             notes.append(f"damping raised for {len(self.damping)} weights, to {max(self.damping.values()):g} at most")
         if self.unseen:
             notes.append(f"{len(self.unseen)} weights saw no calibration token and were scored by magnitude")
+        if self.permuted:
+            before, after = (sum(shares) / len(self.permuted) for shares in zip(*self.permuted.values()))
+            notes.append(
+                f"channels of {len(self.permuted)} weights in another order: {after:.2%} of their score stays, and "
+                f"{before:.2%} would have"
+            )
         if trained := self.reconstruction.values():
             before, after = (mean(getattr(found, name) for found in trained) for name in ("before", "after"))
             rates = sorted({found.rate for found in trained if found.steps})

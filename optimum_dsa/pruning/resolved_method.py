@@ -14,6 +14,7 @@ from ..model.walk import Reads, reads_of
 from .targets import dense_target
 from .unstructured.metrics import METRICS
 from .unstructured.patterns import Pattern
+from .unstructured.permutations import PERMUTATIONS
 from .unstructured.updates import UPDATES, Choice
 
 
@@ -58,6 +59,9 @@ class ResolvedMethod:
         # A metric that is never asked must not make the walk collect for it.
         if not chooses:
             reads |= metric_reads
+        # Channels are put in order by the metric, and what the model gives is compared: that takes text in any case.
+        if config.permute is not None:
+            reads |= metric_reads | reads_of(PERMUTATIONS.fact(config.permute, "reads", "inputs"))
         if config.update.targets == "dense":
             reads |= {"cross_gram", "residual"} if config.update.residual else {"cross_gram"}
         of_allocator = getattr(config.allocator, "reads", "nothing")
@@ -80,6 +84,12 @@ class ResolvedMethod:
         """Whether weights that stay are changed."""
         return self.update is not UPDATES["none"]
 
+    def target(self, weight: Tensor, statistics: LayerStatistics | None) -> Tensor:
+        """What a matrix, (out_features, in_features), is pruned as: itself, or what has the dense model's outputs."""
+        if statistics is not None and "cross_gram" in self.reads:
+            return dense_target(weight, statistics, self.damping)
+        return weight
+
     @torch.no_grad()
     def pruned(self, weight: Tensor, statistics: LayerStatistics | None, count: int) -> Tensor:
         """A matrix, (out_features, in_features), without `count` of its weights, and with what makes up for them.
@@ -89,8 +99,7 @@ class ResolvedMethod:
         # Nothing to choose and nothing to make up for; N:M removes its own number, whatever is asked.
         if count == 0 and not self.pattern.sparsity:
             return weight.clone()
-        if statistics is not None and "cross_gram" in self.reads:
-            weight = dense_target(weight, statistics, self.damping)
+        weight = self.target(weight, statistics)
         keep = None if self.chooses else self.pattern.keep(self.metric(weight, statistics), count)
         return self.update(weight, statistics, Choice(self.pattern, count, keep, self.damping))
 

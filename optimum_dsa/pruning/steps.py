@@ -58,7 +58,7 @@ class RemoveWeights:
     """
 
     def __init__(self, method: ResolvedMethod, allocation: Allocation, true_sequential: bool = False):
-        self.method, self.counts, self.granularity = method, allocation.counts(), allocation.granularity
+        self.method, self.allocation = method, allocation
         self.true_sequential = true_sequential
         self.reads: Reads = method.reads
         self.notes: dict[str, Any] = {}  # weight -> its "damping", and whether it was "unseen"
@@ -73,7 +73,7 @@ class RemoveWeights:
 
     @torch.no_grad()
     def __call__(self, walked: WalkedBlock) -> None:
-        counts = self._shares(walked)
+        counts = shares(walked, self.allocation)
         for group in walked.groups(self.true_sequential):
             for weight in group.weights:
                 self._prune(walked.tensor(weight), weight.name, group.statistics.get(weight.name), counts[weight.name])
@@ -87,13 +87,6 @@ class RemoveWeights:
         if statistics is not None:
             self._note(name, statistics)
 
-    def _shares(self, walked: WalkedBlock) -> Mapping[str, int]:
-        """Weight -> how many of its entries go: each unit's number, divided over its matrices by their size."""
-        shares: dict[str, int] = {}
-        for unit, weights in walked.block.units(self.granularity).items():
-            shares |= split_count(self.counts[unit], {weight.name: weight.size for weight in weights})
-        return shares
-
     def _note(self, name: str, statistics: LayerStatistics) -> None:
         noted: dict[str, Any] = {"unseen": True} if statistics.tokens == 0 else {}
         # Only what was raised: the damping that was asked for stands in the config.
@@ -101,3 +94,11 @@ class RemoveWeights:
             noted["damping"] = used
         if noted:
             self.notes[name] = noted
+
+
+def shares(walked: WalkedBlock, allocation: Allocation) -> Mapping[str, int]:
+    """Weight -> how many of its entries go: each unit's number, divided over its matrices by their size."""
+    found, counts = {}, allocation.counts()
+    for unit, weights in walked.block.units(allocation.granularity).items():
+        found |= split_count(counts[unit], {weight.name: weight.size for weight in weights})
+    return found

@@ -17,6 +17,7 @@ from ..pruning.configuration import CONFIG_NAME, DSAConfig
 from ..pruning.reconstruct import REFERENCE as RECONSTRUCTION
 from ..pruning.unstructured.methods import METHODS
 from ..pruning.unstructured.metrics import METRICS
+from ..pruning.unstructured.permutations import PERMUTATIONS
 from ..pruning.unstructured.updates import UPDATES
 from ..recovery.configuration import RecoveryConfig
 from ..recovery.recoveries import RECOVERIES
@@ -122,6 +123,7 @@ def papers(config: Mapping[str, Any], recovery: Mapping[str, Any] | None = None)
     cite(METHODS, config.get("method"))
     cite(METRICS, config.get("metric"))
     cite(UPDATES, (config.get("update") or {}).get("name"))
+    cite(PERMUTATIONS, config.get("permute"))
     cite(RECOVERIES, ((recovery or {}).get("config") or {}).get("method"))
     if (config.get("reconstruct") or {}).get("steps"):
         found["reconstruct"] = RECONSTRUCTION

@@ -35,6 +35,7 @@ def report(**changes):
         "dense": {"layers.0.router": "excluded"},
         "damping": {"layers.0.up": 0.1},
         "unseen": ("layers.1.down",),
+        "permuted": {"layers.0.down": (0.75, 0.8)},
         "reconstruction": {"layers.0": Reconstruction(0.25, 0.125, 1e-3, 64)},
         "seconds": 1.5,
     }

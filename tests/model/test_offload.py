@@ -120,6 +120,18 @@ def test_dense_targets_are_those_of_the_model_in_memory(name, place, checkpoints
 
 
 @pytest.mark.parametrize("place", PLACES)
+def test_channels_in_another_order_are_written_back_with_their_biases(place, tiny, inputs, tmp_path):
+    model, path, batch = tiny("gpt2"), tmp_path / "model", inputs("gpt2")
+    for block in model.transformer.h:
+        torch.nn.init.normal_(block.mlp.c_fc.bias, generator=torch.Generator().manual_seed(0))
+    model.save_pretrained(path, max_shard_size="20KB")
+    expected, found = DSAPruner(load("gpt2", path)), DSAPruner(place("gpt2", path, tmp_path / "offload"))
+    for pruner in (expected, found):
+        assert pruner.prune(batch, DSAConfig(0.5, "wanda", "uniform", pattern="2:4", permute="ria")).permuted
+    assert same_output(expected.model, found.model, batch)
+
+
+@pytest.mark.parametrize("place", PLACES)
 @pytest.mark.parametrize("name", MODELS)
 def test_trained_blocks_are_written_back(name, place, checkpoints, inputs, tmp_path):
     path, batch = checkpoints[name], inputs(name)

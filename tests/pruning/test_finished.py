@@ -59,6 +59,7 @@ CONFIGS = {
     "excluded": {"exclude": ["layers.1", "o_proj"], "method": "sparsegpt", "granularity": "block:kind"},
     "reconstruct": {"reconstruct": 4, "update": UpdateConfig("sparsegpt", targets="dense")},
     "head": {"include": ["lm_head"], "update": UpdateConfig("refit")},
+    "permuted": {"pattern": "mixed:8", "permute": "ria", "allocation": "owl"},
     "trained": {"reconstruct": 4},
     "trained in pairs": {"reconstruct": ReconstructConfig(4, span=2)},
 }

@@ -7,6 +7,7 @@ from optimum_dsa import (
     ALLOCATIONS,
     METHODS,
     METRICS,
+    PERMUTATIONS,
     PRE_PROCESS,
     REDUCTION,
     UPDATES,
@@ -17,7 +18,17 @@ from optimum_dsa import (
     UpdateConfig,
 )
 from optimum_dsa.commands.prune import asked_config
-from optimum_dsa.sharing.provenance import command, dataset_id, last_part, names_data, papers, without_places
+from optimum_dsa.recovery.configuration import RecoveryConfig
+from optimum_dsa.recovery.recoveries import RECOVERIES
+from optimum_dsa.sharing.provenance import (
+    command,
+    dataset_id,
+    last_part,
+    names_data,
+    papers,
+    recover_command,
+    without_places,
+)
 
 from ..test_docs import commands
 
@@ -77,7 +88,13 @@ def test_a_dataset_has_an_id_where_it_is_on_the_hub():
 
 @pytest.mark.parametrize(
     "table,field",
-    [(METHODS, "method"), (ALLOCATIONS, "allocation"), (METRICS, "metric"), (UPDATES, "update")],
+    [
+        (METHODS, "method"),
+        (ALLOCATIONS, "allocation"),
+        (METRICS, "metric"),
+        (PERMUTATIONS, "permute"),
+        (UPDATES, "update"),
+    ],
     ids=lambda value: getattr(value, "kind", value),
 )
 def test_every_part_that_was_published_is_cited(table, field):
@@ -123,3 +140,15 @@ def test_an_allocation_from_a_file_is_written_out():
     assert DSAConfig.from_dict(cut["config"]).allocation == GIVEN
     for name in ("owl", "abslog/var/atan,asin/no_op@+0.08"):
         assert without_places(facts(DSAConfig(0.6, allocation=name)))["config"]["allocation"] == name
+
+
+def test_a_dense_model_that_was_trained_sparse_is_made_by_one_command_and_its_paper_is_cited():
+    config = RecoveryConfig("elsa", sparsity=0.8, penalty=0.5)
+    recovery = {"config": config.to_dict(), "data": {"train": "wikitext2"}}
+    words = shlex.split(recover_command(recovery, "me/dense"))
+    assert words[:6] == ["optimum-cli", "dsa", "recover", "me/dense", "-o", "OUT"]
+    assert " --sparsity 0.8 --penalty 0.5" in " ".join(words)
+    assert papers(DSAConfig(0.8, "magnitude", "uniform").to_dict(), recovery) == {
+        **papers(DSAConfig(0.8, "magnitude", "uniform").to_dict()),
+        "recovery method elsa": RECOVERIES.references["elsa"],
+    }

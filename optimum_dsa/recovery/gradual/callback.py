@@ -94,6 +94,11 @@ class DSACallback(TrainerCallback):
                 raise ValueError(
                     f"Pattern {config.recipe.pattern} has no sparsities in between; give a schedule of one step."
                 )
+            if config.permute is not None:
+                raise ValueError(
+                    f"permute={config.permute!r} moves channels, and what an optimizer knows of them would stay where "
+                    "it is; prune with it first and train then, or leave permute out."
+                )
             if self.schedule.initial > config.sparsity:
                 raise ValueError(f"The schedule starts at {self.schedule.initial}, above the {config.sparsity} asked.")
             if self._running and self.schedule.start < 1:

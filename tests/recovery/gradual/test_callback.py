@@ -269,6 +269,11 @@ def test_checkpoints_and_pushes_carry_the_config_of_the_pruned_model(tmp_path):
             {},
             "no sparsities in between",
         ),
+        (
+            lambda: DSACallback(DSAConfig(0.5, allocation="uniform", pattern="2:4", permute="ria"), tokens()),
+            {},
+            "prune with it first and train then",
+        ),
         (lambda: DSACallback(DSAConfig(0.5), schedule=PruningSchedule(end=4, initial=0.6)), {}, "above the 0.5"),
     ],
 )  # fmt: skip

@@ -1,0 +1,202 @@
+"""How good a pruned model is, row by row: from methods that only choose weights to all that can be done for the rest.
+
+Every row prunes the same dense model, in one process, and is measured on text that nothing was chosen on: `test` and
+`wikitext2_test` of the tokens file. `calibration` feeds the pruning, and `validation` the search of the rows that
+search. "closed" is the share of the distance from sparsegpt's perplexity at the same sparsity and pattern to the dense
+model's that is made up for; "time" is the processor time of pruning over sparsegpt's.
+
+Rows are written to --output as they end, and those that are there are not run again: stop it and start it when you
+like. Rows without sparsegpt's beside them have no time and no share yet.
+
+    python frontier.py                                                       # the embedded model on the demo's text
+    python frontier.py MODEL --tokens tokens.safetensors --output rows.jsonl
+    python frontier.py MODEL --tokens tokens.safetensors --output rows.jsonl --sparsities 0.7 2:4 --rows alps all
+    python frontier.py MODEL --tokens tokens.safetensors --samples 64 --length 512 --windows 64     # the short form
+"""
+
+import argparse
+import json
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from optimum_dsa import (
+    DSAConfig,
+    DSAPruner,
+    ReconstructConfig,
+    UpdateConfig,
+    demo_model,
+    demo_texts,
+    load_tokens,
+    own_device,
+    perplexity,
+)
+
+
+FULL = UpdateConfig(targets="dense", true_sequential=True, residual=True)
+# Row -> settings of its config; all are uniform but those that name an allocation, or "searched".
+ROWS = {
+    "wanda": {"method": "wanda"},
+    "sparsegpt": {"method": "sparsegpt"},
+    "sparsegpt + dsa": {"method": "sparsegpt", "allocation": "dsa"},
+    "wanda + reconstruct": {"method": "wanda", "reconstruct": True},
+    "alps": {"method": "alps"},
+    "alps + reconstruct": {"method": "alps", "reconstruct": True},
+    "alps, dense targets": {"method": "alps", "update": FULL},
+    "all": {"method": "alps", "update": FULL, "reconstruct": True},
+    "all + dsa": {"method": "alps", "update": FULL, "reconstruct": True, "allocation": "dsa"},
+    "all, searched": {"method": "alps", "update": FULL, "reconstruct": True, "allocation": "searched"},
+    "all, permuted": {"method": "alps", "update": FULL, "reconstruct": True, "permute": True},
+}
+MEASURED = ("validation", "test", "wikitext2_test")
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "model", nargs="?", default=demo_model(), help="a folder or Hub id (default: the embedded one)"
+    )
+    parser.add_argument(
+        "--tokens", help="safetensors file with calibration, validation, test, ...; default: demo text"
+    )
+    parser.add_argument("--output", help="file of finished rows, a JSON object a line; those in it are not run again")
+    parser.add_argument("--sparsities", nargs="+", default=["0.7"], help="such as 0.5 0.7 2:4 (default: 0.7)")
+    parser.add_argument("--rows", nargs="+", metavar="ROW", help=f"of {', '.join(ROWS)} (default: all that apply)")
+    parser.add_argument("--samples", type=int, help="calibration windows (default: all)")
+    parser.add_argument("--length", type=int, help="their tokens (default: all)")
+    parser.add_argument("--windows", type=int, help="windows that are measured (default: all)")
+    parser.add_argument("--steps", type=int, default=64, help="of reconstruction (default: 64)")
+    parser.add_argument("--rate", type=float, help="of reconstruction (default: found on windows held out)")
+    parser.add_argument("--span", type=int, default=1, help="blocks that are reconstructed together (default: 1)")
+    parser.add_argument("--permute", default="ria", help="order of channels of the rows that change it (default: ria)")
+    parser.add_argument("--budget", default="300k tokens", help="of a search (default: 300k tokens)")
+    parser.add_argument("--granularity", default="block", help="of a search (default: block)")
+    parser.add_argument("--batch-size", type=int, default=8)
+    parser.add_argument("--device", default=str(own_device()))
+    return parser.parse_args()
+
+
+def windows_of(args: argparse.Namespace) -> dict[str, torch.Tensor]:
+    """Part -> token ids, (windows, length)."""
+    if args.tokens:
+        return {name: value.long() for name, value in load_file(args.tokens).items()}
+    tokenizer = AutoTokenizer.from_pretrained(args.model)
+    sizes = {"num_samples": 32, "sequence_length": 128}
+    return {part: load_tokens(demo_texts(part), tokenizer, **sizes) for part in ("calibration", "validation", "test")}
+
+
+def config_of(row: str, sparsity: str, args: argparse.Namespace) -> DSAConfig | None:
+    """What a row asks for; `None` where it says nothing about this sparsity."""
+    settings = dict(ROWS[row])
+    pattern = sparsity if ":" in sparsity else None
+    share = 1 - int(pattern.split(":")[0]) / int(pattern.split(":")[1]) if pattern else float(sparsity)
+    if pattern and "allocation" in settings or not pattern and "permute" in settings:
+        return None
+    settings["allocation"] = settings.get("allocation", "uniform").replace("searched", "uniform")
+    if settings.pop("permute", False):
+        settings["permute"] = args.permute
+    if settings.pop("reconstruct", False):
+        settings["reconstruct"] = ReconstructConfig(args.steps, args.rate, args.span)
+    return DSAConfig(share, pattern=pattern, batch_size=args.batch_size, **settings)
+
+
+def run(row: str, config: DSAConfig, tokens: dict[str, torch.Tensor], args: argparse.Namespace) -> dict:
+    """Perplexities, and the seconds of pruning, of a model that is loaded anew."""
+    model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32).to(args.device).eval()
+    pruner, calibration = DSAPruner(model), tokens["calibration"][: args.samples, : args.length]
+    found = {}
+    if ROWS[row].get("allocation") == "searched":
+        # Searched without training: a candidate is then judged in seconds.
+        plain = replace(config, reconstruct=0, granularity=args.granularity)
+        start = time.perf_counter()
+        result = pruner.search(calibration, plain, budget=args.budget, validation=tokens["validation"])
+        found = {"search_seconds": round(time.perf_counter() - start, 1), "allocation": result.allocation.to_dict()}
+        config = replace(config, allocation=result.allocation)
+    start, processor = time.perf_counter(), time.process_time()
+    report = pruner.prune(calibration, config)
+    wall, processor = time.perf_counter() - start, time.process_time() - processor
+    measured = {
+        name: round(perplexity(model, tokens[name][: args.windows], args.batch_size), 3)
+        for name in MEASURED
+        if name in tokens
+    }
+    trained = [[block.before, block.after, block.rate, block.steps] for block in report.reconstruction.values()]
+    seconds = {"seconds": round(wall, 1), "processor_seconds": round(processor, 1)}
+    return {"sparsity": report.sparsity, **measured, **seconds, "reconstruction": trained, **found}
+
+
+def dense(tokens: dict[str, torch.Tensor], args: argparse.Namespace) -> dict:
+    """Perplexities of the model as it is."""
+    model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32).to(args.device).eval()
+    return {
+        name: round(perplexity(model, tokens[name][: args.windows], args.batch_size), 3)
+        for name in MEASURED
+        if name in tokens
+    }
+
+
+class Rows:
+    """Finished rows by what they depend on, kept in a file where there is one."""
+
+    def __init__(self, path: str | None):
+        self.path = Path(path) if path else None
+        lines = self.path.read_text().splitlines() if self.path and self.path.exists() else []
+        self.known = {line["key"]: line["row"] for line in map(json.loads, lines)}
+
+    def row(self, key: str, make) -> dict:
+        if key not in self.known:
+            self.known[key] = make()
+            if self.path:
+                with self.path.open("a") as file:
+                    file.write(json.dumps({"key": key, "row": self.known[key]}) + "\n")
+        return self.known[key]
+
+
+def line(name: str, row: dict, base: dict | None, whole: dict) -> str:
+    """A row as text; `base` is sparsegpt's, `whole` the dense model's."""
+    measured = [key for key in MEASURED if key in whole]
+    text = f"{name:<28}" + "".join(f"{row[key]:>16.2f}" for key in measured)
+    if "processor_seconds" not in row:
+        return text
+    text += f"{row['seconds']:>9.0f} s"
+    if base is None:
+        return text
+    key = measured[-1]
+    lost = base[key] - whole[key]
+    closed = f"{(base[key] - row[key]) / lost:>9.0%}" if lost > 0 else f"{'':>9}"
+    return text + f"{row['processor_seconds'] / max(base['processor_seconds'], 0.1):>7.1f}{closed}"
+
+
+def main() -> None:
+    args = parse()
+    tokens, rows = windows_of(args), Rows(args.output)
+    unknown = [row for row in args.rows or () if row not in ROWS]
+    if unknown:
+        raise SystemExit(f"no row {unknown[0]!r}; there are {', '.join(ROWS)}")
+    shapes = {name: list(value.shape) for name, value in tokens.items()}
+    common = [str(args.model), shapes, args.samples, args.length, args.windows]
+    whole = rows.row(json.dumps(["dense", *common]), lambda: dense(tokens, args))
+    calibration = tokens["calibration"][: args.samples, : args.length]
+    print(f"{args.model}: {' x '.join(map(str, calibration.shape))} calibration tokens, {args.device}")
+    heads = "".join(f"{name:>16}" for name in MEASURED if name in whole)
+    print(f"{'':<28}{heads}{'':>11}{'time':>7}{'closed':>9}")
+    print(line("dense", whole, None, whole), flush=True)
+    for sparsity in args.sparsities:
+        base = None
+        # What the others are held against comes first.
+        for row in sorted(args.rows or ROWS, key=lambda row: row != "sparsegpt"):
+            if (config := config_of(row, sparsity, args)) is None:
+                continue
+            extra = [args.budget, args.granularity] if "searched" in row else []
+            key = json.dumps([row, sparsity, config.to_dict(), *common, *extra])
+            found = rows.row(key, lambda row=row, config=config: run(row, config, tokens, args))
+            base = found if row == "sparsegpt" else base
+            print(line(f"{sparsity} {row}", found, base, whole), flush=True)
+
+
+if __name__ == "__main__":
+    main()
