@@ -5,6 +5,7 @@ import re
 from pathlib import Path
 
 import torch
+from safetensors.torch import save_file
 
 
 FOLDER = Path(__file__).parents[1] / "examples" / "benchmarks"
@@ -28,3 +29,26 @@ def test_checkpoint(monkeypatch, capsys):
     assert all(float(found) <= float(limit) for _, found, limit in shares)
     assert len(re.findall(r"^(?:bfloat16|float16|float32) ", output, re.MULTILINE)) == 9
     assert torch.get_num_threads() == 1
+
+
+def test_gpu(monkeypatch, capsys, tmp_path):
+    module = script("gpu")
+    model = module.llama((64, 96, 2, 4, 2), torch.device("cpu"), torch.float32)
+    model.save_pretrained(tmp_path / "model")
+    save_file(
+        {"calibration": module.windows(8, 16), "test": module.windows(4, 16, 3)}, tmp_path / "tokens.safetensors"
+    )
+    places = ["--model", str(tmp_path / "model"), "--tokens", str(tmp_path / "tokens.safetensors")]
+    monkeypatch.setattr("sys.argv", ["gpu.py", *places])
+    module.main()
+    rows = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert list(dict.fromkeys(row[0] for row in rows[1:-1])) == [*module.PARTS]
+    for part in ("1b", "8b"):
+        assert [row[1] for row in rows if row[0] == part][1:] == [*module.METHODS]
+    assert [row[1] for row in rows if row[0] == "model"][1:] == ["dense", "wanda", "sparsegpt", "alps", "alps,"]
+    # A GPU's masks are those of the CPU; without one both are.
+    shares = {row[1]: float(row[2].rstrip("%")) for row in rows if row[0] == "equal"}
+    assert shares["wanda"] == shares["magnitude"] == shares["ria"] == 0 and shares["sparsegpt"] < 1
+    monkeypatch.setattr("sys.argv", ["gpu.py", "--minutes", "0"])
+    module.main()
+    assert "left out" in capsys.readouterr().out

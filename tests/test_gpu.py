@@ -1,4 +1,4 @@
-"""What a GPU changes: nothing in the masks of wanda and ria, a few bits in those of sparsegpt. Skipped without one."""
+"""What a GPU changes: no mask of wanda and ria, a few bits where X·Xᵀ is inverted. Skipped without one."""
 
 from __future__ import annotations
 
@@ -6,7 +6,11 @@ import pytest
 import torch
 
 from optimum_dsa import DSAConfig, DSAPruner
+from optimum_dsa.model.statistics import LayerStatistics
+from optimum_dsa.pruning.unstructured.elimination import eliminate, elimination_on
+from optimum_dsa.pruning.unstructured.patterns import Pattern
 
+from .pruning.unstructured.test_elimination import CASES, check_equal
 from .tiny import tiny_llama, tokens
 
 
@@ -27,8 +31,38 @@ def test_masks_are_those_of_the_cpu_bit_for_bit(method):
 
 
 @needs_gpu
-def test_sparsegpt_differs_by_the_rounding_of_its_inverse():
-    """0.18 % of the bits did where it was measured first; as many are kept."""
-    there, here = kept("sparsegpt", "cuda"), kept("sparsegpt", "cpu")
+@pytest.mark.parametrize("method", ["sparsegpt", "alps"])
+def test_updates_differ_by_the_rounding_of_their_inverse(method):
+    """0.18 % of sparsegpt's bits did where it was measured first; as many are kept."""
+    there, here = kept(method, "cuda"), kept(method, "cpu")
     assert there.sum() == here.sum()
     assert (there != here).float().mean() < 0.01
+
+
+@needs_gpu
+@pytest.mark.parametrize("case", CASES)
+def test_the_kernel_of_sparsegpt_does_what_its_reference_does(case):
+    pytest.importorskip("triton")
+    columns, _, _, neighbours, _ = CASES[case]
+    kernel = elimination_on(torch.device("cuda"), columns, neighbours)
+    assert kernel is not eliminate
+    check_equal(kernel, case, "cuda")
+
+
+@needs_gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_sums_of_inputs_in_halves_are_those_of_float32(dtype):
+    inputs = torch.randn(5000, 96, generator=torch.Generator().manual_seed(0)).to(dtype)
+    found, expected = LayerStatistics(96, "cuda", True, with_sum=True), LayerStatistics(96, "cpu", True, with_sum=True)
+    found.update_(inputs.cuda())
+    expected.update_(inputs)
+    for part in ("squared_sum", "gram", "sum"):
+        torch.testing.assert_close(getattr(found, part).cpu(), getattr(expected, part), rtol=1e-4, atol=2e-2)
+
+
+@needs_gpu
+@pytest.mark.parametrize("text", ["matrix", "group:64", "row", "2:4"])
+def test_patterns_choose_the_same_of_the_same_scores(text):
+    scores = (torch.rand(300, 256, generator=torch.Generator().manual_seed(0)) * 99).round()
+    pattern = Pattern.parse(text)
+    assert torch.equal(pattern.keep(scores.cuda(), 38_400).cpu(), pattern.keep(scores, 38_400))

@@ -3,12 +3,16 @@
 Time: the seconds of `prune` over the seconds of the bare block forwards that the method needs: the blocks called one
 after the other on the same batches, without hooks. Wanda and SparseGPT need two forwards of every block (one to
 collect, one to hand on) but one of the last; an allocation that reads scores needs one more of every block; magnitude
-needs none and is held against wanda's. `prune` and its forwards take turns, and the median ratio is printed.
+needs none and is held against wanda's. With the dense model's targets one more is needed, of the dense block; that
+true sequence runs parts of a block again counts as cost. `prune` and its forwards take turns, and the median ratio is
+printed.
 
 Memory: in a process of its own per case, the peak resident memory of `prune` over what was resident before (model and
 tokens), less the activations: the hidden states of all samples at one block boundary, and what the bare forward of one
-batch through one block takes on top. glibc is told to hand freed memory back at once, so that resident means in use,
-and a copy of the model is pruned on one sequence first, so that code is loaded and does not count.
+batch through one block takes on top. Beside it stands what was set as its bound: of the block for which it is
+highest, three times the weights in float32 and the X·Xᵀs (two of each with dense targets), and the activations once
+more. glibc is told to hand freed memory back at once, so that resident means in use, and a copy of the model is pruned
+on one sequence first, so that code is loaded and does not count.
 
     python one_shot.py                                             # the embedded model on the demo's text
     python one_shot.py MODEL --tokens tokens.safetensors --repeats 3
@@ -29,16 +33,27 @@ from safetensors import safe_open
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from optimum_dsa import DSAConfig, capture_calls, demo_model, demo_texts, find_architecture, load_tokens, prune
+from optimum_dsa import (
+    DSAConfig,
+    UpdateConfig,
+    capture_calls,
+    demo_model,
+    demo_texts,
+    find_architecture,
+    load_tokens,
+    prune,
+)
 
 
-# method, allocation, forwards of every block (but one less of the last)
+# method, allocation or targets, forwards of every block (but one less of the last)
 CASES = [
     ("magnitude", "uniform", 2),
     ("wanda", "uniform", 2),
     ("wanda", "dsa", 3),
     ("wanda", "owl", 3),
     ("sparsegpt", "uniform", 2),
+    ("alps", "uniform", 2),
+    ("alps", "dense", 3),
 ]
 MB = 2**20
 
@@ -61,6 +76,23 @@ def load(args: argparse.Namespace) -> tuple[torch.nn.Module, Tensor]:
     if tokens.shape != (args.samples, args.length):
         raise SystemExit(f"{args.samples} x {args.length} tokens were asked for, and there are {tuple(tokens.shape)}.")
     return model, tokens
+
+
+def configured(method: str, allocation: str, batch_size: int) -> DSAConfig:
+    """A case at 50 %; the allocation "dense" is uniform, with the dense model's targets in true sequence."""
+    dense = UpdateConfig(targets="dense", true_sequential=True, residual=True)
+    settings = {"allocation": "uniform", "update": dense} if allocation == "dense" else {"allocation": allocation}
+    return DSAConfig(0.5, method, batch_size=batch_size, **settings)
+
+
+def bound(model: torch.nn.Module, allocation: str) -> int:
+    """Bytes beyond the model and its activations that updates of single weights may take."""
+    of_blocks = []
+    for block in find_architecture(model).blocks:
+        inputs = {(*weight.module.split(".")[:-1], weight.shape[1]): weight.shape[1] for weight in block.weights}
+        squares = sum(columns**2 for columns in inputs.values())
+        of_blocks.append(3 * sum(weight.size for weight in block.weights) + squares * (1 + (allocation == "dense")))
+    return 4 * max(of_blocks)
 
 
 class Bare:
@@ -102,7 +134,7 @@ def measure_time(args: argparse.Namespace) -> list[tuple[float, float]]:
     for _ in range(args.repeats):
         for results, (method, allocation, forwards) in zip(measured, CASES):
             before = bare.seconds(forwards)
-            seconds = prune(model, tokens, DSAConfig(0.5, method, allocation, batch_size=args.batch_size)).seconds
+            seconds = prune(model, tokens, configured(method, allocation, args.batch_size)).seconds
             model.load_state_dict(dense)
             after = bare.seconds(forwards)
             results.append((seconds, 2 * seconds / (before + after)))
@@ -127,11 +159,17 @@ def measure_memory(args: argparse.Namespace, method: str, allocation: str) -> di
     """Bytes of the model, of the activations, and that `prune` takes beyond what was there."""
     model, tokens = load(args)
     activations = Bare(model, tokens, args.batch_size).activations()
-    config = DSAConfig(0.5, method, allocation, batch_size=args.batch_size)
+    config = configured(method, allocation, args.batch_size)
     prune(copy.deepcopy(model), tokens[:1], config)
     taken = peak(lambda: prune(model, tokens, config))
     size = sum(parameter.nbytes for parameter in model.parameters())
-    return {"model": size, "activations": 0 if method == "magnitude" else activations, "taken": taken}
+    activations = 0 if method == "magnitude" else activations
+    return {
+        "model": size,
+        "activations": activations,
+        "taken": taken,
+        "bound": bound(model, allocation) + activations,
+    }
 
 
 def memory_of(args: argparse.Namespace, method: str, allocation: str) -> dict[str, int]:
@@ -162,13 +200,16 @@ def main() -> None:
         return
     times = measure_time(args)
     print(f"{args.samples} x {args.length} tokens, {args.dtype}, {torch.get_num_threads()} threads")
-    print(f"{'':<22}{'seconds':>9}{'ratio':>7}{'model':>9}{'activations':>13}{'extra':>9}{'extra/model':>13}")
+    print(
+        f"{'':<22}{'seconds':>9}{'ratio':>7}{'model':>9}{'activations':>13}{'extra':>9}{'bound':>9}{'extra/model':>13}"
+    )
     for (method, allocation, *_), (seconds, ratio) in zip(CASES, times):
         memory = memory_of(args, method, allocation)
         extra = memory["taken"] - memory["activations"]
         print(
             f"{method + ' / ' + allocation:<22}{seconds:>9.2f}{ratio:>7.2f}{memory['model'] / MB:>6.1f} MB"
-            f"{memory['activations'] / MB:>10.1f} MB{extra / MB:>6.1f} MB{extra / memory['model']:>13.0%}"
+            f"{memory['activations'] / MB:>10.1f} MB{extra / MB:>6.1f} MB{memory['bound'] / MB:>6.1f} MB"
+            f"{extra / memory['model']:>13.0%}"
         )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from functools import partial
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from .architecture import Block, Stack, Weight
 from .calls import BlockCalls, run_behind
-from .observer import observing
+from .observer import AllSeen, observing
 from .residual import watching_additions
 
 
@@ -38,7 +38,8 @@ class DenseInputs:
 class DenseStream:
     """Runs the dense block, also when the one in the model is pruned in part, on what the dense blocks before it gave.
 
-    While it stands at a block, what goes into the dense one and what comes out are alive, and a copy of its weights.
+    While it stands at a block, what goes into the dense one is alive, a copy of its weights and, unless it is run for
+    itself in the end, what comes out.
 
     Args:
         calls (`BlockCalls`): of the dense model; changed as it goes on.
@@ -49,7 +50,8 @@ class DenseStream:
             what the residual stream has is, too.
 
     Attributes:
-        outputs: per batch what the dense block gives, (samples, ..., hidden size), once `inputs` was called.
+        outputs: per batch what the dense block gives, (samples, ..., hidden size), once `inputs` or `complete` was
+            called.
     """
 
     def __init__(
@@ -62,38 +64,59 @@ class DenseStream:
         self.calls, self.reads = calls, reads
         for number, (own, other) in enumerate(zip(calls.hidden, hidden, strict=True)):
             calls.hidden[number] = other if torch.equal(own, other) else own
-        self.outputs = list(calls.hidden)
+        self.outputs: list[Tensor | None] = []
+        self._anew = False
         self._given = self._as_dense = as_dense
         self._kept: list[Tensor] = []
 
     @contextmanager
-    def at(self, module: nn.Module) -> Iterator[None]:
-        """Stand at a block that is dense as yet; on leaving, go on to the next one."""
+    def at(self, module: nn.Module, index: int, anew: bool = False, last: bool = False) -> Iterator[None]:
+        """Stand at a block, number `index`, that is dense as yet; on leaving, go on to the next one, unless `last`.
+
+        With `anew` what comes out is never what `inputs` saw, but is run for itself: on leaving, or when `complete` is
+        called.
+        """
+        self.outputs, self._anew = [None] * len(self.calls.hidden), anew
         if self._given is None:
             # All parameters and not the prunable ones alone: whoever is given the block may change any.
             self._kept = [parameter.detach().clone() for parameter in module.parameters()]
             self._as_dense = partial(_holding, module, self._kept)
         yield
-        self.calls.hidden, self._as_dense, self._kept = list(self.outputs), self._given, []
+        # Batch by batch, so that what goes in goes as what comes out comes.
+        for batch in range(0 if last else len(self.outputs)):
+            output = self.outputs[batch]
+            self.calls.hidden[batch] = self.run(module, index, batch) if output is None else output
+        self.outputs, self._as_dense, self._kept = [], self._given, []
 
     def take(self, module: nn.Module) -> None:
         """Take the block's weights as they are now for the dense ones: it computes the same with them."""
         for kept, parameter in zip(self._kept, module.parameters()):
             kept.copy_(parameter)
 
-    def inputs(self, model: nn.Module, part: Block, module: nn.Module, index: int, batch: int) -> DenseInputs:
-        """What the weights of `part`, some of the block `module`, number `index`, multiply in the dense model."""
+    def complete(self, module: nn.Module, index: int) -> None:
+        """Have `outputs` of every batch of the block `module`, number `index`."""
+        for batch, output in enumerate(self.outputs):
+            self.outputs[batch] = self.run(module, index, batch) if output is None else output
+
+    def inputs(
+        self, model: nn.Module, part: Block, module: nn.Module, index: int, batch: int, stops: bool = False
+    ) -> DenseInputs:
+        """What the weights of `part`, some of the block `module`, number `index`, multiply in the dense model.
+
+        With `stops` what comes behind them is not run, unless it is to be kept.
+        """
         found, hidden = DenseInputs(), self.calls.hidden[batch]
-        watched = "cross_gram" in self.reads
+        watched, known = "cross_gram" in self.reads, self._anew or self.outputs[batch] is not None
         # What it gives is the same every time; only what is watched has to be seen again.
-        if not watched and self.outputs[batch] is not hidden:
+        if known and not watched:
             return found
-        watch = watching_additions(model, part, hidden) if "residual" in self.reads else nullcontext({})
-        with observing(model, part, found) if watched else nullcontext(), watch as found.before:
+        watch = observing(model, part, found, stops and known) if watched else nullcontext()
+        added = watching_additions(model, part, hidden) if "residual" in self.reads else nullcontext({})
+        with suppress(AllSeen), watch, added as found.before:
             output = self.run(module, index, batch)
-        # Of the first time: a walk that passes the block by has no other, and is to go on alike to the last bit.
-        if self.outputs[batch] is hidden:
-            self.outputs[batch] = output
+            # Of the first time: a walk that passes the block by has no other, and is to go on alike to the last bit.
+            if not known:
+                self.outputs[batch] = output
         return found
 
     def run(self, module: nn.Module, index: int, batch: int) -> Tensor:

@@ -20,6 +20,10 @@ from .statistics import LayerStatistics
 _PRODUCTS = {nn.functional.linear, torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.mm, Tensor.mm}
 
 
+class AllSeen(Exception):
+    """Raised in a block whose watched weights have all been given their input: the rest of it need not run."""
+
+
 class Observes(Protocol):
     """Is told what the weights of a block multiply."""
 
@@ -39,8 +43,8 @@ class Observer:
     is learnt from the first batch, and checked on every input.
     """
 
-    def __init__(self, gram: bool):
-        self.gram = gram
+    def __init__(self, gram: bool, mean: bool = False):
+        self.gram, self.mean = gram, mean
         self.statistics: dict[str, LayerStatistics] = {}
         self.sequences = 0
         self._source: dict[str, str] = {}  # weight -> the weight whose statistics it shares
@@ -82,7 +86,7 @@ class Observer:
             self.statistics[name] = self.statistics[source]
             return
         if name not in self.statistics:
-            self.statistics[name] = LayerStatistics(weight.shape[1], inputs.device, self.gram)
+            self.statistics[name] = self._statistics(weight, inputs.device)
         self.statistics[name].update_(self._counted(name, inputs))
         dense = self._dense_of(name, inputs)
         if dense is not None:
@@ -140,6 +144,10 @@ class Observer:
         self._source[name] = name
         return name
 
+    def given_once(self) -> set[str]:
+        """The weights that were given one input in the batch that was run last."""
+        return {name for name, given in self._given.items() if len(given) == 1}
+
     def finish(self, block: Block) -> dict[str, LayerStatistics]:
         """The statistics of every weight of the block, also of those that saw no input."""
         self._end_batch()
@@ -147,10 +155,13 @@ class Observer:
             if weight.name not in self.statistics:
                 # An expert that no token reached has no input to tell the device by.
                 device = next(iter(self.statistics.values())).device if self.statistics else "cpu"
-                self.statistics[weight.name] = LayerStatistics(weight.shape[1], device, self.gram)
+                self.statistics[weight.name] = self._statistics(weight, device)
             self.statistics[weight.name].sequences = self.sequences
         _lend(block, self.statistics)
         return self.statistics
+
+    def _statistics(self, weight: Weight, device: torch.device | str) -> LayerStatistics:
+        return LayerStatistics(weight.shape[1], device, self.gram, with_sum=self.mean)
 
     def _counted(self, name: str, inputs: Tensor) -> Tensor:
         """The inputs of real tokens, (tokens, in_features); all of them where none is padding."""
@@ -200,15 +211,19 @@ def _lend(block: Block, statistics: dict[str, LayerStatistics]) -> None:
 
 
 @contextmanager
-def observing(model: nn.Module, block: Block, observer: Observes) -> Iterator[None]:
-    """Hooks that report every input of the block's weights to `observer` while the context is open."""
+def observing(model: nn.Module, block: Block, observer: Observes, stops: bool = False) -> Iterator[None]:
+    """Hooks that report every input of the block's weights to `observer` while the context is open.
+
+    With `stops`, `AllSeen` is raised as soon as each weight has been given one input.
+    """
+    waiting = {weight.name for weight in block.weights} if stops else None
     fused = [weight for weight in block.weights if weight.expert is not None]
     with ExitStack() as stack:
         for weight in block.weights:
             module = model.get_submodule(weight.module)
             # An embedding looks its rows up, and multiplies nothing.
             if weight.expert is None and not isinstance(module, nn.Embedding):
-                handle = module.register_forward_pre_hook(_hook(observer, weight), with_kwargs=True)
+                handle = module.register_forward_pre_hook(_hook(observer, weight, waiting), with_kwargs=True)
                 stack.callback(handle.remove)
         if fused:
             for module in {weight.module: model.get_submodule(weight.module) for weight in fused}.values():
@@ -217,9 +232,13 @@ def observing(model: nn.Module, block: Block, observer: Observes) -> Iterator[No
         yield
 
 
-def _hook(observer: Observes, weight: Weight) -> Callable:
+def _hook(observer: Observes, weight: Weight, waiting: set[str] | None) -> Callable:
     def observe(module, args, kwargs):
         observer.observe(weight, args[0] if args else next(iter(kwargs.values())))
+        if waiting is not None:
+            waiting.discard(weight.name)
+            if not waiting:
+                raise AllSeen
 
     return observe
 

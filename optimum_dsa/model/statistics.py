@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ logger = logging.getLogger(__name__)
 # The share that the published SparseGPT code adds as `percdamp`.
 DAMPING = 0.01
 CHUNK = 2**20  # inputs that are copied at once: bounds the memory, and stays in a processor's cache
+GPU_CHUNK = 2**24  # the same where there is no cache to stay in, and every call has to be worth its launch
 
 
 @dataclass(frozen=True)
@@ -48,6 +50,7 @@ class LayerStatistics:
     Attributes:
         squared_sum (`Tensor`): (in_features,), Σ x_j² over all tokens.
         gram (`Tensor`): (in_features, in_features), Σ x xᵀ over all tokens; `None` unless it was asked for.
+        sum (`Tensor`): (in_features,), Σ x_j over all tokens; `None` unless it was asked for.
         tokens (`int`): inputs seen. A routed expert counts those that reached it.
         sequences (`int`): sequences seen.
         stand_in (`float`): what every Σ x_j² is taken to be where no input was seen.
@@ -73,6 +76,8 @@ class LayerStatistics:
     drift: Tensor | None = None
     lack: Tensor | None = None
     paired: int = 0
+    with_sum: bool = False
+    sum: Tensor | None = None
     _lacking: int = field(default=0, repr=False)
     _factor: tuple[float, InverseFactor] | None = field(default=None, repr=False)
     _spectrum: tuple[float, Spectrum] | None = field(default=None, repr=False)
@@ -82,6 +87,8 @@ class LayerStatistics:
             self.squared_sum = torch.zeros(self.in_features, dtype=torch.float32, device=self.device)
         if self.with_gram and self.gram is None:
             self.gram = torch.zeros(self.in_features, self.in_features, dtype=torch.float32, device=self.device)
+        if self.with_sum and self.sum is None:
+            self.sum = torch.zeros_like(self.squared_sum)
 
     @torch.no_grad()
     def update_(self, inputs: Tensor) -> None:
@@ -89,17 +96,23 @@ class LayerStatistics:
         rows = inputs.reshape(-1, inputs.shape[-1])
         self.tokens += rows.shape[0]
         # With a gram at least in_features rows: every part reads and writes the whole gram.
-        for part in rows.split(max(CHUNK // self.in_features, 1 if self.gram is None else self.in_features)):
-            # float16 ends at 65,504: the square of an input of 256 is beyond it.
-            part = part.float()
+        chunk = (GPU_CHUNK if rows.is_cuda else CHUNK) // self.in_features
+        for part in rows.split(max(chunk, 1 if self.gram is None else self.in_features)):
+            if self.sum is not None:
+                self.sum += part.sum(dim=0, dtype=torch.float32)
             if self.gram is None:
-                self.squared_sum += part.square().sum(dim=0)
+                # float16 ends at 65,504: the square of an input of 256 is beyond it.
+                self.squared_sum += part.float().square().sum(dim=0)
+            elif part.is_cuda and sums_halves_in_float32(part.device, part.dtype):
+                # The product of two halves is a float32 without rounding, so that tensor cores lose nothing.
+                self.gram += torch.mm(part.t(), part, out_dtype=torch.float32)
             else:
+                part = part.float()
                 self.gram.addmm_(part.t(), part)
         if self.gram is not None:
             # The same sums, so that a metric on Σ x² and an update on X·Xᵀ never disagree about a dead input.
             self.squared_sum.copy_(self.gram.diagonal())
-        self._factor = self._spectrum = None
+        self.release_()
 
     @torch.no_grad()
     def pair_(self, inputs: Tensor, dense: Tensor) -> None:
@@ -127,12 +140,14 @@ class LayerStatistics:
     def reorder_(self, order: Tensor) -> None:
         """Put the inputs in another order, in place: input k becomes what input `order[k]` was, (in_features,)."""
         self.squared_sum = self.squared_sum[order]
+        if self.sum is not None:
+            self.sum = self.sum[order]
         for name in ("gram", "drift"):
             if (moment := getattr(self, name)) is not None:
                 setattr(self, name, moment[order[:, None], order])
         if self.lack is not None:
             self.lack = self.lack[:, order]
-        self._factor = self._spectrum = None
+        self.release_()
 
     @property
     def lacks(self) -> bool:
@@ -165,6 +180,17 @@ class LayerStatistics:
         return (found / max(self.sequences, 1)).sqrt_()
 
     @property
+    def mean(self) -> Tensor:
+        """(in_features,), the mean of x_j over all tokens; 0 where no input was seen.
+
+        Raises:
+            ValueError: Σ x_j was not collected.
+        """
+        if self.sum is None:
+            raise ValueError('Σ x was not collected; walk the blocks with reads={"inputs", "mean"} for this update.')
+        return self.sum / max(self.tokens, 1)
+
+    @property
     def second_moment(self) -> Tensor:
         """(in_features, in_features), X·Xᵀ as it is used: `gram`, or what stands in for it. Not to be written to.
 
@@ -181,6 +207,10 @@ class LayerStatistics:
     def dead(self) -> Tensor:
         """(in_features,) bool: inputs that never fired, whose weights multiply nothing."""
         return (self.second_moment.diagonal() if self.with_gram else self.input_norm) == 0
+
+    def release_(self) -> None:
+        """Give up, in place, what was derived of the sums: it is computed again if somebody asks."""
+        self._factor = self._spectrum = None
 
     @property
     def damping_used(self) -> float | None:
@@ -264,6 +294,18 @@ class CollectedStatistics:
         return {"source": self.source, "samples": None, "length": None, "tokens": tokens, "seed": None}
 
 
+@cache
+def sums_halves_in_float32(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether products of float16 or bfloat16 matrices can be had in float32 there, without copies in float32."""
+    if dtype not in (torch.float16, torch.bfloat16):
+        return False
+    try:
+        some = torch.ones(16, 16, device=device, dtype=dtype)
+        return bool((torch.mm(some, some, out_dtype=torch.float32) == 16).all())
+    except (RuntimeError, TypeError):  # no kernel for this device, or a PyTorch that does not know the argument
+        return False
+
+
 def _damped(moment: Tensor, damping: float) -> Tensor:
     """X·Xᵀ, (n, n), a one where an input never fired, and `damping` times its mean on the diagonal: (n, n)."""
     # A copy: the gram is needed again at another damping, and by allocators.
@@ -275,16 +317,19 @@ def _damped(moment: Tensor, damping: float) -> Tensor:
 
 
 def _factor_of_inverse(matrix: Tensor) -> Tensor | None:
-    """Upper Cholesky factor of matrix⁻¹, (n, n) -> (n, n); `None` where that fails.
+    """Upper Cholesky factor U of matrix⁻¹ = Uᵀ·U, (n, n) -> (n, n); `None` where that fails.
 
-    At most two matrices are alive beside the gram.
+    U is R⁻¹, R being the upper triangular matrix with R·Rᵀ = matrix, which the Cholesky factor of the matrix from its
+    other end is. At most two matrices are alive beside the gram, and the inverse itself is none of them.
     """
-    factor, failed = torch.linalg.cholesky_ex(matrix)
+    factor = matrix.flip(0, 1)
     del matrix
+    factor, failed = torch.linalg.cholesky_ex(factor)
     if failed:
         return None
-    factor = torch.cholesky_inverse(factor)
-    factor, failed = torch.linalg.cholesky_ex(factor)
+    factor = factor.flip(0, 1)
+    # Solved where it stands: by columns is how LAPACK has a matrix, and no copy is needed.
+    inverse = torch.eye(len(factor), device=factor.device).t()
+    torch.linalg.solve_triangular(factor, inverse, upper=True, out=inverse)
     # A nearly singular matrix can pass without a failure, and leave infinities behind.
-    finite = torch.stack(factor.aminmax()).isfinite().all()
-    return factor.t().contiguous() if finite and not failed else None
+    return inverse if torch.stack(inverse.t().aminmax()).isfinite().all() else None

@@ -11,8 +11,8 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import nullcontext
-from dataclasses import dataclass, field, replace
+from contextlib import AbstractContextManager, nullcontext, suppress
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -21,18 +21,24 @@ from torch import Tensor, nn
 from .architecture import Architecture, Block, Stack, UnprunableError, Weight
 from .calls import BlockCalls, capture_calls, check_calls, run_behind
 from .dense import AsDense, DenseInputs, DenseStream, Replay
-from .observer import Observer, Unheard, observing
+from .observer import AllSeen, Observer, Unheard, observing
 from .offload import resident
 from .padding import real_tokens, without_padding
 from .residual import watching_additions
 from .statistics import CollectedStatistics, LayerStatistics
+from .walked import WalkedBlock
 
 
-# What a walk can collect of each weight's input: "inputs" (Σ x²), "gram" (X·Xᵀ as well), "cross_gram" (X_dense·Xᵀ),
-# and with it "residual" (what the residual stream lacks where a weight's outputs are added to it); and of each block
-# "outputs" (what the dense model gives in its place, and the block to be run again beside it).
+# What a walk can collect of each weight's input: "inputs" (Σ x²), "mean" (Σ x as well), "gram" (X·Xᵀ as well),
+# "cross_gram" (X_dense·Xᵀ), and with it "residual" (what the residual stream lacks where outputs are added to it); and
+# of each block "outputs" (what the dense model gives in its place, and the block to be run again beside it).
 Reads = frozenset[str]
-_READS = {"nothing": frozenset(), "inputs": frozenset({"inputs"}), "gram": frozenset({"inputs", "gram"})}
+_READS = {
+    "nothing": frozenset(),
+    "inputs": frozenset({"inputs"}),
+    "mean": frozenset({"inputs", "mean"}),
+    "gram": frozenset({"inputs", "gram"}),
+}
 
 
 def reads_of(fact: str) -> Reads:
@@ -40,94 +46,6 @@ def reads_of(fact: str) -> Reads:
     if fact not in _READS:
         raise ValueError(f"A registered operation reads {', '.join(map(repr, _READS))}, got {fact!r}.")
     return _READS[fact]
-
-
-@dataclass(frozen=True)
-class Group:
-    """Weights of a block that multiply one and the same input, with its statistics."""
-
-    weights: tuple[Weight, ...]
-    statistics: Mapping[str, LayerStatistics]
-
-
-@dataclass(frozen=True)
-class WalkedBlock:
-    """The block at which a walk stands: its weights on their device, and the statistics of their inputs.
-
-    `rewritten()` says that a block of which nothing is pruned yet computes the same as before with other weights
-    (channels in another order): they are the dense ones from there on.
-    """
-
-    block: Block
-    statistics: Mapping[str, LayerStatistics]
-    model: nn.Module = field(repr=False)
-    changes: set[str] = field(repr=False)
-    # weights -> statistics of their inputs in the block as it is now; None where nothing is run
-    again: Callable[[Sequence[Weight]], Mapping[str, LayerStatistics]] | None = field(default=None, repr=False)
-    replay: Replay | None = None  # where "outputs" are read; not of the weights outside the blocks
-    # runs the block as it is now on one sample -> all tensors that it leaves behind, see `BlockCalls.everything_of`;
-    # None where nothing is run
-    run: Callable[[], list[Tensor]] | None = field(default=None, repr=False)
-    rewritten: Callable[[], None] = field(default=lambda: None, repr=False)
-
-    @property
-    def name(self) -> str:
-        return self.block.name
-
-    @property
-    def weights(self) -> tuple[Weight, ...]:
-        return self.block.weights
-
-    def state(self) -> dict[str, Tensor]:
-        """Every parameter and buffer of the block that a checkpoint has and that is here, live, by full name."""
-        found = {}
-        for name in self.block.modules:
-            found |= self.model.get_submodule(name).state_dict(prefix=f"{name}.")
-        # of an offloaded model that is not run, the weights alone are brought in
-        return {name: value for name, value in found.items() if isinstance(value, Tensor) and not value.is_meta}
-
-    def tensor(self, weight: Weight) -> Tensor:
-        """The live weight, (out_features, in_features); the walk sees what is written to it."""
-        return weight.tensor(self.model)
-
-    def become(self, values: Mapping[str, Tensor]) -> None:
-        """Copy `values` into the tensors of these names, of `state`, and their shapes."""
-        live = self.state()
-        for name, value in values.items():
-            # What is as it should be (norms, mostly) need not be written back to a disk. As bytes, in which -0 is
-            # not 0, and which every type has.
-            mine, wanted = (tensor.cpu().reshape(-1).view(torch.uint8) for tensor in (live[name], value))
-            if torch.equal(mine, wanted):
-                continue
-            live[name].copy_(value)
-            owner, _, attribute = name.rpartition(".")
-            if attribute in dict(self.model.get_submodule(owner).named_parameters(recurse=False)):
-                self.changed(name)
-
-    def groups(self, true_sequential: bool = False) -> Iterator[Group]:
-        """The weights in groups that share an input, in the order in which the block runs them.
-
-        With `true_sequential` each group but the first gets statistics that are collected when its turn comes, from
-        the block as the groups before it were left: one more forward pass a group.
-        """
-        shared: dict[int | tuple[str, str], list[Weight]] = {}
-        # Statistics stand in the order in which inputs were seen: the block runs in it, and its code may name another.
-        order = {name: number for number, name in enumerate(self.statistics)}
-        for weight in sorted(self.weights, key=lambda weight: order.get(weight.name, 0)):
-            # Weights that share an input share one and the same object, see `Observer`. The experts of one parameter
-            # stay together: they run beside each other, and one alone may see no token.
-            own = id(self.statistics.get(weight.name))
-            key = own if weight.expert is None else (weight.module, weight.attribute)
-            shared.setdefault(key, []).append(weight)
-        for number, weights in enumerate(shared.values()):
-            found = {weight.name: self.statistics[weight.name] for weight in weights if self.statistics}
-            if true_sequential and number and self.again is not None:
-                found = self.again(weights)
-            yield Group(tuple(weights), found)
-
-    def changed(self, weight: Weight | str) -> None:
-        """Say that `tensor(weight)`, or a parameter by its full name, was written to, so that it is written back."""
-        self.changes.add(weight if isinstance(weight, str) else f"{weight.module}.{weight.attribute}")
 
 
 # Tensors made in inference mode have no version counter, by which calls and inputs are told apart.
@@ -142,6 +60,7 @@ def walk_blocks(
     sequential: bool = True,
     progress: Callable[[Sequence[Block]], Iterable[Block]] = iter,
     as_dense: AsDense | None = None,
+    true_sequential: bool = False,
     finished: int = 0,
     gram: bool | None = None,
 ) -> Iterator[WalkedBlock]:
@@ -150,21 +69,23 @@ def walk_blocks(
     The caller may change a block's weights before it asks for the next one. With `sequential` the next block is given
     the outputs of the block as the caller left it (two forward passes per block), otherwise those that it had before
     (one). One block's activations are alive at a time. With "cross_gram" in `reads` the dense model's go beside
-    them: one forward pass of the dense block more, and one with every later group of a `true_sequential` caller.
+    them: one forward pass of the dense block more, and with `groups(true_sequential=True)` one a group.
 
     Args:
         batches (`Sequence[Mapping[str, Tensor]]`): inputs of the model by name, first dimension the samples. What an
             attention mask marks as padding is cut off. `None` runs nothing and gives no statistics, and
             `CollectedStatistics` runs nothing and gives those.
         reads (`Collection[str]`, defaults to `{"inputs"}`): what is collected of each weight's input: "inputs" is Σ x²
-            (and always collected where there are batches), "gram" is X·Xᵀ as well, and "cross_gram" X_dense·Xᵀ of
-            what the dense model gives in the place of X, for all weights that every token reaches. "residual", beside
-            "cross_gram", is `LayerStatistics.lack` of the weights whose outputs are added to the residual stream.
-            "outputs" is a `Replay` of every block of a stack.
+            (and always collected where there are batches), "mean" is Σ x as well, "gram" is X·Xᵀ as well, and
+            "cross_gram" X_dense·Xᵀ of what the dense model gives in the place of X, for all weights that every token
+            reaches. "residual", beside "cross_gram", is `LayerStatistics.lack` of the weights whose outputs are added
+            to the residual stream. "outputs" is a `Replay` of every block of a stack.
         progress (`Callable[[Sequence[Block]], Iterable[Block]]`, defaults to `iter`): wraps the sequence of blocks, as
             tqdm does.
         as_dense (`AsDense`, *optional*): a context in which the model computes with its dense weights, for a caller
             who does not write to them; by default a copy of one block's is kept.
+        true_sequential (`bool`): the caller asks for `groups(true_sequential=True)` and for no other statistics, so
+            that what all groups multiply before any of them is changed is not collected at all.
         finished (`int`, defaults to 0): so many blocks, the first ones, come without statistics: the caller makes them
             what an earlier walk left, and the blocks after them see what they would have seen then.
         gram (`bool`, *optional*): earlier name of "gram" in `reads`.
@@ -176,7 +97,7 @@ def walk_blocks(
     """
     if gram is not None:
         warnings.warn("walk_blocks(gram=True) is walk_blocks(reads={'inputs', 'gram'}).", FutureWarning, stacklevel=2)
-    gram, beside = gram or "gram" in reads, {"cross_gram", "outputs"} & set(reads)
+    beside = {"cross_gram", "outputs"} & set(reads)
     if beside and (not sequential or isinstance(batches, CollectedStatistics)):
         raise ValueError(
             f"{' and '.join(sorted(beside))}: what the dense model has beside a pruned one is of a walk with "
@@ -186,6 +107,25 @@ def walk_blocks(
     if batches is None or isinstance(batches, CollectedStatistics):
         yield from _walk_still(model, blocks, batches.statistics if batches else {})
         return
+    wanted = {"gram", *reads} if gram else {*reads}
+    yield from _walk_running(
+        model, architecture, batches, blocks, wanted, sequential, true_sequential, as_dense, finished
+    )
+
+
+def _walk_running(
+    model: nn.Module,
+    architecture: Architecture,
+    batches: Sequence[Mapping[str, Tensor]],
+    blocks: Iterator[Block],
+    reads: Collection[str],
+    sequential: bool,
+    true_sequential: bool,
+    as_dense: AsDense | None,
+    finished: int,
+) -> Iterator[WalkedBlock]:
+    """`walk_blocks` over batches, inputs by name, (samples, length, ...); `blocks` is told how far it is."""
+    beside, watch = {"cross_gram", "outputs"} & set(reads), partial(Observer, "gram" in reads, "mean" in reads)
     # Padding goes first: what is never run needs no mask, and costs no time.
     batches = [part for batch in batches for part in without_padding(batch)]
     real = [real_tokens(model, batch) for batch in batches]
@@ -203,10 +143,12 @@ def walk_blocks(
             calls.sample = samples[stack.name]
             dense = DenseStream(early.pop(stack.name), calls.hidden, as_dense, reads) if beside else None
             needed = architecture.head is not None and stack is architecture.stacks[-1]
-            yield from _walk_stack(model, stack, blocks, calls, real, gram, sequential, needed, dense, finished)
+            yield from _walk_stack(
+                model, stack, blocks, calls, real, watch, sequential, needed, dense, finished, true_sequential
+            )
             finished = max(finished - len(stack.blocks), 0)
         if architecture.head is not None:
-            yield from _walk_head(model, next(blocks), stack, calls, batches, real, gram, dense, finished > 0)
+            yield from _walk_head(model, next(blocks), stack, calls, batches, real, watch, dense, finished > 0)
         next(blocks, None)  # lets a progress bar finish
     finally:
         for module in training:
@@ -236,11 +178,12 @@ def _walk_stack(
     blocks: Iterator[Block],
     calls: BlockCalls,
     real: Sequence[Tensor | None],
-    gram: bool,
+    watch: Callable[[], Observer],
     sequential: bool,
     needed: bool,
     dense: DenseStream | None,
     finished: int,
+    true_sequential: bool,
 ) -> Iterator[WalkedBlock]:
     """The blocks of a stack, the first of them `finished`; `needed`: the head may read what the last one gives."""
     count = len(stack.blocks)
@@ -248,7 +191,10 @@ def _walk_stack(
         next(blocks)
         # A block is not run again unless somebody reads what it gives: a later one, or the head.
         read = finished <= count if needed else max(index + 1, finished) < count
-        yield from _walk_block(model, block, calls, index, real, gram, sequential, not read, dense, index < finished)
+        sample = true_sequential and sequential
+        yield from _walk_block(
+            model, block, calls, index, real, watch, sequential, not read, dense, index < finished, sample
+        )
 
 
 def _walk_block(
@@ -257,60 +203,85 @@ def _walk_block(
     calls: BlockCalls,
     index: int,
     real: Sequence[Tensor | None],
-    gram: bool,
+    watch: Callable[[], Observer],
     sequential: bool,
     last: bool,
     dense: DenseStream | None,
     finished: bool,
+    sample: bool,
 ) -> Iterator[WalkedBlock]:
     """One step of the walk: collect, hand out, move the activations, (samples, ..., hidden size), on (unless last).
 
-    Of a `finished` block nothing is collected.
+    Of a `finished` block nothing is collected, with `sample` the first batch: it tells groups and their order.
     """
     module = model.get_submodule(block.name)
+    # weights of which a sample shows: they are given one input in a batch, and nothing need be seen of their outputs
+    alone: set[str] = set()
 
-    def collect(weights: Sequence[Weight], move_on: bool = False) -> Mapping[str, LayerStatistics]:
+    def collect(weights: Sequence[Weight], move_on: bool = False) -> dict[str, LayerStatistics]:
         """Statistics of what `weights` multiply in the block as it is now; `move_on` replaces what goes into it."""
-        part, observer = replace(block, weights=tuple(weights)), Observer(gram)
+        part, observer = replace(block, weights=tuple(weights)), watch()
         for number in range(len(calls)):
-            beside = dense.inputs(model, part, module, index, number) if dense else DenseInputs()
             hidden = calls.hidden[number]
+            # What comes behind the last weight that is watched need not run; a block may cut longer inputs in parts.
+            alike = hidden.shape[1:] == calls.hidden[0].shape[1:]
+            stops = alike and alone.issuperset(weight.name for weight in weights)
+            beside = dense.inputs(model, part, module, index, number, stops) if dense else DenseInputs()
             observer.start_batch(calls.samples[number], real[number], beside.inputs, hidden.shape[:-1].numel())
-            watch = watching_additions(model, part, hidden) if dense and "residual" in dense.reads else nullcontext({})
-            with observing(model, part, observer), watch as before:
+            added = _watching_additions(model, part, hidden, dense)
+            with suppress(AllSeen), observing(model, part, observer, stops), added as before:
                 output = calls.run(module, index, number)
             observer.add_residual(before, beside.before)
             if move_on:
                 calls.hidden[number] = output
         return _checked(part, observer)
 
+    def first_batch() -> dict[str, LayerStatistics]:
+        observer = Observer(gram=False)
+        observer.start_batch(calls.samples[0], real[0])
+        added = _watching_additions(model, block, calls.hidden[0], dense)
+        with observing(model, block, observer), added as before:
+            calls.run(module, index, 0)
+        alone.update(observer.given_once().difference(before))
+        return observer.finish(block)
+
     def run() -> list[Tensor]:
         """All that the block as it is now leaves behind on one sample."""
         calls.sample.hidden[0] = calls.hidden[0][:1].clone()
         return calls.sample.everything_of(module, index, 0)
 
-    def pass_by() -> Mapping[str, LayerStatistics]:
+    def pass_by() -> dict[str, LayerStatistics]:
         """No statistics; what the block is given moves on as in `collect`, and in the same way, to the last bit."""
         run()  # later blocks may read what it leaves in their arguments
         for number in range(0 if last else len(calls)):
-            if dense:
+            if dense and not sample:
                 dense.inputs(model, block, module, index, number)
             if not sequential:
                 with observing(model, block, Unheard()):
                     calls.hidden[number] = calls.run(module, index, number)
         return {}
 
-    with resident(model, [block.name]) as changes, dense.at(module) if dense else nullcontext():
+    found = pass_by if finished else first_batch if sample else partial(collect, block.weights, not sequential)
+    with resident(model, [block.name]) as changes, dense.at(module, index, sample, last) if dense else nullcontext():
         again = collect if sequential and not finished else None  # otherwise what went into the block is gone
-        found = pass_by() if finished else collect(block.weights, move_on=not sequential)
         replays = dense and "outputs" in dense.reads and not finished
         replay = Replay(module, index, calls, dense) if replays else None
+        if replay and sample:
+            dense.complete(module, index)
         rewritten = partial(dense.take, module) if dense else lambda: None
-        yield WalkedBlock(block, found, model, changes, again, replay, run, rewritten)
+        # The statistics have no name here: they are freed as soon as whoever is given them lets go of them.
+        yield WalkedBlock(block, found(), model, changes, again, replay, run, rewritten, sampled=sample)
         # Still inside `resident`: the changed weights are here, and need not be written and read back first.
         if sequential and not last:
             for number in range(len(calls)):
                 calls.hidden[number] = calls.run(module, index, number)
+
+
+def _watching_additions(
+    model: nn.Module, part: Block, hidden: Tensor, dense: DenseStream | None
+) -> AbstractContextManager[Mapping[str, Tensor]]:
+    """`watching_additions` from `hidden`, (samples, ..., hidden size), on, where what the stream lacks is read."""
+    return watching_additions(model, part, hidden) if dense and "residual" in dense.reads else nullcontext({})
 
 
 def _walk_head(
@@ -320,13 +291,13 @@ def _walk_head(
     calls: BlockCalls,
     batches: Sequence[Mapping[str, Tensor]],
     real: Sequence[Tensor | None],
-    gram: bool,
+    watch: Callable[[], Observer],
     dense: DenseStream | None,
     finished: bool,
 ) -> Iterator[WalkedBlock]:
     """The weights outside the blocks, on what the last stack gives, (samples, ..., hidden size)."""
     with resident(model, _modules(head)) as changes:
-        observer = Observer(gram)
+        observer = watch()
         for number, batch in enumerate(() if finished else batches):
             paired = dense is not None and "cross_gram" in dense.reads
             beside = dense.inputs_behind(model, head, stack, batch, number).inputs if paired else None

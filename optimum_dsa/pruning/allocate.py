@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..model.architecture import Architecture, find_architecture
-from ..model.walk import walk_blocks
+from ..model.walk import WalkedBlock, walk_blocks
 from .allocation import Allocation, Unit, fit_to_budget, fit_to_levels, fit_to_matrices
 from .configuration import DSAConfig
 from .source import Known, Source, as_calibration, batches_of, progress
@@ -92,7 +92,7 @@ def _measure(
     config: DSAConfig,
 ) -> dict[str, object]:
     """The allocator's heavy half, for every unit of the config's granularity."""
-    allocator, method = config.allocator, config.resolved
+    method = config.resolved
     batches = None
     if method.allocation_reads:
         batches = batches_of(calibration, config, f"allocation {config.allocation!r}")
@@ -106,15 +106,24 @@ def _measure(
         sequential=False,
         progress=progress("Allocating"),
     ):
-        for name, weights in walked.block.units(config.unit_granularity).items():
-            unit = Unit(
-                name,
-                walked.block.depth,
-                [walked.tensor(weight) for weight in weights],
-                [walked.statistics.get(weight.name) for weight in weights],
-                method.allocation_metric,
-            )
-            measured[name] = allocator.measure(unit)
+        measured |= _measure_block(walked, config)
+        # The statistics of one block, and not of two: the next one's are collected before the name is another's.
+        del walked
+    return measured
+
+
+def _measure_block(walked: WalkedBlock, config: DSAConfig) -> dict[str, object]:
+    """The same of the units of one block."""
+    measured = {}
+    for name, weights in walked.block.units(config.unit_granularity).items():
+        unit = Unit(
+            name,
+            walked.block.depth,
+            [walked.tensor(weight) for weight in weights],
+            [walked.statistics.get(weight.name) for weight in weights],
+            config.resolved.allocation_metric,
+        )
+        measured[name] = config.allocator.measure(unit)
     return measured
 
 

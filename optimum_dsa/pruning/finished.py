@@ -30,7 +30,7 @@ from ..common.settings import flattened
 from ..common.versions import versions
 from ..data import Calibration
 from ..model.fingerprint import fingerprint_of_model, fingerprint_of_tensors
-from ..model.walk import WalkedBlock
+from ..model.walked import WalkedBlock
 from .allocation import Allocation
 from .configuration import DSAConfig
 from .source import Known

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -160,6 +161,8 @@ def run_steps(
     Blocks that are `finished` are put back instead, and those that are not are kept there as they become so.
     """
     reads = union(steps)
+    # of statistics, and not of what the dense block gives alone
+    readers = [step for step in steps if step.reads - {"outputs"}]
     batches = batches_of(calibration, config, f"method {config.method!r}", reads) if reads else None
     done = _whole(architecture, finished.count, config.reconstruct.span) if finished else 0
     blocks = walk_blocks(
@@ -169,6 +172,7 @@ def run_steps(
         reads=reads,
         sequential=config.sequential,
         progress=progress("Pruning"),
+        true_sequential=bool(readers) and all(getattr(step, "true_sequential", False) for step in readers),
         finished=done,
     )
     held: list[tuple[int, WalkedBlock, list[dict[str, Any]]]] = []
@@ -178,8 +182,10 @@ def run_steps(
             sink(walked)
             continue
         known = [set(step.notes) for step in steps]
-        for step in steps:
-            step(walked)
+        for place, step in enumerate(steps):
+            step(replace(walked, needed=any(other in readers for other in steps[place + 1 :])))
+        # Of one block, and not of two: the next one's are collected while this one still has a name.
+        walked.statistics.clear()
         held.append((number, walked, [_new(step.notes, old) for step, old in zip(steps, known)]))
         if any(getattr(step, "waiting", ()) for step in steps):
             continue

@@ -6,7 +6,7 @@ from typing import Protocol
 
 import torch
 
-from ..model.walk import WalkedBlock
+from ..model.walked import WalkedBlock
 from .zeros import zeros_in
 
 

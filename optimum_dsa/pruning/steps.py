@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
+from torch import Tensor
 
 from ..model.statistics import LayerStatistics
 from ..model.walk import Reads, WalkedBlock
@@ -21,14 +22,16 @@ from .resolved_method import ResolvedMethod
 class Step(Protocol):
     """Changes one walked block, in place.
 
+    One that reads statistics by `walked.groups(true_sequential=True)` alone says so by `true_sequential = True`.
+
     A block that an interrupted prune finished is put back without asking its steps, and those after it have to become
     what they would have become. So a step changes nothing outside its block, and what it does follows from the block,
     the statistics, its settings and its notes: a generator is made anew for every block, and what is found at one
     block for later ones is looked up in the notes.
 
     Attributes:
-        reads: what the walk has to collect for it: "inputs" (Σ x² of every weight's input), "gram" (X·Xᵀ as well),
-            "cross_gram" (X_dense·Xᵀ as well), and with it "residual".
+        reads: what the walk has to collect for it: "inputs" (Σ x² of every weight's input), "mean" (Σ x as well),
+            "gram" (X·Xᵀ as well), "cross_gram" (X_dense·Xᵀ as well), and with it "residual".
         notes: name of a weight or of a block -> a JSON value, such as what the report says of it. Those that are added
             at a block are kept with it, and put back with it.
         waiting: blocks that it was given and will change once more, together with the next; a step that never does so
@@ -73,12 +76,16 @@ class RemoveWeights:
         counts = shares(walked, self.allocation)
         for group in walked.groups(self.true_sequential):
             for weight in group.weights:
-                tensor, statistics = walked.tensor(weight), group.statistics.get(weight.name)
-                # Into the live weight, in its dtype: ties, views and offloaded storage stay what they are.
-                tensor.copy_(self.method.pruned(tensor, statistics, counts[weight.name]))
+                self._prune(walked.tensor(weight), weight.name, group.statistics.get(weight.name), counts[weight.name])
                 walked.changed(weight)
-                if statistics is not None:
-                    self._note(weight.name, statistics)
+                walked.done(weight, group)
+
+    def _prune(self, tensor: Tensor, name: str, statistics: LayerStatistics | None, count: int) -> None:
+        """Prune the live weight `tensor`, (out_features, in_features), in place."""
+        # Into the live weight, in its dtype: ties, views and offloaded storage stay what they are.
+        tensor.copy_(self.method.pruned(tensor, statistics, count))
+        if statistics is not None:
+            self._note(name, statistics)
 
     def _note(self, name: str, statistics: LayerStatistics) -> None:
         noted: dict[str, Any] = {"unseen": True} if statistics.tokens == 0 else {}

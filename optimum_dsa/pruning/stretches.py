@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from ..model.walk import Replay, WalkedBlock
+from ..model.dense import Replay
+from ..model.walked import WalkedBlock
 
 
 class Stretch(Protocol):

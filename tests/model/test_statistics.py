@@ -3,7 +3,7 @@ import logging
 import pytest
 import torch
 
-from optimum_dsa.model.statistics import CollectedStatistics, LayerStatistics
+from optimum_dsa.model.statistics import CollectedStatistics, LayerStatistics, sums_halves_in_float32
 
 
 def data(rows=40, columns=6, seed=0):
@@ -150,3 +150,8 @@ def test_sums_that_are_given_are_gone_on_with():
         stats.update_(data(seed=1))
     assert torch.equal(copy.gram, first.gram) and torch.equal(copy.squared_sum, first.squared_sum)
     assert LayerStatistics(6).gram is None and copy.tokens == 80
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_processor_has_no_products_of_halves_in_float32(dtype):
+    assert not sums_halves_in_float32(torch.device("cpu"), dtype)

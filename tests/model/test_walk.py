@@ -10,7 +10,8 @@ from torch import nn
 from optimum_dsa import DSAConfig, DSAPruner
 from optimum_dsa.model.architecture import UnprunableError, find_architecture
 from optimum_dsa.model.calls import capture_calls, feed
-from optimum_dsa.model.walk import walk_blocks, without_padding
+from optimum_dsa.model.padding import without_padding
+from optimum_dsa.model.walk import walk_blocks
 from optimum_dsa.pruning.unstructured.patterns import Pattern
 
 from ..conftest import FAMILIES, VOCABULARY, vision_language

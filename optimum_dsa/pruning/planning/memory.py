@@ -25,8 +25,8 @@ FLOAT = 4  # bytes of a number in statistics, scores and updates
 WORKING = {"none": (2.5, 0), "sparsegpt": (2.5, 0), "admm": (6, 2), "refit": (6, 1), "swap": (5, 1)}
 OTHER = (6, 2)  # of an update that somebody has added
 
-# Update -> what `LayerStatistics` computes of every input and keeps, and how many more of X·Xᵀ's size it takes
-# meanwhile. `inverse_factor`: two matrices beside the factor. `spectrum`: H, and LAPACK's two.
+# Update -> what `LayerStatistics` computes of an input and keeps until its matrices are pruned, and how many more of
+# X·Xᵀ's size it takes meanwhile. `inverse_factor`: two matrices beside the factor. `spectrum`: H, and LAPACK's two.
 KEPT = {"sparsegpt": ("factor", 2), "admm": ("spectrum", 3)}
 
 
@@ -95,10 +95,15 @@ def _pruning(shape: ModelShape, config: DSAConfig, text: Text) -> dict[str, floa
         parts["calibration text"] = _tokens(text)
         parts["activations"] = _activations(shape, text)
         parts["one batch"] = _batch(shape, block, text)
-        parts["statistics"] = _statistics(block, "gram" in reads, cross, "residual" in reads)
+        # With `true_sequential` those of one input at a time, and of all experts together.
+        alone = config.update.true_sequential and all(group.share == 1 for group in block.inputs)
+        held = replace(block, inputs=(max(block.inputs, key=lambda group: group.columns),)) if alone else block
+        parts["statistics"] = _statistics(held, "gram" in reads, cross, "residual" in reads)
     if cross:
         # `DenseStream`: what goes into the dense block, what comes out, its weights, and what its matrices are given.
-        parts["dense activations"] = 2 * shape.stacks * _activations(shape, text)
+        # With `true_sequential` what comes out is computed when the block is done, batch by batch.
+        alive = 1 if config.update.true_sequential else 2
+        parts["dense activations"] = alive * shape.stacks * _activations(shape, text)
         parts["dense block"] = block.parameters * shape.itemsize
         parts["one batch"] += text.tokens_at_once * shape.itemsize * sum(group.columns for group in block.inputs)
     if "residual" in reads:
@@ -111,16 +116,15 @@ def _pruning(shape: ModelShape, config: DSAConfig, text: Text) -> dict[str, floa
 
 
 def _training(shape: ModelShape, config: DSAConfig, text: Text) -> dict[str, float]:
-    """`Reconstruct`, which comes when a block is pruned, and its statistics are there as yet."""
+    """`Reconstruct`, which comes when a block is pruned, and its statistics are gone."""
     parts = _pruning(shape, config, text)
     block = _largest(shape)
-    if "factors" in parts:
-        parts["factors"] = _factors(config, block, meanwhile=False)
-    del parts["matrix at work"]
+    for gone in ("statistics", "factors", "matrix at work"):
+        parts.pop(gone, None)
     parts.setdefault("calibration text", _tokens(text))
     parts.setdefault("activations", _activations(shape, text))
-    # What the dense block gives, and where nothing else reads it, what goes in.
-    parts.setdefault("dense activations", 2 * shape.stacks * _activations(shape, text))
+    # What goes into the dense block, and what it gives.
+    parts["dense activations"] = 2 * shape.stacks * _activations(shape, text)
     parts.setdefault("dense block", block.parameters * shape.itemsize)
     span, share = config.reconstruct.span, 0.5 if config.reconstruct.apart else 1
     # The start, the best, gradients, Adam's two, a mask of a byte; a copy where the weights are not in float32.
@@ -129,8 +133,8 @@ def _training(shape: ModelShape, config: DSAConfig, text: Text) -> dict[str, flo
     batch = min(text.batch, 8, text.samples) * text.length
     computed = sum((group.columns + sum(group.rows)) * group.share for group in block.inputs) + 4 * block.hidden
     parts["one batch"] = span * share * batch * (computed * shape.itemsize + 4 * block.hidden * FLOAT)
-    # Blocks that are trained together wait for the last, with all that was collected for them.
-    return parts | {part: span * parts[part] for part in ("dense block", "statistics", "factors") if part in parts}
+    # Blocks that are trained together wait for the last.
+    return parts | {"dense block": span * parts["dense block"]}
 
 
 def _largest(shape: ModelShape) -> BlockShape:
@@ -174,8 +178,8 @@ def _is_added(group: InputShape, block: BlockShape) -> bool:
     return len(group.rows) == 1 and group.rows[0] == block.hidden and group.share == 1
 
 
-def _factors(config: DSAConfig, block: BlockShape, meanwhile: bool = True) -> int:
-    """What is computed of X·Xᵀ for every input, kept while the block is worked on, and what that takes meanwhile."""
+def _factors(config: DSAConfig, block: BlockShape) -> int:
+    """What is computed of X·Xᵀ of one input, the widest, kept until its matrices are pruned, and takes meanwhile."""
     resolved = config.resolved
     kept, more = KEPT.get(config.recipe.update, (None, 0))
     # The metric `obs`, where it is asked, and `dense_target` use the factor as well.
@@ -183,9 +187,8 @@ def _factors(config: DSAConfig, block: BlockShape, meanwhile: bool = True) -> in
     if not resolved.chooses and "gram" in resolved.metric_reads:
         wanted.add("factor")
     wanted.discard(None)
-    each = sum(group.columns**2 for group in block.inputs)
-    more = max(more, 2 if wanted else 0) if meanwhile else 0
-    return (len(wanted) * each + more * block.widest**2) * FLOAT
+    more = max(more, 2 if wanted else 0)
+    return (len(wanted) + more) * block.widest**2 * FLOAT
 
 
 def _working(update: str, block: BlockShape, cross: bool) -> float:

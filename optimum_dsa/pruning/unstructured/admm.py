@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ...model.statistics import LayerStatistics, Spectrum
+from ...model.statistics import LayerStatistics
 from .choice import Choice
 from .refit import refit, refitted
 
@@ -20,6 +20,12 @@ FACTORS = ((0.1, 1.3), (0.005, 1.2), (0.0, 1.1))
 # The support has settled, after so many steps, where no larger share of it changes: what still does is near ties.
 SETTLED = (30, 3e-4)
 REFIT = 10  # steps of conjugate gradients: it begins where ADMM has all but arrived
+# Inputs up to which X·Xᵀ is decomposed once for all penalties and all matrices that share it. That takes 5 to 20 times
+# as long as a product of two such matrices, the more the smaller they are; a factor for every penalty takes 1 to 3.
+LARGEST = 1024
+
+# Matrix, (rows, columns) -> itself times ρ (H + ρ)⁻¹; made for one penalty ρ.
+Drawn = Callable[[Tensor], Tensor]
 
 
 @torch.no_grad()
@@ -30,9 +36,9 @@ def admm(weight: Tensor, statistics: LayerStatistics, choice: Choice) -> Tensor:
     and draws them together with a penalty that grows while the support changes; `refit` finds the weights on it.
     With `choice.keep` the support is given, and only they are sought. Columns are scaled to a unit diagonal of X Xᵀ.
 
-    Costs an eigendecomposition of X·Xᵀ for each different input, once, and then one or two products
-    (out_features, in_features) · (in_features, in_features) a step, 30 to 100 steps as a rule. Memory beyond the
-    statistics: four matrices of the weight's size, two of X·Xᵀ's.
+    Costs an eigendecomposition of X·Xᵀ for each different input, once, or with more than `LARGEST` inputs a Cholesky
+    factor every three steps; and then one or two products (out_features, in_features) · (in_features, in_features) a
+    step, 30 to 100 steps as a rule. Memory beyond the statistics: four matrices of the weight's size, three of X·Xᵀ's.
 
     Returns (out_features, in_features) in the weight's dtype. Weights of inputs that never fired go first: they
     multiply nothing, whatever their size; and so do those that are zero.
@@ -51,15 +57,20 @@ def admm(weight: Tensor, statistics: LayerStatistics, choice: Choice) -> Tensor:
     # Of inputs that nobody saw none is correlated with another: the largest weights are the answer, for no cost.
     if statistics.tokens == 0:
         return weight.masked_fill(~project(weight.float()), 0)
-    spectrum = statistics.spectrum(choice.damping)
-    scaled = weight.float() * spectrum.scale
+    way = _by_spectrum if statistics.in_features <= LARGEST else _by_factor
+    scale, drawing = way(statistics, choice.damping, len(weight))
+    scaled = weight.float() * scale
     if project(scaled).all():
         return weight.clone()
-    keep, start = _support(scaled, spectrum, project)
-    return refitted(weight, statistics, keep, choice.damping, start.div_(spectrum.scale), REFIT)
+    keep, start = _support(scaled, drawing, project)
+    # What it holds is as large as X·Xᵀ, and the refit needs as much.
+    del drawing
+    return refitted(weight, statistics, keep, choice.damping, start.div_(scale), REFIT)
 
 
-def _support(scaled: Tensor, spectrum: Spectrum, project: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
+def _support(
+    scaled: Tensor, drawing: Callable[[float], Drawn], project: Callable[[Tensor], Tensor]
+) -> tuple[Tensor, Tensor]:
     """The mask that is kept, and nearly the weights on it, both (out_features, in_features).
 
     One matrix holds the state: where it is kept it is the sparse solution D, elsewhere the scaled multiplier V / ρ, as
@@ -68,12 +79,13 @@ def _support(scaled: Tensor, spectrum: Spectrum, project: Callable[[Tensor], Ten
 
     Args:
         scaled: (out_features, in_features), W in columns of unit second moment.
+        drawing: penalty -> what draws with it.
         project: the mask of the largest.
     """
     keep = before = project(scaled)
     state = scaled.masked_fill(~keep, 0)
     penalty, kept, grown = PENALTY, max(int(keep.sum()), 1), False
-    drawn = _drawn(spectrum, penalty, len(scaled))
+    drawn = drawing(penalty)
     for step in range(1, STEPS + 1):
         sought = drawn(torch.where(keep, state, -state).sub_(scaled)).add_(scaled)
         state = sought.add_(state.masked_fill_(keep, 0))
@@ -89,16 +101,41 @@ def _support(scaled: Tensor, spectrum: Spectrum, project: Callable[[Tensor], Ten
         penalty *= factor
         # The multiplier V stays what it was, and not V / ρ.
         state = torch.where(keep, state, state / factor)
-        drawn = _drawn(spectrum, penalty, len(scaled))
+        drawn = None  # goes first: either is as large as X·Xᵀ
+        drawn = drawing(penalty)
     return keep, state.masked_fill_(~keep, 0)
 
 
-def _drawn(spectrum: Spectrum, penalty: float, rows: int) -> Callable[[Tensor], Tensor]:
-    """(rows, columns) -> itself times ρ (H + ρ)⁻¹, ρ being the penalty; to be used `EVERY` times."""
-    shares = penalty / (spectrum.values + penalty)
-    vectors = spectrum.vectors
-    # One product with the inverse instead of two with the eigenvectors, where there are rows enough to pay for it.
-    if EVERY * rows >= len(vectors):
-        inverse = (vectors * shares) @ vectors.t()
+def _by_spectrum(statistics: LayerStatistics, damping: float, rows: int) -> tuple[Tensor, Callable[[float], Drawn]]:
+    """The scale of the columns, (in_features,), and penalty -> what draws (rows, in_features) with it."""
+    spectrum = statistics.spectrum(damping)
+    values, vectors = spectrum.values, spectrum.vectors
+
+    def drawing(penalty: float) -> Drawn:
+        shares = penalty / (values + penalty)
+        # One product with the inverse instead of two with the eigenvectors, where there are rows enough to pay for it.
+        if EVERY * rows >= len(vectors):
+            inverse = (vectors * shares) @ vectors.t()
+            return lambda matrix: matrix @ inverse
+        return lambda matrix: (matrix @ vectors).mul_(shares) @ vectors.t()
+
+    return spectrum.scale, drawing
+
+
+def _by_factor(statistics: LayerStatistics, damping: float, rows: int) -> tuple[Tensor, Callable[[float], Drawn]]:
+    """As `_by_spectrum`, with a Cholesky factor for every penalty and no eigendecomposition."""
+    hessian, scale = statistics.scaled_moment(damping)
+
+    def drawing(penalty: float) -> Drawn:
+        factor = hessian.clone()
+        factor.diagonal().add_(penalty)
+        factor, failed = torch.linalg.cholesky_ex(factor)
+        if failed:  # X·Xᵀ without damping, and a penalty near none: an eigenvalue below zero is told from one at zero
+            return _by_spectrum(statistics, damping, rows)[1](penalty)
+        # A solution takes longer than a product with the inverse, and few rows do not make up for finding that.
+        if EVERY * rows < len(factor):
+            return lambda matrix: torch.cholesky_solve(matrix.t(), factor).t().mul_(penalty)
+        inverse = torch.cholesky_inverse(factor).mul_(penalty)
         return lambda matrix: matrix @ inverse
-    return lambda matrix: (matrix @ vectors).mul_(shares) @ vectors.t()
+
+    return scale, drawing

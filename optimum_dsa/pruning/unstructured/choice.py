@@ -11,10 +11,10 @@ from ...model.statistics import DAMPING
 from .patterns import Pattern
 
 
-# Facts of an update: `reads` says what it needs of calibration, "nothing" (the default) or "gram" (X·Xᵀ). One that
-# `chooses` is given no mask and takes out `count` weights of its own choice; with `criterion` it does so only where
-# that metric is asked for, which it evaluates as it goes, and with `kinds` only for patterns of these kinds. One that
-# `moves` is given a mask to begin with, and exchanges what it removes within the pattern's sets.
+# Facts of an update: `reads` says what it needs: "nothing" (the default), "mean" (Σ x) or "gram" (X·Xᵀ).
+# One that `chooses` is given no mask and takes out `count` weights of its own choice; with `criterion` it does so only
+# where that metric is asked for, which it evaluates as it goes, and with `kinds` only for patterns of these kinds. One
+# that `moves` is given a mask to begin with, and exchanges what it removes within the pattern's sets.
 UPDATES = Registry("update")
 
 

@@ -70,3 +70,9 @@ METHODS.add(
     reference=UPDATES.references["swap"],
     about="wanda's mask bettered by exchanges, the weights as they are",
 )
+METHODS.add(
+    "wanda+dsnot",
+    Method("wanda", "row", "dsnot"),
+    reference=UPDATES.references["dsnot"],
+    about="wanda's mask, exchanged until the expected outputs are what they were: as cheap",
+)

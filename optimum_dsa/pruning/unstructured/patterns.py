@@ -14,6 +14,7 @@ from torch import Tensor
 
 
 CHUNK = 2**20  # scores that are worked on at once: bounds the memory, and stays in a processor's cache
+GPU_CHUNK = 2**24  # the same where there is no cache to stay in, and every call has to be worth its launch
 KINDS = "'row', 'matrix', 'group:128' (any width), 'N:M' such as '2:4', or 'mixed:M' such as 'mixed:8'"
 
 
@@ -136,11 +137,29 @@ def _lowest(scores: Tensor, count: int) -> Tensor:
     if count >= scores.numel():
         return torch.ones_like(scores, dtype=torch.bool)
     # One threshold instead of a sort of the whole matrix; what equals it is told apart by position.
-    threshold = scores.kthvalue(count).values
+    # A GPU's kthvalue works on a vector with one of its hundred processors.
+    halving = scores.is_cuda and scores.dtype == torch.float32 and scores.min() >= 0
+    threshold = kth_by_halving(scores, count) if halving else scores.kthvalue(count).values
     lowest = scores < threshold
     ties = (scores == threshold).nonzero().squeeze(1)
     lowest[ties[: count - int(lowest.sum())]] = True
     return lowest
+
+
+def kth_by_halving(scores: Tensor, count: int) -> Tensor:
+    """The `count`-th lowest, from 1, of a vector of numbers that are not negative, (n,) -> () float32.
+
+    31 passes, of all processors that there are and without waiting for any: each halves the bits that it can have.
+    """
+    # Read as integers, such numbers keep their order.
+    bits = scores.float().view(torch.int32)
+    low = torch.zeros((), dtype=torch.int32, device=scores.device)
+    high = torch.full_like(low, 0x7F800000)  # infinity
+    for _ in range(31):
+        middle = low + (high - low) // 2
+        enough = (bits <= middle).sum() >= count
+        low, high = torch.where(enough, low, middle + 1), torch.where(enough, middle, high)
+    return high.view(torch.float32)
 
 
 def _lowest_per_row(scores: Tensor, count: int) -> Tensor:
@@ -155,7 +174,7 @@ def _lowest_per_row(scores: Tensor, count: int) -> Tensor:
 
 def _chunks(scores: Tensor) -> tuple[Tensor, ...]:
     """Runs of rows of at most CHUNK scores each: (rows, columns) -> (some, columns) each."""
-    return scores.split(max(CHUNK // scores.shape[1], 1))
+    return scores.split(max((GPU_CHUNK if scores.is_cuda else CHUNK) // scores.shape[1], 1))
 
 
 def _lowest_of_rows(scores: Tensor, number: int) -> Tensor:

@@ -6,14 +6,14 @@ changes its arguments.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
 from ...model.statistics import LayerStatistics
 from .admm import admm
 from .choice import UPDATES, Choice
+from .dsnot import dsnot
+from .elimination import elimination_on
 from .patterns import Pattern, count_in_columns
 from .refit import refit
 from .swap import swap
@@ -22,6 +22,7 @@ from .swap import swap
 __all__ = ["UPDATES", "Choice", "none", "sparsegpt"]
 
 UPDATES.add("admm", admm, reference="https://arxiv.org/abs/2406.07831", reads="gram", chooses=True)
+UPDATES.add("dsnot", dsnot, reference="https://arxiv.org/abs/2310.08915", reads="mean", moves=True)
 UPDATES.add("refit", refit, reference="https://arxiv.org/abs/2406.07831", reads="gram")
 UPDATES.add("swap", swap, reference="https://arxiv.org/abs/2512.10922", reads="gram", moves=True)
 
@@ -55,56 +56,30 @@ def sparsegpt(weight: Tensor, statistics: LayerStatistics, choice: Choice) -> Te
     Frantar & Alistarh, 2023, https://arxiv.org/abs/2301.00774, algorithm 1.
     """
     factor, dead = statistics.inverse_factor(choice.damping).factor, statistics.dead
+    pattern = choice.pattern
     # transposed, so that each column lies together in memory
     new = weight.t().to(torch.float32, copy=True, memory_format=torch.contiguous_format)
     columns = len(new)
-    width = choice.pattern.width if choice.pattern.kind == "group" else 128
+    width = pattern.width if pattern.kind == "group" else 128
+    neighbours = removed = 0
     # No group of M may lie across two blocks: it is chosen at once, from updated weights.
-    if choice.pattern.in_groups:
-        width = max(width // choice.pattern.width, 1) * choice.pattern.width
+    if pattern.in_groups:
+        width = max(width // pattern.width, 1) * pattern.width
+    if pattern.in_groups and choice.keep is None:
+        neighbours = pattern.width
+        removed = (
+            pattern.width - pattern.kept if pattern.kept else round(choice.count * pattern.width / weight.numel())
+        )
+    eliminate = elimination_on(new.device, min(width, columns), neighbours)
     for start in range(0, columns, width):
         stop = min(start + width, columns)
         block, upper = new[start:stop], factor[start:stop, start:stop]
-        keep_column = _chooser(block.t(), upper, dead[start:stop], choice, start, columns)
-        errors = torch.empty_like(block)
-        for j in range(stop - start):
-            kept = keep_column(j)
-            # What was removed, over U_jj: the error that the columns behind make up for.
-            torch.div(block[j], upper[j, j], out=errors[j]).masked_fill_(kept, 0)
-            block[j:].addr_(upper[j, j:], errors[j], alpha=-1)
-            # The update leaves roundings near zero here; zeros are exact.
-            block[j].masked_fill_(~kept, 0)
+        keep = None if choice.keep is None else choice.keep[:, start:stop]
+        if pattern.kind == "group" and keep is None:
+            scores = (block / upper.diagonal()[:, None]).square_().masked_fill_(dead[start:stop, None], 0)
+            here = count_in_columns(choice.count, columns, start, stop)
+            keep = Pattern("matrix").keep(scores.t(), here)
+        errors = eliminate(block, upper, dead[start:stop], keep, neighbours, removed)
         # One product for all later columns, instead of a rank-one update per column.
         new[stop:].addmm_(factor[start:stop, stop:].t(), errors, alpha=-1)
     return new.t()
-
-
-def _chooser(
-    block: Tensor, upper: Tensor, dead: Tensor, choice: Choice, start: int, columns: int
-) -> Callable[[int], Tensor]:
-    """A function from a column of `block`, which begins at column `start` of `columns`, to the rows that it keeps.
-
-    `block` is (out_features, width), `upper` (width, width), `dead` (width,) bool.
-    """
-    stop = start + block.shape[1]
-    if choice.keep is not None:
-        fixed = choice.keep[:, start:stop]
-        return lambda j: fixed[:, j]
-    pattern, diagonal = choice.pattern, upper.diagonal()
-    if pattern.kind == "group":
-        here = count_in_columns(choice.count, columns, start, stop)
-        chosen = Pattern("matrix").keep((block / diagonal).square_().masked_fill_(dead, 0), here)
-        return lambda j: chosen[:, j]
-    chosen = torch.ones_like(block, dtype=torch.bool)
-    per_group = round(choice.count * pattern.width / columns)
-
-    def keep_of_the_group(j: int) -> Tensor:
-        """Rows that keep column j, (out_features,) bool."""
-        # At the first column of a group: all of it is chosen from the weights as they are by then.
-        if j % pattern.width == 0:
-            group = slice(j, j + pattern.width)
-            scores = (block[:, group] / diagonal[group]).square_().masked_fill_(dead[group], 0)
-            chosen[:, group] = pattern.keep(scores, per_group)
-        return chosen[:, j]
-
-    return keep_of_the_group

@@ -140,7 +140,7 @@ class DSACallback(TrainerCallback):
             )
         needed = self.config.resolved.reads | self.config.resolved.allocation_reads
         if needed and self._running:
-            self._running.watch(inner, self._architecture(inner), "gram" in needed)
+            self._running.watch(inner, self._architecture(inner), "gram" in needed, "mean" in needed)
             if state.is_world_process_zero and state.global_step:
                 self._running.load(Path(args.output_dir, f"checkpoint-{state.global_step}"))
         elif needed and self._data is None:

@@ -41,8 +41,8 @@ class RunningStatistics:
         self.statistics: dict[str, LayerStatistics] = {}
         self._handles = []
 
-    def watch(self, model: nn.Module, architecture: Architecture, gram: bool = False) -> None:
-        """Begin to collect, anew, for all weights of `architecture`; X·Xᵀ as well with `gram`.
+    def watch(self, model: nn.Module, architecture: Architecture, gram: bool = False, mean: bool = False) -> None:
+        """Begin to collect, anew, for all weights of `architecture`; X·Xᵀ as well with `gram`, Σ x with `mean`.
 
         Raises:
             ValueError: a weight is one of several experts in one parameter, whose inputs no hook sees.
@@ -57,7 +57,8 @@ class RunningStatistics:
                     f"it dense with exclude=['{weight.module}']."
                 )
             device = weight.tensor(model).device
-            found = self.statistics[weight.name] = LayerStatistics(weight.shape[1], device, gram, sequences=1)
+            found = LayerStatistics(weight.shape[1], device, gram, sequences=1, with_sum=mean)
+            self.statistics[weight.name] = found
             # an adapter around the weight may multiply by it without calling it, but is given the same input
             module = model.get_submodule(weight.module.removesuffix(".base_layer"))
             running = next((runs[stack] for stack in runs if weight.module.startswith(f"{stack}.")), None)
@@ -82,7 +83,7 @@ class RunningStatistics:
     def step(self) -> None:
         """Forget a part; to be called after an optimizer step."""
         for found in self.statistics.values():
-            for total in _sums(found):
+            for total in _sums(found).values():
                 total.mul_(self.decay)
 
     @torch.no_grad()
@@ -90,14 +91,14 @@ class RunningStatistics:
         """What is known, summed over all processes; every one of them has to ask."""
         copies = {}
         for name, found in self.statistics.items():
-            squared_sum, *gram = (total.clone() for total in _sums(found))
-            tokens = torch.tensor(found.tokens, device=squared_sum.device)
+            sums = {name: total.clone() for name, total in _sums(found).items()}
+            tokens = torch.tensor(found.tokens, device=found.squared_sum.device)
             if torch.distributed.is_available() and torch.distributed.is_initialized():
-                for total in (squared_sum, *gram, tokens):
+                for total in (*sums.values(), tokens):
                     torch.distributed.all_reduce(total)
             # One sequence, as decay leaves no whole number of them: only the scale of all scores depends on it.
             copies[name] = LayerStatistics(
-                found.in_features, found.device, found.with_gram, int(tokens), 1, squared_sum, *gram
+                found.in_features, found.device, found.with_gram, int(tokens), 1, with_sum=found.with_sum, **sums
             )
         return CollectedStatistics(copies, "training")
 
@@ -108,7 +109,7 @@ class RunningStatistics:
             return
         tensors = {}
         for name, found in collected.statistics.items():
-            tensors |= {f"{name}:{number}": total.cpu() for number, total in enumerate(_sums(found))}
+            tensors |= {f"{name}:{number}": total.cpu() for number, total in enumerate(_sums(found).values())}
             tensors[f"{name}:tokens"] = torch.tensor(found.tokens)
         temporary = folder / f".{FILE}"
         save_file(tensors, temporary)
@@ -125,7 +126,7 @@ class RunningStatistics:
         except SafetensorError as error:
             raise ValueError(f"{folder / FILE} is damaged ({error}); remove it, and collecting begins anew.") from None
         for name, found in self.statistics.items():
-            for number, total in enumerate(_sums(found)):
+            for number, total in enumerate(_sums(found).values()):
                 total.copy_(tensors[f"{name}:{number}"])
             found.tokens = int(tensors[f"{name}:tokens"])
 
@@ -136,9 +137,10 @@ class RunningStatistics:
         self._handles.clear()
 
 
-def _sums(found: LayerStatistics) -> list[Tensor]:
+def _sums(found: LayerStatistics) -> dict[str, Tensor]:
     """The sums that there are: (in_features,) and, where collected, (in_features, in_features); no copies."""
-    return [found.squared_sum] if found.gram is None else [found.squared_sum, found.gram]
+    sums = {"squared_sum": found.squared_sum, "gram": found.gram, "sum": found.sum}
+    return {name: total for name, total in sums.items() if total is not None}
 
 
 def _observe(found: LayerStatistics, running: list[str] | None) -> Callable:

@@ -137,6 +137,7 @@ class Masks:
                     self.masked.exact[weight.name] = new != 0
                     if self.method.updates:
                         self.masked.values[weight.name] = new
+                    walked.done(weight, group)
 
     @torch.no_grad()
     def _ensure_anchor(self, band: float = 0.0) -> None:

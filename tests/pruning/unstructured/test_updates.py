@@ -12,7 +12,7 @@ def problem(rows=12, columns=32, seed=0):
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(400, 8, generator=generator) @ torch.randn(8, columns, generator=generator)
     x += 0.3 * torch.randn(400, columns, generator=generator)
-    stats = LayerStatistics(columns, with_gram=True)
+    stats = LayerStatistics(columns, with_gram=True, with_sum=True)
     stats.update_(x)
     stats.sequences = 4
     return torch.randn(rows, columns, generator=generator), stats, x

@@ -24,7 +24,7 @@ VALIDATION = tokens(5, 16, seed=5)
 CALIBRATION = Calibration({"input_ids": tokens()}, "x")
 
 
-@pytest.mark.parametrize("method", ["wanda", "magnitude", "sparsegpt", "alps", "wanda+swap"])
+@pytest.mark.parametrize("method", ["wanda", "magnitude", "sparsegpt", "alps", "wanda+swap", "wanda+dsnot"])
 def test_the_sequential_loss_is_that_of_the_model_that_prune_leaves(method):
     model = tiny_llama()
     before = state(model)
