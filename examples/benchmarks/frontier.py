@@ -73,6 +73,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--rate", type=float, help="of reconstruction (default: found on windows held out)")
     parser.add_argument("--span", type=int, default=1, help="blocks that are reconstructed together (default: 1)")
     parser.add_argument("--permute", default="ria", help="order of channels of the rows that change it (default: ria)")
+    parser.add_argument("--allocation", help="found before, instead of a search: JSON, or the folder of a search")
+    parser.add_argument("--strategy", default="auto", help="of a search (default: auto)")
     parser.add_argument("--budget", default="300k tokens", help="of a search (default: 300k tokens)")
     parser.add_argument("--granularity", default="block", help="of a search (default: block)")
     parser.add_argument("--batch-size", type=int, default=8)
@@ -109,11 +111,14 @@ def run(row: str, config: DSAConfig, tokens: dict[str, torch.Tensor], args: argp
     model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32).to(args.device).eval()
     pruner, calibration = DSAPruner(model), tokens["calibration"][: args.samples, : args.length]
     found = {}
-    if ROWS[row].get("allocation") == "searched":
+    if ROWS[row].get("allocation") == "searched" and args.allocation:
+        config = replace(config, allocation=args.allocation)
+    elif ROWS[row].get("allocation") == "searched":
         # Searched without training: a candidate is then judged in seconds.
         plain = replace(config, reconstruct=0, granularity=args.granularity)
         start = time.perf_counter()
-        result = pruner.search(calibration, plain, budget=args.budget, validation=tokens["validation"])
+        searched = {"strategy": args.strategy, "budget": args.budget, "validation": tokens["validation"]}
+        result = pruner.search(calibration, plain, **searched)
         found = {"search_seconds": round(time.perf_counter() - start, 1), "allocation": result.allocation.to_dict()}
         config = replace(config, allocation=result.allocation)
     start, processor = time.perf_counter(), time.process_time()
@@ -191,7 +196,8 @@ def main() -> None:
         for row in sorted(args.rows or ROWS, key=lambda row: row != "sparsegpt"):
             if (config := config_of(row, sparsity, args)) is None:
                 continue
-            extra = [args.budget, args.granularity] if "searched" in row else []
+            search = [args.allocation, args.strategy, args.budget, args.granularity]
+            extra = search if "searched" in row else []
             key = json.dumps([row, sparsity, config.to_dict(), *common, *extra])
             found = rows.row(key, lambda row=row, config=config: run(row, config, tokens, args))
             base = found if row == "sparsegpt" else base

@@ -39,6 +39,7 @@ class BlockCalls:
         extras: per batch, what a block returns behind the hidden states; `None` where it returns those alone.
         samples: per batch, the number of sequences.
         sample: the calls for one sequence alone, of which any block can be run at little cost.
+        unseen: how many of the batches, the last ones, are run without being counted in any statistics.
     """
 
     hidden: list[Tensor] = field(default_factory=list)
@@ -46,6 +47,12 @@ class BlockCalls:
     extras: list[tuple | None] = field(default_factory=list)
     samples: list[int] = field(default_factory=list)
     sample: BlockCalls | None = None
+    unseen: int = 0
+
+    @property
+    def seen(self) -> range:
+        """The batches of which statistics are collected."""
+        return range(len(self) - self.unseen)
 
     def __len__(self) -> int:
         return len(self.arguments)

@@ -93,6 +93,7 @@ class DenseStream:
         for kept, parameter in zip(self._kept, module.parameters()):
             kept.copy_(parameter)
 
+    @torch.no_grad()
     def complete(self, module: nn.Module, index: int) -> None:
         """Have `outputs` of every batch of the block `module`, number `index`."""
         for batch, output in enumerate(self.outputs):
@@ -157,7 +158,13 @@ class Replay:
     @property
     def targets(self) -> Sequence[Tensor]:
         """What the dense block gives behind the dense blocks before it, per batch (samples, ..., hidden size)."""
+        self._dense.complete(self.module, self.index)
         return self._dense.outputs
+
+    @property
+    def held_out(self) -> Sequence[int]:
+        """The batches that no statistics have seen."""
+        return range(len(self.calls.seen), len(self.samples))
 
     def run(self, batch: int, hidden: Tensor | None = None, block: Callable | None = None) -> Tensor:
         """What `block`, by default the model's, makes of `hidden`, by default its input, (samples, ..., size)."""

@@ -62,6 +62,7 @@ def walk_blocks(
     as_dense: AsDense | None = None,
     true_sequential: bool = False,
     finished: int = 0,
+    unseen: int = 0,
     gram: bool | None = None,
 ) -> Iterator[WalkedBlock]:
     """Each block with the statistics of its inputs, first block first.
@@ -88,6 +89,8 @@ def walk_blocks(
             that what all groups multiply before any of them is changed is not collected at all.
         finished (`int`, defaults to 0): so many blocks, the first ones, come without statistics: the caller makes them
             what an earlier walk left, and the blocks after them see what they would have seen then.
+        unseen (`int`, defaults to 0): so many batches, the last ones, are run along without being counted in any
+            statistics: what is fitted to those can be judged by them. With "outputs" in `reads` alone.
         gram (`bool`, *optional*): earlier name of "gram" in `reads`.
 
     Raises:
@@ -109,7 +112,7 @@ def walk_blocks(
         return
     wanted = {"gram", *reads} if gram else {*reads}
     yield from _walk_running(
-        model, architecture, batches, blocks, wanted, sequential, true_sequential, as_dense, finished
+        model, architecture, batches, blocks, wanted, sequential, true_sequential, as_dense, finished, unseen
     )
 
 
@@ -123,11 +126,14 @@ def _walk_running(
     true_sequential: bool,
     as_dense: AsDense | None,
     finished: int,
+    unseen: int,
 ) -> Iterator[WalkedBlock]:
     """`walk_blocks` over batches, inputs by name, (samples, length, ...); `blocks` is told how far it is."""
     beside, watch = {"cross_gram", "outputs"} & set(reads), partial(Observer, "gram" in reads, "mean" in reads)
     # Padding goes first: what is never run needs no mask, and costs no time.
-    batches = [part for batch in batches for part in without_padding(batch)]
+    parts = [without_padding(batch) for batch in batches]
+    unseen = sum(map(len, parts[len(parts) - unseen :]))
+    batches = [part for split in parts for part in split]
     real = [real_tokens(model, batch) for batch in batches]
     # Module by module: parts of a model may be frozen in eval mode on purpose.
     training = [module for module in model.modules() if module.training]
@@ -140,7 +146,7 @@ def _walk_running(
         for stack in architecture.stacks:
             calls = capture_calls(model, stack, batches) if sequential else early.pop(stack.name)
             # Arguments of its own: a block may leave in them what a later one reads (shared keys and values).
-            calls.sample = samples[stack.name]
+            calls.sample, calls.unseen = samples[stack.name], unseen
             dense = DenseStream(early.pop(stack.name), calls.hidden, as_dense, reads) if beside else None
             needed = architecture.head is not None and stack is architecture.stacks[-1]
             yield from _walk_stack(
@@ -221,7 +227,7 @@ def _walk_block(
     def collect(weights: Sequence[Weight], move_on: bool = False) -> dict[str, LayerStatistics]:
         """Statistics of what `weights` multiply in the block as it is now; `move_on` replaces what goes into it."""
         part, observer = replace(block, weights=tuple(weights)), watch()
-        for number in range(len(calls)):
+        for number in calls.seen:
             hidden = calls.hidden[number]
             # What comes behind the last weight that is watched need not run; a block may cut longer inputs in parts.
             alike = hidden.shape[1:] == calls.hidden[0].shape[1:]
@@ -252,8 +258,10 @@ def _walk_block(
 
     def pass_by() -> dict[str, LayerStatistics]:
         """No statistics; what the block is given moves on as in `collect`, and in the same way, to the last bit."""
+        if last:
+            return {}
         run()  # later blocks may read what it leaves in their arguments
-        for number in range(0 if last else len(calls)):
+        for number in calls.seen:
             if dense and not sample:
                 dense.inputs(model, block, module, index, number)
             if not sequential:
@@ -266,8 +274,6 @@ def _walk_block(
         again = collect if sequential and not finished else None  # otherwise what went into the block is gone
         replays = dense and "outputs" in dense.reads and not finished
         replay = Replay(module, index, calls, dense) if replays else None
-        if replay and sample:
-            dense.complete(module, index)
         rewritten = partial(dense.take, module) if dense else lambda: None
         # The statistics have no name here: they are freed as soon as whoever is given them lets go of them.
         yield WalkedBlock(block, found(), model, changes, again, replay, run, rewritten, sampled=sample)
@@ -298,7 +304,8 @@ def _walk_head(
     """The weights outside the blocks, on what the last stack gives, (samples, ..., hidden size)."""
     with resident(model, _modules(head)) as changes:
         observer = watch()
-        for number, batch in enumerate(() if finished else batches):
+        for number in () if finished else calls.seen:
+            batch = batches[number]
             paired = dense is not None and "cross_gram" in dense.reads
             beside = dense.inputs_behind(model, head, stack, batch, number).inputs if paired else None
             tokens = calls.hidden[number].shape[:-1].numel()

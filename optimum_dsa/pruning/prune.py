@@ -25,7 +25,7 @@ from .permute import Permute
 from .reconstruct import Reconstruct
 from .report import PruningReport
 from .sink import KeepBlocks, Sink
-from .source import Known, Source, as_calibration, batches_of, check_finite_outputs, progress
+from .source import Known, Source, as_calibration, batches_of, batches_to_train, check_finite_outputs, progress
 from .steps import RemoveWeights, Step, union
 
 
@@ -111,7 +111,7 @@ def _check_calibration(model: nn.Module, calibration: Known | None, config: DSAC
     if config.resolved.reads:
         batches_of(calibration, config, f"method {config.method!r}")
     if config.reconstruct.steps:
-        batches_of(calibration, config, "training of blocks (reconstruct)", Reconstruct.reads)
+        batches_to_train(calibration, config)
         if config.reconstruct.span > 1 and is_offloaded(model):
             raise ValueError(
                 f"span={config.reconstruct.span} trains blocks together, and of an offloaded model one is there at a "
@@ -163,7 +163,11 @@ def run_steps(
     reads = union(steps)
     # of statistics, and not of what the dense block gives alone
     readers = [step for step in steps if step.reads - {"outputs"}]
-    batches = batches_of(calibration, config, f"method {config.method!r}", reads) if reads else None
+    batches, unseen = None, 0
+    if "outputs" in reads:
+        batches, unseen = batches_to_train(calibration, config)
+    elif reads:
+        batches = batches_of(calibration, config, f"method {config.method!r}")
     done = _whole(architecture, finished.count, config.reconstruct.span) if finished else 0
     blocks = walk_blocks(
         model,
@@ -174,6 +178,7 @@ def run_steps(
         progress=progress("Pruning"),
         true_sequential=bool(readers) and all(getattr(step, "true_sequential", False) for step in readers),
         finished=done,
+        unseen=unseen,
     )
     held: list[tuple[int, WalkedBlock, list[dict[str, Any]]]] = []
     for number, walked in enumerate(blocks):

@@ -43,9 +43,10 @@ class PruningReport:
     dense: Mapping[str, str] = field(default_factory=dict)
     damping: Mapping[str, float] = field(default_factory=dict)
     unseen: tuple[str, ...] = ()
+    seconds: float = 0.0
+    # Behind what was there before, for who gives them by position.
     permuted: Mapping[str, tuple[float, float]] = field(default_factory=dict)
     reconstruction: Mapping[str, Reconstruction] = field(default_factory=dict)
-    seconds: float = 0.0
     compared: Mapping[str, float] = field(default_factory=dict)
 
     @property

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 from torch import Tensor, nn
 
@@ -11,7 +12,6 @@ from ..data import Calibration, load_calibration
 from ..model.architecture import Architecture
 from ..model.calls import feed
 from ..model.statistics import CollectedStatistics
-from ..model.walk import Reads
 from .configuration import DSAConfig
 
 
@@ -26,25 +26,44 @@ def as_calibration(source: Source | None, model: nn.Module) -> Known | None:
 
 
 def batches_of(
-    calibration: Known | None, config: DSAConfig, who: str, reads: Reads = frozenset()
+    calibration: Known | None, config: DSAConfig, who: str
 ) -> list[dict[str, Tensor]] | CollectedStatistics:
-    """What a walk is fed, (samples, length, ...) by name, in batches that suit what it `reads`.
-
-    Raises:
-        ValueError: there is nothing for `who`, or nothing to be trained on.
-    """
+    """What a walk is fed, (samples, length, ...) by name; raises `ValueError` where there is nothing for `who`."""
     if calibration is None:
         raise ValueError(f"The {who} needs calibration data; pass texts, a file, a dataset or tokens.")
-    size = config.batch_size
-    if "outputs" in reads:
-        samples = len(next(iter(calibration.inputs.values()))) if isinstance(calibration, Calibration) else 0
-        if samples < 2:
-            raise ValueError(
-                "reconstruct trains on calibration windows, and looks at another one whether that helps; got "
-                f"{samples}. Give text, and not statistics, and num_samples of at least 2; or use reconstruct=0."
-            )
-        size = micro_batch(samples, size)
-    return calibration.batches(size) if isinstance(calibration, Calibration) else calibration
+    return calibration.batches(config.batch_size) if isinstance(calibration, Calibration) else calibration
+
+
+def batches_to_train(calibration: Known | None, config: DSAConfig) -> tuple[list[dict[str, Tensor]], int]:
+    """What a walk is fed whose blocks are trained, (samples, length, ...) by name, and how many are held out.
+
+    These are the last, and the walk's `unseen`: what is fitted to statistics can be told from what is learnt by
+    windows alone that neither has seen.
+
+    Raises:
+        ValueError: there is nothing to be trained on.
+    """
+    samples = len(next(iter(calibration.inputs.values()))) if isinstance(calibration, Calibration) else 0
+    if samples < 2:
+        raise ValueError(
+            "reconstruct trains on calibration windows, and looks at another one whether that helps; got "
+            f"{samples}. Give text, and not statistics, and num_samples of at least 2; or use reconstruct=0."
+        )
+    kept = samples - held_out(samples)
+    size = micro_batch(kept, config.batch_size)
+    first, last = ({name: value[part] for name, value in calibration.inputs.items()} for part in _halves(kept))
+    apart = replace(calibration, inputs=last).batches(size)
+    return replace(calibration, inputs=first).batches(size) + apart, len(apart)
+
+
+def _halves(at: int) -> tuple[slice, slice]:
+    return slice(None, at), slice(at, None)
+
+
+def held_out(samples: int) -> int:
+    """How many of so many calibration windows stop the training of blocks, and choose its rate."""
+    # A loss per output and token is known well from few tokens; and what is held out is lost to the fit.
+    return max(samples // 16, 1)
 
 
 def micro_batch(samples: int, batch_size: int) -> int:

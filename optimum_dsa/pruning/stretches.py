@@ -21,10 +21,12 @@ class Stretch(Protocol):
         parameters: full name -> what is trained, the live values of any shape.
         samples: sequences of every batch.
         targets: what is to come out, per batch (samples, ..., size).
+        held_out: the batches that nothing is fitted to.
     """
 
     parameters: Mapping[str, Tensor]
     samples: Sequence[int]
+    held_out: Sequence[int]
     targets: Sequence[Tensor]
 
     def run(self, batch: int, values: Mapping[str, Tensor]) -> Tensor:
@@ -37,7 +39,7 @@ class Blocks:
 
     def __init__(self, blocks: Sequence[WalkedBlock]):
         self.blocks, last = blocks, blocks[-1].replay
-        self.samples, self.targets = last.samples, last.targets
+        self.samples, self.targets, self.held_out = last.samples, last.targets, last.held_out
         self.parameters = {name: value for walked in blocks for name, value in trained(walked).items()}
 
     def run(self, batch: int, values: Mapping[str, Tensor]) -> Tensor:
@@ -69,7 +71,8 @@ class Part:
 
     def __init__(self, walked: WalkedBlock, name: str, dense: Sequence[Tensor]):
         replay, prefix = walked.replay, f"{walked.name}.{name}"
-        self.samples, self.module, self.prefix = replay.samples, replay.module.get_submodule(name), prefix
+        self.samples, self.held_out = replay.samples, replay.held_out
+        self.module, self.prefix = replay.module.get_submodule(name), prefix
         self.parameters = {full: value for full, value in trained(walked).items() if full.startswith(f"{prefix}.")}
         self.calls: list[tuple[tuple, dict]] = []
         self.targets = list(dense)

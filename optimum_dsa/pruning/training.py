@@ -14,7 +14,6 @@ from .source import step_size
 from .stretches import Stretch
 
 
-HELD_OUT = 1 / 8  # of the calibration windows
 LOOKS = 8  # at the held-out windows, in the course of a training
 BETAS = (0.9, 0.95)
 
@@ -48,9 +47,8 @@ class Training:
         self.masters = {name: value.detach().float().requires_grad_() for name, value in stretch.parameters.items()}
         self.held = {name: value == 0 for name, value in stretch.parameters.items() if value.dim() > 1}
         self.best = self.start = {name: value.detach().clone() for name, value in self.masters.items()}
-        groups = _groups(stretch.samples, step_size(sum(stretch.samples)))
-        out = max(round(len(groups) * HELD_OUT), 1)
-        self.groups, self.held_out = groups[:-out], [batch for group in groups[-out:] for batch in group]
+        seen = stretch.samples[: len(stretch.samples) - len(stretch.held_out)]
+        self.groups = _groups(seen, step_size(sum(seen)))
         # Of all windows, so that a step does not depend on the batches that it is made of.
         self.mean = sum(float(target.float().square().sum()) for target in stretch.targets) / sum(stretch.samples)
         before = self._held_out_loss()
@@ -104,8 +102,8 @@ class Training:
 
     def _share(self, values: Mapping[str, Tensor]) -> float:
         """Share of the output that is lost on the held-out windows."""
-        whole = sum(self.stretch.targets[batch].float().square().sum() for batch in self.held_out)
-        return float(sum(self._lost(batch, values) for batch in self.held_out) / whole)
+        whole = sum(self.stretch.targets[batch].float().square().sum() for batch in self.stretch.held_out)
+        return float(sum(self._lost(batch, values) for batch in self.stretch.held_out) / whole)
 
     def _values(self) -> dict[str, Tensor]:
         """What is trained in the stretch's own type, for that is the model that is made."""

@@ -4,7 +4,8 @@ Every formula stands beside the name of the code that it mirrors; where that cha
 against the measured peak of a process by a test.
 
 What is freed within one step of the work is added up, and not its largest taken: a C library keeps what is freed for
-the next request, and a process does not shrink in between.
+the next request, and a process does not shrink in between. Collecting statistics and solving matrices with them are
+two steps: what the first has freed is what the second is given.
 """
 
 from __future__ import annotations
@@ -28,6 +29,8 @@ OTHER = (6, 2)  # of an update that somebody has added
 # Update -> what `LayerStatistics` computes of an input and keeps until its matrices are pruned, and how many more of
 # X·Xᵀ's size it takes meanwhile. `inverse_factor`: two matrices beside the factor. `spectrum`: H, and LAPACK's two.
 KEPT = {"sparsegpt": ("factor", 2), "admm": ("spectrum", 3)}
+
+SOLVING = ("factors", "matrix at work")  # parts of memory that are there while a matrix is pruned
 
 
 @dataclass(frozen=True)
@@ -57,7 +60,9 @@ def phases(shape: ModelShape, config: DSAConfig, text: Text, offloaded: bool = F
     found = {"loading": {"weights": weights(shape, offloaded)}}
     if config.resolved.allocation_reads:
         found["allocating"] = found["loading"] | _allocating(shape, config, text)
-    found["pruning"] = found["loading"] | _pruning(shape, config, text)
+    parts = found["loading"] | _pruning(shape, config, text)
+    found["collecting"] = {part: size for part, size in parts.items() if part not in SOLVING}
+    found["solving"] = {part: size for part, size in parts.items() if part != "one batch"}
     if config.reconstruct.steps:
         found["training blocks"] = found["loading"] | _training(shape, config, text)
     return {name: {part: int(size) for part, size in parts.items() if size >= 1} for name, parts in found.items()}
@@ -94,10 +99,10 @@ def _pruning(shape: ModelShape, config: DSAConfig, text: Text) -> dict[str, floa
     if reads:
         parts["calibration text"] = _tokens(text)
         parts["activations"] = _activations(shape, text)
-        parts["one batch"] = _batch(shape, block, text)
         # With `true_sequential` those of one input at a time, and of all experts together.
         alone = config.update.true_sequential and all(group.share == 1 for group in block.inputs)
         held = replace(block, inputs=(max(block.inputs, key=lambda group: group.columns),)) if alone else block
+        parts["one batch"] = _batch(shape, held, text, block)
         parts["statistics"] = _statistics(held, "gram" in reads, cross, "residual" in reads)
     if cross:
         # `DenseStream`: what goes into the dense block, what comes out, its weights, and what its matrices are given.
@@ -105,7 +110,7 @@ def _pruning(shape: ModelShape, config: DSAConfig, text: Text) -> dict[str, floa
         alive = 1 if config.update.true_sequential else 2
         parts["dense activations"] = alive * shape.stacks * _activations(shape, text)
         parts["dense block"] = block.parameters * shape.itemsize
-        parts["one batch"] += text.tokens_at_once * shape.itemsize * sum(group.columns for group in block.inputs)
+        parts["one batch"] += text.tokens_at_once * shape.itemsize * sum(group.columns for group in held.inputs)
     if "residual" in reads:
         # `watching_additions`, of the dense block and of the other: outputs that are added, and what comes of it.
         parts["one batch"] += 8 * text.tokens_at_once * block.hidden * shape.itemsize
@@ -119,7 +124,7 @@ def _training(shape: ModelShape, config: DSAConfig, text: Text) -> dict[str, flo
     """`Reconstruct`, which comes when a block is pruned, and its statistics are gone."""
     parts = _pruning(shape, config, text)
     block = _largest(shape)
-    for gone in ("statistics", "factors", "matrix at work"):
+    for gone in ("statistics", *SOLVING):
         parts.pop(gone, None)
     parts.setdefault("calibration text", _tokens(text))
     parts.setdefault("activations", _activations(shape, text))
@@ -152,13 +157,14 @@ def _activations(shape: ModelShape, text: Text) -> int:
     return text.tokens * shape.hidden * shape.itemsize
 
 
-def _batch(shape: ModelShape, block: BlockShape, text: Text) -> int:
-    """A forward pass of one batch through a block.
+def _batch(shape: ModelShape, watched: BlockShape, text: Text, block: BlockShape | None = None) -> int:
+    """A forward pass of one batch through a block, by default the one that is `watched` as a whole.
 
-    The inputs of all its weights, which `Observer` holds to the end of the batch; the widest outputs; the block's own
-    input twice, once in float32, as norms compute in it.
+    The inputs of all its weights that are watched, which `Observer` holds to the end of the batch; the widest outputs;
+    the block's own input twice, once in float32, as norms compute in it.
     """
-    held = sum(group.columns * group.share for group in block.inputs)
+    block = block or watched
+    held = sum(group.columns * group.share for group in watched.inputs)
     widest = max((sum(group.rows) * group.share for group in block.inputs), default=0)
     return int(text.tokens_at_once * ((held + widest + block.hidden) * shape.itemsize + block.hidden * FLOAT))
 

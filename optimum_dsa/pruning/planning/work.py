@@ -15,9 +15,9 @@ from ..allocate import fit
 from ..allocation import Unit
 from ..configuration import DSAConfig
 from ..reconstruct import RATES, Reconstruct
-from ..source import micro_batch, step_size
+from ..source import batches_to_train, held_out, step_size
 from ..steps import RemoveWeights, Step, union
-from ..training import HELD_OUT, LOOKS
+from ..training import LOOKS
 from .memory import Text
 from .shape import BlockShape, ModelShape
 
@@ -63,6 +63,7 @@ def time_block(model: nn.Module, config: DSAConfig, text: Text) -> Seconds:
     uniform = fit(dict.fromkeys(architecture.units("block"), config.sparsity), architecture, config, "block")
     steps: list[Step] = [RemoveWeights(config.resolved, uniform, config.update.true_sequential)]
     walking = acting = again = 0.0
+    unseen = 0
     if config.resolved.allocation_reads:
         passed, measuring, _ = _second(
             model, architecture, batches, config.resolved.allocation_reads, False, [_measure(config)]
@@ -72,15 +73,15 @@ def time_block(model: nn.Module, config: DSAConfig, text: Text) -> Seconds:
     if trains:
         # Rates are tried in the first block of a model alone.
         steps.append(Reconstruct(replace(config.reconstruct, rate=config.reconstruct.rate or RATES[0])))
-        batches = calibration.batches(micro_batch(windows, text.batch))
+        batches, unseen = batches_to_train(calibration, replace(config, batch_size=text.batch))
     reads = union(steps)
     passed, removing, again = _second(
-        model, architecture, batches if reads else None, reads, config.sequential, steps[:1]
+        model, architecture, batches if reads else None, reads, config.sequential, steps[:1], unseen
     )
     size = architecture.blocks[min(1, len(architecture.blocks) - 1)].size
     walking, acting = walking + passed, acting + removing
     if trains:
-        _, training, _ = _second(model, architecture, batches, reads, config.sequential, steps[1:])
+        _, training, _ = _second(model, architecture, batches, reads, config.sequential, steps[1:], unseen)
         acting += training * step_size(text.samples) / step_size(windows)
     return Seconds(size, acting, (walking + again) / (windows * text.length))
 
@@ -97,9 +98,9 @@ def _measure(config: DSAConfig):
     return measure
 
 
-def _second(model, architecture, batches, reads, sequential, steps) -> tuple[float, float, float]:
+def _second(model, architecture, batches, reads, sequential, steps, unseen=0) -> tuple[float, float, float]:
     """Seconds of the walk from the first block to the second, of `steps` there, and of passes that they ask for."""
-    walk = walk_blocks(model, architecture, batches, reads=reads, sequential=sequential)
+    walk = walk_blocks(model, architecture, batches, reads=reads, sequential=sequential, unseen=unseen)
     first = next(walk)
     for weight in first.weights:
         first.tensor(weight).mul_(0.9)
@@ -165,7 +166,7 @@ def _of_block(block: BlockShape, config: DSAConfig, text: Text) -> tuple[float, 
     if config.reconstruct.steps:
         # A step runs forward and back, at twice the cost; the windows held out are looked at all along.
         trained = config.reconstruct.steps * step_size(text.samples) / text.samples
-        passes += 1 + 3 * trained + LOOKS * HELD_OUT
+        passes += 1 + 3 * trained + LOOKS * held_out(text.samples) / text.samples
     return passes * forward, (
         sums * gram
         + of_matrix * sum(rows * group.columns**2 for group in block.inputs for rows in group.rows)

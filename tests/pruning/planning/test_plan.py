@@ -64,8 +64,10 @@ def test_the_total_is_the_sum_of_the_parts_and_the_largest_phase(name):
 @pytest.mark.parametrize("name", sorted(CONFIGS.keys() - {"magnitude"}))
 @pytest.mark.parametrize("field", ["num_samples", "sequence_length", "batch_size"])
 def test_it_grows_with_text_and_batch(name, field):
-    sizes = [plan_for(llama(), change(CONFIGS[name], **{field: 16 * 4**step})).total for step in range(2)]
-    assert sizes[0] < sizes[1]
+    few, many = (plan_for(llama(), change(CONFIGS[name], **{field: 16 * 4**step})) for step in range(2))
+    assert few.total <= many.total
+    # the phase that is the largest may be one that a batch is not part of, and training has its own
+    assert sum(few.phases["collecting"].values()) < sum(many.phases["collecting"].values())
 
 
 def test_what_reads_no_text_needs_none():
