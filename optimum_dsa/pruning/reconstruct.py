@@ -24,8 +24,8 @@ class Reconstruct:
     min ‖f(X; Ŵ) − f_dense(X_dense)‖² over what was not removed, X being what the pruned blocks before it give: by Adam
     on float32 weights, the masks held, with the rate and up to the step of the lowest loss on held-out windows.
 
-    Costs a forward and a backward pass of the block for 8 sequences a step (three times as much at the beginning of a
-    model, where rates are tried), and a forward pass of the dense block. Memory: four times the trained weights in
+    Costs a forward and a backward pass of the block for 8 sequences a step (three times as much in the first blocks of
+    a model, where rates are tried), and a forward pass of the dense block. Memory: four times the trained weights in
     float32 (five where they have another dtype), and the activations of one batch.
 
     Args:
@@ -93,7 +93,9 @@ class Reconstruct:
         return training.found
 
     def _rates(self) -> Sequence[float]:
-        """The rates to be tried: the one that was given or found, or all."""
+        """The rates to be tried: the one that was given, or that two blocks in a row were best at; else all."""
         if self.config.rate is not None:
             return (self.config.rate,)
-        return next(((found.rate,) for found in self.found.values() if found.steps), RATES)
+        # Two, for the first block of a model sees what no other does: inputs that have lost nothing.
+        chosen = [found.rate for found in self.found.values() if found.steps]
+        return next(((rate,) for rate, other in zip(chosen, chosen[1:]) if rate == other), RATES)
