@@ -124,7 +124,7 @@ class Database(Masks):
         self._forget()
         counts = self.anchor or self._uniform
         with self.masked.active():
-            for walked in self._walk(self.config.sequential, sys.maxsize, shown("Solving at levels")):
+            for walked in self._walk(self.config.sequential, sys.maxsize, shown("Solving at levels"), True):
                 self.masked.solved = {}  # blocks before this one have run for the last time
                 for group in walked.groups(self.config.update.true_sequential):
                     for weight in group.weights:

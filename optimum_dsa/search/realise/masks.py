@@ -129,7 +129,7 @@ class Masks:
     @torch.no_grad()
     def _prune(self, counts: Mapping[str, int]) -> None:
         """The very masks of a prune and, where an update is used, what it makes of the kept weights."""
-        for walked in self._walk(self.config.sequential, sys.maxsize, shown("Pruning a finalist")):
+        for walked in self._walk(self.config.sequential, sys.maxsize, shown("Pruning a finalist"), True):
             for group in walked.groups(self.config.update.true_sequential):
                 for weight in group.weights:
                     tensor, statistics = walked.tensor(weight), group.statistics.get(weight.name)
@@ -172,7 +172,13 @@ class Masks:
             self.masked.orders[weight.name] = quantise(removal_order(self.method.pattern, scores))
 
     @torch.no_grad()
-    def _walk(self, sequential: bool, tokens: int, shown: Callable = iter) -> Iterator[WalkedBlock]:
+    def _walk(
+        self, sequential: bool, tokens: int, shown: Callable = iter, grouped: bool = False
+    ) -> Iterator[WalkedBlock]:
+        """The blocks, on the first `tokens`; `grouped`: whoever is given one goes through its groups, as `prune` does.
+
+        Then, with `true_sequential`, nothing is collected of a group before its turn.
+        """
         batches = None
         wanted = self.method.reads | self.method.metric_reads
         if wanted:
@@ -186,6 +192,7 @@ class Masks:
             reads=reads,
             sequential=sequential,
             progress=shown,
+            true_sequential=grouped and self.config.update.true_sequential,
             as_dense=self.masked.suspended,
         )
 
