@@ -355,3 +355,11 @@ def test_the_dense_parent_is_asked_for_once_and_feeds_the_report(monkeypatch, ca
     assert (code, errors) == (0, "")
     rows = [line.split() for line in output.splitlines() if "±" in line]
     assert [row[0] for row in rows] == [demo_model().name, "out"] and f"{dense['perplexity']:.2f}" in rows[0]
+
+
+@pytest.mark.parametrize("folder", ["out", "out/blocks"])
+def test_blocks_are_not_kept_where_the_result_goes(folder, monkeypatch, capsys, tmp_path, text):
+    monkeypatch.chdir(tmp_path)
+    arguments = ["prune", str(demo_model()), "-o", "out", "-s", "0.5", "--dataset", text, "--checkpoints", folder]
+    code, _, errors = run(monkeypatch, capsys, *arguments)
+    assert code == 2 and "name another folder" in errors and not (tmp_path / "out").exists()

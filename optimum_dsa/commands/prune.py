@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from .base import LeafCommand, add_loading_options, check_texts, loading_options, say
 from .options import add_settings, asked_settings
 
@@ -80,7 +82,6 @@ update      what becomes of the weights that stay: {updates}
         return f"{count} finished blocks are in {self._checkpoints}; the same command with --resume goes on"
 
     def execute(self) -> dict:
-        from pathlib import Path
         from shlex import quote
 
         from ..checkpoint.shard_size import check_shard_size
@@ -96,6 +97,11 @@ update      what becomes of the weights that stay: {updates}
         if self.args.max_shard_size is not None:
             check_shard_size(self.args.max_shard_size)
             options["max_shard_size"] = self.args.max_shard_size
+        if self.args.checkpoints and _within(self.args.checkpoints, self.args.output):
+            raise ValueError(
+                f"--checkpoints {self.args.checkpoints} is the output or in it, and that holds the result alone; name "
+                "another folder, or leave it out."
+            )
         if self.args.no_checkpoints and self.args.resume:
             raise ValueError("--resume goes on from checkpoints, and --no-checkpoints keeps none; leave one out.")
         if config.resolved.reads | config.resolved.allocation_reads or config.allocation == AUTO:
@@ -148,6 +154,10 @@ update      what becomes of the weights that stay: {updates}
                 self.args.output,
             )
             self._checkpoints = None
+
+
+def _within(folder: str, output: str) -> bool:
+    return Path(folder).resolve().is_relative_to(Path(output).resolve())
 
 
 def add_calibration_options(parser):

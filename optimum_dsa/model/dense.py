@@ -88,8 +88,10 @@ class DenseStream:
             self.calls.hidden[batch] = self.run(module, index, batch) if output is None else output
         self.outputs, self._as_dense, self._kept = [], self._given, []
 
-    def take(self, module: nn.Module) -> None:
-        """Take the block's weights as they are now for the dense ones: it computes the same with them."""
+    def take(self, module: nn.Module, index: int) -> None:
+        """Take the weights of the block, number `index`, as they are now for the dense ones: they compute the same."""
+        # But for the last bits: what it gives is of the weights that a resumed walk has as well.
+        self.complete(module, index)
         for kept, parameter in zip(self._kept, module.parameters()):
             kept.copy_(parameter)
 

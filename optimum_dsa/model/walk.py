@@ -274,7 +274,7 @@ def _walk_block(
         again = collect if sequential and not finished else None  # otherwise what went into the block is gone
         replays = dense and "outputs" in dense.reads and not finished
         replay = Replay(module, index, calls, dense) if replays else None
-        rewritten = partial(dense.take, module) if dense else lambda: None
+        rewritten = partial(dense.take, module, index) if dense else lambda: None
         # The statistics have no name here: they are freed as soon as whoever is given them lets go of them.
         yield WalkedBlock(block, found(), model, changes, again, replay, run, rewritten, sampled=sample)
         # Still inside `resident`: the changed weights are here, and need not be written and read back first.

@@ -96,6 +96,14 @@ class ReconstructConfig:
 
     def __post_init__(self):
         check_settings(self)
+        if self.rate == 0:
+            raise ValueError("rate=0 trains nothing; leave it out to have one found, or use reconstruct=0.")
+        for name in ("rate", "span", "apart"):
+            if not self.steps and (value := getattr(self, name)) != getattr(ReconstructConfig, name):
+                raise ValueError(
+                    f"{name}={value!r} says how blocks are trained, and reconstruct is 0, so that none is; give its "
+                    f"steps, such as reconstruct=64, or leave {name} out."
+                )
         if self.apart and self.span > 1:
             raise ValueError(
                 f"apart trains parts of a block, and span={self.span} as many blocks together; leave out one of both."
@@ -211,8 +219,8 @@ class DSAConfig:
         # A sparsity is typed in decimals, and 1/3 has none.
         if not math.isclose(pattern.sparsity, self.sparsity, abs_tol=1e-6):
             raise ValueError(
-                f"Pattern {pattern} removes {pattern.sparsity:.4g} of every matrix, but the sparsity asked for is "
-                f"{self.sparsity}; use sparsity={pattern.sparsity:.4g} or pattern='mixed:{pattern.width}'."
+                f"Pattern {pattern} removes {pattern.sparsity:.7g} of every matrix, but the sparsity asked for is "
+                f"{self.sparsity}; use sparsity={pattern.sparsity:.7g} or pattern='mixed:{pattern.width}'."
             )
         if self.allocation != "uniform":
             raise ValueError(

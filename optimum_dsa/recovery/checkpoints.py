@@ -1,17 +1,69 @@
-"""The Trainer's checkpoints that a recovery goes on from."""
+"""The Trainer's checkpoints that a recovery goes on from, and of which run they are."""
 
 from __future__ import annotations
 
+import json
 import logging
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
 
 from ..checkpoint.shards import open_shard
-from ..common.files import read_json
+from ..common.files import read_json, write_text
+from ..common.same_run import FINGERPRINTS, check_same_run
+from ..common.settings import flattened
+from ..model.fingerprint import fingerprint_of_model, fingerprint_of_tensors
+from ..pruning.report import PruningReport
+from .configuration import RecoveryConfig
 
 
 logger = logging.getLogger(__name__)
+
+RUN = "dsa_run.json"  # beside the checkpoints: what they were made with
+# Settings that change no weight on the way to the end.
+FREE = ("gradient_checkpointing", "merge", "save_steps")
+
+
+def settings_of(
+    model: nn.Module,
+    texts: Mapping[str, Tensor],
+    teacher: nn.Module | None,
+    config: RecoveryConfig,
+    report: PruningReport,
+) -> dict[str, Any]:
+    """All that decides what a recovery makes of a model, as JSON values; to be called before it is changed.
+
+    `texts` are the windows of each rôle, (samples, length).
+    """
+    prints = {"model": fingerprint_of_model(model), "text": fingerprint_of_tensors(texts)}
+    if teacher is not None:
+        prints["teacher"] = fingerprint_of_model(teacher)
+    settings = flattened(RecoveryConfig, config.to_dict())
+    return {
+        **{name: value for name, value in settings.items() if name not in FREE},
+        "budget": dict(report.allocation.counts()),
+        FINGERPRINTS: prints,
+    }
+
+
+def begin(folder: Path, settings: Mapping[str, Any], resume: bool) -> None:
+    """Write down what a run is, or with `resume` see that the one in `folder` is the same.
+
+    Raises:
+        ValueError: the checkpoints there are of another run, or nothing says of which.
+    """
+    path, way_out = folder / RUN, f"remove {folder} to begin anew"
+    settings = json.loads(json.dumps(settings))
+    if resume and any(map(_step, folder.glob("checkpoint-*"))):
+        known = read_json(path) if path.exists() else {}
+        if not isinstance(known, Mapping) or not known:
+            raise ValueError(f"{folder} does not say with what its checkpoints were made ({RUN}); {way_out}.")
+        check_same_run(f"The recovery in {folder}", known, settings, way_out)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_text(path, json.dumps(settings) + "\n")
 
 
 def last_whole_checkpoint(folder: Path, files: Sequence[str] = ()) -> Path | None:

@@ -18,7 +18,7 @@ from ..evaluation.perplexity import perplexity_with_error
 from ..model.adapters import has_adapters
 from ..model.offload import is_offloaded
 from ..pruning.report import PruningReport
-from .checkpoints import last_whole_checkpoint
+from .checkpoints import begin, last_whole_checkpoint, settings_of
 from .configuration import RecoveryConfig
 from .elsa.budget import is_dense
 from .gradual.callback import DSACallback
@@ -58,6 +58,9 @@ def recover(
     _check(model, config, report, teacher, checkpoints, resume)
     windows, held_out, data = read_windows(model, tokenizer, train, validation, config)
     teacher = _teacher(model, teacher)
+    if checkpoints is not None:
+        texts = {"training": windows, "validation": held_out}
+        begin(Path(checkpoints), settings_of(model, texts, teacher, config, report), resume)
     before = perplexity_with_error(model, held_out, config.batch_size)
     start = time.perf_counter()
     with ExitStack() as stack:

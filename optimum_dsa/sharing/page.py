@@ -272,7 +272,11 @@ def _training(outcome: Outcome) -> list[tuple[str, str]]:
 
 def _shown(value: Any) -> str:
     if isinstance(value, dict):
-        return str(value.get("name", f"{len(value)} values"))
+        given = {name: part for name, part in value.items() if part not in (None, False)}
+        # An allocation has a name and the share of every unit beside it.
+        name = [str(given.pop("name"))] if "name" in given else []
+        parts = (f"{part} {_shown(inner)}" for part, inner in given.items() if not isinstance(inner, dict))
+        return ", ".join([*name, *(() if "sparsity" in given else parts)]) or "as the method has it"
     return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
 
 

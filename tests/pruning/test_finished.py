@@ -61,6 +61,7 @@ CONFIGS = {
     "head": {"include": ["lm_head"], "update": UpdateConfig("refit")},
     "permuted": {"pattern": "mixed:8", "permute": "ria", "allocation": "owl"},
     "trained": {"reconstruct": 4},
+    "permuted and trained": {"pattern": "mixed:8", "permute": "ria", "reconstruct": 4, "allocation": "owl"},
     "trained in pairs": {"reconstruct": ReconstructConfig(4, span=2)},
 }
 

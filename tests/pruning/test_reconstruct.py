@@ -39,7 +39,8 @@ from ..tiny import VOCABULARY, same_state, state, tiny_llama, tokens
 
 
 def config(steps=6, method="wanda", sparsity=0.5, rate=1e-3, span=1, apart=False, **changes):
-    return DSAConfig(sparsity, method, "uniform", reconstruct=ReconstructConfig(steps, rate, span, apart), **changes)
+    how = ReconstructConfig(steps, rate, span, apart) if steps else 0
+    return DSAConfig(sparsity, method, "uniform", reconstruct=how, **changes)
 
 
 def zeros(model):
@@ -285,6 +286,14 @@ def test_what_cannot_be_trained_on_is_refused_before_work(source):
     with pytest.raises(ValueError, match="num_samples of at least 2.*reconstruct=0"):
         prune(model, source, config(method="magnitude"))
     assert same_state(model, before)
+
+
+@pytest.mark.parametrize("changes", [{"rate": 1e-3}, {"span": 2}, {"apart": True}])
+def test_how_to_train_is_said_of_a_training(changes):
+    with pytest.raises(ValueError, match=f"{next(iter(changes))}=.*reconstruct is 0"):
+        ReconstructConfig(**changes)
+    with pytest.raises(ValueError, match="rate=0 trains nothing"):
+        ReconstructConfig(4, rate=0)
 
 
 def test_parts_and_spans_are_two_things():

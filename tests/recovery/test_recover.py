@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -21,11 +22,12 @@ from optimum_dsa import (
 )
 from optimum_dsa.commands.embedded import demo_model, demo_texts
 from optimum_dsa.common.installation import how_to_install
+from optimum_dsa.recovery.checkpoints import RUN
 from optimum_dsa.recovery.texts import read_windows
 from optimum_dsa.recovery.trainer import RecoveryTrainer, divergence
 
 from ..test_commands import run
-from ..tiny import bos_tokenizer, tiny_llama, tokens
+from ..tiny import bos_tokenizer, same_state, state, tiny_llama, tokens
 from .adapters.test_peft_method import same_zeros, sparse_llama, zeros
 
 
@@ -107,6 +109,7 @@ def test_a_resumed_run_ends_like_an_uninterrupted_one(tmp_path, method):
     whole = DSAPruner.from_pretrained(sparse_llama(sparsity=0.6))
     whole.recover(regular(), config, checkpoints=tmp_path / "whole")
     shutil.copytree(tmp_path / "whole" / "checkpoint-3", tmp_path / "cut" / "checkpoint-3")
+    shutil.copy(tmp_path / "whole" / RUN, tmp_path / "cut")
     resumed = DSAPruner.from_pretrained(sparse_llama(sparsity=0.6))
     result = resumed.recover(regular(), config, checkpoints=tmp_path / "cut", resume=True)
     assert [entry["step"] for entry in result.history if "eval_loss" in entry] == [3, 6]
@@ -128,6 +131,38 @@ def test_a_resumed_run_trains_only_what_is_left_and_another_does_not_replace_it(
         again.recover(regular(), config, checkpoints=tmp_path / "kept")
     result = again.recover(regular(), config, checkpoints=tmp_path / "kept", resume=True)
     assert (len(done), result.steps) == (3, 6)
+
+
+@pytest.mark.parametrize(
+    "changes,message",
+    [
+        ({"config": {"learning_rate": 1e-3}}, "made with learning_rate=None, not 0.001"),
+        ({"config": {"method": "full"}}, "made with method='sparse-lora', not 'full'"),
+        ({"sparsity": 0.5}, "made with budget="),
+        ({"seed": 1}, "another model"),
+        ({"text": 1}, "another text"),
+    ],
+)
+def test_a_run_goes_on_as_what_it_was_alone(changes, message, tmp_path):
+    config = small(save_steps=3)
+    DSAPruner.from_pretrained(sparse_llama(sparsity=0.6)).recover(regular(), config, checkpoints=tmp_path)
+    pruner = DSAPruner.from_pretrained(sparse_llama(sparsity=changes.get("sparsity", 0.6)))
+    if "seed" in changes:
+        pruner.model.lm_head.weight.data[0, 0] += 1
+    before = state(pruner.model)
+    text = regular().roll(changes.get("text", 0), 1)
+    with pytest.raises(ValueError, match=message):
+        pruner.recover(text, replace(config, **changes.get("config", {})), checkpoints=tmp_path, resume=True)
+    assert same_state(pruner.model, before) and (tmp_path / "checkpoint-6").is_dir()
+
+
+def test_checkpoints_that_say_nothing_of_their_run_are_refused(tmp_path):
+    config = small(save_steps=3)
+    DSAPruner.from_pretrained(sparse_llama(sparsity=0.6)).recover(regular(), config, checkpoints=tmp_path)
+    (tmp_path / RUN).unlink()
+    with pytest.raises(ValueError, match="does not say with what its checkpoints were made"):
+        pruner = DSAPruner.from_pretrained(sparse_llama(sparsity=0.6))
+        pruner.recover(regular(), config, checkpoints=tmp_path, resume=True)
 
 
 def test_a_run_without_checkpoints_yet_begins_at_the_first_step(tmp_path, caplog):

@@ -33,11 +33,15 @@ def with_budget(model: nn.Module, report: PruningReport, config: RecoveryConfig)
     if not RECOVERIES.fact(config.method, "moves_zeros", False):
         return report
     if not is_dense(report):
-        if config.sparsity is not None:
-            raise ValueError(
-                f"sparsity={config.sparsity:g} is for a dense model, and this one was pruned to "
-                f"{report.sparsity:.4f}, which is its budget; leave sparsity out, or train the dense model."
-            )
+        # Its budget is the model's own; what is asked beside it would be passed over.
+        asked = {name: getattr(config, name) for name in ("sparsity", "allocation", "pattern")}
+        for name, value in asked.items():
+            if value != getattr(RecoveryConfig, name):
+                raise ValueError(
+                    f"{name}={value!r} is for a dense model, and this one was pruned to {report.sparsity:.4f}, with "
+                    f"an allocation and a pattern of its own, which are its budget; leave {name} out, or train the "
+                    "dense model."
+                )
         return report
     if config.sparsity is None:
         raise ValueError(
@@ -48,7 +52,7 @@ def with_budget(model: nn.Module, report: PruningReport, config: RecoveryConfig)
     if asked.resolved.allocation_reads:
         raise ValueError(
             f"allocation={config.allocation!r} is computed from data, and a dense model that is trained sparse has "
-            "none; write it to a file with 'optimum-cli dsa allocate' and give that, or use 'uniform'."
+            "none; give the folder of a search or of a pruned model, whose allocation is taken, or 'uniform'."
         )
     architecture = architecture_for(model, asked)
     return PruningReport(

@@ -9,6 +9,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from optimum_dsa import DSAConfig, DSAPruner, find_architecture, perplexity
 from optimum_dsa.checkpoint.origin import report_of
+from optimum_dsa.recovery.checkpoints import RUN
 from optimum_dsa.recovery.elsa.budget import with_budget
 from optimum_dsa.recovery.elsa.callback import ElsaCallback
 from optimum_dsa.recovery.elsa.split import FILE, SplitWeights
@@ -99,6 +100,7 @@ def test_a_resumed_run_ends_like_an_uninterrupted_one(tmp_path, every, cut):
     config = asked(sparsity=0.8, save_steps=6, project_every=every, accumulation=2)
     whole, _ = trained(tiny_llama(), config, checkpoints=tmp_path / "whole")
     shutil.copytree(tmp_path / "whole" / f"checkpoint-{cut}", tmp_path / "cut" / f"checkpoint-{cut}")
+    shutil.copy(tmp_path / "whole" / RUN, tmp_path / "cut")
     resumed, _ = trained(tiny_llama(), config, checkpoints=tmp_path / "cut", resume=True)
     for name, value in whole.model.state_dict().items():
         assert torch.equal(value, resumed.model.state_dict()[name]), name
