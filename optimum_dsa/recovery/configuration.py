@@ -18,6 +18,11 @@ RANKS = ("allocation", "uniform")
 LEARNING_RATES = {"mask": 1e-3, "scale": 1e-3, "spp": 4e-3}
 
 
+# Settings of methods that choose zeros, and of those that train adapters.
+OF_ZEROS = ("sparsity", "allocation", "pattern", "penalty", "project_every", "growth", "shape")
+OF_ADAPTERS = ("mode", "rank", "alpha", "ranks", "merge")
+
+
 @takes_flat_names
 @dataclass(frozen=True)
 class RecoveryConfig:
@@ -99,12 +104,20 @@ class RecoveryConfig:
                     f"patience={self.patience} would bring back an earlier model, and with method={self.method!r} "
                     "only the last is sparse; leave it out, or ask for fewer steps."
                 )
-        elif self.sparsity is not None:
+        else:
             able = ", ".join(sorted(name for name in RECOVERIES if RECOVERIES.fact(name, "moves_zeros", False)))
-            raise ValueError(
-                f"sparsity={self.sparsity:g} is for methods that choose zeros ({able}), and {self.method!r} keeps "
-                "those that are there; leave it out."
-            )
+            self._refuse(OF_ZEROS, f"is for methods that choose zeros ({able}), and {self.method!r} keeps those there")
+        if self.trains_weights:
+            able = ", ".join(sorted(name for name in RECOVERIES if not RECOVERIES.fact(name, "trains_weights", True)))
+            self._refuse(OF_ADAPTERS, f"is for adapters ({able}), and {self.method!r} trains the weights themselves")
+        if not self.distillation:
+            self._refuse(("temperature",), "is for distillation, which is 0")
+
+    def _refuse(self, names: tuple[str, ...], why: str) -> None:
+        """Raise `ValueError` where one of these settings was given: it would be passed over."""
+        for name in names:
+            if (value := getattr(self, name)) != getattr(RecoveryConfig, name):
+                raise ValueError(f"{name}={value!r} {why}; leave it out.")
 
     @property
     def rate(self) -> float:

@@ -38,8 +38,9 @@ def regular(samples=64, length=16):
 
 
 def small(**changes):
-    settings = {"steps": 6, "batch_size": 4, "rank": 4, "eval_steps": 3, "validation_windows": 8}
-    return RecoveryConfig(**{**settings, **changes})
+    settings = {"steps": 6, "batch_size": 4, "eval_steps": 3, "validation_windows": 8}
+    rank = {} if "method" in changes else {"rank": 4}  # of adapters alone
+    return RecoveryConfig(**{**settings, **rank, **changes})
 
 
 @pytest.mark.contract
@@ -137,7 +138,7 @@ def test_a_resumed_run_trains_only_what_is_left_and_another_does_not_replace_it(
     "changes,message",
     [
         ({"config": {"learning_rate": 1e-3}}, "made with learning_rate=None, not 0.001"),
-        ({"config": {"method": "full"}}, "made with method='sparse-lora', not 'full'"),
+        ({"config": {"mode": "scale"}}, "made with mode='mask', not 'scale'"),
         ({"sparsity": 0.5}, "made with budget="),
         ({"seed": 1}, "another model"),
         ({"text": 1}, "another text"),
@@ -154,6 +155,22 @@ def test_a_run_goes_on_as_what_it_was_alone(changes, message, tmp_path):
     with pytest.raises(ValueError, match=message):
         pruner.recover(text, replace(config, **changes.get("config", {})), checkpoints=tmp_path, resume=True)
     assert same_state(pruner.model, before) and (tmp_path / "checkpoint-6").is_dir()
+
+
+@pytest.mark.parametrize(
+    "changes,message",
+    [
+        ({"method": "full", "rank": 8}, "rank=8 is for adapters"),
+        ({"method": "elsa", "mode": "spp"}, "mode='spp' is for adapters"),
+        ({"method": "full", "merge": False}, "merge=False is for adapters"),
+        ({"penalty": 0.5}, "penalty=0.5 is for methods that choose zeros"),
+        ({"method": "full", "shape": "linear"}, "shape='linear' is for methods that choose zeros"),
+        ({"temperature": 2.0}, "temperature=2.0 is for distillation, which is 0"),
+    ],
+)
+def test_what_a_method_would_pass_over_is_refused(changes, message):
+    with pytest.raises(ValueError, match=message):
+        RecoveryConfig(**changes)
 
 
 def test_checkpoints_that_say_nothing_of_their_run_are_refused(tmp_path):

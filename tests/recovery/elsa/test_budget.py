@@ -77,3 +77,12 @@ def test_frozen_weights_and_foreign_budgets_are_refused():
     pruner.model.model.layers[0].mlp.up_proj.weight.requires_grad_(False)
     with pytest.raises(ValueError, match=r"layers.0.mlp.up_proj.weight is frozen"):
         counts_of(pruner.model, report)
+
+
+@pytest.mark.parametrize("changes", [{"allocation": "er"}, {"pattern": "2:4"}])
+def test_a_pruned_model_has_its_allocation_and_its_pattern_too(changes):
+    pruner = DSAPruner.from_pretrained(tiny_llama())
+    pruner.prune(None, DSAConfig(0.5, "magnitude", "uniform"))
+    (name,) = changes
+    with pytest.raises(ValueError, match=f"{name}=.* is for a dense model, and this one was pruned to 0.5000"):
+        pruner.recover(regular(), small(method="elsa", **changes))
