@@ -76,7 +76,6 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--allocation", help="found before, instead of a search: JSON, or the folder of a search")
     parser.add_argument("--strategy", default="auto", help="of a search (default: auto)")
     parser.add_argument("--budget", default="300k tokens", help="of a search (default: 300k tokens)")
-    parser.add_argument("--granularity", default="block", help="of a search (default: block)")
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--device", default=str(own_device()))
     return parser.parse_args()
@@ -115,7 +114,7 @@ def run(row: str, config: DSAConfig, tokens: dict[str, torch.Tensor], args: argp
         config = replace(config, allocation=args.allocation)
     elif ROWS[row].get("allocation") == "searched":
         # Searched without training: a candidate is then judged in seconds.
-        plain = replace(config, reconstruct=0, granularity=args.granularity)
+        plain = replace(config, reconstruct=0, permute=None)
         start = time.perf_counter()
         searched = {"strategy": args.strategy, "budget": args.budget, "validation": tokens["validation"]}
         result = pruner.search(calibration, plain, **searched)
@@ -196,7 +195,7 @@ def main() -> None:
         for row in sorted(args.rows or ROWS, key=lambda row: row != "sparsegpt"):
             if (config := config_of(row, sparsity, args)) is None:
                 continue
-            search = [args.allocation, args.strategy, args.budget, args.granularity]
+            search = [args.allocation, args.strategy, args.budget]
             extra = search if "searched" in row else []
             key = json.dumps([row, sparsity, config.to_dict(), *common, *extra])
             found = rows.row(key, lambda row=row, config=config: run(row, config, tokens, args))

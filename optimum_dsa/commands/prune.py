@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 
 from .base import LeafCommand, add_loading_options, check_texts, loading_options, say
 from .options import add_settings, asked_settings
 
+
+logger = logging.getLogger(__name__)
 
 CALIBRATION = ("data", "batch_size", "sequential")  # settings and sections of the group with --dataset
 
@@ -130,7 +133,8 @@ update      what becomes of the weights that stay: {updates}
 
         try:
             found = plan(self.args.model, config, output=self.args.output, run_block=False, **loading)
-        except Exception:  # noqa: BLE001 - what is wrong with the model, loading it says; a forecast stops no work
+        except Exception as error:  # noqa: BLE001 - what is wrong with the model, loading it says; it stops no work
+            logger.info("No plan could be made: %s", error)
             return
         if self.args.quality:
             say(f"quality {self.args.quality}: {found.method}; {found.text.samples} x {found.text.length} tokens")
@@ -138,8 +142,6 @@ update      what becomes of the weights that stay: {updates}
 
     def _check_room(self, output, size: int) -> None:
         """Raise where the disk has no room for a result of `size` bytes; without room for blocks, keep none."""
-        import logging
-
         if self._checkpoints is None:
             output.require(size)
             return
@@ -148,7 +150,7 @@ update      what becomes of the weights that stay: {updates}
         blocks = max(size - left, 0) if self._checkpoints.is_relative_to(output.work) else 0
         output.require(size + blocks if self.args.resume else size)
         if size + blocks > output.free:
-            logging.getLogger(__name__).warning(
+            logger.warning(
                 "The disk of %s has room for the result, and none for finished blocks beside it: this run cannot be "
                 "resumed. --checkpoints FOLDER keeps them elsewhere.",
                 self.args.output,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from .base import LeafCommand, add_loading_options, check_texts, loading_options, say
-from .options import add_settings
+from .options import add_settings, asked_settings
 from .prune import CALIBRATION, add_calibration_options, asked_config
 
 
@@ -54,6 +54,13 @@ Needs matplotlib, which the extra `plots` brings.
         return self._sensitivity() if self.args.sensitivity else self._report()
 
     def _report(self) -> dict:
+        from ..common.settings import flag_of
+        from ..pruning.configuration import DSAConfig
+
+        if asked := asked_settings(self.args, DSAConfig):
+            raise ValueError(
+                f"{flag_of(next(iter(asked)))} is for --sensitivity, which was not asked for; leave it out."
+            )
         from pathlib import Path
 
         try:

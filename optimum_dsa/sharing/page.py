@@ -15,6 +15,7 @@ from ..common.version import VERSION
 from ..evaluation.measurement import with_error
 from ..pruning.allocation import ALLOCATIONS
 from ..pruning.allocation.layout import grid, place
+from ..recovery.recoveries import RECOVERIES
 from .charts import (
     Measured,
     allocation_chart,
@@ -80,19 +81,20 @@ def figures(outcomes: Sequence[Outcome]) -> dict[str, tuple[Figure, str, str]]:
     if allocations:
         others = [label for label in allocations if label != outcomes[0].name]
         caption = "The share of weights removed from each block, first to last"
-        caption += f", beside {_listed(others)}. All have the same total." if len(_totals(allocations)) == 1 else "."
+        same = others and len(_totals(allocations)) == 1
+        caption += f", beside {_listed(others)}. All have the same total." if same else "."
         drawn["allocation"] = allocation_chart(allocations), "Where weights were removed", caption
     drawn |= _heat_maps(outcomes)
     traces = {outcome.name: outcome.trace for outcome in outcomes if outcome.trace and outcome.trace.trials}
     if traces:
         caption = (
-            "The best validation loss so far, by one-shot masks, against the text it took: a proxy. The star is the "
-            "winner after a real prune."
+            "The best validation loss so far, before any real prune, against the text it took: a proxy. The star is "
+            "the winner after one."
         )
         drawn["search"] = search_curves(traces, among=among), "The search", caption
     histories = {outcome.name: outcome.training.get("history") for outcome in outcomes}
     if histories := {name: history for name, history in histories.items() if history and len(history) > 1}:
-        caption = "Loss on validation text while the model was trained, zeros kept; thin, that on training text."
+        caption = "Loss on validation text, with the zeros, while the model was trained; thin, that on training text."
         drawn["training"] = training_curves(histories, among=among), "Training after pruning", caption
     if len(rows) > 1:  # one bar has nothing to be longer than
         caption = "Perplexity where it was measured, and bytes on disk where they differ."
@@ -202,6 +204,10 @@ def _lead(outcome: Outcome) -> list[tuple[str, bool]]:
     method = str(config.get("method"))
     if not outcome.achieved:
         return [("Weights are removed by ", False), (method, True), ("; searched is how many from each block.", False)]
+    # Training that chooses zeros has the last word.
+    asked = outcome.training.get("config") or {}
+    last = str(asked.get("method"))
+    method = last if last in RECOVERIES and RECOVERIES.fact(last, "moves_zeros", False) else method
     parts = [("Weights were chosen by ", False), (method, True), (", and how many from each block by ", False)]
     return [*parts, (str(outcome.allocation.name), True), (".", False)]
 

@@ -1,9 +1,14 @@
-"""A Hub on loopback, and the folder of a small pruned model to push to it."""
+"""A Hub on loopback, the folder of a small pruned model to push to it, and folders to be reported on."""
+
+import json
 
 import huggingface_hub.constants
 import pytest
 
-from optimum_dsa import DSAConfig, DSAPruner
+from optimum_dsa import DSAConfig, DSAPruner, RecoveryConfig
+from optimum_dsa.data import Calibration
+from optimum_dsa.search.search import search
+from optimum_dsa.sharing.outcome import read_all
 
 from ..hub_server import HubServer
 from ..tiny import tiny_llama, tokens
@@ -40,3 +45,33 @@ def folder(saved, tmp_path):
     for path in saved.iterdir():
         (copy / path.name).write_bytes(path.read_bytes())
     return copy
+
+
+def evaluation(perplexity, dataset="test.txt"):
+    """What `evaluate --json` of version 0.1 printed."""
+    facts = {"model": "x", "dataset": dataset, "windows": 4, "sequence_length": 16, "perplexity": perplexity}
+    return json.dumps(facts)
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """Two pruned models with evaluations, and a search."""
+    home = tmp_path_factory.mktemp("home")
+    for name, perplexity in (("owl", 12.5), ("uniform", 14.25)):
+        pruner = DSAPruner(tiny_llama())
+        pruner.prune(tokens(), DSAConfig(0.6, allocation=name, granularity="matrix" if name == "owl" else "block"))
+        if name == "owl":
+            pruner.recover(tokens(12, 16), RecoveryConfig(steps=4, eval_steps=2, batch_size=4, validation_windows=4))
+        pruner.save_pretrained(home / f"by-{name}")
+        (home / f"by-{name}" / "evaluation.json").write_text(evaluation(perplexity))
+    data = Calibration({"input_ids": tokens()}, "x")
+    search(tiny_llama(), data, tokens(8, 16, seed=5), DSAConfig(0.6), strategy="named", folder=home / "found")
+    return home
+
+
+@pytest.fixture(scope="module")
+def outcomes(folders):
+    return read_all([folders / "by-owl", folders / "by-uniform", folders / "found"])
+
+
+# -- what is read

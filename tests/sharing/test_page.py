@@ -1,19 +1,15 @@
 import json
 import re
-import sys
 from dataclasses import replace
 
 import pytest
 
-from optimum_dsa import Allocation, DSAConfig, DSAPruner, RecoveryConfig
-from optimum_dsa.common.installation import how_to_install
+from optimum_dsa import Allocation
 from optimum_dsa.common.manifest import MANIFEST
-from optimum_dsa.data import Calibration
 from optimum_dsa.evaluation.measurement import Measurement, Protocol, TaskProtocol
 from optimum_dsa.evaluation.results import save_results
-from optimum_dsa.search.search import search
 from optimum_dsa.sharing.outcome import Outcome, read_all
-from optimum_dsa.sharing.page import _lists, figures, page, title, write_report
+from optimum_dsa.sharing.page import _lead, _lists, figures, page, title, write_report
 from optimum_dsa.sharing.tables import (
     Table,
     block_table,
@@ -28,14 +24,8 @@ from optimum_dsa.sharing.tables import (
 
 from ..browser import Browser, find_chromium
 from ..elements import Elements
-from ..test_commands import run
-from ..tiny import tiny_llama, tokens
-
-
-def evaluation(perplexity, dataset="test.txt"):
-    """What `evaluate --json` of version 0.1 printed."""
-    facts = {"model": "x", "dataset": dataset, "windows": 4, "sequence_length": 16, "perplexity": perplexity}
-    return json.dumps(facts)
+from ..tiny import tiny_llama
+from .conftest import evaluation
 
 
 ON_TEST, ON_B = Protocol("test.txt", 4, 16), Protocol("b", 4, 16)
@@ -43,30 +33,6 @@ ON_TEST, ON_B = Protocol("test.txt", 4, 16), Protocol("b", 4, 16)
 
 def measurement(model, perplexity, protocol=ON_TEST, sparsity=0.6, size=100, **facts):
     return Measurement(model, sparsity, size, perplexity, 0.5, protocol, **facts)
-
-
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory):
-    """Two pruned models with evaluations, and a search."""
-    home = tmp_path_factory.mktemp("home")
-    for name, perplexity in (("owl", 12.5), ("uniform", 14.25)):
-        pruner = DSAPruner(tiny_llama())
-        pruner.prune(tokens(), DSAConfig(0.6, allocation=name, granularity="matrix" if name == "owl" else "block"))
-        if name == "owl":
-            pruner.recover(tokens(12, 16), RecoveryConfig(steps=4, eval_steps=2, batch_size=4, validation_windows=4))
-        pruner.save_pretrained(home / f"by-{name}")
-        (home / f"by-{name}" / "evaluation.json").write_text(evaluation(perplexity))
-    data = Calibration({"input_ids": tokens()}, "x")
-    search(tiny_llama(), data, tokens(8, 16, seed=5), DSAConfig(0.6), strategy="named", folder=home / "found")
-    return home
-
-
-@pytest.fixture(scope="module")
-def outcomes(folders):
-    return read_all([folders / "by-owl", folders / "by-uniform", folders / "found"])
-
-
-# -- what is read
 
 
 def test_a_pruned_model_is_read(folders):
@@ -381,21 +347,9 @@ def test_ill_wishes_do_nothing_in_a_browser(browser, folders, tmp_path):
 # -- the command
 
 
-def test_the_command_prints_tables_and_says_where_the_page_is(monkeypatch, capsys, folders, tmp_path):
-    arguments = [str(folders / "found"), "--compare", str(folders / "by-owl"), "-o", str(tmp_path / "out")]
-    code, output, errors = run(monkeypatch, capsys, "report", *arguments)
-    assert (code, errors) == (0, "")
-    assert "Finalists of found" in output and output.splitlines()[-1] == f"saved to {tmp_path / 'out' / 'report.html'}"
-
-
-def test_the_command_refuses_in_one_line(monkeypatch, capsys, folders, tmp_path):
-    (tmp_path / "file").write_text("x")
-    for arguments, message in (
-        ([str(tmp_path)], "holds neither a model (config.json, dsa_config.json) nor a search"),
-        ([str(folders / "found"), "-o", str(tmp_path / "file")], "is a file, and a folder is to be written"),
-    ):
-        code, output, errors = run(monkeypatch, capsys, "report", *arguments)
-        assert code == 2 and output == "" and message in errors
-    monkeypatch.setitem(sys.modules, "matplotlib", None)
-    code, _, errors = run(monkeypatch, capsys, "report", str(folders / "found"), "-o", str(tmp_path / "new"))
-    assert code == 2 and how_to_install("plots") in errors and not (tmp_path / "new").exists()
+def test_who_chose_the_zeros_last_is_named(outcomes):
+    owl = next(outcome for outcome in outcomes if outcome.name == "by-owl")
+    assert ("wanda", True) in _lead(owl)
+    recovery = {**owl.training, "config": {"method": "elsa"}}
+    elsa = replace(owl, facts={**owl.facts, "recovery": recovery})
+    assert ("elsa", True) in _lead(elsa) and ("wanda", True) not in _lead(elsa)

@@ -80,3 +80,9 @@ def check_searchable(config: DSAConfig) -> None:
             f"Pattern {pattern} removes {pattern.sparsity:.4g} of every matrix, so there is no allocation to search "
             f"for; use pattern='mixed:{pattern.width}', in which N differs from unit to unit."
         )
+    # It would be passed over, and stand in the result as if it had not been.
+    if config.granularity != "block":
+        raise ValueError(
+            f"granularity={config.granularity!r} is of an allocation that is computed; a search tries named ones per "
+            "block, and chooses for every matrix where its strategy does. Leave it out."
+        )
