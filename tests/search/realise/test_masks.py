@@ -255,3 +255,8 @@ def test_a_matrix_changes_by_whole_n_where_the_pattern_needs_them():
     odd = Allocation({name: (size // 2 + 3) / size for name, size in free.sizes.items()}, free.sizes)
     assert free.fitted(odd) == odd
     assert all(count % whole.steps[name] == 0 for name, count in whole.fitted(odd).counts().items())
+
+
+def test_a_granularity_would_be_passed_over_and_is_refused():
+    with pytest.raises(ValueError, match="granularity='matrix' is of an allocation that is computed"):
+        realise(tiny_llama(), None, DSAConfig(0.5, granularity="matrix"))
