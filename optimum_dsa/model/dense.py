@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from .architecture import Block, Stack, Weight
 from .calls import BlockCalls, run_behind
-from .observer import AllSeen, observing
+from .observer import AllSeen, Awaited, observing
 from .residual import watching_additions
 
 
@@ -73,8 +73,8 @@ class DenseStream:
     def at(self, module: nn.Module, index: int, anew: bool = False, last: bool = False) -> Iterator[None]:
         """Stand at a block, number `index`, that is dense as yet; on leaving, go on to the next one, unless `last`.
 
-        With `anew` what comes out is never what `inputs` saw, but is run for itself: on leaving, or when `complete` is
-        called.
+        With `anew` what comes out is run for itself, on leaving or when `complete` is called, unless the last `inputs`
+        that are asked for have seen it.
         """
         self.outputs, self._anew = [None] * len(self.calls.hidden), anew
         if self._given is None:
@@ -102,23 +102,32 @@ class DenseStream:
             self.outputs[batch] = self.run(module, index, batch) if output is None else output
 
     def inputs(
-        self, model: nn.Module, part: Block, module: nn.Module, index: int, batch: int, stops: bool = False
+        self,
+        model: nn.Module,
+        part: Block,
+        module: nn.Module,
+        index: int,
+        batch: int,
+        awaited: Awaited | None = None,
+        ends: bool = False,
     ) -> DenseInputs:
         """What the weights of `part`, some of the block `module`, number `index`, multiply in the dense model.
 
-        With `stops` what comes behind them is not run, unless it is to be kept.
+        What comes behind what is `awaited` is not run, unless it is to be kept; with `ends` no others are asked for.
         """
         found, hidden = DenseInputs(), self.calls.hidden[batch]
-        watched, known = "cross_gram" in self.reads, self._anew or self.outputs[batch] is not None
+        watched, known = "cross_gram" in self.reads, self.outputs[batch] is not None
+        wanted = not known and (ends or not self._anew)
         # What it gives is the same every time; only what is watched has to be seen again.
-        if known and not watched:
+        if not wanted and not watched:
             return found
-        watch = observing(model, part, found, stops and known) if watched else nullcontext()
-        added = watching_additions(model, part, hidden) if "residual" in self.reads else nullcontext({})
+        awaited = None if wanted else awaited
+        watch = observing(model, part, found, awaited) if watched else nullcontext()
+        added = watching_additions(model, part, hidden, awaited) if "residual" in self.reads else nullcontext({})
         with suppress(AllSeen), watch, added as found.before:
             output = self.run(module, index, batch)
             # Of the first time: a walk that passes the block by has no other, and is to go on alike to the last bit.
-            if not known:
+            if wanted:
                 self.outputs[batch] = output
         return found
 

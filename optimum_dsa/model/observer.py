@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Protocol
 
@@ -22,6 +22,29 @@ _PRODUCTS = {nn.functional.linear, torch.matmul, Tensor.matmul, Tensor.__matmul_
 
 class AllSeen(Exception):
     """Raised in a block whose watched weights have all been given their input: the rest of it need not run."""
+
+
+class Awaited:
+    """What a run of a block is watched for; raises [`AllSeen`] when all of it has been seen.
+
+    Args:
+        names (`Iterable[str]`): weights, each of which is given one input.
+        added (`Collection[str]`): those of which it has to be seen, too, what their outputs are added to.
+    """
+
+    def __init__(self, names: Iterable[str], added: Collection[str] = ()):
+        self._left, self._added = set(names), added
+
+    def given(self, name: str) -> None:
+        """The weight was given its input."""
+        if name not in self._added:
+            self.done(name)
+
+    def done(self, name: str) -> None:
+        """Nothing more is to be seen of the weight."""
+        self._left.discard(name)
+        if not self._left:
+            raise AllSeen
 
 
 class Observes(Protocol):
@@ -211,19 +234,17 @@ def _lend(block: Block, statistics: dict[str, LayerStatistics]) -> None:
 
 
 @contextmanager
-def observing(model: nn.Module, block: Block, observer: Observes, stops: bool = False) -> Iterator[None]:
-    """Hooks that report every input of the block's weights to `observer` while the context is open.
-
-    With `stops`, `AllSeen` is raised as soon as each weight has been given one input.
-    """
-    waiting = {weight.name for weight in block.weights} if stops else None
+def observing(
+    model: nn.Module, block: Block, observer: Observes, awaited: Awaited | None = None
+) -> Iterator[None]:
+    """Hooks that report every input of the block's weights to `observer`, and then to `awaited`."""
     fused = [weight for weight in block.weights if weight.expert is not None]
     with ExitStack() as stack:
         for weight in block.weights:
             module = model.get_submodule(weight.module)
             # An embedding looks its rows up, and multiplies nothing.
             if weight.expert is None and not isinstance(module, nn.Embedding):
-                handle = module.register_forward_pre_hook(_hook(observer, weight, waiting), with_kwargs=True)
+                handle = module.register_forward_pre_hook(_hook(observer, weight, awaited), with_kwargs=True)
                 stack.callback(handle.remove)
         if fused:
             for module in {weight.module: model.get_submodule(weight.module) for weight in fused}.values():
@@ -232,13 +253,11 @@ def observing(model: nn.Module, block: Block, observer: Observes, stops: bool = 
         yield
 
 
-def _hook(observer: Observes, weight: Weight, waiting: set[str] | None) -> Callable:
+def _hook(observer: Observes, weight: Weight, awaited: Awaited | None) -> Callable:
     def observe(module, args, kwargs):
         observer.observe(weight, args[0] if args else next(iter(kwargs.values())))
-        if waiting is not None:
-            waiting.discard(weight.name)
-            if not waiting:
-                raise AllSeen
+        if awaited is not None:
+            awaited.given(weight.name)
 
     return observe
 

@@ -10,6 +10,7 @@ from torch.overrides import TorchFunctionMode
 
 from ..common.fences import tensor_version
 from .architecture import Block
+from .observer import Awaited
 
 
 _ADDITIONS = {"add", "__add__", "__radd__", "add_", "__iadd__"}
@@ -17,15 +18,17 @@ _IN_PLACE = {"add_", "__iadd__"}
 
 
 @contextmanager
-def watching_additions(model: nn.Module, block: Block, hidden: Tensor) -> Iterator[dict[str, Tensor]]:
+def watching_additions(
+    model: nn.Module, block: Block, hidden: Tensor, awaited: Awaited | None = None
+) -> Iterator[dict[str, Tensor]]:
     """By weight, the residual stream, (samples, ..., hidden size), to which its outputs are added, filled as it runs.
 
     The stream is the block's input `hidden`, and whatever comes of adding something of its shape to it. A weight has
     no entry where anything is done to its outputs first (a norm, a factor, another matrix's outputs added), or where
-    it runs more than once.
+    it runs more than once. Of each entry `awaited` is told.
     """
     with ExitStack() as stack:
-        watch = _WatchAdditions(hidden)
+        watch = _WatchAdditions(hidden, awaited)
         for weight in block.weights:
             if weight.expert is None and weight.shape[0] == hidden.shape[-1]:
                 handle = model.get_submodule(weight.module).register_forward_hook(watch.hook(weight.name))
@@ -37,9 +40,10 @@ def watching_additions(model: nn.Module, block: Block, hidden: Tensor) -> Iterat
 class _WatchAdditions(TorchFunctionMode):
     """Follows the residual stream through a block."""
 
-    def __init__(self, hidden: Tensor):
+    def __init__(self, hidden: Tensor, awaited: Awaited | None):
         """Begin at the block's input, (samples, ..., hidden size)."""
         super().__init__()
+        self._awaited = awaited
         self.before: dict[str, Tensor] = {}
         self._seen: set[str] = set()
         # Held alive: a place in memory is free for another tensor as soon as its own is gone.
@@ -66,6 +70,8 @@ class _WatchAdditions(TorchFunctionMode):
             if name is not None:
                 # What is added to in place is no longer what stood there before.
                 self.before[name] = stream.clone() if how in _IN_PLACE else stream
+                if self._awaited is not None:
+                    self._awaited.done(name)
         result = function(*args, **(kwargs or {}))
         if found is not None:
             self._stream[_place(result)] = result

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from .architecture import Architecture, Block, Stack, UnprunableError, Weight
 from .calls import BlockCalls, capture_calls, check_calls, run_behind
 from .dense import AsDense, DenseInputs, DenseStream, Replay
-from .observer import AllSeen, Observer, Unheard, observing
+from .observer import AllSeen, Awaited, Observer, Unheard, observing
 from .offload import resident
 from .padding import real_tokens, without_padding
 from .residual import watching_additions
@@ -221,21 +221,27 @@ def _walk_block(
     Of a `finished` block nothing is collected, with `sample` the first batch: it tells groups and their order.
     """
     module = model.get_submodule(block.name)
-    # weights of which a sample shows: they are given one input in a batch, and nothing need be seen of their outputs
+    # weights of which a sample shows: they are given one input in a batch; what their outputs are added to is seen;
+    # they are given theirs last
     alone: set[str] = set()
+    added: set[str] = set()
+    final: set[str] = set()
 
     def collect(weights: Sequence[Weight], move_on: bool = False) -> dict[str, LayerStatistics]:
         """Statistics of what `weights` multiply in the block as it is now; `move_on` replaces what goes into it."""
-        part, observer = replace(block, weights=tuple(weights)), watch()
+        part, observer, names = replace(block, weights=tuple(weights)), watch(), {weight.name for weight in weights}
         for number in calls.seen:
             hidden = calls.hidden[number]
             # What comes behind the last weight that is watched need not run; a block may cut longer inputs in parts.
             alike = hidden.shape[1:] == calls.hidden[0].shape[1:]
-            stops = alike and alone.issuperset(weight.name for weight in weights)
-            beside = dense.inputs(model, part, module, index, number, stops) if dense else DenseInputs()
+            stops = alike and alone.issuperset(names)
+            ends = stops and not final.isdisjoint(names)
+            awaited = Awaited(names, added) if stops else None
+            beside = dense.inputs(model, part, module, index, number, awaited, ends) if dense else DenseInputs()
             observer.start_batch(calls.samples[number], real[number], beside.inputs, hidden.shape[:-1].numel())
-            added = _watching_additions(model, part, hidden, dense)
-            with suppress(AllSeen), observing(model, part, observer, stops), added as before:
+            awaited = Awaited(names, added) if stops else None
+            stream = _watching_additions(model, part, hidden, dense, awaited)
+            with suppress(AllSeen), observing(model, part, observer, awaited), stream as before:
                 output = calls.run(module, index, number)
             observer.add_residual(before, beside.before)
             if move_on:
@@ -245,10 +251,14 @@ def _walk_block(
     def first_batch() -> dict[str, LayerStatistics]:
         observer = Observer(gram=False)
         observer.start_batch(calls.samples[0], real[0])
-        added = _watching_additions(model, block, calls.hidden[0], dense)
-        with observing(model, block, observer), added as before:
+        stream = _watching_additions(model, block, calls.hidden[0], dense)
+        with observing(model, block, observer), stream as before:
             calls.run(module, index, 0)
-        alone.update(observer.given_once().difference(before))
+        alone.update(observer.given_once())
+        added.update(before)
+        # Experts of one parameter are run one by one where they are watched, and give other last bits.
+        if all(weight.expert is None for weight in block.weights):
+            final.update(list(observer.statistics)[-1:])
         return observer.finish(block)
 
     def run() -> list[Tensor]:
@@ -284,10 +294,11 @@ def _walk_block(
 
 
 def _watching_additions(
-    model: nn.Module, part: Block, hidden: Tensor, dense: DenseStream | None
+    model: nn.Module, part: Block, hidden: Tensor, dense: DenseStream | None, awaited: Awaited | None = None
 ) -> AbstractContextManager[Mapping[str, Tensor]]:
     """`watching_additions` from `hidden`, (samples, ..., hidden size), on, where what the stream lacks is read."""
-    return watching_additions(model, part, hidden) if dense and "residual" in dense.reads else nullcontext({})
+    reads = dense is not None and "residual" in dense.reads
+    return watching_additions(model, part, hidden, awaited) if reads else nullcontext({})
 
 
 def _walk_head(

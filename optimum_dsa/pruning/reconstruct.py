@@ -15,7 +15,9 @@ from .training import Reconstruction, Training
 
 
 REFERENCE = "https://arxiv.org/abs/2510.14444"
-RATES = (3e-4, 1e-3, 3e-3)  # that are tried where none is given
+RATES = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2)  # among which one is sought where none is given
+FIRST = 1e-3
+TRIALS = 6  # trainings that seeking takes beyond the one that a block has anyway: two in each of three blocks
 
 
 class Reconstruct:
@@ -24,8 +26,8 @@ class Reconstruct:
     min ‖f(X; Ŵ) − f_dense(X_dense)‖² over what was not removed, X being what the pruned blocks before it give: by Adam
     on float32 weights, the masks held, with the rate and up to the step of the lowest loss on held-out windows.
 
-    Costs a forward and a backward pass of the block for 8 sequences a step (three times as much in the first blocks of
-    a model, where rates are tried), and a forward pass of the dense block. Memory: four times the trained weights in
+    Costs a forward and a backward pass of the block for 4 sequences a step (three times as much in the first blocks of
+    a model, where a rate is sought), and a forward pass of the dense block. Memory: four times the trained weights in
     float32 (five where they have another dtype), and the activations of one batch.
 
     Args:
@@ -87,15 +89,32 @@ class Reconstruct:
 
     def _trained(self, stretch: Stretch) -> Reconstruction:
         training = Training(stretch, self.config.steps, self.seed)
-        for rate in self._rates():
-            training.run(rate)
+        rate, settled = self._rate()
+        training.run(rate)
+        if not settled:
+            _seek(training, RATES.index(rate))
         training.finish()
         return training.found
 
-    def _rates(self) -> Sequence[float]:
-        """The rates to be tried: the one that was given, or that two blocks in a row were best at; else all."""
+    def _rate(self) -> tuple[float, bool]:
+        """The rate to begin with, and whether it is the one: given, or what two blocks in a row were best at."""
         if self.config.rate is not None:
-            return (self.config.rate,)
+            return self.config.rate, True
         # Two, for the first block of a model sees what no other does: inputs that have lost nothing.
         chosen = [found.rate for found in self.found.values() if found.steps]
-        return next(((rate,) for rate, other in zip(chosen, chosen[1:]) if rate == other), RATES)
+        settled = next((rate for rate, other in zip(chosen, chosen[1:]) if rate == other), None)
+        return (settled, True) if settled else (chosen[-1] if chosen else FIRST, False)
+
+
+def _seek(training: Training, at: int) -> None:
+    """Train at the rates beside `RATES[at]`, which was tried, and on that way as long as it gets better."""
+    # A rate at which nothing gets better is too high rather than too low.
+    for way in (1, -1) if training.found.steps else (-1, 1):
+        number = at + way
+        while 0 <= number < len(RATES):
+            training.run(RATES[number])
+            if training.found.rate != RATES[number]:
+                break
+            number += way
+        if training.found.rate not in (0.0, RATES[at]):
+            return

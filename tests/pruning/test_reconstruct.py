@@ -31,9 +31,10 @@ from optimum_dsa import (
 )
 from optimum_dsa.model.calls import feed
 from optimum_dsa.model.statistics import CollectedStatistics
-from optimum_dsa.pruning.reconstruct import RATES, Reconstruct
+from optimum_dsa.pruning.reconstruct import FIRST, RATES, Reconstruct, _seek
 from optimum_dsa.pruning.source import micro_batch, step_size
 from optimum_dsa.pruning.stretches import parts
+from optimum_dsa.pruning.training import Reconstruction
 
 from ..tiny import VOCABULARY, same_state, state, tiny_llama, tokens
 
@@ -238,7 +239,7 @@ def test_windows_that_are_held_out_are_in_no_statistics():
 @pytest.mark.parametrize("samples", [1, 2, 3, 4, 7, 8, 31, 32, 128])
 def test_a_step_is_made_of_whole_batches(samples):
     size = step_size(samples)
-    assert size <= min(8, samples) and (size == 8 or samples < 8 * size)
+    assert size <= min(4, samples) and (size == 4 or samples < 8 * size)
     for batch_size in (1, 2, 3, 5, 8, 100):
         assert size % micro_batch(samples, batch_size) == 0 and micro_batch(samples, batch_size) <= batch_size
 
@@ -319,13 +320,48 @@ def test_it_trains_inside_inference_mode():
     assert any(found.steps for found in report.reconstruction.values())
 
 
-def test_all_rates_are_tried_until_two_blocks_in_a_row_are_best_at_one():
+def test_a_rate_is_sought_until_two_blocks_in_a_row_are_best_at_one():
     step = Reconstruct(ReconstructConfig(4))
-    # a block in which none helped has no best
-    for number, (rate, steps) in enumerate([(1e-3, 4), (0.0, 0), (3e-3, 4), (3e-3, 2), (1e-3, 4)]):
-        assert step._rates() == (RATES if number < 4 else (3e-3,))
+    # a block in which none helped has no best, and the last one that had is where the next begins
+    blocks, begins = [(1e-3, 4), (0.0, 0), (3e-3, 4), (3e-3, 2), (1e-3, 4)], [FIRST, 1e-3, 1e-3, 3e-3, 3e-3]
+    for number, (rate, steps) in enumerate(blocks):
+        assert step._rate() == (begins[number], number == 4)
         step.notes[f"block {number}"] = {"before": 0.1, "after": 0.05, "rate": rate, "steps": steps}
-    assert step._rates() == (3e-3,) and list(step.found) == [f"block {number}" for number in range(5)]
+    assert step._rate() == (3e-3, True) and list(step.found) == [f"block {number}" for number in range(5)]
     given = Reconstruct(ReconstructConfig(4, rate=2e-4))
     given.notes["a"] = {"before": 0.1, "after": 0.1, "rate": 0.0, "steps": 0}
-    assert given._rates() == (2e-4,)
+    assert given._rate() == (2e-4, True)
+
+
+class Trainings:
+    """Stands in for `Training`: a loss by rate, 1 before; notes what is tried."""
+
+    def __init__(self, losses):
+        self.losses, self.tried = losses, []
+        self.found = Reconstruction(1.0, 1.0, 0.0, 0)
+
+    def run(self, rate):
+        self.tried.append(rate)
+        if self.losses[rate] < self.found.after:
+            self.found = Reconstruction(1.0, self.losses[rate], rate, 4)
+
+
+@pytest.mark.parametrize(
+    "losses, tried",
+    [
+        ((0.9, 0.8, 0.7, 0.8, 0.9), (1e-3, 3e-3, 3e-4)),
+        ((0.9, 0.8, 0.7, 0.6, 0.5), (1e-3, 3e-3, 1e-2)),
+        ((0.9, 0.8, 0.7, 0.6, 0.9), (1e-3, 3e-3, 1e-2)),
+        ((0.5, 0.6, 0.7, 0.8, 0.9), (1e-3, 3e-3, 3e-4, 1e-4)),
+        ((0.9, 0.6, 1.7, 1.8, 1.9), (1e-3, 3e-4, 1e-4)),
+        ((2.0, 2.0, 2.0, 2.0, 2.0), (1e-3, 3e-4, 3e-3)),
+        ((float("nan"),) * 5, (1e-3, 3e-4, 3e-3)),
+    ],
+)
+def test_rates_are_tried_on_the_way_on_which_they_get_better(losses, tried):
+    training = Trainings(dict(zip(RATES, losses)))
+    training.run(FIRST)
+    _seek(training, RATES.index(FIRST))
+    assert tuple(training.tried) == tried
+    found = [loss for loss in losses if loss < 1]
+    assert training.found.after == min(found, default=1.0)

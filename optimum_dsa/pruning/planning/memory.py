@@ -13,6 +13,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from ..configuration import DSAConfig
+from ..source import step_size
 from ..unstructured.updates import UPDATES
 from .shape import BlockShape, InputShape, ModelShape
 
@@ -106,9 +107,7 @@ def _pruning(shape: ModelShape, config: DSAConfig, text: Text) -> dict[str, floa
         parts["statistics"] = _statistics(held, "gram" in reads, cross, "residual" in reads)
     if cross:
         # `DenseStream`: what goes into the dense block, what comes out, its weights, and what its matrices are given.
-        # With `true_sequential` what comes out is computed when the block is done, batch by batch.
-        alive = 1 if config.update.true_sequential else 2
-        parts["dense activations"] = alive * shape.stacks * _activations(shape, text)
+        parts["dense activations"] = 2 * shape.stacks * _activations(shape, text)
         parts["dense block"] = block.parameters * shape.itemsize
         parts["one batch"] += text.tokens_at_once * shape.itemsize * sum(group.columns for group in held.inputs)
     if "residual" in reads:
@@ -135,7 +134,7 @@ def _training(shape: ModelShape, config: DSAConfig, text: Text) -> dict[str, flo
     # The start, the best, gradients, Adam's two, a mask of a byte; a copy where the weights are not in float32.
     parts["training"] = span * share * block.size * (FLOAT * (5 if shape.itemsize >= FLOAT else 6) + 1)
     # Everything that a block computes stays until its gradient is there.
-    batch = min(text.batch, 8, text.samples) * text.length
+    batch = min(text.batch, step_size(text.samples)) * text.length
     computed = sum((group.columns + sum(group.rows)) * group.share for group in block.inputs) + 4 * block.hidden
     parts["one batch"] = span * share * batch * (computed * shape.itemsize + 4 * block.hidden * FLOAT)
     # Blocks that are trained together wait for the last.

@@ -14,7 +14,7 @@ from ...model.walk import walk_blocks
 from ..allocate import fit
 from ..allocation import Unit
 from ..configuration import DSAConfig
-from ..reconstruct import RATES, Reconstruct
+from ..reconstruct import FIRST, TRIALS, Reconstruct
 from ..source import batches_to_train, held_out, step_size
 from ..steps import RemoveWeights, Step, union
 from ..training import LOOKS
@@ -34,16 +34,20 @@ SCORES = 400  # operations' worth of time that a weight's score and its place in
 
 @dataclass(frozen=True)
 class Seconds:
-    """What a block of `size` weights takes: `fixed` whatever the text, and so much for each `token` of it."""
+    """What a block of `size` weights takes: `fixed` whatever the text, and so much for each `token` of it.
+
+    Where a rate of training is sought, that takes a block of this size `seeking` once for the whole model.
+    """
 
     size: int
     fixed: float
     token: float
+    seeking: float = 0.0
 
     def total(self, shape: ModelShape, text: Text) -> float:
         """Seconds of all blocks, by their sizes."""
         blocks = sum(block.size for block in shape.blocks) / self.size
-        return blocks * (self.fixed + self.token * text.tokens)
+        return blocks * (self.fixed + self.token * text.tokens) + self.seeking
 
 
 @torch.no_grad()
@@ -62,7 +66,7 @@ def time_block(model: nn.Module, config: DSAConfig, text: Text) -> Seconds:
     batches = calibration.batches(min(text.batch, windows))
     uniform = fit(dict.fromkeys(architecture.units("block"), config.sparsity), architecture, config, "block")
     steps: list[Step] = [RemoveWeights(config.resolved, uniform, config.update.true_sequential)]
-    walking = acting = again = 0.0
+    walking = acting = again = seeking = 0.0
     unseen = 0
     if config.resolved.allocation_reads:
         passed, measuring, _ = _second(
@@ -71,8 +75,8 @@ def time_block(model: nn.Module, config: DSAConfig, text: Text) -> Seconds:
         walking, acting = passed, measuring
     trains = config.reconstruct.steps and windows > 1
     if trains:
-        # Rates are tried in the first block of a model alone.
-        steps.append(Reconstruct(replace(config.reconstruct, rate=config.reconstruct.rate or RATES[0])))
+        # A rate is sought in the first blocks of a model alone.
+        steps.append(Reconstruct(replace(config.reconstruct, rate=config.reconstruct.rate or FIRST)))
         batches, unseen = batches_to_train(calibration, replace(config, batch_size=text.batch))
     reads = union(steps)
     passed, removing, again = _second(
@@ -82,8 +86,15 @@ def time_block(model: nn.Module, config: DSAConfig, text: Text) -> Seconds:
     walking, acting = walking + passed, acting + removing
     if trains:
         _, training, _ = _second(model, architecture, batches, reads, config.sequential, steps[1:], unseen)
-        acting += training * step_size(text.samples) / step_size(windows)
-    return Seconds(size, acting, (walking + again) / (windows * text.length))
+        training *= step_size(text.samples) / step_size(windows)
+        acting += training
+        seeking = training * _trials(config)
+    return Seconds(size, acting, (walking + again) / (windows * text.length), seeking)
+
+
+def _trials(config: DSAConfig) -> int:
+    """Trainings of a block beyond the one that every block has."""
+    return TRIALS if config.reconstruct.rate is None else 0
 
 
 def _measure(config: DSAConfig):
@@ -135,11 +146,12 @@ def operations(shape: ModelShape, config: DSAConfig, text: Text) -> tuple[float,
 
     Each kind is weighed by how slow it is: products count as they are.
     """
-    forward, rest = zip(*(_of_block(block, config, text) for block in shape.blocks))
+    trainings = 1 + _trials(config) / len(shape.blocks)
+    forward, rest = zip(*(_of_block(block, config, text, trainings) for block in shape.blocks))
     return sum(forward), sum(rest)
 
 
-def _of_block(block: BlockShape, config: DSAConfig, text: Text) -> tuple[float, float]:
+def _of_block(block: BlockShape, config: DSAConfig, text: Text, trainings: float) -> tuple[float, float]:
     reads, resolved = config.resolved.reads, config.resolved
     of_matrix, of_input = OPERATIONS.get(config.recipe.update, OPERATIONS["refit"])
     if "cross_gram" in reads:
@@ -157,16 +169,15 @@ def _of_block(block: BlockShape, config: DSAConfig, text: Text) -> tuple[float, 
     if resolved.allocation_reads:
         passes += 1
     if reads:
-        passes += 2 if config.sequential else 1
-        passes += 1 if "cross_gram" in reads else 0
-    if config.update.true_sequential:
-        passes += (len(block.inputs) - 1) * (2 if "cross_gram" in reads else 1)
+        # With `true_sequential` one for every input but the first, on the average up to the middle of the block.
+        collecting = (len(block.inputs) - 1) / 2 if config.update.true_sequential else 1
+        passes += collecting * (2 if "cross_gram" in reads else 1) + config.sequential
     sums = ("gram" in resolved.allocation_reads) + ("gram" in reads) + ("cross_gram" in reads)
     scored = block.size * SCORES * ((not resolved.chooses) + bool(config.allocator and resolved.allocation_reads))
     if config.reconstruct.steps:
         # A step runs forward and back, at twice the cost; the windows held out are looked at all along.
         trained = config.reconstruct.steps * step_size(text.samples) / text.samples
-        passes += 1 + 3 * trained + LOOKS * held_out(text.samples) / text.samples
+        passes += 1 + trainings * (3 * trained + LOOKS * held_out(text.samples) / text.samples)
     return passes * forward, (
         sums * gram
         + of_matrix * sum(rows * group.columns**2 for group in block.inputs for rows in group.rows)

@@ -167,7 +167,8 @@ def test_a_block_is_timed_and_the_rest_extrapolated(name):
     seconds = time_block(model, config, plan_for(shape, config).text)
     assert seconds.size == shape.blocks[1].size and seconds.fixed > 0 and seconds.token > 0
     total = seconds.total(shape, plan_for(shape, config).text)
-    assert total == pytest.approx(3 * (seconds.fixed + 128 * seconds.token))
+    assert total == pytest.approx(3 * (seconds.fixed + 128 * seconds.token) + seconds.seeking)
+    assert (seconds.seeking > 0) == (config.reconstruct.steps > 0 and config.reconstruct.rate is None)
 
 
 def test_the_machine_is_asked():
