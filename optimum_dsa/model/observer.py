@@ -234,9 +234,7 @@ def _lend(block: Block, statistics: dict[str, LayerStatistics]) -> None:
 
 
 @contextmanager
-def observing(
-    model: nn.Module, block: Block, observer: Observes, awaited: Awaited | None = None
-) -> Iterator[None]:
+def observing(model: nn.Module, block: Block, observer: Observes, awaited: Awaited | None = None) -> Iterator[None]:
     """Hooks that report every input of the block's weights to `observer`, and then to `awaited`."""
     fused = [weight for weight in block.weights if weight.expert is not None]
     with ExitStack() as stack:
