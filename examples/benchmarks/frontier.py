@@ -12,6 +12,7 @@ like. Rows without sparsegpt's beside them have no time and no share yet.
     python frontier.py MODEL --tokens tokens.safetensors --output rows.jsonl
     python frontier.py MODEL --tokens tokens.safetensors --output rows.jsonl --sparsities 0.7 2:4 --rows alps all
     python frontier.py MODEL --tokens tokens.safetensors --samples 64 --length 512 --windows 64     # the short form
+    python frontier.py MODEL --tokens tokens.safetensors --rows "all, searched" --strategy curves --budget "400k"
 """
 
 import argparse
