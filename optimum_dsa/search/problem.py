@@ -232,13 +232,19 @@ def _meet_what_fits(problem: Problem, refused: Sequence[Ranked], start: int, sto
 
 
 def pass_windows(problem: Problem, usual: int) -> int:
-    """Validation windows of the next backward pass: about `usual`, so that passes use up the budget; 0 at its end."""
+    """Validation windows of the next backward pass: about `usual`, so that passes use up the budget; 0 at its end.
+
+    That is where there would be less than a quarter of `usual`: a step on so little text is mostly noise.
+    """
+    usual = min(usual, problem.windows)
     room = problem.budget.room(problem.until).tokens
     if room is None:
-        return min(usual, problem.windows)
-    each = 3 * problem.length  # tokens that a window costs, forward and backward
-    passes = max(round(room / (usual * each)), 1)
-    return min(room // (passes * each), problem.windows)
+        return usual
+    fit = room // (3 * problem.length)  # forward and backward
+    # Where there are no more windows for fewer passes, another one, unless it is for a tenth.
+    passes = max(round(fit / usual), math.ceil(0.9 * fit / problem.windows), 1)
+    windows = min(fit // passes, problem.windows)
+    return windows if 4 * windows >= usual else 0
 
 
 def best_of(ranking: Sequence[Ranked]) -> Candidate:

@@ -89,6 +89,8 @@ def descent(
     sizes = torch.tensor(list(resolver.sizes.values()), dtype=torch.float64)
     counts = resolver.counts(best)
     began, start = problem.budget.share, 0
+    if (room := problem.budget.room(problem.until).tokens) is not None:
+        windows = min(windows, max(room // (3 * problem.length), 1))  # one pass at least
     motion = torch.zeros_like(sizes)
     path: list[tuple[int, ...]] = []
     while not problem.over and (seen := pass_windows(problem, windows)):
