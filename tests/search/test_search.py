@@ -85,7 +85,7 @@ def test_a_budget_that_holds_nothing_is_exceeded_by_the_smallest_last_round_alon
     assert "the budget was 10 tokens, and the finalists came on top" in str(result)
 
 
-@pytest.mark.parametrize("lines", [2, 5, 9, 14])
+@pytest.mark.parametrize("lines", [2, 5, 9, 14, -12, -8, -7, -6, -2])
 def test_a_search_at_the_end_of_its_budget_goes_on_to_the_same_end(lines, tmp_path):
     whole = run("auto", "1500 tokens", folder=tmp_path / "s")
     assert any(trial.error == NO_ROOM for trial in whole.trace.trials)
