@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from statistics import mean
 from typing import Any
 
 from ..common.columns import columns
 from ..common.escaping import one_line
 from .allocation import Allocation
 from .configuration import DSAConfig
-from .training import Reconstruction
+from .training import Reconstruction, told
 
 
 @dataclass(frozen=True)
@@ -136,11 +135,6 @@ class PruningReport:
                 f"channels of {len(self.permuted)} weights in another order: {after:.2%} of their score stays, and "
                 f"{before:.2%} would have"
             )
-        if trained := self.reconstruction.values():
-            before, after = (mean(getattr(found, name) for found in trained) for name in ("before", "after"))
-            rates = sorted({found.rate for found in trained if found.steps})
-            notes.append(
-                f"blocks trained: {before:.2%} of their outputs lost before, {after:.2%} after, on windows held out "
-                f"(mean of {len(trained)}; rate {', '.join(f'{rate:g}' for rate in rates) or 'none'})"
-            )
+        if self.reconstruction:
+            notes.append(told(self.reconstruction))
         return "\n".join(map(one_line, lines + notes))
