@@ -29,7 +29,7 @@ from .pruning.allocation import Allocation
 from .pruning.configuration import AUTO, DSAConfig
 from .pruning.prune import prune
 from .pruning.report import PruningReport
-from .pruning.zeros import counted
+from .pruning.zeros import check_dense, counted
 
 
 if TYPE_CHECKING:
@@ -139,7 +139,7 @@ class DSAPruner:
         resume: bool = False,
         report_to: Any = None,
     ) -> SearchResult:
-        """The allocation that hurts the model least at `config.sparsity`; the model is not changed.
+        """The allocation that hurts the model, a dense one, least at `config.sparsity`; the model is not changed.
 
         Args:
             calibration (`Any`): as in `prune`; feeds statistics.
@@ -158,6 +158,7 @@ class DSAPruner:
         from .sharing.pictures import plot_search
 
         check_searchable(config)  # before any text is read
+        check_dense(self.model, config, "a search")
         if validation is None and isinstance(calibration, (Tensor, Mapping)):
             raise ValueError("Give validation text or tokens: calibration inputs given as tensors are used whole.")
         if validation is None:
@@ -185,10 +186,11 @@ class DSAPruner:
     def sensitivity(self, calibration: Any, config: DSAConfig) -> Sensitivity:
         """How much of its output every matrix loses at rising sparsities under the method of `config`.
 
-        The model is not changed.
+        The model, a dense one, is not changed.
         """
-        from .search.sensitivity import sensitivity
+        from .search.sensitivity import CURVES, sensitivity
 
+        check_dense(self.model, config, CURVES)  # before any text is read
         needed = config.resolved.reads | config.resolved.metric_reads
         return sensitivity(self.model, self._load(calibration, config, needed), config)
 
