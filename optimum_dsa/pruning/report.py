@@ -32,6 +32,8 @@ class PruningReport:
         seconds (`float`): wall time.
         compared (`Mapping[str, float]`): allocation -> validation loss of the model pruned with it, best first, where
             the config asked for `"auto"`.
+        chosen_by (`str`, *optional*): what trained the model and chose its zeros meanwhile, a recovery method; `None`
+            where the config's method chose them. Pattern, units and counts are those of config and allocation.
     """
 
     config: DSAConfig
@@ -47,6 +49,7 @@ class PruningReport:
     permuted: Mapping[str, tuple[float, float]] = field(default_factory=dict)
     reconstruction: Mapping[str, Reconstruction] = field(default_factory=dict)
     compared: Mapping[str, float] = field(default_factory=dict)
+    chosen_by: str | None = None
 
     @property
     def removed(self) -> int:
@@ -80,7 +83,8 @@ class PruningReport:
             "reconstruction": {block: asdict(found) for block, found in self.reconstruction.items()},
             "seconds": round(self.seconds, 3),
         }
-        return data | ({"compared": dict(self.compared)} if self.compared else {})
+        data |= {"compared": dict(self.compared)} if self.compared else {}
+        return data | ({"chosen_by": self.chosen_by} if self.chosen_by else {})
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> PruningReport:
@@ -100,26 +104,17 @@ class PruningReport:
             },
             seconds=data.get("seconds", 0.0),
             compared=dict(data.get("compared") or {}),
+            chosen_by=data.get("chosen_by"),
         )
 
-    def __str__(self) -> str:
-        sizes, asked, size = self.allocation.sizes, self.allocation.sparsity, sum(self.allocation.sizes.values())
-        overall = self.removed / self.parameters
-        header, *lines = columns(
-            [
-                ("unit", "weights", "asked", "achieved"),
-                *(
-                    (unit, f"{sizes.get(unit, 0):,}", f"{asked.get(unit, 0.0):.4f}", f"{value:.4f}")
-                    for unit, value in self.achieved.items()
-                ),
-                ("prunable weights", f"{size:,}", f"{self.config.sparsity:.4f}", f"{self.sparsity:.4f}"),
-                ("all parameters", f"{self.parameters:,}", "", f"{overall:.4f}"),
-            ]
-        )
-        lines = [header, *lines[:-2], "-" * len(header), *lines[-2:]]
+    @property
+    def notes(self) -> list[str]:
+        """What there is to say beside the table, a line each."""
         notes = []
         if "bos" in (self.calibration or {}):
             notes.append(f"calibrated on sequences {'that start with' if self.calibration['bos'] else 'without'} BOS")
+        if self.chosen_by:
+            notes.append(f"the zeros were chosen by {self.chosen_by}, while the model was trained (recover)")
         if self.dense:
             notes.append(f"left dense: {len(self.dense)} matrices ({', '.join(sorted(set(self.dense.values())))})")
         if self.damping:
@@ -137,4 +132,21 @@ class PruningReport:
             )
         if self.reconstruction:
             notes.append(told(self.reconstruction))
-        return "\n".join(map(one_line, lines + notes))
+        return notes
+
+    def __str__(self) -> str:
+        sizes, asked, size = self.allocation.sizes, self.allocation.sparsity, sum(self.allocation.sizes.values())
+        overall = self.removed / self.parameters
+        header, *lines = columns(
+            [
+                ("unit", "weights", "asked", "achieved"),
+                *(
+                    (unit, f"{sizes.get(unit, 0):,}", f"{asked.get(unit, 0.0):.4f}", f"{value:.4f}")
+                    for unit, value in self.achieved.items()
+                ),
+                ("prunable weights", f"{size:,}", f"{self.config.sparsity:.4f}", f"{self.sparsity:.4f}"),
+                ("all parameters", f"{self.parameters:,}", "", f"{overall:.4f}"),
+            ]
+        )
+        lines = [header, *lines[:-2], "-" * len(header), *lines[-2:]]
+        return "\n".join(map(one_line, [*lines, *self.notes]))

@@ -98,7 +98,7 @@ class RecoveryConfig:
     def __post_init__(self):
         check_settings(self)
         RECOVERIES[self.method], MODES[self.mode], SCHEDULES[self.shape]
-        if RECOVERIES.fact(self.method, "moves_zeros", False):
+        if self.moves_zeros:
             if self.sparsity == 0:
                 raise ValueError(
                     f"sparsity=0 is a budget without zeros, and method={self.method!r} chooses which weights become "
@@ -135,6 +135,11 @@ class RecoveryConfig:
     def trains_weights(self) -> bool:
         """Whether the model's own weights are trained, and not adapters beside them."""
         return RECOVERIES.fact(self.method, "trains_weights", True)
+
+    @property
+    def moves_zeros(self) -> bool:
+        """Whether training chooses the zeros, and does not keep those that are there."""
+        return RECOVERIES.fact(self.method, "moves_zeros", False)
 
     @property
     def windows(self) -> int:

@@ -14,7 +14,6 @@ from ...pruning.report import PruningReport
 from ...pruning.unstructured.patterns import Pattern
 from ...pruning.zeros import FEWEST_ZEROS, MEASURED
 from ..configuration import RecoveryConfig
-from ..recoveries import RECOVERIES
 
 
 def is_dense(report: PruningReport) -> bool:
@@ -31,7 +30,7 @@ def with_budget(model: nn.Module, report: PruningReport, config: RecoveryConfig)
         ValueError: a dense model without a budget, a budget beside the one that a pruned model has, or one of which no
             weight goes.
     """
-    if not RECOVERIES.fact(config.method, "moves_zeros", False):
+    if not config.moves_zeros:
         return report
     if not is_dense(report):
         # Its budget is the model's own; what is asked beside it would be passed over.
