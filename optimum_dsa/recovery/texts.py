@@ -14,6 +14,7 @@ from .configuration import RecoveryConfig
 
 logger = logging.getLogger(__name__)
 
+END_OF_TRAIN = "end of train"  # where no text was given for validation
 _SEEN = (
     "what was trained on tells nothing of other text. Give another text for validation, or none: then the end of the "
     "training text is kept back."
@@ -48,7 +49,7 @@ def read_windows(
         )
     data = {
         "train": describe(train) if not isinstance(train, Tensor) else "tensor",
-        "validation": "end of train" if validation is None else describe(validation),
+        "validation": END_OF_TRAIN if validation is None else describe(validation),
         "windows": len(windows),
         "validation_windows": len(held_out),
         "sequence_length": windows.shape[1],
