@@ -10,6 +10,7 @@ from typing import Any
 from ..common.columns import columns
 from ..common.escaping import one_line
 from .allocation import Allocation
+from .comparison import told
 from .configuration import DSAConfig
 from .training import Reconstruction
 
@@ -33,6 +34,7 @@ class PruningReport:
         seconds (`float`): wall time.
         compared (`Mapping[str, float]`): allocation -> validation loss of the model pruned with it, best first, where
             the config asked for `"auto"`.
+        compared_on (`Mapping[str, int]`): the `windows` of text, and their `length`, that those losses are of.
     """
 
     config: DSAConfig
@@ -48,6 +50,7 @@ class PruningReport:
     permuted: Mapping[str, tuple[float, float]] = field(default_factory=dict)
     reconstruction: Mapping[str, Reconstruction] = field(default_factory=dict)
     compared: Mapping[str, float] = field(default_factory=dict)
+    compared_on: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def removed(self) -> int:
@@ -81,7 +84,8 @@ class PruningReport:
             "reconstruction": {block: asdict(found) for block, found in self.reconstruction.items()},
             "seconds": round(self.seconds, 3),
         }
-        return data | ({"compared": dict(self.compared)} if self.compared else {})
+        compared = {"compared": dict(self.compared), "compared_on": dict(self.compared_on)}
+        return data | {name: value for name, value in compared.items() if value}
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> PruningReport:
@@ -101,6 +105,7 @@ class PruningReport:
             },
             seconds=data.get("seconds", 0.0),
             compared=dict(data.get("compared") or {}),
+            compared_on=dict(data.get("compared_on") or {}),
         )
 
     def __str__(self) -> str:
@@ -126,8 +131,9 @@ class PruningReport:
         if self.damping:
             notes.append(f"damping raised for {len(self.damping)} weights, to {max(self.damping.values()):g} at most")
         if self.compared:
-            losses = ", ".join(f"{name} {loss:.4f}" for name, loss in self.compared.items())
+            losses, *more = told(self.compared, self.compared_on).values()
             notes.append(f"allocations compared by their validation loss after the prune: {losses}")
+            notes += [f"  {'; '.join(more)}"] if more else []
         if self.unseen:
             notes.append(f"{len(self.unseen)} weights saw no calibration token and were scored by magnitude")
         if self.permuted:

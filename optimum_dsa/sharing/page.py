@@ -15,6 +15,7 @@ from ..common.version import VERSION
 from ..evaluation.measurement import with_error
 from ..pruning.allocation import ALLOCATIONS
 from ..pruning.allocation.layout import grid, place
+from ..pruning.comparison import told
 from ..recovery.recoveries import RECOVERIES
 from .charts import (
     Measured,
@@ -260,7 +261,14 @@ def _lists(outcome: Outcome) -> list[tuple[str, list[tuple[str, str]]]]:
     config = [(name, _shown(value)) for name, value in outcome.config.items() if value not in (None, [], "")]
     data = [(name, _shown(value)) for name, value in (outcome.facts.get("calibration") or {}).items()]
     made = [(name, _shown(value)) for name, value in (outcome.facts.get("versions") or {}).items()]
-    parts = [("Configuration", config), ("Calibration", data), ("Training", _training(outcome)), ("Versions", made)]
+    tried = [*told(*(outcome.facts.get(name) or {} for name in ("compared", "compared_on"))).items()]
+    parts = [
+        ("Configuration", config),
+        ("Allocations compared", tried),
+        ("Calibration", data),
+        ("Training", _training(outcome)),
+        ("Versions", made),
+    ]
     return [(heading, facts) for heading, facts in parts if facts]
 
 

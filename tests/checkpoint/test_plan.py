@@ -113,8 +113,8 @@ def test_the_command_says_it_and_prints_it_as_json(monkeypatch, capsys, tmp_path
     "options,named",
     [
         (["--method", "ria"], ["'good'", "'ria'", "leave out one"]),
-        (["--update", "refit"], ["'good'", "update 'refit'"]),
-        (["--targets", "sparse"], ["'good'", "targets 'dense'", "'sparse'"]),
+        (["--update", "refit"], ["'good'", "--update refit"]),
+        (["--targets", "sparse"], ["'good'", "--targets dense", "--targets sparse"]),
         (["--quality", "god"], ["Did you mean 'good'"]),
     ],
 )
