@@ -252,7 +252,8 @@ def test_a_search_for_a_pattern_hands_it_on_to_prune(monkeypatch, capsys, tmp_pa
     code, _, errors = run(monkeypatch, capsys, *search, "--pattern", "2:4")
     assert code == 2 and "use --pattern mixed:4" in errors and not (tmp_path / "found").exists()
     code, output, errors = run(monkeypatch, capsys, *search, "--pattern", "mixed:4", "--strategy", "named")
-    assert code == 0 and f"-s 0.5 --pattern mixed:4 --allocation {found}" in output, errors
+    assert code == 0 and "--sparsity 0.5 --pattern mixed:4 " in output, errors
+    assert output.endswith(f"--num-samples 4 --sequence-length 32 --allocation {found}\n")
 
 
 @pytest.fixture(scope="module")
@@ -272,9 +273,7 @@ def test_a_search_under_an_update_hands_it_on_to_prune(monkeypatch, capsys, tmp_
     work = ["search", small, "-o", found, "-s", "0.5", *data, *how, "--budget", "200 tokens", "--num-samples", "2"]
     for resumed in ([], ["--resume"]):
         code, output, errors = run(monkeypatch, capsys, *work, "--strategy", "curves", *resumed)
-        assert code == 0 and "--method alps --targets dense --true-sequential --residual --allocation" in output, (
-            errors
-        )
+        assert code == 0 and "--method alps --true-sequential --targets dense --residual " in output, errors
     code, output, errors = run(monkeypatch, capsys, "prune", small, "-o", out, "-s", "0.5", *data, *how,
                                "--allocation", found)  # fmt: skip
     assert code == 0, errors
