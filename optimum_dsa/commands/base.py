@@ -203,11 +203,18 @@ def check_texts(args, data) -> None:
 
     To be called before a model is loaded, which may take minutes.
     """
+    from ..common.apart import same_source
     from ..data import check_source
 
-    for source in (args.dataset, getattr(args, "validation", None)):
+    judging = getattr(args, "validation", None)
+    for source in (args.dataset, judging):
         if source:
             check_source(source, data.text_column, data.split)
+    if judging and same_source(args.dataset, judging):
+        raise ValueError(
+            f"--validation {judging} is the text of --dataset, of which it would tell what is known already; give "
+            "another text, or leave --validation out."
+        )
 
 
 def add_loading_options(parser: ArgumentParser, reads_text: bool = True) -> None:

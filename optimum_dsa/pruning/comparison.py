@@ -20,7 +20,7 @@ def windows_apart(samples: int) -> int:
     return max(int(SHARE * samples), 1)
 
 
-def told(compared: Any, on: Any) -> dict[str, str]:
+def compared_lines(compared: Any, on: Any) -> dict[str, str]:
     """What was found, as lines for people: "losses", "judged on" and "lead"; what a file has wrong is left out.
 
     Args:

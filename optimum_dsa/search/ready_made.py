@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ..data import SAMPLES, Calibration, load_calibration
 from ..pruning.allocate import architecture_for
 from ..pruning.allocation import ALLOCATIONS
-from ..pruning.comparison import SHARE, told, windows_apart
+from ..pruning.comparison import SHARE, compared_lines, windows_apart
 from ..pruning.configuration import DSAConfig
 from .problem import Budget
 from .realise import check_searchable
@@ -74,7 +74,7 @@ def settle(model: nn.Module, source: Any, config: DSAConfig, tokenizer: Any = No
         realisation="masks",  # all are pruned for real: what they race by decides nothing
     )
     compared = {row.candidate.function: row.loss for row in result.finalists}
-    logger.info("allocation='auto': %s.", "; ".join(told(compared, on).values()))
+    logger.info("allocation='auto': %s.", "; ".join(compared_lines(compared, on).values()))
     return Settled(replace(config, allocation=next(iter(compared))), calibration, compared, on)
 
 

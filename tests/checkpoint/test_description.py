@@ -40,6 +40,7 @@ def report(**changes):
         "seconds": 1.5,
         "compared": {"owl": 0.1, "uniform": 0.2},
         "compared_on": {"windows": 4, "length": 16},
+        "chosen_by": "elsa",
     }
     return PruningReport(**{**facts, **changes})
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from optimum_dsa.pruning.comparison import CLOSE, told, windows_apart
+from optimum_dsa.pruning.comparison import CLOSE, compared_lines, windows_apart
 
 
 def test_a_quarter_as_many_windows_as_calibrate_decide_and_one_at_least():
@@ -10,7 +10,7 @@ def test_a_quarter_as_many_windows_as_calibrate_decide_and_one_at_least():
 
 
 def test_losses_text_and_lead_are_told():
-    found = told({"owl": 0.3, "uniform": 0.4, "dsa": 0.5}, {"windows": 4, "length": 16})
+    found = compared_lines({"owl": 0.3, "uniform": 0.4, "dsa": 0.5}, {"windows": 4, "length": 16})
     assert found == {
         "losses": "owl 0.3000, uniform 0.4000, dsa 0.5000",
         "judged on": "4 windows of 16 tokens that do not calibrate",
@@ -20,7 +20,7 @@ def test_losses_text_and_lead_are_told():
 
 @pytest.mark.parametrize("lead,close", [(CLOSE / 2, True), (0.0, True), (2 * CLOSE, False)])
 def test_a_lead_that_may_be_chance_is_called_so(lead, close):
-    assert ("hardly tell apart" in told({"a": 1 - lead, "b": 1.0}, {})["lead"]) == close
+    assert ("hardly tell apart" in compared_lines({"a": 1 - lead, "b": 1.0}, {})["lead"]) == close
 
 
 @pytest.mark.parametrize(
@@ -35,4 +35,4 @@ def test_a_lead_that_may_be_chance_is_called_so(lead, close):
     ],
 )
 def test_what_a_file_has_wrong_is_left_out(compared, on, known):
-    assert told(compared, on).keys() == known
+    assert compared_lines(compared, on).keys() == known
