@@ -117,12 +117,13 @@ class DSAPruner:
             from .search.ready_made import settle
 
             settled = settle(self.model, calibration, config, self.tokenizer)
-            data, config, compared = settled.calibration, settled.config, settled.compared
+            data, config = settled.calibration, settled.config
+            compared = {"compared": settled.compared, "compared_on": settled.compared_on}
         else:
             data = self._load(calibration, config, needed)
         self._stored = None
         report = prune(self.model, data, config, checkpoints, resume)
-        self.report = replace(report, compared=compared) if compared else report
+        self.report = replace(report, **compared)
         self.recovery = self._training = None
         return self.report
 

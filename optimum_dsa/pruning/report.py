@@ -9,6 +9,7 @@ from typing import Any
 from ..common.columns import columns
 from ..common.escaping import one_line
 from .allocation import Allocation
+from .comparison import compared_lines
 from .configuration import DSAConfig
 from .training import Reconstruction, told
 
@@ -32,6 +33,7 @@ class PruningReport:
         seconds (`float`): wall time.
         compared (`Mapping[str, float]`): allocation -> validation loss of the model pruned with it, best first, where
             the config asked for `"auto"`.
+        compared_on (`Mapping[str, int]`): the `windows` of text, and their `length`, that those losses are of.
         chosen_by (`str`, *optional*): what trained the model and chose its zeros meanwhile, a recovery method; `None`
             where the config's method chose them. Pattern, units and counts are those of config and allocation.
     """
@@ -49,6 +51,7 @@ class PruningReport:
     permuted: Mapping[str, tuple[float, float]] = field(default_factory=dict)
     reconstruction: Mapping[str, Reconstruction] = field(default_factory=dict)
     compared: Mapping[str, float] = field(default_factory=dict)
+    compared_on: Mapping[str, int] = field(default_factory=dict)
     chosen_by: str | None = None
 
     @property
@@ -83,8 +86,8 @@ class PruningReport:
             "reconstruction": {block: asdict(found) for block, found in self.reconstruction.items()},
             "seconds": round(self.seconds, 3),
         }
-        data |= {"compared": dict(self.compared)} if self.compared else {}
-        return data | ({"chosen_by": self.chosen_by} if self.chosen_by else {})
+        more = {"compared": dict(self.compared), "compared_on": dict(self.compared_on), "chosen_by": self.chosen_by}
+        return data | {name: value for name, value in more.items() if value}
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> PruningReport:
@@ -104,6 +107,7 @@ class PruningReport:
             },
             seconds=data.get("seconds", 0.0),
             compared=dict(data.get("compared") or {}),
+            compared_on=dict(data.get("compared_on") or {}),
             chosen_by=data.get("chosen_by"),
         )
 
@@ -120,8 +124,9 @@ class PruningReport:
         if self.damping:
             notes.append(f"damping raised for {len(self.damping)} weights, to {max(self.damping.values()):g} at most")
         if self.compared:
-            losses = ", ".join(f"{name} {loss:.4f}" for name, loss in self.compared.items())
-            notes.append(f"allocations compared by their validation loss after the prune: {losses}")
+            losses, *more = compared_lines(self.compared, self.compared_on).values()
+            found = "; ".join([losses, *more])
+            notes.append(f"allocations compared by their validation loss after the prune: {found}")
         if self.unseen:
             notes.append(f"{len(self.unseen)} weights saw no calibration token and were scored by magnitude")
         if self.permuted:

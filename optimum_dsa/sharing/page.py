@@ -15,6 +15,7 @@ from ..common.version import VERSION
 from ..evaluation.measurement import with_error
 from ..pruning.allocation import ALLOCATIONS
 from ..pruning.allocation.layout import grid, place
+from ..pruning.comparison import compared_lines
 from ..recovery.configuration import RecoveryConfig
 from .account import account, details, notes, settings, training_settings
 from .charts import (
@@ -266,6 +267,7 @@ def _lists(outcome: Outcome) -> list[tuple[str, list[tuple[str, str]]]]:
     config = [(name, _shown(value)) for name, value in settings(outcome).items() if value not in (None, [], "")]
     data = [(name, _shown(value)) for name, value in (outcome.facts.get("calibration") or {}).items()]
     made = [(name, _shown(value)) for name, value in (outcome.facts.get("versions") or {}).items()]
+    tried = [*compared_lines(*(outcome.facts.get(name) or {} for name in ("compared", "compared_on"))).items()]
     plain = training_settings({"config": RecoveryConfig().to_dict()})
     trained = [
         (name, _shown(value))
@@ -273,6 +275,7 @@ def _lists(outcome: Outcome) -> list[tuple[str, list[tuple[str, str]]]]:
         if name not in ("method", "mode") and value != plain.get(name)
     ]
     parts = [
+        ("Allocations compared", tried),
         ("Configuration", config),
         ("Calibration", data),
         ("Training", _training(outcome)),
