@@ -12,6 +12,8 @@ from dataclasses import MISSING, Field, fields
 from shlex import quote
 from typing import Any, Protocol
 
+from .fences import actions_of
+
 
 class Group(Protocol):
     """What `add_argument_group` gives."""
@@ -124,7 +126,7 @@ def in_options(message: str, parser: ArgumentParser) -> str:
     What is replaced: a setting with its value (behind a dotted path, too), one whose name is no English word, and the
     one that a sentence begins with ("span is a whole number of ..."). What stands in quotes is the user's and stays.
     """
-    actions = {action.dest: action for action in _complete(parser)._actions if action.option_strings}
+    actions = {action.dest: action for action in actions_of(_complete(parser)) if action.option_strings}
     for config in getattr(parser, "configs", ()):
         for part in fields(config):
             # The setting that a section is short for has the section's option: `steps` is --reconstruct.
@@ -153,7 +155,7 @@ def in_options(message: str, parser: ArgumentParser) -> str:
 def as_given(args: Any, parser: ArgumentParser, names: Iterable[str]) -> str:
     """The options of `parser` for `names` that `args` ask for, each with a space in front, to be pasted in a shell."""
     asked, wanted, said = vars(args), set(names), []
-    for action in _complete(parser)._actions:
+    for action in actions_of(_complete(parser)):
         value = asked.get(action.dest)
         if action.dest in wanted and action.option_strings and value is not None and value != action.default:
             said.append(f" {_given(action, repr(value))}")
@@ -169,7 +171,7 @@ def evaluate_options(args: Any, parser: ArgumentParser) -> str:
 
 def taken(parser: ArgumentParser, without: Collection[str] = ()) -> list[str]:
     """The names of all options of `parser`, but for help and those `without`."""
-    actions = (action for action in _complete(parser)._actions if action.option_strings)
+    actions = (action for action in actions_of(_complete(parser)) if action.option_strings)
     return [action.dest for action in actions if action.default is not SUPPRESS and action.dest not in without]
 
 
