@@ -116,7 +116,8 @@ class DSAConfig:
     """How to prune a model. Checked when it is made; a wrong value raises `ValueError` or `UnknownNameError`.
 
     Args:
-        sparsity (`float`): Share of the prunable weights to remove, in [0, 1).
+        sparsity (`float`): Share of the prunable weights that are zero in the end, in [0, 1): those that are zero
+            before count, and stay. With an N:M pattern, the least share.
         method (`str`, defaults to `"wanda"`): A row of `METHODS`: metric, pattern and update.
         allocation (`str` or [`Allocation`], defaults to `"dsa"`): A row of `ALLOCATIONS`, an allocation function such
             as `"abslog/var/atan,asin/no_op@+0.08"` or `"W:(ABSLOG)-(VAR)-(ATAN,ASIN)-(7)"`, an [`Allocation`], the
@@ -141,6 +142,7 @@ class DSAConfig:
         include (`tuple[str, ...]`): Names of matrices outside the blocks to prune as well, such as `"lm_head"`.
         blocks (`tuple[str, ...]`): Names of the module lists to prune instead of the ones that are found.
         skip_unprunable (`bool`): Leave dense what cannot be pruned, instead of refusing the model.
+        revive (`bool`): Whether weights that are zero before may come back, as an update makes them.
         metric (`str`, *optional*): A row of `METRICS` instead of the method's.
         allocation_metric (`str`, defaults to `"wanda"`): The scores from which the allocation is computed.
         min_sparsity (`float`, defaults to 0.0): The least that any unit is pruned.
@@ -163,6 +165,7 @@ class DSAConfig:
     include: tuple[str, ...] = ()
     blocks: tuple[str, ...] = ()
     skip_unprunable: bool = False
+    revive: bool = False
     metric: str | None = None
     allocation_metric: str = "wanda"
     min_sparsity: float = setting(0.0, low=0, high=1)
@@ -198,6 +201,11 @@ class DSAConfig:
                 )
         if self.update.targets == "dense":
             self._check_dense_targets()
+        if self.revive and self.update.targets != "dense" and _keeps_values(self.recipe.update):
+            raise ValueError(
+                f"revive=True lets an update make something of weights that are zero, and {self.recipe.update!r} "
+                "leaves weights as they are; use one that changes them, such as 'sparsegpt' or 'refit', or no revive."
+            )
         if self.allocation == AUTO and (self.spread is not None or self.granularity != "block"):
             raise ValueError(
                 "allocation='auto' compares named allocations as they are, per block and with their own spread; leave "
@@ -360,6 +368,10 @@ class DSAConfig:
         # An earlier form has the settings at the top.
         given = data.get("config") or {name: value for name, value in data.items() if name != "format_version"}
         return cls.from_dict(given)
+
+
+def _keeps_values(update: str) -> bool:
+    return update == "none" or UPDATES.fact(update, "moves", False)
 
 
 def _holds_config(file: Path) -> bool:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from statistics import mean
 from typing import Any
 
 from ..common.columns import columns
 from ..common.escaping import one_line
+from ..model.adapters import plain_name
 from .allocation import Allocation
 from .configuration import DSAConfig
 from .training import Reconstruction
@@ -33,6 +34,7 @@ class PruningReport:
         seconds (`float`): wall time.
         compared (`Mapping[str, float]`): allocation -> validation loss of the model pruned with it, best first, where
             the config asked for `"auto"`.
+        zeros_before (`Mapping[str, int]`): weights that had zeros before -> how many, all of which stayed.
     """
 
     config: DSAConfig
@@ -48,6 +50,7 @@ class PruningReport:
     permuted: Mapping[str, tuple[float, float]] = field(default_factory=dict)
     reconstruction: Mapping[str, Reconstruction] = field(default_factory=dict)
     compared: Mapping[str, float] = field(default_factory=dict)
+    zeros_before: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def removed(self) -> int:
@@ -81,7 +84,9 @@ class PruningReport:
             "reconstruction": {block: asdict(found) for block, found in self.reconstruction.items()},
             "seconds": round(self.seconds, 3),
         }
-        return data | ({"compared": dict(self.compared)} if self.compared else {})
+        # Of most models there is nothing to say.
+        rare = {"compared": dict(self.compared), "zeros_before": dict(self.zeros_before)}
+        return data | {name: value for name, value in rare.items() if value}
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> PruningReport:
@@ -101,6 +106,7 @@ class PruningReport:
             },
             seconds=data.get("seconds", 0.0),
             compared=dict(data.get("compared") or {}),
+            zeros_before=dict(data.get("zeros_before") or {}),
         )
 
     def __str__(self) -> str:
@@ -128,6 +134,9 @@ class PruningReport:
         if self.compared:
             losses = ", ".join(f"{name} {loss:.4f}" for name, loss in self.compared.items())
             notes.append(f"allocations compared by their validation loss after the prune: {losses}")
+        if self.zeros_before:
+            before = sum(self.zeros_before.values())
+            notes.append(f"{before:,} weights ({before / size:.4f}) were zero before, and stayed so")
         if self.unseen:
             notes.append(f"{len(self.unseen)} weights saw no calibration token and were scored by magnitude")
         if self.permuted:
@@ -144,3 +153,21 @@ class PruningReport:
                 f"(mean of {len(trained)}; rate {', '.join(f'{rate:g}' for rate in rates) or 'none'})"
             )
         return "\n".join(map(one_line, lines + notes))
+
+
+def plain_report(report: PruningReport) -> PruningReport:
+    """`report` under the names that weights have without adapters."""
+    named = ("achieved", "dense", "damping", "permuted", "zeros_before")
+    return replace(
+        report,
+        allocation=_plain(report.allocation),
+        unseen=tuple(map(plain_name, report.unseen)),
+        **{part: {plain_name(name): value for name, value in getattr(report, part).items()} for part in named},
+    )
+
+
+def _plain(allocation: Allocation) -> Allocation:
+    sparsity, sizes = (
+        {plain_name(name): value for name, value in part.items()} for part in (allocation.sparsity, allocation.sizes)
+    )
+    return replace(allocation, sparsity=sparsity, sizes=sizes)
