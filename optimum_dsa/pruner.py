@@ -16,7 +16,7 @@ from .checkpoint.adapter_base import check_base
 from .checkpoint.description import Description
 from .checkpoint.load import find_description
 from .checkpoint.opened import open_checkpoint
-from .checkpoint.origin import base_of, report_of
+from .checkpoint.origin import base_of, described_report, report_of
 from .checkpoint.save import base_model, save_checkpoint
 from .checkpoint.verify import Verification, verify
 from .common.escaping import one_line
@@ -339,6 +339,8 @@ class DSAPruner:
             self._stored = str(place)
 
     def _pruned(self) -> PruningReport:
+        if self.report is None and (found := described_report(self.model)) is not None:
+            self.report, self._base = found, base_of(self.model)  # of a model that somebody else has loaded
         if self.report is None:
             raise ValueError("Nothing was pruned yet; call prune() or load a pruned model first.")
         return self.report

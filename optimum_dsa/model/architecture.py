@@ -352,6 +352,11 @@ def _unmatched(model: nn.Module, stacks: Sequence[str], pattern: str, inside: bo
     return f"Nothing in {type(model).__name__} is named {pattern!r} among the matrices {place}.{near(pattern, parts)}"
 
 
+def is_named(model: nn.Module, pattern: str) -> bool:
+    """Whether a name or glob pattern, as `exclude` and `include` take them, names a parameter of `model`."""
+    return any(_matches(name, (pattern,), set()) for name, _ in model.named_parameters(remove_duplicate=False))
+
+
 def _matches(name: str, patterns: Sequence[str], used: set[str]) -> bool:
     """Whether a pattern names the weight, a module around it, or a run of parts of its name; notes which did."""
     name = plain_name(name)  # a matrix under an adapter has the name that it had without

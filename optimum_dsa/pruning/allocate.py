@@ -5,16 +5,15 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Mapping
-from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
-from ..model.adapters import plain_name
-from ..model.architecture import GRANULARITIES, Architecture, Weight, find_architecture
+from ..model.architecture import Architecture, Weight, find_architecture
 from ..model.walk import WalkedBlock, walk_blocks
 from .allocation import Allocation, Unit, fit_to_budget, fit_to_levels, fit_to_matrices
 from .configuration import DSAConfig
+from .other_head import allocation_for
 from .source import Known, Source, as_calibration, batches_of, progress
 from .zeros import FEWEST_ZEROS, zeros_in
 
@@ -148,14 +147,7 @@ def _measure_block(walked: WalkedBlock, config: DSAConfig) -> dict[str, object]:
 
 def _given(config: DSAConfig, architecture: Architecture, standing: Mapping[str, int]) -> Allocation:
     """The user's own allocation, held against the model and the target."""
-    given = config.given_allocation()
-    # Adapters put a part of their own into names, and whoever gives an allocation knows nothing of them.
-    names = {plain_name(unit): unit for known in GRANULARITIES for unit in architecture.units(known)}
-    given = replace(
-        given,
-        sparsity={names.get(unit, unit): share for unit, share in given.sparsity.items()},
-        sizes={names.get(unit, unit): size for unit, size in given.sizes.items()},
-    )
+    given = allocation_for(architecture, config.given_allocation())
     granularity = architecture.granularity_of(given.sparsity)
     if granularity is None:
         expected = architecture.units(given.granularity or config.unit_granularity)

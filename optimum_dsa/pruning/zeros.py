@@ -13,6 +13,7 @@ from ..model.architecture import GRANULARITIES, Architecture, Weight, find_archi
 from ..model.walk import walk_blocks
 from .allocation import Allocation
 from .configuration import CONFIG_NAME
+from .other_head import report_for
 from .report import PruningReport
 
 
@@ -51,11 +52,12 @@ def measured_allocation(model: nn.Module, architecture: Architecture, granularit
 
 
 def counted(report: PruningReport, model: nn.Module) -> PruningReport:
-    """`report` with the zeros as they are now.
+    """`report` with the zeros as they are now, under the names that weights have in `model`.
 
     Raises:
         ValueError: the model has other units than the report.
     """
+    report = report_for(model, report)
     inner, config = inner_model(model), report.config
     architecture = find_architecture(inner, config.blocks, config.exclude, config.include, skip_unprunable=True)
     zeros = count_zeros(inner, architecture)
