@@ -354,7 +354,12 @@ def _unmatched(model: nn.Module, stacks: Sequence[str], pattern: str, inside: bo
 
 def is_named(model: nn.Module, pattern: str) -> bool:
     """Whether a name or glob pattern, as `exclude` and `include` take them, names a parameter of `model`."""
-    return any(_matches(name, (pattern,), set()) for name, _ in model.named_parameters(remove_duplicate=False))
+    return any(matches(name, pattern) for name, _ in model.named_parameters(remove_duplicate=False))
+
+
+def matches(name: str, pattern: str) -> bool:
+    """Whether a name or glob pattern, as `exclude` takes it, names the weight."""
+    return _matches(name, (pattern,), set())
 
 
 def _matches(name: str, patterns: Sequence[str], used: set[str]) -> bool:

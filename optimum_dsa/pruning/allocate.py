@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +15,7 @@ from ..model.walk import WalkedBlock, walk_blocks
 from .allocation import Allocation, Unit, fit_to_budget, fit_to_levels, fit_to_matrices
 from .configuration import DSAConfig
 from .other_head import allocation_for
+from .overrides import given_shares, sparsity_of_rest, with_given, without
 from .source import Known, Source, as_calibration, batches_of, progress
 from .zeros import FEWEST_ZEROS, zeros_in
 
@@ -53,6 +55,25 @@ def allocate(
     calibration = as_calibration(calibration, model)
     architecture = architecture or architecture_for(model, config)
     standing = standing_zeros(model, architecture, config) if standing is None else standing
+    if config.overrides:
+        shares = given_shares(architecture, config.overrides)
+        left, rest = sparsity_of_rest(config, architecture, shares, standing), without(architecture, shares)
+        found = None
+        if left is not None:
+            found = _allocate(model, calibration, replace(config, sparsity=left, overrides=()), rest, standing)
+        floors = standing if config.resolved.keeps_zeros_in_number else {}
+        return with_given(found, architecture, rest, shares, floors)
+    return _allocate(model, calibration, config, architecture, standing)
+
+
+def _allocate(
+    model: nn.Module,
+    calibration: Known | None,
+    config: DSAConfig,
+    architecture: Architecture,
+    standing: Mapping[str, int],
+) -> Allocation:
+    """`allocate` for what is in `architecture`."""
     if config.allocator is None:
         return _given(config, architecture, standing)
     measured = _measure(model, architecture, calibration, config)

@@ -26,9 +26,10 @@ from ..common.values import is_whole
 from ..data import DataConfig
 from ..model.architecture import GRANULARITIES
 from ..model.statistics import DAMPING
-from .allocation import ALLOCATIONS, Allocation, AllocationFunction, Allocator, levels_within
+from .allocation import ALLOCATIONS, Allocation, AllocationFunction, Allocator, is_repository, levels_within
+from .overrides import check_overrides
 from .presets import with_quality
-from .resolved_method import ResolvedMethod
+from .resolved_method import ResolvedMethod, check_revive
 from .targets import TARGETS
 from .unstructured.methods import METHODS, Method
 from .unstructured.patterns import Pattern
@@ -121,7 +122,8 @@ class DSAConfig:
         method (`str`, defaults to `"wanda"`): A row of `METHODS`: metric, pattern and update.
         allocation (`str` or [`Allocation`], defaults to `"dsa"`): A row of `ALLOCATIONS`, an allocation function such
             as `"abslog/var/atan,asin/no_op@+0.08"` or `"W:(ABSLOG)-(VAR)-(ATAN,ASIN)-(7)"`, an [`Allocation`], the
-            path of one as JSON or of a pruned model, or `"auto"`: all rows are tried for real, and the best is taken.
+            path of one as JSON or of a pruned model, a repository on the Hub with one (`"me/found"`, `"me/found@v1"`),
+            or `"auto"`: all rows are tried for real, and the best is taken.
         spread (`float`, *optional*): Half the distance between the most and the least pruned unit. Defaults to the
             allocation's own.
         pattern (`str`, *optional*): `"row"`, `"matrix"`, `"group:128"`, `"2:4"` (any N:M) or `"mixed:8"`. Defaults to
@@ -133,6 +135,8 @@ class DSAConfig:
             that they have.
         reconstruct (`ReconstructConfig` or `int`): Training of every block's kept weights against the dense block; a
             number is its steps.
+        overrides (`tuple[str, ...]`): Sparsities of some matrices, such as `("mlp=0.6", "q_proj=0.4")`, by names or
+            patterns as in `exclude`, of which the last counts. The others are allocated so that the mean is met.
         granularity (`str`, defaults to `"block"`): One sparsity per `"block"`, per `"matrix"`, or per `"block:kind"`:
             the attention of a block and its MLP apart. An allocation that exists per matrix only (`er`, `er_plus`) is
             computed per matrix.
@@ -159,6 +163,7 @@ class DSAConfig:
     update: UpdateConfig = section(UpdateConfig, shorthand="name")
     permute: str | None = None
     reconstruct: ReconstructConfig = section(ReconstructConfig, shorthand="steps")
+    overrides: tuple[str, ...] = ()
     granularity: str = setting("block", choices=GRANULARITIES)
     sequential: bool = True
     exclude: tuple[str, ...] = ()
@@ -201,11 +206,10 @@ class DSAConfig:
                 )
         if self.update.targets == "dense":
             self._check_dense_targets()
-        if self.revive and self.update.targets != "dense" and _keeps_values(self.recipe.update):
-            raise ValueError(
-                f"revive=True lets an update make something of weights that are zero, and {self.recipe.update!r} "
-                "leaves weights as they are; use one that changes them, such as 'sparsegpt' or 'refit', or no revive."
-            )
+        if self.overrides:
+            check_overrides(self)
+        if self.revive:
+            check_revive(self)
         if self.allocation == AUTO and (self.spread is not None or self.granularity != "block"):
             raise ValueError(
                 "allocation='auto' compares named allocations as they are, per block and with their own spread; leave "
@@ -276,6 +280,8 @@ class DSAConfig:
         # Said here, or a path that was mistyped would be taken for a name or a function.
         if name.endswith(".json"):
             raise FileNotFoundError(f"No allocation file {name!r}.")
+        if is_repository(name):
+            return None
         if "/" in name or name.upper().startswith("W:"):
             return AllocationFunction.parse(name)
         return ALLOCATIONS[name]
@@ -368,10 +374,6 @@ class DSAConfig:
         # An earlier form has the settings at the top.
         given = data.get("config") or {name: value for name, value in data.items() if name != "format_version"}
         return cls.from_dict(given)
-
-
-def _keeps_values(update: str) -> bool:
-    return update == "none" or UPDATES.fact(update, "moves", False)
 
 
 def _holds_config(file: Path) -> bool:

@@ -129,3 +129,13 @@ def _chooses(update: str, metric: str, pattern: Pattern) -> bool:
         return False
     by, kinds = UPDATES.fact(update, "criterion"), UPDATES.fact(update, "kinds")
     return (by is None or by == metric) and (kinds is None or pattern.kind in kinds)
+
+
+def check_revive(config: DSAConfig) -> None:
+    """Raise `ValueError` where no weight that is zero could become another, though `config` lets it."""
+    update = config.recipe.update
+    if config.update.targets != "dense" and (update == "none" or UPDATES.fact(update, "moves", False)):
+        raise ValueError(
+            f"revive=True lets an update make something of weights that are zero, and {update!r} leaves weights as "
+            "they are; use one that changes them, such as 'sparsegpt' or 'refit', or no revive."
+        )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -12,8 +13,14 @@ import torch
 from torch import Tensor
 
 from ...common.files import read_json, write_text
+from ...common.hub_file import hub_file
 from ...common.values import LARGEST_WHOLE, is_whole, short
 from ...model.architecture import GRANULARITIES
+
+
+ALLOCATION_FILE = "allocation.json"  # in the folder of a search, and in a repository
+FILES = (ALLOCATION_FILE, "dsa_config.json")
+_REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+(@\w[\w./-]*)?")  # an allocation function has two slashes at least
 
 
 @dataclass(frozen=True)
@@ -97,15 +104,46 @@ class Allocation:
 
     @classmethod
     def load(cls, path: str | Path) -> Allocation:
-        """The allocation in a JSON file, or in the folder of a search or of a pruned model."""
-        path = Path(path)
+        """The allocation in a JSON file, or in the folder of a search or of a pruned model, here or on the Hub.
+
+        Args:
+            path (`str | Path`): of the file or folder; or a repository, such as "me/found" or "me/found@revision".
+
+        Raises:
+            OSError: there is none.
+        """
+        text, path = str(path), Path(path)
         if path.is_dir():
-            names = ("allocation.json", "dsa_config.json")
-            path = next((path / name for name in names if (path / name).is_file()), path / names[1])
+            path = next((path / name for name in FILES if (path / name).is_file()), path / FILES[1])
+        elif not path.exists() and is_repository(text):
+            path = _of_repository(text)
         data = read_json(path)
         if not isinstance(data, Mapping):
             raise ValueError(f"{path} holds no allocation: expected {{unit: sparsity}}.")
         return cls.from_dict(data.get("allocation", data))
+
+
+def is_repository(text: str) -> bool:
+    """Whether a text can be the name of a repository on the Hub, with a revision or without."""
+    return _REPOSITORY.fullmatch(text) is not None and not text.endswith(".json")
+
+
+def _of_repository(text: str) -> Path:
+    """The file with the allocation of a repository, in the cache."""
+    name, _, revision = text.partition("@")
+    options = {"revision": revision} if revision else {}
+    try:
+        found = next(filter(None, (hub_file(name, file, **options) for file in FILES)), None)
+    except OSError as error:
+        raise FileNotFoundError(
+            f"The allocation {text!r} is no file or folder here, and no repository that the Hub gives: {error}"
+        ) from None
+    if found is None:
+        raise FileNotFoundError(
+            f"The allocation {text!r} is no file or folder here; on the Hub it has none of {', '.join(FILES)}, or the "
+            "Hub cannot be asked."
+        )
+    return found
 
 
 def fit_to_budget(
