@@ -13,10 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from .checkpoint.adapter_base import check_base
-from .checkpoint.description import Description
+from .checkpoint.description import Description, after
 from .checkpoint.load import find_description
 from .checkpoint.opened import open_checkpoint
-from .checkpoint.origin import base_of, described_report, report_of
+from .checkpoint.origin import base_of, described_report, report_of, training_of
 from .checkpoint.save import base_model, save_checkpoint
 from .checkpoint.verify import Verification, verify
 from .common.escaping import one_line
@@ -24,7 +24,7 @@ from .common.output import OutputFolder
 from .data import SAMPLES, Calibration, load_calibration
 from .model.adapters import has_adapters, inner_model, plain_name, saves_adapters, without_adapters
 from .model.walk import walk_blocks
-from .pruning.allocate import allocate, architecture_for
+from .pruning.allocate import allocate, architecture_for, check_dense
 from .pruning.allocation import Allocation
 from .pruning.configuration import AUTO, DSAConfig
 from .pruning.prune import prune
@@ -65,6 +65,7 @@ class DSAPruner:
         self.tokenizer = tokenizer
         self.report: PruningReport | None = None
         self.recovery: RecoveryResult | None = None
+        self._training: dict[str, Any] | None = None  # what trained it, here or before it was loaded
         self._base = base_model(model)
         self._restored: PruningReport | None = None  # of a loaded model, whose weights may have been changed since
         self._stored: str | None = None  # where the weights are, zeros included, as they are here
@@ -91,6 +92,7 @@ class DSAPruner:
         pruner = cls(found.model, found.tokenizer)
         pruner.report = pruner._restored = found.report
         pruner._description, pruner._base, pruner._stored = found.description, found.base, found.stored
+        pruner._training = (found.description or {}).get("recovery")
         return pruner
 
     def prune(
@@ -118,14 +120,15 @@ class DSAPruner:
 
             with without_adapters(self.model):
                 settled = settle(inner_model(self.model), calibration, config, self.tokenizer)
-            data, config, compared = settled.calibration, settled.config, settled.compared
+            data, config = settled.calibration, settled.config
+            compared = {"compared": settled.compared, "compared_on": settled.compared_on}
         else:
             data = self._load(calibration, config, needed)
         self._stored = None
         self._under_adapters = has_adapters(self.model)
         report = prune(self.model, data, config, checkpoints, resume)
-        self.report = replace(report, compared=compared) if compared else report
-        self.recovery = None
+        self.report = replace(report, **compared)
+        self.recovery = self._training = None
         return self.report
 
     def allocate(self, calibration: Any, config: DSAConfig) -> Allocation:
@@ -145,7 +148,7 @@ class DSAPruner:
         resume: bool = False,
         report_to: Any = None,
     ) -> SearchResult:
-        """The allocation that hurts the model least at `config.sparsity`; the model is not changed.
+        """The allocation that hurts the model, a dense one, least at `config.sparsity`; the model is not changed.
 
         Args:
             calibration (`Any`): as in `prune`; feeds statistics.
@@ -164,6 +167,7 @@ class DSAPruner:
         from .sharing.pictures import plot_search
 
         check_searchable(config)  # before any text is read
+        check_dense(self.model, config, "a search")
         if validation is None and isinstance(calibration, (Tensor, Mapping)):
             raise ValueError("Give validation text or tokens: calibration inputs given as tensors are used whole.")
         if validation is None:
@@ -192,10 +196,11 @@ class DSAPruner:
     def sensitivity(self, calibration: Any, config: DSAConfig) -> Sensitivity:
         """How much of its output every matrix loses at rising sparsities under the method of `config`.
 
-        The model is not changed.
+        The model, a dense one, is not changed.
         """
-        from .search.sensitivity import sensitivity
+        from .search.sensitivity import CURVES, sensitivity
 
+        check_dense(self.model, config, CURVES)  # before any text is read
         needed = config.resolved.reads | config.resolved.metric_reads
         data = self._load(calibration, config, needed)
         with without_adapters(self.model):
@@ -263,7 +268,7 @@ class DSAPruner:
 
         report = self.report or report_of(self.model)
         if self.report is None:
-            self._base = base_of(self.model)
+            self._base, self._training = base_of(self.model), training_of(self.model)
         config = config or RecoveryConfig()
         report = with_budget(self.model, report, config)
         if config.trains_weights or config.merge:
@@ -271,7 +276,10 @@ class DSAPruner:
         self.model, self.recovery = recover(
             self.model, self.tokenizer, train, config, report, validation, teacher, checkpoints, resume
         )
+        if config.moves_zeros:
+            report = replace(report, chosen_by=config.method)
         self.report = counted(report, self.model)
+        self._training = after(self._training, self.recovery.to_dict())
         return self.recovery
 
     def merge(self, fill: bool = False) -> Merged:
@@ -315,7 +323,6 @@ class DSAPruner:
         report = self._pruned()
         if report is self._restored and not (found := self.verify()).holds:
             logger.warning("The model is not what its report says any more: %s.", one_line(found.problems[0]))
-        recovery = self.recovery.to_dict() if self.recovery else None
         place = directory.path if isinstance(directory, OutputFolder) else Path(directory)
         under = has_adapters(self.model) and (
             (self._under_adapters and self._stored is None) or not saves_adapters(self.model)
@@ -332,8 +339,9 @@ class DSAPruner:
                 raise ValueError("An adapter has no zeros to leave out; save it without compressed=True, or merge it.")
             described = None if self._stored is None else find_description(self._stored)
             check_base(self.model, self._stored, place, report, described)
+        trained = self._training
         save_checkpoint(
-            self.model, self.tokenizer, report, self._base, directory, encoding, recovery, adapters, **save_kwargs
+            self.model, self.tokenizer, report, self._base, directory, encoding, trained, adapters, **save_kwargs
         )
         if not adapters:
             self._stored = str(place)
@@ -341,6 +349,7 @@ class DSAPruner:
     def _pruned(self) -> PruningReport:
         if self.report is None and (found := described_report(self.model)) is not None:
             self.report, self._base = found, base_of(self.model)  # of a model that somebody else has loaded
+            self._training = training_of(self.model)
         if self.report is None:
             raise ValueError("Nothing was pruned yet; call prune() or load a pruned model first.")
         return self.report

@@ -17,7 +17,7 @@ from .configuration import DSAConfig
 from .other_head import allocation_for
 from .overrides import given_shares, sparsity_of_rest, with_given, without
 from .source import Known, Source, as_calibration, batches_of, progress
-from .zeros import FEWEST_ZEROS, zeros_in
+from .zeros import FEWEST_ZEROS, count_zeros, zeros_in
 
 
 logger = logging.getLogger(__name__)
@@ -239,3 +239,15 @@ def standing_zeros(model: nn.Module, architecture: Architecture, config: DSAConf
             f"{config.sparsity:g} counts them; ask for {math.ceil(1e4 * zeros / total) / 1e4:g} or more."
         )
     return {} if config.revive else found
+
+
+def check_dense(model: nn.Module, config: DSAConfig, work: str) -> None:
+    """Raise `ValueError` where weights that `config` prunes are gone already, of which `work` would know nothing."""
+    architecture = architecture_for(model, config)
+    zeros = sum(count_zeros(model, architecture).values())
+    share = zeros / max(sum(weight.size for weight in architecture.weights), 1)
+    if share >= FEWEST_ZEROS:
+        raise ValueError(
+            f"{type(model).__name__} is pruned already: {share:.2%} of its prunable weights are zero, and {work} "
+            "would take it for a dense model. Give it the dense model that this one was made from."
+        )

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
 def check_overrides(config: DSAConfig) -> None:
     """Raise `ValueError` where the overrides of `config` cannot be read, or nothing could follow them."""
+    if not config.overrides:
+        return
     shares, pattern = parsed(config.overrides), config.resolved.pattern
     if config.allocator is None:
         raise ValueError(

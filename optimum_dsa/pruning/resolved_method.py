@@ -134,8 +134,12 @@ def _chooses(update: str, metric: str, pattern: Pattern) -> bool:
 def check_revive(config: DSAConfig) -> None:
     """Raise `ValueError` where no weight that is zero could become another, though `config` lets it."""
     update = config.recipe.update
-    if config.update.targets != "dense" and (update == "none" or UPDATES.fact(update, "moves", False)):
+    if (
+        config.revive
+        and config.update.targets != "dense"
+        and (update == "none" or UPDATES.fact(update, "moves", False))
+    ):
         raise ValueError(
             f"revive=True lets an update make something of weights that are zero, and {update!r} leaves weights as "
-            "they are; use one that changes them, such as 'sparsegpt' or 'refit', or no revive."
+            "they are; use one that changes them, such as 'sparsegpt' or 'refit', or leave it out."
         )
