@@ -45,7 +45,7 @@ def allocate(
     """The sparsity of every unit of `model`, from its weights as they are; nothing is changed.
 
     Args:
-        calibration: as in `prune`; it may be `None` where the allocation needs no data.
+        calibration (`Source`, *optional*): as in `prune`; it may be `None` where the allocation needs no data.
         standing (`Mapping[str, int]`, *optional*): what `standing_zeros` gives, where it is known already.
 
     Raises:
