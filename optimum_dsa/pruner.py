@@ -16,24 +16,25 @@ from .checkpoint.adapter_base import check_base
 from .checkpoint.description import Description, after
 from .checkpoint.load import find_description
 from .checkpoint.opened import open_checkpoint
-from .checkpoint.origin import base_of, report_of, training_of
+from .checkpoint.origin import base_of, described_report, report_of, training_of
 from .checkpoint.save import base_model, save_checkpoint
 from .checkpoint.verify import Verification, verify
 from .common.escaping import one_line
 from .common.output import OutputFolder
 from .data import SAMPLES, Calibration, load_calibration
-from .model.adapters import has_adapters, inner_model, plain_name
+from .model.adapters import has_adapters, inner_model, plain_name, saves_adapters, without_adapters
 from .model.walk import walk_blocks
-from .pruning.allocate import allocate, architecture_for
+from .pruning.allocate import allocate, architecture_for, check_dense
 from .pruning.allocation import Allocation
 from .pruning.configuration import AUTO, DSAConfig
 from .pruning.prune import prune
 from .pruning.report import PruningReport
-from .pruning.zeros import check_dense, counted
+from .pruning.zeros import counted
 
 
 if TYPE_CHECKING:
     from .evaluation.measurement import Measurement
+    from .recovery.adapters.merge import Merged
     from .recovery.configuration import RecoveryConfig
     from .recovery.result import RecoveryResult
     from .search.result import SearchResult
@@ -69,6 +70,7 @@ class DSAPruner:
         self._restored: PruningReport | None = None  # of a loaded model, whose weights may have been changed since
         self._stored: str | None = None  # where the weights are, zeros included, as they are here
         self._description: Description | None = None  # and the file that it is from
+        self._under_adapters = False  # pruned while it had adapters, and so nowhere without them
 
     @classmethod
     def from_pretrained(
@@ -116,12 +118,14 @@ class DSAPruner:
         if config.allocation == AUTO:
             from .search.ready_made import settle
 
-            settled = settle(self.model, calibration, config, self.tokenizer)
+            with without_adapters(self.model):
+                settled = settle(inner_model(self.model), calibration, config, self.tokenizer)
             data, config = settled.calibration, settled.config
             compared = {"compared": settled.compared, "compared_on": settled.compared_on}
         else:
             data = self._load(calibration, config, needed)
         self._stored = None
+        self._under_adapters = has_adapters(self.model)
         report = prune(self.model, data, config, checkpoints, resume)
         self.report = replace(report, **compared)
         self.recovery = self._training = None
@@ -129,7 +133,9 @@ class DSAPruner:
 
     def allocate(self, calibration: Any, config: DSAConfig) -> Allocation:
         """The allocation that `prune` would use; nothing is changed."""
-        return allocate(self.model, self._load(calibration, config, config.resolved.allocation_reads), config)
+        data = self._load(calibration, config, config.resolved.allocation_reads)
+        with without_adapters(self.model):
+            return allocate(inner_model(self.model), data, config)
 
     def search(
         self,
@@ -173,18 +179,19 @@ class DSAPruner:
         else:
             data = load_calibration(calibration, self.model, self.tokenizer, config.data)
             tokens = load_calibration(validation, self.model, self.tokenizer, config.data).inputs["input_ids"]
-        return search(
-            self.model,
-            data,
-            tokens,
-            config,
-            strategy=strategy,
-            budget=budget,
-            folder=output,
-            resume=resume,
-            report_to=report_to,
-            pictures=plot_search,
-        )
+        with without_adapters(self.model):
+            return search(
+                inner_model(self.model),
+                data,
+                tokens,
+                config,
+                strategy=strategy,
+                budget=budget,
+                folder=output,
+                resume=resume,
+                report_to=report_to,
+                pictures=plot_search,
+            )
 
     def sensitivity(self, calibration: Any, config: DSAConfig) -> Sensitivity:
         """How much of its output every matrix loses at rising sparsities under the method of `config`.
@@ -195,7 +202,9 @@ class DSAPruner:
 
         check_dense(self.model, config, CURVES)  # before any text is read
         needed = config.resolved.reads | config.resolved.metric_reads
-        return sensitivity(self.model, self._load(calibration, config, needed), config)
+        data = self._load(calibration, config, needed)
+        with without_adapters(self.model):
+            return sensitivity(inner_model(self.model), data, config)
 
     @torch.no_grad()
     def masks(self) -> Iterator[tuple[str, Tensor]]:
@@ -273,6 +282,19 @@ class DSAPruner:
         self._training = after(self._training, self.recovery.to_dict())
         return self.recovery
 
+    def merge(self, fill: bool = False) -> Merged:
+        """Make the adapters of the model, a PEFT model, part of its weights; how many zeros they have a value for.
+
+        These stay zero, unless the adapters may `fill` them, as one that was trained on the dense model would.
+        """
+        from .recovery.adapters.merge import merge_adapters
+
+        self.model, found = merge_adapters(self.model, fill)
+        self._stored, self._under_adapters = None, False
+        if self.report is not None:
+            self.report = counted(self.report, self.model)
+        return found
+
     def save_pretrained(
         self,
         directory: str | Path | OutputFolder,
@@ -284,7 +306,8 @@ class DSAPruner:
 
         An existing folder is replaced only if all that it holds was written here and is unchanged; anything else is
         refused, and so is a folder that another process writes. Of a model with an adapter that is not merged, the
-        adapter is written; the pruned model under it has to be saved before.
+        adapter is written; the pruned model under it has to be saved before. Of one that had adapters when it was
+        pruned, the first save does that, and leaves the adapters alone.
 
         Args:
             directory (`str | Path | OutputFolder`): the folder to write, or one that was begun before the work.
@@ -301,18 +324,32 @@ class DSAPruner:
         if report is self._restored and not (found := self.verify()).holds:
             logger.warning("The model is not what its report says any more: %s.", one_line(found.problems[0]))
         place = directory.path if isinstance(directory, OutputFolder) else Path(directory)
-        adapters = has_adapters(self.model)
+        under = has_adapters(self.model) and (
+            (self._under_adapters and self._stored is None) or not saves_adapters(self.model)
+        )
+        adapters = has_adapters(self.model) and not under
+        if under:
+            logger.warning(
+                "%s gets the pruned model without its adapters, which are as they were%s.",
+                place,
+                "; saved once more, to another folder, it is they that are written" * saves_adapters(self.model),
+            )
         if adapters:
             if encoding != "dense":
                 raise ValueError("An adapter has no zeros to leave out; save it without compressed=True, or merge it.")
             described = None if self._stored is None else find_description(self._stored)
             check_base(self.model, self._stored, place, report, described)
         trained = self._training
-        save_checkpoint(self.model, self.tokenizer, report, self._base, directory, encoding, trained, **save_kwargs)
+        save_checkpoint(
+            self.model, self.tokenizer, report, self._base, directory, encoding, trained, adapters, **save_kwargs
+        )
         if not adapters:
             self._stored = str(place)
 
     def _pruned(self) -> PruningReport:
+        if self.report is None and (found := described_report(self.model)) is not None:
+            self.report, self._base = found, base_of(self.model)  # of a model that somebody else has loaded
+            self._training = training_of(self.model)
         if self.report is None:
             raise ValueError("Nothing was pruned yet; call prune() or load a pruned model first.")
         return self.report

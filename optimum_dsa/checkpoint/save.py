@@ -9,10 +9,10 @@ from typing import Any
 
 from torch import nn
 
-from ..common.fences import saved_by_shards, tied_names
+from ..common.fences import saved_by_shards, saved_without_adapters, tied_names
 from ..common.output import OutputFolder
 from ..common.schema import violations
-from ..model.adapters import has_adapters
+from ..model.adapters import has_adapters, inner_model, state_without_adapters
 from ..model.offload import is_offloaded
 from ..model.parameters import weight_bytes
 from ..pruning.report import PruningReport
@@ -30,9 +30,12 @@ def save_checkpoint(
     directory: str | Path | OutputFolder,
     encoding: str = "dense",
     recovery: dict[str, Any] | None = None,
+    adapters: bool = True,
     **save_kwargs,
 ) -> None:
     """Write model, tokenizer and `dsa_config.json` into `directory`; whole or not at all.
+
+    Of a model with adapters these are written, or without `adapters` the model under them.
 
     In any `encoding` but "dense", a row of `ENCODINGS`, weights are encoded shard by shard after transformers has
     written them, so that names and ties are its own; on the way the disk holds the dense weights too.
@@ -57,7 +60,11 @@ def save_checkpoint(
         raise ValueError(f"What was done to the model cannot be described, so nothing was written: {broken}.")
 
     def fill(folder: Path) -> None:
-        if is_offloaded(model):
+        if has_adapters(model) and not adapters:
+            inner = inner_model(model)
+            with saved_without_adapters(inner):
+                inner.save_pretrained(folder, state_dict=state_without_adapters(model), **save_kwargs)
+        elif is_offloaded(model):
             _save_offloaded(model, folder, **save_kwargs)
         else:
             model.save_pretrained(folder, **save_kwargs)

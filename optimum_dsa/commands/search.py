@@ -58,7 +58,7 @@ strategy    named         uniform and every named allocator
         what = parser.add_argument_group("how the model will be pruned")
         add_quality_option(what)
         data = add_calibration_options(parser)
-        found = ("allocation", "spread", "granularity")  # is what is searched
+        found = ("allocation", "spread", "granularity", "overrides")  # is what is searched
         add_settings(parser, [(data, CALIBRATION)], "pruning.configuration.DSAConfig", what, without=found)
         parser.add_argument(
             "--validation", help="text to compare candidates on (default: other windows of the calibration data)"

@@ -154,6 +154,13 @@ FENCES = {
         "recovery.trainer",
         "tests/recovery/test_recover.py",
     ),
+    "attached adapters": Fence(
+        "transformers",
+        "PreTrainedModel._hf_peft_config_loaded",
+        "save_pretrained writes the adapter alone, and the pruned model under it is what has changed",
+        "checkpoint.save, model.adapters",
+        "tests/model/test_adapters.py",
+    ),
     # peft
     "methods": Fence(
         "peft",

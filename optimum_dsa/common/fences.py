@@ -70,6 +70,24 @@ def saved_by_shards(model: nn.Module) -> Iterator[None]:
             del model.hf_device_map
 
 
+def has_attached_adapters(model: nn.Module) -> bool:
+    """Whether transformers itself put adapters into the model (`add_adapter`), and saves these."""
+    return bool(getattr(model, "_hf_peft_config_loaded", False))
+
+
+@contextmanager
+def saved_without_adapters(model: nn.Module) -> Iterator[None]:
+    """transformers saves the model itself, and not the adapters that were attached to it (`add_adapter`)."""
+    attached = has_attached_adapters(model)
+    if attached:
+        model._hf_peft_config_loaded = False
+    try:
+        yield
+    finally:
+        if attached:
+            model._hf_peft_config_loaded = True
+
+
 def innermost_forward(module: nn.Module) -> str:
     """The name of the attribute that holds the module's own forward: behind accelerate's hook, if there is one."""
     if not hasattr(module, "_hf_hook"):

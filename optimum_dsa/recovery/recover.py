@@ -97,7 +97,9 @@ def _keeps_the_budget(config: RecoveryConfig, report: PruningReport) -> Any:
     """The callback under which all weights are trained; adapters keep zeros by themselves."""
     if make := RECOVERIES.fact(config.method, "callback"):
         return make(config, report)
-    return DSACallback(exclude=report.config.exclude, include=report.config.include)
+    callback = DSACallback(exclude=report.config.exclude, include=report.config.include)
+    callback.frees_excluded = False
+    return callback
 
 
 def check_trainable(offloaded: bool) -> None:
