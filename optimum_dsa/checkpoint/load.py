@@ -18,6 +18,7 @@ from ..common.fence_rows import DependencyError
 from ..common.files import read_json
 from ..common.folder_files import check_read_files
 from ..common.hub_file import hub_commit, hub_file
+from ..model.own_code import check_trusted
 from ..pruning.configuration import CONFIG_NAME
 from .adapter_base import ADAPTER_CONFIG, ADAPTER_WEIGHTS, base_under, is_adapter, with_adapter
 from .description import Description, read_description
@@ -63,8 +64,9 @@ def load_model(path: str, adapter: bool = True, **kwargs) -> nn.Module:
     if config is None:
         # AutoConfig already makes lists as long as the numbers say.
         check_counts(stated, contents, path)
+        check_trusted(stated, path, bool(shared.get("trust_remote_code")))
         config = read_configuration(path, shared)
-    loader = layout_of(stated).model_class(config, path)
+    loader = layout_of(stated).model_class(config, path, shared)
     with within(contents, path), explained(f"The checkpoint at {path} cannot be loaded"):
         return loader.from_pretrained(path, config=config, **kwargs).eval()
 
@@ -96,7 +98,8 @@ def stated_in(path: str, folder: Path, options: Mapping[str, Any]) -> Any:
 
 def read_configuration(path: str, options: Mapping[str, Any]) -> Any:
     """The configuration at `path`; `options` may be more than those that say where it is."""
-    options = {name: options[name] for name in _HUB_OPTIONS if name in options}
+    # Said in any case: asked nothing, transformers asks whoever sits at the terminal.
+    options = {"trust_remote_code": False} | {name: options[name] for name in _HUB_OPTIONS if name in options}
     with explained(f"The config.json of {path} is none that transformers reads"):
         return transformers.AutoConfig.from_pretrained(path, **options)
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..model.own_code import check_trusted
 from .layouts import layout_of
 from .limits import check_counts, within
 from .load import contents_of, explained, read_configuration, stated_in
@@ -65,8 +66,9 @@ def _read(path: str, options: dict[str, Any]) -> tuple[type, Any, Any]:
     # Of the Hub, the weights would have to be downloaded to be counted.
     contents = contents_of(path, folder, stated, options) if folder.is_dir() else None
     check_counts(stated, contents, path)
+    check_trusted(stated, path, bool(options.get("trust_remote_code")))
     config = read_configuration(path, options)
-    return layout_of(stated).model_class(config, path), config, contents
+    return layout_of(stated).model_class(config, path, options), config, contents
 
 
 def _made(made: type, config: Any, options: dict[str, Any]) -> nn.Module:

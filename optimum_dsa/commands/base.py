@@ -212,7 +212,7 @@ def add_loading_options(parser: ArgumentParser, reads_text: bool = True) -> None
     if reads_text:
         group.add_argument("--tokenizer", help="folder or Hub id of the tokenizer (default: the model's own)")
     group.add_argument("--revision", help="branch, tag or commit of a Hub model")
-    group.add_argument("--trust-remote-code", action="store_true", help="run the code that a Hub model brings along")
+    group.add_argument("--trust-remote-code", action="store_true", help="run the code that the model brings along")
 
 
 def loading_options(args) -> dict:

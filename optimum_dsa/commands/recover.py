@@ -70,6 +70,7 @@ mode    what the adapters add to a weight W, with small factors A and B
         from pathlib import Path
         from shlex import quote
 
+        from ..checkpoint.load import load_model
         from ..common.output import OutputFolder
         from ..common.settings import nested
         from ..model.parameters import weight_bytes
@@ -95,7 +96,10 @@ mode    what the adapters add to a weight W, with small factors A and B
             self._checkpoints = checkpoints
             pruner = DSAPruner.from_pretrained(args.model, **loading)
             place.require(weight_bytes(pruner.model))
-            result = pruner.recover(args.dataset, config, args.validation, args.teacher, checkpoints, args.resume)
+            teacher = args.teacher
+            if teacher and args.trust_remote_code:
+                teacher = load_model(teacher, trust_remote_code=True)
+            result = pruner.recover(args.dataset, config, args.validation, teacher, checkpoints, args.resume)
             say(str(result))
             pruner.save_pretrained(place)
         as_before = "" if config.sparsity is not None else " as before"
