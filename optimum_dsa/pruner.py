@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from .checkpoint.adapter_base import check_base
+from .checkpoint.base_files import BaseFiles
+from .checkpoint.beside import find_beside
 from .checkpoint.description import Description
 from .checkpoint.load import find_description
 from .checkpoint.opened import open_checkpoint
@@ -68,6 +70,8 @@ class DSAPruner:
         self._restored: PruningReport | None = None  # of a loaded model, whose weights may have been changed since
         self._stored: str | None = None  # where the weights are, zeros included, as they are here
         self._description: Description | None = None  # and the file that it is from
+        self._options: dict[str, Any] = {}  # with which it was loaded
+        self._beside: BaseFiles | None = None  # what its class does not write, once it was looked for
 
     @classmethod
     def from_pretrained(
@@ -89,6 +93,7 @@ class DSAPruner:
         pruner = cls(found.model, found.tokenizer)
         pruner.report = pruner._restored = found.report
         pruner._description, pruner._base, pruner._stored = found.description, found.base, found.stored
+        pruner._options = found.options
         return pruner
 
     def prune(
@@ -110,6 +115,7 @@ class DSAPruner:
             resume (`bool`, defaults to `False`): go on from those in it, with the model as it was at the beginning:
                 load it again. The end is that of an uninterrupted run.
         """
+        self._look_beside()
         needed, compared = config.resolved.reads | config.resolved.allocation_reads, {}
         if config.allocation == AUTO:
             from .search.ready_made import settle
@@ -252,6 +258,7 @@ class DSAPruner:
         from .recovery.elsa.budget import with_budget
         from .recovery.recover import recover
 
+        self._look_beside()
         report = self.report or report_of(self.model)
         if self.report is None:
             self._base = base_of(self.model)
@@ -300,9 +307,19 @@ class DSAPruner:
                 raise ValueError("An adapter has no zeros to leave out; save it without compressed=True, or merge it.")
             described = None if self._stored is None else find_description(self._stored)
             check_base(self.model, self._stored, place, report, described)
-        save_checkpoint(self.model, self.tokenizer, report, self._base, directory, encoding, recovery, **save_kwargs)
+        beside = None if adapters else self._look_beside()
+        save_checkpoint(
+            self.model, self.tokenizer, report, self._base, directory, encoding, recovery, beside, **save_kwargs
+        )
         if not adapters:
             self._stored = str(place)
+
+    def _look_beside(self) -> BaseFiles | None:
+        """What belongs to the model and its class does not write; looked for once, and what stays behind is said."""
+        source = getattr(getattr(inner_model(self.model), "config", None), "name_or_path", None)
+        if self._beside is None and source:
+            self._beside = find_beside(self.model, str(source), **self._options)
+        return self._beside
 
     def _pruned(self) -> PruningReport:
         if self.report is None:

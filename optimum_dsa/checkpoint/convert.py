@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import re
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ from ..common.installation import how_to_install
 from ..common.manifest import MANIFEST, files_in
 from ..common.output import OutputFolder
 from .encodings import ENCODINGS, QUANT_METHOD, Encoding, Header, decoded, encoding_named
-from .shards import Shards, ShardWriter, find_shards, index_name, open_shard, packed_headers
+from .shards import Shards, ShardWriter, find_shards, index_name, open_shard, packed_headers, width
 
 
 MARK = "transformers_weights"  # the key of `config.json` where transformers looks for the name of the weights
@@ -186,8 +185,7 @@ def _width(file: Any, name: str, packed: dict[str, Header]) -> int:
     if name in packed:
         return packed[name].dtype.itemsize
     # Not from the tensor: its dtype is known from the header, without reading a byte.
-    bits = re.match(r"[A-Z]+(\d+)", file.get_slice(name).get_dtype())
-    return int(bits[1]) // 8 if bits else 1
+    return width(file.get_slice(name).get_dtype())
 
 
 def _bytes_after(shards: Shards) -> int:

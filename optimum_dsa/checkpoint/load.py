@@ -14,13 +14,15 @@ import torch
 import transformers
 from torch import nn
 
+from ..common.escaping import one_line
 from ..common.fence_rows import DependencyError
 from ..common.files import read_json
-from ..common.folder_files import check_read_files
+from ..common.folder_files import TOKENIZER, check_read_files, is_part
 from ..common.hub_file import hub_commit, hub_file
 from ..model.own_code import check_trusted
 from ..pruning.configuration import CONFIG_NAME
 from .adapter_base import ADAPTER_CONFIG, ADAPTER_WEIGHTS, base_under, is_adapter, with_adapter
+from .base_files import find_base_files
 from .description import Description, read_description
 from .encodings import DENSE, Encoding, encoding_in
 from .layouts import layout_of
@@ -120,23 +122,26 @@ def explained(what: str) -> Iterator[None]:
 
 def contents_of(path: str, folder: Path, stated: Any, options: Mapping[str, Any]) -> Contents | None:
     """What the weights at `path` hold; `None` where they are not in safetensors, and so not counted."""
-    encoding = encoding_in(stated)
-    if not folder.is_dir():
-        files = _cached_weights(path, encoding or DENSE, options)
-    elif (folder / CONFIG_NAME).is_file() or any(folder.glob("*.safetensors*")):
-        try:
-            # what is pruned is safetensors, and its index leads nowhere else
-            files = [folder / name for name in find_shards(folder).files]
-        except FileNotFoundError:
-            if (folder / CONFIG_NAME).is_file():
-                raise
-            files = []
-    else:
-        files = []
+    files = weight_files(path, folder, stated, options)
     if not files:
         return None
     contents = read_contents(files)
-    return contents if encoding is not None else replace(contents, weights=None)
+    return contents if encoding_in(stated) is not None else replace(contents, weights=None)
+
+
+def weight_files(path: str, folder: Path, stated: Any, options: Mapping[str, Any]) -> list[Path]:
+    """The files of the weights at `path`, downloaded for a Hub model; none where they are not in safetensors."""
+    if not folder.is_dir():
+        return _cached_weights(path, encoding_in(stated) or DENSE, options)
+    if not (folder / CONFIG_NAME).is_file() and not any(folder.glob("*.safetensors*")):
+        return []
+    try:
+        # what is pruned is safetensors, and its index leads nowhere else
+        return [folder / name for name in find_shards(folder).files]
+    except FileNotFoundError:
+        if (folder / CONFIG_NAME).is_file():
+            raise
+        return []
 
 
 def _cached_weights(path: str, encoding: Encoding, options: Mapping[str, Any]) -> list[Path]:
@@ -175,13 +180,22 @@ def load_tokenizer(source: Any, required: bool = False, **kwargs) -> Any:
     if folder.is_dir():
         check_read_files(folder)
     try:
-        return transformers.AutoTokenizer.from_pretrained(source, **shared)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        return transformers.AutoTokenizer.from_pretrained(source, **{"trust_remote_code": False, **shared})
+    except (OSError, ValueError, KeyError, TypeError, ImportError, AttributeError) as error:
         # A tokenizer that is there and broken is none that is missing.
         if required or any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model")):
             why = " ".join(str(error).split())
             raise ValueError(f"No tokenizer can be loaded from {source!r}: {why:.300}") from error
-        logger.info("No tokenizer at %s: %s", source, error)
+        lost = (
+            any(is_part(path.name, TOKENIZER) for path in folder.iterdir())
+            if folder.is_dir()
+            else _cached(source, "tokenizer_config.json", shared) is not None
+        )
+        said = one_line(" ".join(str(error).split()))
+        if lost:
+            logger.warning("The tokenizer of %s is not loaded, and its files are kept as they are: %s", source, said)
+        else:
+            logger.info("No tokenizer at %s: %s", source, said)
         return None
 
 
@@ -208,6 +222,11 @@ def local_folder(path: str, revision: str | None = None) -> Path:
     if Path(path).is_dir():
         return Path(path)
     try:
-        return Path(huggingface_hub.snapshot_download(path, revision=revision, ignore_patterns=["*/*", *_NO_WEIGHTS]))
+        folder = Path(
+            huggingface_hub.snapshot_download(path, revision=revision, ignore_patterns=["*/*", *_NO_WEIGHTS])
+        )
     except (huggingface_hub.errors.HFValidationError, OSError) as error:
         raise FileNotFoundError(f"{path} is neither a folder nor a model that the Hub gives: {error}") from None
+    # what lies in folders of it, such as the modules behind an embedder, comes into the same snapshot
+    find_base_files(path, revision=revision)
+    return folder

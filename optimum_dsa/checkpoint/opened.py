@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,7 @@ class Opened:
         description (`Description`): its `dsa_config.json`; `None` of a model that was not pruned.
         report (`PruningReport`): what that says; `None` likewise.
         stored (`str`): where its weights are; `None` where that alone does not name them.
+        options (`dict`): that said where it is (`revision`, ...).
     """
 
     model: nn.Module
@@ -37,6 +38,7 @@ class Opened:
     description: Description | None = None
     report: PruningReport | None = None
     stored: str | None = None
+    options: dict[str, Any] = field(default_factory=dict)
 
 
 def open_checkpoint(source: str | Path | nn.Module, tokenizer: Any = None, **options) -> Opened:
@@ -69,7 +71,7 @@ def open_checkpoint(source: str | Path | nn.Module, tokenizer: Any = None, **opt
     model = load_model(path, **options)
     tokenizer = load_tokenizer(path if tokenizer is None else tokenizer, **options)
     if found is None:
-        return Opened(model, tokenizer, base_model(model, find_commit(path, **options)))
+        return Opened(model, tokenizer, base_model(model, find_commit(path, **options)), options=options)
     # an adapter names its base by this alone
     stored = None if options.keys() & {"subfolder", "revision"} else weights_of(path)
-    return Opened(model, tokenizer, found["base_model"], found, report, stored)
+    return Opened(model, tokenizer, found["base_model"], found, report, stored, options)

@@ -14,12 +14,15 @@ from ..common.output import OutputFolder
 from ..common.schema import violations
 from ..model.adapters import has_adapters
 from ..model.offload import is_offloaded
+from ..model.own_code import make_own_code_local
 from ..model.parameters import weight_bytes
 from ..pruning.report import PruningReport
+from .base_files import BaseFiles
 from .convert import encode_in_place
 from .description import describe, schema, write_description
 from .encodings import encoding_named
 from .shard_size import check_shard_size
+from .unknown_tensors import add_tensors
 
 
 def save_checkpoint(
@@ -30,12 +33,15 @@ def save_checkpoint(
     directory: str | Path | OutputFolder,
     encoding: str = "dense",
     recovery: dict[str, Any] | None = None,
+    beside: BaseFiles | None = None,
     **save_kwargs,
 ) -> None:
     """Write model, tokenizer and `dsa_config.json` into `directory`; whole or not at all.
 
     In any `encoding` but "dense", a row of `ENCODINGS`, weights are encoded shard by shard after transformers has
     written them, so that names and ties are its own; on the way the disk holds the dense weights too.
+
+    With `beside`, what belongs to the model and its class does not write goes along.
 
     An `OutputFolder` that was begun before the work saves the result elsewhere where the disk does not take it.
 
@@ -67,13 +73,18 @@ def save_checkpoint(
             tokenizer.save_pretrained(folder)
         if not row.is_plain:
             encode_in_place(folder, row)
-        write_description(folder, description)
+        facts = {}
+        if beside is not None:
+            facts = {"base_files": beside.described(beside.copy_to(folder, tokenizer))}
+            add_tensors(folder, beside.tensors)
+        make_own_code_local(folder)
+        write_description(folder, {**description, **facts})
 
     if isinstance(directory, OutputFolder):
         directory.write(fill)
     else:
         with OutputFolder(directory) as output:
-            output.require(weight_bytes(model))
+            output.require(weight_bytes(model) + (beside.bytes if beside is not None else 0))
             output.write(fill, rescue=False)  # the model is still there
 
 

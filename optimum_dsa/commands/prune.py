@@ -87,6 +87,7 @@ update      what becomes of the weights that stay: {updates}
     def execute(self) -> dict:
         from shlex import quote
 
+        from ..checkpoint.description import base_files_in
         from ..checkpoint.shard_size import check_shard_size
         from ..common.output import OutputFolder
         from ..model.adapters import has_adapters
@@ -125,7 +126,7 @@ update      what becomes of the weights that stay: {updates}
             say(str(report))
             pruner.save_pretrained(output, self.args.compressed, **options)
         print(f"saved to {self.args.output}; next: optimum-cli dsa evaluate {quote(self.args.output)} --dataset FILE")
-        return {"output": self.args.output, **report.to_dict()}
+        return {"output": self.args.output, **report.to_dict(), **base_files_in(self.args.output)}
 
     def _say_plan(self, config, loading: dict) -> None:
         """What was chosen, and what it will need: arithmetic on the model's configuration, before it is loaded."""

@@ -70,6 +70,7 @@ mode    what the adapters add to a weight W, with small factors A and B
         from pathlib import Path
         from shlex import quote
 
+        from ..checkpoint.description import base_files_in
         from ..checkpoint.load import load_model
         from ..common.output import OutputFolder
         from ..common.settings import nested
@@ -107,4 +108,9 @@ mode    what the adapters add to a weight W, with small factors A and B
             f"saved to {args.output}, sparsity {pruner.report.sparsity:.4f}{as_before}; "
             f"next: optimum-cli dsa evaluate {quote(args.output)} --dataset FILE"
         )
-        return {"output": args.output, "sparsity": pruner.report.sparsity, **result.to_dict()}
+        return {
+            "output": args.output,
+            "sparsity": pruner.report.sparsity,
+            **result.to_dict(),
+            **base_files_in(args.output),
+        }

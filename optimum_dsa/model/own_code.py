@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -9,6 +10,8 @@ from typing import Any
 
 import transformers
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
+
+from ..common.files import read_json, write_text
 
 
 AUTO_MODEL = "AutoModel"
@@ -78,3 +81,17 @@ def own_class(code: Mapping[str, str], names: Sequence[str], where: str | Path, 
     if hasattr(transformers, key):
         found.register_for_auto_class(key)  # so that saving it writes its code, too
     return found
+
+
+def make_own_code_local(folder: Path) -> None:
+    """Have the config.json in `folder` name the code that lies there, and not the repository that it came from."""
+    path = folder / "config.json"
+    config = read_json(path) if path.is_file() else {}
+    code = code_map(config, folder)
+    here = {
+        key: value.partition("--")[2]
+        for key, value in code.items()
+        if "--" in value and (folder / f"{value.partition('--')[2].partition('.')[0]}.py").is_file()
+    }
+    if here:
+        write_text(path, json.dumps({**config, "auto_map": {**config["auto_map"], **here}}, indent=2) + "\n")

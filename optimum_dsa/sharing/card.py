@@ -32,7 +32,7 @@ from .provenance import (
     recover_command,
     without_places,
 )
-from .tables import Table, block_table, limits, percent, perplexity_tables, task_tables
+from .tables import Table, block_table, limits, of_the_base, percent, perplexity_tables, task_tables
 
 
 # The Hub knows finetune, adapter, merge and quantized. Pruned weights are the base model's own, compressed with loss.
@@ -122,7 +122,7 @@ def model_card(
         plots=plots,
         results=_results(shown),
         training=_training(outcome.training),
-        limits=limits(outcome),
+        limits=" ".join(filter(None, [limits(outcome), inline_markdown(of_the_base(outcome, shared=True))])),
         command=code_block(made, "bash"),
         note=_note(facts, made, revision),
         settings=_settings(facts, config),

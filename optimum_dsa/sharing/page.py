@@ -34,6 +34,7 @@ from .tables import (
     compared,
     limits,
     measured,
+    of_the_base,
     percent,
     percentage,
     result_tables,
@@ -152,7 +153,7 @@ def page(outcomes: Sequence[Outcome], drawn: dict[str, tuple[Figure, str, str]])
         blocks=blocks,
         blocks_with_bars=[(row, percentage(row[2])) for row in blocks.rows] if blocks else [],
         lists=_lists(first),
-        limits="" if first.is_dense else limits(first),
+        limits="" if first.is_dense else " ".join(filter(None, [limits(first), of_the_base(first)])),
         vouched=vouched(outcomes),
     )
 

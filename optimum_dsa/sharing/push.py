@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
@@ -13,6 +14,7 @@ from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalEntr
 from huggingface_hub.utils import validate_repo_id
 
 from ..checkpoint.description import read_description
+from ..common.escaping import one_line
 from ..common.fences import transport_error
 from ..common.files import read_json
 from ..common.folder_files import WEIGHTS
@@ -21,6 +23,8 @@ from ..pruning.configuration import CONFIG_NAME
 from .card import base_repository, model_card
 from .upload import Upload, collect, count, pictures
 
+
+logger = logging.getLogger(__name__)
 
 TRANSPORT_ERROR = transport_error()
 REASONS = {
@@ -81,6 +85,8 @@ def push_folder(
     """
     validate_repo_id(repo_id)
     upload = collect(folder, base)
+    if upload.left_out:
+        logger.warning("Of %s, these files are not sent: %s.", folder, one_line(", ".join(upload.left_out)))
     kept = kept or f"{folder} is whole, and the same command goes on."
     api = HfApi(endpoint=endpoint, token=token, library_name="optimum-dsa", library_version=VERSION)
     if upload.base is not None:

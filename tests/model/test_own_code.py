@@ -52,6 +52,7 @@ def test_masks_are_those_of_the_model_as_it_computes(tmp_path):
         ("LlamaForCausalLM", ("AutoModelForCausalLM", "AutoModel"), "LlamaForCausalLM"),
         ("HalvedModel", ("AutoModel",), "LlamaModel"),
         ("HalvedForCausalLM", ("AutoModel",), "LlamaForCausalLM"),
+        ("HalvedForScores", ("AutoModelForOdditiesOfOurs",), "LlamaForCausalLM"),
     ],
 )
 @pytest.mark.parametrize("compressed", [False, True])
