@@ -261,7 +261,7 @@ class DSAPruner:
         self._look_beside()
         report = self.report or report_of(self.model)
         if self.report is None:
-            self._base = base_of(self.model)
+            self._base = base_of(self.model, self._base)
         config = config or RecoveryConfig()
         report = with_budget(self.model, report, config)
         if config.trains_weights or config.merge:

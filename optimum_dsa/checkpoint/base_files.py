@@ -23,7 +23,7 @@ from ..common.escaping import one_line
 from ..common.fences import transport_error
 from ..common.files import read_json
 from ..common.folder_files import TOKENIZER, is_part, own_file
-from ..common.hub_file import hub_file
+from ..common.hub_file import hub_file, snapshot_of
 from ..common.manifest import MANIFEST, files_in, read_manifest
 from ..pruning.configuration import CONFIG_NAME
 from .unknown_tensors import bytes_of, sizes_by_part
@@ -132,7 +132,7 @@ def find_base_files(path: str, description: Mapping[str, Any] | None = None, **o
     folder = Path(path, inner)
     if folder.is_dir():
         found = _sorted({name: _size(folder / name) for name in files_in(folder)}, _reader(folder))
-        public = frozenset(known.get("public") or ())
+        public = frozenset(found.kept if snapshot_of(folder) else known.get("public") or ())
         # what an earlier command wrote of its own, such as a report, is of the model as it was
         ours = read_manifest(folder).keys() - set(known.get("kept") or ())
     elif Path(path).exists() or Path(path).is_absolute():
@@ -173,11 +173,11 @@ def _downloaded(path: str, inner: str, folder: Path, options: Mapping[str, Any])
 def _hub_sizes(path: str, inner: str, folder: Path, options: Mapping[str, Any]) -> dict[str, int]:
     """Name -> bytes of every file of a model on the Hub; of what the cache has, where the Hub cannot be asked."""
     # of the very commit that the cache's folder is
-    commit = folder.parts[folder.parts.index("snapshots") + 1] if "snapshots" in folder.parts else None
+    cached = snapshot_of(folder)
     try:
         if options.get("local_files_only"):
             raise ConnectionError("only local files are asked for")
-        tree = HfApi(token=options.get("token")).list_repo_tree(path, recursive=True, revision=commit)
+        tree = HfApi(token=options.get("token")).list_repo_tree(path, recursive=True, revision=cached and cached[1])
         sizes = {entry.path: entry.size for entry in tree if isinstance(entry, RepoFile)}
     except (HfHubHTTPError, transport_error(), OSError, ValueError) as error:
         logger.info("The files of %s are those in the cache: %s", path, one_line(str(error)))

@@ -34,10 +34,15 @@ def report_of(model: nn.Module) -> PruningReport:
     return PruningReport(config, allocation, allocation.sparsity, count_parameters(inner), dense=architecture.dense)
 
 
-def base_of(model: nn.Module) -> dict[str, str | None]:
-    """Name and revision of the dense model that `model` comes from, as far as it says so."""
+def base_of(model: nn.Module, known: dict[str, str | None] | None = None) -> dict[str, str | None]:
+    """Name and revision of the dense model that `model` comes from, as far as it says so.
+
+    Args:
+        known (`dict[str, str | None]`, *optional*): what is known of a model that says nothing: where it was loaded
+            from.
+    """
     inner = inner_model(model)
-    return _described(inner).get("base_model") or base_model(inner)
+    return _described(inner).get("base_model") or known or base_model(inner)
 
 
 def _described(model: nn.Module) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from typing import Any
 from torch import nn
 
 from ..common.fences import saved_by_shards, tied_names
+from ..common.hub_file import snapshot_of
 from ..common.output import OutputFolder
 from ..common.schema import violations
 from ..model.adapters import has_adapters
@@ -107,10 +108,14 @@ def _save_offloaded(model: nn.Module, directory: Path, **save_kwargs) -> None:
 def base_model(model: nn.Module, revision: str | None = None) -> dict[str, str | None]:
     """Name and revision of the checkpoint that a model came from; of a local path only the last part.
 
+    A path into the Hub's cache names the model of the Hub.
+
     Args:
         revision (`str`, *optional*): the commit, where it is known; a loaded model does not keep it.
     """
     name = model.config.name_or_path or None
+    if name and os.path.exists(name) and (cached := snapshot_of(name)):
+        return {"name": cached[0], "revision": cached[1]}
     if name and (os.path.isabs(name) or os.path.exists(name)):
         # A path tells where somebody keeps files, and helps nobody else.
         name = Path(name).resolve().name

@@ -163,7 +163,7 @@ def _card(
     """A card's bytes, with the pictures that are among the contents."""
     plots = {Path(name).stem: name for name in contents if name.startswith("plots/")}
     card = model_card(
-        upload.outcome, repo_id, upload.model_config, base, plots, upload.has_tokenizer, uncounted, upload.base
+        upload.outcome, repo_id, upload.model_config, base, plots, upload.files.keys(), uncounted, upload.base
     )
     return str(card).encode()
 

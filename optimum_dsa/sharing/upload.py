@@ -52,10 +52,6 @@ class Upload:
     left_out: tuple[str, ...]
     base: str | None = None
 
-    @property
-    def has_tokenizer(self) -> bool:
-        return any(name.startswith("tokenizer") for name in self.files)
-
 
 def collect(folder: str | Path, base: str | None = None) -> Upload:
     """What of `folder` goes to the Hub.

@@ -51,6 +51,7 @@ def stored(folder):
     return found
 
 
+@pytest.mark.contract
 @pytest.mark.parametrize("size", [None, "20KB"])
 @pytest.mark.parametrize("compressed", [False, True])
 def test_they_go_along_and_are_named(tmp_path, caplog, size, compressed):
