@@ -16,6 +16,7 @@ from .checkpoint.adapter_base import check_base
 from .checkpoint.base_files import BaseFiles
 from .checkpoint.beside import find_beside
 from .checkpoint.description import Description
+from .checkpoint.forms import check_dense
 from .checkpoint.load import find_description
 from .checkpoint.opened import open_checkpoint
 from .checkpoint.origin import base_of, report_of
@@ -115,6 +116,7 @@ class DSAPruner:
             resume (`bool`, defaults to `False`): go on from those in it, with the model as it was at the beginning:
                 load it again. The end is that of an uninterrupted run.
         """
+        self._check_weights()
         self._look_beside()
         needed, compared = config.resolved.reads | config.resolved.allocation_reads, {}
         if config.allocation == AUTO:
@@ -258,6 +260,7 @@ class DSAPruner:
         from .recovery.elsa.budget import with_budget
         from .recovery.recover import recover
 
+        self._check_weights()
         self._look_beside()
         report = self.report or report_of(self.model)
         if self.report is None:
@@ -314,10 +317,14 @@ class DSAPruner:
         if not adapters:
             self._stored = str(place)
 
+    def _check_weights(self) -> None:
+        config = getattr(inner_model(self.model), "config", None)
+        check_dense(config.to_dict() if config is not None else {}, type(self.model).__name__, loaded=True)
+
     def _look_beside(self) -> BaseFiles | None:
         """What belongs to the model and its class does not write; looked for once, and what stays behind is said."""
         source = getattr(getattr(inner_model(self.model), "config", None), "name_or_path", None)
-        if self._beside is None and source:
+        if self._beside is None and source and not self._options.get("alone"):
             self._beside = find_beside(self.model, str(source), **self._options)
         return self._beside
 

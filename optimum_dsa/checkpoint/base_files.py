@@ -46,9 +46,11 @@ _OWN_WEIGHTS = (
 )
 WRITTEN = ("config.json", "README.md", CONFIG_NAME, MANIFEST)  # by us; a push writes the card
 _PICTURES = "plots/"  # of a card that a push wrote
+QUANTISED = ("quantize_config.json", "quant_config.json", "hf_quant_config.json")  # what is pruned is dense
 REPLACED = ("added_tokens.json", "special_tokens_map.json")  # both are in what a tokenizer writes today
 
 WEIGHTS = "weights in another form"
+PACKED = "of weights that were quantised"
 TRACE = "of a training run"
 ANOTHER = "another model's"
 LARGE = "too large"
@@ -128,10 +130,10 @@ def find_base_files(path: str, description: Mapping[str, Any] | None = None, **o
         options (`dict`): `revision`, `subfolder`, ... as for `from_pretrained`.
     """
     known = (description or {}).get("base_files") or {}
-    inner = options.get("subfolder") or ""
+    inner, gguf = options.get("subfolder") or "", options.pop("gguf_file", None)
     folder = Path(path, inner)
     if folder.is_dir():
-        found = _sorted({name: _size(folder / name) for name in files_in(folder)}, _reader(folder))
+        found = _sorted({name: _size(folder / name) for name in files_in(folder)}, _reader(folder), gguf)
         public = frozenset(found.kept if snapshot_of(folder) else known.get("public") or ())
         # what an earlier command wrote of its own, such as a report, is of the model as it was
         ours = read_manifest(folder).keys() - set(known.get("kept") or ())
@@ -139,14 +141,14 @@ def find_base_files(path: str, description: Mapping[str, Any] | None = None, **o
         return None
     else:
         try:
-            config = hub_file(path, "config.json", **options)
+            config = hub_file(path, gguf or "config.json", **options)
         except OSError as error:
             logger.info("No files beside the weights of %s: %s", path, one_line(str(error)))
             return None
         if config is None:
             return None
-        folder, ours = config.parent, set()
-        found = _downloaded(path, inner, folder, options)
+        folder, ours = config.parents[len(PurePosixPath(gguf or "").parts[1:])], set()
+        found = _downloaded(path, inner, folder, options, gguf)
         public = frozenset(found.kept)
     kept, left = [], {**(known.get("left") or {}), **found.left}
     for name in found.kept:
@@ -158,14 +160,14 @@ def find_base_files(path: str, description: Mapping[str, Any] | None = None, **o
     return BaseFiles(folder, path, tuple(kept), left, public & set(kept))
 
 
-def _downloaded(path: str, inner: str, folder: Path, options: Mapping[str, Any]) -> _Sorted:
+def _downloaded(path: str, inner: str, folder: Path, options: Mapping[str, Any], gguf: str | None) -> _Sorted:
     """The files of a model on the Hub, those that go along in the cache."""
 
     def read(name: str) -> Any:
         file = hub_file(path, name, **options)
         return {} if file is None else read_json(file)
 
-    found = _sorted(_hub_sizes(path, inner, folder, options), read)
+    found = _sorted(_hub_sizes(path, inner, folder, options), read, gguf)
     missing = {name: MISSING for name in found.kept if hub_file(path, name, **options) is None}
     return _Sorted(tuple(name for name in found.kept if name not in missing), {**found.left, **missing})
 
@@ -192,17 +194,18 @@ class _Sorted:
     left: dict[str, str]
 
 
-def _sorted(sizes: Mapping[str, int], read: Callable[[str], Any]) -> _Sorted:
+def _sorted(sizes: Mapping[str, int], read: Callable[[str], Any], gguf: str | None = None) -> _Sorted:
     """The files of these sizes that go along, and those that stay and why; what is written anew is in neither.
 
     Args:
         read: the content of the JSON file of a name.
+        gguf: the file that the weights are read from, where it is one of these.
     """
     # Hidden files are of tools such as git and the Hub's client, and no part of a model.
     names = [name for name in sizes if not any(part.startswith(".") for part in PurePosixPath(name).parts)]
     modules = module_folders(read(MODULES)) if MODULES in names else ()
     others = _models_in(names, modules)
-    weights = _own_weights(names)
+    weights = {gguf} if gguf else _own_weights(names)
     kept, left = [], {}
     for name in names:
         folder, _, last = name.rpartition("/")
@@ -214,6 +217,8 @@ def _sorted(sizes: Mapping[str, int], read: Callable[[str], Any]) -> _Sorted:
             left[name] = TRACE
         elif folder.split("/")[0] not in modules and any(fnmatch(last, pattern) for pattern in OTHER_WEIGHTS):
             left[name] = WEIGHTS
+        elif name in QUANTISED:
+            left[name] = PACKED
         elif sizes[name] > LARGEST:
             left[name] = LARGE
         else:

@@ -21,7 +21,7 @@ from .unknown_tensors import sizes_by_part, unknown_tensors
 
 logger = logging.getLogger(__name__)
 
-_PLACES = ("revision", "subfolder", "token", "cache_dir", "local_files_only")
+_PLACES = ("revision", "subfolder", "token", "cache_dir", "local_files_only", "gguf_file")
 
 
 def find_beside(model: nn.Module, path: str, **options) -> BaseFiles | None:
@@ -35,7 +35,8 @@ def find_beside(model: nn.Module, path: str, **options) -> BaseFiles | None:
     """
     options = {name: value for name, value in options.items() if name in _PLACES}
     try:
-        found = find_base_files(path, find_description(path, **options), **options)
+        described = None if options.get("gguf_file") else find_description(path, **options)
+        found = find_base_files(path, described, **options)
     except (OSError, ValueError) as error:
         logger.warning("The files beside the weights of %s stay behind: %s", path, one_line(str(error)))
         return None
@@ -43,6 +44,8 @@ def find_beside(model: nn.Module, path: str, **options) -> BaseFiles | None:
         return None
     if found.left:
         logger.warning("Of %s, these files stay behind: %s.", path, one_line(found.said()))
+    if options.get("gguf_file"):
+        return found
     return replace(found, tensors=_tensors(model, path, options))
 
 

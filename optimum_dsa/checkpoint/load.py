@@ -25,6 +25,7 @@ from .adapter_base import ADAPTER_CONFIG, ADAPTER_WEIGHTS, base_under, is_adapte
 from .base_files import find_base_files
 from .description import Description, read_description
 from .encodings import DENSE, Encoding, encoding_in
+from .forms import GGUF, dequantising, located
 from .layouts import layout_of
 from .limits import Contents, check_counts, read_contents, within
 from .shards import find_shards, index_files, index_name
@@ -51,24 +52,28 @@ def load_model(path: str, adapter: bool = True, **kwargs) -> nn.Module:
             holds; a file that would be saved again is a link out of the folder.
         OSError: there is none.
     """
+    path, kwargs = located(path, kwargs)
     shared = {name: kwargs[name] for name in _HUB_OPTIONS if name in kwargs}
     folder = Path(path, kwargs.get("subfolder") or "")
     if folder.is_dir():
         check_read_files(folder)
-    if (found := _adapter_at(path, folder, shared)) is not None:
+    if not kwargs.get("gguf_file") and (found := _adapter_at(path, folder, shared)) is not None:
         # They say where the adapter is, not its base.
         others = {name: value for name, value in kwargs.items() if name not in ("revision", "subfolder")}
         base = load_model(base_under(found), **others)
         return with_adapter(base, found) if adapter else base
-    stated = stated_in(path, folder, shared)
+    stated = {} if kwargs.get("gguf_file") else stated_in(path, folder, shared)
     contents = None if kwargs.keys() & set(_OTHER_WEIGHTS) else contents_of(path, folder, stated, shared)
     config = kwargs.pop("config", None)
     if config is None:
         # AutoConfig already makes lists as long as the numbers say.
         check_counts(stated, contents, path)
         check_trusted(stated, path, bool(shared.get("trust_remote_code")))
-        config = read_configuration(path, shared)
+        config = read_configuration(path, kwargs)
     loader = layout_of(stated).model_class(config, path, shared)
+    if kwargs.get("gguf_file") and config.is_encoder_decoder:
+        loader = transformers.AutoModelForSeq2SeqLM  # a GGUF names no class
+    kwargs = {**dequantising(config, kwargs), **kwargs}
     with within(contents, path), explained(f"The checkpoint at {path} cannot be loaded"):
         return loader.from_pretrained(path, config=config, **kwargs).eval()
 
@@ -101,7 +106,9 @@ def stated_in(path: str, folder: Path, options: Mapping[str, Any]) -> Any:
 def read_configuration(path: str, options: Mapping[str, Any]) -> Any:
     """The configuration at `path`; `options` may be more than those that say where it is."""
     # Said in any case: asked nothing, transformers asks whoever sits at the terminal.
-    options = {"trust_remote_code": False} | {name: options[name] for name in _HUB_OPTIONS if name in options}
+    options = {"trust_remote_code": False} | {
+        name: options[name] for name in (*_HUB_OPTIONS, "gguf_file") if options.get(name) is not None
+    }
     with explained(f"The config.json of {path} is none that transformers reads"):
         return transformers.AutoConfig.from_pretrained(path, **options)
 
@@ -111,8 +118,11 @@ def explained(what: str) -> Iterator[None]:
     """Makes a `ValueError` of whatever a wrong value in `config.json` ends in: transformers checks few of them."""
     try:
         yield
-    except (ValueError, OSError, ImportError, MemoryError, torch.OutOfMemoryError, DependencyError):
+    except (ValueError, OSError, MemoryError, torch.OutOfMemoryError, DependencyError):
         raise
+    except ImportError as error:
+        said = " ".join(str(error).split())
+        raise ValueError(f"{what}, as a library is missing: {said:.300}") from error
     except Exception as error:
         said = " ".join(str(error).split()) or "no reason given"
         raise ValueError(
@@ -175,10 +185,17 @@ def load_tokenizer(source: Any, required: bool = False, **kwargs) -> Any:
     if source is None or not isinstance(source, (str, Path)):
         return source
     source = str(source)
+    if source.endswith(GGUF):
+        source, kwargs = located(source, kwargs)
     shared = {name: kwargs[name] for name in _HUB_OPTIONS if name in kwargs}
     folder = Path(source, kwargs.get("subfolder") or "")
     if folder.is_dir():
         check_read_files(folder)
+    if kwargs.get("gguf_file") and not (
+        (folder / "tokenizer.json").is_file() if folder.is_dir() else _cached(source, "tokenizer.json", shared)
+    ):
+        # The tokenizer beside a GGUF is the model's own; the one in it is made again from its tables.
+        shared["gguf_file"] = kwargs["gguf_file"]
     try:
         return transformers.AutoTokenizer.from_pretrained(source, **{"trust_remote_code": False, **shared})
     except (OSError, ValueError, KeyError, TypeError, ImportError, AttributeError) as error:
@@ -214,7 +231,8 @@ def find_description(path: str, **kwargs) -> Description | None:
 
 def find_commit(path: str, **kwargs) -> str | None:
     """The commit of the model at a Hub id; `None` for a folder, or where it is not known."""
-    return hub_commit(path, **{name: kwargs[name] for name in _FILE_OPTIONS if name in kwargs})
+    names = (kwargs["gguf_file"],) if kwargs.get("gguf_file") else ("config.json", ADAPTER_CONFIG)
+    return hub_commit(path, names, **{name: kwargs[name] for name in _FILE_OPTIONS if name in kwargs})
 
 
 def local_folder(path: str, revision: str | None = None) -> Path:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from pathlib import Path
 
-from .base import LeafCommand, add_loading_options, check_texts, loading_options, say
+from .base import LeafCommand, add_loading_options, check_texts, check_weights, loading_options, say
 from .options import add_settings, asked_settings
 
 
@@ -110,6 +110,7 @@ update      what becomes of the weights that stay: {updates}
             raise ValueError("--resume goes on from checkpoints, and --no-checkpoints keeps none; leave one out.")
         if config.resolved.reads | config.resolved.allocation_reads or config.allocation == AUTO:
             check_texts(self.args, config.data)
+            check_weights(self.args, loading)
         with OutputFolder(self.args.output, resume=self.args.resume) as output:
             if not self.args.no_checkpoints:
                 self._checkpoints = Path(self.args.checkpoints or output.scratch("blocks"))

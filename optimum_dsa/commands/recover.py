@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .base import LeafCommand, add_loading_options, check_texts, loading_options, say
+from .base import LeafCommand, add_loading_options, check_texts, check_weights, loading_options, say
 from .options import add_settings, asked_settings
 
 
@@ -90,6 +90,7 @@ mode    what the adapters add to a weight W, with small factors A and B
         if not config.merge and model.is_dir() and model.resolve() == output.resolve():
             raise ValueError(f"--keep-adapter needs another --output: {model} holds the weights under the adapter.")
         check_texts(args, config.data)
+        check_weights(args, loading)
         with OutputFolder(output, resume=args.resume) as place:
             checkpoints = args.checkpoints
             if checkpoints is None and (config.save_steps is not None or args.resume):

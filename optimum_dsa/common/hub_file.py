@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 from huggingface_hub import hf_hub_download
@@ -20,14 +21,15 @@ from huggingface_hub.errors import (
 _REPOSITORY = re.compile(r"models--(.+)")  # the cache's name of a model's folder
 
 
-def hub_commit(repo_id: str, **options) -> str | None:
-    """The commit that a model on the Hub is read from, as the cache's folder of it says; `None` for a local one."""
+def hub_commit(repo_id: str, names: Sequence[str] = ("config.json",), **options) -> str | None:
+    """The commit that a model on the Hub is read from, as the cache's folder of it says; `None` for a local one.
+
+    Args:
+        names (`Sequence[str]`): files of which it has at least one.
+    """
     if Path(repo_id).is_dir():
         return None
-    for name in ("config.json", "adapter_config.json"):
-        found = hub_file(repo_id, name, **options)
-        if found is not None:
-            break
+    found = next(filter(None, (hub_file(repo_id, name, **options) for name in names)), None)
     cached = snapshot_of(found) if found else None
     return cached and cached[1]
 
