@@ -319,7 +319,7 @@ class DSAPruner:
 
     def _check_weights(self) -> None:
         config = getattr(inner_model(self.model), "config", None)
-        check_dense(config.to_dict() if config is not None else {}, type(self.model).__name__, loaded=True)
+        check_dense(getattr(config, "to_dict", dict)(), type(self.model).__name__, loaded=True)
 
     def _look_beside(self) -> BaseFiles | None:
         """What belongs to the model and its class does not write; looked for once, and what stays behind is said."""

@@ -84,7 +84,7 @@ mode    what the adapters add to a weight W, with small factors A and B
             asked["distillation"] = 0.5
         config = RecoveryConfig(**nested(RecoveryConfig, asked))
         loading = loading_options(args)
-        if args.teacher and Path(args.teacher).is_absolute() and not Path(args.teacher).is_dir():
+        if args.teacher and Path(args.teacher).is_absolute() and not Path(args.teacher).exists():
             raise FileNotFoundError(f"No folder {args.teacher}, where the teacher would be.")
         output, model = Path(args.output), Path(args.model)
         if not config.merge and model.is_dir() and model.resolve() == output.resolve():

@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from optimum_dsa import DSAConfig, DSAPruner, RecoveryConfig, demo_model
+from optimum_dsa import DSAConfig, DSAPruner, RecoveryConfig, convert, demo_model
 from optimum_dsa.checkpoint import base_files
 from optimum_dsa.checkpoint.base_files import find_base_files
 from optimum_dsa.checkpoint.description import read_description
@@ -254,3 +254,9 @@ def test_weights_of_a_second_kind_are_no_files_of_the_first(tmp_path):
     assert found.left == {"pytorch_model.bin": base_files.WEIGHTS}
     (tmp_path / "model-00001-of-00002.safetensors").unlink()
     assert find_base_files(str(tmp_path)).left == {}
+
+
+def test_convert_takes_the_modules_behind_a_model_along(base, tmp_path):
+    pruned(base).save_pretrained(tmp_path / "out")
+    convert(tmp_path / "out", tmp_path / "small", "compressed")
+    check_kept(tmp_path / "small")
