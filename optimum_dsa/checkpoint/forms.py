@@ -71,7 +71,7 @@ def can_be_dense(section: Mapping[str, Any]) -> bool:
     return made is not None and "dequantize" in inspect.signature(made.__init__).parameters
 
 
-def check_dense(stated: Any, where: str | Path, loaded: bool = False) -> None:
+def check_unpacked(stated: Any, where: str | Path, loaded: bool = False) -> None:
     """Raise `ValueError` where weights are packed and stay so.
 
     Args:

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from optimum_dsa import DSAConfig, DSAPruner, plan
 from optimum_dsa.checkpoint.description import read_description
-from optimum_dsa.checkpoint.forms import check_dense, located
+from optimum_dsa.checkpoint.forms import check_unpacked, located
 from optimum_dsa.sharing.provenance import command
 
 from ..conftest import decoder
@@ -213,10 +213,10 @@ def test_packed_weights_are_refused_by_name_before_work(tmp_path, named, verb, m
 
 def test_a_section_of_the_text_part_is_found():
     with pytest.raises(ValueError, match="quantised with gptq"):
-        check_dense({"text_config": {"quantization_config": {"quant_method": "gptq"}}}, "x")
-    check_dense({"quantization_config": {"quant_method": "optimum-dsa"}}, "x")
-    check_dense({"quantization_config": None}, "x")
-    check_dense([], "x")
+        check_unpacked({"text_config": {"quantization_config": {"quant_method": "gptq"}}}, "x")
+    check_unpacked({"quantization_config": {"quant_method": "optimum-dsa"}}, "x")
+    check_unpacked({"quantization_config": None}, "x")
+    check_unpacked([], "x")
 
 
 def test_experts_in_four_bits_are_made_dense(tmp_path):
