@@ -13,7 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from .checkpoint.adapter_base import check_base
+from .checkpoint.base_files import BaseFiles
+from .checkpoint.beside import find_beside
 from .checkpoint.description import Description, after
+from .checkpoint.forms import check_unpacked
 from .checkpoint.load import find_description
 from .checkpoint.opened import open_checkpoint
 from .checkpoint.origin import base_of, described_report, report_of, training_of
@@ -71,6 +74,8 @@ class DSAPruner:
         self._stored: str | None = None  # where the weights are, zeros included, as they are here
         self._description: Description | None = None  # and the file that it is from
         self._under_adapters = False  # pruned while it had adapters, and so nowhere without them
+        self._options: dict[str, Any] = {}  # with which it was loaded
+        self._beside: BaseFiles | None = None  # what its class does not write, once it was looked for
 
     @classmethod
     def from_pretrained(
@@ -92,6 +97,7 @@ class DSAPruner:
         pruner = cls(found.model, found.tokenizer)
         pruner.report = pruner._restored = found.report
         pruner._description, pruner._base, pruner._stored = found.description, found.base, found.stored
+        pruner._options = found.options
         pruner._training = (found.description or {}).get("recovery")
         return pruner
 
@@ -114,6 +120,8 @@ class DSAPruner:
             resume (`bool`, defaults to `False`): go on from those in it, with the model as it was at the beginning:
                 load it again. The end is that of an uninterrupted run.
         """
+        self._check_weights()
+        self._look_beside()
         needed, compared = config.resolved.reads | config.resolved.allocation_reads, {}
         if config.allocation == AUTO:
             from .search.ready_made import settle
@@ -266,9 +274,11 @@ class DSAPruner:
         from .recovery.elsa.budget import with_budget
         from .recovery.recover import recover
 
+        self._check_weights()
+        self._look_beside()
         report = self.report or report_of(self.model)
         if self.report is None:
-            self._base, self._training = base_of(self.model), training_of(self.model)
+            self._base, self._training = base_of(self.model, self._base), training_of(self.model)
         config = config or RecoveryConfig()
         report = with_budget(self.model, report, config)
         if config.trains_weights or config.merge:
@@ -339,12 +349,32 @@ class DSAPruner:
                 raise ValueError("An adapter has no zeros to leave out; save it without compressed=True, or merge it.")
             described = None if self._stored is None else find_description(self._stored)
             check_base(self.model, self._stored, place, report, described)
-        trained = self._training
+        trained, beside = self._training, None if adapters else self._look_beside()
         save_checkpoint(
-            self.model, self.tokenizer, report, self._base, directory, encoding, trained, adapters, **save_kwargs
+            self.model,
+            self.tokenizer,
+            report,
+            self._base,
+            directory,
+            encoding,
+            trained,
+            beside,
+            adapters=adapters,
+            **save_kwargs,
         )
         if not adapters:
             self._stored = str(place)
+
+    def _check_weights(self) -> None:
+        config = getattr(inner_model(self.model), "config", None)
+        check_unpacked(getattr(config, "to_dict", dict)(), type(self.model).__name__, loaded=True)
+
+    def _look_beside(self) -> BaseFiles | None:
+        """What belongs to the model and its class does not write; looked for once, and what stays behind is said."""
+        source = getattr(getattr(inner_model(self.model), "config", None), "name_or_path", None)
+        if self._beside is None and source and not self._options.get("alone"):
+            self._beside = find_beside(self.model, str(source), **self._options)
+        return self._beside
 
     def _pruned(self) -> PruningReport:
         if self.report is None and (found := described_report(self.model)) is not None:

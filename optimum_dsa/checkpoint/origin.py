@@ -53,10 +53,15 @@ def described_report(model: nn.Module) -> PruningReport | None:
     return replace(report, parameters=count_parameters(inner)) if is_other_head(inner, known or ()) else report
 
 
-def base_of(model: nn.Module) -> dict[str, str | None]:
-    """Name and revision of the dense model that `model` comes from, as far as it says so."""
+def base_of(model: nn.Module, known: dict[str, str | None] | None = None) -> dict[str, str | None]:
+    """Name and revision of the dense model that `model` comes from, as far as it says so.
+
+    Args:
+        known (`dict[str, str | None]`, *optional*): what is known of a model that says nothing: where it was loaded
+            from.
+    """
     inner = inner_model(model)
-    return _described(inner).get("base_model") or base_model(inner)
+    return _described(inner).get("base_model") or known or base_model(inner)
 
 
 def training_of(model: nn.Module) -> dict[str, Any] | None:

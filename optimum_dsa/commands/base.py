@@ -217,6 +217,21 @@ def check_texts(args, data) -> None:
         )
 
 
+def check_weights(args, loading: dict) -> None:
+    """Raise where the weights of the model that the options name are packed and cannot be pruned.
+
+    To be called before it is loaded.
+    """
+    from pathlib import Path
+
+    from ..checkpoint.forms import check_unpacked, located
+    from ..checkpoint.load import stated_in
+
+    path, options = located(args.model, loading)
+    if not options.get("gguf_file"):
+        check_unpacked(stated_in(path, Path(path), options), path)
+
+
 def add_loading_options(parser: ArgumentParser, reads_text: bool = True) -> None:
     """Options that say how a model is loaded, and its tokenizer where the command reads text."""
     group = parser.add_argument_group("loading the model")
@@ -234,7 +249,8 @@ def add_loading_options(parser: ArgumentParser, reads_text: bool = True) -> None
     if reads_text:
         group.add_argument("--tokenizer", help="folder or Hub id of the tokenizer (default: the model's own)")
     group.add_argument("--revision", help="branch, tag or commit of a Hub model")
-    group.add_argument("--trust-remote-code", action="store_true", help="run the code that a Hub model brings along")
+    group.add_argument("--gguf-file", help="the GGUF in the model's folder or repository to read; made dense")
+    group.add_argument("--trust-remote-code", action="store_true", help="run the code that the model brings along")
 
 
 def loading_options(args) -> dict:
@@ -263,6 +279,8 @@ def loading_options(args) -> dict:
         options["tokenizer"] = args.tokenizer
     if args.revision:
         options["revision"] = args.revision
+    if args.gguf_file:
+        options["gguf_file"] = args.gguf_file
     if args.trust_remote_code:
         options["trust_remote_code"] = True
     return options

@@ -61,7 +61,8 @@ boolq,rte,hellaswag,winogrande,arc_easy,arc_challenge,openbookqa.
         import json
         import sys
 
-        from ..data import DataConfig, describe
+        from ..common.hub_file import model_name
+        from ..data import DataConfig
         from ..evaluation.comparison import comparison_table
         from ..evaluation.kept import measured_once
         from ..evaluation.measure import check_asked
@@ -85,7 +86,7 @@ boolq,rte,hellaswag,winogrande,arc_easy,arc_challenge,openbookqa.
         with contextlib.redirect_stdout(sys.stderr):  # data sets and lm-eval print
             tasks = find_tasks(asked, args.include_path) if asked else ()
             models = [*args.model, *([args.dense] if args.dense else [])]
-            names = distinct([describe(model) for model in models])
+            names = distinct([model_name(model) for model in models])
 
             def measured(model: str, name: str, **loading):
                 pruner = DSAPruner.from_pretrained(model, **loading)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from pathlib import Path
 
-from .base import LeafCommand, add_loading_options, check_texts, loading_options, say
+from .base import LeafCommand, add_loading_options, check_texts, check_weights, loading_options, say
 from .options import add_settings, asked_settings, evaluate_options
 
 
@@ -87,6 +87,7 @@ update      what becomes of the weights that stay: {updates}
     def execute(self) -> dict:
         from shlex import quote
 
+        from ..checkpoint.description import base_files_in
         from ..checkpoint.shard_size import check_shard_size
         from ..common.output import OutputFolder
         from ..model.adapters import has_adapters
@@ -110,6 +111,7 @@ update      what becomes of the weights that stay: {updates}
             raise ValueError("--resume goes on from checkpoints, and --no-checkpoints keeps none; leave one out.")
         if config.resolved.reads | config.resolved.allocation_reads or config.allocation == AUTO:
             check_texts(self.args, config.data)
+            check_weights(self.args, loading)
         with OutputFolder(self.args.output, resume=self.args.resume) as output:
             self.place = output
             if not self.args.no_checkpoints:
@@ -128,7 +130,7 @@ update      what becomes of the weights that stay: {updates}
             pruner.save_pretrained(output, self.args.compressed, **options)
         options = evaluate_options(self.args, self.parser)
         print(f"saved to {self.args.output}; next: optimum-cli dsa evaluate {quote(self.args.output)}{options}")
-        return {"output": self.args.output, **report.to_dict()}
+        return {"output": self.args.output, **report.to_dict(), **base_files_in(self.args.output)}
 
     def _say_plan(self, config, loading: dict) -> None:
         """What was chosen, and what it will need: arithmetic on the model's configuration, before it is loaded."""

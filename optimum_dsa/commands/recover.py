@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .base import LeafCommand, add_loading_options, check_texts, loading_options, say
+from .base import LeafCommand, add_loading_options, check_texts, check_weights, loading_options, say
 from .options import add_settings, asked_settings, evaluate_options
 
 
@@ -70,6 +70,8 @@ mode    what the adapters add to a weight W, with small factors A and B
         from pathlib import Path
         from shlex import quote
 
+        from ..checkpoint.description import base_files_in
+        from ..checkpoint.load import load_model
         from ..common.output import OutputFolder
         from ..common.settings import nested
         from ..model.parameters import weight_bytes
@@ -84,12 +86,13 @@ mode    what the adapters add to a weight W, with small factors A and B
         config = RecoveryConfig(**nested(RecoveryConfig, asked))
         loading = loading_options(args)
         check_trainable(args.device_map == "disk")
-        if args.teacher and Path(args.teacher).is_absolute() and not Path(args.teacher).is_dir():
+        if args.teacher and Path(args.teacher).is_absolute() and not Path(args.teacher).exists():
             raise FileNotFoundError(f"No folder {args.teacher}, where the teacher would be.")
         output, model = Path(args.output), Path(args.model)
         if not config.merge and model.is_dir() and model.resolve() == output.resolve():
             raise ValueError(f"--keep-adapter needs another --output: {model} holds the weights under the adapter.")
         check_texts(args, config.data)
+        check_weights(args, loading)
         with OutputFolder(output, resume=args.resume) as place:
             self.place = place
             checkpoints = args.checkpoints
@@ -98,7 +101,10 @@ mode    what the adapters add to a weight W, with small factors A and B
             self._checkpoints = checkpoints
             pruner = DSAPruner.from_pretrained(args.model, **loading)
             place.require(weight_bytes(pruner.model))
-            result = pruner.recover(args.dataset, config, args.validation, args.teacher, checkpoints, args.resume)
+            teacher = args.teacher
+            if teacher and args.trust_remote_code:
+                teacher = load_model(teacher, trust_remote_code=True)
+            result = pruner.recover(args.dataset, config, args.validation, teacher, checkpoints, args.resume)
             say(str(result))
             pruner.save_pretrained(place)
         as_before = "" if config.sparsity is not None else " as before"
@@ -106,4 +112,9 @@ mode    what the adapters add to a weight W, with small factors A and B
             f"saved to {args.output}, sparsity {pruner.report.sparsity:.4f}{as_before}; "
             f"next: optimum-cli dsa evaluate {quote(args.output)}{evaluate_options(args, self.parser)}"
         )
-        return {"output": args.output, "sparsity": pruner.report.sparsity, **result.to_dict()}
+        return {
+            "output": args.output,
+            "sparsity": pruner.report.sparsity,
+            **result.to_dict(),
+            **base_files_in(args.output),
+        }

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .base import LeafCommand, add_loading_options, check_texts, loading_options, say
+from .base import LeafCommand, add_loading_options, check_texts, check_weights, loading_options, say
 from .options import CommandParser, add_settings, as_given, taken
 from .prune import CALIBRATION, PruneCommand, add_calibration_options, add_quality_option, asked_config
 
@@ -88,6 +88,7 @@ strategy    named         uniform and every named allocator
         STRATEGIES[args.strategy]
         loading = loading_options(args)
         check_texts(args, config.data)
+        check_weights(args, loading)
         if args.seeds < 1:
             raise ValueError(f"--seeds is a number of searches, at least 1, got {args.seeds}.")
         if process_state().is_main_process:

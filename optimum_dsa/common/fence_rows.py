@@ -133,6 +133,13 @@ FENCES = {
         "checkpoint.transformers_loader, checkpoint.unpacking",
         _QUANTIZER,
     ),
+    "names": Fence(
+        "transformers",
+        "core_model_loading.rename_source_key and conversion_mapping.get_model_conversion_mapping",
+        "they tell which tensors of a checkpoint the model's class does not know, which would vanish without a word",
+        "checkpoint.unknown_tensors",
+        "tests/checkpoint/test_unknown_tensors.py",
+    ),
     "weights' name": Fence(
         "transformers",
         "transformers_weights in config.json",

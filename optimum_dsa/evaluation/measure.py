@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ..common.hub_file import model_name
 from ..data import check_cut, default_length, describe, fingerprint, load_tokens, starts_with_bos
 from ..model.adapters import inner_model
 from ..model.architecture import find_architecture
@@ -65,7 +66,8 @@ def measure(
         ValueError: nothing to measure, or text and model do not fit.
     """
     check_asked(text, tasks, windows, num_samples, sequence_length, batch_size, limit)
-    called = name or describe(getattr(model.config, "name_or_path", "") or type(model).__name__)
+    place = getattr(model.config, "name_or_path", "")
+    called = name or (model_name(place) if place else type(model).__name__)
     if tokenizer is None and (tasks or not isinstance(text, Tensor)):
         raise ValueError(f"{called} has no tokenizer, so text cannot be read; name the one it was trained with.")
     length = sequence_length or default_length(model)

@@ -56,6 +56,8 @@ def command(facts: Mapping[str, Any]) -> str:
     if facts.get("calibration"):
         source = calibration_source(facts)
         words += ["--dataset", (names_data(source) and _word(source)) or "YOUR_TEXT"]
+    if base.get("gguf_file") and base["gguf_file"] != base.get("name"):
+        words += ["--gguf-file", _word(base["gguf_file"]) or "FILE"]
     if base.get("revision"):
         words += ["--revision", _word(base["revision"]) or "REVISION"]
     return shlex.join(words)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
@@ -13,6 +14,7 @@ from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalEntr
 from huggingface_hub.utils import validate_repo_id
 
 from ..checkpoint.description import read_description
+from ..common.escaping import one_line
 from ..common.fences import transport_error
 from ..common.files import read_json
 from ..common.folder_files import WEIGHTS
@@ -22,6 +24,8 @@ from .allocation_alone import allocation_alone, files_of
 from .card import base_repository, model_card
 from .upload import Upload, collect, count, pictures
 
+
+logger = logging.getLogger(__name__)
 
 TRANSPORT_ERROR = transport_error()
 REASONS = {
@@ -84,6 +88,8 @@ def push_folder(
     validate_repo_id(repo_id)
     alone = allocation_alone(folder)
     upload = collect(folder, base) if alone is None else None
+    if upload is not None and upload.left_out:
+        logger.warning("Of %s, these files are not sent: %s.", folder, one_line(", ".join(upload.left_out)))
     kept = kept or f"{folder} is whole, and the same command goes on."
     api = HfApi(endpoint=endpoint, token=token, library_name="optimum-dsa", library_version=VERSION)
     if upload is not None and upload.base is not None:
@@ -167,7 +173,7 @@ def _card(
     """A card's bytes, with the pictures that are among the contents."""
     plots = {Path(name).stem: name for name in contents if name.startswith("plots/")}
     card = model_card(
-        upload.outcome, repo_id, upload.model_config, base, plots, upload.has_tokenizer, uncounted, upload.base
+        upload.outcome, repo_id, upload.model_config, base, plots, upload.files.keys(), uncounted, upload.base
     )
     return str(card).encode()
 
