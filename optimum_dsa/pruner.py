@@ -168,7 +168,8 @@ class DSAPruner:
             data, tokens = replace(drawn, inputs={"input_ids": windows[:number]}), windows[number:]
         else:
             data = load_calibration(calibration, self.model, self.tokenizer, config.data)
-            tokens = load_calibration(validation, self.model, self.tokenizer, config.data).inputs["input_ids"]
+            beside = config.data.beside(validation)
+            tokens = load_calibration(validation, self.model, self.tokenizer, beside).inputs["input_ids"]
         return search(
             self.model,
             data,

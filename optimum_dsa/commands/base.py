@@ -183,16 +183,45 @@ def add_bos_option(parser) -> None:
     )
 
 
-def check_texts(args, data) -> None:
+def check_texts(args, data, otherwise: str | None = None) -> None:
     """Raise what is wrong with the texts that the options name, read as the `DataConfig` says.
+
+    `otherwise` is the split where none is named.
 
     To be called before a model is loaded, which may take minutes.
     """
     from ..data import check_source
 
-    for source in (args.dataset, getattr(args, "validation", None)):
-        if source:
-            check_source(source, data.text_column, data.split)
+    if source := asked_source(args):
+        check_source(source, data.reading(otherwise))
+    if validation := getattr(args, "validation", None):
+        check_source(validation, data.beside(validation).reading(otherwise))
+
+
+def add_source_options(group, default: str | None = None, required: bool = False) -> None:
+    """`--dataset`, which can be given several times, and `--weights`; [`asked_source`] reads them."""
+    said = "" if default is None else f" (default: {default})"
+    group.add_argument(
+        "--dataset",
+        action="append",
+        required=required,
+        help=".txt, .jsonl, .json or .parquet file, folder, or a dataset's name: wikitext2, c4, a Hub id; several "
+        f"are mixed{said}",
+    )
+    group.add_argument(
+        "--weights", nargs="+", type=float, metavar="WEIGHT", help="share of each --dataset (default: all the same)"
+    )
+    group.set_defaults(otherwise_dataset=default)
+
+
+def asked_source(args) -> Any:
+    """What `--dataset` and `--weights` name: a source, or several with their weights; `None` where there is none."""
+    named, weights = args.dataset or [args.otherwise_dataset], args.weights
+    if weights is not None and len(weights) != len(named):
+        raise ValueError(f"--weights has {len(weights)} numbers for {len(named)} of --dataset; give one for each.")
+    if len({*named}) < len(named):
+        raise ValueError(f"--dataset names {max(named, key=named.count)} more than once; name it once, with a weight.")
+    return named[0] if len(named) == 1 else dict(zip(named, weights or [1.0] * len(named)))
 
 
 def add_loading_options(parser: ArgumentParser, reads_text: bool = True) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from pathlib import Path
 
-from .base import LeafCommand, add_loading_options, check_texts, loading_options, say
+from .base import LeafCommand, add_loading_options, add_source_options, asked_source, check_texts, loading_options, say
 from .options import add_settings, asked_settings
 
 
@@ -121,7 +121,7 @@ update      what becomes of the weights that stay: {updates}
                     "(model.merge_and_unload()), or prune the model under it."
                 )
             self._check_room(output, weight_bytes(pruner.model))
-            report = pruner.prune(self.args.dataset, config, self._checkpoints, self.args.resume)
+            report = pruner.prune(asked_source(self.args), config, self._checkpoints, self.args.resume)
             say(str(report))
             pruner.save_pretrained(output, self.args.compressed, **options)
         print(f"saved to {self.args.output}; next: optimum-cli dsa evaluate {quote(self.args.output)} --dataset FILE")
@@ -165,11 +165,7 @@ def _within(folder: str, output: str) -> bool:
 def add_calibration_options(parser):
     """The group of options that say which text feeds the statistics, for `add_settings` to fill."""
     data = parser.add_argument_group("calibration")
-    data.add_argument(
-        "--dataset",
-        default="wikitext2",
-        help=".txt, .jsonl or .parquet file, or a dataset's name: wikitext2 (default), c4, a Hub id",
-    )
+    add_source_options(data, "wikitext2")
     return data
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .base import LeafCommand, add_loading_options, check_texts, loading_options, say
+from .base import LeafCommand, add_loading_options, asked_source, check_texts, loading_options, say
 from .options import add_settings, asked_settings
 from .prune import CALIBRATION, add_calibration_options, asked_config
 
@@ -99,7 +99,7 @@ Needs matplotlib, which the extra `plots` brings.
         except ImportError as error:
             raise ValueError(str(error)) from None
         with OutputFolder(args.output, FILES) as output:
-            found = DSAPruner.from_pretrained(args.folder, **loading).sensitivity(args.dataset, config)
+            found = DSAPruner.from_pretrained(args.folder, **loading).sensitivity(asked_source(args), config)
 
             def fill(place) -> None:
                 found.save(place / FILES[0])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .base import LeafCommand, add_loading_options, check_texts, loading_options, say
+from .base import LeafCommand, add_loading_options, asked_source, check_texts, loading_options, say
 from .options import add_settings
 from .prune import CALIBRATION, add_calibration_options, add_quality_option, asked_config
 
@@ -99,7 +99,7 @@ strategy    named         uniform and every named allocator
             for seed in range(config.data.seed, config.data.seed + args.seeds):
                 results.append(
                     pruner.search(
-                        args.dataset,
+                        asked_source(args),
                         replace(config, data=replace(config.data, seed=seed)),
                         args.strategy,
                         args.budget,
