@@ -8,13 +8,14 @@ import logging
 import os
 import sys
 import warnings
-from argparse import ArgumentParser, BooleanOptionalAction, RawDescriptionHelpFormatter
+from argparse import Action, ArgumentParser, BooleanOptionalAction, RawDescriptionHelpFormatter
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, redirect_stdout
 from typing import Any
 
 from optimum.commands.base import BaseOptimumCLICommand
 
+from .config_file import add_config_options, config_text
 from .stopping import Terminated, stoppable
 
 
@@ -40,6 +41,7 @@ class LeafCommand(BaseOptimumCLICommand):
         parser.description, parser.epilog = cls.DESCRIPTION, f"examples:\n{cls.EXAMPLES}" if cls.EXAMPLES else None
         parser.formatter_class = RawDescriptionHelpFormatter
         parser.add_argument("--json", action="store_true", help="print JSON and nothing else")
+        add_config_options(parser)
         loudness = parser.add_mutually_exclusive_group()
         loudness.add_argument("-q", "--quiet", action="store_true", help="print errors, and the JSON asked for")
         loudness.add_argument("-v", "--verbose", action="store_true", help="say what is done meanwhile")
@@ -51,6 +53,10 @@ class LeafCommand(BaseOptimumCLICommand):
         cannot do it is a `DependencyError`.
         """
         raise NotImplementedError
+
+    def has_settings(self) -> bool:
+        """Whether the options of a configuration say something here."""
+        return True
 
     def left_behind(self) -> str:
         """What an interrupted run tells the user that it leaves."""
@@ -74,6 +80,10 @@ class LeafCommand(BaseOptimumCLICommand):
         asked = vars(self.args) if self.args else {}
         as_json, quiet = asked.get("json", False), asked.get("quiet", False)
         try:
+            if asked.get("print_config"):
+                settings = getattr(self.parser, "settings_class", lambda: None)() if self.has_settings() else None
+                say(config_text(self.parser, self.args, settings).rstrip())
+                return
             with stoppable(), _spoken(as_json, quiet, asked.get("verbose", False)):
                 facts = self.execute()
         except (ValueError, OSError, UnknownNameError, DependencyError) as error:
@@ -198,12 +208,23 @@ def check_texts(args, data, otherwise: str | None = None) -> None:
         check_source(validation, data.beside(validation).reading(otherwise))
 
 
+class Several(Action):
+    """An option that can be given several times; what is given replaces the default, as elsewhere."""
+
+    replaces = True
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        begun = getattr(namespace, f"{self.dest}_given", False)
+        setattr(namespace, self.dest, [*(getattr(namespace, self.dest) if begun else []), values])
+        setattr(namespace, f"{self.dest}_given", True)
+
+
 def add_source_options(group, default: str | None = None, required: bool = False) -> None:
     """`--dataset`, which can be given several times, and `--weights`; [`asked_source`] reads them."""
     said = "" if default is None else f" (default: {default})"
     group.add_argument(
         "--dataset",
-        action="append",
+        action=Several,
         required=required,
         help=".txt, .jsonl, .json or .parquet file, folder, or a dataset's name: wikitext2, c4, a Hub id; several "
         f"are mixed{said}",

@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import importlib
 import re
+import sys
 import textwrap
 from argparse import ArgumentParser, BooleanOptionalAction
 from collections.abc import Callable, Collection
 from dataclasses import MISSING, Field
 from typing import Any, Protocol
+
+from ..common.escaping import one_line
+from ..common.registry import UnknownNameError
+from .config_file import take_config, without_required
 
 
 class Group(Protocol):
@@ -27,6 +32,7 @@ class CommandParser(ArgumentParser):
     """A parser of which a part is filled in when it is first used: reading a configuration's fields imports torch."""
 
     _later: Callable[[], None] | None = None
+    settings: str | None = None  # module and name of the class of the command's configuration
 
     def later(self, fill: Callable[[], None]) -> None:
         """Have `fill` called before anything is parsed or help is shown."""
@@ -41,7 +47,28 @@ class CommandParser(ArgumentParser):
 
     def parse_known_args(self, args=None, namespace=None):
         self.complete()
+        args = sys.argv[1:] if args is None else list(args)
+        if any(action.dest == "config" for action in self._actions):
+            self._take_config(args)
         return super().parse_known_args(args, namespace)
+
+    def _take_config(self, args: list[str]) -> None:
+        """Let `--config` fill in what `args` leave out; what is wrong with it ends the process with one line."""
+        look = ArgumentParser(add_help=False)
+        look.add_argument("--config", nargs="?")
+        look.add_argument("--print-config", action="store_true")
+        found, _ = look.parse_known_args(args)
+        try:
+            if found.config is not None:
+                take_config(self, found.config, self.settings_class())
+        except (ValueError, OSError, UnknownNameError) as error:
+            self.exit(2, f"{self.prog}: error: {one_line(' '.join(str(error).split()))}\n")
+        if found.print_config:
+            without_required(self)
+
+    def settings_class(self) -> type | None:
+        """The class of the command's configuration."""
+        return None if self.settings is None else _class(self.settings)
 
     def format_help(self) -> str:
         self.complete()
@@ -81,7 +108,11 @@ def add_settings(
                 chosen = (group for group, names in groups if {name, owner.get(name)} & {*names})
                 _add(next(chosen, rest), name, field, texts.get(name, ""))
 
-    parser.later(fill) if isinstance(parser, CommandParser) else fill()
+    if not isinstance(parser, CommandParser):
+        fill()
+        return
+    parser.settings = config
+    parser.later(fill)
 
 
 def _with_names(text: str) -> str:

@@ -50,7 +50,6 @@ update      what becomes of the weights that stay: {updates}
         )
         what = parser.add_argument_group("what to remove")
         add_quality_option(what)
-        what.add_argument("--config", help="dsa_config.json, or a folder with one, to start from")
         data = add_calibration_options(parser)
         add_settings(parser, [(data, CALIBRATION)], "pruning.configuration.DSAConfig", what)
         run = parser.add_argument_group("stopping and going on")
@@ -175,21 +174,20 @@ def add_quality_option(group):
 
 
 def asked_config(args, **given):
-    """The `DSAConfig` that the options ask for, on top of `given` and of `--config` or `--quality`, if any."""
+    """The `DSAConfig` that the options ask for, on top of `given` and of `--quality`, if any."""
     from ..common.settings import nested
     from ..pruning.configuration import DSAConfig
     from ..pruning.presets import with_quality
 
     asked = asked_settings(args, DSAConfig)
-    path, quality = getattr(args, "config", None), getattr(args, "quality", None)
-    if quality and path:
+    quality = getattr(args, "quality", None)
+    if quality and getattr(args, "described_config", False):
         raise ValueError(
-            f"--quality {quality} chooses how to prune, and the config in {path} says it already; leave out one of "
-            "both, --quality or --config."
+            f"--quality {quality} chooses how to prune, and the config in {args.config} says it already; leave out "
+            "one of both, --quality or --config."
         )
     if quality:
         given = with_quality(quality, given | asked)
-    base = DSAConfig.from_pretrained(path).to_dict() if path else {}
-    if "sparsity" not in given | base | asked:
+    if "sparsity" not in given | asked:
         raise ValueError("say how much to remove, for example --sparsity 0.6")
-    return DSAConfig.from_dict(nested(DSAConfig, given | base | asked))
+    return DSAConfig.from_dict(nested(DSAConfig, given | asked))

@@ -50,6 +50,9 @@ Needs matplotlib, which the extra `plots` brings.
         add_settings(parser, [(data, CALIBRATION)], "pruning.configuration.DSAConfig", what, without=WITHOUT)
         add_loading_options(parser)
 
+    def has_settings(self) -> bool:
+        return self.args.sensitivity
+
     def execute(self) -> dict:
         return self._sensitivity() if self.args.sensitivity else self._report()
 

@@ -22,10 +22,7 @@ def token_ids(text: str | Iterable[str], tokenizer: Any) -> Iterator[list[int]]:
     held, context = "", ""
     for part in _parts(text):
         held += part
-        while len(held) >= 2 * PIECE:
-            cut = _place(held, tokenizer)
-            if cut is None:
-                break  # with more text there may be one
+        while len(held) >= 2 * PIECE and (cut := _place(held, tokenizer)) is not None:
             yield _behind(context, held[:cut], tokenizer)
             context, held = held[max(cut - CONTEXT, 0) : cut], held[cut:]
     if held:
@@ -53,12 +50,12 @@ def _behind(context: str, piece: str, tokenizer: Any) -> list[int]:
 
 
 def _place(text: str, tokenizer: Any) -> int | None:
-    """Where a piece of about `PIECE` characters can end; `None` where more text has to be seen."""
-    last = (len(text) // PIECE - 1) * PIECE
-    words = (at for at in range(last, last // 2, -1) if text[at].isspace() and not text[at - 1].isspace())
-    for at in (*islice(words, TRIES), *range(last, last - TRIES, -1)):
-        before = text[at - CONTEXT : at]
-        known = encode(before, tokenizer)
-        if encode(before + text[at : at + CONTEXT], tokenizer)[: len(known)] == known:
-            return at
-    return last if len(text) >= LONGEST * PIECE else None
+    """Where a piece of about `PIECE` characters, or of a few times as many, can end; `None`: more has to be seen."""
+    for last in range(PIECE, len(text) - PIECE + 1, PIECE):
+        words = (at for at in range(last, last // 2, -1) if text[at].isspace() and not text[at - 1].isspace())
+        for at in (*islice(words, TRIES), *range(last, last - TRIES, -1)):
+            before = text[at - CONTEXT : at]
+            known = encode(before, tokenizer)
+            if encode(before + text[at : at + CONTEXT], tokenizer)[: len(known)] == known:
+                return at
+    return LONGEST * PIECE if len(text) > LONGEST * PIECE else None

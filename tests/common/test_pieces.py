@@ -92,7 +92,7 @@ def test_the_ids_of_pieces_are_those_of_the_whole(monkeypatch, tokenizer, text):
     for given in (text, iter([text[start : start + 501] for start in range(0, len(text), 501)])):
         found = list(token_ids(given, tokenizer))
         assert sum(found, []) == encode(text, tokenizer)
-        assert len(found) > 2
+        assert len(found) > 4 and max(map(len, found)) <= 6 * 700  # a letter may be 3 bytes
 
 
 def test_the_end_of_a_text_is_not_asked_for_before_it_is_needed(tokenizer):
