@@ -27,6 +27,7 @@ from .provenance import (
     dataset_id,
     is_repository,
     last_part,
+    mixture,
     names_data,
     papers,
     recover_command,
@@ -255,7 +256,10 @@ def _results(outcome: Outcome) -> str:
 def _note(facts: Mapping[str, Any], made: str, revision: str | None) -> str:
     parts = ["Run it beside `dsa_config.json`." if "dsa_config.json" in made else ""]
     source = calibration_source(facts)
-    if facts.get("calibration") and not names_data(source):
+    if several := mixture(source):
+        local = ", ".join(code_span(one) for one in several if dataset_id(one) is None)
+        parts.append(f"Of the calibration data, {local} is not part of this repository." if local else "")
+    elif facts.get("calibration") and not names_data(source):
         named = f" ({inline_markdown(source)})" if source else ""
         parts.append(f"The calibration data{named} were given in Python and have no name.")
     elif source and dataset_id(source) is None:

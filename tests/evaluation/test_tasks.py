@@ -191,7 +191,7 @@ def test_files_are_what_lm_evals_own_index_reads_in_them(folder, asked, names):
     [
         ("broken.yaml", "broken.yaml describes no task: "),
         ("lost.yaml", "lost.yaml describes no task: .*nowhere.yaml"),
-        ("twin.yaml", "twin.yaml describes 'one', and another file"),
+        ("twin.yaml", "twin.yaml describes 'one', and so does another file"),
         ("other.yml", "lm-eval reads files that end in .yaml"),
         ("missing.yaml", "No such file of a task: .*missing.yaml"),
         ("shared/base.yaml", "base.yaml describes no task: "),
