@@ -11,12 +11,17 @@ import warnings
 from argparse import Action, ArgumentParser, BooleanOptionalAction, RawDescriptionHelpFormatter
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, redirect_stdout
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from optimum.commands.base import BaseOptimumCLICommand
 
 from .config_file import add_config_options, config_text
+from .options import in_options
 from .stopping import Terminated, stoppable
+
+
+if TYPE_CHECKING:
+    from ..common.output import OutputFolder
 
 
 DTYPES = ("auto", "float32", "bfloat16", "float16", "float64")
@@ -27,11 +32,15 @@ class LeafCommand(BaseOptimumCLICommand):
 
     Attributes:
         exit_code (`int`): what the process ends with, once `execute` has come back.
+        place (`OutputFolder`): what it writes, where that is a folder.
+        saved (`bool`): whether all that it writes is in place.
     """
 
     DESCRIPTION = ""
     EXAMPLES = ""
     exit_code = 0
+    place: OutputFolder | None = None
+    saved = False
 
     @classmethod
     def describe(cls, parser: ArgumentParser, name: str) -> None:
@@ -57,6 +66,10 @@ class LeafCommand(BaseOptimumCLICommand):
     def has_settings(self) -> bool:
         """Whether the options of a configuration say something here."""
         return True
+
+    def is_whole(self) -> bool:
+        """Whether all that was asked for is in place, so that nothing is left to be stopped."""
+        return self.saved or (self.place is not None and self.place.done)
 
     def left_behind(self) -> str:
         """What an interrupted run tells the user that it leaves."""
@@ -84,17 +97,19 @@ class LeafCommand(BaseOptimumCLICommand):
                 settings = getattr(self.parser, "settings_class", lambda: None)() if self.has_settings() else None
                 say(config_text(self.parser, self.args, settings).rstrip())
                 return
-            with stoppable(), _spoken(as_json, quiet, asked.get("verbose", False)):
-                facts = self.execute()
+            with stoppable(self.is_whole):
+                with _spoken(as_json, quiet, asked.get("verbose", False)):
+                    facts = self.execute()
+                if as_json:
+                    print(json.dumps(facts))
         except (ValueError, OSError, UnknownNameError, DependencyError) as error:
-            message = one_line(" ".join(str(error).split())) or type(error).__name__
+            message = one_line(in_options(" ".join(str(error).split()), self.parser)) or type(error).__name__
             print(f"optimum-cli dsa {self.COMMAND.name}: error: {message}", file=sys.stderr)
             sys.exit(2)
         except KeyboardInterrupt as stopped:
-            print(f"optimum-cli dsa {self.COMMAND.name}: interrupted, {one_line(self.left_behind())}", file=sys.stderr)
+            left = "the result is whole" if self.is_whole() else self.left_behind()
+            print(f"optimum-cli dsa {self.COMMAND.name}: interrupted, {one_line(left)}", file=sys.stderr)
             sys.exit(143 if isinstance(stopped, Terminated) else 130)
-        if as_json:
-            print(json.dumps(facts))
         if self.exit_code:
             sys.exit(self.exit_code)
 
@@ -200,12 +215,18 @@ def check_texts(args, data, otherwise: str | None = None) -> None:
 
     To be called before a model is loaded, which may take minutes.
     """
+    from ..common.apart import same_source
     from ..data import check_source
 
     if source := asked_source(args):
         check_source(source, data.reading(otherwise))
     if validation := getattr(args, "validation", None):
         check_source(validation, data.beside(validation).reading(otherwise))
+        if any(same_source(one, validation) for one in (source if isinstance(source, dict) else [source])):
+            raise ValueError(
+                f"--validation {validation} is the text of --dataset, of which it would tell what is known already; "
+                "give another text, or leave --validation out."
+            )
 
 
 class Several(Action):

@@ -45,6 +45,14 @@ def as_tensors(source: Any) -> Any:
     return source if found is None else found
 
 
+def is_inputs(source: Any) -> bool:
+    """Whether a source is token ids or inputs by name, as tensors: what is used whole."""
+    import torch
+
+    values = source.values() if isinstance(source, Mapping) else [source]
+    return bool(values) and all(isinstance(value, torch.Tensor) for value in values)
+
+
 def is_loader(source: Any) -> bool:
     """Whether a source is a DataLoader, or a dataset as torch knows them, that is read by numbers."""
     from torch.utils.data import DataLoader, Dataset

@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import logging
 from dataclasses import replace
 from typing import Any
 
 from torch import Tensor, nn
 
-from ..common.token_rows import as_tensors
-from ..data import Passed, check_tokens, default_length, describe, first_windows, starts_with_bos
+from ..common.apart import FEW, same_source, shared_windows
+from ..common.token_rows import as_tensors, is_inputs
+from ..data import Passed, check_tokens, default_length, describe, first_windows, is_mixture, starts_with_bos
 from .configuration import RecoveryConfig
+
+
+logger = logging.getLogger(__name__)
+
+END_OF_TRAIN = "end of train"  # where no text was given for validation
+_SEEN = (
+    "what was trained on tells nothing of other text. Give another text for validation, or none: then the end of the "
+    "training text is kept back."
+)
 
 
 def read_windows(
@@ -19,13 +29,18 @@ def read_windows(
     """Training windows, validation windows, (samples, length) int64 each, and facts of both.
 
     Raises:
-        ValueError: too little text, no tokenizer for text, or tokens that the model does not know.
+        ValueError: too little text, no tokenizer for text, tokens that the model does not know, or text for
+            validation that is trained on.
     """
+    if any(same_source(one, validation) for one in (train if is_mixture(train) else [train])):
+        raise ValueError(f"{describe(train)} is given for training and for validation: {_SEEN}")
     wanted = (config.data.num_samples or config.windows) + (config.validation_windows if validation is None else 0)
     train, validation, passed = as_tensors(train), as_tensors(validation), Passed()
     windows = _read(model, tokenizer, train, config, wanted, passed)
     if validation is not None:
-        held_out = _read(model, tokenizer, validation, config, config.validation_windows, Passed(), beside=True)
+        most = config.validation_windows
+        held_out = _read(model, tokenizer, validation, config, most, Passed(), beside=True)[:most]
+        _check_apart(windows, held_out)
     elif len(windows) > config.validation_windows:
         # the last of the text, not windows between those that are trained on
         held_out = windows[-config.validation_windows :]
@@ -38,7 +53,7 @@ def read_windows(
         )
     data = {
         "train": describe(train) if not isinstance(train, Tensor) else "tensor",
-        "validation": "end of train" if validation is None else describe(validation),
+        "validation": END_OF_TRAIN if validation is None else describe(validation),
         "windows": len(windows),
         "validation_windows": len(held_out),
         "sequence_length": windows.shape[1],
@@ -47,6 +62,17 @@ def read_windows(
     if not isinstance(train, Tensor) and not passed.token_rows:
         data["bos"] = starts_with_bos(tokenizer, config.data.bos)
     return windows, held_out, data | passed.facts()
+
+
+def _check_apart(windows: Tensor, held_out: Tensor) -> None:
+    """Raise `ValueError` where `held_out` windows are trained on, (samples, length) each; warn where a few are."""
+    shared = shared_windows(windows, held_out)
+    if not shared:
+        return
+    found = f"{shared} of {len(held_out)} validation windows are training windows as well"
+    if shared > FEW * len(held_out):
+        raise ValueError(f"{found}: {_SEEN}")
+    logger.warning("%s; give another text for validation where that is not by chance.", found)
 
 
 def _read(
@@ -62,7 +88,7 @@ def _read(
     if isinstance(source, Tensor):
         check_tokens(source, model)
         return source.long()
-    if isinstance(source, Mapping) and isinstance(next(iter(source.values()), None), Tensor):
+    if is_inputs(source):
         raise ValueError(f"Training takes text or token ids, and the inputs are {sorted(source)}; give ids.")
     data = config.data.beside(source) if beside else config.data
     length = config.data.sequence_length or default_length(model)
