@@ -5,8 +5,8 @@ from __future__ import annotations
 import hashlib
 import logging
 import warnings
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from typing import Any
 
@@ -15,7 +15,20 @@ from torch import Tensor, nn
 
 from .common.registry import near
 from .common.settings import check_settings, setting
-from .common.texts import DATASETS, check_source, describe, iterate_texts  # noqa: F401 - the door of reading
+from .common.texts import (  # noqa: F401 - the door of reading
+    DATASETS,
+    Passed,
+    Reading,
+    check_source,
+    describe,
+    is_mixture,
+    iterate_texts,
+    names_dataset,
+    read_items,
+)
+from .common.token_rows import as_tensors
+from .common.values import is_number
+from .common.windows import cut_windows, paper_windows, shares, spread, whole_rows
 
 
 logger = logging.getLogger(__name__)
@@ -37,8 +50,12 @@ class DataConfig:
         num_samples (`int`, *optional*): Sequences to take from a text source. By default 128 for calibration, and as
             many as the steps need for training.
         sequence_length (`int`, *optional*): Tokens per sequence. Defaults to the model's longest, at most 2048.
-        text_column (`str`, defaults to `"text"`): The column of a dataset that holds the text.
-        split (`str`, *optional*): The split of a named dataset. Defaults to `"train"`.
+        text_column (`str`, defaults to `"text"`): The column of a dataset that holds the text or the conversation.
+            Where there is no `"text"`, conversations are looked for in `messages`, `conversations`, and `prompt` with
+            `completion`.
+        split (`str`, *optional*): The split of a named dataset, or rows of it as in `"train[:50]"`. Defaults to
+            `"train"`.
+        subset (`str`, *optional*): The configuration of a dataset that has several.
         bos (`bool`, *optional*): Whether each sequence starts with the tokenizer's beginning-of-sequence token. By
             default where the tokenizer adds it.
         seed (`int`, defaults to 0): Which sequences are taken.
@@ -48,11 +65,21 @@ class DataConfig:
     sequence_length: int | None = setting(None, low=2)
     text_column: str = "text"
     split: str | None = None
+    subset: str | None = None
     bos: bool | None = None
     seed: int = setting(0, low=0)
 
     def __post_init__(self):
         check_settings(self)
+        self.reading().parts  # noqa: B018 - what is no split is refused here
+
+    def reading(self, otherwise: str | None = None) -> Reading:
+        """How a source is read; `otherwise` is the split where none is named."""
+        return Reading(self.text_column, self.split, self.subset, otherwise)
+
+    def beside(self, source: Any) -> DataConfig:
+        """The settings by which a second source, such as validation text, is read: a file of its own, whole."""
+        return self if names_dataset(source) else replace(self, split=None, subset=None)
 
 
 DEFAULT = DataConfig()
@@ -67,12 +94,14 @@ class Calibration:
         source (`str`): what the user named.
         seed (`int`): which windows were drawn.
         bos (`bool`): whether each starts with the tokenizer's beginning-of-sequence token; `None` where not known.
+        notes (`Mapping[str, Any]`): what else is to be known of the source, such as rows that hold no text.
     """
 
     inputs: Mapping[str, Tensor]
     source: str
     seed: int | None = None
     bos: bool | None = None
+    notes: Mapping[str, Any] = field(default_factory=dict)
 
     def batches(self, size: int) -> list[dict[str, Tensor]]:
         """The inputs in batches of at most `size` samples, (samples, ...) each."""
@@ -91,7 +120,7 @@ class Calibration:
         padded = mask is not None and length and mask.shape == (samples, length)
         tokens = int(mask.bool().sum()) if padded else samples * length if length else None
         facts = {"source": self.source, "samples": samples, "length": length, "tokens": tokens, "seed": self.seed}
-        return facts if self.bos is None else {**facts, "bos": self.bos}
+        return {**facts, **({} if self.bos is None else {"bos": self.bos}), **self.notes}
 
 
 def load_calibration(
@@ -100,8 +129,9 @@ def load_calibration(
     """What `source` offers, as inputs of `model`.
 
     Args:
-        source (`Any`): a LongTensor (samples, length) or a mapping of the model's inputs by name, both used whole; or
-            a source of text as `iterate_texts` reads it, of which windows are drawn.
+        source (`Any`): token ids (samples, length) or a mapping of the model's inputs by name, tensors or arrays, both
+            used whole; or a source of text, conversations or rows of token ids as `load_tokens` reads it, of which
+            windows are drawn.
         config (`DataConfig`, *optional*): how many windows, how long, from which column and split, by which seed.
         settings (`dict`): those of `config`, as in releases before it was there.
 
@@ -111,7 +141,7 @@ def load_calibration(
     if settings:
         warnings.warn("Settings of text are a DataConfig: config=DataConfig(...).", FutureWarning, stacklevel=2)
         config = replace(config, **settings)
-    main = model.main_input_name
+    main, source = model.main_input_name, as_tensors(source)
     if isinstance(source, Tensor):
         source = {main: source}
     if isinstance(source, Mapping) and source and all(isinstance(value, Tensor) for value in source.values()):
@@ -121,20 +151,20 @@ def load_calibration(
         if "input_ids" in source:
             check_tokens(source["input_ids"], model)
         return Calibration({name: v.long() if name == "input_ids" else v for name, v in source.items()}, "tensor")
-    if tokenizer is None:
-        raise ValueError("Calibration text needs a tokenizer; pass one, or token ids of shape (samples, length).")
+    passed = Passed()
     tokens = load_tokens(
         source,
         tokenizer,
         num_samples=config.num_samples or SAMPLES,
         sequence_length=config.sequence_length or default_length(model),
         seed=config.seed,
-        text_column=config.text_column,
-        split=config.split,
         bos=config.bos,
+        reading=replace(config.reading(), passed=passed),
+        keeps_rows=config.sequence_length is None,
     )
     check_tokens(tokens, model)
-    return Calibration({"input_ids": tokens}, describe(source), config.seed, starts_with_bos(tokenizer, config.bos))
+    bos = None if passed.token_rows else starts_with_bos(tokenizer, config.bos)
+    return Calibration({"input_ids": tokens}, describe(source), config.seed, bos, passed.facts())
 
 
 def default_length(model: nn.Module) -> int:
@@ -153,33 +183,50 @@ def load_tokens(
     seed: int = 0,
     text_column: str = "text",
     split: str | None = None,
+    subset: str | None = None,
     bos: bool | None = None,
     windows: str = "each",
+    reading: Reading | None = None,
+    keeps_rows: bool = True,
 ) -> Tensor:
     """Non-overlapping windows of the source's text, LongTensor (samples, sequence_length).
 
-    Texts are joined, with the tokenizer's end-of-text token between them. With `num_samples`, that many windows are
-    drawn in an order that `seed` decides; without, all windows are taken in the order of the text.
+    Texts are joined, with the tokenizer's end-of-text token between them; conversations as its chat template writes
+    them. With `num_samples`, that many windows are drawn in an order that `seed` decides; without, all windows are
+    taken in the order of the text.
 
     Args:
+        source (`Any`): texts, a path, a dataset or its name, a DataLoader or rows of token ids; or a mapping of
+            several to their weights, as in `{"wikitext2": 3, "code.jsonl": 1}`: each gives its share of the windows.
         bos (`bool`, *optional*): whether the tokenizer's beginning-of-sequence token stands in front, counted in the
             length; by default where the tokenizer adds it by itself.
         windows (`str`, defaults to `"each"`): in front of what it stands: of `"each"` window, or, as `"paper"`, once
             of the whole text, whose rows are then joined by two line breaks, the empty ones too, with no end-of-text
             between them. The second reproduces published perplexities, and takes the whole text.
+        reading (`Reading`, *optional*): instead of column, split and subset.
+        keeps_rows (`bool`, defaults to `True`): whether rows of token ids that have one length, and are no longer than
+            `sequence_length`, are the windows; other rows are joined and cut like texts.
 
     Raises:
         ValueError: the text holds fewer windows than were asked for; no beginning-of-sequence token to put in front.
     """
     check_cut(windows, num_samples)
-    bos = starts_with_bos(tokenizer, bos)
-    texts = iterate_texts(source, text_column, split)
+    reading = Reading(text_column, split, subset) if reading is None else reading
+    given = {"sequence_length": sequence_length, "seed": seed, "bos": bos, "windows": windows, "keeps_rows": False}
+    if is_mixture(source):
+        if num_samples is None:
+            raise ValueError("Sources with weights give shares of num_samples windows; say how many.")
+        drawn = []
+        for one, share in shares(check_weights(source), num_samples).items():
+            drawn.append(load_tokens(one, tokenizer, num_samples=share, reading=reading.of(one), **given))
+        return spread(drawn)
     if windows == "paper":
-        found = _paper_windows(texts, tokenizer, sequence_length, bos)
+        items, bos = read_items(source, reading), starts_with_bos(tokenizer, bos)
+        found = paper_windows(items, tokenizer, sequence_length, bos)
+        reading.passed.say(describe(source))
     else:
-        found = cut_windows(
-            texts, tokenizer, sequence_length, None if num_samples is None else num_samples * POOL, bos
-        )
+        pool = None if num_samples is None else num_samples * POOL
+        found = first_windows(source, tokenizer, sequence_length, pool, reading, bos, keeps_rows)
     needed = 1 if num_samples is None else num_samples
     if len(found) < needed:
         raise ValueError(
@@ -191,6 +238,54 @@ def load_tokens(
     # On the CPU by a generator of its own: the same windows on every machine, and no global seed is touched.
     order = torch.randperm(len(found), generator=torch.Generator().manual_seed(seed))
     return found[order[:num_samples]]
+
+
+def first_windows(
+    source: Any,
+    tokenizer: Any,
+    length: int,
+    wanted: int | None,
+    reading: Reading,
+    bos: bool | None = None,
+    keeps_rows: bool = True,
+) -> Tensor:
+    """At most `wanted` windows, LongTensor (samples, length), in the order of the source; see [`load_tokens`]."""
+    passed = reading.passed
+    if is_mixture(source):
+        parts = []
+        for one, share in shares(check_weights(source), wanted).items():
+            parts.append(first_windows(one, tokenizer, length, share, reading.of(one), bos, False))
+            if len(parts[-1]) < share:
+                logger.warning("%s holds %d windows, and its share are %d.", describe(one), len(parts[-1]), share)
+        return spread(parts)
+    items = read_items(source, reading)
+    if keeps_rows:
+        rows, items = whole_rows(items, length, wanted)
+        if rows is not None:
+            passed.token_rows += len(rows)
+            return rows
+    begins = starts_with_bos(tokenizer, bos)
+    # a template's own is kept where nobody says whether there is to be one
+    found = cut_windows(items, tokenizer, length, wanted, begins, passed, own_bos=bos is None and not begins)
+    passed.say(describe(source))
+    return found
+
+
+def check_weights(source: Mapping[Any, Any]) -> dict[Any, float]:
+    """The weights of several sources, by source.
+
+    Raises:
+        ValueError: one of them is no positive number, or there is no source.
+    """
+    for one, weight in source.items():
+        if not is_number(weight) or weight <= 0:
+            raise ValueError(
+                f"A mapping is inputs by name, all of them tensors, or sources with their weights; {str(one)[:40]!r} "
+                f"has {str(weight)[:40]!r}, and a weight is a number above 0."
+            )
+    if not source:
+        raise ValueError("There is no source of text; name one.")
+    return dict(source)
 
 
 def check_cut(windows: str, num_samples: int | None) -> None:
@@ -272,40 +367,3 @@ def split_windows(windows: Tensor, sizes: Mapping[str, int], seed: int = 0) -> d
         raise ValueError(f"{dict(sizes)} needs {sum(sizes.values())} windows, and there are {len(windows)}.")
     order = iter(torch.randperm(len(windows), generator=torch.Generator().manual_seed(seed)).tolist())
     return {name: windows[list(islice(order, size))] for name, size in sizes.items()}
-
-
-def cut_windows(
-    texts: Iterable[str], tokenizer: Any, length: int, wanted: int | None = None, bos: bool = False
-) -> Tensor:
-    """At most `wanted` windows, LongTensor (samples, length), of the joined texts; with `bos`, it stands in front."""
-    separator = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    size = _text_tokens(length, bos)
-    ids: list[int] = []
-    for text in texts:
-        if not text.strip():
-            continue
-        if ids:
-            ids += separator
-        # Without: special tokens are put in where they are asked for, and once.
-        ids += tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-        # A corpus may be larger than the disk: it is streamed, and read no further than needed.
-        if wanted is not None and len(ids) >= wanted * size:
-            break
-    count = len(ids) // size if wanted is None else min(len(ids) // size, wanted)
-    found = torch.tensor(ids[: count * size], dtype=torch.long).view(count, size)
-    return torch.cat([torch.full((count, 1), tokenizer.bos_token_id), found], 1) if bos else found
-
-
-def _text_tokens(length: int, bos: bool) -> int:
-    """How many tokens of text a window of `length` tokens holds."""
-    if length <= bos:
-        raise ValueError(f"A window of {length} tokens has no room for text behind its BOS; use longer ones, or none.")
-    return length - bos
-
-
-def _paper_windows(texts: Iterable[str], tokenizer: Any, length: int, bos: bool) -> Tensor:
-    """Windows, (samples, length), of the whole text as published code cuts it; it is tokenized in one piece."""
-    ids = tokenizer("\n\n".join(texts), add_special_tokens=False, verbose=False)["input_ids"]
-    ids = [tokenizer.bos_token_id, *ids] if bos else ids
-    count = len(ids) // length
-    return torch.tensor(ids[: count * length], dtype=torch.long).view(count, length)

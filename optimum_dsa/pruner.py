@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -24,6 +24,7 @@ from .checkpoint.save import base_model, save_checkpoint
 from .checkpoint.verify import Verification, verify
 from .common.escaping import one_line
 from .common.output import OutputFolder
+from .common.token_rows import as_tensors, is_inputs
 from .data import SAMPLES, Calibration, load_calibration
 from .model.adapters import has_adapters, inner_model, plain_name, saves_adapters, without_adapters
 from .model.walk import walk_blocks
@@ -176,7 +177,7 @@ class DSAPruner:
 
         check_searchable(config)  # before any text is read
         check_dense(self.model, config, "a search")
-        if validation is None and isinstance(calibration, (Tensor, Mapping)):
+        if validation is None and is_inputs(calibration := as_tensors(calibration)):
             raise ValueError("Give validation text or tokens: calibration inputs given as tensors are used whole.")
         if validation is None:
             number = config.data.num_samples or SAMPLES
@@ -186,7 +187,8 @@ class DSAPruner:
             data, tokens = replace(drawn, inputs={"input_ids": windows[:number]}), windows[number:]
         else:
             data = load_calibration(calibration, self.model, self.tokenizer, config.data)
-            tokens = load_calibration(validation, self.model, self.tokenizer, config.data).inputs["input_ids"]
+            beside = config.data.beside(validation)
+            tokens = load_calibration(validation, self.model, self.tokenizer, beside).inputs["input_ids"]
         with without_adapters(self.model):
             return search(
                 inner_model(self.model),

@@ -147,7 +147,7 @@ def test_too_little_text_says_how_much_there_is(texts):
     [
         ("nowhere.jsonl", FileNotFoundError, "nowhere.jsonl"),
         ("nowhere.txt", FileNotFoundError, "nowhere.txt"),
-        ([1, 2], ValueError, "Expected texts, got int"),
+        ([1, 2], ValueError, "expected a text, got int"),
         (5, ValueError, "Cannot read text from int"),
         (datasets.DatasetDict({"train": datasets.Dataset.from_dict({"text": TEXTS})}), ValueError, "one split.*train"),
         (datasets.Dataset.from_dict({"body": TEXTS}), ValueError, "no column 'text'; it has body"),
@@ -163,9 +163,9 @@ def test_a_source_that_cannot_be_read_is_a_clear_error(source, error, message):
     [
         ("broken.jsonl", b'{"text": "a"}\n{"text": "b"\n', "broken.jsonl, line 2: not JSON"),
         ("latin.jsonl", b'{"text": "a"}\n\n{"text": "caf\xe9"}\n', "latin.jsonl, line 3: not text in UTF-8"),
-        ("list.jsonl", b'["a"]', "list.jsonl, line 1: no column 'text'; it is a list"),
+        ("list.jsonl", b'["a"]', "list.jsonl, line 1: expected a text, got list"),
         ("other.jsonl", b'{"body": "a"}', "line 1: no column 'text'; it has body"),
-        ("broken.json", b'[{"text": "a"', "Cannot load the dataset .*broken.json"),
+        ("broken.json", b'[{"text": "a"', "broken.json, row 1: not JSON"),
         ("broken.parquet", b"PAR1xxxx", "Cannot load the dataset .*broken.parquet.*magic bytes"),
         ("latin.txt", b"caf\xe9", r"latin.txt is not text in UTF-8 \(.* at byte 3\)"),
         ("notes", b"a text", "Cannot read .*notes.*: expected .txt"),

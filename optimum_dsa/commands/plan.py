@@ -33,7 +33,6 @@ model's config.json, and the time from one block of such sizes, with random weig
         )
         what = parser.add_argument_group("what to remove")
         add_quality_option(what)
-        what.add_argument("--config", help="dsa_config.json, or a folder with one, to start from")
         data = add_calibration_options(parser)
         add_settings(parser, [(data, CALIBRATION)], "pruning.configuration.DSAConfig", what)
         add_loading_options(parser)

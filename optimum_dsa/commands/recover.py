@@ -2,7 +2,16 @@
 
 from __future__ import annotations
 
-from .base import LeafCommand, add_loading_options, check_texts, check_weights, loading_options, say
+from .base import (
+    LeafCommand,
+    add_loading_options,
+    add_source_options,
+    asked_source,
+    check_texts,
+    check_weights,
+    loading_options,
+    say,
+)
 from .options import add_settings, asked_settings, evaluate_options
 
 
@@ -42,8 +51,8 @@ mode    what the adapters add to a weight W, with small factors A and B
         how = parser.add_argument_group("training")
         how.add_argument("--teacher", help="the dense model, to learn its predictions (--distillation 0.5)")
         data = parser.add_argument_group("text")
-        data.add_argument("--dataset", required=True, help=".txt, .jsonl or .parquet file, or a dataset's name")
-        data.add_argument("--validation", help="as --dataset (default: the end of it)")
+        add_source_options(data, required=True)
+        data.add_argument("--validation", help="as --dataset, once (default: the end of it)")
         run = parser.add_argument_group("stopping and going on")
         run.add_argument("--checkpoints", help="their folder (default: beside OUTPUT, hidden, removed at the end)")
         run.add_argument("--resume", action="store_true", help="go on from the last checkpoint")
@@ -101,10 +110,10 @@ mode    what the adapters add to a weight W, with small factors A and B
             self._checkpoints = checkpoints
             pruner = DSAPruner.from_pretrained(args.model, **loading)
             place.require(weight_bytes(pruner.model))
-            teacher = args.teacher
+            teacher, source = args.teacher, asked_source(args)
             if teacher and args.trust_remote_code:
                 teacher = load_model(teacher, trust_remote_code=True)
-            result = pruner.recover(args.dataset, config, args.validation, teacher, checkpoints, args.resume)
+            result = pruner.recover(source, config, args.validation, teacher, checkpoints, args.resume)
             say(str(result))
             pruner.save_pretrained(place)
         as_before = "" if config.sparsity is not None else " as before"

@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
-from .base import LeafCommand, add_loading_options, check_texts, check_weights, loading_options, say
+from .base import (
+    LeafCommand,
+    add_loading_options,
+    asked_source,
+    check_texts,
+    check_weights,
+    loading_options,
+    say,
+)
 from .options import CommandParser, add_settings, as_given, taken
 from .prune import CALIBRATION, PruneCommand, add_calibration_options, add_quality_option, asked_config
 
 
-NOT_HANDED_ON = ("output", "resume", "allocation", "json", "quiet", "verbose")  # of one run, or what was found
+# of one run, or what was found
+NOT_HANDED_ON = ("output", "resume", "allocation", "json", "quiet", "verbose", "config", "print_config")
 
 
 class SearchCommand(LeafCommand):
@@ -103,7 +112,7 @@ strategy    named         uniform and every named allocator
             for seed in range(config.data.seed, config.data.seed + args.seeds):
                 results.append(
                     pruner.search(
-                        args.dataset,
+                        asked_source(args),
                         replace(config, data=replace(config.data, seed=seed)),
                         args.strategy,
                         args.budget,

@@ -27,6 +27,7 @@ from .provenance import (
     dataset_id,
     is_repository,
     last_part,
+    mixture,
     names_data,
     papers,
     recover_command,
@@ -267,7 +268,10 @@ def _note(facts: Mapping[str, Any], made: str, revision: str | None) -> str:
     if not made:
         parts.append("How the zeros came about is not known.")
     source = calibration_source(facts)
-    if facts.get("calibration") and not names_data(source):
+    if several := mixture(source):
+        local = ", ".join(code_span(one) for one in several if dataset_id(one) is None)
+        parts.append(f"Of the calibration data, {local} is not part of this repository." if local else "")
+    elif facts.get("calibration") and not names_data(source):
         named = f" ({inline_markdown(source)})" if source else ""
         parts.append(f"The calibration data{named} were given in Python and have no name.")
     elif source and dataset_id(source) is None:
