@@ -21,11 +21,12 @@ from .checkpoint.save import base_model, save_checkpoint
 from .checkpoint.verify import Verification, verify
 from .common.escaping import one_line
 from .common.output import OutputFolder
-from .data import SAMPLES, Calibration, load_calibration
+from .data import SAMPLES
 from .model.adapters import has_adapters, inner_model, plain_name
 from .model.walk import walk_blocks
 from .pruning.allocate import allocate, architecture_for
 from .pruning.allocation import Allocation
+from .pruning.calibration import Calibration, load_calibration
 from .pruning.configuration import AUTO, DSAConfig
 from .pruning.prune import prune
 from .pruning.report import PruningReport

@@ -9,9 +9,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..data import check_cut, default_length, describe, fingerprint, load_tokens, starts_with_bos
+from ..data import check_cut, describe, fingerprint, load_tokens, starts_with_bos
 from ..model.adapters import inner_model
 from ..model.architecture import find_architecture
+from ..model.inputs import default_length
 from ..pruning.report import PruningReport
 from ..pruning.zeros import count_zeros
 from .measurement import Measurement, Protocol, TaskProtocol

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ..common.fences import has_device_map
 from ..common.progress import progress
-from ..data import check_tokens
+from ..model.inputs import check_tokens
 
 
 def perplexity(model: nn.Module, tokens: Tensor, batch_size: int = 8) -> float:

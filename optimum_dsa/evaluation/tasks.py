@@ -13,7 +13,7 @@ from torch import nn
 
 from ..common.installation import how_to_install
 from ..common.registry import UnknownNameError, near
-from ..data import default_length
+from ..model.inputs import default_length
 
 
 # The zero-shot tasks of the DSA paper.

@@ -8,10 +8,10 @@ from dataclasses import replace
 from torch import Tensor, nn
 
 from ..common.progress import progress as shown
-from ..data import Calibration, load_calibration
 from ..model.architecture import Architecture
 from ..model.calls import feed
 from ..model.statistics import CollectedStatistics
+from .calibration import Calibration, load_calibration
 from .configuration import DSAConfig
 
 

@@ -6,7 +6,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..data import check_tokens, cut_windows, default_length, describe, iterate_texts, starts_with_bos
+from ..data import cut_windows, describe, iterate_texts, starts_with_bos
+from ..model.inputs import check_tokens, default_length
 from .configuration import RecoveryConfig
 
 

@@ -6,7 +6,7 @@ import logging
 
 from torch import Tensor
 
-from ..data import Calibration
+from ..pruning.calibration import Calibration
 
 
 logger = logging.getLogger(__name__)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from ..common.fences import has_device_map
-from ..data import check_tokens
+from ..model.inputs import check_tokens
 from .realise import Realisation
 
 

@@ -9,12 +9,12 @@ from dataclasses import replace
 import torch
 from torch import nn
 
-from ...data import Calibration
 from ...model.adapters import plain_name
 from ...model.architecture import GRANULARITIES, Architecture
 from ...pruning.allocate import allocate, architecture_for
 from ...pruning.allocation import Allocation
 from ...pruning.allocation.budget import fit_counts, split_count
+from ...pruning.calibration import Calibration
 from ...pruning.configuration import DSAConfig
 from ...pruning.prune import prune
 from ...pruning.report import PruningReport
