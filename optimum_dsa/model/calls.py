@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from transformers import Cache
 
 from ..common.fences import is_placed, tensor_version
+from .adapters import inner_model
 from .architecture import Stack, UnprunableError
 
 
@@ -248,7 +249,7 @@ def feed(model: nn.Module, batch: Mapping[str, Tensor]) -> Any:
 
     An encoder-decoder that is given no decoder input decodes its own input.
     """
-    accepted = inspect.signature(model.forward).parameters
+    accepted = inspect.signature(inner_model(model).forward).parameters
     flexible = any(parameter.kind is parameter.VAR_KEYWORD for parameter in accepted.values())
     # Where accelerate places a model, it moves the inputs itself.
     device = None if is_placed(model) else model.device
@@ -256,7 +257,8 @@ def feed(model: nn.Module, batch: Mapping[str, Tensor]) -> Any:
     for switch in ("use_cache", "output_router_logits"):
         if switch in accepted or (flexible and hasattr(model.config.get_text_config(), switch)):
             inputs[switch] = False
-    if model.config.is_encoder_decoder and "decoder_input_ids" not in inputs and "input_ids" in inputs:
+    alone = not {"decoder_input_ids", "decoder_inputs_embeds", "labels"} & inputs.keys()
+    if model.config.is_encoder_decoder and alone and "input_ids" in inputs:
         inputs["decoder_input_ids"] = inputs["input_ids"]
     return model(**inputs)
 

@@ -9,8 +9,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ..common.frame import Frame, frame_of
 from ..data import DEFAULT, SAMPLES, DataConfig, describe, load_tokens, starts_with_bos
-from ..model.inputs import check_length, check_takes_text, check_tokens, default_length, main_input
+from ..model.inputs import check_length, check_takes_text, check_tokens, default_length, kind_of, main_input
 
 
 @dataclass(frozen=True)
@@ -80,15 +81,19 @@ def load_calibration(
     check_length(length, model)  # before any text is read
     if tokenizer is None:
         raise ValueError("Calibration text needs a tokenizer; pass one, or token ids of shape (samples, length).")
+    # A causal model's windows are cut from running text; others were trained on texts in their tokenizer's frame.
+    framed = kind_of(model) != "causal" and config.bos is None
+    frame = frame_of(tokenizer) if framed else Frame()
     tokens = load_tokens(
         source,
         tokenizer,
         num_samples=config.num_samples or SAMPLES,
-        sequence_length=length,
+        sequence_length=length - len(frame),
         seed=config.seed,
         text_column=config.text_column,
         split=config.split,
-        bos=config.bos,
+        bos=False if frame else config.bos,
     )
+    tokens = frame.around(tokens)
     check_tokens(tokens, model)
     return Calibration({"input_ids": tokens}, describe(source), config.seed, starts_with_bos(tokenizer, config.bos))

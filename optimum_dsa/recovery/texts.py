@@ -6,8 +6,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ..common.frame import Frame, frame_of
 from ..data import cut_windows, describe, iterate_texts, starts_with_bos
-from ..model.inputs import check_tokens, default_length
+from ..model.examples import PREDICTS, check_predicts_tokens
+from ..model.inputs import check_length, check_tokens, default_length, kind_of
 from .configuration import RecoveryConfig
 
 
@@ -19,6 +21,7 @@ def read_windows(
     Raises:
         ValueError: too little text, no tokenizer for text, or tokens that the model does not know.
     """
+    predicted = PREDICTS[check_predicts_tokens(model, tokenizer, "train")]
     wanted = (config.data.num_samples or config.windows) + (config.validation_windows if validation is None else 0)
     windows = _read(model, tokenizer, train, config, wanted)
     if validation is not None:
@@ -41,6 +44,8 @@ def read_windows(
         "sequence_length": windows.shape[1],
         "tokens": config.windows * windows.shape[1],
     }
+    if predicted is not None:
+        data["predicted"] = predicted
     if not isinstance(train, Tensor):
         data["bos"] = starts_with_bos(tokenizer, config.data.bos)
     return windows, held_out, data
@@ -54,8 +59,11 @@ def _read(model: nn.Module, tokenizer: Any, source: Any, config: RecoveryConfig,
     if tokenizer is None:
         raise ValueError("Training text needs a tokenizer; pass one, or token ids of shape (samples, length).")
     data, length = config.data, config.data.sequence_length or default_length(model)
-    texts, bos = iterate_texts(source, data.text_column, data.split), starts_with_bos(tokenizer, data.bos)
-    windows = cut_windows(texts, tokenizer, length, wanted, bos)
+    check_length(length, model)  # before any text is read
+    texts = iterate_texts(source, data.text_column, data.split)
+    frame = frame_of(tokenizer) if kind_of(model) != "causal" and data.bos is None else Frame()
+    bos = starts_with_bos(tokenizer, data.bos) and not frame
+    windows = frame.around(cut_windows(texts, tokenizer, length - len(frame), wanted, bos))
     if len(windows) == 0:
         raise ValueError(f"{describe(source)} holds 0 windows of {length} tokens; give more text or shorter windows.")
     check_tokens(windows, model)
