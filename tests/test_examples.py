@@ -110,9 +110,10 @@ def test_recovery_with_peft_merges_into_the_same_zeros(monkeypatch, capsys, plac
 
 def test_the_benchmark_of_recovery_counts_zeros_and_costs(monkeypatch, capsys):
     small = ("--steps", 1, "--batch-size", 1, "--test", 2, "--repeats", 1, "--rank", 2, "--samples", 4)
-    run(monkeypatch, "benchmarks/recovery.py", *small, "--only", "quality", "--rows", "none", "lora", "mask")
+    names = ("none", "lora", "mask", "elsa")
+    run(monkeypatch, "benchmarks/recovery.py", *small, "--sampled", 2, "--only", "quality", "--rows", *names)
     lines = capsys.readouterr().out.splitlines()
-    rows = {line.split()[0]: line.split() for line in lines if line.split()[0] in ("none", "lora", "mask")}
-    assert len(rows) == 3
+    rows = {line.split()[0]: line.split() for line in lines if line.split()[0] in names}
+    assert len(rows) == 4
     for row in rows.values():
-        assert row[3] == row[5] and row[6] == "0"  # all zeros kept, no new one
+        assert row[4] == row[6] and row[7] == "0"  # all zeros kept, or as many, and none beyond

@@ -2,9 +2,13 @@
 
 The model is pruned once. Every row starts from it and makes the same steps on the same tokens: no training; plain
 LoRA, whose merged weights are masked again; sparse adapters (mask, scale, spp), merged; and all weights, with
-`DSACallback`. The last row, gradual, starts from the dense model, trains all weights and is pruned on the way, in the
-first half of the steps. Learning rates are the defaults of `RecoveryConfig`; LoRA's is mask's. Perplexity is measured
-on `test`, which nothing else sees.
+`DSACallback`. The last two start from the dense model and train all weights: gradual, which is pruned on the way, in
+the first half of the steps; and elsa, whose zeros move until the end, as many in each matrix as the pruned model has.
+Learning rates are the defaults of `RecoveryConfig`, or --rate in the rows that train all weights; LoRA's is mask's.
+Perplexity is measured on `test`, which nothing else sees, and on 32 windows of `validation`, to choose a rate by.
+
+Little text is learnt by heart: with --sampled so many windows are trained on beside `calibration` that the dense model
+has written itself, from the first words of that text.
 
 Cost: steps of each adapter on one batch, taken in turns in one process, whose median is held against plain LoRA's; and
 in a process of its own per adapter, the peak memory of training over what was resident before the model was loaded
@@ -13,6 +17,7 @@ in a process of its own per adapter, the peak memory of training over what was r
     python recovery.py                                              # the embedded model on the demo's text
     python recovery.py MODEL --tokens tokens.safetensors --steps 300
     python recovery.py MODEL --tokens tokens.safetensors --steps 300 --distillation 0.5     # the dense model teaches
+    python recovery.py MODEL --tokens tokens.safetensors --sparsity 0.8 --sampled 896 --rows full elsa --only quality
     python recovery.py MODEL --tokens tokens.safetensors --only cost
 """
 
@@ -47,10 +52,12 @@ from optimum_dsa import (
     load_tokens,
     perplexity,
 )
+from optimum_dsa.recovery.elsa.callback import ElsaCallback
 from optimum_dsa.recovery.recover import make_trainer
 
 
-ROWS = ("none", "lora", "mask", "scale", "spp", "full", "gradual")
+ROWS = ("none", "lora", "mask", "scale", "spp", "full", "gradual", "elsa")
+WHOLE = ("full", "gradual", "elsa")  # train all weights
 ADAPTERS = ("lora", "mask", "scale", "spp")
 MB = 2**20
 
@@ -66,9 +73,23 @@ def load(args: argparse.Namespace) -> tuple[nn.Module, dict[str, Tensor]]:
     else:
         tokenizer = AutoTokenizer.from_pretrained(args.model)
         tokens = {name: load_tokens(demo_texts(name), tokenizer, sequence_length=256) for name in parts}
+    tokens["train"] = tokens["calibration"]
     if args.train_on:
-        tokens["calibration"] = torch.cat([tokens["calibration"], load_file(args.tokens)[args.train_on].long()])
+        tokens["train"] = torch.cat([tokens["train"], load_file(args.tokens)[args.train_on].long()])
+    if args.sampled:
+        tokens["train"] = torch.cat([tokens["train"], written(model, tokens["calibration"], args.sampled)])
     return model, {**tokens, "test": tokens["test"][: args.test], "validation": tokens["validation"][:32]}
+
+
+@torch.no_grad()
+def written(model: nn.Module, text: Tensor, count: int, given: int = 4, at_once: int = 64) -> Tensor:
+    """`count` windows of the length of `text`, (windows, length), that the model goes on writing."""
+    torch.manual_seed(0)
+    starts = text[:, : text.shape[1] // given * given].reshape(-1, given)
+    starts = starts[torch.randperm(len(starts))[:count]]
+    length = text.shape[1] - given
+    options = {"do_sample": True, "top_k": 0, "min_new_tokens": length, "max_new_tokens": length, "pad_token_id": 0}
+    return torch.cat([model.generate(input_ids=part, **options) for part in starts.split(at_once)])
 
 
 def prune(model: nn.Module, tokens: dict[str, Tensor], args: argparse.Namespace) -> DSAPruner:
@@ -96,7 +117,7 @@ def adapted(model: nn.Module, kind: str, rank: int) -> nn.Module:
 def train(model: nn.Module, tokens: dict[str, Tensor], config: RecoveryConfig, teacher, *callbacks) -> nn.Module:
     """`model` after the steps of `config`."""
     with tempfile.TemporaryDirectory() as folder:
-        trainer = make_trainer(model, tokens["calibration"], tokens["validation"], config, teacher, Path(folder))
+        trainer = make_trainer(model, tokens["train"], tokens["validation"], config, teacher, Path(folder))
         for callback in callbacks:
             callback.attach(trainer)
         trainer.train()
@@ -130,14 +151,16 @@ def quality(args: argparse.Namespace) -> None:
     pruner = prune(copy.deepcopy(dense), tokens, args)
     zero = masks(pruner.model)
     lost = perplexity(pruner.model, tokens["test"]) - start
-    seen = args.steps * args.batch_size * tokens["calibration"].shape[1]
+    seen = args.steps * args.batch_size * tokens["train"].shape[1]
     print(f"dense perplexity {start:.2f}; {args.sparsity:.0%} removed with wanda and dsa; {args.steps} steps of")
-    print(f"{args.batch_size} windows, {seen:,} tokens of {tokens['calibration'].numel():,}; rank {args.rank}", end="")
+    print(f"{args.batch_size} windows, {seen:,} tokens of {tokens['train'].numel():,}; rank {args.rank}", end="")
     print(f"; distillation {args.distillation:g}" if args.distillation else "")
-    print(f"{'':<8}{'perplexity':>11}{'regained':>10}{'zeros kept':>24}{'new zeros':>11}{'seconds':>9}", flush=True)
+    heads = f"{'validation':>11}{'test':>9}{'regained':>10}{'zeros kept':>24}{'new zeros':>11}{'seconds':>9}"
+    print(f"{'':<8}{heads}", flush=True)
     for row in args.rows:
         again, before = copy.deepcopy(pruner.model), time.perf_counter()
-        kind = {"method": "full"} if row in ("full", "gradual") else {"mode": row if row in MODES else "mask"}
+        whole = {"method": "full"} | ({"learning_rate": args.rate} if args.rate else {})
+        kind = whole if row in WHOLE else {"mode": row if row in MODES else "mask"}
         config = RecoveryConfig(
             steps=args.steps, batch_size=args.batch_size, rank=args.rank, eval_steps=args.steps,
             distillation=args.distillation, **kind,
@@ -147,20 +170,22 @@ def quality(args: argparse.Namespace) -> None:
             again = train_lora(again, tokens, config, teacher)
         elif row == "gradual":
             again = train_gradually(copy.deepcopy(dense), tokens, config, teacher, args)
+        elif row == "elsa":
+            again = train(copy.deepcopy(dense), tokens, config, teacher, ElsaCallback(pruner.report))
         elif row != "none":
             one = DSAPruner.from_pretrained(again)
             one.report = pruner.report
-            one.recover(tokens["calibration"], config, tokens["validation"], teacher)
+            one.recover(tokens["train"], config, tokens["validation"], teacher)
             again = one.model
         again.eval()
         value, found = perplexity(again, tokens["test"]), masks(again)
         kept = sum(int((found[name] & mask).sum()) for name, mask in zero.items())
         count, total = (sum(int(mask.sum()) for mask in part.values()) for part in (found, zero))
-        if row == "gradual":  # which zeros it makes, it chooses: only their number is held against the others'
+        if row in ("gradual", "elsa"):  # their zeros are their own: the number alone is held against the others'
             kept = min(count, total)
-        regained = (start + lost - value) / lost
+        regained, chosen = (start + lost - value) / lost, perplexity(again, tokens["validation"])
         print(
-            f"{row:<8}{value:>11.2f}{regained:>10.0%}{f'{kept:,} / {total:,}':>24}{count - kept:>11,}"
+            f"{row:<8}{chosen:>11.2f}{value:>9.2f}{regained:>10.0%}{f'{kept:,} / {total:,}':>24}{count - kept:>11,}"
             f"{time.perf_counter() - before:>9.0f}",
             flush=True,
         )
@@ -241,6 +266,8 @@ def main() -> None:
     )
     parser.add_argument("--tokens", help="safetensors file with calibration, validation and test, (samples, length)")
     parser.add_argument("--train-on", help="another tensor of that file to train on as well")
+    parser.add_argument("--sampled", type=int, default=0, help="windows that the dense model writes to be trained on")
+    parser.add_argument("--rate", type=float, help="learning rate of the rows that train all weights")
     parser.add_argument("--sparsity", type=float, default=0.7)
     parser.add_argument("--samples", type=int, default=128, help="windows that pruning is calibrated on")
     parser.add_argument("--steps", type=int, default=300)
