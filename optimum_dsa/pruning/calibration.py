@@ -3,15 +3,23 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ..common.frame import Frame, frame_of
 from ..data import DEFAULT, SAMPLES, DataConfig, describe, load_tokens, starts_with_bos
 from ..model.inputs import check_length, check_takes_text, check_tokens, default_length, kind_of, main_input
+from ..model.padding import Whole
+
+
+# Inputs that have a row for each prompt, and where configurations name the tokens that others take the place of.
+_TEXT = {"input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids", "position_ids", "decoder_input_ids"}
+_TEXT |= {"decoder_attention_mask", "labels"}
+_PLACES = ("image_token_id", "image_token_index", "video_token_id", "audio_token_id", "audio_token_index")
 
 
 @dataclass(frozen=True)
@@ -23,15 +31,20 @@ class Calibration:
         source (`str`): what the user named.
         seed (`int`): which windows were drawn.
         bos (`bool`): whether each starts with the tokenizer's beginning-of-sequence token; `None` where not known.
+        parts (`tuple[Mapping[str, Tensor], ...]`): batches that are run as they are, each of inputs by name: prompts
+            with any number of pictures each. Their tensors stand in `inputs` under names with a number.
     """
 
     inputs: Mapping[str, Tensor]
     source: str
     seed: int | None = None
     bos: bool | None = None
+    parts: tuple[Mapping[str, Tensor], ...] = ()
 
     def batches(self, size: int) -> list[dict[str, Tensor]]:
-        """The inputs in batches of at most `size` samples, (samples, ...) each."""
+        """The inputs in batches of at most `size` samples, (samples, ...) each; or the parts as they are."""
+        if self.parts:
+            return list(self.parts)
         parts = {name: value.split(size) for name, value in self.inputs.items()}
         return [dict(zip(parts, values)) for values in zip(*parts.values())]
 
@@ -40,7 +53,18 @@ class Calibration:
 
         Tokens are positions that an `attention_mask` does not mark as padding, wherever the padding stands.
         """
-        name, main = next(iter(self.inputs.items()))
+        if self.parts:
+            found = [Calibration(_main_first(part), self.source).facts() for part in self.parts]
+            samples, tokens = sum(each["samples"] for each in found), [each["tokens"] for each in found]
+            lengths = {each["length"] for each in found}
+            return {
+                "source": self.source,
+                "samples": samples,
+                "length": lengths.pop() if len(lengths) == 1 else None,
+                "tokens": None if None in tokens else sum(tokens),
+                "seed": self.seed,
+            }
+        name, main = next(iter(_main_first(self.inputs).items()))
         flat = main.dim() == (3 if name.endswith("inputs_embeds") else 2)
         samples, length = len(main), main.shape[1] if flat else None
         mask = self.inputs.get(f"{'decoder_' if name.startswith('decoder_') else ''}attention_mask")
@@ -56,8 +80,9 @@ def load_calibration(
     """What `source` offers, as inputs of `model`.
 
     Args:
-        source (`Any`): a LongTensor (samples, length) or a mapping of the model's inputs by name, both used whole; or
-            a source of text as `iterate_texts` reads it, of which windows are drawn.
+        source (`Any`): a LongTensor (samples, length), a mapping of the model's inputs by name, such as a processor
+            returns, or a list of such mappings, all used whole; or a source of text as `iterate_texts` reads it, of
+            which windows are drawn.
         config (`DataConfig`, *optional*): how many windows, how long, from which column and split, by which seed.
         settings (`dict`): those of `config`, as in releases before it was there.
 
@@ -70,12 +95,10 @@ def load_calibration(
     if isinstance(source, Tensor):
         source = {main_input(model): source}
     if isinstance(source, Mapping) and source and all(isinstance(value, Tensor) for value in source.values()):
-        lengths = {len(value) for value in source.values()}
-        if len(lengths) > 1 or 0 in lengths:
-            raise ValueError(f"Calibration inputs need the same number of samples, at least 1; got {sorted(lengths)}.")
-        for name in source.keys() & {"input_ids", "decoder_input_ids"}:
-            check_tokens(source[name], model)
-        return Calibration({name: v.long() if name == "input_ids" else v for name, v in source.items()}, "tensor")
+        batch = _checked(source, model)
+        return _of_parts([batch], "tensor") if isinstance(batch, Whole) else Calibration(batch, "tensor")
+    if _are_batches(source):
+        return _of_batches([_checked(batch, model) for batch in source])
     check_takes_text(model)
     length = config.sequence_length or default_length(model)
     check_length(length, model)  # before any text is read
@@ -97,3 +120,54 @@ def load_calibration(
     tokens = frame.around(tokens)
     check_tokens(tokens, model)
     return Calibration({"input_ids": tokens}, describe(source), config.seed, starts_with_bos(tokenizer, config.bos))
+
+
+def _main_first(inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Inputs by name, (samples, ...), tokens before pictures: they tell how many samples there are, and how long."""
+    return dict(sorted(inputs.items(), key=lambda item: item[0] not in ("input_ids", "inputs_embeds")))
+
+
+def _are_batches(source: Any) -> bool:
+    """Whether `source` is a list of inputs by name, tensors each."""
+    return (
+        isinstance(source, (list, tuple))
+        and bool(source)
+        and all(isinstance(batch, Mapping) and batch for batch in source)
+        and all(isinstance(value, Tensor) for batch in source for value in batch.values())
+    )
+
+
+def _checked(batch: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+    """Inputs by name, (samples, ...), that fit the model; a `Whole` where they cannot be cut by samples."""
+    if empty := [name for name, value in batch.items() if len(value) == 0]:
+        raise ValueError(f"Calibration inputs need at least 1 sample; {', '.join(empty)} has none.")
+    for name in batch.keys() & {"input_ids", "decoder_input_ids"}:
+        check_tokens(batch[name], model)
+    found = {name: value.long() if name == "input_ids" else value for name, value in batch.items()}
+    # Pictures and recordings come in rows of their own, beside prompts that say where they belong.
+    prompts = found.keys() & _TEXT if "input_ids" in found else found.keys()
+    lengths = {len(found[name]) for name in prompts}
+    if len(lengths) > 1:
+        raise ValueError(f"Calibration inputs need the same number of samples, at least 1; got {sorted(lengths)}.")
+    if prompts == found.keys():
+        return found
+    # As many pictures as prompts may still be two in one prompt and none in another.
+    tokens = (getattr(model.config, name, None) for name in _PLACES)
+    marks = [(found["input_ids"] == token).sum(1) for token in tokens if token is not None]
+    even = all(bool((mark == mark[0]).all()) for mark in marks)
+    return found if even and {len(value) for value in found.values()} == lengths else Whole(found)
+
+
+def _of_batches(batches: Sequence[Mapping[str, Tensor]]) -> Calibration:
+    """Batches of inputs by name as one calibration: cut as asked where they are alike, else run as they are."""
+    shapes = {tuple((name, value.shape[1:], value.dtype) for name, value in sorted(each.items())) for each in batches}
+    source = f"{len(batches)} batches"
+    if len(shapes) == 1 and not any(isinstance(batch, Whole) for batch in batches):
+        return Calibration({name: torch.cat([batch[name] for batch in batches]) for name in batches[0]}, source)
+    return _of_parts(batches, source)
+
+
+def _of_parts(parts: Sequence[Mapping[str, Tensor]], source: str) -> Calibration:
+    """Calibration on batches that are run as they are, (samples, ...) by name each."""
+    named = {f"{name}[{number}]": value for number, part in enumerate(parts) for name, value in part.items()}
+    return Calibration(named, source, parts=tuple(parts))

@@ -43,7 +43,11 @@ def batches_to_train(calibration: Known | None, config: DSAConfig) -> tuple[list
     Raises:
         ValueError: there is nothing to be trained on.
     """
-    samples = len(next(iter(calibration.inputs.values()))) if isinstance(calibration, Calibration) else 0
+    parts = list(calibration.parts) if isinstance(calibration, Calibration) else []
+    if len(parts) > 1:
+        return parts, held_out(len(parts))
+    known = isinstance(calibration, Calibration) and not parts
+    samples = len(next(iter(calibration.inputs.values()))) if known else len(parts)
     if samples < 2:
         raise ValueError(
             "reconstruct trains on calibration windows, and looks at another one whether that helps; got "

@@ -6,12 +6,12 @@ import os
 import tempfile
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
-from transformers import EarlyStoppingCallback, TrainingArguments, default_data_collator
+from transformers import EarlyStoppingCallback, PreTrainedConfig, TrainingArguments, default_data_collator
 
 from ..checkpoint.load import load_model
 from ..evaluation.perplexity import example_losses, mean_perplexity
@@ -213,12 +213,33 @@ def _rows(given: Tensor | Mapping[str, Tensor]) -> list[dict[str, Tensor]]:
 
 @contextmanager
 def _left_as_found(model: nn.Module) -> Iterator[None]:
-    """Give parameters their `requires_grad` back, and drop gradients."""
+    """Give parameters their `requires_grad` and configurations their values back, drop gradients and what saves them.
+
+    A Trainer that saves memory turns the cache off, checkpointing on, and hooks itself to the embeddings; a model that
+    keeps these is slow to write text, and says so in the config.json that is saved with it.
+    """
     before = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+    settings = [(settings, dict(vars(settings))) for settings in _settings_in(model)]
+    checkpoints = getattr(model, "is_gradient_checkpointing", False)
     try:
         yield
     finally:
+        for found, values in settings:
+            vars(found).clear()
+            vars(found).update(values)
+        if getattr(model, "is_gradient_checkpointing", False) and not checkpoints:
+            model.gradient_checkpointing_disable()
+            with suppress(AttributeError):  # where nothing is hooked
+                model.disable_input_require_grads()
         for name, parameter in model.named_parameters():
             parameter.grad = None
             if name in before:
                 parameter.requires_grad_(before[name])
+
+
+def _settings_in(model: nn.Module) -> list[Any]:
+    """The model's configuration, those inside it, and that of generation."""
+    found = [part for name in ("config", "generation_config") if (part := getattr(model, name, None)) is not None]
+    for part in found:  # grows
+        found += [inner for inner in vars(part).values() if isinstance(inner, PreTrainedConfig)]
+    return found
