@@ -38,6 +38,8 @@ class DataConfig:
         sequence_length (`int`, *optional*): Tokens per sequence. Defaults to the model's longest, at most 2048.
         text_column (`str`, defaults to `"text"`): The column of a dataset that holds the text.
         split (`str`, *optional*): The split of a named dataset. Defaults to `"train"`.
+        image_column (`str`, *optional*): The column of a dataset that holds pictures, `"image"` of a folder of them;
+            the text column is then what is said of each.
         bos (`bool`, *optional*): Whether each sequence starts with the tokenizer's beginning-of-sequence token. By
             default where the tokenizer adds it.
         seed (`int`, defaults to 0): Which sequences are taken.
@@ -47,6 +49,7 @@ class DataConfig:
     sequence_length: int | None = setting(None, low=2)
     text_column: str = "text"
     split: str | None = None
+    image_column: str | None = None
     bos: bool | None = None
     seed: int = setting(0, low=0)
 

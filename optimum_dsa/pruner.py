@@ -159,6 +159,8 @@ class DSAPruner:
         from .sharing.pictures import plot_search
 
         check_searchable(config)  # before any text is read
+        if config.data.image_column is not None:
+            raise ValueError("A search compares predictions of text; leave image_column out, or name an allocation.")
         if validation is None and isinstance(calibration, (Tensor, Mapping)):
             raise ValueError("Give validation text or tokens: calibration inputs given as tensors are used whole.")
         if validation is None:

@@ -190,6 +190,8 @@ def check_texts(args, data) -> None:
     """
     from ..data import check_source
 
+    if data.image_column is not None:  # pictures are read with the model's processor
+        return
     for source in (args.dataset, getattr(args, "validation", None)):
         if source:
             check_source(source, data.text_column, data.split)

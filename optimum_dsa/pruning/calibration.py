@@ -14,6 +14,7 @@ from ..common.frame import Frame, frame_of
 from ..data import DEFAULT, SAMPLES, DataConfig, describe, load_tokens, starts_with_bos
 from ..model.inputs import check_length, check_takes_text, check_tokens, default_length, kind_of, main_input
 from ..model.padding import Whole
+from .pictures import picture_inputs
 
 
 # Inputs that have a row for each prompt, and where configurations name the tokens that others take the place of.
@@ -99,6 +100,9 @@ def load_calibration(
         return _of_parts([batch], "tensor") if isinstance(batch, Whole) else Calibration(batch, "tensor")
     if _are_batches(source):
         return _of_batches([_checked(batch, model) for batch in source])
+    if config.image_column is not None:
+        found = [_checked(batch, model) for batch in picture_inputs(source, model, config)]
+        return replace(_of_batches(found), source=describe(source), seed=config.seed)
     check_takes_text(model)
     length = config.sequence_length or default_length(model)
     check_length(length, model)  # before any text is read
