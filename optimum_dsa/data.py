@@ -114,7 +114,9 @@ def check_cut(windows: str, num_samples: int | None) -> None:
     if windows not in CUTS:
         raise ValueError(f"windows is one of {', '.join(CUTS)}, got {windows!r}.{near(str(windows), CUTS)}")
     if windows == "paper" and num_samples is not None:
-        raise ValueError("windows='paper' measures the whole text, as published figures do; leave num_samples out.")
+        raise ValueError(
+            f"windows='paper' measures the whole text, as published figures do; leave out num_samples={num_samples}."
+        )
 
 
 def starts_with_bos(tokenizer: Any, bos: bool | None = None) -> bool:
@@ -132,7 +134,7 @@ def starts_with_bos(tokenizer: Any, bos: bool | None = None) -> bool:
         return token is not None and begins(True) and not begins(False)
     if bos and token is None:
         raise ValueError(
-            f"The tokenizer ({type(tokenizer).__name__}) has no beginning-of-sequence token; leave bos out."
+            f"The tokenizer ({type(tokenizer).__name__}) has no beginning-of-sequence token; leave out bos={bos}."
         )
     return bool(bos)
 

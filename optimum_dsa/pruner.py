@@ -13,10 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from .checkpoint.adapter_base import check_base
-from .checkpoint.description import Description
+from .checkpoint.description import Description, after
 from .checkpoint.load import find_description
 from .checkpoint.opened import open_checkpoint
-from .checkpoint.origin import base_of, report_of
+from .checkpoint.origin import base_of, report_of, training_of
 from .checkpoint.save import base_model, save_checkpoint
 from .checkpoint.verify import Verification, verify
 from .common.escaping import one_line
@@ -30,7 +30,7 @@ from .pruning.calibration import Calibration, load_calibration
 from .pruning.configuration import AUTO, DSAConfig
 from .pruning.prune import prune
 from .pruning.report import PruningReport
-from .pruning.zeros import counted
+from .pruning.zeros import check_dense, counted
 
 
 if TYPE_CHECKING:
@@ -65,6 +65,7 @@ class DSAPruner:
         self.tokenizer = tokenizer
         self.report: PruningReport | None = None
         self.recovery: RecoveryResult | None = None
+        self._training: dict[str, Any] | None = None  # what trained it, here or before it was loaded
         self._base = base_model(model)
         self._restored: PruningReport | None = None  # of a loaded model, whose weights may have been changed since
         self._stored: str | None = None  # where the weights are, zeros included, as they are here
@@ -90,6 +91,7 @@ class DSAPruner:
         pruner = cls(found.model, found.tokenizer)
         pruner.report = pruner._restored = found.report
         pruner._description, pruner._base, pruner._stored = found.description, found.base, found.stored
+        pruner._training = (found.description or {}).get("recovery")
         return pruner
 
     def prune(
@@ -116,13 +118,14 @@ class DSAPruner:
             from .search.ready_made import settle
 
             settled = settle(self.model, calibration, config, self.tokenizer)
-            data, config, compared = settled.calibration, settled.config, settled.compared
+            data, config = settled.calibration, settled.config
+            compared = {"compared": settled.compared, "compared_on": settled.compared_on}
         else:
             data = self._load(calibration, config, needed)
         self._stored = None
         report = prune(self.model, data, config, checkpoints, resume)
-        self.report = replace(report, compared=compared) if compared else report
-        self.recovery = None
+        self.report = replace(report, **compared)
+        self.recovery = self._training = None
         return self.report
 
     def allocate(self, calibration: Any, config: DSAConfig) -> Allocation:
@@ -140,7 +143,7 @@ class DSAPruner:
         resume: bool = False,
         report_to: Any = None,
     ) -> SearchResult:
-        """The allocation that hurts the model least at `config.sparsity`; the model is not changed.
+        """The allocation that hurts the model, a dense one, least at `config.sparsity`; the model is not changed.
 
         Args:
             calibration (`Any`): as in `prune`; feeds statistics.
@@ -161,6 +164,7 @@ class DSAPruner:
         check_searchable(config)  # before any text is read
         if config.data.image_column is not None:
             raise ValueError("A search compares predictions of text; leave image_column out, or name an allocation.")
+        check_dense(self.model, config, "a search")
         if validation is None and isinstance(calibration, (Tensor, Mapping)):
             raise ValueError("Give validation text or tokens: calibration inputs given as tensors are used whole.")
         if validation is None:
@@ -188,10 +192,11 @@ class DSAPruner:
     def sensitivity(self, calibration: Any, config: DSAConfig) -> Sensitivity:
         """How much of its output every matrix loses at rising sparsities under the method of `config`.
 
-        The model is not changed.
+        The model, a dense one, is not changed.
         """
-        from .search.sensitivity import sensitivity
+        from .search.sensitivity import CURVES, sensitivity
 
+        check_dense(self.model, config, CURVES)  # before any text is read
         needed = config.resolved.reads | config.resolved.metric_reads
         return sensitivity(self.model, self._load(calibration, config, needed), config)
 
@@ -257,7 +262,7 @@ class DSAPruner:
 
         report = self.report or report_of(self.model)
         if self.report is None:
-            self._base = base_of(self.model)
+            self._base, self._training = base_of(self.model), training_of(self.model)
         config = config or RecoveryConfig()
         report = with_budget(self.model, report, config)
         if config.trains_weights or config.merge:
@@ -265,7 +270,10 @@ class DSAPruner:
         self.model, self.recovery = recover(
             self.model, self.tokenizer, train, config, report, validation, teacher, checkpoints, resume
         )
+        if config.moves_zeros:
+            report = replace(report, chosen_by=config.method)
         self.report = counted(report, self.model)
+        self._training = after(self._training, self.recovery.to_dict())
         return self.recovery
 
     def save_pretrained(
@@ -295,7 +303,6 @@ class DSAPruner:
         report = self._pruned()
         if report is self._restored and not (found := self.verify()).holds:
             logger.warning("The model is not what its report says any more: %s.", one_line(found.problems[0]))
-        recovery = self.recovery.to_dict() if self.recovery else None
         place = directory.path if isinstance(directory, OutputFolder) else Path(directory)
         adapters = has_adapters(self.model)
         if adapters:
@@ -303,7 +310,8 @@ class DSAPruner:
                 raise ValueError("An adapter has no zeros to leave out; save it without compressed=True, or merge it.")
             described = None if self._stored is None else find_description(self._stored)
             check_base(self.model, self._stored, place, report, described)
-        save_checkpoint(self.model, self.tokenizer, report, self._base, directory, encoding, recovery, **save_kwargs)
+        trained = self._training
+        save_checkpoint(self.model, self.tokenizer, report, self._base, directory, encoding, trained, **save_kwargs)
         if not adapters:
             self._stored = str(place)
 

@@ -84,7 +84,7 @@ def test_the_first_token_is_known_by_what_the_tokenizer_does():
     assert starts_with_bos(bos_tokenizer()) and not starts_with_bos(bos_tokenizer(adds=False))
     assert not starts_with_bos(bos_tokenizer(), False) and starts_with_bos(bos_tokenizer(adds=False), True)
     assert not starts_with_bos(Letters())
-    with pytest.raises(ValueError, match="Letters.* has no beginning-of-sequence token; leave bos out"):
+    with pytest.raises(ValueError, match="Letters.* has no beginning-of-sequence token; leave out bos=True"):
         starts_with_bos(Letters(), True)
     with pytest.raises(ValueError, match="A window of 1 tokens has no room"):
         load_tokens(NUMBERS, bos_tokenizer(), sequence_length=1)

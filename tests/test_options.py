@@ -63,7 +63,7 @@ FIRST = {
 def test_progress_bars_honour_the_switch_and_errors_are_one_line(tmp_path, text):
     code, output, errors = command("prune", str(demo_model()), "-o", str(tmp_path / "out"), "-s", "1.5")
     assert code == 2 and output == "" and len(errors.splitlines()) == 1
-    assert errors.startswith("optimum-cli dsa prune: error: sparsity is the share")
+    assert errors.startswith("optimum-cli dsa prune: error: --sparsity is the share")
 
 
 def test_a_terminal_that_cannot_show_a_sign_shows_another(monkeypatch):

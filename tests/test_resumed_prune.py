@@ -190,3 +190,45 @@ def test_sigterm_is_ours_while_a_command_works_and_never_under_a_launcher(monkey
     monkeypatch.setenv("WORLD_SIZE", "2")
     with stoppable():
         assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+
+
+def test_a_signal_after_the_result_is_in_place_stops_nothing(monkeypatch, capsys, tmp_path):
+    """What was written is whole, and what is left is to clear away and to say so."""
+    work = ["prune", str(demo_model()), "-s", "0.5", "--method", "magnitude", "--allocation", "uniform", "--json"]
+    remove, complete = OutputFolder._remove, OutputFolder._complete
+    sent = []
+
+    def and_end(folder):
+        if folder.name.endswith("dsa-work") and (tmp_path / "out" / "config.json").exists():
+            sent.append(os.kill(os.getpid(), signal.SIGTERM))
+        remove(folder)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(OutputFolder, "_remove", staticmethod(and_end))
+        code, output, errors = run(patch, capsys, *work, "-o", str(tmp_path / "out"))
+    assert sent and code == 0 and json.loads(output)["output"] == str(tmp_path / "out"), errors
+    assert os.listdir(tmp_path) == ["out"] and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+
+    def end_first(self, folder):
+        complete(self, folder)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(OutputFolder, "_complete", end_first)
+        code, output, errors = run(patch, capsys, *work, "-o", str(tmp_path / "other"))
+    assert code == 143 and output == "" and "interrupted, " in errors and "is whole" not in errors
+
+
+# the first that is registered is the last that is called: when all else has been shut down
+LATE = """
+    import atexit, os, signal, sys
+    atexit.register(lambda: os.kill(os.getpid(), signal.SIGTERM))
+    from optimum_dsa.commands.stopping import stoppable
+    with stoppable(lambda: sys.argv[1] == "whole"):
+        pass
+"""
+
+
+@pytest.mark.parametrize("state,code", [("whole", 0), ("half", -signal.SIGTERM)])
+def test_nor_does_one_while_the_process_ends(state, code):
+    assert subprocess.run([sys.executable, "-c", textwrap.dedent(LATE), state]).returncode == code

@@ -61,6 +61,17 @@ def describe(
     return data if recovery is None else {**data, "recovery": recovery}
 
 
+def after(earlier: Mapping[str, Any] | None, training: dict[str, Any]) -> dict[str, Any]:
+    """`training`, an entry `recovery` of `dsa_config.json`, with what trained the model before, first to last.
+
+    These are in its "earlier", without their histories.
+    """
+    if not earlier:
+        return training
+    before = {name: value for name, value in earlier.items() if name not in ("earlier", "history")}
+    return {**training, "earlier": [*earlier.get("earlier", ()), before]}
+
+
 def write_description(folder: Path, data: dict[str, Any]) -> None:
     """Write `dsa_config.json` into `folder`, with its checksum."""
     data = {name: value for name, value in data.items() if name != "checksum"}

@@ -65,7 +65,7 @@ def load_model(path: str, adapter: bool = True, **kwargs) -> nn.Module:
         check_counts(stated, contents, path)
         config = read_configuration(path, shared)
     loader = layout_of(stated).model_class(config, path)
-    with within(contents, path), explained(f"The checkpoint at {path} cannot be loaded"):
+    with within(contents, path), explained(f"The checkpoint at {path} cannot be loaded"), _as_asked(kwargs):
         return loader.from_pretrained(path, config=config, **kwargs).eval()
 
 
@@ -113,6 +113,26 @@ def explained(what: str) -> Iterator[None]:
         raise ValueError(
             f"{what} ({type(error).__name__}: {said:.500}); download the checkpoint again, or correct its config.json."
         ) from error
+
+
+@contextmanager
+def _as_asked(options: Mapping[str, Any]) -> Iterator[None]:
+    """Keeps back accelerate's warning that weights were offloaded, where `options` asked for all of them on disk.
+
+    Of a map that puts there what does not fit elsewhere it is news, and stays.
+    """
+    places = options.get("device_map")
+    asked = isinstance(places, Mapping) and set(places.values()) == {"disk"}
+
+    def heard(record: logging.LogRecord) -> bool:
+        return not (asked and "on the meta device because they were offloaded" in record.getMessage())
+
+    theirs = logging.getLogger("accelerate.big_modeling")
+    theirs.addFilter(heard)
+    try:
+        yield
+    finally:
+        theirs.removeFilter(heard)
 
 
 def contents_of(path: str, folder: Path, stated: Any, options: Mapping[str, Any]) -> Contents | None:

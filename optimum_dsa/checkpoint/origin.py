@@ -40,6 +40,11 @@ def base_of(model: nn.Module) -> dict[str, str | None]:
     return _described(inner).get("base_model") or base_model(inner)
 
 
+def training_of(model: nn.Module) -> dict[str, Any] | None:
+    """What trained `model` since it was pruned, or meanwhile, as far as it says so."""
+    return _described(inner_model(model)).get("recovery")
+
+
 def _described(model: nn.Module) -> dict[str, Any]:
     """The `dsa_config.json` in the folder that `model` was loaded from; empty where there is none."""
     path = Path(getattr(getattr(model, "config", None), "name_or_path", "") or "", CONFIG_NAME)

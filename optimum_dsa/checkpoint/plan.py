@@ -15,6 +15,7 @@ from ..model.architecture import find_architecture
 from ..pruning.configuration import DSAConfig
 from ..pruning.planning.plan import Plan, plan_for
 from ..pruning.planning.shape import ModelShape, shape_of
+from ..pruning.planning.tried import forward_operations, time_of
 from ..pruning.planning.work import operations, speed, time_block
 from .skeleton import open_skeleton, sample_model
 
@@ -59,6 +60,7 @@ def plan(
     # Only now: the model's class has brought its libraries in, as it will when it is loaded.
     libraries = own_memory() + _tokenizer(path, model)
     device, offloaded = _place(device_map)
+    config.reconstruct.check_place(offloaded)
     on_cpu = torch.device(device).type == "cpu"
     asked: dict[str, Any] = {
         "device": device,
@@ -68,16 +70,22 @@ def plan(
         "disk_available": disk_available(output),
     }
     found = plan_for(shape, config, **asked)
-    if device_map == "auto" and not found.memory_fits:
+    if device_map == "auto" and not found.memory_fits and config.reconstruct.span == 1:
         found = plan_for(shape, config, **asked | {"offloaded": True})
     needed = found.total - found.phases["loading"]["weights"]
     seconds = None
+    own, single = speed(device, dtype), speed(device, torch.float32)
+    judged = forward_operations(shape, found.tries.tokens) / own if found.tries else 0.0
     if run_block and needed <= found.available:
-        seconds = _run(path, config, found, shape, dtype, options)
+        seconds = _run(path, config, found, shape, dtype, options, judged)
     if seconds is not None:
         return replace(found, seconds=seconds, timed=True)
-    forward, rest = operations(shape, config, found.text)
-    return replace(found, seconds=forward / speed(device, dtype) + rest / speed(device, torch.float32))
+
+    def counted(config: DSAConfig) -> float:
+        forward, rest = operations(shape, config, found.text)
+        return forward / own + rest / single
+
+    return replace(found, seconds=time_of(config, found.tries, counted, judged))
 
 
 def _tokenizer(path: str | Path, model: nn.Module) -> int:
@@ -100,12 +108,25 @@ def _place(device_map: Any) -> tuple[str, bool]:
 
 
 def _run(
-    path: str | Path, config: DSAConfig, found: Plan, shape: ModelShape, dtype: torch.dtype, options: dict[str, Any]
+    path: str | Path,
+    config: DSAConfig,
+    found: Plan,
+    shape: ModelShape,
+    dtype: torch.dtype,
+    options: dict[str, Any],
+    judged: float,
 ) -> float | None:
-    """Seconds, from a block that is run; `None` where it cannot be made alone."""
-    try:
+    """Seconds, from a block that is run; `None` where it cannot be made alone.
+
+    `judged`: seconds of a forward pass by which allocations that are tried are judged.
+    """
+
+    def timed(config: DSAConfig) -> float:
         model = sample_model(path, dtype, found.device, **options)
         return time_block(model, config, found.text).total(shape, found.text)
+
+    try:
+        return time_of(config, found.tries, timed, judged)
     except (ValueError, RuntimeError) as error:
         logger.warning("No block of %s could be run alone (%s): the time is from arithmetic.", path, error)
         return None

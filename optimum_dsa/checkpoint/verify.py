@@ -129,8 +129,12 @@ class _Checked:
 
 def _recipe(report: PruningReport) -> str:
     """What pruned the model, as far as zeros cannot tell it."""
-    config = report.config
-    name = report.allocation.name
+    config, name = report.config, report.allocation.name
+    if report.chosen_by:
+        return (
+            f"that {report.chosen_by} chose the zeros while the model was trained (recover), the name {name} of the "
+            "allocation, base model and versions: weights do not tell them"
+        )
     if name == MEASURED:
         return "how the zeros came about: nothing that came with the model says it"
     data = (report.calibration or {}).get("source") or "none"

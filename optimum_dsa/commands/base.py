@@ -11,11 +11,16 @@ import warnings
 from argparse import ArgumentParser, BooleanOptionalAction, RawDescriptionHelpFormatter
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, redirect_stdout
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from optimum.commands.base import BaseOptimumCLICommand
 
+from .options import in_options
 from .stopping import Terminated, stoppable
+
+
+if TYPE_CHECKING:
+    from ..common.output import OutputFolder
 
 
 DTYPES = ("auto", "float32", "bfloat16", "float16", "float64")
@@ -26,11 +31,15 @@ class LeafCommand(BaseOptimumCLICommand):
 
     Attributes:
         exit_code (`int`): what the process ends with, once `execute` has come back.
+        place (`OutputFolder`): what it writes, where that is a folder.
+        saved (`bool`): whether all that it writes is in place.
     """
 
     DESCRIPTION = ""
     EXAMPLES = ""
     exit_code = 0
+    place: OutputFolder | None = None
+    saved = False
 
     @classmethod
     def describe(cls, parser: ArgumentParser, name: str) -> None:
@@ -51,6 +60,10 @@ class LeafCommand(BaseOptimumCLICommand):
         cannot do it is a `DependencyError`.
         """
         raise NotImplementedError
+
+    def is_whole(self) -> bool:
+        """Whether all that was asked for is in place, so that nothing is left to be stopped."""
+        return self.saved or (self.place is not None and self.place.done)
 
     def left_behind(self) -> str:
         """What an interrupted run tells the user that it leaves."""
@@ -74,17 +87,19 @@ class LeafCommand(BaseOptimumCLICommand):
         asked = vars(self.args) if self.args else {}
         as_json, quiet = asked.get("json", False), asked.get("quiet", False)
         try:
-            with stoppable(), _spoken(as_json, quiet, asked.get("verbose", False)):
-                facts = self.execute()
+            with stoppable(self.is_whole):
+                with _spoken(as_json, quiet, asked.get("verbose", False)):
+                    facts = self.execute()
+                if as_json:
+                    print(json.dumps(facts))
         except (ValueError, OSError, UnknownNameError, DependencyError) as error:
-            message = one_line(" ".join(str(error).split())) or type(error).__name__
+            message = one_line(in_options(" ".join(str(error).split()), self.parser)) or type(error).__name__
             print(f"optimum-cli dsa {self.COMMAND.name}: error: {message}", file=sys.stderr)
             sys.exit(2)
         except KeyboardInterrupt as stopped:
-            print(f"optimum-cli dsa {self.COMMAND.name}: interrupted, {one_line(self.left_behind())}", file=sys.stderr)
+            left = "the result is whole" if self.is_whole() else self.left_behind()
+            print(f"optimum-cli dsa {self.COMMAND.name}: interrupted, {one_line(left)}", file=sys.stderr)
             sys.exit(143 if isinstance(stopped, Terminated) else 130)
-        if as_json:
-            print(json.dumps(facts))
         if self.exit_code:
             sys.exit(self.exit_code)
 
@@ -188,13 +203,20 @@ def check_texts(args, data) -> None:
 
     To be called before a model is loaded, which may take minutes.
     """
+    from ..common.apart import same_source
     from ..data import check_source
 
     if data.image_column is not None:  # pictures are read with the model's processor
         return
-    for source in (args.dataset, getattr(args, "validation", None)):
+    judging = getattr(args, "validation", None)
+    for source in (args.dataset, judging):
         if source:
             check_source(source, data.text_column, data.split)
+    if judging and same_source(args.dataset, judging):
+        raise ValueError(
+            f"--validation {judging} is the text of --dataset, of which it would tell what is known already; give "
+            "another text, or leave --validation out."
+        )
 
 
 def add_loading_options(parser: ArgumentParser, reads_text: bool = True) -> None:

@@ -34,5 +34,6 @@ compressed  a bit per weight and the kept weights: smaller, loads with transform
 
         folder = local_folder(self.args.model, self.args.revision)
         before, after = convert(folder, self.args.output, self.args.to)
+        self.saved = True
         print(f"saved to {self.args.output}: {before:,} bytes of weights before, {after:,} now ({after / before:.1%})")
         return {"output": self.args.output, "bytes_before": before, "bytes": after}

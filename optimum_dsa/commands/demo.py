@@ -28,4 +28,6 @@ network and takes under a minute.
         from .embedded import run_demo
 
         args = self.args
-        return run_demo(args.output, args.sparsity, args.method, print, args.budget)
+        facts = run_demo(args.output, args.sparsity, args.method, print, args.budget)
+        self.saved = True
+        return facts

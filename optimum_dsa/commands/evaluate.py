@@ -98,6 +98,7 @@ boolq,rte,hellaswag,winogrande,arc_easy,arc_challenge,openbookqa.
                 results.insert(0, dense)
         if args.output:
             save_results(args.output, results)
+            self.saved = True
         say(comparison_table(results) if len(results) > 1 else str(results[0]))
         return json.loads(results_json(results))
 

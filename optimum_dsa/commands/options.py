@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import ast
 import importlib
 import re
 import textwrap
-from argparse import ArgumentParser, BooleanOptionalAction
-from collections.abc import Callable, Collection
-from dataclasses import MISSING, Field
+from argparse import SUPPRESS, Action, ArgumentParser, BooleanOptionalAction
+from collections.abc import Callable, Collection, Iterable
+from dataclasses import MISSING, Field, fields
+from shlex import quote
 from typing import Any, Protocol
 
 
@@ -27,6 +29,7 @@ class CommandParser(ArgumentParser):
     """A parser of which a part is filled in when it is first used: reading a configuration's fields imports torch."""
 
     _later: Callable[[], None] | None = None
+    configs: tuple[type, ...] = ()  # the configurations that its options are made from
 
     def later(self, fill: Callable[[], None]) -> None:
         """Have `fill` called before anything is parsed or help is shown."""
@@ -71,6 +74,8 @@ def add_settings(
     def fill() -> None:
         from ..common.settings import options_of, sections_of
 
+        if isinstance(parser, CommandParser):
+            parser.configs = (*parser.configs, _class(config))
         parser.description = _with_names(parser.description or "")
 
         cls = _class(config)
@@ -111,6 +116,92 @@ def asked_settings(args: Any, cls: type) -> dict[str, Any]:
     from ..common.settings import options_of
 
     return {name: value for name in options_of(cls) if (value := getattr(args, name, None)) is not None}
+
+
+def in_options(message: str, parser: ArgumentParser) -> str:
+    """An error of the library in the words of a shell: `num_samples=4` is `--num-samples 4` where `parser` has that.
+
+    What is replaced: a setting with its value (behind a dotted path, too), one whose name is no English word, and the
+    one that a sentence begins with ("span is a whole number of ..."). What stands in quotes is the user's and stays.
+    """
+    actions = {action.dest: action for action in _complete(parser)._actions if action.option_strings}
+    for config in getattr(parser, "configs", ()):
+        for part in fields(config):
+            # The setting that a section is short for has the section's option: `steps` is --reconstruct.
+            if (short := part.metadata.get("shorthand")) and part.name in actions:
+                actions.setdefault(short, actions[part.name])
+    if not actions:
+        return message
+    known = "|".join(sorted(actions, key=len, reverse=True))
+    value = r"""'[^']*'|"[^"]*"|\[[^\]]*\]|[\w+-]+(?:\.\w+)?"""
+    found = re.compile(
+        rf"""(?P<quoted>(?<!\w)(?:'[^']*'|"[^"]*"))|(?<![\w/.=-])(?:[a-z_]+\.)*(?P<name>{known})=(?P<value>{value})"""
+        rf"|(?<![\w/.=-])(?P<bare>{known})(?![\w/=-]|\.\w)"
+    )
+
+    def replaced(match: re.Match) -> str:
+        if match["name"]:
+            return _given(actions[match["name"]], match["value"])
+        first = match.start() == 0 and message[match.end() :].startswith(" is ")
+        if match["bare"] and ("_" in match["bare"] or first):
+            return _flags(actions[match["bare"]])[0]
+        return match[0]
+
+    return found.sub(replaced, message)
+
+
+def as_given(args: Any, parser: ArgumentParser, names: Iterable[str]) -> str:
+    """The options of `parser` for `names` that `args` ask for, each with a space in front, to be pasted in a shell."""
+    asked, wanted, said = vars(args), set(names), []
+    for action in _complete(parser)._actions:
+        value = asked.get(action.dest)
+        if action.dest in wanted and action.option_strings and value is not None and value != action.default:
+            said.append(f" {_given(action, repr(value))}")
+    return "".join(said)
+
+
+def evaluate_options(args: Any, parser: ArgumentParser) -> str:
+    """What `evaluate` is to be given for a model that a command has written, as that loaded and read its own."""
+    # Not the type of its numbers, its tokenizer or its revision: the folder that was written has its own.
+    own = as_given(args, parser, ("bos", "device", "device_map", "trust_remote_code"))
+    return f" --dataset FILE{own}"
+
+
+def taken(parser: ArgumentParser, without: Collection[str] = ()) -> list[str]:
+    """The names of all options of `parser`, but for help and those `without`."""
+    actions = (action for action in _complete(parser)._actions if action.option_strings)
+    return [action.dest for action in actions if action.default is not SUPPRESS and action.dest not in without]
+
+
+def _complete(parser: ArgumentParser) -> ArgumentParser:
+    return parser.complete() if isinstance(parser, CommandParser) else parser
+
+
+def _flags(action: Action) -> tuple[str, str | None]:
+    """The option that turns `action` on, and the one that turns it off, where there are two."""
+    if isinstance(action, BooleanOptionalAction):
+        off = next(flag for flag in action.option_strings if flag.startswith("--no-"))
+        return next(flag for flag in action.option_strings if flag.startswith("--") and flag != off), off
+    return action.option_strings[-1], None
+
+
+def _given(action: Action, value: str) -> str:
+    """`action` with a value, in Python's writing, as it is given in a shell; "no --flag" where that means none."""
+    on, off = _flags(action)
+    if value == "None":
+        return f"no {on}"
+    if off is not None or action.nargs == 0:
+        switched = value == ("True" if off is not None else str(action.const))
+        return on if switched else off or f"no {on}"
+    try:
+        said = ast.literal_eval(value)
+    except (ValueError, SyntaxError):
+        said = value
+    if not isinstance(said, (list, tuple)):
+        said = [said]
+    elif action.nargs is None:  # no value that can be given so
+        return f"{on} {value}"
+    return " ".join([on, *(quote(str(each)) for each in said)])
 
 
 def _add(group: Group, name: str, field: Field, text: str) -> None:

@@ -6,7 +6,7 @@ import logging
 from pathlib import Path
 
 from .base import LeafCommand, add_loading_options, check_texts, loading_options, say
-from .options import add_settings, asked_settings
+from .options import add_settings, asked_settings, evaluate_options
 
 
 logger = logging.getLogger(__name__)
@@ -97,6 +97,7 @@ update      what becomes of the weights that stay: {updates}
 
         config = asked_config(self.args)
         options, loading = {}, loading_options(self.args)  # wrong ones end it here, before any work
+        config.reconstruct.check_place(self.args.device_map == "disk")
         if self.args.max_shard_size is not None:
             check_shard_size(self.args.max_shard_size)
             options["max_shard_size"] = self.args.max_shard_size
@@ -110,6 +111,7 @@ update      what becomes of the weights that stay: {updates}
         if config.resolved.reads | config.resolved.allocation_reads or config.allocation == AUTO:
             check_texts(self.args, config.data)
         with OutputFolder(self.args.output, resume=self.args.resume) as output:
+            self.place = output
             if not self.args.no_checkpoints:
                 self._checkpoints = Path(self.args.checkpoints or output.scratch("blocks"))
                 check_folder(self._checkpoints, self.args.resume)
@@ -124,7 +126,8 @@ update      what becomes of the weights that stay: {updates}
             report = pruner.prune(self.args.dataset, config, self._checkpoints, self.args.resume)
             say(str(report))
             pruner.save_pretrained(output, self.args.compressed, **options)
-        print(f"saved to {self.args.output}; next: optimum-cli dsa evaluate {quote(self.args.output)} --dataset FILE")
+        options = evaluate_options(self.args, self.parser)
+        print(f"saved to {self.args.output}; next: optimum-cli dsa evaluate {quote(self.args.output)}{options}")
         return {"output": self.args.output, **report.to_dict()}
 
     def _say_plan(self, config, loading: dict) -> None:

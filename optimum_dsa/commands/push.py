@@ -51,5 +51,6 @@ When the network fails, the folder is whole, and the same command goes on: what 
             token=args.token,
             base=args.base,
         )
+        self.saved = True
         print(f"pushed to {address}")
         return {"address": address}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from .base import LeafCommand, add_loading_options, check_texts, loading_options, say
-from .options import add_settings, asked_settings
+from .options import add_settings, asked_settings, evaluate_options
 
 
 class RecoverCommand(LeafCommand):
@@ -76,6 +76,7 @@ mode    what the adapters add to a weight W, with small factors A and B
         from ..model.parameters import weight_bytes
         from ..pruner import DSAPruner
         from ..recovery.configuration import RecoveryConfig
+        from ..recovery.recover import check_trainable
 
         args = self.args
         asked = asked_settings(args, RecoveryConfig)
@@ -83,6 +84,7 @@ mode    what the adapters add to a weight W, with small factors A and B
             asked["distillation"] = 0.5
         config = RecoveryConfig(**nested(RecoveryConfig, asked))
         loading = loading_options(args)
+        check_trainable(args.device_map == "disk")
         if args.teacher and Path(args.teacher).is_absolute() and not Path(args.teacher).is_dir():
             raise FileNotFoundError(f"No folder {args.teacher}, where the teacher would be.")
         output, model = Path(args.output), Path(args.model)
@@ -90,6 +92,7 @@ mode    what the adapters add to a weight W, with small factors A and B
             raise ValueError(f"--keep-adapter needs another --output: {model} holds the weights under the adapter.")
         check_texts(args, config.data)
         with OutputFolder(output, resume=args.resume) as place:
+            self.place = place
             checkpoints = args.checkpoints
             if checkpoints is None and (config.save_steps is not None or args.resume):
                 checkpoints = place.scratch("checkpoints")
@@ -102,6 +105,6 @@ mode    what the adapters add to a weight W, with small factors A and B
         as_before = "" if config.sparsity is not None else " as before"
         print(
             f"saved to {args.output}, sparsity {pruner.report.sparsity:.4f}{as_before}; "
-            f"next: optimum-cli dsa evaluate {quote(args.output)} --dataset FILE"
+            f"next: optimum-cli dsa evaluate {quote(args.output)}{evaluate_options(args, self.parser)}"
         )
         return {"output": args.output, "sparsity": pruner.report.sparsity, **result.to_dict()}

@@ -69,7 +69,9 @@ Needs matplotlib, which the extra `plots` brings.
             from ..sharing.tables import result_tables
 
             args = self.args
-            say(write_report(args.folder, args.compare, args.output))
+            table = write_report(args.folder, args.compare, args.output)
+            self.saved = True
+            say(table)
             tables = result_tables(read_all([args.folder, *args.compare]))
         except ImportError as error:
             raise ValueError(str(error)) from None
@@ -99,6 +101,7 @@ Needs matplotlib, which the extra `plots` brings.
         except ImportError as error:
             raise ValueError(str(error)) from None
         with OutputFolder(args.output, FILES) as output:
+            self.place = output
             found = DSAPruner.from_pretrained(args.folder, **loading).sensitivity(args.dataset, config)
 
             def fill(place) -> None:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from .base import LeafCommand, add_loading_options, check_texts, loading_options, say
-from .options import add_settings
-from .prune import CALIBRATION, add_calibration_options, add_quality_option, asked_config
+from .options import CommandParser, add_settings, as_given, taken
+from .prune import CALIBRATION, PruneCommand, add_calibration_options, add_quality_option, asked_config
+
+
+NOT_HANDED_ON = ("output", "resume", "allocation", "json", "quiet", "verbose")  # of one run, or what was found
 
 
 class SearchCommand(LeafCommand):
@@ -71,7 +74,6 @@ strategy    named         uniform and every named allocator
 
         from ..common.devices import process_state
         from ..common.output import OutputFolder
-        from ..common.settings import flag_of
         from ..pruner import DSAPruner
         from ..search.problem import parse_budget
         from ..search.realise import check_searchable
@@ -82,6 +84,7 @@ strategy    named         uniform and every named allocator
         args = self.args
         config = asked_config(args, allocation="uniform")  # it is what is searched for
         check_searchable(config)
+        config.reconstruct.check_place(args.device_map == "disk")  # of the prune that it searches for
         parse_budget(args.budget)
         STRATEGIES[args.strategy]
         loading = loading_options(args)
@@ -117,15 +120,18 @@ strategy    named         uniform and every named allocator
             if several:
                 say(f"\n{robustness_table(results)}")
                 min(results, key=lambda result: result.finalists[0].loss).save(whole, plot_search)
-        named = ("quality", "method", "pattern", "permute", "update", "targets", "reconstruct")
-        options = "".join(f" --{name} {quote(str(getattr(args, name)))}" for name in named if getattr(args, name))
-        # The allocation was found under these, and is for them.
-        options += "".join(f" {flag_of(name)}" for name in ("true_sequential", "residual") if getattr(args, name))
-        print(
-            f"saved to {output}; next: optimum-cli dsa prune {quote(args.model)} -o OUT -s {args.sparsity}"
-            f"{options} --allocation {quote(str(output))}"
-        )
+        self.saved = True
         best = min(results, key=lambda result: result.finalists[0].loss)
+        if several:
+            args.seed = best.config.data.seed
+        # The allocation was found under all these, and is for them.
+        parser = CommandParser()
+        PruneCommand.parse_args(parser)
+        options = as_given(args, parser, taken(parser, without=NOT_HANDED_ON))
+        print(
+            f"saved to {output}; next: optimum-cli dsa prune {quote(args.model)} -o OUT{options} --allocation "
+            f"{quote(str(output))}"
+        )
         return {"output": str(output), **best.to_dict()}
 
     def left_behind(self) -> str:

@@ -29,6 +29,17 @@ def one_line(text: str) -> str:
     return visible(re.sub(r"[\r\n\t]+", " ", text))
 
 
+def prose_markdown(text: str) -> str:
+    """Sentences of ours with names of others in them, as a line of Markdown: each word as `inline_markdown` has it."""
+
+    def shown(word: str) -> str:
+        core = word.rstrip(":;")  # which mean nothing in a sentence, as an apostrophe does
+        plain = core.replace("'", "")
+        return word if plain and inline_markdown(plain) == plain else f"{code_span(core)}{word[len(core) :]}"
+
+    return " ".join(map(shown, one_line(text).split()))
+
+
 def inline_markdown(text: str) -> str:
     """`text` as Markdown shows it letter by letter, inside a line; nothing in it is markup.
 

@@ -96,7 +96,7 @@ class OutputFolder:
         self._lock: OutputLock | None = None
         self._known: dict[str, Stamp] = {}
         self._foreign: set[str] = set()
-        self._done = False
+        self.done = False  # whether the result is in place
         self._made = False
 
     # -- before work
@@ -184,18 +184,18 @@ class OutputFolder:
         try:
             self._swap()
         except OSError as error:
-            self._done = True  # so that the only copy stays
+            self.done = True  # so that the only copy stays
             raise OutputError(
                 f"{self.shown} could not be replaced ({error}). The result is whole in {self.result}."
             ) from error
-        self._done = True
+        self.done = True
         self._remove(self.work)
 
     def __enter__(self) -> OutputFolder:
         return self.begin()
 
     def __exit__(self, kind, error, traceback) -> None:
-        if not self._done:
+        if not self.done:
             self._remove(self.result)
         self._leave()
 
@@ -378,7 +378,7 @@ class OutputFolder:
             self._remove(self.work)
         if self._lock is not None:
             self._lock.release()
-        if self._made and not self._done:
+        if self._made and not self.done:
             with suppress(OSError):
                 self.path.rmdir()
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 import torch
@@ -203,6 +203,28 @@ def _walk_stack(
         )
 
 
+@dataclass
+class _Shown:
+    """What a first batch shows of a block's weights.
+
+    Attributes:
+        alone: they are given one input in a batch.
+        added: what their outputs are added to is seen.
+        last: it is given its input last; `None` where nothing is known.
+    """
+
+    alone: set[str] = field(default_factory=set)
+    added: set[str] = field(default_factory=set)
+    last: str | None = None
+
+    def note(self, block: Block, observer: Observer, before: Collection[str]) -> None:
+        """Note what `observer` has seen, and of which weights it was seen what stood `before` their outputs."""
+        self.alone, self.added = observer.given_once(), set(before)
+        # Experts of one parameter are run one by one where they are watched, and give other last bits.
+        if all(weight.expert is None for weight in block.weights):
+            self.last = next(reversed(observer.statistics), None)
+
+
 def _walk_block(
     model: nn.Module,
     block: Block,
@@ -220,12 +242,7 @@ def _walk_block(
 
     Of a `finished` block nothing is collected, with `sample` the first batch: it tells groups and their order.
     """
-    module = model.get_submodule(block.name)
-    # weights of which a sample shows: they are given one input in a batch; what their outputs are added to is seen;
-    # they are given theirs last
-    alone: set[str] = set()
-    added: set[str] = set()
-    final: set[str] = set()
+    module, shown = model.get_submodule(block.name), _Shown()
 
     def collect(weights: Sequence[Weight], move_on: bool = False) -> dict[str, LayerStatistics]:
         """Statistics of what `weights` multiply in the block as it is now; `move_on` replaces what goes into it."""
@@ -234,12 +251,12 @@ def _walk_block(
             hidden = calls.hidden[number]
             # What comes behind the last weight that is watched need not run; a block may cut longer inputs in parts.
             alike = hidden.shape[1:] == calls.hidden[0].shape[1:]
-            stops = alike and alone.issuperset(names)
-            ends = stops and not final.isdisjoint(names)
-            awaited = Awaited(names, added) if stops else None
+            stops = alike and shown.alone.issuperset(names)
+            ends = stops and shown.last in names
+            awaited = Awaited(names, shown.added) if stops else None
             beside = dense.inputs(model, part, module, index, number, awaited, ends) if dense else DenseInputs()
             observer.start_batch(calls.samples[number], real[number], beside.inputs, hidden.shape[:-1].numel())
-            awaited = Awaited(names, added) if stops else None
+            awaited = Awaited(names, shown.added) if stops else None
             stream = _watching_additions(model, part, hidden, dense, awaited)
             with suppress(AllSeen), observing(model, part, observer, awaited), stream as before:
                 output = calls.run(module, index, number)
@@ -254,11 +271,7 @@ def _walk_block(
         stream = _watching_additions(model, block, calls.hidden[0], dense)
         with observing(model, block, observer), stream as before:
             calls.run(module, index, 0)
-        alone.update(observer.given_once())
-        added.update(before)
-        # Experts of one parameter are run one by one where they are watched, and give other last bits.
-        if all(weight.expert is None for weight in block.weights):
-            final.update(list(observer.statistics)[-1:])
+        shown.note(block, observer, before)
         return observer.finish(block)
 
     def run() -> list[Tensor]:

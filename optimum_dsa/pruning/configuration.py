@@ -69,8 +69,8 @@ class UpdateConfig:
             UPDATES[self.name]
         if self.residual and self.targets != "dense":
             raise ValueError(
-                f"residual=True adds to the targets of the dense model, and targets is {self.targets!r}; use "
-                "targets='dense' with it, or residual=False."
+                f"residual=True adds to the targets of the dense model, and targets={self.targets!r} has none; use "
+                "targets='dense' with it, or leave it out."
             )
 
 
@@ -101,12 +101,21 @@ class ReconstructConfig:
         for name in ("rate", "span", "apart"):
             if not self.steps and (value := getattr(self, name)) != getattr(ReconstructConfig, name):
                 raise ValueError(
-                    f"{name}={value!r} says how blocks are trained, and reconstruct is 0, so that none is; give its "
-                    f"steps, such as reconstruct=64, or leave {name} out."
+                    f"{name}={value!r} says how blocks are trained, and with reconstruct=0 none is; give steps, such "
+                    "as reconstruct=64, or leave it out."
                 )
         if self.apart and self.span > 1:
             raise ValueError(
-                f"apart trains parts of a block, and span={self.span} as many blocks together; leave out one of both."
+                f"apart=True trains parts of a block, and span={self.span} as many blocks together; leave out one of "
+                "both."
+            )
+
+    def check_place(self, offloaded: bool) -> None:
+        """Raise `ValueError` where a model whose weights are `offloaded` cannot be trained so."""
+        if self.steps and self.span > 1 and offloaded:
+            raise ValueError(
+                f"span={self.span} trains blocks together, and of an offloaded model one is there at a time; use "
+                "span=1, or load the model into memory."
             )
 
 
@@ -180,28 +189,30 @@ class DSAConfig:
         METHODS[self.method]
         if self.update.true_sequential and not self.sequential:
             raise ValueError(
-                "true_sequential calibrates matrices on the pruned ones before them, and sequential=False calibrates "
-                "all on the dense model; leave out one of both."
+                "true_sequential=True calibrates matrices on the pruned ones before them, and sequential=False "
+                "calibrates all on the dense model; leave out one of both."
             )
         if self.reconstruct.steps and not self.sequential:
             raise ValueError(
-                "reconstruct trains blocks on what the pruned ones before them give, and sequential=False gives them "
-                "the dense model's; use sequential=True or reconstruct=0."
+                f"reconstruct={self.reconstruct.steps} trains blocks on what the pruned ones before them give, and "
+                "sequential=False gives them the dense model's; leave out one of both."
             )
         self._check_pattern(self.resolved.pattern)
         if self.permute is not None:
             PERMUTATIONS[self.permute]
             if not self.resolved.pattern.in_groups:
                 raise ValueError(
-                    f"permute={self.permute!r} chooses which channels share a group of an N:M pattern, and pattern "
-                    f"{self.resolved.pattern} has none; use pattern='2:4' (any N:M) or 'mixed:8', or no permute."
+                    f"permute={self.permute!r} chooses which channels share a group of an N:M pattern, and "
+                    f"pattern='{self.resolved.pattern}' has none; use pattern='2:4' (any N:M) or pattern='mixed:8', "
+                    "or leave it out."
                 )
         if self.update.targets == "dense":
             self._check_dense_targets()
         if self.allocation == AUTO and (self.spread is not None or self.granularity != "block"):
+            given = f"granularity={self.granularity!r}" if self.spread is None else f"spread={self.spread:g}"
             raise ValueError(
                 "allocation='auto' compares named allocations as they are, per block and with their own spread; leave "
-                "out spread and granularity, or name an allocation."
+                f"out {given}, or name an allocation."
             )
 
     def _check_pattern(self, pattern: Pattern) -> None:
@@ -238,7 +249,7 @@ class DSAConfig:
         if not self.sequential:
             raise ValueError(
                 "targets='dense' with sequential=False changes nothing: every block is calibrated on the dense model "
-                "already; use sequential=True or targets='sparse'."
+                "already; leave out one of both."
             )
 
     @property

@@ -79,8 +79,8 @@ def with_quality(name: str, given: Mapping[str, Any]) -> dict[str, Any]:
         decided = row.decides.get(setting)
         if setting in CHOSEN or (setting in row.decides and value != decided):
             raise ValueError(
-                f"quality {name!r} chooses {'how to prune' if decided is None else f'{setting} {decided!r}'}, and "
-                f"{setting} {value!r} was given as well; leave out one of both."
+                f"quality {name!r} chooses {'how to prune' if decided is None else f'{setting}={decided!r}'}, and "
+                f"{setting}={value!r} was given as well; leave out one of both."
             )
     fills = dict(row.fills)
     pattern = given.get("pattern")

@@ -112,11 +112,7 @@ def _check_calibration(model: nn.Module, calibration: Known | None, config: DSAC
         batches_of(calibration, config, f"method {config.method!r}")
     if config.reconstruct.steps:
         batches_to_train(calibration, config)
-        if config.reconstruct.span > 1 and is_offloaded(model):
-            raise ValueError(
-                f"span={config.reconstruct.span} trains blocks together, and of an offloaded model one is there at a "
-                "time; use span=1, or load the model into memory."
-            )
+        config.reconstruct.check_place(is_offloaded(model))
 
 
 def _finished(

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from statistics import mean
 from typing import Any
 
 from ..common.columns import columns
 from ..common.escaping import one_line
 from .allocation import Allocation
+from .comparison import compared_lines
 from .configuration import DSAConfig
-from .training import Reconstruction
+from .training import Reconstruction, told
 
 
 @dataclass(frozen=True)
@@ -33,6 +33,9 @@ class PruningReport:
         seconds (`float`): wall time.
         compared (`Mapping[str, float]`): allocation -> validation loss of the model pruned with it, best first, where
             the config asked for `"auto"`.
+        compared_on (`Mapping[str, int]`): the `windows` of text, and their `length`, that those losses are of.
+        chosen_by (`str`, *optional*): what trained the model and chose its zeros meanwhile, a recovery method; `None`
+            where the config's method chose them. Pattern, units and counts are those of config and allocation.
     """
 
     config: DSAConfig
@@ -48,6 +51,8 @@ class PruningReport:
     permuted: Mapping[str, tuple[float, float]] = field(default_factory=dict)
     reconstruction: Mapping[str, Reconstruction] = field(default_factory=dict)
     compared: Mapping[str, float] = field(default_factory=dict)
+    compared_on: Mapping[str, int] = field(default_factory=dict)
+    chosen_by: str | None = None
 
     @property
     def removed(self) -> int:
@@ -81,7 +86,8 @@ class PruningReport:
             "reconstruction": {block: asdict(found) for block, found in self.reconstruction.items()},
             "seconds": round(self.seconds, 3),
         }
-        return data | ({"compared": dict(self.compared)} if self.compared else {})
+        more = {"compared": dict(self.compared), "compared_on": dict(self.compared_on), "chosen_by": self.chosen_by}
+        return data | {name: value for name, value in more.items() if value}
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> PruningReport:
@@ -101,7 +107,37 @@ class PruningReport:
             },
             seconds=data.get("seconds", 0.0),
             compared=dict(data.get("compared") or {}),
+            compared_on=dict(data.get("compared_on") or {}),
+            chosen_by=data.get("chosen_by"),
         )
+
+    @property
+    def notes(self) -> list[str]:
+        """What there is to say beside the table, a line each."""
+        notes = []
+        if "bos" in (self.calibration or {}):
+            notes.append(f"calibrated on sequences {'that start with' if self.calibration['bos'] else 'without'} BOS")
+        if self.chosen_by:
+            notes.append(f"the zeros were chosen by {self.chosen_by}, while the model was trained (recover)")
+        if self.dense:
+            notes.append(f"left dense: {len(self.dense)} matrices ({', '.join(sorted(set(self.dense.values())))})")
+        if self.damping:
+            notes.append(f"damping raised for {len(self.damping)} weights, to {max(self.damping.values()):g} at most")
+        if self.compared:
+            losses, *more = compared_lines(self.compared, self.compared_on).values()
+            found = "; ".join([losses, *more])
+            notes.append(f"allocations compared by their validation loss after the prune: {found}")
+        if self.unseen:
+            notes.append(f"{len(self.unseen)} weights saw no calibration token and were scored by magnitude")
+        if self.permuted:
+            before, after = (sum(shares) / len(self.permuted) for shares in zip(*self.permuted.values()))
+            notes.append(
+                f"channels of {len(self.permuted)} weights in another order: {after:.2%} of their score stays, and "
+                f"{before:.2%} would have"
+            )
+        if self.reconstruction:
+            notes.append(told(self.reconstruction))
+        return notes
 
     def __str__(self) -> str:
         sizes, asked, size = self.allocation.sizes, self.allocation.sparsity, sum(self.allocation.sizes.values())
@@ -118,29 +154,4 @@ class PruningReport:
             ]
         )
         lines = [header, *lines[:-2], "-" * len(header), *lines[-2:]]
-        notes = []
-        if "bos" in (self.calibration or {}):
-            notes.append(f"calibrated on sequences {'that start with' if self.calibration['bos'] else 'without'} BOS")
-        if self.dense:
-            notes.append(f"left dense: {len(self.dense)} matrices ({', '.join(sorted(set(self.dense.values())))})")
-        if self.damping:
-            notes.append(f"damping raised for {len(self.damping)} weights, to {max(self.damping.values()):g} at most")
-        if self.compared:
-            losses = ", ".join(f"{name} {loss:.4f}" for name, loss in self.compared.items())
-            notes.append(f"allocations compared by their validation loss after the prune: {losses}")
-        if self.unseen:
-            notes.append(f"{len(self.unseen)} weights saw no calibration token and were scored by magnitude")
-        if self.permuted:
-            before, after = (sum(shares) / len(self.permuted) for shares in zip(*self.permuted.values()))
-            notes.append(
-                f"channels of {len(self.permuted)} weights in another order: {after:.2%} of their score stays, and "
-                f"{before:.2%} would have"
-            )
-        if trained := self.reconstruction.values():
-            before, after = (mean(getattr(found, name) for found in trained) for name in ("before", "after"))
-            rates = sorted({found.rate for found in trained if found.steps})
-            notes.append(
-                f"blocks trained: {before:.2%} of their outputs lost before, {after:.2%} after, on windows held out "
-                f"(mean of {len(trained)}; rate {', '.join(f'{rate:g}' for rate in rates) or 'none'})"
-            )
-        return "\n".join(map(one_line, lines + notes))
+        return "\n".join(map(one_line, [*lines, *self.notes]))

@@ -50,8 +50,9 @@ def batches_to_train(calibration: Known | None, config: DSAConfig) -> tuple[list
     samples = len(next(iter(calibration.inputs.values()))) if known else len(parts)
     if samples < 2:
         raise ValueError(
-            "reconstruct trains on calibration windows, and looks at another one whether that helps; got "
-            f"{samples}. Give text, and not statistics, and num_samples of at least 2; or use reconstruct=0."
+            f"reconstruct={config.reconstruct.steps} trains on calibration windows, and looks at another one whether "
+            f"that helps; got {samples}. Give text, and not statistics, and num_samples of at least 2; or use "
+            "reconstruct=0."
         )
     kept = samples - held_out(samples)
     size = micro_batch(kept, config.batch_size)

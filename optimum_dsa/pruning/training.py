@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
+from statistics import mean
 
 import torch
 from torch import Tensor
@@ -32,6 +33,24 @@ class Reconstruction:
     after: float
     rate: float
     steps: int
+
+
+def told(found: Mapping[str, Reconstruction]) -> str:
+    """What training did to all blocks, one at least, in a sentence."""
+    better = [one for one in found.values() if one.steps]
+    before, after = (mean(getattr(one, name) for one in found.values()) for name in ("before", "after"))
+    if not better:
+        return (
+            f"blocks trained: none of {len(found)} came nearer to the dense one on windows held out, and each is what "
+            f"it was before ({before:.2%} of their outputs lost)"
+        )
+    rates = ", ".join(f"{rate:g}" for rate in sorted({one.rate for one in better}))
+    rest = len(found) - len(better)
+    kept = f"; {rest} came no nearer to the dense one, and {'is what it was' if rest == 1 else 'are what they were'}"
+    return (
+        f"blocks trained: {before:.2%} of their outputs lost before, {after:.2%} after, on windows held out (mean of "
+        f"{len(found)}; rate {rates}{kept if rest else ''})"
+    )
 
 
 class Training:

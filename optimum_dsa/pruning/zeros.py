@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from ..model.adapters import inner_model, plain_name
 from ..model.architecture import GRANULARITIES, Architecture, Weight, find_architecture
 from ..model.walk import walk_blocks
+from .allocate import architecture_for
 from .allocation import Allocation
-from .configuration import CONFIG_NAME
+from .configuration import CONFIG_NAME, DSAConfig
 from .report import PruningReport
 
 
@@ -43,6 +44,18 @@ def count_zeros(
             if look is not None:
                 look(weight, removed)
     return found
+
+
+def check_dense(model: nn.Module, config: DSAConfig, work: str) -> None:
+    """Raise `ValueError` where weights that `config` prunes are gone already, of which `work` would know nothing."""
+    architecture = architecture_for(model, config)
+    zeros = sum(count_zeros(model, architecture).values())
+    share = zeros / max(sum(weight.size for weight in architecture.weights), 1)
+    if share >= FEWEST_ZEROS:
+        raise ValueError(
+            f"{type(model).__name__} is pruned already: {share:.2%} of its prunable weights are zero, and {work} "
+            "would take it for a dense model. Give it the dense model that this one was made from."
+        )
 
 
 def measured_allocation(model: nn.Module, architecture: Architecture, granularity: str = "block") -> Allocation:

@@ -48,7 +48,7 @@ class RecoveryConfig:
             [0, 1]; the rest is the language modelling loss.
         temperature (`float`, defaults to 1.0): Softens both predictions that are compared.
         sparsity (`float`, *optional*): The budget of a dense model that `"elsa"` trains: the share of its prunable
-            weights that end as zeros. A pruned model has its budget.
+            weights that end as zeros, more than 0. A pruned model has its budget.
         allocation (`str`, defaults to `"uniform"`): How that is divided: a row of `ALLOCATIONS` that needs no data, or
             the path of an allocation.
         pattern (`str`, defaults to `"matrix"`): Within which weights of the dense model the zeros are chosen.
@@ -98,7 +98,13 @@ class RecoveryConfig:
     def __post_init__(self):
         check_settings(self)
         RECOVERIES[self.method], MODES[self.mode], SCHEDULES[self.shape]
-        if RECOVERIES.fact(self.method, "moves_zeros", False):
+        if self.moves_zeros:
+            if self.sparsity == 0:
+                raise ValueError(
+                    f"sparsity=0 is a budget without zeros, and method={self.method!r} chooses which weights become "
+                    "zero; give a share in (0, 1), such as 0.8. A model that stays dense is trained with "
+                    "transformers' Trainer."
+                )
             if self.patience is not None:
                 raise ValueError(
                     f"patience={self.patience} would bring back an earlier model, and with method={self.method!r} "
@@ -131,6 +137,11 @@ class RecoveryConfig:
     def trains_weights(self) -> bool:
         """Whether the model's own weights are trained, and not adapters beside them."""
         return RECOVERIES.fact(self.method, "trains_weights", True)
+
+    @property
+    def moves_zeros(self) -> bool:
+        """Whether training chooses the zeros, and does not keep those that are there."""
+        return RECOVERIES.fact(self.method, "moves_zeros", False)
 
     @property
     def windows(self) -> int:

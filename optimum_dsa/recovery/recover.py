@@ -108,6 +108,12 @@ def _keeps_the_budget(config: RecoveryConfig, report: PruningReport) -> Any:
     return DSACallback(exclude=report.config.exclude, include=report.config.include)
 
 
+def check_trainable(offloaded: bool) -> None:
+    """Raise `ValueError` for a model whose weights are `offloaded`."""
+    if offloaded:
+        raise ValueError("A model with offloaded weights cannot be trained; load it on one device.")
+
+
 def _check(
     model: nn.Module, config: RecoveryConfig, report: PruningReport, teacher: Any, checkpoints: Any, resume: bool
 ) -> None:
@@ -119,8 +125,7 @@ def _check(
         )
     if has_adapters(model):
         raise ValueError("The model has an adapter already; merge it first (model.merge_and_unload()).")
-    if is_offloaded(model):
-        raise ValueError("A model with offloaded weights cannot be trained; load it on one device.")
+    check_trainable(is_offloaded(model))
     if bool(config.distillation) != (teacher is not None):
         raise ValueError(
             f"distillation={config.distillation:g} and teacher={'given' if teacher is not None else None} do not fit: "

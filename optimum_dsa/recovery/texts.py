@@ -2,15 +2,26 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 from torch import Tensor, nn
 
+from ..common.apart import FEW, same_source, shared_windows
 from ..common.frame import Frame, frame_of
 from ..data import cut_windows, describe, iterate_texts, starts_with_bos
 from ..model.examples import PREDICTS, check_predicts_tokens
 from ..model.inputs import check_length, check_tokens, default_length, kind_of
 from .configuration import RecoveryConfig
+
+
+logger = logging.getLogger(__name__)
+
+END_OF_TRAIN = "end of train"  # where no text was given for validation
+_SEEN = (
+    "what was trained on tells nothing of other text. Give another text for validation, or none: then the end of the "
+    "training text is kept back."
+)
 
 
 def read_windows(
@@ -19,13 +30,17 @@ def read_windows(
     """Training windows, validation windows, (samples, length) int64 each, and facts of both.
 
     Raises:
-        ValueError: too little text, no tokenizer for text, or tokens that the model does not know.
+        ValueError: too little text, no tokenizer for text, tokens that the model does not know, or text for
+            validation that is trained on.
     """
     predicted = PREDICTS[check_predicts_tokens(model, tokenizer, "train")]
+    if same_source(train, validation):
+        raise ValueError(f"{describe(train)} is given for training and for validation: {_SEEN}")
     wanted = (config.data.num_samples or config.windows) + (config.validation_windows if validation is None else 0)
     windows = _read(model, tokenizer, train, config, wanted)
     if validation is not None:
         held_out = _read(model, tokenizer, validation, config, config.validation_windows)[: config.validation_windows]
+        _check_apart(windows, held_out)
     elif len(windows) > config.validation_windows:
         # the last of the text, not windows between those that are trained on
         held_out = windows[-config.validation_windows :]
@@ -38,7 +53,7 @@ def read_windows(
         )
     data = {
         "train": describe(train) if not isinstance(train, Tensor) else "tensor",
-        "validation": "end of train" if validation is None else describe(validation),
+        "validation": END_OF_TRAIN if validation is None else describe(validation),
         "windows": len(windows),
         "validation_windows": len(held_out),
         "sequence_length": windows.shape[1],
@@ -49,6 +64,17 @@ def read_windows(
     if not isinstance(train, Tensor):
         data["bos"] = starts_with_bos(tokenizer, config.data.bos)
     return windows, held_out, data
+
+
+def _check_apart(windows: Tensor, held_out: Tensor) -> None:
+    """Raise `ValueError` where `held_out` windows are trained on, (samples, length) each; warn where a few are."""
+    shared = shared_windows(windows, held_out)
+    if not shared:
+        return
+    found = f"{shared} of {len(held_out)} validation windows are training windows as well"
+    if shared > FEW * len(held_out):
+        raise ValueError(f"{found}: {_SEEN}")
+    logger.warning("%s; give another text for validation where that is not by chance.", found)
 
 
 def _read(model: nn.Module, tokenizer: Any, source: Any, config: RecoveryConfig, wanted: int) -> Tensor:

@@ -6,12 +6,11 @@ import logging
 
 from torch import Tensor
 
+from ..common.apart import FEW, shared_windows
 from ..pruning.calibration import Calibration
 
 
 logger = logging.getLogger(__name__)
-
-FEW = 0.05  # share of the validation windows up to which shared ones are warned of: texts repeat themselves
 
 
 def check_apart(calibration: Calibration | None, validation: Tensor) -> None:
@@ -22,9 +21,7 @@ def check_apart(calibration: Calibration | None, validation: Tensor) -> None:
     known = None if calibration is None else calibration.inputs.get("input_ids")
     if known is None:
         return
-    length = min(known.shape[1], validation.shape[1])
-    seen = {piece for window in known for piece in _pieces(window, length)}
-    shared = sum(any(piece in seen for piece in _pieces(window, length)) for window in validation)
+    shared = shared_windows(known, validation)
     if not shared:
         return
     found = f"{shared} of {len(validation)} validation windows are calibration windows as well"
@@ -34,9 +31,3 @@ def check_apart(calibration: Calibration | None, validation: Tensor) -> None:
             "validation, or none: then other windows of the calibration text are taken."
         )
     logger.warning("%s; give another text for validation where that is not by chance.", found)
-
-
-def _pieces(window: Tensor, length: int) -> list[bytes]:
-    """The whole pieces of a window, (length of the window,), as bytes that can be looked up in a set."""
-    # In one dtype: equal tokens may come as int32 and as int64.
-    return [piece.long().cpu().numpy().tobytes() for piece in window.split(length) if len(piece) == length]

@@ -13,6 +13,7 @@ from ..data import SAMPLES
 from ..pruning.allocate import architecture_for
 from ..pruning.allocation import ALLOCATIONS
 from ..pruning.calibration import Calibration, load_calibration
+from ..pruning.comparison import SHARE, compared_lines, windows_apart
 from ..pruning.configuration import DSAConfig
 from .problem import Budget
 from .realise import check_searchable
@@ -20,10 +21,6 @@ from .search import search
 
 
 logger = logging.getLogger(__name__)
-
-# Windows that candidates are judged on, as a share of those that calibrate: they are few, and a loss over a few
-# thousand tokens tells allocations apart that differ by more than a per cent.
-SHARE = 0.25
 
 
 @dataclass(frozen=True)
@@ -34,11 +31,13 @@ class Settled:
         config (`DSAConfig`): with the name of the best allocation.
         calibration (`Calibration`): without the windows that decided.
         compared (`Mapping[str, float]`): name -> validation loss of the model pruned with it, best first.
+        compared_on (`Mapping[str, int]`): `windows` and their `length` that those losses are of.
     """
 
     config: DSAConfig
     calibration: Calibration
     compared: Mapping[str, float]
+    compared_on: Mapping[str, int]
 
 
 def settle(model: nn.Module, source: Any, config: DSAConfig, tokenizer: Any = None) -> Settled:
@@ -58,6 +57,13 @@ def settle(model: nn.Module, source: Any, config: DSAConfig, tokenizer: Any = No
         raise ValueError("allocation='auto' compares allocations on text; pass some, or name an allocation.")
     architecture_for(model, config)  # a model that cannot be pruned is refused before any text is read
     calibration, validation = _apart(model, source, config, tokenizer)
+    on = dict(zip(("windows", "length"), validation.shape))
+    logger.info(
+        "allocation='auto': each of %d allocations is pruned with, and judged on %d windows of %d tokens that do not "
+        "calibrate.",
+        len(ALLOCATIONS),
+        *validation.shape,
+    )
     result = search(
         model,
         calibration,
@@ -69,15 +75,14 @@ def settle(model: nn.Module, source: Any, config: DSAConfig, tokenizer: Any = No
         realisation="masks",  # all are pruned for real: what they race by decides nothing
     )
     compared = {row.candidate.function: row.loss for row in result.finalists}
-    best = next(iter(compared))
-    logger.info("Of %d allocations, %s leaves the lowest loss on validation windows.", len(compared), best)
-    return Settled(replace(config, allocation=best), calibration, compared)
+    logger.info("allocation='auto': %s.", "; ".join(compared_lines(compared, on).values()))
+    return Settled(replace(config, allocation=next(iter(compared))), calibration, compared, on)
 
 
 def _apart(model: nn.Module, source: Any, config: DSAConfig, tokenizer: Any) -> tuple[Calibration, Tensor]:
     """Windows that calibrate, and others to judge by, (windows, length)."""
     number = config.data.num_samples or SAMPLES
-    more = max(int(SHARE * number), 1)
+    more = windows_apart(number)
     drawn = load_calibration(source, model, tokenizer, replace(config.data, num_samples=number + more))
     tokens = drawn.inputs.get("input_ids")
     if tokens is None or len(drawn.inputs) > 1:

@@ -18,11 +18,13 @@ from ..pruning.allocation import Allocation
 from ..pruning.allocation.layout import by_block, grid
 from ..pruning.calibration import Calibration
 from ..pruning.configuration import DSAConfig
+from ..pruning.zeros import check_dense
 from .realise import check_searchable
 from .realise.database import relative_error
 from .realise.masks import shown
 
 
+CURVES = "an error curve"
 LEVELS = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 
 
@@ -99,13 +101,15 @@ def sensitivity(
         levels (`Sequence[float]`): sparsities, in (0, 1).
 
     Raises:
-        ValueError: the pattern removes the same of every matrix, or text is needed and missing.
+        ValueError: the pattern removes the same of every matrix, the model is pruned already, or text is needed and
+            missing.
     """
     check_searchable(config)
     method, levels = config.resolved, tuple(sorted(levels))
     if not levels or not 0 < levels[0] <= levels[-1] < 1:
         raise ValueError(f"Levels are sparsities in (0, 1), at least one, got {list(levels)}.")
     architecture = architecture_for(model, config)
+    check_dense(model, config, CURVES)
     reads = (method.reads | method.metric_reads) - {"cross_gram", "residual"}
     if reads and calibration is None:
         raise ValueError(f"The method {config.method!r} needs calibration text; pass some.")

@@ -14,6 +14,7 @@ from ..common.values import is_number, is_real, is_whole, short
 from .space import Candidate
 
 
+UNITS = ("tokens", "evaluations", "s")  # of the limits in a budget
 NO_ROOM = "the budget has no room for it"  # the error of a trial that was not computed
 
 
@@ -148,6 +149,15 @@ def _settings(line: str) -> dict[str, Any]:
     return data["settings"]
 
 
+def _with_units(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """`settings` with a budget as it is given: "2000 tokens" where the trace has [2000, None, None]."""
+    amounts = settings.get("budget")
+    if not isinstance(amounts, list) or len(amounts) != 3:
+        return dict(settings)
+    said = [f"{amount} {unit}" for amount, unit in zip(amounts, UNITS) if is_number(amount)]
+    return {**settings, "budget": " ".join(said) or "no limit"}
+
+
 class SearchTrace:
     """The trials of a search, in order; in a file if it has one, each line flushed as it comes.
 
@@ -207,7 +217,8 @@ class SearchTrace:
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{self.path} is no search trace: {error}.") from None
         if check:
-            check_same_run(f"The search in {self.path}", settings, self.settings, "choose another folder")
+            shown = map(_with_units, (settings, self.settings))
+            check_same_run(f"The search in {self.path}", *shown, "choose another folder")
         self.settings = settings
 
     def best_so_far(self) -> tuple[list[int], list[float]]:

@@ -13,13 +13,13 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from ..checkpoint.description import seal_of
 from ..checkpoint.verify import SEALS
-from ..common.escaping import code_block, code_span, inline_markdown, one_line, table_cell
+from ..common.escaping import code_block, code_span, inline_markdown, one_line, prose_markdown, table_cell
 from ..common.installation import how_to_install
 from ..evaluation.comparison import main_metric
 from ..evaluation.measurement import Measurement, with_error
 from ..pruning.allocation import Allocation
 from ..pruning.configuration import DSAConfig
-from ..recovery.recoveries import RECOVERIES
+from .account import account, details, notes, settings, training_settings
 from .outcome import Outcome
 from .provenance import (
     calibration_source,
@@ -36,7 +36,7 @@ from .tables import Table, block_table, limits, percent, perplexity_tables, task
 
 
 # The Hub knows finetune, adapter, merge and quantized. Pruned weights are the base model's own, compressed with loss.
-RELATION = "quantized"
+PRUNED, TRAINED = "quantized", "finetune"
 # Ending of the architecture's name -> the class that loads it, and what the Hub calls its task.
 LOADERS = {
     "ForCausalLM": ("AutoModelForCausalLM", "text-generation"),
@@ -92,16 +92,15 @@ def model_card(
         library_name="peft" if adapter_base else "transformers",
         pipeline_tag=task,
         base_model=adapter_base or base_id,
-        base_model_relation="adapter" if adapter_base else RELATION if base_id else None,
-        tags=["optimum-dsa", "pruned", "sparse", config.method, *_tags(facts["allocation"]["name"])],
+        base_model_relation="adapter" if adapter_base else _relation(outcome) if base_id else None,
+        tags=["optimum-dsa", "pruned", "sparse", *_tags(outcome)],
         datasets=[found] if (found := dataset_id(calibration_source(facts))) else None,
         eval_results=_eval_results(shown.evaluations) or None,
         **_plain_metadata(base or {}),
     )
     base_name = (facts.get("base_model") or {}).get("name")
-    # A dense model that was trained sparse was never pruned before: the one command is that of its training.
-    trained_dense = (outcome.training.get("config") or {}).get("sparsity") is not None
-    made = recover_command(outcome.training, base_name) if trained_dense else command(facts)
+    made = _made(outcome, facts, base_name)
+    told = replace(outcome, facts=facts)
     return ModelCard.from_template(
         data,
         template_str=files("optimum_dsa.sharing").joinpath("templates/model_card.md").read_text(encoding="utf-8"),
@@ -112,7 +111,8 @@ def model_card(
         base_name=code_span(base_name) if base_name else None,
         counted=_counted(outcome),
         uncounted=inline_markdown(uncounted),
-        method=config.method,
+        found=outcome.is_found,
+        method=outcome.config["method"],
         allocation=code_span(facts["allocation"]["name"]),
         pattern=config.recipe.pattern,
         compressed=outcome.compressed,
@@ -121,16 +121,37 @@ def model_card(
         tokenizer=tokenizer,
         plots=plots,
         results=_results(shown),
-        training=_training(outcome.training),
+        account=prose_markdown(" ".join(account(told))),
+        training=_training(outcome),
         limits=limits(outcome),
-        command=code_block(made, "bash"),
+        command=made and code_block(made, "bash"),
         note=_note(facts, made, revision),
-        settings=_settings(facts, config),
-        recovery=_recovery(outcome.training),
+        notes=[prose_markdown(note) for note in notes(told)],
+        details=[(heading, caption, table.markdown()) for heading, caption, table in details(told)],
+        settings=_settings(told),
+        trained_sparse=outcome.was_trained_sparse,
+        recoveries=[_recovery(training) for training in outcome.trainings],
         versions=Table(["package", "version"], [*map(list, (facts.get("versions") or {}).items())]).markdown(),
         seal=SEALS.get(seal_of(outcome.facts), ""),
-        papers={inline_markdown(part): address for part, address in papers(facts["config"], outcome.training).items()},
+        papers={inline_markdown(part): address for part, address in _papers(told).items()},
     )
+
+
+def _papers(outcome: Outcome) -> dict[str, str]:
+    # Of zeros that were found a config has what it must have, and nobody asked for it.
+    return papers({} if outcome.is_found else outcome.facts["config"], outcome.trainings)
+
+
+def _relation(outcome: Outcome) -> str:
+    return TRAINED if outcome.training else PRUNED
+
+
+def _made(outcome: Outcome, facts: Mapping[str, Any], base: str | None) -> str:
+    """The command that makes the zeros; empty where nothing says how they came about."""
+    if outcome.is_found:
+        return ""
+    # A dense model that was trained sparse was never pruned before: its first command is that of its training.
+    return recover_command(outcome.trainings[0], base) if outcome.was_trained_sparse else command(facts)
 
 
 def _counted(outcome: Outcome) -> dict[str, str]:
@@ -160,20 +181,19 @@ def _plain_metadata(base: Mapping[str, Any]) -> dict[str, Any]:
     return found
 
 
-def _training(recovery: Mapping[str, Any]) -> str:
-    """What is known of training after pruning, or during it: in words, as a command, and with all its settings."""
+def _training(outcome: Outcome) -> str:
+    """What is known of the last training after pruning, or during it, in words: with its losses."""
+    recovery = outcome.training
     if not recovery:
         return ""
     if recovery.get("kind") != "recover":
         return f"It was trained with `DSACallback`, up to step {recovery.get('step')}."
     asked, perplexity = recovery["config"], recovery["perplexity"]
     before, after = (with_error(perplexity[name], perplexity.get(f"{name}_error"), 3) for name in ("before", "after"))
-    method = str(asked["method"])
-    moved = method in RECOVERIES and RECOVERIES.fact(method, "moves_zeros", False)
-    zeros = "which chose its zeros within the budget" if moved else "with every zero kept"
-    when = "It" if asked.get("sparsity") is not None else "After pruning it"
+    zeros = "which chose its zeros within the budget" if outcome.moves_zeros(recovery) else "with every zero kept"
+    when = "It" if outcome.was_trained_sparse else "After pruning it"
     return (
-        f"{when} was trained for {recovery['steps']} steps ({code_span(method)}), {zeros}: "
+        f"{when} was trained for {recovery['steps']} steps ({code_span(str(asked['method']))}), {zeros}: "
         f"perplexity on validation text {before} before and {after} after. {RECORDED}"
     )
 
@@ -191,9 +211,12 @@ def _loader(model_config: Any) -> tuple[str, str | None]:
     return next((row for ending, row in LOADERS.items() if name.endswith(ending)), ("AutoModel", None))
 
 
-def _tags(allocation: str) -> list[str]:
-    """The allocation as a tag, where it has a plain name."""
-    return [f"{allocation}-allocation"] if re.fullmatch(r"[a-z_]+", allocation) else []
+def _tags(outcome: Outcome) -> list[str]:
+    """What chose the zeros and the allocation as tags, where they are known and have plain names."""
+    if outcome.is_found:
+        return []
+    allocation = outcome.facts["allocation"]["name"]
+    return [outcome.config["method"], *([f"{allocation}-allocation"] if re.fullmatch(r"[a-z_]+", allocation) else [])]
 
 
 def _portable(found: Sequence[Measurement], name: str | None = None) -> list[Measurement]:
@@ -254,6 +277,8 @@ def _results(outcome: Outcome) -> str:
 
 def _note(facts: Mapping[str, Any], made: str, revision: str | None) -> str:
     parts = ["Run it beside `dsa_config.json`." if "dsa_config.json" in made else ""]
+    if not made:
+        parts.append("How the zeros came about is not known.")
     source = calibration_source(facts)
     if facts.get("calibration") and not names_data(source):
         named = f" ({inline_markdown(source)})" if source else ""
@@ -265,20 +290,15 @@ def _note(facts: Mapping[str, Any], made: str, revision: str | None) -> str:
     return " ".join(part for part in parts if part)
 
 
-def _settings(facts: Mapping[str, Any], config: DSAConfig) -> str:
-    """Every field of the config, and what calibration read, as a table."""
-    return _facts_table(
-        [
-            ("metric", config.recipe.metric),
-            ("update", config.recipe.update),
-            *facts["config"].items(),
-            *((f"calibration {name}", value) for name, value in (facts.get("calibration") or {}).items()),
-        ]
-    )
+def _settings(outcome: Outcome) -> str:
+    """Every setting that had a say, and what calibration read, as a table; empty where nothing says."""
+    data = [(f"calibration {name}", value) for name, value in (outcome.facts.get("calibration") or {}).items()]
+    rows = [*settings(outcome).items(), *data]
+    return _facts_table(rows) if rows else ""
 
 
 def _recovery(recovery: Mapping[str, Any]) -> dict[str, str]:
-    """Command and settings of `recover`; empty where there was none."""
+    """Command and settings of a training by `recover`; empty of another."""
     if recovery.get("kind") != "recover":
         return {}
     data = [
@@ -288,19 +308,16 @@ def _recovery(recovery: Mapping[str, Any]) -> dict[str, str]:
     ]
     return {
         "command": code_block(recover_command(recovery), "bash"),
-        "settings": _facts_table([*recovery["config"].items(), *data]),
+        "settings": _facts_table([*training_settings(recovery).items(), *data]),
     }
 
 
 def _facts_table(rows: Iterable[tuple[str, Any]]) -> str:
-    """Names and values as a table; settings of a section stand by their own names."""
+    """Names and values as a table, of an allocation its name."""
     lines = ["| setting | value |", "| --- | --- |"]
     for name, value in rows:
-        inner = value.items() if isinstance(value, Mapping) and "sizes" not in value else ((name, value),)
-        for part, known in inner:
-            part = name if part == "name" else part
-            known = known.get("name", "given") if isinstance(known, Mapping) else known
-            known = ", ".join(map(str, known)) if isinstance(known, list) else known
-            if known not in (None, ""):
-                lines.append(f"| {table_cell(inline_markdown(part))} | {table_cell(code_span(str(known)))} |")
+        known = value.get("name", "given") if isinstance(value, Mapping) else value
+        known = ", ".join(map(str, known)) if isinstance(known, list) else known
+        if known not in (None, ""):
+            lines.append(f"| {table_cell(inline_markdown(name))} | {table_cell(code_span(str(known)))} |")
     return "\n".join(lines)

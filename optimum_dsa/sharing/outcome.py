@@ -6,10 +6,11 @@ import logging
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from ..checkpoint.description import contradictions, read_description
+from ..checkpoint.description import DescriptionError, contradictions, read_description, report_from
 from ..checkpoint.encodings import ENCODINGS
 from ..checkpoint.verify import Verification
 from ..common.escaping import one_line
@@ -20,7 +21,9 @@ from ..evaluation.measurement import Measurement
 from ..evaluation.results import results_from
 from ..pruning.allocation import Allocation
 from ..pruning.configuration import CONFIG_NAME
+from ..pruning.report import PruningReport
 from ..pruning.zeros import MEASURED
+from ..recovery.recoveries import RECOVERIES
 from ..search.trace import SearchTrace
 
 
@@ -104,10 +107,35 @@ class Outcome:
 
     @property
     def config(self) -> Mapping[str, Any]:
-        """The configuration, as it was written; without a method where the zeros are all that is known."""
+        """The configuration, as it was written, with the method that chose the zeros: "unknown" where nothing says."""
         found = self.facts.get("config") or {}
-        made = (self.facts.get("allocation") or {}).get("name")
-        return {**found, "method": "unknown"} if found and made == MEASURED else found
+        method = "unknown" if self.is_found else self.chosen_by
+        return {**found, "method": method} if found and method else found
+
+    @property
+    def chosen_by(self) -> str | None:
+        """The recovery method that chose the zeros; `None` where pruning did."""
+        last = next((one for one in reversed(self.trainings) if self.moves_zeros(one)), None)
+        return self.facts.get("chosen_by") or (last and last["config"]["method"])
+
+    @property
+    def is_found(self) -> bool:
+        """Whether nothing says how the zeros came about."""
+        return (self.facts.get("allocation") or {}).get("name") == MEASURED and self.chosen_by is None
+
+    @property
+    def was_trained_sparse(self) -> bool:
+        """Whether the model was dense until its training chose zeros: nothing pruned it."""
+        return any((one.get("config") or {}).get("sparsity") is not None for one in self.trainings)
+
+    @cached_property
+    def report(self) -> PruningReport | None:
+        """The report that its facts are; `None` of a search, and where they name what is not registered here."""
+        try:
+            return report_from(dict(self.facts)) if self.achieved else None
+        except DescriptionError as error:
+            logger.info("The report of %s is not read: %s", one_line(self.name), one_line(str(error)))
+            return None
 
     @property
     def achieved(self) -> Mapping[str, Any]:
@@ -116,8 +144,19 @@ class Outcome:
 
     @property
     def training(self) -> Mapping[str, Any]:
-        """What is known of training after pruning, or during it; empty where there was none."""
+        """What is known of the last training after pruning, or during it; empty where there was none."""
         return self.facts.get("recovery") or {}
+
+    @property
+    def trainings(self) -> list[Mapping[str, Any]]:
+        """The same of every training, first to last; earlier ones without losses."""
+        return [*self.training.get("earlier", ()), self.training] if self.training else []
+
+    @staticmethod
+    def moves_zeros(training: Mapping[str, Any]) -> bool:
+        """Whether a training chose the zeros, and did not keep those that were there."""
+        method = (training.get("config") or {}).get("method")
+        return method in RECOVERIES and RECOVERIES.fact(method, "moves_zeros", False)
 
 
 def read_all(folders: Iterable[str | Path]) -> list[Outcome]:

@@ -15,7 +15,9 @@ from ..common.version import VERSION
 from ..evaluation.measurement import with_error
 from ..pruning.allocation import ALLOCATIONS
 from ..pruning.allocation.layout import grid, place
-from ..recovery.recoveries import RECOVERIES
+from ..pruning.comparison import compared_lines
+from ..recovery.configuration import RecoveryConfig
+from .account import account, details, notes, settings, training_settings
 from .charts import (
     Measured,
     allocation_chart,
@@ -95,7 +97,7 @@ def figures(outcomes: Sequence[Outcome]) -> dict[str, tuple[Figure, str, str]]:
     histories = {outcome.name: outcome.training.get("history") for outcome in outcomes}
     if histories := {name: history for name, history in histories.items() if history and len(history) > 1}:
         caption = "Loss on validation text, with the zeros, while the model was trained; thin, that on training text."
-        drawn["training"] = training_curves(histories, among=among), "Training after pruning", caption
+        drawn["training"] = training_curves(histories, among=among), "Training", caption
     if len(rows) > 1:  # one bar has nothing to be longer than
         caption = "Perplexity where it was measured, and bytes on disk where they differ."
         drawn["quality"] = quality_chart(rows, among=among), "Quality and size", caption
@@ -151,6 +153,9 @@ def page(outcomes: Sequence[Outcome], drawn: dict[str, tuple[Figure, str, str]])
         cards=cards,
         blocks=blocks,
         blocks_with_bars=[(row, percentage(row[2])) for row in blocks.rows] if blocks else [],
+        account=" ".join(account(first)),
+        notes=notes(first),
+        details=details(first),
         lists=_lists(first),
         limits="" if first.is_dense else limits(first),
         vouched=vouched(outcomes),
@@ -171,7 +176,13 @@ def title(outcomes: Sequence[Outcome]) -> str:
     told = [name if (name := model.allocation.name) in ALLOCATIONS else "discovered" for model in models]
     if len(set(told)) > 1:
         return f"{base} at {rounded}: {_listed(list(dict.fromkeys(told)))}"
-    return f"{base} with {rounded} of its weights removed" + (", and trained since" if first.training else "")
+    return f"{base} with {rounded} of its weights removed" + _since(first)
+
+
+def _since(outcome: Outcome) -> str:
+    if not outcome.training:
+        return ""
+    return ", in a training" if outcome.was_trained_sparse else ", and trained since"
 
 
 def _short_names(table: Table) -> Table:
@@ -204,10 +215,6 @@ def _lead(outcome: Outcome) -> list[tuple[str, bool]]:
     method = str(config.get("method"))
     if not outcome.achieved:
         return [("Weights are removed by ", False), (method, True), ("; searched is how many from each block.", False)]
-    # Training that chooses zeros has the last word.
-    asked = outcome.training.get("config") or {}
-    last = str(asked.get("method"))
-    method = last if last in RECOVERIES and RECOVERIES.fact(last, "moves_zeros", False) else method
     parts = [("Weights were chosen by ", False), (method, True), (", and how many from each block by ", False)]
     return [*parts, (str(outcome.allocation.name), True), (".", False)]
 
@@ -257,10 +264,24 @@ def _perplexity_tile(outcome: Outcome) -> list[tuple[str, str, str]]:
 
 def _lists(outcome: Outcome) -> list[tuple[str, list[tuple[str, str]]]]:
     """What made it: heading and facts by name."""
-    config = [(name, _shown(value)) for name, value in outcome.config.items() if value not in (None, [], "")]
+    config = [(name, _shown(value)) for name, value in settings(outcome).items() if value not in (None, [], "")]
     data = [(name, _shown(value)) for name, value in (outcome.facts.get("calibration") or {}).items()]
     made = [(name, _shown(value)) for name, value in (outcome.facts.get("versions") or {}).items()]
-    parts = [("Configuration", config), ("Calibration", data), ("Training", _training(outcome)), ("Versions", made)]
+    tried = [*compared_lines(*(outcome.facts.get(name) or {} for name in ("compared", "compared_on"))).items()]
+    plain = training_settings({"config": RecoveryConfig().to_dict()})
+    trained = [
+        (name, _shown(value))
+        for name, value in training_settings(outcome.training).items()
+        if name not in ("method", "mode") and value != plain.get(name)
+    ]
+    parts = [
+        ("Allocations compared", tried),
+        ("Configuration", config),
+        ("Calibration", data),
+        ("Training", _training(outcome)),
+        ("Settings of the training", trained),
+        ("Versions", made),
+    ]
     return [(heading, facts) for heading, facts in parts if facts]
 
 

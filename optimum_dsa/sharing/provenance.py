@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import shlex
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import PurePosixPath, PureWindowsPath
 from typing import Any
 
@@ -19,8 +19,10 @@ from ..pruning.unstructured.methods import METHODS
 from ..pruning.unstructured.metrics import METRICS
 from ..pruning.unstructured.permutations import PERMUTATIONS
 from ..pruning.unstructured.updates import UPDATES
+from ..recovery.adapters.modes import MODES
 from ..recovery.configuration import RecoveryConfig
 from ..recovery.recoveries import RECOVERIES
+from ..recovery.texts import END_OF_TRAIN
 from ..search.strategies import STRATEGIES
 
 
@@ -68,10 +70,11 @@ def recover_command(recovery: Mapping[str, Any], base: str | None = None) -> str
     defaults = RecoveryConfig().to_dict()
     model, output = ("OUT", "BETTER") if config.get("sparsity") is None else (_word(base) or "BASE_MODEL", "OUT")
     words = ["optimum-cli", "dsa", "recover", model, "-o", output]
-    for option, name in (("--dataset", data.get("train")), ("--validation", data.get("validation"))):
-        if name or option == "--dataset":
+    texts = ("--dataset", data.get("train"), "YOUR_TEXT"), ("--validation", data.get("validation"), "OTHER_TEXT")
+    for option, name, unknown in texts:
+        if option == "--dataset" or name not in (None, "", END_OF_TRAIN):
             known = isinstance(name, str) and names_data(name) and not _PATH.match(name) and _word(name)
-            words += [option, known or "YOUR_TEXT"]
+            words += [option, known or unknown]
     for name, value in config.items():
         if name in defaults and value != defaults[name] and value is not None:
             if name == "merge":
@@ -112,8 +115,11 @@ def is_repository(name: Any, alone: bool = False) -> bool:
     return isinstance(name, str) and bool(re.fullmatch(rf"({part}/){'?' if alone else ''}{part}", name))
 
 
-def papers(config: Mapping[str, Any], recovery: Mapping[str, Any] | None = None) -> dict[str, str]:
-    """Part -> address of its publication, of every part that had a say, in the training after pruning as well."""
+def papers(config: Mapping[str, Any], trainings: Sequence[Mapping[str, Any]] = ()) -> dict[str, str]:
+    """Part -> address of its publication, of every part that had a say, in the trainings after pruning as well."""
+    asked = [one.get("config") or {} for one in trainings]
+    if any(one.get("sparsity") is not None for one in asked):  # trained sparse from dense: no method pruned it
+        config = {name: value for name, value in config.items() if name == "allocation"}
     found: dict[str, str | None] = {}
 
     def cite(table: Registry, name: Any) -> None:
@@ -124,7 +130,10 @@ def papers(config: Mapping[str, Any], recovery: Mapping[str, Any] | None = None)
     cite(METRICS, config.get("metric"))
     cite(UPDATES, (config.get("update") or {}).get("name"))
     cite(PERMUTATIONS, config.get("permute"))
-    cite(RECOVERIES, ((recovery or {}).get("config") or {}).get("method"))
+    for one in asked:
+        cite(RECOVERIES, method := one.get("method"))
+        if method in RECOVERIES and not RECOVERIES.fact(method, "trains_weights", True):
+            cite(MODES, one.get("mode"))
     if (config.get("reconstruct") or {}).get("steps"):
         found["reconstruct"] = RECONSTRUCTION
     name = config.get("allocation")

@@ -181,7 +181,8 @@ def _is_stale(name: str, contents: Mapping[str, Path | bytes]) -> bool:
 
 
 def _message(upload: Upload) -> str:
-    found, method = upload.outcome.counted, upload.outcome.config["method"]
+    found, outcome = upload.outcome.counted, upload.outcome
+    by = "" if outcome.is_found else f" with {outcome.config['method']}"
     if found is None:
-        return f"Pruned with {method}"
-    return f"{found.removed / max(found.prunable, 1):.2%} of the prunable weights removed with {method}"
+        return f"Pruned{by}"
+    return f"{found.removed / max(found.prunable, 1):.2%} of the prunable weights removed{by}"

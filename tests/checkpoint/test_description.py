@@ -39,6 +39,8 @@ def report(**changes):
         "reconstruction": {"layers.0": Reconstruction(0.25, 0.125, 1e-3, 64)},
         "seconds": 1.5,
         "compared": {"owl": 0.1, "uniform": 0.2},
+        "compared_on": {"windows": 4, "length": 16},
+        "chosen_by": "elsa",
     }
     return PruningReport(**{**facts, **changes})
 

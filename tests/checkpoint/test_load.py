@@ -15,6 +15,7 @@ from optimum_dsa.checkpoint.limits import LAYERS, Contents, check_counts, read_c
 from optimum_dsa.checkpoint.load import load_model, load_tokenizer
 from optimum_dsa.commands.embedded import demo_model
 from optimum_dsa.model.model_class import model_class
+from optimum_dsa.model.offload import is_offloaded
 
 from ..conftest import FAMILIES
 from ..tiny import same_state, state, tiny_llama
@@ -188,3 +189,10 @@ def test_weights_that_cannot_be_counted_still_bound_the_lists(tmp_path):
     (tmp_path / "model.safetensors").unlink()
     change(tmp_path, num_hidden_layers=10**9)
     refused(tmp_path, "says num_hidden_layers=1,000,000,000: at most")
+
+
+@pytest.mark.parametrize("places,said", [({"": "disk"}, False), ({"model": "cpu", "lm_head": "disk"}, True)])
+def test_what_was_asked_to_be_on_disk_is_no_news(folder, tmp_path, caplog, places, said):
+    model = load_model(str(folder), device_map=places, offload_folder=str(tmp_path / "weights"))
+    assert is_offloaded(model)
+    assert ("meta device" in caplog.text) == said

@@ -4,13 +4,14 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, T5Config
 
-from optimum_dsa import DSAConfig, UpdateConfig, demo_model, plan
+from optimum_dsa import ALLOCATIONS, DSAConfig, UpdateConfig, demo_model, plan
 from optimum_dsa.checkpoint.skeleton import open_skeleton, sample_model
 from optimum_dsa.model.parameters import count_parameters
 from optimum_dsa.pruning.planning.work import Seconds
@@ -79,6 +80,25 @@ def test_the_time_is_that_of_a_block_which_is_run(monkeypatch):
     assert len(model.model.layers) == 2 and model.device.type != "meta"
 
 
+def test_every_allocation_that_auto_tries_is_in_the_time_and_the_memory(tmp_path, monkeypatch):
+    # the same speed in both, whatever else the machine does meanwhile
+    monkeypatch.setattr("optimum_dsa.checkpoint.plan.speed", lambda *_: 1e12)
+    path, config = llama_8b(tmp_path), DSAConfig(0.6, "sparsegpt")
+    named = plan(path, config, run_block=False)
+    found = plan(path, replace(config, allocation="auto"), run_block=False)
+    assert found.seconds > len(ALLOCATIONS) * named.seconds * 0.8 and found.total > named.total + 10e9
+    assert f"{len(ALLOCATIONS)} allocations are tried first, each judged on 32 x 2048 tokens" in found.line
+
+
+def test_blocks_that_are_trained_together_are_not_planned_for_on_the_disk(tmp_path, monkeypatch):
+    path, config = llama_8b(tmp_path), DSAConfig(0.6, reconstruct={"steps": 4, "span": 2})
+    with pytest.raises(ValueError, match="span=2 trains blocks together.*use span=1"):
+        plan(path, config, run_block=False, device_map="disk")
+    monkeypatch.setattr("optimum_dsa.checkpoint.plan.memory_available", lambda _: 10**10)
+    found = plan(path, config, run_block=False, device_map="auto")
+    assert not found.fits and found.parts["weights"] > 16e9  # in memory, or not at all
+
+
 @pytest.mark.parametrize("error", [ValueError, RuntimeError])
 def test_a_block_that_cannot_be_run_alone_leaves_arithmetic(monkeypatch, caplog, error):
     def broken(*args):
@@ -112,9 +132,9 @@ def test_the_command_says_it_and_prints_it_as_json(monkeypatch, capsys, tmp_path
 @pytest.mark.parametrize(
     "options,named",
     [
-        (["--method", "ria"], ["'good'", "'ria'", "leave out one"]),
-        (["--update", "refit"], ["'good'", "update 'refit'"]),
-        (["--targets", "sparse"], ["'good'", "targets 'dense'", "'sparse'"]),
+        (["--method", "ria"], ["'good'", "--method ria", "leave out one"]),
+        (["--update", "refit"], ["'good'", "--update refit"]),
+        (["--targets", "sparse"], ["'good'", "--targets dense", "--targets sparse"]),
         (["--quality", "god"], ["Did you mean 'good'"]),
     ],
 )

@@ -12,7 +12,15 @@ from hypothesis import strategies as st
 from optimum_dsa import Allocation, DataConfig, DSAConfig, Measurement, Protocol, PruningReport
 from optimum_dsa.checkpoint.description import checksum, describe
 from optimum_dsa.checkpoint.verify import Verification
-from optimum_dsa.common.escaping import code_block, code_span, inline_markdown, one_line, table_cell, visible
+from optimum_dsa.common.escaping import (
+    code_block,
+    code_span,
+    inline_markdown,
+    one_line,
+    prose_markdown,
+    table_cell,
+    visible,
+)
 from optimum_dsa.sharing.card import base_repository, model_card
 from optimum_dsa.sharing.outcome import Outcome
 from optimum_dsa.sharing.page import figures, page
@@ -102,6 +110,15 @@ def test_a_text_in_a_line_is_a_text_or_a_code_span(text):
         assert structure(f"see {made} here") == structure("see x here")
         shown = "".join(t.content for t in READER.parse(f"see {made} here")[1].children)
         assert one_line(text).strip() in shown.replace("–", "")
+
+
+@given(texts)
+@often
+def test_a_text_in_a_sentence_is_words_and_code_spans(text):
+    made = prose_markdown(f"It's pruned by {text} here: all")
+    assert made.startswith("It's pruned by ") and made.endswith(" here: all")
+    types = [token.type for token in READER.parse(made)[1].children]
+    assert set(types) <= {"text", "code_inline"} and len(READER.parse(made)) == 3
 
 
 @given(texts)

@@ -154,7 +154,7 @@ def test_mixed_patterns_and_bfloat16_take_it_too():
 
 
 def test_it_is_refused_where_it_cannot_do_anything():
-    with pytest.raises(ValueError, match="pattern row has none; use pattern='2:4'"):
+    with pytest.raises(ValueError, match="pattern='row' has none; use pattern='2:4'"):
         DSAConfig(0.5, permute="ria")
     with pytest.raises(UnknownNameError, match="Did you mean 'ria'"):
         config("riaa")

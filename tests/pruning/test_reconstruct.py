@@ -34,7 +34,7 @@ from optimum_dsa.model.statistics import CollectedStatistics
 from optimum_dsa.pruning.reconstruct import FIRST, RATES, Reconstruct, _seek
 from optimum_dsa.pruning.source import micro_batch, step_size
 from optimum_dsa.pruning.stretches import parts
-from optimum_dsa.pruning.training import Reconstruction
+from optimum_dsa.pruning.training import Reconstruction, told
 
 from ..tiny import VOCABULARY, same_state, state, tiny_llama, tokens
 
@@ -260,6 +260,21 @@ def test_rates_are_tried_and_the_report_says_which_were_best():
     assert f"rate {', '.join(f'{rate:g}' for rate in sorted(rates))})" in str(report)
 
 
+def test_blocks_that_came_no_nearer_are_said_to_be_what_they_were():
+    one, other = Reconstruction(0.5, 0.5, 0.0, 0), Reconstruction(0.5, 0.3, 1e-3, 4)
+    assert told({"a": one, "b": one}) == (
+        "blocks trained: none of 2 came nearer to the dense one on windows held out, and each is what it was before "
+        "(50.00% of their outputs lost)"
+    )
+    some = told({"a": one, "b": other})
+    assert "50.00% of their outputs lost before, 40.00% after" in some
+    assert some.endswith("(mean of 2; rate 0.001; 1 came no nearer to the dense one, and is what it was)")
+    assert told({"b": other}).endswith("(mean of 1; rate 0.001)")
+    # a rate at which nothing gets better
+    report = prune(tiny_llama(), tokens(16), config(rate=1e6))
+    assert told(report.reconstruction) in str(report) and "none of 3 came nearer" in str(report)
+
+
 def test_it_helps_on_text_that_it_has_not_seen():
     """The model that is shipped."""
     losses, data = [], DataConfig(num_samples=16, sequence_length=64)
@@ -291,7 +306,7 @@ def test_what_cannot_be_trained_on_is_refused_before_work(source):
 
 @pytest.mark.parametrize("changes", [{"rate": 1e-3}, {"span": 2}, {"apart": True}])
 def test_how_to_train_is_said_of_a_training(changes):
-    with pytest.raises(ValueError, match=f"{next(iter(changes))}=.*reconstruct is 0"):
+    with pytest.raises(ValueError, match=f"{next(iter(changes))}=.*with reconstruct=0 none is"):
         ReconstructConfig(**changes)
     with pytest.raises(ValueError, match="rate=0 trains nothing"):
         ReconstructConfig(4, rate=0)
@@ -303,7 +318,7 @@ def test_parts_and_spans_are_two_things():
 
 
 def test_it_needs_the_pruned_blocks_outputs():
-    with pytest.raises(ValueError, match="sequential=True or reconstruct=0"):
+    with pytest.raises(ValueError, match="reconstruct=.*sequential=False.*leave out one of both"):
         config(sequential=False)
 
 

@@ -198,14 +198,14 @@ def test_updates_that_fit_nothing_are_refused_with_the_way_out():
 
 
 def test_targets_that_would_change_nothing_are_refused():
-    with pytest.raises(ValueError, match="changes nothing.*use sequential=True"):
+    with pytest.raises(ValueError, match="changes nothing.*leave out one of both"):
         config(sequential=False)
     with pytest.raises(ValueError, match="targets"):
         UpdateConfig(targets="dence")
 
 
 def test_a_residual_without_dense_targets_is_refused():
-    with pytest.raises(ValueError, match="targets is 'sparse'; use targets='dense' with it"):
+    with pytest.raises(ValueError, match="targets='sparse' has none; use targets='dense' with it"):
         UpdateConfig(residual=True)
 
 

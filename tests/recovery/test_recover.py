@@ -69,7 +69,7 @@ def test_a_tied_head_that_was_pruned_is_worth_the_same_before_and_after_the_merg
     pruner = DSAPruner.from_pretrained(tiny_llama(tie_word_embeddings=True))
     pruner.prune(None, DSAConfig(0.5, "magnitude", "uniform", include=["lm_head", "embed_tokens"]))
     before = zeros(pruner.model)
-    held_out = regular(16)
+    held_out = regular(80)[64:]
     pruner.recover(regular(), small(steps=12, learning_rate=0.02, merge=False), held_out)
     adapted = perplexity(pruner.model, held_out)
     merged = pruner.model.merge_and_unload()
@@ -224,6 +224,36 @@ def test_what_cannot_be_trained_is_refused(train, changes, options, message):
     with pytest.raises(ValueError, match=message):
         pruner.recover(train, small(**changes), **options)
     assert all(parameter.requires_grad for parameter in pruner.model.parameters())
+
+
+def test_text_that_is_trained_on_is_none_for_validation(tmp_path, caplog):
+    text, link = tmp_path / "text.txt", tmp_path / "same.txt"
+    text.write_text("x")
+    link.symlink_to(text)
+    pruner = DSAPruner.from_pretrained(sparse_llama(sparsity=0.6))
+    for train, validation, message in (
+        (str(text), text, "text.txt is given for training and for validation"),
+        (text, link, "text.txt is given for training and for validation"),
+        ("wikitext2", "wikitext2", "wikitext2 is given for training and for validation"),
+        (regular(), regular().int(), "8 of 8 validation windows are training windows as well: what was trained on"),
+        (regular(), regular(70)[60:], "4 of 8 validation windows are training windows as well"),
+    ):
+        with pytest.raises(ValueError, match=f"{message}.* Give another text for validation, or none"):
+            pruner.recover(train, small(), validation)
+    few = torch.cat([regular()[:1], tokens(30, 16)])
+    read_windows(pruner.model, None, regular(), few, small(validation_windows=31))
+    assert "1 of 31 validation windows are training windows as well" in caplog.text
+
+
+@pytest.mark.parametrize("command", ["recover", "search"])
+def test_commands_know_one_file_by_two_names_before_a_model_is_loaded(monkeypatch, capsys, tmp_path, command):
+    (tmp_path / "text.txt").write_text("some words")
+    (tmp_path / "same.txt").symlink_to(tmp_path / "text.txt")
+    work = [command, str(tmp_path / "none"), "-o", str(tmp_path / "out"), "--dataset", str(tmp_path / "text.txt")]
+    work += ["-s", "0.5"] if command == "search" else []
+    code, output, errors = run(monkeypatch, capsys, *work, "--validation", str(tmp_path / "same.txt"))
+    assert (code, output, len(errors.splitlines())) == (2, "", 1)
+    assert "same.txt is the text of --dataset" in errors and "leave --validation out" in errors
 
 
 def test_without_peft_all_weights_can_be_trained_and_adapters_say_what_to_install(monkeypatch):

@@ -11,6 +11,8 @@ from optimum_dsa.commands.embedded import demo_model, demo_texts
 from optimum_dsa.search import ready_made
 from optimum_dsa.search.ready_made import settle
 from optimum_dsa.search.search import search
+from optimum_dsa.sharing.outcome import Outcome
+from optimum_dsa.sharing.page import page as model_page
 
 from ..tiny import same_state, state, tiny_llama, tokens
 
@@ -33,6 +35,7 @@ def test_all_named_allocations_are_compared_and_the_best_is_taken(settled):
     assert list(settled.compared.values()) == sorted(settled.compared.values())
     assert settled.config.allocation == next(iter(settled.compared))
     assert settled.config == DSAConfig(0.6, "sparsegpt", settled.config.allocation)
+    assert settled.compared_on == {"windows": 4, "length": 16}
 
 
 def test_windows_that_decide_do_not_calibrate(monkeypatch):
@@ -50,17 +53,26 @@ def test_windows_that_decide_do_not_calibrate(monkeypatch):
     assert torch.equal(found.calibration.inputs["input_ids"], text[:16])
 
 
-def test_what_is_saved_holds_a_name_and_what_was_compared(tmp_path, monkeypatch):
+def test_what_is_saved_holds_a_name_and_what_was_compared(tmp_path, monkeypatch, caplog):
+    caplog.set_level("INFO", "optimum_dsa")
     monkeypatch.setattr(ready_made, "search", partial(search, named=("owl", "atp")))  # two of them are enough to say
     pruner = DSAPruner.from_pretrained(demo_model())
     config = DSAConfig(0.6, "magnitude", "auto", data=DataConfig(num_samples=4, sequence_length=32))
     report = pruner.prune(demo_texts("calibration")[:2], config)
     assert report.config.allocation in ALLOCATIONS and report.allocation.name == report.config.allocation
     assert "allocations compared by their validation loss after the prune: " in str(report)
+    best, second = list(report.compared)[:2]
+    lead = f"{best} is {1 - report.compared[best] / report.compared[second]:.1%} below {second}"
+    on = "judged on 1 windows of 32 tokens that do not calibrate"
+    assert "1 windows of 32 tokens that do not calibrate" in str(report) and lead in str(report)
+    assert f"allocations is pruned with, and {on}" in caplog.text and lead in caplog.text
     pruner.save_pretrained(tmp_path / "out")
     data = json.loads((tmp_path / "out" / "dsa_config.json").read_text())
     assert data["config"]["allocation"] == report.config.allocation == next(iter(data["compared"]))
     assert '"auto"' not in json.dumps(data)
+    assert data["compared_on"] == {"windows": 1, "length": 32}
+    page = model_page([Outcome.read(tmp_path / "out")], {})
+    assert "Allocations compared" in page and lead in page
     again = DSAPruner.from_pretrained(tmp_path / "out")
     assert again.report.compared == report.compared and again.verify().holds
     assert Allocation.load(tmp_path / "out") == report.allocation
@@ -87,9 +99,11 @@ def test_what_is_yet_to_be_chosen_is_never_saved(tmp_path):
     assert not any(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("changes", [{"spread": 0.1}, {"granularity": "matrix"}])
-def test_what_named_allocations_do_not_have_is_refused(changes):
-    with pytest.raises(ValueError, match="leave out spread and granularity"):
+@pytest.mark.parametrize(
+    "changes,named", [({"spread": 0.1}, "spread=0.1"), ({"granularity": "matrix"}, "granularity='matrix'")]
+)
+def test_what_named_allocations_do_not_have_is_refused(changes, named):
+    with pytest.raises(ValueError, match=f"leave out {named}, or name"):
         DSAConfig(0.6, allocation="auto", **changes)
 
 

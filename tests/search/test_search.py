@@ -119,6 +119,18 @@ def test_a_pattern_without_anything_to_allocate_is_refused_before_any_work(monke
         DSAPruner(tiny_llama()).search("text.txt", config)
 
 
+@pytest.mark.parametrize("loaded", [False, True], ids=["in memory", "loaded"])
+def test_a_model_that_is_pruned_already_is_refused_before_any_text_is_read(loaded, tmp_path):
+    pruner = DSAPruner(tiny_llama())
+    pruner.prune(None, DSAConfig(0.5, "magnitude", "uniform"))
+    if loaded:
+        pruner.save_pretrained(tmp_path / "pruned")
+        pruner = DSAPruner.from_pretrained(tmp_path / "pruned")
+    with pytest.raises(ValueError, match="is pruned already: 50.00% of its prunable weights are zero, and a search"):
+        pruner.search("missing.txt", CONFIG, output=tmp_path / "found")
+    assert not (tmp_path / "found").exists()
+
+
 def test_validation_that_is_calibration_is_refused():
     with pytest.raises(ValueError, match="6 of 6 validation windows are calibration windows"):
         search(tiny_llama(), CALIBRATION, CALIBRATION.inputs["input_ids"], CONFIG)

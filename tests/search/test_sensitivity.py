@@ -5,7 +5,15 @@ import json
 import pytest
 import torch
 
-from optimum_dsa import Calibration, DSAConfig, Sensitivity, UpdateConfig, plot_sensitivity, sensitivity
+from optimum_dsa import (
+    Calibration,
+    DSAConfig,
+    DSAPruner,
+    Sensitivity,
+    UpdateConfig,
+    plot_sensitivity,
+    sensitivity,
+)
 
 from ..tiny import same_state, state, tiny_llama, tokens
 
@@ -84,3 +92,13 @@ def test_a_model_keeps_its_type_of_numbers():
     model = tiny_llama().to(torch.bfloat16)
     found = sensitivity(model, CALIBRATION, DSAConfig(0.5, "sparsegpt"), (0.5,))
     assert all(0 < errors[0] < 1 for errors in found.errors.values())
+
+
+def test_a_model_that_is_pruned_already_has_no_curves():
+    pruner = DSAPruner(tiny_llama())
+    pruner.prune(None, DSAConfig(0.6, "magnitude", "uniform"))
+    message = "is pruned already: 60.00% of its prunable weights are zero, and .*Give it the dense model"
+    with pytest.raises(ValueError, match=message):
+        sensitivity(pruner.model, None, DSAConfig(0.5, "magnitude"))
+    with pytest.raises(ValueError, match=message):  # before any text is read
+        pruner.sensitivity("missing.txt", DSAConfig(0.5))

@@ -148,7 +148,15 @@ def test_a_dense_model_that_was_trained_sparse_is_made_by_one_command_and_its_pa
     words = shlex.split(recover_command(recovery, "me/dense"))
     assert words[:6] == ["optimum-cli", "dsa", "recover", "me/dense", "-o", "OUT"]
     assert " --sparsity 0.8 --penalty 0.5" in " ".join(words)
-    assert papers(DSAConfig(0.8, "magnitude", "uniform").to_dict(), recovery) == {
-        **papers(DSAConfig(0.8, "magnitude", "uniform").to_dict()),
+    # its config is a budget, whose method pruned nothing
+    assert papers(DSAConfig(0.8, "magnitude", "er").to_dict(), [recovery]) == {
+        "allocation er": ALLOCATIONS.references["er"],
         "recovery method elsa": RECOVERIES.references["elsa"],
     }
+
+
+def test_every_training_is_cited_with_the_mode_of_its_adapters():
+    config = DSAConfig(0.8, "magnitude", "uniform").to_dict()
+    trainings = [{"config": one.to_dict()} for one in (RecoveryConfig("elsa"), RecoveryConfig(mode="spp"))]
+    assert papers(config, trainings).keys() - papers(config).keys() == {"recovery method elsa", "mode spp"}
+    assert "mode mask" not in papers(config, [{"config": RecoveryConfig("full").to_dict()}, {"kind": "DSACallback"}])

@@ -5,6 +5,7 @@ import sys
 from optimum_dsa.common.installation import how_to_install
 
 from ..test_commands import run
+from .common import snapshot
 
 
 def test_the_command_prints_tables_and_says_where_the_page_is(monkeypatch, capsys, folders, tmp_path):
@@ -12,6 +13,15 @@ def test_the_command_prints_tables_and_says_where_the_page_is(monkeypatch, capsy
     code, output, errors = run(monkeypatch, capsys, "report", *arguments)
     assert (code, errors) == (0, "")
     assert "Finalists of found" in output and output.splitlines()[-1] == f"saved to {tmp_path / 'out' / 'report.html'}"
+
+
+def test_curves_of_a_pruned_model_are_refused_and_its_folder_stays_as_it_is(monkeypatch, capsys, saved, tmp_path):
+    before = snapshot(saved)
+    asked = ["report", str(saved), "--sensitivity", "--method", "magnitude"]
+    for place, message in (([], "say where with -o"), (["-o", str(tmp_path / "out")], "is pruned already: 60.00%")):
+        code, output, errors = run(monkeypatch, capsys, *asked, *place)
+        assert code == 2 and output == "" and message in errors and len(errors.splitlines()) == 1
+    assert snapshot(saved) == before and not (tmp_path / "out").exists()
 
 
 def test_the_command_refuses_in_one_line(monkeypatch, capsys, folders, tmp_path):

@@ -12,10 +12,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+from ..allocation import ALLOCATIONS
 from ..configuration import DSAConfig
 from ..source import step_size
 from ..unstructured.updates import UPDATES
 from .shape import BlockShape, InputShape, ModelShape
+from .tried import TOP, Tries, each_try, last, tries_of
 
 
 FLOAT = 4  # bytes of a number in statistics, scores and updates
@@ -59,6 +61,9 @@ def phases(shape: ModelShape, config: DSAConfig, text: Text, offloaded: bool = F
         offloaded: whether weights are elsewhere, and brought in block by block.
     """
     found = {"loading": {"weights": weights(shape, offloaded)}}
+    if (tries := tries_of(config, text.samples, text.length)) is not None:
+        found |= _trying(shape, each_try(config), text, tries, found["loading"])
+        config = last(config)
     if config.resolved.allocation_reads:
         found["allocating"] = found["loading"] | _allocating(shape, config, text)
     parts = found["loading"] | _pruning(shape, config, text)
@@ -89,6 +94,34 @@ def _allocating(shape: ModelShape, config: DSAConfig, text: Text) -> dict[str, f
         # `Unit.flat_scores`, and the copy that a pre-process makes, with its mask.
         "scores": max(sizes) * (2 * FLOAT + 1),
     }
+
+
+def _trying(
+    shape: ModelShape, config: DSAConfig, text: Text, tries: Tries, loaded: dict[str, int]
+) -> dict[str, dict[str, float]]:
+    """`search.ready_made.settle`, with `config` as every allocation is tried: masks are compared, then prunes."""
+    apart = Text(tries.windows, tries.length, text.batch)
+    block, prunable = _largest(shape), sum(block.size for block in shape.blocks)
+    texts = {"calibration text": _tokens(text) + _tokens(apart)}
+    # `Objective._dense_predictions`: halves, and numbers of tokens as short as the vocabulary allows.
+    number = 4 if shape.vocabulary > 2**15 else 2
+    kept = loaded | texts | {"dense predictions": apart.tokens * min(TOP, shape.vocabulary) * (2 + number)}
+    # Of one batch, as they come, in float32, and what their sum is made from.
+    logits = apart.tokens_at_once * shape.vocabulary * (shape.itemsize + 2 * FLOAT)
+    batch = {"one batch": logits + _batch(shape, block, apart)}
+    # `Resolver._walk`: all allocators at once, of which some read X·Xᵀ.
+    scored = replace(config, allocation="lsa") if "lsa" in ALLOCATIONS else config
+    found = {"reading scores": loaded | _allocating(shape, scored, text) | texts}
+    largest = max((rows * columns for rows, columns in block.weights), default=0)
+    # `MaskedModel`: two bytes a weight for its turn; one more matrix where it is masked.
+    orders = {"orders": 2 * prunable, "matrix at work": largest * (4 * FLOAT + 1)}
+    found["comparing masks"] = kept | orders | batch
+    # The masks of a prune, and where weights are changed all of them a second time.
+    tried = {"tried weights": prunable * (1 + (shape.itemsize if config.resolved.updates else 0))}
+    parts = _pruning(shape, config, text) | texts
+    found["trying allocations"] = kept | tried | {name: parts[name] for name in parts if name != "one batch"}
+    found["judging allocations"] = kept | tried | batch
+    return found
 
 
 def _pruning(shape: ModelShape, config: DSAConfig, text: Text) -> dict[str, float]:

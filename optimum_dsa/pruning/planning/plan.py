@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from ...common.machine import shown_bytes, shown_seconds
@@ -12,6 +12,7 @@ from ..configuration import DSAConfig
 from .memory import Text, phases
 from .remedies import Asked, Remedy, first_remedy
 from .shape import ModelShape
+from .tried import Tries, tries_of
 
 
 # What libraries bring in when they are first used: code of products, factors and files, as it was measured.
@@ -37,6 +38,7 @@ class Plan:
         available (`int`): bytes of memory that are there for it; `None` where nobody has looked.
         disk_available (`int`): bytes that are free where the result goes.
         remedy (`Remedy`): what to change where it does not fit: `options`, `total`, `fits`.
+        tries (`Tries`): allocations that are tried before, as `"auto"` asks for: `number`, `windows`, `length`.
     """
 
     method: str
@@ -49,6 +51,7 @@ class Plan:
     available: int | None = None
     disk_available: int | None = None
     remedy: Remedy | None = None
+    tries: Tries | None = None
 
     @property
     def peak(self) -> str:
@@ -79,7 +82,8 @@ class Plan:
     def line(self) -> str:
         """The plan in a line."""
         of = "" if self.available is None else f" of {shown_bytes(self.available)}"
-        took = "" if self.seconds is None else f"about {shown_seconds(self.seconds)} (an estimate), "
+        tried = "" if self.tries is None else f"; {self.tries}"
+        took = "" if self.seconds is None else f"about {shown_seconds(self.seconds)} (an estimate{tried}), "
         line = f"{took}memory {shown_bytes(self.total)}{of}, disk {shown_bytes(sum(self.disk.values()))}"
         return line if self.fits else f"{line}. {self.way_out}"
 
@@ -98,7 +102,8 @@ class Plan:
         return f"It does not fit; with {options} it takes {size}, which is still too much for this machine."
 
     def __str__(self) -> str:
-        lines = [f"{self.method}; {self.text.samples} x {self.text.length} tokens, on {self.device}", ""]
+        lines = [f"{self.method}; {self.text.samples} x {self.text.length} tokens, on {self.device}"]
+        lines += [""] if self.tries is None else [f"{self.tries}, which are not among those", ""]
         lines.append(f"memory at the peak, which is {self.peak}:")
         lines += [f"  {part:<20}{shown_bytes(size):>10}" for part, size in self.parts.items()]
         of = "" if self.available is None else f"   of {shown_bytes(self.available)} that are there"
@@ -122,6 +127,7 @@ class Plan:
             "disk": {"parts": dict(self.disk), "total": sum(self.disk.values()), "available": self.disk_available},
             "seconds": self.seconds,
             "timed": self.timed,
+            "tries": None if self.tries is None else asdict(self.tries),
             "fits": self.fits,
             "remedy": None
             if self.remedy is None
@@ -169,6 +175,7 @@ def plan_for(
         timed,
         available,
         disk_available,
+        tries=tries_of(config, asked.text.samples, asked.text.length),
     )
     if found.memory_fits:
         return found

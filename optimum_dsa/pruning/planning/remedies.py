@@ -6,9 +6,10 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Protocol
 
-from ..configuration import DSAConfig
+from ..configuration import AUTO, DSAConfig
 from .memory import Text, in_dtype
 from .shape import ModelShape
+from .tried import last
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,8 @@ def first_remedy(asked: Asked, available: int, total: Total) -> Remedy:
     """The first change after which `total` is at most `available`; where none alone suffices, as few as do, in order.
 
     First what gives the same result (a smaller batch, weights on the disk), then what gives another one: numbers of 16
-    bits, less text, targets of the model's own. Steps of one kind are taken as far as needed and no further.
+    bits, less text, an allocation that needs no trying, blocks trained one at a time, targets of the model's own.
+    Steps of one kind are taken as far as needed and no further.
     """
     together, options, least = asked, {}, Remedy((), total(asked), False)
     for make in _KINDS:
@@ -73,7 +75,8 @@ def _batch(asked: Asked) -> Iterator[tuple[str, Asked]]:
 
 
 def _disk(asked: Asked) -> Iterator[tuple[str, Asked]]:
-    if not asked.offloaded:
+    # Of an offloaded model one block is there at a time.
+    if not asked.offloaded and asked.config.reconstruct.span == 1:
         yield "--device-map disk", replace(asked, offloaded=True)
 
 
@@ -102,6 +105,18 @@ def _targets(asked: Asked) -> Iterator[tuple[str, Asked]]:
         yield "--targets sparse", replace(asked, config=replace(asked.config, update=update))
 
 
+def _span(asked: Asked) -> Iterator[tuple[str, Asked]]:
+    if asked.config.reconstruct.span > 1:
+        alone = replace(asked.config.reconstruct, span=1)
+        yield "--span 1", replace(asked, config=replace(asked.config, reconstruct=alone))
+
+
+def _named(asked: Asked) -> Iterator[tuple[str, Asked]]:
+    if asked.config.allocation == AUTO:
+        settled = last(asked.config)
+        yield f"--allocation {settled.allocation}", replace(asked, config=settled)
+
+
 # In this order: what changes nothing of the result comes first.
 _KINDS: tuple[Callable[[Asked], Iterator[tuple[str, Asked]]], ...] = (
     _batch,
@@ -109,5 +124,8 @@ _KINDS: tuple[Callable[[Asked], Iterator[tuple[str, Asked]]], ...] = (
     _bits,
     _samples,
     _length,
+    _named,
+    _span,
+    _disk,  # which it may have stood in the way of
     _targets,
 )

@@ -63,6 +63,7 @@ class ModelShape:
         stacks: how many lists of blocks there are: two in an encoder-decoder.
         itemsize: bytes of a number.
         length: tokens of a calibration sequence where nobody says.
+        vocabulary: tokens that it tells apart.
     """
 
     blocks: tuple[BlockShape, ...]
@@ -70,6 +71,7 @@ class ModelShape:
     stacks: int
     itemsize: int
     length: int
+    vocabulary: int = 0
 
     @property
     def parameters(self) -> int:
@@ -92,7 +94,9 @@ def shape_of(model: nn.Module, architecture: Architecture, dtype: torch.dtype) -
     own = {id(parameter): parameter for parameter in model.parameters()}  # a tied one is one
     within = sum(block.parameters for block in blocks)
     outside = sum(parameter.numel() for parameter in own.values()) - within
-    return ModelShape(tuple(blocks), outside, len(architecture.stacks), dtype.itemsize, default_length(model))
+    vocabulary = getattr(model.config.get_text_config(), "vocab_size", None) or 0
+    stacks, length = len(architecture.stacks), default_length(model)
+    return ModelShape(tuple(blocks), outside, stacks, dtype.itemsize, length, vocabulary)
 
 
 class _Inputs:

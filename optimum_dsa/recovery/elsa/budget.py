@@ -14,7 +14,6 @@ from ...pruning.report import PruningReport
 from ...pruning.unstructured.patterns import Pattern
 from ...pruning.zeros import FEWEST_ZEROS, MEASURED
 from ..configuration import RecoveryConfig
-from ..recoveries import RECOVERIES
 
 
 def is_dense(report: PruningReport) -> bool:
@@ -28,9 +27,10 @@ def with_budget(model: nn.Module, report: PruningReport, config: RecoveryConfig)
     The allocation of a dense model is one that needs no data: there is none before training.
 
     Raises:
-        ValueError: a dense model without a budget, or a budget beside the one that a pruned model has.
+        ValueError: a dense model without a budget, a budget beside the one that a pruned model has, or one of which no
+            weight goes.
     """
-    if not RECOVERIES.fact(config.method, "moves_zeros", False):
+    if not config.moves_zeros:
         return report
     if not is_dense(report):
         # Its budget is the model's own; what is asked beside it would be passed over.
@@ -42,7 +42,7 @@ def with_budget(model: nn.Module, report: PruningReport, config: RecoveryConfig)
                     f"an allocation and a pattern of its own, which are its budget; leave {name} out, or train the "
                     "dense model."
                 )
-        return report
+        return _with_zeros(report)
     if config.sparsity is None:
         raise ValueError(
             f"{type(model).__name__} is dense, and no budget was given; say sparsity=0.8 or so, with allocation and "
@@ -55,9 +55,18 @@ def with_budget(model: nn.Module, report: PruningReport, config: RecoveryConfig)
             "none; give the folder of a search or of a pruned model, whose allocation is taken, or 'uniform'."
         )
     architecture = architecture_for(model, asked)
-    return PruningReport(
-        asked, allocate(model, None, asked, architecture), {}, count_parameters(model), dense=architecture.dense
-    )
+    allocation = allocate(model, None, asked, architecture)
+    return _with_zeros(PruningReport(asked, allocation, {}, count_parameters(model), dense=architecture.dense))
+
+
+def _with_zeros(report: PruningReport) -> PruningReport:
+    if not any(report.allocation.counts().values()):
+        size = sum(report.allocation.sizes.values())
+        raise ValueError(
+            f"A budget of {report.config.sparsity:g} leaves all {size:,} prunable weights, so there are no zeros to "
+            "choose; give a larger sparsity, or train the dense model with transformers' Trainer."
+        )
+    return report
 
 
 def counts_of(model: nn.Module, report: PruningReport) -> tuple[dict[Weight, int], Pattern]:

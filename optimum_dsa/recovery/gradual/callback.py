@@ -11,9 +11,9 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
-from ...checkpoint.description import describe, write_description
+from ...checkpoint.description import after, describe, write_description
 from ...checkpoint.load import load_tokenizer
-from ...checkpoint.origin import base_of, report_of
+from ...checkpoint.origin import base_of, report_of, training_of
 from ...common.fences import insert_callback
 from ...model.adapters import inner_model, without_adapters
 from ...model.architecture import Architecture, find_architecture
@@ -201,6 +201,9 @@ class DSACallback(TrainerCallback):
         """Write `dsa_config.json` into `folder`: how the model was pruned, and its zeros as they are now."""
         report = report_of(model) if self.report is None else counted(self.report, model)
         training = {"kind": "DSACallback", "step": step, "schedule": asdict(self.schedule) if self.config else None}
+        # A checkpoint of this very run is nothing earlier.
+        if (earlier := training_of(model) or {}).get("kind") != training["kind"]:
+            training = after(earlier, training)
         Path(folder).mkdir(parents=True, exist_ok=True)
         write_description(Path(folder), describe(report, base_of(model), training))
 

@@ -4,9 +4,10 @@ import re
 
 import pytest
 
-from optimum_dsa import DSAConfig, DSAPruner, RecoveryConfig
+from optimum_dsa import Allocation, DSAConfig, DSAPruner, RecoveryConfig
 from optimum_dsa.recovery.elsa.budget import counts_of, with_budget
 
+from ...test_commands import run
 from ...tiny import tiny_llama, tokens
 from ..test_recover import regular, small
 
@@ -26,10 +27,31 @@ def test_the_counts_of_a_pruned_model_are_its_zeros(config):
     assert {weight: int((weight.tensor(pruner.model) == 0).sum()) for weight in counts} == counts
 
 
-def test_a_matrix_that_loses_nothing_is_left_alone():
+def test_a_block_that_loses_nothing_is_left_alone(tmp_path):
     model = tiny_llama()
-    report = with_budget(model, dense_report(model), small(method="elsa", sparsity=0.0))
-    assert counts_of(model, report)[0] == {}
+    sizes = dense_report(model).allocation.sizes
+    first, *rest = sizes
+    shares = {first: 0.0, **dict.fromkeys(rest, 0.5)}
+    Allocation(shares, sizes).save(tmp_path / "allocation.json")
+    mean = sum(shares[unit] * size for unit, size in sizes.items()) / sum(sizes.values())
+    asked = small(method="elsa", sparsity=mean, allocation=str(tmp_path / "allocation.json"))
+    counts = counts_of(model, with_budget(model, dense_report(model), asked))[0]
+    assert len(counts) == 14 and not any(weight.name.startswith(first) for weight in counts)
+
+
+def test_a_budget_without_zeros_is_refused(monkeypatch, capsys, tmp_path):
+    with pytest.raises(ValueError, match=r"sparsity=0 is a budget without zeros, .* give a share in \(0, 1\)"):
+        RecoveryConfig("elsa", sparsity=0)
+    pruner = DSAPruner(tiny_llama())
+    with pytest.raises(ValueError, match="A budget of 1e-06 leaves all 23,040 prunable weights"):
+        pruner.recover(regular(), small(method="elsa", sparsity=1e-6))
+    pruner.prune(None, DSAConfig(0.0, "magnitude", "uniform"))
+    with pytest.raises(ValueError, match="A budget of 0 leaves all"):
+        pruner.recover(regular(), small(method="elsa"))
+    (tmp_path / "text.txt").write_text("some words")
+    data = ["-o", str(tmp_path / "out"), "--dataset", str(tmp_path / "text.txt")]
+    code, output, errors = run(monkeypatch, capsys, "recover", "none", *data, "--method", "elsa", "-s", "0")
+    assert (code, output, len(errors.splitlines())) == (2, "", 1) and "sparsity=0 is a budget without zeros" in errors
 
 
 @pytest.mark.parametrize(

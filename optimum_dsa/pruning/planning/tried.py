@@ -1,0 +1,61 @@
+"""What `allocation="auto"` takes before the prune: every named allocation is tried for real, on windows of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+from ..allocation import ALLOCATIONS
+from ..comparison import windows_apart
+from ..configuration import AUTO, DSAConfig, ReconstructConfig
+from .shape import ModelShape
+
+
+TOP = 512  # next tokens whose probabilities the dense model is remembered by, at every position
+
+
+@dataclass(frozen=True)
+class Tries:
+    """How many allocations are tried, each a prune, and on how many windows each is judged."""
+
+    number: int
+    windows: int
+    length: int
+
+    @property
+    def tokens(self) -> int:
+        return self.windows * self.length
+
+    def __str__(self) -> str:
+        return f"{self.number} allocations are tried first, each judged on {self.windows} x {self.length} tokens"
+
+
+def tries_of(config: DSAConfig, samples: int, length: int) -> Tries | None:
+    """What is tried with so much calibration text; `None` where the allocation is settled."""
+    return Tries(len(ALLOCATIONS), windows_apart(samples), length) if config.allocation == AUTO else None
+
+
+def each_try(config: DSAConfig) -> DSAConfig:
+    """How a prune goes by which an allocation is judged: with masks and weights, and no training of blocks."""
+    return replace(config, allocation="uniform", reconstruct=ReconstructConfig(), permute=None)
+
+
+def last(config: DSAConfig) -> DSAConfig:
+    """How the result is pruned. Which name wins nobody knows yet: one that reads scores stands for it."""
+    return replace(config, allocation=DSAConfig.allocation) if config.allocation == AUTO else config
+
+
+def time_of(config: DSAConfig, tries: Tries | None, prune: Callable[[DSAConfig], float], pass_: float) -> float:
+    """Seconds, or operations, of all of it, from those of a `prune` and of a forward pass over the windows apart.
+
+    One try more stands for the walks in which scores are read and ordered. Each allocation meets the windows twice, as
+    masks and as pruned.
+    """
+    if tries is None:
+        return prune(config)
+    return prune(last(config)) + (tries.number + 1) * prune(each_try(config)) + (2 * tries.number + 1) * pass_
+
+
+def forward_operations(shape: ModelShape, tokens: int) -> float:
+    """Of a forward pass of the whole model: two for each of its weights, and the head's."""
+    return 2.0 * shape.parameters * tokens
