@@ -24,6 +24,9 @@ from ..model.examples import (
 from ..model.inputs import check_tokens
 
 
+REFERENCE = "https://arxiv.org/abs/1910.14659"  # of pseudo-perplexity
+
+
 def perplexity(model: nn.Module, tokens: Tensor, batch_size: int = 8, tokenizer: Any = None) -> float:
     """exp of the mean negative log-likelihood per predicted token, over non-overlapping windows.
 

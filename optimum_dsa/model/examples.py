@@ -18,6 +18,7 @@ from .calls import feed
 from .inputs import KINDS, check_takes_text, kind_of, word_embeddings
 
 
+REFERENCE = "https://arxiv.org/abs/1810.04805"  # of masking
 IGNORED = -100  # a label that counts for nothing, as everywhere in transformers
 
 # The share of tokens that are predicted, and how many of those are masked, exchanged and left as they are.
