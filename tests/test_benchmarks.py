@@ -1,11 +1,15 @@
 """The scripts in examples/benchmarks run, small."""
 
 import importlib.util
+import json
 import re
 from pathlib import Path
 
+import pytest
 import torch
 from safetensors.torch import save_file
+
+from .tiny import tiny_llama, tokens
 
 
 FOLDER = Path(__file__).parents[1] / "examples" / "benchmarks"
@@ -29,6 +33,22 @@ def test_checkpoint(monkeypatch, capsys):
     assert all(float(found) <= float(limit) for _, found, limit in shares)
     assert len(re.findall(r"^(?:bfloat16|float16|float32) ", output, re.MULTILINE)) == 9
     assert torch.get_num_threads() == 1
+
+
+def test_the_frontier_prunes_with_what_its_search_finds(monkeypatch, tmp_path):
+    module = script("frontier")
+    tiny_llama().save_pretrained(tmp_path / "model")
+    parts = {"calibration": tokens(), "validation": tokens(8, 16, seed=5), "test": tokens(8, 16, seed=6)}
+    save_file(parts, tmp_path / "tokens.safetensors")
+    rows = tmp_path / "rows.jsonl"
+    asked = ["--rows", "all, searched", "--strategy", "curves", "--budget", "2k tokens", "--steps", "1"]
+    places = [str(tmp_path / "model"), "--tokens", str(tmp_path / "tokens.safetensors"), "--output", str(rows)]
+    monkeypatch.setattr("sys.argv", ["frontier.py", *places, *asked, "--rate", "1e-4", "--device", "cpu"])
+    module.main()
+    row = json.loads(rows.read_text().splitlines()[-1])["row"]
+    assert row["sparsity"] == pytest.approx(0.7, abs=1e-3) and row["reconstruction"]
+    (found,) = tmp_path.glob("rows.jsonl.search-curves-2k-tokens-0-7/allocation.json")
+    assert json.loads(found.read_text()) == row["allocation"] and row["allocation"]["granularity"] == "matrix"
 
 
 def test_gpu(monkeypatch, capsys, tmp_path):

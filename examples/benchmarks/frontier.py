@@ -6,16 +6,18 @@ search. "closed" is the share of the distance from sparsegpt's perplexity at the
 model's that is made up for; "time" is the processor time of pruning over sparsegpt's.
 
 Rows are written to --output as they end, and those that are there are not run again: stop it and start it when you
-like. Rows without sparsegpt's beside them have no time and no share yet.
+like; a search goes on in the folder beside it. Rows without sparsegpt's beside them have no time and no share yet.
 
     python frontier.py                                                       # the embedded model on the demo's text
     python frontier.py MODEL --tokens tokens.safetensors --output rows.jsonl
     python frontier.py MODEL --tokens tokens.safetensors --output rows.jsonl --sparsities 0.7 2:4 --rows alps all
     python frontier.py MODEL --tokens tokens.safetensors --samples 64 --length 512 --windows 64     # the short form
+    python frontier.py MODEL --tokens tokens.safetensors --rows "all, searched" --strategy curves --budget "400k"
 """
 
 import argparse
 import json
+import re
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -117,9 +119,12 @@ def run(row: str, config: DSAConfig, tokens: dict[str, torch.Tensor], args: argp
         plain = replace(config, reconstruct=0, permute=None)
         start = time.perf_counter()
         searched = {"strategy": args.strategy, "budget": args.budget, "validation": tokens["validation"]}
+        if args.output:  # a search that was killed goes on
+            asked = re.sub(r"\W+", "-", f"{args.strategy} {args.budget} {config.sparsity}")
+            searched |= {"output": f"{args.output}.search-{asked}", "resume": True}
         result = pruner.search(calibration, plain, **searched)
-        found = {"search_seconds": round(time.perf_counter() - start, 1), "allocation": result.allocation.to_dict()}
-        config = replace(config, allocation=result.allocation)
+        found = {"search_seconds": round(time.perf_counter() - start, 1), "allocation": result.best.to_dict()}
+        config = replace(config, allocation=result.best)
     start, processor = time.perf_counter(), time.process_time()
     report = pruner.prune(calibration, config)
     wall, processor = time.perf_counter() - start, time.process_time() - processor

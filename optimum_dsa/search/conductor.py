@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,7 @@ from accelerate import Accelerator
 from ..common.devices import use_cpu
 from ..common.progress import Progress
 from .evaluator import Evaluator
-from .problem import Budget, Search
+from .problem import Budget, Room, Search
 from .space import Candidate
 from .trace import Request, SearchTrace, Trial
 
@@ -43,8 +43,12 @@ class Conductor:
             self._until = None
             self._shown.close()
 
-    def serve(self, requests: Sequence[Request]) -> list[Trial]:
-        """The trials that answer `requests`, in order, each noted and paid for."""
+    def serve(self, requests: Sequence[Request], room: Callable[[], Room] | None = None) -> list[Trial]:
+        """The trials that answer `requests`, in order, each noted and paid for.
+
+        `room` tells what may be spent on them, now that earlier trials are paid for; by default what is left of the
+        strategy's part, and after its end all that it takes.
+        """
         trials = []
         while self.number < len(self.earlier) and len(trials) < len(requests):
             trial = self.earlier[self.number]
@@ -59,12 +63,16 @@ class Conductor:
             trials.append(trial)
         if len(trials) < len(requests):
             # The last round is cut to what is left before it begins.
-            room = None if self._until is None else self.budget.room(self._until)
-            for trial in self.evaluator.answer(requests[len(trials) :], self.number, room):
+            left = room() if room is not None else self._room()
+            for trial in self.evaluator.answer(requests[len(trials) :], self.number, left):
                 self.trace.append(trial)
                 self._note(trial)
                 trials.append(trial)
         return trials
+
+    def _room(self) -> Room | None:
+        """What is left for the strategy that is conducted; `None`, no limit, where none is."""
+        return None if self._until is None else self.budget.room(self._until)
 
     def _note(self, trial: Trial) -> None:
         self.number += 1

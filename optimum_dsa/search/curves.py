@@ -5,42 +5,46 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .problem import STRATEGIES, UNIFORM, Problem, Search
+from .problem import STRATEGIES, UNIFORM, Problem, Search, pass_windows
 from .space import Candidate
 from .trace import Request
 
 
-GRID = (-0.1, -0.04, 0.0, 0.04, 0.1)  # sparsities, from where it stands, at which error curves are read
+# Sparsity from where a matrix stands, either way, at which it is solved as well: about as far as a step goes, and wide
+# enough for two slopes of its error curve to differ.
+OFFSETS = (0.05,)
+GRID = (-OFFSETS[0], 0.0, OFFSETS[0])
 RATES = (4.0, 16.0)  # bounds of a curve's exponent: outside of them it is noise, or a matrix at its end
+PASS = 16_384  # validation tokens behind the slopes of a step
 
 
-# An anchor a pass costs a prune; in return the loss at every step is that of the pruned model, and no proxy.
-@STRATEGIES.register(named=False, curves=True, reference="https://arxiv.org/abs/2410.14649")
-def curves(problem: Problem, windows: int = 32, reach: float = 0.1, damping: float = 0.4) -> Search:
+# An anchor a step costs a prune; in return the loss there is that of the pruned model, and no proxy.
+@STRATEGIES.register(named=False, curves=OFFSETS, reference="https://arxiv.org/abs/2410.14649")
+def curves(problem: Problem, tokens: int = PASS, reach: float = 0.1, damping: float = 0.4) -> Search:
     """The allocation that loses least by the error curves of all matrices, each weighted by the loss's slope. Ours.
 
     The error of a matrix rises exponentially in its sparsity: from the slope of the loss where it stands, and the rate
     of its error curve, follows what one more weight costs anywhere near. Weights are moved until it costs the same in
     all matrices, by `damping` of the way and `reach` at most; there the model is pruned anew. The steps shrink as the
-    budget runs out.
+    budget runs out, and there are three at least, on fewer than `tokens` validation tokens each if need be.
     """
     resolver = problem.resolver
     counts = resolver.counts(problem.start or UNIFORM)
     sizes = torch.tensor(list(resolver.sizes.values()), dtype=torch.float64)
     began, start = problem.budget.share, 0
-    windows = min(windows, problem.windows)
+    usual = max(tokens // problem.length, 1)
     if (room := problem.budget.room(problem.until).tokens) is not None:
-        windows = min(windows, max(room // (9 * problem.length), 1))  # three passes at least
-    path: list[tuple[float, tuple[int, ...]]] = []
-    while not problem.over:
+        usual = min(usual, max(room // (9 * problem.length), 1))
+    path: list[Candidate] = []
+    while not problem.over and (windows := pass_windows(problem, usual)):
         left = 1 - (problem.budget.share - began) / max(problem.until - began, 1e-9)
-        yield [Request("anchor", Candidate("curves", counts=counts))]
+        path.append(Candidate("curves", counts=counts))
+        yield [Request("anchor", path[-1])]
         start = start if start + windows <= problem.windows else 0
-        (trial,) = yield [Request("slopes", Candidate("curves", counts=counts), start, start + windows)]
+        (trial,) = yield [Request("slopes", path[-1], start, start + windows)]
         start += windows
-        if trial.slopes is None:
+        if trial.loss is None or trial.slopes is None:
             break
-        path.append((trial.loss, counts))
         grid = _grid(torch.tensor(counts, dtype=torch.float64), sizes)
         asked = [Request("errors", Candidate("curves", counts=tuple(level))) for level in grid.long().tolist()]
         errors = [answer.slopes for answer in (yield asked)]
@@ -51,10 +55,9 @@ def curves(problem: Problem, windows: int = 32, reach: float = 0.1, damping: flo
         step = damping * (0.1 + 0.9 * left)
         moved = balanced(torch.tensor(counts) / sizes, slopes, rates / step, sizes, reach)
         counts = resolver.fit(dict(zip(resolver.sizes, moved.tolist())))
-    best = [Candidate("curves", counts=tried) for _, tried in sorted(path, key=lambda step: step[0])]
-    last = Candidate("curves", counts=counts)
-    # The last is where it was going, and has met no window yet.
-    return list(dict.fromkeys([*best[:1], last, *best[1:], problem.start or UNIFORM]))
+    # Later ones have seen more text. Their losses are of different windows, and tell less: the prune decides.
+    ends = [Candidate("curves", counts=counts), *reversed(path), problem.start or UNIFORM]
+    return list(dict.fromkeys(ends))
 
 
 def _grid(counts: Tensor, sizes: Tensor) -> Tensor:

@@ -7,14 +7,15 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 
 from ..common.devices import process_state
-from .problem import UNIFORM, Budget, Problem
+from .problem import UNIFORM, Budget, Problem, Room
 from .resolver import Resolver
 from .result import Finalist
 from .space import Candidate
-from .trace import Request, Trial
+from .trace import NO_ROOM, Request, Trial
 
 
-Serve = Callable[[Sequence[Request]], list[Trial]]
+# (requests, *what tells how much may be spent on them*) -> trials
+Serve = Callable[..., list[Trial]]
 
 
 @dataclass(frozen=True)
@@ -24,46 +25,69 @@ class FinalRound:
     Attributes:
         finalists: how many, uniform besides.
         windows: validation windows that each meets after the prune.
-        proxy_windows: and before it, with one-shot masks.
+        proxy_windows: and before it, with one-shot masks, if there is room; 0 where nothing raced by a proxy.
+        met: whether finalists have met those already, so that no room has to be kept for them.
     """
 
     finalists: int
     windows: int
     proxy_windows: int
+    met: bool = False
+
+    @property
+    def _looks(self) -> int:
+        """Evaluations that each finalist takes."""
+        return 1 if self.met or not self.proxy_windows else 2
 
     def tokens(self, length: int) -> int:
         """What it costs with windows of `length` tokens."""
-        return (self.finalists + 1) * (self.windows + self.proxy_windows) * length
+        return (self.finalists + 1) * (self.windows + (self._looks - 1) * self.proxy_windows) * length
 
     @property
     def evaluations(self) -> int:
-        return 2 * (self.finalists + 1)
+        return self._looks * (self.finalists + 1)
 
     def reserved(self, budget: Budget, length: int) -> float:
-        """The share of the budget that is kept for it: what it costs, half of all at most, a tenth of a time."""
-        if budget.tokens:
-            # Half at most: without a search there is nothing to rank.
-            return min(self.tokens(length) / budget.tokens, 0.5)
-        return min(self.evaluations / budget.evaluations, 0.5) if budget.evaluations else 0.1
+        """The share of the budget that is kept for it: what it costs, half of all at most, a tenth of a time.
+
+        Where that is more than a fifth, room is kept for the prunes alone: a proxy decides nothing at the end.
+        """
+        if not (limit := budget.tokens or budget.evaluations):
+            return 0.1
+        share, pruned = (
+            (each.tokens(length) if budget.tokens else each.evaluations) / limit for each in (self, self._pruned)
+        )
+        # Half at most: without a search there is nothing to rank.
+        return share if share <= 0.2 else min(pruned, 0.5)
+
+    @property
+    def _pruned(self) -> FinalRound:
+        """The prunes of this round, without proxies."""
+        return replace(self, proxy_windows=0)
 
     def within(self, budget: Budget, length: int) -> FinalRound:
-        """The round that what is left of the budget has room for: fewer windows each, then fewer finalists.
+        """The round whose prunes what is left of the budget has room for: fewer windows each, then fewer finalists.
 
-        Of the smallest round, one finalist and uniform on a window each, there is nothing to leave out.
+        Of the smallest round, one finalist and uniform on a window each, there is nothing to leave out. Proxies get
+        what the prunes leave over.
         """
-        room, finalists = budget.room(), self.finalists
+        room, finalists, windows = budget.room(), self.finalists, self.windows
         if room.evaluations is not None:
-            finalists = min(finalists, max(room.evaluations // 2 - 1, min(finalists, 1)))
-        if room.tokens is None:
-            return FinalRound(finalists, self.windows, self.proxy_windows)
-        windows = room.tokens // length  # that all of them can meet, before and after the prune
-        finalists = min(finalists, max(windows // 2 - 1, min(finalists, 1)))
-        each = max(windows // (finalists + 1), 2)
-        whole = self.windows + self.proxy_windows
-        if each >= whole:
-            return FinalRound(finalists, self.windows, self.proxy_windows)
-        proxy = max(each * self.proxy_windows // whole, 1)
-        return FinalRound(finalists, min(each - proxy, self.windows), proxy)
+            finalists = min(finalists, max(room.evaluations - 1, min(finalists, 1)))
+        if room.tokens is not None:
+            windows = room.tokens // length  # that all of them can meet after the prune
+            # Two windows for each, rather than many finalists on one.
+            finalists = min(finalists, max(windows // 2 - 1, min(finalists, 1)))
+            windows = min(max(windows // (finalists + 1), 1), self.windows)
+        return replace(self, finalists=finalists, windows=windows)
+
+    def besides(self, budget: Budget, length: int) -> Room:
+        """What is left of the budget beside the prunes of this round."""
+        room, pruned = budget.room(), self._pruned
+        return Room(
+            None if room.tokens is None else max(room.tokens - pruned.tokens(length), 0),
+            None if room.evaluations is None else max(room.evaluations - pruned.evaluations, 0),
+        )
 
     def note(self, whole: FinalRound) -> str | None:
         """What is less than in `whole`, for the user."""
@@ -86,9 +110,7 @@ def rank(serve: Serve, problem: Problem, ranking: Sequence[Candidate], whole: Fi
         chosen = choose(ranking, resolver, final.finalists)
     if (note := final.note(whole)) is not None:
         problem.notes.append(note)
-    # A strategy may have moved the anchor; proxies are comparable from one only.
-    serve([Request("anchor", Candidate("dense", counts=(0,) * len(resolver.sizes)))])
-    proxies = _proxies(serve, chosen, problem.rungs, final.proxy_windows)
+    proxies = _proxies(serve, chosen, problem, final)
     trials = _pruned(serve, chosen, final.windows, budget)
     if len(trials) < len(chosen):
         problem.notes.append(f"the budget had room for {len(trials)} of {len(chosen)} finalists, uniform included")
@@ -137,12 +159,25 @@ def _pruned(serve: Serve, chosen: Sequence[Candidate], windows: int, budget: Bud
     return trials
 
 
-def _proxies(serve: Serve, chosen: Sequence[Candidate], rungs: Sequence[int], windows: int) -> list[float | None]:
-    """The proxy loss of each on the first windows, rung by rung: who raced from the dense anchor has met them."""
-    stops = [stop for stop in rungs if stop < windows] + [windows]
+def _proxies(serve: Serve, chosen: Sequence[Candidate], problem: Problem, final: FinalRound) -> list[float | None]:
+    """The proxy loss of each on the first windows, rung by rung: who raced from the dense anchor has met them.
+
+    All are judged on the same windows: those of the last rung that the budget has room for beside the prunes.
+    """
+    means: list[float | None] = [None] * len(chosen)
+    if not final.proxy_windows:
+        return means
+    # A strategy may have moved the anchor; proxies are comparable from one only.
+    serve([Request("anchor", Candidate("dense", counts=(0,) * len(problem.resolver.sizes)))])
+    stops = [stop for stop in problem.rungs if stop < final.proxy_windows] + [final.proxy_windows]
     totals: list[float | None] = [0.0] * len(chosen)
     for start, stop in zip([0, *stops], stops):
-        for place, trial in enumerate(serve([Request("loss", candidate, start, stop) for candidate in chosen])):
+        requests = [Request("loss", candidate, start, stop) for candidate in chosen]
+        trials = serve(requests, lambda: final.besides(problem.budget, problem.length))
+        if start and any(trial.error == NO_ROOM for trial in trials):
+            break
+        for place, trial in enumerate(trials):
             known = totals[place] is not None and trial.loss is not None
             totals[place] = totals[place] + trial.loss * (stop - start) if known else None
-    return [None if total is None else total / windows for total in totals]
+        means = [None if total is None else total / stop for total in totals]
+    return means

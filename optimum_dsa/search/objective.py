@@ -134,6 +134,6 @@ def _parts(rows: range, size: int) -> list[range]:
 
 
 def _rest(values: Tensor) -> Tensor:
-    """log(1 − Σ exp(values)) over the last dimension, (..., top) -> (...), at least −20."""
-    # Clamped twice: rounded halves may add up to more than 1, and in float32 1 − 2·10⁻⁹ is 1.
-    return torch.log1p(-values.exp().sum(-1).clamp_max(1 - 2e-9)).clamp_min(-20)
+    """log(1 − Σ exp(values)) over the last dimension, (..., top) -> (...); of a tail below eps, that."""
+    # Rounded halves may add up to more than 1; and at 1 itself the logarithm has no slope, but NaN.
+    return torch.log1p(-values.exp().sum(-1).clamp_max(1 - torch.finfo(values.dtype).eps))

@@ -20,7 +20,9 @@ from .trace import NO_ROOM, Request, Trial
 
 
 Search = Generator[list[Request], list[Trial], list[Candidate]]
-# A strategy that never tries a named allocator says so with the fact `named=False`: then none is measured.
+# What a strategy says of itself: `named=False`, that it tries no named allocator: then none is measured; `moves=True`,
+# that it moves the anchor: then room is kept for its finalists to meet the proxy; `curves=OFFSETS`, that it reads
+# error curves: then matrices are solved so far beside the anchor, and there is no proxy.
 STRATEGIES = Registry("search strategy")
 
 UNIFORM = Candidate()
@@ -178,12 +180,18 @@ class Ranked:
     loss: float = math.inf
     windows: int = 0
 
+    def meet(self, trial: Trial) -> None:
+        """Take in a trial on the windows behind those that it has met."""
+        seen, stop = trial.request.start, trial.request.stop
+        self.loss = trial.loss if not seen else (self.loss * seen + trial.loss * (stop - seen)) / stop
+        self.windows, self.counts = stop, trial.counts
+
 
 def race(problem: Problem, candidates: Iterable[Candidate], keep: float = 0.34) -> Generator:
     """Candidates meet growing numbers of common windows; after each rung the best share goes on, if budget is left.
 
     Returns the ranking, best first: those that met more windows come before those that dropped out. Whom the budget
-    has no room for at a rung stays where he was after the one before; at the first he is not ranked.
+    has no room for at a rung meets what fits of it, or stays where he was; at the first he is not ranked.
     """
     running = [Ranked(candidate, None) for candidate in candidates]
     out: list[Ranked] = []
@@ -197,10 +205,11 @@ def race(problem: Problem, candidates: Iterable[Candidate], keep: float = 0.34) 
             if trial.loss is None:
                 stayed += [ranked] if trial.error == NO_ROOM and ranked.windows else []
                 continue
-            seen = ranked.windows
-            ranked.loss = trial.loss if not seen else (ranked.loss * seen + trial.loss * (stop - start)) / stop
-            ranked.windows, ranked.counts = stop, trial.counts
+            ranked.meet(trial)
             survivors.append(ranked)
+        if stayed:
+            yield from _meet_what_fits(problem, stayed[: 1 if survivors else 2], start, stop)
+            stayed.sort(key=lambda ranked: (-ranked.windows, ranked.loss))
         # Stable: of equals the one that was named first stays first, on every rank and in every replay.
         survivors.sort(key=lambda ranked: ranked.loss)
         last = stop == problem.rungs[-1]
@@ -209,6 +218,33 @@ def race(problem: Problem, candidates: Iterable[Candidate], keep: float = 0.34) 
         running, dropped = survivors[:number_kept], survivors[number_kept:]
         out = dropped + stayed + out
     return running + out
+
+
+def _meet_what_fits(problem: Problem, refused: Sequence[Ranked], start: int, stop: int) -> Generator:
+    """Let those whom a rung was too large for meet as many of its windows as are left for each."""
+    room = problem.budget.room(problem.until).tokens
+    windows = 0 if room is None else min(room // (len(refused) * problem.length), stop - start - 1)
+    if windows > 0:
+        trials = yield [Request("loss", ranked.candidate, start, start + windows) for ranked in refused]
+        for ranked, trial in zip(refused, trials):
+            if trial.loss is not None:
+                ranked.meet(trial)
+
+
+def pass_windows(problem: Problem, usual: int) -> int:
+    """Validation windows of the next backward pass: about `usual`, so that passes use up the budget; 0 at its end.
+
+    That is where there would be less than a quarter of `usual`: a step on so little text is mostly noise.
+    """
+    usual = min(usual, problem.windows)
+    room = problem.budget.room(problem.until).tokens
+    if room is None:
+        return usual
+    fit = room // (3 * problem.length)  # forward and backward
+    # Where there are no more windows for fewer passes, another one, unless it is for a tenth.
+    passes = max(round(fit / usual), math.ceil(0.9 * fit / problem.windows), 1)
+    windows = min(fit // passes, problem.windows)
+    return windows if 4 * windows >= usual else 0
 
 
 def best_of(ranking: Sequence[Ranked]) -> Candidate:

@@ -3,16 +3,24 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
 
 import torch
 
-from .problem import GENERATION, STRATEGIES, UNIFORM, Problem, Search, best_of, race
+from .problem import GENERATION, STRATEGIES, UNIFORM, Problem, Search, distinct, pass_windows, race
 from .space import Candidate
 from .trace import Request
 
 
-@STRATEGIES.register(reference="https://arxiv.org/abs/2410.14649")
+def _starts(problem: Problem) -> Generator:
+    """Where to begin, and what comes behind it: what the problem says, or the named ones as they race."""
+    if problem.start is not None:
+        return [problem.start]
+    ranking = yield from race(problem, [UNIFORM, *map(Candidate, problem.named)])
+    return [ranked.candidate for ranked in distinct(ranking)] or [UNIFORM]
+
+
+@STRATEGIES.register(reference="https://arxiv.org/abs/2410.14649", moves=True)
 def level_switch(
     problem: Problem, offspring: int = GENERATION, quantum: float = 0.05, anchor_every: int = 12
 ) -> Search:
@@ -21,10 +29,9 @@ def level_switch(
     A child takes min(U{1..3}, U{1..3}) switches: one matrix gives a quantum of weights back, another gives one up. A
     quantum is at least what both matrices can change by.
     """
-    best = problem.start
-    if best is None:
-        best = best_of((yield from race(problem, [UNIFORM, *map(Candidate, problem.named)])))
+    best, *others = yield from _starts(problem)
     counts = problem.resolver.counts(best)
+    path = [counts]
     yield [Request("anchor", Candidate("level_switch", counts=counts))]
     names = list(problem.resolver.sizes)
     sizes = [problem.resolver.sizes[name] for name in names]
@@ -46,9 +53,11 @@ def level_switch(
         if not ranking:
             break
         counts = ranking[0].candidate.counts
+        path.append(counts)
         if generation % anchor_every == 0:
             yield [Request("anchor", Candidate("level_switch", counts=counts))]
-    return [Candidate("level_switch", counts=counts), best]
+    latest = [Candidate("level_switch", counts=place) for place in dict.fromkeys(reversed(path))]
+    return [latest[0], best, *latest[1:], *others]
 
 
 def _switched(counts: list[int], sizes: Sequence[int], step: int, switches: int, problem: Problem) -> tuple[int, ...]:
@@ -65,7 +74,7 @@ def _switched(counts: list[int], sizes: Sequence[int], step: int, switches: int,
     return tuple(counts)
 
 
-@STRATEGIES.register()
+@STRATEGIES.register(moves=True)
 def descent(
     problem: Problem, step: float = 0.05, windows: int = 16, inertia: float = 0.7, anchor_every: int = 5
 ) -> Search:
@@ -76,24 +85,22 @@ def descent(
     at the current point after every `anchor_every` passes, as in the sequential prune; the last quarter is averaged.
     """
     resolver = problem.resolver
-    best = problem.start
-    if best is None:
-        best = best_of((yield from race(problem, [UNIFORM, *map(Candidate, problem.named)])))
+    best, *others = yield from _starts(problem)
     sizes = torch.tensor(list(resolver.sizes.values()), dtype=torch.float64)
     counts = resolver.counts(best)
-    began, windows, start = problem.budget.share, min(windows, problem.windows), 0
+    began, start = problem.budget.share, 0
     if (room := problem.budget.room(problem.until).tokens) is not None:
-        windows = min(windows, max(room // (3 * problem.length), 1))  # a pass costs three tokens for each that it sees
+        windows = min(windows, max(room // (3 * problem.length), 1))  # one pass at least
     motion = torch.zeros_like(sizes)
     path: list[tuple[int, ...]] = []
-    while not problem.over:
+    while not problem.over and (seen := pass_windows(problem, windows)):
         left = 1 - (problem.budget.share - began) / max(problem.until - began, 1e-9)
         if len(path) % anchor_every == 0:
             yield [Request("anchor", Candidate("descent", counts=counts))]
-        start = start if start + windows <= problem.windows else 0
-        (trial,) = yield [Request("slopes", Candidate("descent", counts=counts), start, start + windows)]
-        start += windows
-        if trial.slopes is None:
+        start = start if start + seen <= problem.windows else 0
+        (trial,) = yield [Request("slopes", Candidate("descent", counts=counts), start, start + seen)]
+        start += seen
+        if trial.loss is None or trial.slopes is None:
             break
         slopes = torch.tensor(trial.slopes, dtype=torch.float64)
         # The median: a few steep matrices do not move it. Clamped, as slopes may be negative.
@@ -107,8 +114,12 @@ def descent(
         counts = resolver.fit(dict(zip(resolver.sizes, proposed.tolist())))
         path.append(counts)
     if not path:
-        return [best]
+        return [best, *others]
     # The mean of the path is less noisy than its end; both are offered, and the prune decides.
     late = torch.tensor(path[-max(len(path) // 4, 1) :], dtype=torch.float64).mean(0) / sizes
     ends = (resolver.fit(dict(zip(resolver.sizes, late.tolist()))), counts)
-    return [*(Candidate("descent", counts=end) for end in dict.fromkeys(ends)), best]
+    # Behind them the way there, latest first, should there be room for more finalists.
+    places = {place: Candidate("descent", counts=place) for place in [*ends, *reversed(path)]}
+    ahead = len(set(ends))
+    found = list(places.values())
+    return [*found[:ahead], best, *found[ahead:], *others]

@@ -167,17 +167,22 @@ class SearchResult:
             "trials": len(self.trace.trials),
             "tokens": self.budget.spent_tokens,
             "evaluations": self.budget.spent_evaluations,
+            "budget": str(self.budget),
+            "budget_used": round(self.budget.share, 4),
             "seconds": round(self.budget.spent_seconds, 3),
         }
 
     def __str__(self) -> str:
         rounds = any(row.removed.counts() != row.allocation.counts() for row in self.finalists)
-        table = [("validation loss", "perplexity", "proxy loss", *(["removed"] * rounds), "allocation")]
+        raced = any(row.proxy is not None for row in self.finalists)
+        proxy = ["proxy loss"] * raced
+        table = [("validation loss", "perplexity", *proxy, *(["removed"] * rounds), "allocation")]
         for row in self.finalists:
-            removed = [f"{row.removed.overall:.4f}"] * rounds
-            table.append((f"{row.loss:.4f}", f"{row.perplexity:.2f}", _shown(row.proxy), *removed, str(row.candidate)))
+            proxy, removed = [_shown(row.proxy)] * raced, [f"{row.removed.overall:.4f}"] * rounds
+            table.append((f"{row.loss:.4f}", f"{row.perplexity:.2f}", *proxy, *removed, str(row.candidate)))
         lines = columns(table, left=(-1,))
-        lines.append(f"validation loss and perplexity: as pruned; proxy loss: {self.proxy}, which candidates race by")
+        explained = f"; proxy loss: {self.proxy}, which candidates race by" if raced else ""
+        lines.append(f"validation loss and perplexity: as pruned{explained}")
         if (bos := (self.trace.settings.get("calibration") or {}).get("bos")) is not None:
             lines.append(f"calibrated and compared on windows {'that start with' if bos else 'without'} BOS")
         if (correlation := self.proxy_correlation) is not None:
@@ -195,7 +200,9 @@ class SearchResult:
             facts[-1] += f" ({spent.spent_tokens - spent.strategy_tokens:,} of them to rank the finalists)"
         facts.append(f"{spent.spent_seconds:.0f} s")
         line = f"{', '.join(facts)}; the budget was {spent}"
-        return f"{line}, and the finalists came on top" if spent.share > 1 else line
+        if spent.share > 1:
+            return f"{line}, and the finalists came on top"
+        return f"{line}, {spent.share:.0%} of it used" if spent.share else line
 
 
 def robustness_table(results: Sequence[SearchResult]) -> str:

@@ -84,7 +84,9 @@ def search(
     check_apart(calibration, validation)
     budget = parse_budget(budget)
     run = STRATEGIES[strategy]
-    kind = realisation or ("database" if STRATEGIES.fact(strategy, "curves") else suited(config))
+    offsets = STRATEGIES.fact(strategy, "curves")
+    kind = realisation or ("database" if offsets else suited(config))
+    levels = {"offsets": offsets} if offsets and kind == "database" else {}
     REALISATIONS[kind]
     settings = _settings(strategy, budget, finalists, config, calibration, validation, kind)
     if named is None:
@@ -99,12 +101,12 @@ def search(
         stack.callback(reports.close)
         trace = _trace(output, settings, resume, model, calibration, validation)
         stack.callback(trace.close)
-        realised = realise(model, calibration, config, kind)
+        realised = realise(model, calibration, config, kind, **levels)
         resolver = Resolver(model, realised, calibration, config, named)
         evaluator = Evaluator(Objective(model, realised, validation, config.batch_size), resolver)
         # Only the first process has a folder to read; all have to replay the same trials.
         replayed = broadcast_object_list([trace.trials])[0] if evaluator.ranks.num_processes > 1 else trace.trials
-        problem, final = _problem(resolver, validation, budget, named, config, space, finalists)
+        problem, final = _problem(resolver, validation, budget, named, config, space, finalists, strategy)
         conductor = Conductor(evaluator, trace, budget, list(replayed), reports)
         ranking = conductor.conduct(run(problem), problem.until)
         table = rank(conductor.serve, problem, ranking, final)
@@ -170,6 +172,7 @@ def _problem(
     config: DSAConfig,
     space: SearchSpace | None,
     finalists: int,
+    strategy: str,
 ) -> tuple[Problem, FinalRound]:
     """The problem with its budget but for what the finalists will take, and how these are ranked where it suffices.
 
@@ -180,7 +183,8 @@ def _problem(
         kinds = tuple(dict.fromkeys(resolver.kinds.values()))
         space = SearchSpace(kinds=kinds) if len(kinds) <= 16 else SearchSpace()
     problem = Problem(space, resolver, windows, length, budget, named, random.Random(config.data.seed))
-    final = FinalRound(finalists, windows, problem.rungs[-1])
+    raced = 0 if STRATEGIES.fact(strategy, "curves") else problem.rungs[-1]
+    final = FinalRound(finalists, windows, raced, not STRATEGIES.fact(strategy, "moves", False))
     return problem.with_share(1 - final.reserved(budget, length)), final
 
 

@@ -105,7 +105,7 @@ def ramp(problem: Problem) -> Search:
     return [ranked.candidate for ranked in merge(list(tried.values()))]
 
 
-@STRATEGIES.register()
+@STRATEGIES.register(moves=True)
 def auto(problem: Problem) -> Search:
     """Named allocators, then the width of a ramp, then evolution, then refinement per matrix, within one budget."""
     found = (yield from named(problem))[:4]
@@ -114,4 +114,5 @@ def auto(problem: Problem) -> Search:
     # Once more together, for one ranking of all stages: what is known costs nothing.
     ranking = yield from race(problem, dict.fromkeys([*evolved[:4], *found]), keep=1.0)
     refined = yield from descent(replace(problem, start=best_of(ranking)))
-    return [*refined, *(ranked.candidate for ranked in ranking[:2])]
+    others = [ranked.candidate for ranked in ranking]
+    return [*refined[:3], *others[:2], *refined[3:], *others[2:]]

@@ -51,6 +51,9 @@ def test_what_is_not_among_the_likeliest_counts_as_one_outcome():
     values = torch.tensor([[0.5, 0.3], [0.6, 0.4]]).log()
     assert _rest(values)[0].item() == pytest.approx(torch.tensor(0.2).log().item(), rel=1e-5)
     assert _rest(values)[1].item() == pytest.approx(-16.0, abs=4.5) and _rest(values).isfinite().all()
+    full = torch.zeros(3, 2).log_softmax(-1).requires_grad_(True)  # all there is: no tail, and yet a slope
+    _rest(full + torch.tensor([[0.0], [1e-3], [-1e-9]])).sum().backward()
+    assert full.grad.isfinite().all()
 
 
 def test_a_divergence_over_few_outcomes_is_that_of_the_grouped_distributions():

@@ -4,7 +4,7 @@ import random
 
 import pytest
 
-from optimum_dsa.search.problem import IDLE, Budget, Problem, Ranked, distinct, merge, parse_budget, race
+from optimum_dsa.search.problem import IDLE, Budget, Problem, Ranked, distinct, merge, parse_budget, pass_windows, race
 from optimum_dsa.search.space import Candidate, SearchSpace
 from optimum_dsa.search.trace import Request, Trial
 
@@ -120,6 +120,28 @@ def test_at_least_two_go_on(number, keep, kept):
     assert [ranked.counts[0] for ranked in ranking] == list(range(number))
 
 
+@pytest.mark.parametrize(
+    "room,windows",
+    [
+        (6 + 3 * 6, [4] * 6),  # all
+        (6 + 2 * 3 + 2, [4, 4, 3, 1, 1, 1]),  # the third has two windows of the rung that is left
+        (6 + 3 + 1, [4, 2, 1, 1, 1, 1]),
+        (6 + 3, [4, 1, 1, 1, 1, 1]),
+        (6 + 2, [2, 2, 1, 1, 1, 1]),  # nobody has the whole rung: the best two share what is left
+        (6 + 1, [1] * 6),
+    ],
+)
+def test_whom_a_rung_is_too_large_for_meets_what_fits_of_it(room, windows):
+    problem = toy_problem(windows=4, length=2048, budget=Budget(tokens=room * 2048))
+    assert problem.rungs == (1, 4)
+    six = candidates(*[(index,) for index in range(6)])
+    ranking, _ = play(race(problem, six, keep=1.0), problem, lambda counts: 1.0 + counts[0], kept=True)
+    assert [ranked.windows for ranked in ranking] == windows
+    assert [ranked.counts[0] for ranked in ranking] == list(range(6))
+    assert problem.budget.spent_tokens == min(sum(windows) * 2048, problem.budget.tokens)
+    assert problem.budget.tokens - problem.budget.spent_tokens <= 2048
+
+
 def test_what_is_impossible_drops_out_of_a_race():
     problem = toy_problem(windows=4, length=2048)
     ranking, _ = play(
@@ -144,3 +166,22 @@ def test_a_problem_draws_from_its_own_source():
     problem = toy_problem(seed=3)
     assert problem.rng.random() == random.Random(3).random()
     assert isinstance(problem, Problem) and isinstance(problem.space, SearchSpace)
+
+
+@pytest.mark.parametrize("usual", [1, 3, 8, 30])
+def test_passes_share_out_the_budget_and_leave_less_than_a_quarter_of_one(usual):
+    for room in (2, 3, 40, 75, 100, 115, 271, 1000):
+        problem = toy_problem(windows=8, length=10, budget=Budget(tokens=room * 10))
+        seen = []
+        while windows := pass_windows(problem, usual):
+            problem.budget.add(trial(3 * windows * 10))
+            seen.append(windows)
+        assert 0 <= problem.budget.tokens - problem.budget.spent_tokens < 3 * 10 * max(min(usual, 8) / 4, 1)
+        assert all(windows <= 8 for windows in seen)
+        if room >= 3 * min(usual, 8):
+            assert min(seen) >= min(usual, 8) / 2
+
+
+def test_without_a_limit_of_tokens_passes_are_as_long_as_usual():
+    assert pass_windows(toy_problem(windows=8, length=10, budget=Budget(seconds=9.0)), 3) == 3
+    assert pass_windows(toy_problem(windows=8, length=10, budget=Budget(evaluations=9)), 30) == 8

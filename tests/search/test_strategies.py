@@ -173,8 +173,10 @@ def test_auto_hands_the_best_of_each_stage_to_the_next(problem):
     assert loss(first_pass.candidate.counts) == min(
         loss(counts(request.candidate)) for request in asked if request.stop == 4 and request.kind == "loss"
     )
-    assert loss(counts(found[-2])) <= loss(counts(found[-1]))
-    assert len(found) == 4  # the slopes are equal: where it begins is where descent ends
+    # The slopes are equal: where it begins is where descent ends. Behind it the others, should there be room for them.
+    assert counts(found[0]) == counts(found[1]) == counts(found[2])
+    losses = [loss(counts(candidate)) for candidate in found[2:]]
+    assert losses == sorted(losses) and len(losses) > 4
 
 
 def test_a_budget_that_the_names_spend_is_not_spent_again_by_what_would_follow(problem):

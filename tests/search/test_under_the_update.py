@@ -5,6 +5,8 @@ import json
 import pytest
 
 from optimum_dsa import DSAConfig, UpdateConfig, prune
+from optimum_dsa.search.curves import OFFSETS
+from optimum_dsa.search.realise.database import Database
 from optimum_dsa.search.result import concordance
 from optimum_dsa.search.trace import SearchTrace
 
@@ -71,6 +73,16 @@ def test_points_of_error_curves_are_trials_that_cost_no_text(tmp_path):
     ]
     assert trials and all(trial.tokens == 0 and 0 <= trial.loss <= 1 for trial in trials)
     assert all(len(trial.slopes) == 14 and all(0 <= error <= 1.5 for error in trial.slopes) for trial in trials)
+
+
+def test_curves_solve_what_they_read_and_race_by_no_proxy(monkeypatch):
+    grids, grid = [], Database._grid
+    monkeypatch.setattr(Database, "_grid", lambda *args: grids.append(grid(*args)) or grids[-1])
+    result = run("curves", "2k tokens", config=WHOLE)
+    kinds = [trial.request.kind for trial in result.trace.trials]
+    assert "loss" not in kinds and {len(levels) for levels in grids} == {1 + 2 * len(OFFSETS)}
+    assert len(grids) == 14 * kinds.count("anchor") and kinds.count("anchor") == kinds.count("slopes") >= 3
+    assert all(row.proxy is None for row in result.finalists) and "proxy" not in str(result)
 
 
 def test_methods_without_an_update_have_curves_where_a_strategy_reads_them():

@@ -10,7 +10,7 @@ from optimum_dsa.search.objective import Objective
 from optimum_dsa.search.problem import Budget, Problem
 from optimum_dsa.search.realise import realise
 from optimum_dsa.search.space import SearchSpace
-from optimum_dsa.search.trace import Trial
+from optimum_dsa.search.trace import NO_ROOM, Trial
 
 
 def judge(model, calibration, validation, config, top=512):
@@ -64,8 +64,11 @@ class Bowl:
         return tuple(cost * share for cost, share in zip(self.costs, self.shares(counts)))
 
 
-def play(strategy, problem, loss, slopes=None, errors=None):
-    """What a strategy returns, and all that it asked for, with losses from `loss(counts)`."""
+def play(strategy, problem, loss, slopes=None, errors=None, kept=False):
+    """What a strategy returns, and all that it asked for, with losses from `loss(counts)`.
+
+    `kept`: what the budget has no room for is refused, as an evaluator does it.
+    """
     asked = []
     try:
         requests = next(strategy)
@@ -73,7 +76,13 @@ def play(strategy, problem, loss, slopes=None, errors=None):
             trials = []
             for request in requests:
                 counts = problem.resolver.counts(request.candidate)
-                tokens = 0 if request.kind == "anchor" else len(request.rows) * problem.length
+                cost = {"anchor": 0, "slopes": 3}.get(request.kind, 1)
+                tokens = cost * len(request.rows) * problem.length
+                if kept and not problem.budget.room(problem.until).holds(tokens, 1):
+                    trials.append(Trial(len(asked), request, counts=counts, error=NO_ROOM))
+                    problem.budget.add(trials[-1])
+                    asked.append(request)
+                    continue
                 value = None if request.kind == "anchor" else loss(counts)
                 found = errors(counts) if errors and request.kind == "errors" else None
                 found = slopes(counts) if slopes and request.kind == "slopes" else found

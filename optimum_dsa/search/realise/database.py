@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from bisect import bisect_left, bisect_right
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache, partial
@@ -53,7 +53,7 @@ class Database(Masks):
     """The `Realisation` of methods that change the weights that they keep: masks *and* weights as `prune` makes them.
 
     At the anchor, the model pruned to some counts exactly as `prune` does it, every matrix is solved at its count and
-    at `OFFSETS` around it, from the same statistics: the targets, the order and the residual of the method, and one
+    at `offsets` around it, from the same statistics: the targets, the order and the residual of the method, and one
     decomposition for all. A candidate takes each matrix from the levels about its count, the rows of one and of the
     other in such parts that the number of weights is met: rows do not touch each other in a layer's error, so that it
     lies between both as the count does. What the neighbours of a matrix would become if it changed is not in it: that
@@ -66,9 +66,15 @@ class Database(Masks):
     """
 
     def __init__(
-        self, model: nn.Module, architecture: Architecture, calibration: Calibration | None, config: DSAConfig
+        self,
+        model: nn.Module,
+        architecture: Architecture,
+        calibration: Calibration | None,
+        config: DSAConfig,
+        offsets: Sequence[float] = OFFSETS,
     ):
         super().__init__(model, architecture, calibration, config)
+        self.offsets = tuple(offsets)
         units = architecture.units("block")
         self._uniform = counts_of(fit(dict.fromkeys(units, config.sparsity), architecture, config, "block"), units)
         self._levels: dict[str, list[Level]] = {}
@@ -153,7 +159,7 @@ class Database(Masks):
         """The counts at which a matrix is solved: within the bounds, in steps that the pattern can follow."""
         size, step = self.sizes[name], self.steps[name]
         low, high = self.config.min_sparsity * size, self.config.max_sparsity * size
-        around = (count + way * offset * size for offset in OFFSETS for way in (-1, 1))
+        around = (count + way * offset * size for offset in self.offsets for way in (-1, 1))
         grid = {round(wished / step) * step for wished in around if low <= wished <= high}
         return sorted({level for level in (*grid, count) if 0 < level <= size})
 

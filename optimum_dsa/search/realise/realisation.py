@@ -61,10 +61,12 @@ class Realisation(Protocol):
 REALISATIONS = Registry("realisation")
 
 
-def realise(model: nn.Module, calibration: Calibration | None, config: DSAConfig, kind: str = "masks") -> Realisation:
-    """The row `kind` of `REALISATIONS` on what `config` prunes in `model`."""
+def realise(
+    model: nn.Module, calibration: Calibration | None, config: DSAConfig, kind: str = "masks", **options
+) -> Realisation:
+    """The row `kind` of `REALISATIONS` on what `config` prunes in `model`, with options of that row."""
     check_searchable(config)
-    return REALISATIONS[kind](model, architecture_for(model, config), calibration, config)
+    return REALISATIONS[kind](model, architecture_for(model, config), calibration, config, **options)
 
 
 def suited(config: DSAConfig) -> str:
