@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from .common.registry import near
 from .common.settings import check_settings, setting
@@ -26,7 +25,6 @@ from .common.texts import (  # noqa: F401 - the door of reading
     names_dataset,
     read_items,
 )
-from .common.token_rows import as_tensors
 from .common.values import is_number
 from .common.windows import cut_windows, paper_windows, shares, spread, whole_rows
 
@@ -56,6 +54,8 @@ class DataConfig:
         split (`str`, *optional*): The split of a named dataset, or rows of it as in `"train[:50]"`. Defaults to
             `"train"`.
         subset (`str`, *optional*): The configuration of a dataset that has several.
+        image_column (`str`, *optional*): The column of a dataset that holds pictures, `"image"` of a folder of them;
+            the text column is then what is said of each.
         bos (`bool`, *optional*): Whether each sequence starts with the tokenizer's beginning-of-sequence token. By
             default where the tokenizer adds it.
         seed (`int`, defaults to 0): Which sequences are taken.
@@ -66,6 +66,7 @@ class DataConfig:
     text_column: str = "text"
     split: str | None = None
     subset: str | None = None
+    image_column: str | None = None
     bos: bool | None = None
     seed: int = setting(0, low=0)
 
@@ -83,95 +84,6 @@ class DataConfig:
 
 
 DEFAULT = DataConfig()
-
-
-@dataclass(frozen=True)
-class Calibration:
-    """Inputs that feed statistics, and where they come from.
-
-    Attributes:
-        inputs (`Mapping[str, Tensor]`): by the name that the model's forward gives them; first dimension the samples.
-        source (`str`): what the user named.
-        seed (`int`): which windows were drawn.
-        bos (`bool`): whether each starts with the tokenizer's beginning-of-sequence token; `None` where not known.
-        notes (`Mapping[str, Any]`): what else is to be known of the source, such as rows that hold no text.
-    """
-
-    inputs: Mapping[str, Tensor]
-    source: str
-    seed: int | None = None
-    bos: bool | None = None
-    notes: Mapping[str, Any] = field(default_factory=dict)
-
-    def batches(self, size: int) -> list[dict[str, Tensor]]:
-        """The inputs in batches of at most `size` samples, (samples, ...) each."""
-        parts = {name: value.split(size) for name, value in self.inputs.items()}
-        return [dict(zip(parts, values)) for values in zip(*parts.values())]
-
-    def facts(self) -> dict[str, Any]:
-        """Source, samples, length, tokens, seed, and `bos` where it is known.
-
-        Tokens are positions that an `attention_mask` does not mark as padding, wherever the padding stands.
-        """
-        name, main = next(iter(self.inputs.items()))
-        flat = main.dim() == (3 if name.endswith("inputs_embeds") else 2)
-        samples, length = len(main), main.shape[1] if flat else None
-        mask = self.inputs.get(f"{'decoder_' if name.startswith('decoder_') else ''}attention_mask")
-        padded = mask is not None and length and mask.shape == (samples, length)
-        tokens = int(mask.bool().sum()) if padded else samples * length if length else None
-        facts = {"source": self.source, "samples": samples, "length": length, "tokens": tokens, "seed": self.seed}
-        return {**facts, **({} if self.bos is None else {"bos": self.bos}), **self.notes}
-
-
-def load_calibration(
-    source: Any, model: nn.Module, tokenizer: Any = None, config: DataConfig = DEFAULT, **settings
-) -> Calibration:
-    """What `source` offers, as inputs of `model`.
-
-    Args:
-        source (`Any`): token ids (samples, length) or a mapping of the model's inputs by name, tensors or arrays, both
-            used whole; or a source of text, conversations or rows of token ids as `load_tokens` reads it, of which
-            windows are drawn.
-        config (`DataConfig`, *optional*): how many windows, how long, from which column and split, by which seed.
-        settings (`dict`): those of `config`, as in releases before it was there.
-
-    Raises:
-        ValueError: too little text, no tokenizer for text, or tokens that the model does not know.
-    """
-    if settings:
-        warnings.warn("Settings of text are a DataConfig: config=DataConfig(...).", FutureWarning, stacklevel=2)
-        config = replace(config, **settings)
-    main, source = model.main_input_name, as_tensors(source)
-    if isinstance(source, Tensor):
-        source = {main: source}
-    if isinstance(source, Mapping) and source and all(isinstance(value, Tensor) for value in source.values()):
-        lengths = {len(value) for value in source.values()}
-        if len(lengths) > 1 or 0 in lengths:
-            raise ValueError(f"Calibration inputs need the same number of samples, at least 1; got {sorted(lengths)}.")
-        if "input_ids" in source:
-            check_tokens(source["input_ids"], model)
-        return Calibration({name: v.long() if name == "input_ids" else v for name, v in source.items()}, "tensor")
-    passed = Passed()
-    tokens = load_tokens(
-        source,
-        tokenizer,
-        num_samples=config.num_samples or SAMPLES,
-        sequence_length=config.sequence_length or default_length(model),
-        seed=config.seed,
-        bos=config.bos,
-        reading=replace(config.reading(), passed=passed),
-        keeps_rows=config.sequence_length is None,
-    )
-    check_tokens(tokens, model)
-    bos = None if passed.token_rows else starts_with_bos(tokenizer, config.bos)
-    return Calibration({"input_ids": tokens}, describe(source), config.seed, bos, passed.facts())
-
-
-def default_length(model: nn.Module) -> int:
-    """The model's longest sequence, at most 2048."""
-    config = model.config.get_text_config()
-    # At 2048 most published perplexities of pruned models are measured.
-    return min(getattr(config, "max_position_embeddings", None) or 2048, 2048)
 
 
 def load_tokens(
@@ -322,39 +234,6 @@ def fingerprint(tokens: Tensor) -> str:
     """16 letters that tell one set of windows, (samples, length), from another: text, tokenizer and cut together."""
     content = tokens.long().cpu().contiguous().numpy().tobytes()
     return hashlib.sha256(repr(tuple(tokens.shape)).encode() + content).hexdigest()[:16]
-
-
-def check_tokens(tokens: Tensor, model: nn.Module) -> None:
-    """Raise `ValueError` unless `tokens` are (samples, length) whole numbers within the model's vocabulary."""
-    if not isinstance(tokens, Tensor) or tokens.dim() != 2 or tokens.numel() == 0 or tokens.is_floating_point():
-        got = f"{tuple(tokens.shape)} {tokens.dtype}" if isinstance(tokens, Tensor) else type(tokens).__name__
-        raise ValueError(f"Tokens are a LongTensor (samples, length), not empty; got {got}.")
-    # Held against the model here: an index out of range ends a process on a GPU with an assertion of CUDA.
-    embeddings = model.get_input_embeddings()
-    vocabulary = getattr(embeddings, "num_embeddings", None)
-    low, high = int(tokens.min()), int(tokens.max())
-    if low < 0 or (vocabulary is not None and high >= vocabulary):
-        raise ValueError(
-            f"Tokens run from {low} to {high}, but {type(model).__name__} knows 0 to {(vocabulary or 0) - 1}: "
-            "were they made with another tokenizer?"
-        )
-    check_length(tokens.shape[1], model)
-
-
-def check_length(length: int, model: nn.Module) -> None:
-    """Raise `ValueError` for sequences longer than `model` has positions for; warn where it may stretch them."""
-    longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    if not isinstance(longest, int) or length <= longest:
-        return
-    # A table of positions, of one row each (OPT and BART have two more); rotary and relative ones have no table.
-    words = model.get_input_embeddings()
-    tables = {part.num_embeddings for part in model.modules() if isinstance(part, nn.Embedding) and part is not words}
-    if tables & {longest, longest + 1, longest + 2}:
-        raise ValueError(
-            f"{type(model).__name__} takes at most {longest} tokens, and these sequences have {length}; "
-            f"use sequence_length={longest}."
-        )
-    logger.warning("%s was made for %d tokens, and these sequences have %d.", type(model).__name__, longest, length)
 
 
 def split_windows(windows: Tensor, sizes: Mapping[str, int], seed: int = 0) -> dict[str, Tensor]:

@@ -25,11 +25,12 @@ from .checkpoint.verify import Verification, verify
 from .common.escaping import one_line
 from .common.output import OutputFolder
 from .common.token_rows import as_tensors, is_inputs
-from .data import SAMPLES, Calibration, load_calibration
+from .data import SAMPLES
 from .model.adapters import has_adapters, inner_model, plain_name, saves_adapters, without_adapters
 from .model.walk import walk_blocks
 from .pruning.allocate import allocate, architecture_for, check_dense
 from .pruning.allocation import Allocation
+from .pruning.calibration import Calibration, load_calibration
 from .pruning.configuration import AUTO, DSAConfig
 from .pruning.prune import prune
 from .pruning.report import PruningReport
@@ -176,6 +177,8 @@ class DSAPruner:
         from .sharing.pictures import plot_search
 
         check_searchable(config)  # before any text is read
+        if config.data.image_column is not None:
+            raise ValueError("A search compares predictions of text; leave image_column out, or name an allocation.")
         check_dense(self.model, config, "a search")
         if validation is None and is_inputs(calibration := as_tensors(calibration)):
             raise ValueError("Give validation text or tokens: calibration inputs given as tensors are used whole.")

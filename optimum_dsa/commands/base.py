@@ -218,6 +218,8 @@ def check_texts(args, data, otherwise: str | None = None) -> None:
     from ..common.apart import same_source
     from ..data import check_source
 
+    if data.image_column is not None:  # pictures are read with the model's processor
+        return
     if source := asked_source(args):
         check_source(source, data.reading(otherwise))
     if validation := getattr(args, "validation", None):

@@ -63,7 +63,8 @@ mode    what the adapters add to a weight W, with small factors A and B
             (data, ("data", "validation_windows")),
             (run, ("eval_steps", "patience", "save_steps")),
         ]
-        add_settings(parser, groups, "recovery.configuration.RecoveryConfig", how)
+        pictures = ("image_column",)  # training reads text
+        add_settings(parser, groups, "recovery.configuration.RecoveryConfig", how, without=pictures)
         add_loading_options(parser)
 
     _checkpoints = None  # their folder, once there is one

@@ -9,11 +9,14 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ..common.frame import Frame, frame_of
 from ..common.hub_file import model_name
 from ..common.token_rows import as_tensors
-from ..data import Reading, check_cut, default_length, describe, fingerprint, load_tokens, starts_with_bos
+from ..data import Reading, check_cut, describe, fingerprint, load_tokens, starts_with_bos
 from ..model.adapters import inner_model
 from ..model.architecture import find_architecture
+from ..model.examples import PREDICTS, check_predicts_tokens
+from ..model.inputs import check_length, default_length, kind_of
 from ..pruning.report import PruningReport
 from ..pruning.zeros import count_zeros
 from .measurement import Measurement, Protocol, TaskProtocol
@@ -47,7 +50,8 @@ def measure(
     [`DSAPruner.measure`] does it for a pruner's model, which may come from a folder or the Hub.
 
     Args:
-        model (`nn.Module`): a causal language model.
+        model (`nn.Module`): a language model: causal, masked or sequence-to-sequence, each measured by what it
+            predicts, see [`perplexity`].
         text (`Any`, *optional*): texts, conversations, a file, a dataset or its name, or token ids (samples, length).
         tasks (`Sequence[str]`): names of lm-eval's tasks, or YAML files; or what `find_tasks` gave.
         tokenizer (`Any`, *optional*): the model's; needed for texts and tasks.
@@ -74,7 +78,10 @@ def measure(
     called = name or (model_name(place) if place else type(model).__name__)
     if tokenizer is None and (tasks or not isinstance(text, Tensor)):
         raise ValueError(f"{called} has no tokenizer, so text cannot be read; name the one it was trained with.")
+    if text is not None:
+        check_predicts_tokens(model, tokenizer)
     length = sequence_length or default_length(model)
+    check_length(length, model)
     found: dict[str, Any] = {}
     if text is not None:
         cut = {"sequence_length": length, "windows": windows, "bos": bos, "num_samples": num_samples, "seed": seed}
@@ -121,13 +128,25 @@ def _on_text(
     if isinstance(text, Tensor):
         tokens, source, cut, bos = text, "tokens", None, None  # how tokens were made, they do not tell
     else:
-        tokens, source = load_tokens(text, tokenizer, **options, reading=reading), describe(text)
+        tokens, source = _windows(model, tokenizer, text, reading, **options), describe(text)
         made = reading.passed.token_rows
         cut, bos = (None, None) if made else (options["windows"], starts_with_bos(tokenizer, options["bos"]))
-    losses = window_losses(model, tokens, batch_size)
+    losses = window_losses(model, tokens, batch_size, tokenizer)
     value, error = mean_perplexity(losses)
-    protocol = Protocol(source, *tokens.shape, cut, bos, _dtype(model), fingerprint(tokens))
+    of = PREDICTS[kind_of(model)]
+    protocol = Protocol(source, *tokens.shape, cut, bos, _dtype(model), fingerprint(tokens), of)
     return {"perplexity": value, "perplexity_error": error, "losses": tuple(losses.tolist()), "protocol": protocol}
+
+
+def _windows(model: nn.Module, tokenizer: Any, text: Any, reading: Reading, **options) -> Tensor:
+    """Windows of the text, (samples, length) int64, each in the frame of a model that is no causal one."""
+    framed = kind_of(model) != "causal" and options["bos"] is None and options["windows"] == "each"
+    frame = frame_of(tokenizer) if framed else Frame()
+    if frame:
+        options |= {"sequence_length": options["sequence_length"] - len(frame), "bos": False}
+    tokens = load_tokens(text, tokenizer, **options, reading=reading)
+    # Rows of token ids are what somebody has made, frame and all.
+    return tokens if reading.passed.token_rows else frame.around(tokens)
 
 
 def _dtype(model: nn.Module) -> str:

@@ -14,7 +14,7 @@ from torch import nn
 from ..common.fences import has_device_map
 from ..common.installation import how_to_install
 from ..common.registry import UnknownNameError, near
-from ..data import default_length
+from ..model.inputs import KINDS, default_length, kind_of
 
 
 # The zero-shot tasks of the DSA paper.
@@ -122,7 +122,7 @@ def evaluate_tasks(
     """Task -> metric -> `{"value", "error"}`, the error being lm-eval's standard error, `None` where it gives none.
 
     Args:
-        model (`nn.Module`): a causal language model.
+        model (`nn.Module`): a causal language model, or a sequence-to-sequence one.
         tokenizer (`Any`): its tokenizer.
         tasks (`Sequence[str] | Tasks`): names of lm-eval's tasks or groups, or paths of YAML files that describe one;
             or what `find_tasks` gave.
@@ -139,6 +139,8 @@ def evaluate_tasks(
     """
     if tokenizer is None:
         raise ValueError("Tasks are texts: they need the model's tokenizer.")
+    if (kind := kind_of(model)) not in ("causal", "sequence-to-sequence"):
+        raise ValueError(f"{type(model).__name__} {KINDS[kind]}, and lm-eval's tasks are for models that write text.")
     found = tasks if isinstance(tasks, Tasks) else find_tasks(tasks, include)
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM

@@ -9,8 +9,11 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..common.apart import FEW, same_source, shared_windows
+from ..common.frame import Frame, frame_of
 from ..common.token_rows import as_tensors, is_inputs
-from ..data import Passed, check_tokens, default_length, describe, first_windows, is_mixture, starts_with_bos
+from ..data import Passed, describe, first_windows, is_mixture, starts_with_bos
+from ..model.examples import PREDICTS, check_predicts_tokens
+from ..model.inputs import check_length, check_tokens, default_length, kind_of
 from .configuration import RecoveryConfig
 
 
@@ -32,6 +35,7 @@ def read_windows(
         ValueError: too little text, no tokenizer for text, tokens that the model does not know, or text for
             validation that is trained on.
     """
+    predicted = PREDICTS[check_predicts_tokens(model, tokenizer, "train")]
     if any(same_source(one, validation) for one in (train if is_mixture(train) else [train])):
         raise ValueError(f"{describe(train)} is given for training and for validation: {_SEEN}")
     wanted = (config.data.num_samples or config.windows) + (config.validation_windows if validation is None else 0)
@@ -59,6 +63,8 @@ def read_windows(
         "sequence_length": windows.shape[1],
         "tokens": config.windows * windows.shape[1],
     }
+    if predicted is not None:
+        data["predicted"] = predicted
     if not isinstance(train, Tensor) and not passed.token_rows:
         data["bos"] = starts_with_bos(tokenizer, config.data.bos)
     return windows, held_out, data | passed.facts()
@@ -92,9 +98,14 @@ def _read(
         raise ValueError(f"Training takes text or token ids, and the inputs are {sorted(source)}; give ids.")
     data = config.data.beside(source) if beside else config.data
     length = config.data.sequence_length or default_length(model)
-    reading = replace(data.reading(), passed=passed)
+    check_length(length, model)  # before any text is read
+    frame = frame_of(tokenizer) if kind_of(model) != "causal" and data.bos is None and tokenizer else Frame()
+    reading, rows = replace(data.reading(), passed=passed), passed.token_rows
+    bos = False if frame else data.bos
     keeps_rows = data.sequence_length is None
-    windows = first_windows(source, tokenizer, length, wanted, reading, data.bos, keeps_rows)
+    windows = first_windows(source, tokenizer, length - len(frame), wanted, reading, bos, keeps_rows)
+    if passed.token_rows == rows:
+        windows = frame.around(windows)
     if len(windows) == 0:
         raise ValueError(f"{describe(source)} holds 0 windows of {length} tokens; give more text or shorter windows.")
     check_tokens(windows, model)

@@ -7,7 +7,7 @@ import logging
 from torch import Tensor
 
 from ..common.apart import FEW, shared_windows
-from ..data import Calibration
+from ..pruning.calibration import Calibration
 
 
 logger = logging.getLogger(__name__)

@@ -16,10 +16,10 @@ from torch import Tensor, nn
 from ..common.devices import process_state
 from ..common.output import OutputFolder
 from ..common.same_run import FINGERPRINTS
-from ..data import Calibration
 from ..model.fingerprint import fingerprint_of_model, fingerprint_of_tensors
 from ..pruning.allocate import standing_zeros
 from ..pruning.allocation import ALLOCATIONS, Allocation
+from ..pruning.calibration import Calibration
 from ..pruning.configuration import AUTO, DSAConfig
 from .apart import check_apart
 from .conductor import Conductor, TrialLogger

@@ -15,11 +15,11 @@ from ...checkpoint.description import after, describe, write_description
 from ...checkpoint.load import load_tokenizer
 from ...checkpoint.origin import base_of, report_of, training_of
 from ...common.fences import insert_callback
-from ...data import Calibration, load_calibration
 from ...model.adapters import inner_model, without_adapters
 from ...model.architecture import Architecture, find_architecture
 from ...model.parameters import count_parameters
 from ...pruning.allocate import architecture_for, standing_zeros
+from ...pruning.calibration import Calibration, load_calibration
 from ...pruning.configuration import DSAConfig
 from ...pruning.prune import prune
 from ...pruning.report import PruningReport

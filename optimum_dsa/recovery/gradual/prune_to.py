@@ -7,11 +7,11 @@ from dataclasses import replace
 
 from torch import nn
 
-from ...data import Calibration
 from ...model.adapters import plain_name
 from ...model.architecture import GRANULARITIES, Architecture
 from ...pruning.allocate import allocate, architecture_for, standing_zeros
 from ...pruning.allocation import Allocation, fit_to_budget, split_count
+from ...pruning.calibration import Calibration
 from ...pruning.configuration import DSAConfig
 from ...pruning.prune import prune
 from ...pruning.report import PruningReport

@@ -9,10 +9,10 @@ from typing import Protocol
 from torch import nn
 
 from ...common.registry import Registry
-from ...data import Calibration
 from ...model.architecture import Architecture
 from ...pruning.allocate import architecture_for
 from ...pruning.allocation import Allocation
+from ...pruning.calibration import Calibration
 from ...pruning.configuration import DSAConfig
 
 
