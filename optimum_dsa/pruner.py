@@ -16,7 +16,7 @@ from .checkpoint.adapter_base import check_base
 from .checkpoint.base_files import BaseFiles
 from .checkpoint.beside import find_beside
 from .checkpoint.description import Description, after
-from .checkpoint.forms import check_unpacked
+from .checkpoint.forms import check_model
 from .checkpoint.load import find_description
 from .checkpoint.opened import open_checkpoint
 from .checkpoint.origin import base_of, described_report, report_of, training_of
@@ -24,8 +24,6 @@ from .checkpoint.save import base_model, save_checkpoint
 from .checkpoint.verify import Verification, verify
 from .common.escaping import one_line
 from .common.output import OutputFolder
-from .common.token_rows import as_tensors, is_inputs
-from .data import SAMPLES
 from .model.adapters import has_adapters, inner_model, plain_name, saves_adapters, without_adapters
 from .model.walk import walk_blocks
 from .pruning.allocate import allocate, architecture_for, check_dense
@@ -122,7 +120,7 @@ class DSAPruner:
             resume (`bool`, defaults to `False`): go on from those in it, with the model as it was at the beginning:
                 load it again. The end is that of an uninterrupted run.
         """
-        self._check_weights()
+        check_model(self.model)
         self._look_beside()
         needed, compared = config.resolved.reads | config.resolved.allocation_reads, {}
         if config.allocation == AUTO:
@@ -172,39 +170,17 @@ class DSAPruner:
             resume (`bool`, defaults to `False`): go on with the search in `output`.
             report_to (`Any`, *optional*): an experiment tracker that accelerate knows, such as `"trackio"`.
         """
+        from .search.apart import load_apart
         from .search.realise import check_searchable
         from .search.search import search
         from .sharing.pictures import plot_search
 
         check_searchable(config)  # before any text is read
-        if config.data.image_column is not None:
-            raise ValueError("A search compares predictions of text; leave image_column out, or name an allocation.")
         check_dense(self.model, config, "a search")
-        if validation is None and is_inputs(calibration := as_tensors(calibration)):
-            raise ValueError("Give validation text or tokens: calibration inputs given as tensors are used whole.")
-        if validation is None:
-            number = config.data.num_samples or SAMPLES
-            twice = replace(config.data, num_samples=2 * number)
-            drawn = load_calibration(calibration, self.model, self.tokenizer, twice)
-            windows = drawn.inputs["input_ids"]
-            data, tokens = replace(drawn, inputs={"input_ids": windows[:number]}), windows[number:]
-        else:
-            data = load_calibration(calibration, self.model, self.tokenizer, config.data)
-            beside = config.data.beside(validation)
-            tokens = load_calibration(validation, self.model, self.tokenizer, beside).inputs["input_ids"]
+        data, tokens = load_apart(self.model, self.tokenizer, calibration, validation, config.data)
+        options = {"strategy": strategy, "budget": budget, "folder": output, "resume": resume, "report_to": report_to}
         with without_adapters(self.model):
-            return search(
-                inner_model(self.model),
-                data,
-                tokens,
-                config,
-                strategy=strategy,
-                budget=budget,
-                folder=output,
-                resume=resume,
-                report_to=report_to,
-                pictures=plot_search,
-            )
+            return search(inner_model(self.model), data, tokens, config, pictures=plot_search, **options)
 
     def sensitivity(self, calibration: Any, config: DSAConfig) -> Sensitivity:
         """How much of its output every matrix loses at rising sparsities under the method of `config`.
@@ -279,7 +255,7 @@ class DSAPruner:
         from .recovery.elsa.budget import with_budget
         from .recovery.recover import recover
 
-        self._check_weights()
+        check_model(self.model)
         self._look_beside()
         report = self.report or report_of(self.model)
         if self.report is None:
@@ -364,15 +340,11 @@ class DSAPruner:
             encoding,
             trained,
             beside,
-            adapters=adapters,
+            adapters,
             **save_kwargs,
         )
         if not adapters:
             self._stored = str(place)
-
-    def _check_weights(self) -> None:
-        config = getattr(inner_model(self.model), "config", None)
-        check_unpacked(getattr(config, "to_dict", dict)(), type(self.model).__name__, loaded=True)
 
     def _look_beside(self) -> BaseFiles | None:
         """What belongs to the model and its class does not write; looked for once, and what stays behind is said."""

@@ -11,8 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import transformers
+from torch import nn
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
 
+from ..model.adapters import inner_model
 from .encodings import QUANT_METHOD
 
 
@@ -91,6 +93,12 @@ def check_unpacked(stated: Any, where: str | Path, loaded: bool = False) -> None
             "weights dense: there is nothing in them that could be zero. Prune the model that it was made from, and "
             "quantise the result."
         )
+
+
+def check_model(model: nn.Module) -> None:
+    """Raise `ValueError` for a model that was loaded with packed weights."""
+    config = getattr(inner_model(model), "config", None)
+    check_unpacked(getattr(config, "to_dict", dict)(), type(model).__name__, loaded=True)
 
 
 def form_of(stated: Any, options: Mapping[str, Any], folder: Path | None = None) -> dict[str, str]:

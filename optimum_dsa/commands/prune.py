@@ -119,7 +119,7 @@ update      what becomes of the weights that stay: {updates}
             raise ValueError("--resume goes on from checkpoints, and --no-checkpoints keeps none; leave one out.")
         if config.resolved.reads | config.resolved.allocation_reads or config.allocation == AUTO:
             check_texts(self.args, config.data)
-            check_weights(self.args, loading)
+        check_weights(self.args, loading)
         with OutputFolder(self.args.output, resume=self.args.resume) as output:
             self.place = output
             if not self.args.no_checkpoints:
