@@ -315,34 +315,18 @@ class DSAPruner:
         if report is self._restored and not (found := self.verify()).holds:
             logger.warning("The model is not what its report says any more: %s.", one_line(found.problems[0]))
         place = directory.path if isinstance(directory, OutputFolder) else Path(directory)
-        under = has_adapters(self.model) and (
-            (self._under_adapters and self._stored is None) or not saves_adapters(self.model)
-        )
-        adapters = has_adapters(self.model) and not under
-        if under:
-            logger.warning(
-                "%s gets the pruned model without its adapters, which are as they were%s.",
-                place,
-                "; saved once more, to another folder, it is they that are written" * saves_adapters(self.model),
-            )
+        adapters = saves_adapters(self.model) and not (self._under_adapters and self._stored is None)
+        if has_adapters(self.model) and not adapters:
+            more = "; saved once more, to another folder, it is they that are written" * saves_adapters(self.model)
+            logger.warning("%s gets the pruned model without its adapters, which are as they were%s.", place, more)
         if adapters:
             if encoding != "dense":
                 raise ValueError("An adapter has no zeros to leave out; save it without compressed=True, or merge it.")
             described = None if self._stored is None else find_description(self._stored)
             check_base(self.model, self._stored, place, report, described)
         trained, beside = self._training, None if adapters else self._look_beside()
-        save_checkpoint(
-            self.model,
-            self.tokenizer,
-            report,
-            self._base,
-            directory,
-            encoding,
-            trained,
-            beside,
-            adapters,
-            **save_kwargs,
-        )
+        made = (report, self._base, directory, encoding, trained, beside, adapters)
+        save_checkpoint(self.model, self.tokenizer, *made, **save_kwargs)
         if not adapters:
             self._stored = str(place)
 
