@@ -5,9 +5,8 @@ import json
 import datasets
 import pytest
 
-from optimum_dsa import DataConfig, DSAConfig, DSAPruner, RecoveryConfig, load_tokens
+from optimum_dsa import DataConfig, DSAConfig, DSAPruner, RecoveryConfig, load_calibration, load_tokens
 from optimum_dsa.common.texts import Reading
-from optimum_dsa.data import load_calibration
 
 from ..tiny import bos_tokenizer, tiny_llama
 

@@ -6,11 +6,11 @@ import pytest
 import torch
 from torch.utils.data import DataLoader, TensorDataset
 
-from optimum_dsa import DataConfig, DSAConfig, DSAPruner, RecoveryConfig, load_tokens, measure
+from optimum_dsa import DataConfig, DSAConfig, DSAPruner, RecoveryConfig, load_calibration, load_tokens, measure
 from optimum_dsa.common.texts import Reading
 from optimum_dsa.common.token_rows import as_tensors
 from optimum_dsa.common.windows import shares, spread
-from optimum_dsa.data import first_windows, load_calibration
+from optimum_dsa.data import first_windows
 
 from ..tiny import bos_tokenizer, tiny_llama, tokens
 
