@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from .fences import actions_of
+
 
 # What a file says nothing of, or a run decides anew.
 WITHOUT = ("help", "config", "print_config", "json", "quiet", "verbose")
@@ -35,7 +37,7 @@ def take_config(parser: ArgumentParser, path: str, settings: type | None) -> Non
         ValueError: the file says what is no option, or not as it may be.
     """
     given, described = _read(Path(path), settings)
-    actions = {action.dest: action for action in parser._actions if action.dest not in WITHOUT}
+    actions = {action.dest: action for action in actions_of(parser) if action.dest not in WITHOUT}
     for name, value in given.items():
         action = actions.get(name.replace("-", "_"))
         if action is None and described:
@@ -120,7 +122,7 @@ def _make_default(action: Action, value: Any) -> None:
 
 def without_required(parser: ArgumentParser) -> None:
     """Let a parser do without what it requires: to show options, they need not be complete."""
-    for action in parser._actions:
+    for action in actions_of(parser):
         if not action.option_strings and action.nargs in (None, "+"):
             action.nargs = "*" if action.nargs == "+" else "?"
         action.required = False
@@ -131,12 +133,12 @@ def config_text(parser: ArgumentParser, args: Any, settings: type | None) -> str
     from ..common.settings_file import settings_text
     from .options import asked_settings
 
-    values = {action.dest: getattr(args, action.dest, None) for action in parser._actions}
+    values = {action.dest: getattr(args, action.dest, None) for action in actions_of(parser)}
     default = getattr(args, "otherwise_dataset", None)
     values["dataset"] = values.get("dataset") or (None if default is None else [default])
     if settings is not None:
         values |= _whole_settings(settings, asked_settings(args, settings), args)
-    has = {action.dest for action in parser._actions} - {*WITHOUT}
+    has = {action.dest for action in actions_of(parser)} - {*WITHOUT}
     shown = {name: _plain(value) for name, value in values.items() if name in has}
     return f"# {parser.prog} --config FILE\n" + settings_text(shown)
 

@@ -16,6 +16,7 @@ from typing import Any, Protocol
 from ..common.escaping import one_line
 from ..common.registry import UnknownNameError
 from .config_file import take_config, without_required
+from .fences import actions_of
 
 
 class Group(Protocol):
@@ -50,7 +51,7 @@ class CommandParser(ArgumentParser):
     def parse_known_args(self, args=None, namespace=None):
         self.complete()
         args = sys.argv[1:] if args is None else list(args)
-        if any(action.dest == "config" for action in self._actions):
+        if any(action.dest == "config" for action in actions_of(self)):
             self._take_config(args)
         return super().parse_known_args(args, namespace)
 
@@ -151,7 +152,7 @@ def in_options(message: str, parser: ArgumentParser) -> str:
     What is replaced: a setting with its value (behind a dotted path, too), one whose name is no English word, and the
     one that a sentence begins with ("span is a whole number of ..."). What stands in quotes is the user's and stays.
     """
-    actions = {action.dest: action for action in _complete(parser)._actions if action.option_strings}
+    actions = {action.dest: action for action in actions_of(_complete(parser)) if action.option_strings}
     for config in getattr(parser, "configs", ()):
         for part in fields(config):
             # The setting that a section is short for has the section's option: `steps` is --reconstruct.
@@ -180,7 +181,7 @@ def in_options(message: str, parser: ArgumentParser) -> str:
 def as_given(args: Any, parser: ArgumentParser, names: Iterable[str]) -> str:
     """The options of `parser` for `names` that `args` ask for, each with a space in front, to be pasted in a shell."""
     asked, wanted, said = vars(args), set(names), []
-    for action in _complete(parser)._actions:
+    for action in actions_of(_complete(parser)):
         value = asked.get(action.dest)
         if action.dest in wanted and action.option_strings and value is not None and value != action.default:
             several = hasattr(action, "replaces")  # each with the option in front
@@ -197,7 +198,7 @@ def evaluate_options(args: Any, parser: ArgumentParser) -> str:
 
 def taken(parser: ArgumentParser, without: Collection[str] = ()) -> list[str]:
     """The names of all options of `parser`, but for help and those `without`."""
-    actions = (action for action in _complete(parser)._actions if action.option_strings)
+    actions = (action for action in actions_of(_complete(parser)) if action.option_strings)
     return [action.dest for action in actions if action.default is not SUPPRESS and action.dest not in without]
 
 

@@ -199,6 +199,14 @@ FENCES = {
         "commands",
         "tests/test_commands.py",
     ),
+    # Python
+    "parser": Fence(
+        "argparse",
+        "ArgumentParser._actions",
+        "errors, files of options and next lines are in the words of a command's options, which nothing else lists",
+        "commands.fences",
+        "tests/test_commands.py",
+    ),
     # evaluate
     "metric": Fence(
         "evaluate",

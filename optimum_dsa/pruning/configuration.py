@@ -143,8 +143,8 @@ class DSAConfig:
             that they have.
         reconstruct (`ReconstructConfig` or `int`): Training of every block's kept weights against the dense block; a
             number is its steps.
-        overrides (`tuple[str, ...]`): Sparsities of some matrices, such as `("mlp=0.6", "q_proj=0.4")`, by names or
-            patterns as in `exclude`, of which the last counts. The others are allocated so that the mean is met.
+        overrides (`tuple[str, ...]`): Sparsities of some matrices, such as `"mlp=0.6"`, by names or patterns as in
+            `exclude`, of which the last counts. The others are allocated so that the mean is met.
         granularity (`str`, defaults to `"block"`): One sparsity per `"block"`, per `"matrix"`, or per `"block:kind"`:
             the attention of a block and its MLP apart. An allocation that exists per matrix only (`er`, `er_plus`) is
             computed per matrix.

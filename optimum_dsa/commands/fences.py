@@ -1,0 +1,15 @@
+"""What commands touch of argparse beyond its documentation; apart from `common/fences.py`, which needs torch."""
+
+from __future__ import annotations
+
+from argparse import Action, ArgumentParser
+
+from ..common.fence_rows import FENCES
+
+
+def actions_of(parser: ArgumentParser) -> list[Action]:
+    """The options and positional arguments of a parser, in the order in which they were added."""
+    try:
+        return list(parser._actions)
+    except AttributeError:
+        raise FENCES["parser"].missing() from None
