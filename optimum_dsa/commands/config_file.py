@@ -84,6 +84,7 @@ def _say_left_out(parser: ArgumentParser, name: str, value: Any, settings: type)
     from ..common.values import short
 
     field = settings.__dataclass_fields__.get(name)
+    value = tuple(value) if isinstance(value, list) else value  # which files have no other word for
     if value is not None and (field is None or value != field.default):
         logging.getLogger(__name__).warning("%s does without %s of the file, %s.", parser.prog, name, short(value))
 
