@@ -123,7 +123,7 @@ def test_an_interrupted_command_says_how_to_go_on_and_is_not_replaced_unasked(co
     code, _, errors = run(monkeypatch, capsys, *prune)
     assert code == 2 and f"An interrupted run left blocks in {blocks.parent}; resume it, or remove" in errors
     code, _, errors = run(monkeypatch, capsys, *prune, "--resume", "--method", "wanda")
-    assert code == 2 and "was made with method='sparsegpt', not 'wanda'; resume it with the same settings" in errors
+    assert code == 2 and "was made with --method sparsegpt, not 'wanda'; resume it with the same settings" in errors
     code, _, errors = run(monkeypatch, capsys, *prune, "--resume", "--batch-size", "2")
     assert code == 0, errors
     assert {path.name for path in tmp_path.iterdir()} == {"out"}

@@ -160,11 +160,10 @@ def quality(args: argparse.Namespace) -> None:
     for row in args.rows:
         again, before = copy.deepcopy(pruner.model), time.perf_counter()
         whole = {"method": "full"} | ({"learning_rate": args.rate} if args.rate else {})
-        kind = whole if row in WHOLE else {"mode": row if row in MODES else "mask"}
+        kind = whole if row in WHOLE else {"mode": row if row in MODES else "mask", "rank": args.rank}
         config = RecoveryConfig(
-            steps=args.steps, batch_size=args.batch_size, rank=args.rank, eval_steps=args.steps,
-            distillation=args.distillation, **kind,
-        )  # fmt: skip
+            steps=args.steps, batch_size=args.batch_size, eval_steps=args.steps, distillation=args.distillation, **kind
+        )
         teacher = dense if args.distillation else None
         if row == "lora":
             again = train_lora(again, tokens, config, teacher)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
@@ -266,9 +266,12 @@ def _perplexity_tile(outcome: Outcome) -> list[tuple[str, str, str]]:
 def _lists(outcome: Outcome) -> list[tuple[str, list[tuple[str, str]]]]:
     """What made it: heading and facts by name."""
     config = [(name, _shown(value)) for name, value in settings(outcome).items() if value not in (None, [], "")]
-    data = [(name, _shown(value)) for name, value in (outcome.facts.get("calibration") or {}).items()]
-    made = [(name, _shown(value)) for name, value in (outcome.facts.get("versions") or {}).items()]
-    tried = [*compared_lines(*(outcome.facts.get(name) or {} for name in ("compared", "compared_on"))).items()]
+    # A search's file is held against no schema.
+    of = {name: value for name, value in outcome.facts.items() if isinstance(value, Mapping)}
+    data, made = (
+        [(name, _shown(value)) for name, value in of.get(part, {}).items()] for part in ("calibration", "versions")
+    )
+    tried = [*compared_lines(*(of.get(name, {}) for name in ("compared", "compared_on"))).items()]
     plain = training_settings({"config": RecoveryConfig().to_dict()})
     trained = [
         (name, _shown(value))

@@ -50,7 +50,7 @@ def test_a_resumed_run_trains_only_what_is_left_and_another_does_not_replace_it(
     [
         ({"config": {"learning_rate": 1e-3}}, "made with learning_rate=None, not 0.001"),
         ({"config": {"mode": "scale"}}, "made with mode='mask', not 'scale'"),
-        ({"sparsity": 0.5}, "made with budget="),
+        ({"sparsity": 0.5}, "made with budget.model.layers.0="),
         ({"seed": 1}, "another model"),
         ({"text": 1}, "another text"),
     ],

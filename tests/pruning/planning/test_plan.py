@@ -117,6 +117,8 @@ def _after(options, config):
             shape = in_dtype(shape, 2)
         elif flag == "--targets":
             config = replace(config, update=replace(config.update, targets=value, residual=False))
+        elif flag == "--span":
+            config = replace(config, reconstruct=replace(config.reconstruct, span=int(value)))
         else:
             config = change(config, **{flag[2:].replace("-", "_"): int(value)})
     return plan_for(shape, config, offloaded=offloaded)

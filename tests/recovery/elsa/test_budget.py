@@ -51,7 +51,11 @@ def test_a_budget_without_zeros_is_refused(monkeypatch, capsys, tmp_path):
     (tmp_path / "text.txt").write_text("some words")
     data = ["-o", str(tmp_path / "out"), "--dataset", str(tmp_path / "text.txt")]
     code, output, errors = run(monkeypatch, capsys, "recover", "none", *data, "--method", "elsa", "-s", "0")
-    assert (code, output, len(errors.splitlines())) == (2, "", 1) and "sparsity=0 is a budget without zeros" in errors
+    assert (code, output, len(errors.splitlines())) == (
+        2,
+        "",
+        1,
+    ) and "--sparsity 0 is a budget without zeros" in errors
 
 
 @pytest.mark.parametrize(

@@ -78,10 +78,13 @@ def test_without_zeros_it_is_plain_training(tmp_path):
     plain, model = tiny_llama(), tiny_llama()
     model.model.layers[0].mlp.up_proj.weight.data[:5, :10] = 0
     plain.load_state_dict(model.state_dict())
-    pruner, result = trained(model, asked(sparsity=0.0))
-    make_trainer(plain, regular()[:-8], regular()[-8:], asked(), None, tmp_path).train()
-    after = plain.state_dict()
-    assert all(torch.equal(value, after[name]) for name, value in pruner.model.state_dict().items())
+    for one, callbacks in ((model, [ElsaCallback(report_of(tiny_llama()), every=2)]), (plain, [])):
+        trainer = make_trainer(one, regular()[:-8], regular()[-8:], asked(), None, tmp_path)
+        for callback in callbacks:
+            callback.attach(trainer)
+        trainer.train()
+    assert all(torch.equal(value, plain.state_dict()[name]) for name, value in model.state_dict().items())
+    assert not torch.equal(model.model.norm.weight, tiny_llama().model.norm.weight)
 
 
 def test_the_validation_loss_is_that_of_the_sparse_model_and_the_last_one_of_the_result():
