@@ -107,8 +107,9 @@ class BaseFiles:
         return tuple(put)
 
     def said(self) -> str:
-        """What stays behind, in one line; empty where nothing does."""
-        return ", ".join(f"{name} ({why})" for name, why in self.left.items())
+        """What stays behind and might be missed, in one line; empty where nothing does."""
+        # What was measured of another model would be wrong beside this one.
+        return ", ".join(f"{name} ({why})" for name, why in self.left.items() if why != MEASURED)
 
     def described(self, put: Iterable[str]) -> dict[str, Any]:
         """For `dsa_config.json`: the files that were put beside the model, the public of them, those that were left.

@@ -42,8 +42,8 @@ def find_beside(model: nn.Module, path: str, **options) -> BaseFiles | None:
         return None
     if found is None:
         return None
-    if found.left:
-        logger.warning("Of %s, these files stay behind: %s.", path, one_line(found.said()))
+    if said := found.said():
+        logger.warning("Of %s, these files stay behind: %s.", path, one_line(said))
     if options.get("gguf_file"):
         return found
     return replace(found, tensors=_tensors(model, path, options))

@@ -161,8 +161,9 @@ def contents_of(path: str, folder: Path, stated: Any, options: Mapping[str, Any]
 
 def weight_files(path: str, folder: Path, stated: Any, options: Mapping[str, Any]) -> list[Path]:
     """The files of the weights at `path`, downloaded for a Hub model; none where they are not in safetensors."""
+    encoding = encoding_in(stated) or DENSE  # one that nobody knows is refused before its files are missed
     if not folder.is_dir():
-        return _cached_weights(path, encoding_in(stated) or DENSE, options)
+        return _cached_weights(path, encoding, options)
     if not (folder / CONFIG_NAME).is_file() and not any(folder.glob("*.safetensors*")):
         return []
     try:

@@ -16,7 +16,7 @@ from torch import nn
 
 from ..common.fences import name_when_loaded
 from ..common.files import write_text
-from ..model.adapters import inner_model
+from ..model.adapters import inner_model, plain_name
 from .encodings import decoded
 from .shards import ShardWriter, find_shards, index_name, open_shard, packed_headers, width
 
@@ -32,6 +32,7 @@ def unknown_tensors(model: nn.Module, files: Iterable[Path]) -> dict[str, Path]:
     inner = inner_model(model)
     known = {name for name, _ in inner.named_parameters(remove_duplicate=False)}
     known |= {name for name, _ in inner.named_buffers(remove_duplicate=False)} | set(inner.state_dict())
+    known |= {plain_name(name) for name in known}  # adapters in a model put words of their own into names
     loaded = name_when_loaded(inner, known)
     if loaded is None:
         logger.info("This transformers does not tell which tensors a model does not know; none is looked for.")
