@@ -4,18 +4,29 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from .common.registry import near
 from .common.settings import check_settings, setting
-from .common.texts import DATASETS, check_source, describe, iterate_texts  # noqa: F401 - the door of reading
+from .common.texts import (  # noqa: F401 - the door of reading
+    DATASETS,
+    Passed,
+    Reading,
+    check_source,
+    describe,
+    is_mixture,
+    iterate_texts,
+    names_dataset,
+    read_items,
+)
+from .common.values import is_number
+from .common.windows import cut_windows, paper_windows, shares, spread, whole_rows
 
 
 logger = logging.getLogger(__name__)
@@ -37,8 +48,14 @@ class DataConfig:
         num_samples (`int`, *optional*): Sequences to take from a text source. By default 128 for calibration, and as
             many as the steps need for training.
         sequence_length (`int`, *optional*): Tokens per sequence. Defaults to the model's longest, at most 2048.
-        text_column (`str`, defaults to `"text"`): The column of a dataset that holds the text.
-        split (`str`, *optional*): The split of a named dataset. Defaults to `"train"`.
+        text_column (`str`, defaults to `"text"`): The column of a dataset that holds the text or the conversation.
+            Where there is no `"text"`, conversations are looked for in `messages`, `conversations`, and `prompt` with
+            `completion`.
+        split (`str`, *optional*): The split of a named dataset, or rows of it as in `"train[:50]"`. Defaults to
+            `"train"`.
+        subset (`str`, *optional*): The configuration of a dataset that has several.
+        image_column (`str`, *optional*): The column of a dataset that holds pictures, `"image"` of a folder of them;
+            the text column is then what is said of each.
         bos (`bool`, *optional*): Whether each sequence starts with the tokenizer's beginning-of-sequence token. By
             default where the tokenizer adds it.
         seed (`int`, defaults to 0): Which sequences are taken.
@@ -48,100 +65,25 @@ class DataConfig:
     sequence_length: int | None = setting(None, low=2)
     text_column: str = "text"
     split: str | None = None
+    subset: str | None = None
+    image_column: str | None = None
     bos: bool | None = None
     seed: int = setting(0, low=0)
 
     def __post_init__(self):
         check_settings(self)
+        self.reading().parts  # noqa: B018 - what is no split is refused here
+
+    def reading(self, otherwise: str | None = None) -> Reading:
+        """How a source is read; `otherwise` is the split where none is named."""
+        return Reading(self.text_column, self.split, self.subset, otherwise)
+
+    def beside(self, source: Any) -> DataConfig:
+        """The settings by which a second source, such as validation text, is read: a file of its own, whole."""
+        return self if names_dataset(source) else replace(self, split=None, subset=None)
 
 
 DEFAULT = DataConfig()
-
-
-@dataclass(frozen=True)
-class Calibration:
-    """Inputs that feed statistics, and where they come from.
-
-    Attributes:
-        inputs (`Mapping[str, Tensor]`): by the name that the model's forward gives them; first dimension the samples.
-        source (`str`): what the user named.
-        seed (`int`): which windows were drawn.
-        bos (`bool`): whether each starts with the tokenizer's beginning-of-sequence token; `None` where not known.
-    """
-
-    inputs: Mapping[str, Tensor]
-    source: str
-    seed: int | None = None
-    bos: bool | None = None
-
-    def batches(self, size: int) -> list[dict[str, Tensor]]:
-        """The inputs in batches of at most `size` samples, (samples, ...) each."""
-        parts = {name: value.split(size) for name, value in self.inputs.items()}
-        return [dict(zip(parts, values)) for values in zip(*parts.values())]
-
-    def facts(self) -> dict[str, Any]:
-        """Source, samples, length, tokens, seed, and `bos` where it is known.
-
-        Tokens are positions that an `attention_mask` does not mark as padding, wherever the padding stands.
-        """
-        name, main = next(iter(self.inputs.items()))
-        flat = main.dim() == (3 if name.endswith("inputs_embeds") else 2)
-        samples, length = len(main), main.shape[1] if flat else None
-        mask = self.inputs.get(f"{'decoder_' if name.startswith('decoder_') else ''}attention_mask")
-        padded = mask is not None and length and mask.shape == (samples, length)
-        tokens = int(mask.bool().sum()) if padded else samples * length if length else None
-        facts = {"source": self.source, "samples": samples, "length": length, "tokens": tokens, "seed": self.seed}
-        return facts if self.bos is None else {**facts, "bos": self.bos}
-
-
-def load_calibration(
-    source: Any, model: nn.Module, tokenizer: Any = None, config: DataConfig = DEFAULT, **settings
-) -> Calibration:
-    """What `source` offers, as inputs of `model`.
-
-    Args:
-        source (`Any`): a LongTensor (samples, length) or a mapping of the model's inputs by name, both used whole; or
-            a source of text as `iterate_texts` reads it, of which windows are drawn.
-        config (`DataConfig`, *optional*): how many windows, how long, from which column and split, by which seed.
-        settings (`dict`): those of `config`, as in releases before it was there.
-
-    Raises:
-        ValueError: too little text, no tokenizer for text, or tokens that the model does not know.
-    """
-    if settings:
-        warnings.warn("Settings of text are a DataConfig: config=DataConfig(...).", FutureWarning, stacklevel=2)
-        config = replace(config, **settings)
-    main = model.main_input_name
-    if isinstance(source, Tensor):
-        source = {main: source}
-    if isinstance(source, Mapping) and source and all(isinstance(value, Tensor) for value in source.values()):
-        lengths = {len(value) for value in source.values()}
-        if len(lengths) > 1 or 0 in lengths:
-            raise ValueError(f"Calibration inputs need the same number of samples, at least 1; got {sorted(lengths)}.")
-        if "input_ids" in source:
-            check_tokens(source["input_ids"], model)
-        return Calibration({name: v.long() if name == "input_ids" else v for name, v in source.items()}, "tensor")
-    if tokenizer is None:
-        raise ValueError("Calibration text needs a tokenizer; pass one, or token ids of shape (samples, length).")
-    tokens = load_tokens(
-        source,
-        tokenizer,
-        num_samples=config.num_samples or SAMPLES,
-        sequence_length=config.sequence_length or default_length(model),
-        seed=config.seed,
-        text_column=config.text_column,
-        split=config.split,
-        bos=config.bos,
-    )
-    check_tokens(tokens, model)
-    return Calibration({"input_ids": tokens}, describe(source), config.seed, starts_with_bos(tokenizer, config.bos))
-
-
-def default_length(model: nn.Module) -> int:
-    """The model's longest sequence, at most 2048."""
-    config = model.config.get_text_config()
-    # At 2048 most published perplexities of pruned models are measured.
-    return min(getattr(config, "max_position_embeddings", None) or 2048, 2048)
 
 
 def load_tokens(
@@ -153,33 +95,50 @@ def load_tokens(
     seed: int = 0,
     text_column: str = "text",
     split: str | None = None,
+    subset: str | None = None,
     bos: bool | None = None,
     windows: str = "each",
+    reading: Reading | None = None,
+    keeps_rows: bool = True,
 ) -> Tensor:
     """Non-overlapping windows of the source's text, LongTensor (samples, sequence_length).
 
-    Texts are joined, with the tokenizer's end-of-text token between them. With `num_samples`, that many windows are
-    drawn in an order that `seed` decides; without, all windows are taken in the order of the text.
+    Texts are joined, with the tokenizer's end-of-text token between them; conversations as its chat template writes
+    them. With `num_samples`, that many windows are drawn in an order that `seed` decides; without, all windows are
+    taken in the order of the text.
 
     Args:
+        source (`Any`): texts, a path, a dataset or its name, a DataLoader or rows of token ids; or a mapping of
+            several to their weights, as in `{"wikitext2": 3, "code.jsonl": 1}`: each gives its share of the windows.
         bos (`bool`, *optional*): whether the tokenizer's beginning-of-sequence token stands in front, counted in the
             length; by default where the tokenizer adds it by itself.
         windows (`str`, defaults to `"each"`): in front of what it stands: of `"each"` window, or, as `"paper"`, once
             of the whole text, whose rows are then joined by two line breaks, the empty ones too, with no end-of-text
             between them. The second reproduces published perplexities, and takes the whole text.
+        reading (`Reading`, *optional*): instead of column, split and subset.
+        keeps_rows (`bool`, defaults to `True`): whether rows of token ids that have one length, and are no longer than
+            `sequence_length`, are the windows; other rows are joined and cut like texts.
 
     Raises:
         ValueError: the text holds fewer windows than were asked for; no beginning-of-sequence token to put in front.
     """
     check_cut(windows, num_samples)
-    bos = starts_with_bos(tokenizer, bos)
-    texts = iterate_texts(source, text_column, split)
+    reading = Reading(text_column, split, subset) if reading is None else reading
+    given = {"sequence_length": sequence_length, "seed": seed, "bos": bos, "windows": windows, "keeps_rows": False}
+    if is_mixture(source):
+        if num_samples is None:
+            raise ValueError("Sources with weights give shares of num_samples windows; say how many.")
+        drawn = []
+        for one, share in shares(check_weights(source), num_samples).items():
+            drawn.append(load_tokens(one, tokenizer, num_samples=share, reading=reading.of(one), **given))
+        return spread(drawn)
     if windows == "paper":
-        found = _paper_windows(texts, tokenizer, sequence_length, bos)
+        items, bos = read_items(source, reading), starts_with_bos(tokenizer, bos)
+        found = paper_windows(items, tokenizer, sequence_length, bos)
+        reading.passed.say(describe(source))
     else:
-        found = cut_windows(
-            texts, tokenizer, sequence_length, None if num_samples is None else num_samples * POOL, bos
-        )
+        pool = None if num_samples is None else num_samples * POOL
+        found = first_windows(source, tokenizer, sequence_length, pool, reading, bos, keeps_rows)
     needed = 1 if num_samples is None else num_samples
     if len(found) < needed:
         raise ValueError(
@@ -191,6 +150,54 @@ def load_tokens(
     # On the CPU by a generator of its own: the same windows on every machine, and no global seed is touched.
     order = torch.randperm(len(found), generator=torch.Generator().manual_seed(seed))
     return found[order[:num_samples]]
+
+
+def first_windows(
+    source: Any,
+    tokenizer: Any,
+    length: int,
+    wanted: int | None,
+    reading: Reading,
+    bos: bool | None = None,
+    keeps_rows: bool = True,
+) -> Tensor:
+    """At most `wanted` windows, LongTensor (samples, length), in the order of the source; see [`load_tokens`]."""
+    passed = reading.passed
+    if is_mixture(source):
+        parts = []
+        for one, share in shares(check_weights(source), wanted).items():
+            parts.append(first_windows(one, tokenizer, length, share, reading.of(one), bos, False))
+            if len(parts[-1]) < share:
+                logger.warning("%s holds %d windows, and its share are %d.", describe(one), len(parts[-1]), share)
+        return spread(parts)
+    items = read_items(source, reading)
+    if keeps_rows:
+        rows, items = whole_rows(items, length, wanted)
+        if rows is not None:
+            passed.token_rows += len(rows)
+            return rows
+    begins = starts_with_bos(tokenizer, bos)
+    # a template's own is kept where nobody says whether there is to be one
+    found = cut_windows(items, tokenizer, length, wanted, begins, passed, own_bos=bos is None and not begins)
+    passed.say(describe(source))
+    return found
+
+
+def check_weights(source: Mapping[Any, Any]) -> dict[Any, float]:
+    """The weights of several sources, by source.
+
+    Raises:
+        ValueError: one of them is no positive number, or there is no source.
+    """
+    for one, weight in source.items():
+        if not is_number(weight) or weight <= 0:
+            raise ValueError(
+                f"A mapping is inputs by name, all of them tensors, or sources with their weights; {str(one)[:40]!r} "
+                f"has {str(weight)[:40]!r}, and a weight is a number above 0."
+            )
+    if not source:
+        raise ValueError("There is no source of text; name one.")
+    return dict(source)
 
 
 def check_cut(windows: str, num_samples: int | None) -> None:
@@ -229,39 +236,6 @@ def fingerprint(tokens: Tensor) -> str:
     return hashlib.sha256(repr(tuple(tokens.shape)).encode() + content).hexdigest()[:16]
 
 
-def check_tokens(tokens: Tensor, model: nn.Module) -> None:
-    """Raise `ValueError` unless `tokens` are (samples, length) whole numbers within the model's vocabulary."""
-    if not isinstance(tokens, Tensor) or tokens.dim() != 2 or tokens.numel() == 0 or tokens.is_floating_point():
-        got = f"{tuple(tokens.shape)} {tokens.dtype}" if isinstance(tokens, Tensor) else type(tokens).__name__
-        raise ValueError(f"Tokens are a LongTensor (samples, length), not empty; got {got}.")
-    # Held against the model here: an index out of range ends a process on a GPU with an assertion of CUDA.
-    embeddings = model.get_input_embeddings()
-    vocabulary = getattr(embeddings, "num_embeddings", None)
-    low, high = int(tokens.min()), int(tokens.max())
-    if low < 0 or (vocabulary is not None and high >= vocabulary):
-        raise ValueError(
-            f"Tokens run from {low} to {high}, but {type(model).__name__} knows 0 to {(vocabulary or 0) - 1}: "
-            "were they made with another tokenizer?"
-        )
-    check_length(tokens.shape[1], model)
-
-
-def check_length(length: int, model: nn.Module) -> None:
-    """Raise `ValueError` for sequences longer than `model` has positions for; warn where it may stretch them."""
-    longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    if not isinstance(longest, int) or length <= longest:
-        return
-    # A table of positions, of one row each (OPT and BART have two more); rotary and relative ones have no table.
-    words = model.get_input_embeddings()
-    tables = {part.num_embeddings for part in model.modules() if isinstance(part, nn.Embedding) and part is not words}
-    if tables & {longest, longest + 1, longest + 2}:
-        raise ValueError(
-            f"{type(model).__name__} takes at most {longest} tokens, and these sequences have {length}; "
-            f"use sequence_length={longest}."
-        )
-    logger.warning("%s was made for %d tokens, and these sequences have %d.", type(model).__name__, longest, length)
-
-
 def split_windows(windows: Tensor, sizes: Mapping[str, int], seed: int = 0) -> dict[str, Tensor]:
     """Disjoint parts of `windows`, (samples, length), of the given sizes: name -> (size, length), drawn by `seed`.
 
@@ -272,40 +246,3 @@ def split_windows(windows: Tensor, sizes: Mapping[str, int], seed: int = 0) -> d
         raise ValueError(f"{dict(sizes)} needs {sum(sizes.values())} windows, and there are {len(windows)}.")
     order = iter(torch.randperm(len(windows), generator=torch.Generator().manual_seed(seed)).tolist())
     return {name: windows[list(islice(order, size))] for name, size in sizes.items()}
-
-
-def cut_windows(
-    texts: Iterable[str], tokenizer: Any, length: int, wanted: int | None = None, bos: bool = False
-) -> Tensor:
-    """At most `wanted` windows, LongTensor (samples, length), of the joined texts; with `bos`, it stands in front."""
-    separator = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    size = _text_tokens(length, bos)
-    ids: list[int] = []
-    for text in texts:
-        if not text.strip():
-            continue
-        if ids:
-            ids += separator
-        # Without: special tokens are put in where they are asked for, and once.
-        ids += tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-        # A corpus may be larger than the disk: it is streamed, and read no further than needed.
-        if wanted is not None and len(ids) >= wanted * size:
-            break
-    count = len(ids) // size if wanted is None else min(len(ids) // size, wanted)
-    found = torch.tensor(ids[: count * size], dtype=torch.long).view(count, size)
-    return torch.cat([torch.full((count, 1), tokenizer.bos_token_id), found], 1) if bos else found
-
-
-def _text_tokens(length: int, bos: bool) -> int:
-    """How many tokens of text a window of `length` tokens holds."""
-    if length <= bos:
-        raise ValueError(f"A window of {length} tokens has no room for text behind its BOS; use longer ones, or none.")
-    return length - bos
-
-
-def _paper_windows(texts: Iterable[str], tokenizer: Any, length: int, bos: bool) -> Tensor:
-    """Windows, (samples, length), of the whole text as published code cuts it; it is tokenized in one piece."""
-    ids = tokenizer("\n\n".join(texts), add_special_tokens=False, verbose=False)["input_ids"]
-    ids = [tokenizer.bos_token_id, *ids] if bos else ids
-    count = len(ids) // length
-    return torch.tensor(ids[: count * length], dtype=torch.long).view(count, length)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -13,27 +13,31 @@ import torch
 from torch import Tensor, nn
 
 from .checkpoint.adapter_base import check_base
+from .checkpoint.base_files import BaseFiles
+from .checkpoint.beside import find_beside
 from .checkpoint.description import Description, after
+from .checkpoint.forms import check_model
 from .checkpoint.load import find_description
 from .checkpoint.opened import open_checkpoint
-from .checkpoint.origin import base_of, report_of, training_of
+from .checkpoint.origin import base_of, described_report, report_of, training_of
 from .checkpoint.save import base_model, save_checkpoint
 from .checkpoint.verify import Verification, verify
 from .common.escaping import one_line
 from .common.output import OutputFolder
-from .data import SAMPLES, Calibration, load_calibration
-from .model.adapters import has_adapters, inner_model, plain_name
+from .model.adapters import has_adapters, inner_model, plain_name, saves_adapters, without_adapters
 from .model.walk import walk_blocks
-from .pruning.allocate import allocate, architecture_for
+from .pruning.allocate import allocate, architecture_for, check_dense
 from .pruning.allocation import Allocation
+from .pruning.calibration import Calibration, load_calibration
 from .pruning.configuration import AUTO, DSAConfig
 from .pruning.prune import prune
 from .pruning.report import PruningReport
-from .pruning.zeros import check_dense, counted
+from .pruning.zeros import counted
 
 
 if TYPE_CHECKING:
     from .evaluation.measurement import Measurement
+    from .recovery.adapters.merge import Merged
     from .recovery.configuration import RecoveryConfig
     from .recovery.result import RecoveryResult
     from .search.result import SearchResult
@@ -69,6 +73,9 @@ class DSAPruner:
         self._restored: PruningReport | None = None  # of a loaded model, whose weights may have been changed since
         self._stored: str | None = None  # where the weights are, zeros included, as they are here
         self._description: Description | None = None  # and the file that it is from
+        self._under_adapters = False  # pruned while it had adapters, and so nowhere without them
+        self._options: dict[str, Any] = {}  # with which it was loaded
+        self._beside: BaseFiles | None = None  # what its class does not write, once it was looked for
 
     @classmethod
     def from_pretrained(
@@ -90,6 +97,7 @@ class DSAPruner:
         pruner = cls(found.model, found.tokenizer)
         pruner.report = pruner._restored = found.report
         pruner._description, pruner._base, pruner._stored = found.description, found.base, found.stored
+        pruner._options = found.options
         pruner._training = (found.description or {}).get("recovery")
         return pruner
 
@@ -112,16 +120,20 @@ class DSAPruner:
             resume (`bool`, defaults to `False`): go on from those in it, with the model as it was at the beginning:
                 load it again. The end is that of an uninterrupted run.
         """
+        check_model(self.model)
+        self._look_beside()
         needed, compared = config.resolved.reads | config.resolved.allocation_reads, {}
         if config.allocation == AUTO:
             from .search.ready_made import settle
 
-            settled = settle(self.model, calibration, config, self.tokenizer)
+            with without_adapters(self.model):
+                settled = settle(inner_model(self.model), calibration, config, self.tokenizer)
             data, config = settled.calibration, settled.config
             compared = {"compared": settled.compared, "compared_on": settled.compared_on}
         else:
             data = self._load(calibration, config, needed)
         self._stored = None
+        self._under_adapters = has_adapters(self.model)
         report = prune(self.model, data, config, checkpoints, resume)
         self.report = replace(report, **compared)
         self.recovery = self._training = None
@@ -129,7 +141,9 @@ class DSAPruner:
 
     def allocate(self, calibration: Any, config: DSAConfig) -> Allocation:
         """The allocation that `prune` would use; nothing is changed."""
-        return allocate(self.model, self._load(calibration, config, config.resolved.allocation_reads), config)
+        data = self._load(calibration, config, config.resolved.allocation_reads)
+        with without_adapters(self.model):
+            return allocate(inner_model(self.model), data, config)
 
     def search(
         self,
@@ -156,35 +170,17 @@ class DSAPruner:
             resume (`bool`, defaults to `False`): go on with the search in `output`.
             report_to (`Any`, *optional*): an experiment tracker that accelerate knows, such as `"trackio"`.
         """
+        from .search.apart import load_apart
         from .search.realise import check_searchable
         from .search.search import search
         from .sharing.pictures import plot_search
 
         check_searchable(config)  # before any text is read
         check_dense(self.model, config, "a search")
-        if validation is None and isinstance(calibration, (Tensor, Mapping)):
-            raise ValueError("Give validation text or tokens: calibration inputs given as tensors are used whole.")
-        if validation is None:
-            number = config.data.num_samples or SAMPLES
-            twice = replace(config.data, num_samples=2 * number)
-            drawn = load_calibration(calibration, self.model, self.tokenizer, twice)
-            windows = drawn.inputs["input_ids"]
-            data, tokens = replace(drawn, inputs={"input_ids": windows[:number]}), windows[number:]
-        else:
-            data = load_calibration(calibration, self.model, self.tokenizer, config.data)
-            tokens = load_calibration(validation, self.model, self.tokenizer, config.data).inputs["input_ids"]
-        return search(
-            self.model,
-            data,
-            tokens,
-            config,
-            strategy=strategy,
-            budget=budget,
-            folder=output,
-            resume=resume,
-            report_to=report_to,
-            pictures=plot_search,
-        )
+        data, tokens = load_apart(self.model, self.tokenizer, calibration, validation, config.data)
+        options = {"strategy": strategy, "budget": budget, "folder": output, "resume": resume, "report_to": report_to}
+        with without_adapters(self.model):
+            return search(inner_model(self.model), data, tokens, config, pictures=plot_search, **options)
 
     def sensitivity(self, calibration: Any, config: DSAConfig) -> Sensitivity:
         """How much of its output every matrix loses at rising sparsities under the method of `config`.
@@ -195,7 +191,9 @@ class DSAPruner:
 
         check_dense(self.model, config, CURVES)  # before any text is read
         needed = config.resolved.reads | config.resolved.metric_reads
-        return sensitivity(self.model, self._load(calibration, config, needed), config)
+        data = self._load(calibration, config, needed)
+        with without_adapters(self.model):
+            return sensitivity(inner_model(self.model), data, config)
 
     @torch.no_grad()
     def masks(self) -> Iterator[tuple[str, Tensor]]:
@@ -257,9 +255,11 @@ class DSAPruner:
         from .recovery.elsa.budget import with_budget
         from .recovery.recover import recover
 
+        check_model(self.model)
+        self._look_beside()
         report = self.report or report_of(self.model)
         if self.report is None:
-            self._base, self._training = base_of(self.model), training_of(self.model)
+            self._base, self._training = base_of(self.model, self._base), training_of(self.model)
         config = config or RecoveryConfig()
         report = with_budget(self.model, report, config)
         if config.trains_weights or config.merge:
@@ -273,6 +273,19 @@ class DSAPruner:
         self._training = after(self._training, self.recovery.to_dict())
         return self.recovery
 
+    def merge(self, fill: bool = False) -> Merged:
+        """Make the adapters of the model, a PEFT model, part of its weights; how many zeros they have a value for.
+
+        These stay zero, unless the adapters may `fill` them, as one that was trained on the dense model would.
+        """
+        from .recovery.adapters.merge import merge_adapters
+
+        self.model, found = merge_adapters(self.model, fill)
+        self._stored, self._under_adapters = None, False
+        if self.report is not None:
+            self.report = counted(self.report, self.model)
+        return found
+
     def save_pretrained(
         self,
         directory: str | Path | OutputFolder,
@@ -284,7 +297,8 @@ class DSAPruner:
 
         An existing folder is replaced only if all that it holds was written here and is unchanged; anything else is
         refused, and so is a folder that another process writes. Of a model with an adapter that is not merged, the
-        adapter is written; the pruned model under it has to be saved before.
+        adapter is written; the pruned model under it has to be saved before. Of one that had adapters when it was
+        pruned, the first save does that, and leaves the adapters alone.
 
         Args:
             directory (`str | Path | OutputFolder`): the folder to write, or one that was begun before the work.
@@ -301,18 +315,32 @@ class DSAPruner:
         if report is self._restored and not (found := self.verify()).holds:
             logger.warning("The model is not what its report says any more: %s.", one_line(found.problems[0]))
         place = directory.path if isinstance(directory, OutputFolder) else Path(directory)
-        adapters = has_adapters(self.model)
+        adapters = saves_adapters(self.model) and not (self._under_adapters and self._stored is None)
+        if has_adapters(self.model) and not adapters:
+            more = "; saved once more, to another folder, it is they that are written" * saves_adapters(self.model)
+            logger.warning("%s gets the pruned model without its adapters, which are as they were%s.", place, more)
         if adapters:
             if encoding != "dense":
                 raise ValueError("An adapter has no zeros to leave out; save it without compressed=True, or merge it.")
             described = None if self._stored is None else find_description(self._stored)
             check_base(self.model, self._stored, place, report, described)
-        trained = self._training
-        save_checkpoint(self.model, self.tokenizer, report, self._base, directory, encoding, trained, **save_kwargs)
+        trained, beside = self._training, None if adapters else self._look_beside()
+        made = (report, self._base, directory, encoding, trained, beside, adapters)
+        save_checkpoint(self.model, self.tokenizer, *made, **save_kwargs)
         if not adapters:
             self._stored = str(place)
 
+    def _look_beside(self) -> BaseFiles | None:
+        """What belongs to the model and its class does not write; looked for once, and what stays behind is said."""
+        source = getattr(getattr(inner_model(self.model), "config", None), "name_or_path", None)
+        if self._beside is None and source and not self._options.get("alone"):
+            self._beside = find_beside(self.model, str(source), **self._options)
+        return self._beside
+
     def _pruned(self) -> PruningReport:
+        if self.report is None and (found := described_report(self.model)) is not None:
+            self.report, self._base = found, base_of(self.model)  # of a model that somebody else has loaded
+            self._training = training_of(self.model)
         if self.report is None:
             raise ValueError("Nothing was pruned yet; call prune() or load a pruned model first.")
         return self.report

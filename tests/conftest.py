@@ -258,3 +258,12 @@ def text(tmp_path_factory):
     path = tmp_path_factory.mktemp("text") / "calibration.txt"
     path.write_text("\n".join(demo_texts("calibration"))[:20_000])
     return str(path)
+
+
+@pytest.fixture(scope="session")
+def modules(tmp_path_factory):
+    """The folder to which transformers copies the code of checkpoints, to import it from there: one of the tests'."""
+    place = tmp_path_factory.mktemp("modules")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(place))
+        yield place

@@ -3,21 +3,17 @@ import json
 import datasets
 import pytest
 import torch
-from transformers import GPT2Config, GPT2LMHeadModel
 
-from optimum_dsa import DataConfig, load_tokens, split_windows
+from optimum_dsa import load_tokens, split_windows
 from optimum_dsa.data import (
     DATASETS,
-    Calibration,
     check_source,
-    check_tokens,
     fingerprint,
     iterate_texts,
-    load_calibration,
     starts_with_bos,
 )
 
-from .tiny import VOCABULARY, bos_tokenizer, tiny_llama, tokens
+from .tiny import VOCABULARY, bos_tokenizer, tokens
 
 
 TEXTS = [f"line {index} of a text that is long enough to fill a window\n" * 4 for index in range(12)]
@@ -147,7 +143,7 @@ def test_too_little_text_says_how_much_there_is(texts):
     [
         ("nowhere.jsonl", FileNotFoundError, "nowhere.jsonl"),
         ("nowhere.txt", FileNotFoundError, "nowhere.txt"),
-        ([1, 2], ValueError, "Expected texts, got int"),
+        ([1, 2], ValueError, "expected a text, got int"),
         (5, ValueError, "Cannot read text from int"),
         (datasets.DatasetDict({"train": datasets.Dataset.from_dict({"text": TEXTS})}), ValueError, "one split.*train"),
         (datasets.Dataset.from_dict({"body": TEXTS}), ValueError, "no column 'text'; it has body"),
@@ -163,9 +159,9 @@ def test_a_source_that_cannot_be_read_is_a_clear_error(source, error, message):
     [
         ("broken.jsonl", b'{"text": "a"}\n{"text": "b"\n', "broken.jsonl, line 2: not JSON"),
         ("latin.jsonl", b'{"text": "a"}\n\n{"text": "caf\xe9"}\n', "latin.jsonl, line 3: not text in UTF-8"),
-        ("list.jsonl", b'["a"]', "list.jsonl, line 1: no column 'text'; it is a list"),
+        ("list.jsonl", b'["a"]', "list.jsonl, line 1: expected a text, got list"),
         ("other.jsonl", b'{"body": "a"}', "line 1: no column 'text'; it has body"),
-        ("broken.json", b'[{"text": "a"', "Cannot load the dataset .*broken.json"),
+        ("broken.json", b'[{"text": "a"', "broken.json, row 1: not JSON"),
         ("broken.parquet", b"PAR1xxxx", "Cannot load the dataset .*broken.parquet.*magic bytes"),
         ("latin.txt", b"caf\xe9", r"latin.txt is not text in UTF-8 \(.* at byte 3\)"),
         ("notes", b"a text", "Cannot read .*notes.*: expected .txt"),
@@ -203,59 +199,3 @@ def test_a_dataset_that_cannot_be_reached_is_named(monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     with pytest.raises(ValueError, match="Cannot load the dataset 'nobody/nothing'"):
         load_tokens("nobody/nothing", Letters())
-
-
-def test_calibration_from_tokens_texts_and_inputs_by_name():
-    model = tiny_llama()
-    assert load_calibration(tokens(4, 8).int(), model).facts() == {
-        "source": "tensor", "samples": 4, "length": 8, "tokens": 32, "seed": None,
-    }  # fmt: skip
-    config = DataConfig(num_samples=3, sequence_length=16, seed=7)
-    expected = {"source": "12 texts", "samples": 3, "length": 16, "tokens": 48, "seed": 7, "bos": False}
-    assert load_calibration(TEXTS, model, Letters(), config).facts() == expected
-    found = load_calibration(NUMBERS, model, bos_tokenizer(), config)
-    assert found.facts()["bos"] is True and (found.inputs["input_ids"][:, 0] == BOS).all()
-    plain = load_calibration(NUMBERS, model, bos_tokenizer(), DataConfig(num_samples=3, sequence_length=15, bos=False))
-    assert plain.facts()["bos"] is False and not (plain.inputs["input_ids"] == BOS).any()
-    assert load_calibration(TEXTS, model, Letters(), config=DataConfig(num_samples=3)).facts()["length"] == 64
-    named = load_calibration({"input_ids": tokens(5, 8), "attention_mask": torch.ones(5, 8)}, model)
-    assert [len(batch["attention_mask"]) for batch in named.batches(2)] == [2, 2, 1]
-
-
-@pytest.mark.parametrize(
-    "source,message",
-    [
-        (torch.full((2, 4), VOCABULARY), "another tokenizer"),
-        (torch.zeros(2, 4), "LongTensor"),
-        ({"input_ids": tokens(2, 4), "attention_mask": torch.ones(3, 4)}, "same number of samples"),
-        (TEXTS, "needs a tokenizer"),
-    ],
-)
-def test_calibration_that_does_not_fit_the_model_is_refused(source, message):
-    with pytest.raises(ValueError, match=message):
-        load_calibration(source, tiny_llama())
-
-
-@pytest.mark.parametrize("side", ["", "decoder_"])
-def test_padding_is_not_counted_wherever_it_stands(side):
-    mask = torch.ones(3, 8, dtype=torch.long)
-    mask[0, :2] = mask[1, 5:] = mask[2, 3:5] = 0  # in front, behind, and a hole
-    for main in (tokens(3, 8), torch.zeros(3, 8, 5)):
-        name = f"{side}input_ids" if main.dim() == 2 else f"{side}inputs_embeds"
-        facts = Calibration({name: main, f"{side}attention_mask": mask}, "x").facts()
-        assert (facts["samples"], facts["length"], facts["tokens"]) == (3, 8, 24 - 7)
-    assert Calibration({"pixel_values": torch.zeros(3, 3, 8, 8)}, "x").facts()["tokens"] is None
-
-
-def test_batches_cover_all_samples_in_order():
-    data = Calibration({"input_ids": tokens(7, 4)}, "x")
-    assert torch.equal(torch.cat([batch["input_ids"] for batch in data.batches(3)]), tokens(7, 4))
-
-
-def test_sequences_that_a_model_has_no_positions_for_are_refused_or_said(caplog):
-    learned = GPT2LMHeadModel(GPT2Config(vocab_size=64, n_positions=64, n_embd=32, n_layer=1, n_head=2))
-    check_tokens(tokens(2, 64, vocabulary=64), learned)  # as many words as positions: the table of words is no limit
-    with pytest.raises(ValueError, match="takes at most 64 tokens, and these sequences have 65; use sequence_length"):
-        check_tokens(tokens(2, 65, vocabulary=64), learned)
-    check_tokens(tokens(2, 65), tiny_llama())
-    assert "was made for 64 tokens, and these sequences have 65" in caplog.text

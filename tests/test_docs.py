@@ -35,6 +35,8 @@ from optimum_dsa.commands.dsa import DSACommand
 from optimum_dsa.commands.embedded import demo_model, demo_texts
 from optimum_dsa.commands.prune import asked_config
 from optimum_dsa.common.registry import Registry
+from optimum_dsa.evaluation.perplexity import REFERENCE as PSEUDO
+from optimum_dsa.model.examples import REFERENCE as MASKING
 from optimum_dsa.pruning.reconstruct import REFERENCE as RECONSTRUCTION
 from optimum_dsa.recovery.trainer import REFERENCE as DISTILLATION
 
@@ -141,6 +143,7 @@ def test_links_of_the_readme_lead_to_a_file_and_a_heading():
 def test_papers_are_cited_by_the_addresses_of_the_tables(name):
     tables = [*TABLES.values(), MODES, SCHEDULES, RECOVERIES]
     known = {address for table in tables for address in table.references.values()} | {DISTILLATION, RECONSTRUCTION}
+    known |= {MASKING, PSEUDO}
     assert set(re.findall(r"https://arxiv\.org/[\w./]+", TEXTS[name])) <= known
 
 

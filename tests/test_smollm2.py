@@ -4,7 +4,6 @@ import runpy
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 import transformers
@@ -12,55 +11,20 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from optimum_dsa import DSAConfig, DSAPruner
 
+from .tiny_gguf import TOKENS, write_gguf
+
 
 SCRIPT = Path(__file__).resolve().parents[1] / "examples" / "smollm2" / "get_model.py"
-gguf = pytest.importorskip("gguf")
+pytest.importorskip("gguf")
 pytestmark = pytest.mark.skipif(
     not hasattr(transformers, "GgufConfig"), reason="this transformers has another way to read a GGUF"
 )
-
-HIDDEN, FFN, HEADS, GROUPS, BLOCKS = 32, 48, 4, 2, 2
-TOKENS = [*map(chr, range(33, 127)), "Ġ", "ab", "<s>", "</s>"]
 
 
 @pytest.fixture
 def model(tmp_path):
     """The GGUF of a tiny Llama, and its tensors."""
-    writer = gguf.GGUFWriter(str(tmp_path / "tiny.gguf"), "llama")
-    sizes = {
-        "context_length": 64,
-        "embedding_length": HIDDEN,
-        "block_count": BLOCKS,
-        "feed_forward_length": FFN,
-        "head_count": HEADS,
-        "head_count_kv": GROUPS,
-        "vocab_size": len(TOKENS),
-        "rope_dimension_count": HIDDEN // HEADS,
-        "rope_freq_base": 1e4,
-        "layer_norm_rms_eps": 1e-5,
-        "tokenizer_model": "gpt2",
-        "token_list": TOKENS,
-        "token_types": [1] * (len(TOKENS) - 2) + [3, 3],
-        "token_merges": ["a b"],
-        "bos_token_id": len(TOKENS) - 2,
-        "eos_token_id": len(TOKENS) - 1,
-    }
-    for name, value in sizes.items():
-        getattr(writer, f"add_{name}")(value)
-    shapes = {"token_embd": (len(TOKENS), HIDDEN), "output_norm": (HIDDEN,)}
-    block = {"attn_norm": (HIDDEN,), "ffn_norm": (HIDDEN,), "ffn_gate": (FFN, HIDDEN), "ffn_up": (FFN, HIDDEN)}
-    block |= {"ffn_down": (HIDDEN, FFN), "attn_q": (HIDDEN, HIDDEN), "attn_output": (HIDDEN, HIDDEN)}
-    block |= dict.fromkeys(["attn_k", "attn_v"], (HIDDEN // HEADS * GROUPS, HIDDEN))
-    shapes |= {f"blk.{number}.{name}": shape for number in range(BLOCKS) for name, shape in block.items()}
-    random = np.random.default_rng(0)
-    tensors = {name: random.normal(size=shape).astype(np.float32) for name, shape in shapes.items()}
-    for name, tensor in tensors.items():
-        writer.add_tensor(f"{name}.weight", tensor)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return tmp_path / "tiny.gguf", tensors
+    return tmp_path / "tiny.gguf", write_gguf(tmp_path / "tiny.gguf")
 
 
 def run(monkeypatch, *arguments):

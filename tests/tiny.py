@@ -52,6 +52,17 @@ def bos_tokenizer(adds: bool = True) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=made, bos_token="<bos>", eos_token="<eos>", unk_token="<unk>")
 
 
+def masking_tokenizer() -> PreTrainedTokenizerFast:
+    """A token per word, 5 to 94 being the numbers from 0; a text stands between [CLS] (1) and [SEP] (2), as BERT's."""
+    special = ["[PAD]", "[CLS]", "[SEP]", "[MASK]", "[UNK]"]
+    vocabulary = {name: number for number, name in enumerate([*special, *map(str, range(90))])}
+    made = Tokenizer(WordLevel(vocabulary, unk_token="[UNK]"))
+    made.pre_tokenizer = WhitespaceSplit()
+    made.post_processor = TemplateProcessing(single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 1), ("[SEP]", 2)])
+    names = ("pad_token", "cls_token", "sep_token", "mask_token", "unk_token")
+    return PreTrainedTokenizerFast(tokenizer_object=made, **dict(zip(names, special)))
+
+
 def state(model) -> dict[str, torch.Tensor]:
     """A copy of every parameter and buffer."""
     return {name: value.clone() for name, value in model.state_dict().items()}

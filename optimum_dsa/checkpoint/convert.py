@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import re
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
@@ -16,8 +15,9 @@ from ..common.folder_files import own_file
 from ..common.installation import how_to_install
 from ..common.manifest import MANIFEST, files_in
 from ..common.output import OutputFolder
+from .base_files import MODULES, module_folders
 from .encodings import ENCODINGS, QUANT_METHOD, Encoding, Header, decoded, encoding_named
-from .shards import Shards, ShardWriter, find_shards, index_name, open_shard, packed_headers
+from .shards import Shards, ShardWriter, find_shards, index_name, open_shard, packed_headers, width
 
 
 MARK = "transformers_weights"  # the key of `config.json` where transformers looks for the name of the weights
@@ -186,8 +186,7 @@ def _width(file: Any, name: str, packed: dict[str, Header]) -> int:
     if name in packed:
         return packed[name].dtype.itemsize
     # Not from the tensor: its dtype is known from the header, without reading a byte.
-    bits = re.match(r"[A-Z]+(\d+)", file.get_slice(name).get_dtype())
-    return int(bits[1]) // 8 if bits else 1
+    return width(file.get_slice(name).get_dtype())
 
 
 def _bytes_after(shards: Shards) -> int:
@@ -208,10 +207,13 @@ def _other_files(shards: Shards) -> tuple[list[str], list[str]]:
     indexes = [index_name(encoding.stem) for encoding in ENCODINGS.values()]
     weights = {*shards.files, *indexes, "config.json", MANIFEST}
     others, left = [], []
+    # Their weights are of no other form of the model, but of what comes after it.
+    modules = module_folders(read_json(shards.folder / MODULES)) if (shards.folder / MODULES).is_file() else ()
     for name in files_in(shards.folder):
         if name in weights:
             continue
         path = own_file(shards.folder / name, shards.folder)
         hidden = any(part.startswith(".") for part in Path(name).parts)
-        (left if hidden or any(fnmatch(path.name, pattern) for pattern in OTHER_WEIGHTS) else others).append(name)
+        other = name.split("/")[0] not in modules and any(fnmatch(path.name, pattern) for pattern in OTHER_WEIGHTS)
+        (left if hidden or other else others).append(name)
     return others, left

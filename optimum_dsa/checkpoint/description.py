@@ -115,6 +115,12 @@ def read_description(path: str | Path) -> Description | None:
     return found
 
 
+def base_files_in(folder: str | Path) -> dict[str, Any]:
+    """What the `dsa_config.json` in `folder` says of its base's files, under the key that it has there; or nothing."""
+    found = read_description(folder) or {}
+    return {name: found[name] for name in ("base_files",) if name in found}
+
+
 def checksum(data: dict[str, Any]) -> str:
     """SHA-256 of a description without its `checksum`: of its JSON with sorted keys, without spaces, in ASCII."""
     content = {name: value for name, value in data.items() if name != "checksum"}

@@ -17,11 +17,12 @@ class Layout:
 
     Attributes:
         fits (`Callable`): the content of a `config.json` -> whether it speaks of this kind.
-        model_class (`Callable`): the configuration, and where it is from -> the class that loads the weights.
+        model_class (`Callable`): the configuration, where it is from, and options of `from_pretrained` -> the class
+            that loads the weights.
     """
 
     fits: Callable[[Mapping[str, Any]], bool]
-    model_class: Callable[[Any, str | Path], type]
+    model_class: Callable[[Any, str | Path, Mapping[str, Any]], type]
 
 
 LAYOUTS = Registry("layout")

@@ -14,14 +14,18 @@ import torch
 import transformers
 from torch import nn
 
+from ..common.escaping import one_line
 from ..common.fence_rows import DependencyError
 from ..common.files import read_json
-from ..common.folder_files import check_read_files
+from ..common.folder_files import TOKENIZER, check_read_files, is_part
 from ..common.hub_file import hub_commit, hub_file
+from ..model.own_code import check_trusted
 from ..pruning.configuration import CONFIG_NAME
 from .adapter_base import ADAPTER_CONFIG, ADAPTER_WEIGHTS, base_under, is_adapter, with_adapter
+from .base_files import find_base_files
 from .description import Description, read_description
 from .encodings import DENSE, Encoding, encoding_in
+from .forms import GGUF, dequantising, located
 from .layouts import layout_of
 from .limits import Contents, check_counts, read_contents, within
 from .shards import find_shards, index_files, index_name
@@ -48,23 +52,28 @@ def load_model(path: str, adapter: bool = True, **kwargs) -> nn.Module:
             holds; a file that would be saved again is a link out of the folder.
         OSError: there is none.
     """
+    path, kwargs = located(path, kwargs)
     shared = {name: kwargs[name] for name in _HUB_OPTIONS if name in kwargs}
     folder = Path(path, kwargs.get("subfolder") or "")
     if folder.is_dir():
         check_read_files(folder)
-    if (found := _adapter_at(path, folder, shared)) is not None:
+    if not kwargs.get("gguf_file") and (found := _adapter_at(path, folder, shared)) is not None:
         # They say where the adapter is, not its base.
         others = {name: value for name, value in kwargs.items() if name not in ("revision", "subfolder")}
         base = load_model(base_under(found), **others)
         return with_adapter(base, found) if adapter else base
-    stated = stated_in(path, folder, shared)
+    stated = {} if kwargs.get("gguf_file") else stated_in(path, folder, shared)
     contents = None if kwargs.keys() & set(_OTHER_WEIGHTS) else contents_of(path, folder, stated, shared)
     config = kwargs.pop("config", None)
     if config is None:
         # AutoConfig already makes lists as long as the numbers say.
         check_counts(stated, contents, path)
-        config = read_configuration(path, shared)
-    loader = layout_of(stated).model_class(config, path)
+        check_trusted(stated, path, bool(shared.get("trust_remote_code")))
+        config = read_configuration(path, kwargs)
+    loader = layout_of(stated).model_class(config, path, shared)
+    if kwargs.get("gguf_file") and config.is_encoder_decoder:
+        loader = transformers.AutoModelForSeq2SeqLM  # a GGUF names no class
+    kwargs = {**dequantising(config, kwargs), **kwargs}
     with within(contents, path), explained(f"The checkpoint at {path} cannot be loaded"), _as_asked(kwargs):
         return loader.from_pretrained(path, config=config, **kwargs).eval()
 
@@ -96,7 +105,10 @@ def stated_in(path: str, folder: Path, options: Mapping[str, Any]) -> Any:
 
 def read_configuration(path: str, options: Mapping[str, Any]) -> Any:
     """The configuration at `path`; `options` may be more than those that say where it is."""
-    options = {name: options[name] for name in _HUB_OPTIONS if name in options}
+    # Said in any case: asked nothing, transformers asks whoever sits at the terminal.
+    options = {"trust_remote_code": False} | {
+        name: options[name] for name in (*_HUB_OPTIONS, "gguf_file") if options.get(name) is not None
+    }
     with explained(f"The config.json of {path} is none that transformers reads"):
         return transformers.AutoConfig.from_pretrained(path, **options)
 
@@ -106,8 +118,11 @@ def explained(what: str) -> Iterator[None]:
     """Makes a `ValueError` of whatever a wrong value in `config.json` ends in: transformers checks few of them."""
     try:
         yield
-    except (ValueError, OSError, ImportError, MemoryError, torch.OutOfMemoryError, DependencyError):
+    except (ValueError, OSError, MemoryError, torch.OutOfMemoryError, DependencyError):
         raise
+    except ImportError as error:
+        said = " ".join(str(error).split())
+        raise ValueError(f"{what}, as a library is missing: {said:.300}") from error
     except Exception as error:
         said = " ".join(str(error).split()) or "no reason given"
         raise ValueError(
@@ -137,23 +152,27 @@ def _as_asked(options: Mapping[str, Any]) -> Iterator[None]:
 
 def contents_of(path: str, folder: Path, stated: Any, options: Mapping[str, Any]) -> Contents | None:
     """What the weights at `path` hold; `None` where they are not in safetensors, and so not counted."""
-    encoding = encoding_in(stated)
-    if not folder.is_dir():
-        files = _cached_weights(path, encoding or DENSE, options)
-    elif (folder / CONFIG_NAME).is_file() or any(folder.glob("*.safetensors*")):
-        try:
-            # what is pruned is safetensors, and its index leads nowhere else
-            files = [folder / name for name in find_shards(folder).files]
-        except FileNotFoundError:
-            if (folder / CONFIG_NAME).is_file():
-                raise
-            files = []
-    else:
-        files = []
+    files = weight_files(path, folder, stated, options)
     if not files:
         return None
     contents = read_contents(files)
-    return contents if encoding is not None else replace(contents, weights=None)
+    return contents if encoding_in(stated) is not None else replace(contents, weights=None)
+
+
+def weight_files(path: str, folder: Path, stated: Any, options: Mapping[str, Any]) -> list[Path]:
+    """The files of the weights at `path`, downloaded for a Hub model; none where they are not in safetensors."""
+    encoding = encoding_in(stated) or DENSE  # one that nobody knows is refused before its files are missed
+    if not folder.is_dir():
+        return _cached_weights(path, encoding, options)
+    if not (folder / CONFIG_NAME).is_file() and not any(folder.glob("*.safetensors*")):
+        return []
+    try:
+        # what is pruned is safetensors, and its index leads nowhere else
+        return [folder / name for name in find_shards(folder).files]
+    except FileNotFoundError:
+        if (folder / CONFIG_NAME).is_file():
+            raise
+        return []
 
 
 def _cached_weights(path: str, encoding: Encoding, options: Mapping[str, Any]) -> list[Path]:
@@ -187,18 +206,34 @@ def load_tokenizer(source: Any, required: bool = False, **kwargs) -> Any:
     if source is None or not isinstance(source, (str, Path)):
         return source
     source = str(source)
+    if source.endswith(GGUF):
+        source, kwargs = located(source, kwargs)
     shared = {name: kwargs[name] for name in _HUB_OPTIONS if name in kwargs}
     folder = Path(source, kwargs.get("subfolder") or "")
     if folder.is_dir():
         check_read_files(folder)
+    if kwargs.get("gguf_file") and not (
+        (folder / "tokenizer.json").is_file() if folder.is_dir() else _cached(source, "tokenizer.json", shared)
+    ):
+        # The tokenizer beside a GGUF is the model's own; the one in it is made again from its tables.
+        shared["gguf_file"] = kwargs["gguf_file"]
     try:
-        return transformers.AutoTokenizer.from_pretrained(source, **shared)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        return transformers.AutoTokenizer.from_pretrained(source, **{"trust_remote_code": False, **shared})
+    except (OSError, ValueError, KeyError, TypeError, ImportError, AttributeError) as error:
         # A tokenizer that is there and broken is none that is missing.
         if required or any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model")):
             why = " ".join(str(error).split())
             raise ValueError(f"No tokenizer can be loaded from {source!r}: {why:.300}") from error
-        logger.info("No tokenizer at %s: %s", source, error)
+        lost = (
+            any(is_part(path.name, TOKENIZER) for path in folder.iterdir())
+            if folder.is_dir()
+            else _cached(source, "tokenizer_config.json", shared) is not None
+        )
+        said = one_line(" ".join(str(error).split()))
+        if lost:
+            logger.warning("The tokenizer of %s is not loaded, and its files are kept as they are: %s", source, said)
+        else:
+            logger.info("No tokenizer at %s: %s", source, said)
         return None
 
 
@@ -217,7 +252,8 @@ def find_description(path: str, **kwargs) -> Description | None:
 
 def find_commit(path: str, **kwargs) -> str | None:
     """The commit of the model at a Hub id; `None` for a folder, or where it is not known."""
-    return hub_commit(path, **{name: kwargs[name] for name in _FILE_OPTIONS if name in kwargs})
+    names = (kwargs["gguf_file"],) if kwargs.get("gguf_file") else ("config.json", ADAPTER_CONFIG)
+    return hub_commit(path, names, **{name: kwargs[name] for name in _FILE_OPTIONS if name in kwargs})
 
 
 def local_folder(path: str, revision: str | None = None) -> Path:
@@ -225,6 +261,11 @@ def local_folder(path: str, revision: str | None = None) -> Path:
     if Path(path).is_dir():
         return Path(path)
     try:
-        return Path(huggingface_hub.snapshot_download(path, revision=revision, ignore_patterns=["*/*", *_NO_WEIGHTS]))
+        folder = Path(
+            huggingface_hub.snapshot_download(path, revision=revision, ignore_patterns=["*/*", *_NO_WEIGHTS])
+        )
     except (huggingface_hub.errors.HFValidationError, OSError) as error:
         raise FileNotFoundError(f"{path} is neither a folder nor a model that the Hub gives: {error}") from None
+    # what lies in folders of it, such as the modules behind an embedder, comes into the same snapshot
+    find_base_files(path, revision=revision)
+    return folder

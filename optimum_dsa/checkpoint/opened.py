@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +11,14 @@ from torch import nn
 
 from ..pruning.report import PruningReport
 from .description import Description, is_unchanged, report_from
-from .load import find_commit, find_description, load_model, load_tokenizer, weights_of
+from .forms import form_of, located
+from .load import find_commit, find_description, load_model, load_tokenizer, stated_in, weights_of
 from .save import base_model
 
 
 logger = logging.getLogger(__name__)
+
+_OF_THE_MODEL = ("revision", "subfolder", "gguf_file")
 
 
 @dataclass(frozen=True)
@@ -29,6 +32,7 @@ class Opened:
         description (`Description`): its `dsa_config.json`; `None` of a model that was not pruned.
         report (`PruningReport`): what that says; `None` likewise.
         stored (`str`): where its weights are; `None` where that alone does not name them.
+        options (`dict`): that said where it is (`revision`, ...); with `alone`, what lies beside it belongs to others.
     """
 
     model: nn.Module
@@ -37,6 +41,7 @@ class Opened:
     description: Description | None = None
     report: PruningReport | None = None
     stored: str | None = None
+    options: dict[str, Any] = field(default_factory=dict)
 
 
 def open_checkpoint(source: str | Path | nn.Module, tokenizer: Any = None, **options) -> Opened:
@@ -55,21 +60,27 @@ def open_checkpoint(source: str | Path | nn.Module, tokenizer: Any = None, **opt
         if options:
             raise ValueError(f"A loaded model takes no loading options, got {', '.join(options)}.")
         return Opened(source, load_tokenizer(tokenizer, required=True), base_model(source))
-    path = str(source)
-    if Path(path).is_file():
-        raise ValueError(f"{path} is a file; a model is a folder or a Hub id.")
+    path, options = located(str(source), options)
     if tokenizer is not None:  # before the model: of another place, and so of none of the model's revisions
-        theirs = {name: value for name, value in options.items() if name not in ("revision", "subfolder")}
+        theirs = {name: value for name, value in options.items() if name not in _OF_THE_MODEL}
         tokenizer = load_tokenizer(tokenizer, required=True, **theirs)
     # Before the model, which takes longer: a broken description is known at once.
     found = find_description(path, **options)
     report = None if found is None else report_from(found)
     if found is not None and not is_unchanged(found):
         logger.warning("The dsa_config.json of %s was changed after it was written.", path)
+    stated = {} if options.get("gguf_file") else stated_in(path, Path(path, options.get("subfolder") or ""), options)
+    if form := form_of(stated, options, Path(path) if Path(path).is_dir() else None):
+        logger.warning("%s: its weights are %s.", str(source), form["form"])
     model = load_model(path, **options)
     tokenizer = load_tokenizer(path if tokenizer is None else tokenizer, **options)
     if found is None:
-        return Opened(model, tokenizer, base_model(model, find_commit(path, **options)))
+        base = base_model(model, find_commit(path, **options)) | form
+        if "gguf_file" in form and Path(path).is_dir():
+            base["name"] = form["gguf_file"]  # the folder may hold any number of them
+            if str(source).endswith(".gguf"):
+                options = {**options, "alone": True}
+        return Opened(model, tokenizer, base, options=options)
     # an adapter names its base by this alone
-    stored = None if options.keys() & {"subfolder", "revision"} else weights_of(path)
-    return Opened(model, tokenizer, found["base_model"], found, report, stored)
+    stored = None if options.keys() & set(_OF_THE_MODEL) else weights_of(path)
+    return Opened(model, tokenizer, found["base_model"], found, report, stored, options)

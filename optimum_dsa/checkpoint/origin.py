@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
+from ..common.files import read_json
 from ..model.adapters import inner_model
 from ..model.architecture import find_architecture
 from ..model.parameters import count_parameters
 from ..pruning.configuration import CONFIG_NAME, DSAConfig
+from ..pruning.other_head import is_other_head, report_for
 from ..pruning.report import PruningReport
 from ..pruning.zeros import counted, measured_allocation
 from .description import read_description, report_from
@@ -23,10 +26,10 @@ def report_of(model: nn.Module) -> PruningReport:
     A sparse model from elsewhere has no such file: then the allocation is what was counted, and has the name
     `MEASURED`: how the zeros came about, nothing says, and `verify` holds them against no pattern.
     """
+    described = described_report(model)
+    if described is not None:
+        return counted(described, model)
     inner = inner_model(model)
-    described = _described(inner)
-    if described:
-        return counted(report_from(described), model)
     architecture = find_architecture(inner, skip_unprunable=True)
     allocation = measured_allocation(inner, architecture)
     # A config takes no sparsity of 1, which a model of nothing but zeros has.
@@ -34,10 +37,31 @@ def report_of(model: nn.Module) -> PruningReport:
     return PruningReport(config, allocation, allocation.sparsity, count_parameters(inner), dense=architecture.dense)
 
 
-def base_of(model: nn.Module) -> dict[str, str | None]:
-    """Name and revision of the dense model that `model` comes from, as far as it says so."""
+def described_report(model: nn.Module) -> PruningReport | None:
+    """How `model` was pruned, as the `dsa_config.json` in its folder says; `None` where there is none.
+
+    Under another head than it was saved with, in the names and with the parameters that it has now.
+    """
     inner = inner_model(model)
-    return _described(inner).get("base_model") or base_model(inner)
+    described = _described(inner)
+    if not described:
+        return None
+    report = report_for(inner, report_from(described))
+    folder = Path(inner.config.name_or_path)
+    stated = read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
+    known = stated.get("architectures") if isinstance(stated, dict) else None
+    return replace(report, parameters=count_parameters(inner)) if is_other_head(inner, known or ()) else report
+
+
+def base_of(model: nn.Module, known: dict[str, str | None] | None = None) -> dict[str, str | None]:
+    """Name and revision of the dense model that `model` comes from, as far as it says so.
+
+    Args:
+        known (`dict[str, str | None]`, *optional*): what is known of a model that says nothing: where it was loaded
+            from.
+    """
+    inner = inner_model(model)
+    return _described(inner).get("base_model") or known or base_model(inner)
 
 
 def training_of(model: nn.Module) -> dict[str, Any] | None:

@@ -9,17 +9,21 @@ from typing import Any
 
 from torch import nn
 
-from ..common.fences import saved_by_shards, tied_names
+from ..common.fences import saved_by_shards, saved_without_adapters, tied_names
+from ..common.hub_file import snapshot_of
 from ..common.output import OutputFolder
 from ..common.schema import violations
-from ..model.adapters import has_adapters
+from ..model.adapters import has_adapters, inner_model, state_without_adapters
 from ..model.offload import is_offloaded
+from ..model.own_code import make_own_code_local
 from ..model.parameters import weight_bytes
 from ..pruning.report import PruningReport
+from .base_files import BaseFiles
 from .convert import encode_in_place
 from .description import describe, schema, write_description
 from .encodings import encoding_named
 from .shard_size import check_shard_size
+from .unknown_tensors import add_tensors
 
 
 def save_checkpoint(
@@ -30,12 +34,18 @@ def save_checkpoint(
     directory: str | Path | OutputFolder,
     encoding: str = "dense",
     recovery: dict[str, Any] | None = None,
+    beside: BaseFiles | None = None,
+    adapters: bool = True,
     **save_kwargs,
 ) -> None:
     """Write model, tokenizer and `dsa_config.json` into `directory`; whole or not at all.
 
+    Of a model with adapters these are written, or without `adapters` the model under them.
+
     In any `encoding` but "dense", a row of `ENCODINGS`, weights are encoded shard by shard after transformers has
     written them, so that names and ties are its own; on the way the disk holds the dense weights too.
+
+    With `beside`, what belongs to the model and its class does not write goes along.
 
     An `OutputFolder` that was begun before the work saves the result elsewhere where the disk does not take it.
 
@@ -57,7 +67,11 @@ def save_checkpoint(
         raise ValueError(f"What was done to the model cannot be described, so nothing was written: {broken}.")
 
     def fill(folder: Path) -> None:
-        if is_offloaded(model):
+        if has_adapters(model) and not adapters:
+            inner = inner_model(model)
+            with saved_without_adapters(inner):
+                inner.save_pretrained(folder, state_dict=state_without_adapters(model), **save_kwargs)
+        elif is_offloaded(model):
             _save_offloaded(model, folder, **save_kwargs)
         else:
             model.save_pretrained(folder, **save_kwargs)
@@ -67,13 +81,18 @@ def save_checkpoint(
             tokenizer.save_pretrained(folder)
         if not row.is_plain:
             encode_in_place(folder, row)
-        write_description(folder, description)
+        facts = {}
+        if beside is not None:
+            facts = {"base_files": beside.described(beside.copy_to(folder, tokenizer))}
+            add_tensors(folder, beside.tensors)
+        make_own_code_local(folder)
+        write_description(folder, {**description, **facts})
 
     if isinstance(directory, OutputFolder):
         directory.write(fill)
     else:
         with OutputFolder(directory) as output:
-            output.require(weight_bytes(model))
+            output.require(weight_bytes(model) + (beside.bytes if beside is not None else 0))
             output.write(fill, rescue=False)  # the model is still there
 
 
@@ -96,10 +115,14 @@ def _save_offloaded(model: nn.Module, directory: Path, **save_kwargs) -> None:
 def base_model(model: nn.Module, revision: str | None = None) -> dict[str, str | None]:
     """Name and revision of the checkpoint that a model came from; of a local path only the last part.
 
+    A path into the Hub's cache names the model of the Hub.
+
     Args:
         revision (`str`, *optional*): the commit, where it is known; a loaded model does not keep it.
     """
     name = model.config.name_or_path or None
+    if name and os.path.exists(name) and (cached := snapshot_of(name)):
+        return {"name": cached[0], "revision": cached[1]}
     if name and (os.path.isabs(name) or os.path.exists(name)):
         # A path tells where somebody keeps files, and helps nobody else.
         name = Path(name).resolve().name

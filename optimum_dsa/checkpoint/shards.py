@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -168,6 +169,12 @@ _NAMES = {
     torch.float16: "F16",
     torch.uint8: "U8",
 }
+
+
+def width(dtype: str) -> int:
+    """Bytes of an element of a type, as safetensors names it: of `BF16` two, of what does not say it (`BOOL`) one."""
+    bits = re.match(r"[A-Z]+(\d+)", dtype)
+    return max(int(bits[1]) // 8, 1) if bits else 1
 
 
 class ShardWriter:

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..model.own_code import check_trusted
+from .forms import located
 from .layouts import layout_of
 from .limits import check_counts, within
 from .load import contents_of, explained, read_configuration, stated_in
@@ -31,7 +33,8 @@ def open_skeleton(path: str | Path, dtype: str = "auto", **options) -> tuple[nn.
         ValueError: its `config.json` cannot be a model's, or asks for more than the checkpoint holds.
         OSError: there is none.
     """
-    made, config, contents = _read(str(path), options)
+    path, options = located(str(path), options)
+    made, config, contents = _read(path, options)
     with within(contents, path), explained(f"The model at {path} cannot be made"), torch.device("meta"):
         model = _made(made, config, options)
     stated = getattr(config, "dtype", None)
@@ -41,7 +44,8 @@ def open_skeleton(path: str | Path, dtype: str = "auto", **options) -> tuple[nn.
 
 def sample_model(path: str | Path, dtype: torch.dtype, device: str, blocks: int = 2, **options) -> nn.Module:
     """A model of so many blocks of the sizes of those at `path`, with random weights and few words, to be timed."""
-    made, config, _ = _read(str(path), options)
+    path, options = located(str(path), options)
+    made, config, _ = _read(path, options)
     config = copy.deepcopy(config)
     text = config.get_text_config()
     for part in {id(config): config, id(text): text}.values():
@@ -61,12 +65,14 @@ def sample_model(path: str | Path, dtype: torch.dtype, device: str, blocks: int 
 def _read(path: str, options: dict[str, Any]) -> tuple[type, Any, Any]:
     """The class of the model at `path`, its configuration, and what its weights hold where they are in a folder."""
     folder = Path(path, options.get("subfolder") or "")
-    stated = stated_in(path, folder, options)
+    gguf = bool(options.get("gguf_file"))
+    stated = {} if gguf else stated_in(path, folder, options)
     # Of the Hub, the weights would have to be downloaded to be counted.
-    contents = contents_of(path, folder, stated, options) if folder.is_dir() else None
+    contents = contents_of(path, folder, stated, options) if folder.is_dir() and not gguf else None
     check_counts(stated, contents, path)
+    check_trusted(stated, path, bool(options.get("trust_remote_code")))
     config = read_configuration(path, options)
-    return layout_of(stated).model_class(config, path), config, contents
+    return layout_of(stated).model_class(config, path, options), config, contents
 
 
 def _made(made: type, config: Any, options: dict[str, Any]) -> nn.Module:

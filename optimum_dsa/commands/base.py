@@ -8,13 +8,14 @@ import logging
 import os
 import sys
 import warnings
-from argparse import ArgumentParser, BooleanOptionalAction, RawDescriptionHelpFormatter
+from argparse import Action, ArgumentParser, BooleanOptionalAction, RawDescriptionHelpFormatter
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, redirect_stdout
 from typing import TYPE_CHECKING, Any
 
 from optimum.commands.base import BaseOptimumCLICommand
 
+from .config_file import add_config_options, config_text
 from .options import in_options
 from .stopping import Terminated, stoppable
 
@@ -49,6 +50,7 @@ class LeafCommand(BaseOptimumCLICommand):
         parser.description, parser.epilog = cls.DESCRIPTION, f"examples:\n{cls.EXAMPLES}" if cls.EXAMPLES else None
         parser.formatter_class = RawDescriptionHelpFormatter
         parser.add_argument("--json", action="store_true", help="print JSON and nothing else")
+        add_config_options(parser)
         loudness = parser.add_mutually_exclusive_group()
         loudness.add_argument("-q", "--quiet", action="store_true", help="print errors, and the JSON asked for")
         loudness.add_argument("-v", "--verbose", action="store_true", help="say what is done meanwhile")
@@ -60,6 +62,10 @@ class LeafCommand(BaseOptimumCLICommand):
         cannot do it is a `DependencyError`.
         """
         raise NotImplementedError
+
+    def has_settings(self) -> bool:
+        """Whether the options of a configuration say something here."""
+        return True
 
     def is_whole(self) -> bool:
         """Whether all that was asked for is in place, so that nothing is left to be stopped."""
@@ -87,6 +93,10 @@ class LeafCommand(BaseOptimumCLICommand):
         asked = vars(self.args) if self.args else {}
         as_json, quiet = asked.get("json", False), asked.get("quiet", False)
         try:
+            if asked.get("print_config"):
+                settings = getattr(self.parser, "settings_class", lambda: None)() if self.has_settings() else None
+                say(config_text(self.parser, self.args, settings).rstrip())
+                return
             with stoppable(self.is_whole):
                 with _spoken(as_json, quiet, asked.get("verbose", False)):
                     facts = self.execute()
@@ -198,23 +208,79 @@ def add_bos_option(parser) -> None:
     )
 
 
-def check_texts(args, data) -> None:
+def check_texts(args, data, otherwise: str | None = None) -> None:
     """Raise what is wrong with the texts that the options name, read as the `DataConfig` says.
+
+    `otherwise` is the split where none is named.
 
     To be called before a model is loaded, which may take minutes.
     """
     from ..common.apart import same_source
     from ..data import check_source
 
-    judging = getattr(args, "validation", None)
-    for source in (args.dataset, judging):
-        if source:
-            check_source(source, data.text_column, data.split)
-    if judging and same_source(args.dataset, judging):
-        raise ValueError(
-            f"--validation {judging} is the text of --dataset, of which it would tell what is known already; give "
-            "another text, or leave --validation out."
-        )
+    if data.image_column is not None:  # pictures are read with the model's processor
+        return
+    if source := asked_source(args):
+        check_source(source, data.reading(otherwise))
+    if validation := getattr(args, "validation", None):
+        check_source(validation, data.beside(validation).reading(otherwise))
+        if any(same_source(one, validation) for one in (source if isinstance(source, dict) else [source])):
+            raise ValueError(
+                f"--validation {validation} is the text of --dataset, of which it would tell what is known already; "
+                "give another text, or leave --validation out."
+            )
+
+
+class Several(Action):
+    """An option that can be given several times; what is given replaces the default, as elsewhere."""
+
+    replaces = True
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        begun = getattr(namespace, f"{self.dest}_given", False)
+        setattr(namespace, self.dest, [*(getattr(namespace, self.dest) if begun else []), values])
+        setattr(namespace, f"{self.dest}_given", True)
+
+
+def add_source_options(group, default: str | None = None, required: bool = False) -> None:
+    """`--dataset`, which can be given several times, and `--weights`; [`asked_source`] reads them."""
+    said = "" if default is None else f" (default: {default})"
+    group.add_argument(
+        "--dataset",
+        action=Several,
+        required=required,
+        help=".txt, .jsonl, .json or .parquet file, folder, or a dataset's name: wikitext2, c4, a Hub id; several "
+        f"are mixed{said}",
+    )
+    group.add_argument(
+        "--weights", nargs="+", type=float, metavar="WEIGHT", help="share of each --dataset (default: all the same)"
+    )
+    group.set_defaults(otherwise_dataset=default)
+
+
+def asked_source(args) -> Any:
+    """What `--dataset` and `--weights` name: a source, or several with their weights; `None` where there is none."""
+    named, weights = args.dataset or [args.otherwise_dataset], args.weights
+    if weights is not None and len(weights) != len(named):
+        raise ValueError(f"--weights has {len(weights)} numbers for {len(named)} of --dataset; give one for each.")
+    if len({*named}) < len(named):
+        raise ValueError(f"--dataset names {max(named, key=named.count)} more than once; name it once, with a weight.")
+    return named[0] if len(named) == 1 else dict(zip(named, weights or [1.0] * len(named)))
+
+
+def check_weights(args, loading: dict) -> None:
+    """Raise where the weights of the model that the options name are packed and cannot be pruned.
+
+    To be called before it is loaded.
+    """
+    from pathlib import Path
+
+    from ..checkpoint.forms import check_unpacked, located
+    from ..checkpoint.load import stated_in
+
+    path, options = located(args.model, loading)
+    if not options.get("gguf_file"):
+        check_unpacked(stated_in(path, Path(path), options), path)
 
 
 def add_loading_options(parser: ArgumentParser, reads_text: bool = True) -> None:
@@ -234,7 +300,8 @@ def add_loading_options(parser: ArgumentParser, reads_text: bool = True) -> None
     if reads_text:
         group.add_argument("--tokenizer", help="folder or Hub id of the tokenizer (default: the model's own)")
     group.add_argument("--revision", help="branch, tag or commit of a Hub model")
-    group.add_argument("--trust-remote-code", action="store_true", help="run the code that a Hub model brings along")
+    group.add_argument("--gguf-file", help="the GGUF in the model's folder or repository to read; made dense")
+    group.add_argument("--trust-remote-code", action="store_true", help="run the code that the model brings along")
 
 
 def loading_options(args) -> dict:
@@ -263,6 +330,8 @@ def loading_options(args) -> dict:
         options["tokenizer"] = args.tokenizer
     if args.revision:
         options["revision"] = args.revision
+    if args.gguf_file:
+        options["gguf_file"] = args.gguf_file
     if args.trust_remote_code:
         options["trust_remote_code"] = True
     return options

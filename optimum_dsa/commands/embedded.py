@@ -16,11 +16,12 @@ import torch
 from torch import Tensor
 
 from ..common.output import OutputFolder
-from ..data import load_calibration, load_tokens
+from ..data import load_tokens
 from ..evaluation.perplexity import perplexity
 from ..pruner import DSAPruner
 from ..pruning.allocation import Allocation
 from ..pruning.allocation.layout import by_block
+from ..pruning.calibration import load_calibration
 from ..pruning.configuration import DSAConfig
 from ..search.problem import parse_budget
 from ..search.search import search

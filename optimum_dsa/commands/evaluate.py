@@ -2,7 +2,16 @@
 
 from __future__ import annotations
 
-from .base import LeafCommand, add_bos_option, add_loading_options, check_texts, loading_options, say
+from .base import (
+    LeafCommand,
+    add_bos_option,
+    add_loading_options,
+    add_source_options,
+    asked_source,
+    check_texts,
+    loading_options,
+    say,
+)
 
 
 class EvaluateCommand(LeafCommand):
@@ -27,9 +36,10 @@ boolq,rte,hellaswag,winogrande,arc_easy,arc_challenge,openbookqa.
         EvaluateCommand.describe(parser, "evaluate")
         parser.add_argument("model", nargs="+", help="folders or Hub ids")
         text = parser.add_argument_group("perplexity")
-        text.add_argument("--dataset", help=".txt, .jsonl or .parquet file, or a dataset's name")
-        text.add_argument("--split", default="test", help="split of a named dataset (default: %(default)s)")
-        text.add_argument("--text-column", default="text", help="column that holds the text (default: text)")
+        add_source_options(text)
+        text.add_argument("--split", help="split of a named dataset, or rows of it: test[:50] (default: test)")
+        text.add_argument("--text-column", default="text", help="column of the text or conversation (default: text)")
+        text.add_argument("--subset", help="configuration of a dataset that has several")
         text.add_argument(
             "--windows",
             choices=("each", "paper"),
@@ -61,7 +71,8 @@ boolq,rte,hellaswag,winogrande,arc_easy,arc_challenge,openbookqa.
         import json
         import sys
 
-        from ..data import DataConfig, describe
+        from ..common.hub_file import model_name
+        from ..data import DataConfig
         from ..evaluation.comparison import comparison_table
         from ..evaluation.kept import measured_once
         from ..evaluation.measure import check_asked
@@ -70,26 +81,25 @@ boolq,rte,hellaswag,winogrande,arc_easy,arc_challenge,openbookqa.
         from ..pruner import DSAPruner
 
         args = self.args
-        if not args.dataset and not args.tasks:
+        source = asked_source(args)
+        if not source and not args.tasks:
             raise ValueError("say what to measure: --dataset FILE, --tasks NAMES, or both")
         if args.output:
             check_results(args.output)
         asked = [name.strip() for name in (args.tasks or "").split(",") if name.strip()]
-        check_asked(
-            args.dataset, asked, args.windows, args.num_samples, args.sequence_length, args.batch_size, args.limit
-        )
+        check_asked(source, asked, args.windows, args.num_samples, args.sequence_length, args.batch_size, args.limit)
         loading = loading_options(args)
-        check_texts(args, DataConfig(text_column=args.text_column, split=args.split))
-        names = ("windows", "bos", "sequence_length", "num_samples", "seed", "split", "text_column", "num_fewshot")
-        options = {name: getattr(args, name) for name in (*names, "limit", "batch_size")}
+        check_texts(args, DataConfig(text_column=args.text_column, split=args.split, subset=args.subset), "test")
+        names = ("windows", "bos", "sequence_length", "num_samples", "seed", "split", "text_column", "subset")
+        options = {name: getattr(args, name) for name in (*names, "num_fewshot", "limit", "batch_size")}
         with contextlib.redirect_stdout(sys.stderr):  # data sets and lm-eval print
             tasks = find_tasks(asked, args.include_path) if asked else ()
             models = [*args.model, *([args.dense] if args.dense else [])]
-            names = distinct([describe(model) for model in models])
+            names = distinct([model_name(model) for model in models])
 
             def measured(model: str, name: str, **loading):
                 pruner = DSAPruner.from_pretrained(model, **loading)
-                return pruner.measure(args.dataset, tasks, name=name, **options)
+                return pruner.measure(source, tasks, name=name, **options)
 
             results = [measured(model, name, **loading) for name, model in zip(names, args.model)]
             if args.dense:

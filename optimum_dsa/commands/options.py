@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import importlib
 import re
+import sys
 import textwrap
 from argparse import SUPPRESS, Action, ArgumentParser, BooleanOptionalAction
 from collections.abc import Callable, Collection, Iterable
@@ -12,6 +13,9 @@ from dataclasses import MISSING, Field, fields
 from shlex import quote
 from typing import Any, Protocol
 
+from ..common.escaping import one_line
+from ..common.registry import UnknownNameError
+from .config_file import take_config, without_required
 from .fences import actions_of
 
 
@@ -46,7 +50,29 @@ class CommandParser(ArgumentParser):
 
     def parse_known_args(self, args=None, namespace=None):
         self.complete()
+        args = sys.argv[1:] if args is None else list(args)
+        if any(action.dest == "config" for action in actions_of(self)):
+            self._take_config(args)
         return super().parse_known_args(args, namespace)
+
+    def _take_config(self, args: list[str]) -> None:
+        """Let `--config` fill in what `args` leave out; what is wrong with it ends the process with one line."""
+        look = ArgumentParser(add_help=False)
+        look.add_argument("--config", nargs="?")
+        look.add_argument("--print-config", action="store_true")
+        found, _ = look.parse_known_args(args)
+        try:
+            if found.config is not None:
+                take_config(self, found.config, self.settings_class())
+        except (ValueError, OSError, UnknownNameError) as error:
+            self.exit(2, f"{self.prog}: error: {one_line(' '.join(str(error).split()))}\n")
+        if found.print_config:
+            without_required(self)
+
+    def settings_class(self) -> type | None:
+        """The class of the command's configuration."""
+        configs = self.complete().configs
+        return configs[-1] if configs else None
 
     def format_help(self) -> str:
         self.complete()
@@ -158,7 +184,8 @@ def as_given(args: Any, parser: ArgumentParser, names: Iterable[str]) -> str:
     for action in actions_of(_complete(parser)):
         value = asked.get(action.dest)
         if action.dest in wanted and action.option_strings and value is not None and value != action.default:
-            said.append(f" {_given(action, repr(value))}")
+            several = hasattr(action, "replaces")  # each with the option in front
+            said += [f" {_given(action, repr(one))}" for one in (value if several else [value])]
     return "".join(said)
 
 

@@ -33,9 +33,9 @@ model's config.json, and the time from one block of such sizes, with random weig
         )
         what = parser.add_argument_group("what to remove")
         add_quality_option(what)
-        what.add_argument("--config", help="dsa_config.json, or a folder with one, to start from")
         data = add_calibration_options(parser)
-        add_settings(parser, [(data, CALIBRATION)], "pruning.configuration.DSAConfig", what)
+        pictures = ("image_column",)  # a plan is arithmetic on numbers of tokens
+        add_settings(parser, [(data, CALIBRATION)], "pruning.configuration.DSAConfig", what, without=pictures)
         add_loading_options(parser)
 
     def execute(self) -> dict:

@@ -5,7 +5,16 @@ from __future__ import annotations
 import logging
 from pathlib import Path
 
-from .base import LeafCommand, add_loading_options, check_texts, loading_options, say
+from .base import (
+    LeafCommand,
+    add_loading_options,
+    add_source_options,
+    asked_source,
+    check_texts,
+    check_weights,
+    loading_options,
+    say,
+)
 from .options import add_settings, asked_settings, evaluate_options
 
 
@@ -50,7 +59,6 @@ update      what becomes of the weights that stay: {updates}
         )
         what = parser.add_argument_group("what to remove")
         add_quality_option(what)
-        what.add_argument("--config", help="dsa_config.json, or a folder with one, to start from")
         data = add_calibration_options(parser)
         add_settings(parser, [(data, CALIBRATION)], "pruning.configuration.DSAConfig", what)
         run = parser.add_argument_group("stopping and going on")
@@ -87,6 +95,7 @@ update      what becomes of the weights that stay: {updates}
     def execute(self) -> dict:
         from shlex import quote
 
+        from ..checkpoint.description import base_files_in
         from ..checkpoint.shard_size import check_shard_size
         from ..common.output import OutputFolder
         from ..model.adapters import has_adapters
@@ -110,6 +119,7 @@ update      what becomes of the weights that stay: {updates}
             raise ValueError("--resume goes on from checkpoints, and --no-checkpoints keeps none; leave one out.")
         if config.resolved.reads | config.resolved.allocation_reads or config.allocation == AUTO:
             check_texts(self.args, config.data)
+        check_weights(self.args, loading)
         with OutputFolder(self.args.output, resume=self.args.resume) as output:
             self.place = output
             if not self.args.no_checkpoints:
@@ -123,12 +133,12 @@ update      what becomes of the weights that stay: {updates}
                     "(model.merge_and_unload()), or prune the model under it."
                 )
             self._check_room(output, weight_bytes(pruner.model))
-            report = pruner.prune(self.args.dataset, config, self._checkpoints, self.args.resume)
+            report = pruner.prune(asked_source(self.args), config, self._checkpoints, self.args.resume)
             say(str(report))
             pruner.save_pretrained(output, self.args.compressed, **options)
         options = evaluate_options(self.args, self.parser)
         print(f"saved to {self.args.output}; next: optimum-cli dsa evaluate {quote(self.args.output)}{options}")
-        return {"output": self.args.output, **report.to_dict()}
+        return {"output": self.args.output, **report.to_dict(), **base_files_in(self.args.output)}
 
     def _say_plan(self, config, loading: dict) -> None:
         """What was chosen, and what it will need: arithmetic on the model's configuration, before it is loaded."""
@@ -168,11 +178,7 @@ def _within(folder: str, output: str) -> bool:
 def add_calibration_options(parser):
     """The group of options that say which text feeds the statistics, for `add_settings` to fill."""
     data = parser.add_argument_group("calibration")
-    data.add_argument(
-        "--dataset",
-        default="wikitext2",
-        help=".txt, .jsonl or .parquet file, or a dataset's name: wikitext2 (default), c4, a Hub id",
-    )
+    add_source_options(data, "wikitext2")
     return data
 
 
@@ -182,21 +188,20 @@ def add_quality_option(group):
 
 
 def asked_config(args, **given):
-    """The `DSAConfig` that the options ask for, on top of `given` and of `--config` or `--quality`, if any."""
+    """The `DSAConfig` that the options ask for, on top of `given` and of `--quality`, if any."""
     from ..common.settings import nested
     from ..pruning.configuration import DSAConfig
     from ..pruning.presets import with_quality
 
     asked = asked_settings(args, DSAConfig)
-    path, quality = getattr(args, "config", None), getattr(args, "quality", None)
-    if quality and path:
+    quality = getattr(args, "quality", None)
+    if quality and getattr(args, "described_config", False):
         raise ValueError(
-            f"--quality {quality} chooses how to prune, and the config in {path} says it already; leave out one of "
-            "both, --quality or --config."
+            f"--quality {quality} chooses how to prune, and the config in {args.config} says it already; leave out "
+            "one of both, --quality or --config."
         )
     if quality:
         given = with_quality(quality, given | asked)
-    base = DSAConfig.from_pretrained(path).to_dict() if path else {}
-    if "sparsity" not in given | base | asked:
+    if "sparsity" not in given | asked:
         raise ValueError("say how much to remove, for example --sparsity 0.6")
-    return DSAConfig.from_dict(nested(DSAConfig, given | base | asked))
+    return DSAConfig.from_dict(nested(DSAConfig, given | asked))

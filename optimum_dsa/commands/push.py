@@ -11,7 +11,8 @@ class PushCommand(LeafCommand):
     DESCRIPTION = """\
 Push a pruned model to the Hub, in one commit: weights, tokenizer, dsa_config.json, a model card and its pictures.
 Nothing of this computer goes with them. A README.md in the folder is taken as it is. Of an adapter (recover
---keep-adapter) the pruned model under it goes first, to a repository of its own, which --base names.
+--keep-adapter) the pruned model under it goes first, to a repository of its own, which --base names. An allocation, a
+JSON file or the folder of a search, goes alone: 'prune --allocation user/name' takes it from there.
 
 The zeros are counted first, block by block: the card has the figures that were counted, and a model that is not what
 its dsa_config.json says is not sent.
@@ -22,13 +23,16 @@ When the network fails, the folder is whole, and the same command goes on: what 
   optimum-cli dsa push out me/qwen3-0.6b-dsa-60
   optimum-cli dsa push out me/qwen3-0.6b-dsa-60 --private --revision owl --commit-message "with OWL"
   optimum-cli dsa push out team/qwen3-0.6b-dsa-60 --create-pr
+  optimum-cli dsa push found/allocation.json me/qwen3-0.6b-allocation
   optimum-cli dsa push adapter me/qwen3-0.6b-dsa-60-adapter --base me/qwen3-0.6b-dsa-60
 """
 
     @staticmethod
     def parse_args(parser):
         PushCommand.describe(parser, "push")
-        parser.add_argument("folder", help="folder of a pruned model")
+        parser.add_argument(
+            "folder", help="folder of a pruned model; or an allocation: its JSON, or the folder of a search"
+        )
         parser.add_argument("repo", help="repository, as in user/name")
         parser.add_argument("--private", action="store_true", default=None, help="make the repository private")
         parser.add_argument("--revision", help="branch to push to (default: main)")

@@ -2,7 +2,16 @@
 
 from __future__ import annotations
 
-from .base import LeafCommand, add_loading_options, check_texts, loading_options, say
+from .base import (
+    LeafCommand,
+    add_loading_options,
+    add_source_options,
+    asked_source,
+    check_texts,
+    check_weights,
+    loading_options,
+    say,
+)
 from .options import add_settings, asked_settings, evaluate_options
 
 
@@ -42,8 +51,8 @@ mode    what the adapters add to a weight W, with small factors A and B
         how = parser.add_argument_group("training")
         how.add_argument("--teacher", help="the dense model, to learn its predictions (--distillation 0.5)")
         data = parser.add_argument_group("text")
-        data.add_argument("--dataset", required=True, help=".txt, .jsonl or .parquet file, or a dataset's name")
-        data.add_argument("--validation", help="as --dataset (default: the end of it)")
+        add_source_options(data, required=True)
+        data.add_argument("--validation", help="as --dataset, once (default: the end of it)")
         run = parser.add_argument_group("stopping and going on")
         run.add_argument("--checkpoints", help="their folder (default: beside OUTPUT, hidden, removed at the end)")
         run.add_argument("--resume", action="store_true", help="go on from the last checkpoint")
@@ -54,7 +63,8 @@ mode    what the adapters add to a weight W, with small factors A and B
             (data, ("data", "validation_windows")),
             (run, ("eval_steps", "patience", "save_steps")),
         ]
-        add_settings(parser, groups, "recovery.configuration.RecoveryConfig", how)
+        pictures = ("image_column",)  # training reads text
+        add_settings(parser, groups, "recovery.configuration.RecoveryConfig", how, without=pictures)
         add_loading_options(parser)
 
     _checkpoints = None  # their folder, once there is one
@@ -70,6 +80,8 @@ mode    what the adapters add to a weight W, with small factors A and B
         from pathlib import Path
         from shlex import quote
 
+        from ..checkpoint.description import base_files_in
+        from ..checkpoint.load import load_model
         from ..common.output import OutputFolder
         from ..common.settings import nested
         from ..model.parameters import weight_bytes
@@ -84,12 +96,13 @@ mode    what the adapters add to a weight W, with small factors A and B
         config = RecoveryConfig(**nested(RecoveryConfig, asked))
         loading = loading_options(args)
         check_trainable(args.device_map == "disk")
-        if args.teacher and Path(args.teacher).is_absolute() and not Path(args.teacher).is_dir():
+        if args.teacher and Path(args.teacher).is_absolute() and not Path(args.teacher).exists():
             raise FileNotFoundError(f"No folder {args.teacher}, where the teacher would be.")
         output, model = Path(args.output), Path(args.model)
         if not config.merge and model.is_dir() and model.resolve() == output.resolve():
             raise ValueError(f"--keep-adapter needs another --output: {model} holds the weights under the adapter.")
         check_texts(args, config.data)
+        check_weights(args, loading)
         with OutputFolder(output, resume=args.resume) as place:
             self.place = place
             checkpoints = args.checkpoints
@@ -98,7 +111,10 @@ mode    what the adapters add to a weight W, with small factors A and B
             self._checkpoints = checkpoints
             pruner = DSAPruner.from_pretrained(args.model, **loading)
             place.require(weight_bytes(pruner.model))
-            result = pruner.recover(args.dataset, config, args.validation, args.teacher, checkpoints, args.resume)
+            teacher, source = args.teacher, asked_source(args)
+            if teacher and args.trust_remote_code:
+                teacher = load_model(teacher, trust_remote_code=True)
+            result = pruner.recover(source, config, args.validation, teacher, checkpoints, args.resume)
             say(str(result))
             pruner.save_pretrained(place)
         as_before = "" if config.sparsity is not None else " as before"
@@ -106,4 +122,9 @@ mode    what the adapters add to a weight W, with small factors A and B
             f"saved to {args.output}, sparsity {pruner.report.sparsity:.4f}{as_before}; "
             f"next: optimum-cli dsa evaluate {quote(args.output)}{evaluate_options(args, self.parser)}"
         )
-        return {"output": args.output, "sparsity": pruner.report.sparsity, **result.to_dict()}
+        return {
+            "output": args.output,
+            "sparsity": pruner.report.sparsity,
+            **result.to_dict(),
+            **base_files_in(args.output),
+        }

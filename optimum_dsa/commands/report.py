@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from .base import LeafCommand, add_loading_options, check_texts, loading_options, say
+from .base import LeafCommand, add_loading_options, asked_source, check_texts, loading_options, say
 from .options import add_settings, asked_settings
 from .prune import CALIBRATION, add_calibration_options, asked_config
 
 
 # Settings of an allocation: error curves are of every matrix, at sparsities of their own.
 WITHOUT = ("sparsity", "allocation", "spread", "granularity", "min_sparsity", "max_sparsity", "allocation_metric")
-WITHOUT += ("reconstruct", "rate", "span", "apart", "permute")  # what is done to whole blocks
+WITHOUT += ("overrides", "reconstruct", "rate", "span", "apart", "permute")  # what is done to whole blocks
 FILES = ("sensitivity.json", "sensitivity.png")
 
 
@@ -49,6 +49,9 @@ Needs matplotlib, which the extra `plots` brings.
         data = add_calibration_options(parser)
         add_settings(parser, [(data, CALIBRATION)], "pruning.configuration.DSAConfig", what, without=WITHOUT)
         add_loading_options(parser)
+
+    def has_settings(self) -> bool:
+        return self.args.sensitivity
 
     def execute(self) -> dict:
         return self._sensitivity() if self.args.sensitivity else self._report()
@@ -102,7 +105,7 @@ Needs matplotlib, which the extra `plots` brings.
             raise ValueError(str(error)) from None
         with OutputFolder(args.output, FILES) as output:
             self.place = output
-            found = DSAPruner.from_pretrained(args.folder, **loading).sensitivity(args.dataset, config)
+            found = DSAPruner.from_pretrained(args.folder, **loading).sensitivity(asked_source(args), config)
 
             def fill(place) -> None:
                 found.save(place / FILES[0])

@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
-from .base import LeafCommand, add_loading_options, check_texts, loading_options, say
+from .base import (
+    LeafCommand,
+    add_loading_options,
+    asked_source,
+    check_texts,
+    check_weights,
+    loading_options,
+    say,
+)
 from .options import CommandParser, add_settings, as_given, taken
 from .prune import CALIBRATION, PruneCommand, add_calibration_options, add_quality_option, asked_config
 
 
-NOT_HANDED_ON = ("output", "resume", "allocation", "json", "quiet", "verbose")  # of one run, or what was found
+# of one run, or what was found
+NOT_HANDED_ON = ("output", "resume", "allocation", "json", "quiet", "verbose", "config", "print_config")
 
 
 class SearchCommand(LeafCommand):
@@ -58,7 +67,8 @@ strategy    named         uniform and every named allocator
         what = parser.add_argument_group("how the model will be pruned")
         add_quality_option(what)
         data = add_calibration_options(parser)
-        found = ("allocation", "spread", "granularity")  # is what is searched
+        found = ("allocation", "spread", "granularity", "overrides")  # is what is searched
+        found += ("image_column",)  # candidates are compared on text
         add_settings(parser, [(data, CALIBRATION)], "pruning.configuration.DSAConfig", what, without=found)
         parser.add_argument(
             "--validation", help="text to compare candidates on (default: other windows of the calibration data)"
@@ -88,6 +98,7 @@ strategy    named         uniform and every named allocator
         STRATEGIES[args.strategy]
         loading = loading_options(args)
         check_texts(args, config.data)
+        check_weights(args, loading)
         if args.seeds < 1:
             raise ValueError(f"--seeds is a number of searches, at least 1, got {args.seeds}.")
         if process_state().is_main_process:
@@ -102,7 +113,7 @@ strategy    named         uniform and every named allocator
             for seed in range(config.data.seed, config.data.seed + args.seeds):
                 results.append(
                     pruner.search(
-                        args.dataset,
+                        asked_source(args),
                         replace(config, data=replace(config.data, seed=seed)),
                         args.strategy,
                         args.budget,

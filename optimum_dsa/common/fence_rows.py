@@ -133,6 +133,13 @@ FENCES = {
         "checkpoint.transformers_loader, checkpoint.unpacking",
         _QUANTIZER,
     ),
+    "names": Fence(
+        "transformers",
+        "core_model_loading.rename_source_key and conversion_mapping.get_model_conversion_mapping",
+        "they tell which tensors of a checkpoint the model's class does not know, which would vanish without a word",
+        "checkpoint.unknown_tensors",
+        "tests/checkpoint/test_unknown_tensors.py",
+    ),
     "weights' name": Fence(
         "transformers",
         "transformers_weights in config.json",
@@ -153,6 +160,13 @@ FENCES = {
         "a loss with a teacher's share is a mean of batches",
         "recovery.trainer",
         "tests/recovery/test_recover.py",
+    ),
+    "attached adapters": Fence(
+        "transformers",
+        "PreTrainedModel._hf_peft_config_loaded",
+        "save_pretrained writes the adapter alone, and the pruned model under it is what has changed",
+        "checkpoint.save, model.adapters",
+        "tests/model/test_adapters.py",
     ),
     # peft
     "methods": Fence(

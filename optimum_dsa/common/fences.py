@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import tempfile
 import weakref
-from collections.abc import Iterator, Mapping, MutableMapping
+from collections.abc import Callable, Collection, Iterator, Mapping, MutableMapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -68,6 +68,24 @@ def saved_by_shards(model: nn.Module) -> Iterator[None]:
     finally:
         if unmapped:
             del model.hf_device_map
+
+
+def has_attached_adapters(model: nn.Module) -> bool:
+    """Whether transformers itself put adapters into the model (`add_adapter`), and saves these."""
+    return bool(getattr(model, "_hf_peft_config_loaded", False))
+
+
+@contextmanager
+def saved_without_adapters(model: nn.Module) -> Iterator[None]:
+    """transformers saves the model itself, and not the adapters that were attached to it (`add_adapter`)."""
+    attached = has_attached_adapters(model)
+    if attached:
+        model._hf_peft_config_loaded = False
+    try:
+        yield
+    finally:
+        if attached:
+            model._hf_peft_config_loaded = True
 
 
 def innermost_forward(module: nn.Module) -> str:
@@ -141,6 +159,34 @@ def tied_names(model: nn.Module) -> Mapping[str, str]:
     if not hasattr(model, "tie_weights") or hasattr(model, "get_expanded_tied_weights_keys"):
         return {}
     raise FENCES["ties"].missing()
+
+
+def name_when_loaded(model: nn.Module, known: Collection[str]) -> Callable[[str], str] | None:
+    """What transformers calls in `model`, whose tensors are `known`, the one that has a name in its checkpoint.
+
+    `None` on releases that do not tell.
+    """
+    prefix = getattr(model, "base_model_prefix", None) or None
+    names = dict.fromkeys(known, True)
+    try:
+        from transformers.conversion_mapping import get_model_conversion_mapping
+        from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+
+        steps = get_model_conversion_mapping(model)
+        renamings = [step for step in steps if isinstance(step, WeightRenaming)]
+        converters = [step for step in steps if isinstance(step, WeightConverter)]
+        rename_source_key("", renamings, converters, prefix, names)
+    except (ImportError, TypeError, AttributeError):
+        return None
+
+    def loaded(name: str) -> str:
+        found, _ = rename_source_key(name, renamings, converters, prefix, names)
+        if found not in names and name in names:
+            # as transformers does: what is there under its own name was not to be renamed
+            found, _ = rename_source_key(name, [], [], prefix, names)
+        return found
+
+    return loaded
 
 
 @contextmanager

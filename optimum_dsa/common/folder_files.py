@@ -33,9 +33,8 @@ OTHERS = (
     "*processor_config.json",
     "*.py",
     "README.md",
-    "LICENSE",
-    "LICENSE.txt",
-    "LICENSE.md",
+    *("LICENSE*", "LICENCE*", "COPYING*", "NOTICE*"),
+    *("modules.json", "config_sentence_transformers.json", "sentence_bert_config.json"),
 )
 
 _REPOSITORY = re.compile(r"(models|datasets|spaces)--")  # the name of a repository's folder in the Hub's cache

@@ -1,12 +1,23 @@
-"""Files, datasets and names -> texts, one by one."""
+"""Files, datasets and names -> texts, conversations or token ids, one by one."""
 
 from __future__ import annotations
 
-import json
+import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field, replace
+from itertools import dropwhile, islice
 from pathlib import Path
 from typing import Any
 
+from .chats import Chat, chat_columns, chat_from, is_conversation, messages_of
+from .open_dataset import guarded, open_dataset, row_count
+from .row_files import SUFFIXES, Row, read_blocks, read_rows
+from .slices import Slice, parse_split
+from .token_rows import is_loader, is_token_row, loader_rows, token_row
+
+
+logger = logging.getLogger(__name__)
 
 # Short names: (repository, configuration, split, text column).
 DATASETS = {
@@ -15,106 +26,259 @@ DATASETS = {
     "fineweb-edu": ("HuggingFaceFW/fineweb-edu", "sample-10BT", "train", "text"),
     "slimpajama": ("cerebras/SlimPajama-627B", None, "train", "text"),
 }
+TEXT = "text"  # the column that is read where nobody names one
+
+# A text, a part after the other where it is long; a conversation; token ids.
+Item = str | Iterator[str] | Chat | list[int]
 
 
-def check_source(source: Any, text_column: str = "text", split: str | None = None) -> None:
+@dataclass
+class Passed:
+    """What is passed over while a source is read: rows with nothing in them.
+
+    Attributes:
+        rows: how many were read.
+        null, empty: rows without a text, and with one that is blank.
+        conversations: rows that went through a chat template.
+        token_rows: windows that came as rows of token ids.
+    """
+
+    rows: int = 0
+    null: int = 0
+    empty: int = 0
+    conversations: int = 0
+    token_rows: int = 0
+
+    def say(self, source: str) -> None:
+        """Log what was passed over: a missing text may be a surprise, an empty one has no tokens to miss."""
+        if self.null or self.empty:
+            level = logging.WARNING if self.null else logging.INFO
+            logger.log(
+                level,
+                "%s: %d of the %d rows that were read hold no text (%d null, %d empty) and were passed over.",
+                source, self.null + self.empty, self.rows, self.null, self.empty,
+            )  # fmt: skip
+        if self.conversations:
+            logger.info(
+                "%s: %d conversations went through the tokenizer's chat template and are packed: they follow each "
+                "other in windows of equal length, without padding.",
+                source, self.conversations,
+            )  # fmt: skip
+
+    def facts(self) -> dict[str, int]:
+        """`null_rows` and `conversations`, where there are any."""
+        found = {"null_rows": self.null, "conversations": self.conversations}
+        return {name: count for name, count in found.items() if count}
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How a source is read.
+
+    Attributes:
+        text_column: the column of the text.
+        split: of a dataset; or some of its rows, as in "train[:50]".
+        subset: the configuration of a dataset that has several.
+        otherwise: the split where none is named; `None` for the dataset's own.
+        passed: what is passed over; counted on the way.
+    """
+
+    text_column: str = TEXT
+    split: str | None = None
+    subset: str | None = None
+    otherwise: str | None = None
+    passed: Passed = field(default_factory=Passed, compare=False)
+
+    @property
+    def parts(self) -> list[Slice] | None:
+        """What `split` says."""
+        return None if self.split is None else parse_split(self.split)
+
+    def of(self, source: Any) -> Reading:
+        """How one of several sources is read: a subset is one of a named dataset."""
+        return self if names_dataset(source) else replace(self, subset=None)
+
+
+def names_dataset(source: Any) -> bool:
+    """Whether a source is the name or folder of a dataset, which has splits and subsets, and not a file."""
+    if not isinstance(source, (str, Path)):
+        return False
+    return Path(source).suffix.lower() not in SUFFIXES or Path(source).is_dir()
+
+
+def check_source(source: Any, reading: Reading | None = None) -> None:
     """Raise what reading `source` would raise at its start: to be called before a model is loaded.
 
     A file is opened, and of a dataset the first row is asked for. Texts in memory are left alone: they may come only
     once.
     """
-    if isinstance(source, (str, Path)):
-        next(iterate_texts(source, text_column, split), None)
+    reading = replace(reading or Reading(), passed=Passed())
+    for one in source if is_mixture(source) else [source]:
+        if isinstance(one, (str, Path)):
+            item = next(read_items(one, reading.of(one) if is_mixture(source) else reading), None)
+            # of a file two parts: what ends in the midst of a letter is found where nothing follows
+            list(islice(item if isinstance(item, Iterator) else (), 2))
 
 
-def iterate_texts(source: Any, text_column: str = "text", split: str | None = None) -> Iterator[str]:
-    """The texts of a source, one by one.
+def is_mixture(source: Any) -> bool:
+    """Whether a source is several with their weights; a dictionary of splits is none."""
+    return isinstance(source, Mapping) and not hasattr(source, "column_names")
 
-    A source is a list of texts; the path of a .txt (one text), .jsonl, .json or .parquet file; a `datasets` dataset;
-    or the name of one: a short name (`wikitext2`, `c4`), a local folder, or a Hub repository, which is streamed.
+
+def iterate_texts(source: Any, text_column: str = TEXT, split: str | None = None) -> Iterator[str]:
+    """The texts of a source, one by one and each in one piece.
+
+    A source is a list of texts; the path of a .txt (one text), .jsonl, .json or .parquet file; a folder of such, or
+    one that `Dataset.save_to_disk` wrote; a `datasets` dataset; or the name of one: a short name (`wikitext2`, `c4`)
+    or a Hub repository, which is streamed.
     """
-    import datasets
+    for item in read_items(source, Reading(text_column, split)):
+        if isinstance(item, (Chat, list)):
+            raise ValueError(f"{describe(source)} holds {type(item).__name__}s, no texts; load_tokens reads them.")
+        yield item if isinstance(item, str) else "".join(item)
 
+
+def read_items(source: Any, reading: Reading) -> Iterator[Item]:
+    """What [`iterate_texts`] describes, and conversations and rows of token ids as well; nulls are counted."""
+    if isinstance(source, str) and source in DATASETS:
+        reading = replace(reading, text_column=DATASETS[source][3])
+    with ExitStack() as stack:
+        if isinstance(source, (str, Path)) and Path(source).suffix.lower() == ".txt":
+            if reading.split is not None or reading.subset is not None:
+                raise ValueError(f"{source} is one text, so that it has no split, rows or subset; leave them out.")
+            yield dropwhile(lambda block: not block.strip(), read_blocks(Path(source)))
+            return
+        for where, row in _rows(source, reading, stack):
+            reading.passed.rows += 1
+            item = item_of(row, where, reading.text_column)
+            if item is None or item == [] or isinstance(item, Chat) and not item.messages:
+                reading.passed.null += item is None
+                reading.passed.empty += item is not None
+                continue
+            reading.passed.conversations += isinstance(item, Chat)
+            yield item
+
+
+def item_of(row: Any, where: str, column: str) -> Item | None:
+    """What a row holds: text, a conversation, token ids, or `None` for nothing."""
+    if isinstance(row, Mapping):
+        if column in row:
+            row = row[column]
+        elif column == TEXT and (names := chat_columns([*row])):
+            return chat_from(row, names, where)
+        elif column == TEXT and "input_ids" in row:
+            return token_row(row["input_ids"], row.get("attention_mask"))
+        else:
+            raise ValueError(f"{where}: no column {column!r}; it has {', '.join(map(str, row)) or 'none'}.")
+    if row is None or isinstance(row, float) and row != row:  # a data frame has NaN where nothing is
+        return None
+    if is_conversation(row):
+        return Chat(messages_of(row, where), where)
+    if is_token_row(row):
+        return token_row(row)
+    if not isinstance(row, str):
+        raise ValueError(f"{where}: expected a text, got {type(row).__name__}: {str(row)[:60]!r}.")
+    return row
+
+
+def needed_columns(columns: Sequence[str], column: str) -> list[str] | None:
+    """Of a table's columns those that [`item_of`] looks at; `None` where it looks in vain."""
+    if column in columns:
+        return [column]
+    names = (chat_columns(columns) or (("input_ids",) if "input_ids" in columns else None)) if column == TEXT else None
+    return names and [*names, *(extra for extra in ("tools", "attention_mask") if extra in columns)]
+
+
+def _rows(source: Any, reading: Reading, stack: ExitStack) -> Iterator[Row]:
+    """The rows of a source, each with its place in words."""
     if isinstance(source, (str, Path)):
         path = Path(source)
-        if path.suffix == ".txt":
-            yield _read(path)
-            return
-        if path.suffix == ".jsonl":
-            source = _rows(path, text_column)
-        else:
-            source, text_column = _open_dataset(str(source), text_column, split)
-    if isinstance(source, (datasets.DatasetDict, datasets.IterableDatasetDict)):
-        raise ValueError(f"Choose one split of the dataset: {', '.join(source)}.")
-    if isinstance(source, (datasets.Dataset, datasets.IterableDataset)):
-        columns = source.column_names
-        if columns and text_column not in columns:
-            raise ValueError(f"The dataset has no column {text_column!r}; it has {', '.join(columns)}.")
-        source = (row[text_column] for row in source)
-    if not isinstance(source, Iterable):
-        raise ValueError(f"Cannot read text from {type(source).__name__}; give texts, a path, a dataset or its name.")
-    for text in source:
-        if not isinstance(text, str):
-            raise ValueError(f"Expected texts, got {type(text).__name__}: {str(text)[:60]!r}.")
-        yield text
+        if path.suffix.lower() == ".jsonl" or path.is_file() and path.suffix.lower() in SUFFIXES:
+            return _file_rows(path, reading)
+        return _named_rows(str(source), reading, stack)
+    return _rows_in_memory(source, reading)
 
 
-def _read(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise FileNotFoundError(f"No such file: {str(path)!r}.") from None
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not text in UTF-8 ({error.reason} at byte {error.start}); convert it.") from None
+def _file_rows(path: Path, reading: Reading) -> Iterator[Row]:
+    if reading.subset is not None:
+        raise ValueError(f"{path} is a file, and has no subset {reading.subset!r}; leave it out.")
+
+    def rows() -> Iterator[Row]:
+        return read_rows(path, lambda columns: needed_columns(columns, reading.text_column))
+
+    for part in _only_split(reading, f"{path} is a file, which"):
+        yield from part.of(rows(), lambda: sum(1 for _ in rows()))
 
 
-def _rows(path: Path, text_column: str) -> Iterator[Any]:
-    """The texts in a file of one JSON object per line. Read here: `datasets` does not say in which line it broke."""
-    if not path.is_file():
-        raise FileNotFoundError(f"No such file: {str(path)!r}.")
-    with path.open("rb") as lines:
-        for number, line in enumerate(lines, 1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line.decode("utf-8-sig"))
-            except UnicodeDecodeError:
-                raise ValueError(f"{path}, line {number}: not text in UTF-8; convert the file.") from None
-            except ValueError as error:
-                raise ValueError(f"{path}, line {number}: not JSON ({error}); each line is an object.") from None
-            if not isinstance(row, Mapping) or text_column not in row:
-                has = f"it has {', '.join(row)}" if isinstance(row, Mapping) else f"it is a {type(row).__name__}"
-                raise ValueError(f"{path}, line {number}: no column {text_column!r}; {has}.")
-            yield row[text_column]
+def _only_split(reading: Reading, what: str, own: str | None = None) -> list[Slice]:
+    """The parts of what has no splits; another name than `own` or "train" is refused."""
+    parts = reading.parts or [Slice("train")]
+    for part in parts:
+        if part.name not in (own, "train"):
+            raise ValueError(
+                f"{what} has no split {part.name!r}; leave split out, or take some of its rows with train[:50]."
+            )
+    return parts
 
 
-def _open_dataset(name: str, text_column: str, split: str | None) -> tuple[Iterable, str]:
-    """The dataset behind a file or a name, and its column of text."""
+def _named_rows(name: str, reading: Reading, stack: ExitStack) -> Iterator[Row]:
+    repository, subset, split, _ = DATASETS.get(name, (name, None, "train", TEXT))
+    for part in parse_split(reading.split or reading.otherwise or split):
+        named = part.name if reading.split else None
+        data = open_dataset(name, repository, reading.subset or subset, part.name, named, stack)
+        yield from _dataset_rows(data, part, name, reading.text_column, Path(repository).exists())
+
+
+def _dataset_rows(data: Any, part: Slice, name: str, column: str, local: bool = True) -> Iterator[Row]:
+    """The rows of a `datasets` dataset, of no more columns than are needed: others may be costly to decode."""
+    if columns := data.column_names:
+        needed = needed_columns(columns, column)
+        if needed is None:
+            raise ValueError(f"The dataset has no column {column!r}; it has {', '.join(columns)}.")
+        data = data.select_columns(needed)
+    rows = guarded(part.of(data, lambda: row_count(data, part.name, local)), name)
+    return ((f"{name}, row {number}", row) for number, row in enumerate(rows, 1))
+
+
+def _rows_in_memory(source: Any, reading: Reading) -> Iterator[Row]:
     import datasets
 
-    path = Path(name)
-    builders = {".json": "json", ".parquet": "parquet"}
-    # a Hub id has one slash at most, and none in front
-    local = path.is_absolute() or name.startswith(("./", "../", "~")) or path.suffix in builders or name.count("/") > 1
-    if not path.exists() and (local or (path.suffix and "/" not in name)):
-        raise FileNotFoundError(f"No such file or folder: {name!r}.")
-    if path.is_file() and path.suffix not in builders:
-        raise ValueError(f"Cannot read {name!r}: expected .txt, .jsonl, .json or .parquet, or the name of a dataset.")
-    repository, configuration, default_split, column = DATASETS.get(name, (name, None, "train", text_column))
-    try:
-        if path.is_file():
-            return datasets.load_dataset(builders[path.suffix], data_files=name, split="train"), text_column
-        data = datasets.load_dataset(repository, configuration, split=split or default_split, streaming=True)
-    except (OSError, ValueError, StopIteration, datasets.exceptions.DatasetsError) as error:
-        why = " ".join(str(error.__cause__ or error).split()) or "it is empty"
-        raise ValueError(f"Cannot load the dataset {name!r}: {why}") from error
-    return data, column
+    if reading.subset is not None:
+        raise ValueError(f"{describe(source)} has no subset {reading.subset!r}; leave it out.")
+    if isinstance(source, (datasets.DatasetDict, datasets.IterableDatasetDict)):
+        for part in reading.parts or ():
+            if part.name not in source:
+                raise ValueError(f"The dataset has no split {part.name!r}; it has {', '.join(source)}.")
+            yield from _dataset_rows(source[part.name], part, describe(source), reading.text_column)
+        if reading.split is None:
+            raise ValueError(f"Choose one split of the dataset: {', '.join(source)}.")
+    elif isinstance(source, (datasets.Dataset, datasets.IterableDataset)):
+        own = None if source.split is None else str(source.split)
+        for part in _only_split(reading, f"{describe(source)} is one split, which", own):
+            yield from _dataset_rows(source, part, describe(source), reading.text_column)
+    else:
+        rows = _plain_rows(source)
+        for part in _only_split(reading, describe(source)):
+            taken = part.of(rows, lambda: len(source))
+            yield from ((f"{describe(source)}, row {number}", row) for number, row in enumerate(taken, 1))
+
+
+def _plain_rows(source: Any) -> Iterable[Any]:
+    if is_loader(source):
+        return loader_rows(source)
+    if hasattr(source, "iloc") and hasattr(source, "columns"):  # a data frame gives its columns' names otherwise
+        return ({name: row[name] for name in source.columns} for _, row in source.iterrows())
+    if not isinstance(source, Iterable):
+        raise ValueError(f"Cannot read text from {type(source).__name__}; give texts, a path, a dataset or its name.")
+    return source
 
 
 def describe(source: Any) -> str:
     """A source in a few words; a path only by its last part."""
     if isinstance(source, (str, Path)):
         return Path(source).name if Path(source).exists() else str(source)
+    if is_mixture(source):
+        return " + ".join(f"{weight:g} {describe(one)}" for one, weight in source.items())
     if isinstance(source, Sequence):
         return f"{len(source)} texts"
-    return getattr(source, "info", None) and source.info.dataset_name or type(source).__name__
+    return getattr(getattr(source, "info", None), "dataset_name", None) or type(source).__name__

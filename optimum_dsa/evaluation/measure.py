@@ -9,9 +9,14 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..data import check_cut, default_length, describe, fingerprint, load_tokens, starts_with_bos
+from ..common.frame import Frame, frame_of
+from ..common.hub_file import model_name
+from ..common.token_rows import as_tensors
+from ..data import Reading, check_cut, describe, fingerprint, load_tokens, starts_with_bos
 from ..model.adapters import inner_model
 from ..model.architecture import find_architecture
+from ..model.examples import PREDICTS, check_predicts_tokens
+from ..model.inputs import check_length, default_length, kind_of
 from ..pruning.report import PruningReport
 from ..pruning.zeros import count_zeros
 from .measurement import Measurement, Protocol, TaskProtocol
@@ -32,8 +37,9 @@ def measure(
     sequence_length: int | None = None,
     num_samples: int | None = None,
     seed: int = 0,
-    split: str | None = "test",
+    split: str | None = None,
     text_column: str = "text",
+    subset: str | None = None,
     include: str | Path | None = None,
     num_fewshot: int | None = None,
     limit: int | None = None,
@@ -44,8 +50,9 @@ def measure(
     [`DSAPruner.measure`] does it for a pruner's model, which may come from a folder or the Hub.
 
     Args:
-        model (`nn.Module`): a causal language model.
-        text (`Any`, *optional*): texts, a file, a dataset or its name, or a LongTensor (samples, length).
+        model (`nn.Module`): a language model: causal, masked or sequence-to-sequence, each measured by what it
+            predicts, see [`perplexity`].
+        text (`Any`, *optional*): texts, conversations, a file, a dataset or its name, or token ids (samples, length).
         tasks (`Sequence[str]`): names of lm-eval's tasks, or YAML files; or what `find_tasks` gave.
         tokenizer (`Any`, *optional*): the model's; needed for texts and tasks.
         report (`PruningReport`, *optional*): how the model was pruned, which says where zeros are counted; by default
@@ -56,23 +63,30 @@ def measure(
         bos (`bool`, *optional*): whether there is a BOS at all; by default where the tokenizer adds it.
         sequence_length (`int`, *optional*): tokens per window; by default as long as the model allows, at most 2048.
         num_samples (`int`, *optional*): so many windows, drawn by `seed`; by default all.
-        split (`str`, defaults to `"test"`): of a named dataset.
-        text_column (`str`, defaults to `"text"`): the column of a dataset that holds the text.
+        split (`str`, *optional*): of a named dataset, by default `"test"`; or rows of it, as in `"test[:50]"`.
+        text_column (`str`, defaults to `"text"`): the column of a dataset that holds the text or the conversation.
+        subset (`str`, *optional*): the configuration of a dataset that has several.
         include, num_fewshot, limit: of tasks, see `evaluate_tasks`.
         batch_size (`int`, defaults to 8): windows per forward pass. It does not change the result.
 
     Raises:
         ValueError: nothing to measure, or text and model do not fit.
     """
+    text = as_tensors(text)
     check_asked(text, tasks, windows, num_samples, sequence_length, batch_size, limit)
-    called = name or describe(getattr(model.config, "name_or_path", "") or type(model).__name__)
+    place = getattr(model.config, "name_or_path", "")
+    called = name or (model_name(place) if place else type(model).__name__)
     if tokenizer is None and (tasks or not isinstance(text, Tensor)):
         raise ValueError(f"{called} has no tokenizer, so text cannot be read; name the one it was trained with.")
+    if text is not None:
+        check_predicts_tokens(model, tokenizer)
     length = sequence_length or default_length(model)
+    check_length(length, model)
     found: dict[str, Any] = {}
     if text is not None:
         cut = {"sequence_length": length, "windows": windows, "bos": bos, "num_samples": num_samples, "seed": seed}
-        found |= _on_text(model, tokenizer, text, batch_size, {**cut, "split": split, "text_column": text_column})
+        cut["keeps_rows"] = sequence_length is None
+        found |= _on_text(model, tokenizer, text, batch_size, Reading(text_column, split, subset, "test"), cut)
     if tasks:
         options = {"sequence_length": length, "num_fewshot": num_fewshot, "limit": limit, "bos": bos}
         found["tasks"] = evaluate_tasks(model, tokenizer, tasks, include=include, batch_size=batch_size, **options)
@@ -107,17 +121,32 @@ def check_asked(
     check_cut(windows, num_samples)
 
 
-def _on_text(model: nn.Module, tokenizer: Any, text: Any, batch_size: int, options: dict[str, Any]) -> dict[str, Any]:
+def _on_text(
+    model: nn.Module, tokenizer: Any, text: Any, batch_size: int, reading: Reading, options: dict[str, Any]
+) -> dict[str, Any]:
     """Perplexity, its error, losses and protocol: entries of a `Measurement`."""
     if isinstance(text, Tensor):
         tokens, source, cut, bos = text, "tokens", None, None  # how tokens were made, they do not tell
     else:
-        tokens, source = load_tokens(text, tokenizer, **options), describe(text)
-        cut, bos = options["windows"], starts_with_bos(tokenizer, options["bos"])
-    losses = window_losses(model, tokens, batch_size)
+        tokens, source = _windows(model, tokenizer, text, reading, **options), describe(text)
+        made = reading.passed.token_rows
+        cut, bos = (None, None) if made else (options["windows"], starts_with_bos(tokenizer, options["bos"]))
+    losses = window_losses(model, tokens, batch_size, tokenizer)
     value, error = mean_perplexity(losses)
-    protocol = Protocol(source, *tokens.shape, cut, bos, _dtype(model), fingerprint(tokens))
+    of = PREDICTS[kind_of(model)]
+    protocol = Protocol(source, *tokens.shape, cut, bos, _dtype(model), fingerprint(tokens), of)
     return {"perplexity": value, "perplexity_error": error, "losses": tuple(losses.tolist()), "protocol": protocol}
+
+
+def _windows(model: nn.Module, tokenizer: Any, text: Any, reading: Reading, **options) -> Tensor:
+    """Windows of the text, (samples, length) int64, each in the frame of a model that is no causal one."""
+    framed = kind_of(model) != "causal" and options["bos"] is None and options["windows"] == "each"
+    frame = frame_of(tokenizer) if framed else Frame()
+    if frame:
+        options |= {"sequence_length": options["sequence_length"] - len(frame), "bos": False}
+    tokens = load_tokens(text, tokenizer, **options, reading=reading)
+    # Rows of token ids are what somebody has made, frame and all.
+    return tokens if reading.passed.token_rows else frame.around(tokens)
 
 
 def _dtype(model: nn.Module) -> str:

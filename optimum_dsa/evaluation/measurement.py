@@ -22,6 +22,7 @@ class Protocol:
         bos (`bool`): whether there is a BOS at all.
         dtype (`str`): of the model.
         fingerprint (`str`): of the windows' tokens: another text or tokenizer has another one.
+        predicted (`str`, *optional*): what was predicted, where it is not every next token.
     """
 
     dataset: str
@@ -31,6 +32,7 @@ class Protocol:
     bos: bool | None = None
     dtype: str | None = None
     fingerprint: str | None = None
+    predicted: str | None = None
 
     def __str__(self) -> str:
         parts = [self.dataset]
@@ -40,6 +42,7 @@ class Protocol:
             named = {"each": "BOS before each", "paper": "one BOS before the whole text"}
             parts.append(named.get(self.cut, "BOS") if self.bos else "no BOS")
         parts += ["cut as in papers"] if self.cut == "paper" else []
+        parts += [f"of {self.predicted}"] if self.predicted else []
         return ", ".join([*parts, *([self.dtype] if self.dtype else [])])
 
 
@@ -157,6 +160,7 @@ _TEXT = {
     "bos": bool,
     "dtype": str,
     "fingerprint": str,
+    "predicted": str,
 }
 
 

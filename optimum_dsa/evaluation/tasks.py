@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import os
-import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
+from ..common.fences import has_device_map
 from ..common.installation import how_to_install
 from ..common.registry import UnknownNameError, near
-from ..data import default_length
+from ..model.inputs import KINDS, default_length, kind_of
 
 
 # The zero-shot tasks of the DSA paper.
@@ -43,20 +44,67 @@ def find_tasks(tasks: Sequence[str], include: str | Path | None = None) -> Tasks
         from lm_eval import tasks as known
     except ImportError as error:
         raise ValueError(f"Tasks are measured by lm-eval: {how_to_install('eval')} ({error}).") from None
-    names, folders = task_names(tasks)
-    if not names:
+    if not tasks:
         raise ValueError("No task is named; give lm-eval's names, or YAML files.")
     if include is not None and not Path(include).is_dir():
         raise FileNotFoundError(f"No such folder of tasks: {str(include)!r}.")
-    folders += [str(Path(include).resolve())] if include is not None else []
+    files = {task: Path(task).resolve() for task in tasks if Path(task).suffix in (".yaml", ".yml")}
+    folders = {str(path.parent): None for path in files.values()}
+    folders |= {str(Path(include).resolve()): None} if include is not None else {}
+    for task, path in files.items():
+        if not path.is_file():
+            raise FileNotFoundError(f"No such file of a task: {task!r}.")
     # lm-eval's own descriptions are read, which takes seconds, only where a task is named that is not in a folder
-    manager = known.TaskManager(include_path=folders or None, include_defaults=False)
-    if any(name not in manager.all_tasks for name in names):
-        manager = known.TaskManager(include_path=folders or None)
-    for name in names:
-        if name not in manager.all_tasks:
+    manager = known.TaskManager(include_path=[*folders] or None, include_defaults=False)
+    asked = [_described(task, files[task], manager) if task in files else task for task in tasks]
+    if not all(manager.match_tasks([name]) for name in [*asked, *_members(manager, asked)]):
+        manager = known.TaskManager(include_path=[*folders] or None)
+    names: dict[str, None] = {}
+    for name in asked:
+        found = manager.match_tasks([name])  # a pattern, as in "arc_*", stands for several
+        if not found:
             raise UnknownNameError(f"lm-eval has no task {name!r}.{near(name, manager.all_tasks)}")
+        names |= dict.fromkeys(found)
     return Tasks(tuple(names), manager)
+
+
+def _described(task: str, path: Path, manager: Any) -> str:
+    """The name of the task or group that lm-eval finds in a YAML file, and in what that includes."""
+    named = {Path(entry.yaml_path).resolve(): name for name, entry in manager.task_index.items() if entry.yaml_path}
+    if path in named and isinstance(named[path], str):
+        return named[path]
+    if path.suffix == ".yml":
+        raise ValueError(f"{task}: lm-eval reads files that end in .yaml; rename it.")
+    from lm_eval.tasks.manager import TaskIndex
+
+    try:
+        found: Any = TaskIndex.entry_from_path(path)
+    except Exception as error:  # noqa: BLE001 - a file, and what it includes, may break in any way
+        raise ValueError(f"{task} describes no task: {' '.join(str(error).split())}") from None
+    if found is None:
+        raise ValueError(f"{task} describes no task: expected a line such as 'task: my_task' or 'group: my_group'.")
+    raise ValueError(f"{task} describes {found.name!r}, and so does another file, which lm-eval takes; rename one.")
+
+
+def _members(manager: Any, names: Sequence[str]) -> set[str]:
+    """The tasks and groups that groups among `names` consist of, by name, those of groups in them as well."""
+    found: set[str] = set()
+    waiting = list(names)
+    while waiting:
+        entry = manager.task_index.get(waiting.pop())
+        new = set(_named((entry.cfg or {}).get("task"))) - found if entry is not None and entry.cfg else set()
+        found |= new
+        waiting += new
+    return found
+
+
+def _named(value: Any) -> Iterator[str]:
+    """Names in what stands under a group's "task": a list of names, or of objects with names of their own."""
+    if isinstance(value, list):
+        for item in value:
+            yield from [item] if isinstance(item, str) else _named(item.get("task")) if isinstance(item, dict) else ()
+            if isinstance(item, dict) and isinstance(item.get("task"), str):
+                yield item["task"]
 
 
 def evaluate_tasks(
@@ -74,7 +122,7 @@ def evaluate_tasks(
     """Task -> metric -> `{"value", "error"}`, the error being lm-eval's standard error, `None` where it gives none.
 
     Args:
-        model (`nn.Module`): a causal language model.
+        model (`nn.Module`): a causal language model, or a sequence-to-sequence one.
         tokenizer (`Any`): its tokenizer.
         tasks (`Sequence[str] | Tasks`): names of lm-eval's tasks or groups, or paths of YAML files that describe one;
             or what `find_tasks` gave.
@@ -91,17 +139,27 @@ def evaluate_tasks(
     """
     if tokenizer is None:
         raise ValueError("Tasks are texts: they need the model's tokenizer.")
+    if (kind := kind_of(model)) not in ("causal", "sequence-to-sequence"):
+        raise ValueError(f"{type(model).__name__} {KINDS[kind]}, and lm-eval's tasks are for models that write text.")
     found = tasks if isinstance(tasks, Tasks) else find_tasks(tasks, include)
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
 
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    wrapped = HFLM(
+    # where the weights are on the disk, the model calls no device its own
+    place = torch.device("cpu") if has_device_map(model) else model.device
+
+    class Placed(HFLM):
+        """lm-eval's wrapper, with inputs put where the model takes them."""
+
+        device = property(lambda self: place)
+
+    wrapped = Placed(
         pretrained=model,
         tokenizer=tokenizer,
         batch_size=batch_size,
         max_length=sequence_length or default_length(model),
-        device=str(model.device),
+        device=str(place),
         **({} if bos is None else {"add_bos_token": bos}),
     )
     measured = simple_evaluate(
@@ -113,22 +171,6 @@ def evaluate_tasks(
         log_samples=False,
     )
     return tidy(measured["results"])
-
-
-def task_names(tasks: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Names of tasks, and the folders of those that were given as YAML files."""
-    names, folders = [], []
-    for task in tasks:
-        path = Path(task)
-        if path.suffix not in (".yaml", ".yml"):
-            names.append(task)
-            continue
-        named = re.search(r"^task:\s*[\"']?([^\s\"'#]+)", path.read_text(encoding="utf-8"), re.MULTILINE)
-        if named is None:
-            raise ValueError(f"{task} describes no task: expected a line such as 'task: my_task'.")
-        names.append(named[1])
-        folders.append(str(path.resolve().parent))
-    return names, folders
 
 
 def tidy(results: dict[str, dict[str, Any]]) -> dict[str, dict[str, dict[str, float | None]]]:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from ..common.registry import near
-from .adapters import adapter_parameters
+from .adapters import adapter_parameters, plain_name
 from .parameters import one_name_each
 from .stacks import UnprunableError, find_stacks, fused_parameters, is_experts
 
@@ -352,8 +352,19 @@ def _unmatched(model: nn.Module, stacks: Sequence[str], pattern: str, inside: bo
     return f"Nothing in {type(model).__name__} is named {pattern!r} among the matrices {place}.{near(pattern, parts)}"
 
 
+def is_named(model: nn.Module, pattern: str) -> bool:
+    """Whether a name or glob pattern, as `exclude` and `include` take them, names a parameter of `model`."""
+    return any(matches(name, pattern) for name, _ in model.named_parameters(remove_duplicate=False))
+
+
+def matches(name: str, pattern: str) -> bool:
+    """Whether a name or glob pattern, as `exclude` takes it, names the weight."""
+    return _matches(name, (pattern,), set())
+
+
 def _matches(name: str, patterns: Sequence[str], used: set[str]) -> bool:
     """Whether a pattern names the weight, a module around it, or a run of parts of its name; notes which did."""
+    name = plain_name(name)  # a matrix under an adapter has the name that it had without
     # "model.layers.0.mlp" -> "model", "model.layers", ...: a glob may name any module around the weight.
     around = list(accumulate(name.split("."), "{}.{}".format))
     # Dots on both sides, so that "layers.1" does not name "layers.10".

@@ -8,6 +8,7 @@ is so made is checked on a sample, not assumed.
 from __future__ import annotations
 
 import inspect
+import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -18,11 +19,20 @@ from torch import Tensor, nn
 from transformers import Cache
 
 from ..common.fences import is_placed, tensor_version
+from .adapters import inner_model
 from .architecture import Stack, UnprunableError
+from .padding import sample_count
+
+
+logger = logging.getLogger(__name__)
 
 
 class _AllRecorded(Exception):
     """Raised in the last block: the rest of the model need not run."""
+
+
+class _Changed(Exception):
+    """Raised where the activations are other ones than the block before returned."""
 
 
 # how a model that cannot be walked can be pruned after all
@@ -35,7 +45,10 @@ class BlockCalls:
 
     Attributes:
         hidden: per batch, the input of the block at which the walk stands, (samples, ..., hidden size).
-        arguments: per batch and block, (positional, keyword) arguments except the hidden states and caches.
+        arguments: per batch and block, (positional, keyword) arguments except the hidden states and caches; `None` for
+            a block that the batch does not run, as a text does none that looks at pictures.
+        added: per batch, block -> what the model adds to its output, (samples, ..., hidden size), as to the tokens of
+            a picture what deeper layers of a vision tower see in it.
         extras: per batch, what a block returns behind the hidden states; `None` where it returns those alone.
         samples: per batch, the number of sequences.
         sample: the calls for one sequence alone, of which any block can be run at little cost.
@@ -43,7 +56,8 @@ class BlockCalls:
     """
 
     hidden: list[Tensor] = field(default_factory=list)
-    arguments: list[list[tuple[tuple, dict]]] = field(default_factory=list)
+    arguments: list[list[tuple[tuple, dict] | None]] = field(default_factory=list)
+    added: list[dict[int, Tensor]] = field(default_factory=list)
     extras: list[tuple | None] = field(default_factory=list)
     samples: list[int] = field(default_factory=list)
     sample: BlockCalls | None = None
@@ -62,14 +76,20 @@ class BlockCalls:
 
         These are `hidden`, or what stands in `self.hidden`.
         """
+        hidden = self.hidden[batch] if hidden is None else hidden
+        if self.arguments[batch][index] is None:
+            return hidden
         args, kwargs = self.arguments[batch][index]
-        return _split_output(block(self.hidden[batch] if hidden is None else hidden, *args, **kwargs))[0]
+        output, added = _split_output(block(hidden, *args, **kwargs))[0], self.added[batch].get(index)
+        return output if added is None else output + added
 
     def everything_of(self, block: nn.Module, index: int, batch: int) -> list[Tensor]:
         """All tensors that `block`, number `index`, leaves behind: what it returns, and what its arguments hold then.
 
         A block may leave in its arguments what a later one reads (shared keys and values).
         """
+        if self.arguments[batch][index] is None:
+            return [self.hidden[batch]]
         args, kwargs = self.arguments[batch][index]
         output = block(self.hidden[batch], *args, **kwargs)
         # Copied, as the next run may write into them.
@@ -87,15 +107,22 @@ def capture_calls(model: nn.Module, stack: Stack, batches: Sequence[Mapping[str,
     Raises:
         UnprunableError: the blocks are not called in order, or something happens between them.
     """
-    calls = BlockCalls()
+    calls, zeros = BlockCalls(), False
     for batch in batches:
         # a first batch tells what a block returns; plain hidden states need no real block any more
-        recorder = _Recorder(model, stack, run_first=not calls.extras or calls.extras[0] is not None)
-        recorder.record(batch)
+        first = not calls.extras or calls.extras[0] is not None
+        recorder = _Recorder(model, stack, first, zeros=zeros)
+        try:
+            recorder.record(batch)
+        except _Changed:
+            # Behind blocks that hand zeros on, what comes to the next one is what was added.
+            recorder, zeros = _Recorder(model, stack, first, zeros=True), True
+            recorder.record(batch)
         calls.arguments.append(_shared(recorder.arguments, calls.arguments[-1] if calls.arguments else None))
         calls.extras.append(recorder.extras)
         calls.hidden.append(recorder.hidden)
-        calls.samples.append(len(next(iter(batch.values()))))
+        calls.added.append(recorder.added)
+        calls.samples.append(sample_count(batch))
     return calls
 
 
@@ -107,24 +134,45 @@ def check_calls(model: nn.Module, stack: Stack, batch: Mapping[str, Tensor]) -> 
     """
     # Once with blocks that hand their input on and once for real: what differs depends on the activations.
     captured = capture_calls(model, stack, [batch])
-    recorder = _Recorder(model, stack, run_all=True)
+    recorder = _Recorder(model, stack, run_all=True, expected=captured.added[0])
     recorder.record(batch)
     for block, replayed, real in zip(stack.blocks, captured.arguments[0], recorder.arguments):
-        if not _equal(replayed, real):
+        if (replayed is None) != (real is None) or not _equal(replayed, real):
             raise UnprunableError(
                 f"{type(model).__name__} hands {block.name} more of what the blocks before it compute than its hidden "
                 f"states, so they cannot be walked one after the other; {_WAY_OUT}"
             )
+    if skipped := [block.name for block, call in zip(stack.blocks, captured.arguments[0]) if call is None]:
+        logger.warning(
+            "%s runs no %s on its first calibration sample; without inputs, their weights are scored by magnitude.",
+            type(model).__name__,
+            ", ".join(skipped),
+        )
     return captured
 
 
 class _Recorder:
-    """Stands in for the blocks of a stack during one forward pass; hands their input on, or runs them as well."""
+    """Stands in for the blocks of a stack during one forward pass; hands their input on, or runs them as well.
 
-    def __init__(self, model: nn.Module, stack: Stack, run_first: bool = True, run_all: bool = False):
+    With `zeros` it hands on zeros instead, behind which `added` is what the model adds between blocks. With `run_all`
+    the model must add what is `expected`, block -> (samples, ..., hidden size).
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        stack: Stack,
+        run_first: bool = True,
+        run_all: bool = False,
+        zeros: bool = False,
+        expected: Mapping[int, Tensor] | None = None,
+    ):
         self.model, self.stack = model, stack
-        self.run_first, self.run_all = run_first, run_all
-        self.arguments: list[tuple[tuple, dict]] = []
+        self.run_first, self.run_all, self.zeros, self.expected = run_first, run_all, zeros, expected or {}
+        self.arguments: list[tuple[tuple, dict] | None] = [None] * len(stack.blocks)
+        self.added: dict[int, Tensor] = {}
+        self.last = -1  # the block that was called last
+        self.before: Tensor | None = None  # what it returned, where the model is to add to that
         self.hidden: Tensor | None = None
         self.passed: Tensor | None = None
         self.version = 0
@@ -135,10 +183,15 @@ class _Recorder:
         modules = [self.model.get_submodule(block.name) for block in self.stack.blocks]
         with replaced_forwards(modules, self._replacement), suppress(_AllRecorded):
             feed(self.model, batch)
-        if len(self.arguments) < len(modules):
+        kinds = {ran: set() for ran in (True, False)}
+        for module, arguments in zip(modules, self.arguments):
+            kinds[arguments is not None].add(type(module))
+        # Blocks of a kind of their own may be passed by: a text has nothing for those that look at pictures.
+        if not kinds[True] or kinds[True] & kinds[False]:
             raise UnprunableError(
-                f"{type(self.model).__name__} ran {len(self.arguments)} of the {len(modules)} blocks of "
-                f"{self.stack.name}, so they cannot be walked; feed it what it needs to run them all, {_WAY_OUT}"
+                f"{type(self.model).__name__} ran {sum(call is not None for call in self.arguments)} of the "
+                f"{len(modules)} blocks of {self.stack.name}, so they cannot be walked; feed it what it needs to run "
+                f"them all, {_WAY_OUT}"
             )
 
     def _replacement(self, index: int, forward: Callable) -> Callable:
@@ -147,11 +200,14 @@ class _Recorder:
         def replacement(*args, **kwargs):
             hidden, args, kwargs = _split_hidden(args, kwargs)
             self._check_order(index, hidden)
-            self.arguments.append((args, kwargs))
-            if index == 0:
+            self.arguments[index] = (args, kwargs)
+            if self.last < 0:
                 self.hidden = hidden
-            if self.run_all or (self.run_first and index == 0):
+            if self.run_all or (self.run_first and self.last < 0):
                 hidden, self.extras = _split_output(forward(hidden, *args, **kwargs))
+            self.last = index
+            hidden = torch.zeros_like(hidden) if self.zeros else hidden
+            self.before = hidden.clone() if index in self.expected else None
             # An exception is the one way out of a forward pass: head and loss are never computed.
             if index + 1 == len(self.stack.blocks) and not self.run_all:
                 raise _AllRecorded
@@ -164,16 +220,28 @@ class _Recorder:
     def _check_order(self, index: int, hidden: Tensor) -> None:
         """Raise unless block `index` is next, and `hidden`, (samples, ...), is what the block before it returned."""
         model, block = type(self.model).__name__, self.stack.blocks[index].name
-        if index != len(self.arguments):
+        if index <= self.last:
             raise UnprunableError(
                 f"{model} runs {block} out of order or more than once, and only blocks that run once each, one after "
                 f"the other, can be walked; {_WAY_OUT}"
             )
-        if index and not (_is_view_of_all(hidden, self.passed) and tensor_version(hidden) == self.version):
+        if self.last < 0 or (_is_view_of_all(hidden, self.passed) and tensor_version(hidden) == self.version):
+            return
+        alike = hidden.shape == self.passed.shape and hidden.dtype == self.passed.dtype
+        if self.zeros and alike:
+            self.added[self.last] = hidden.clone()
+        elif alike and not self.run_all:
+            raise _Changed
+        elif not alike or self.before is None or not _close(hidden, self.before + self.expected[self.last]):
             raise UnprunableError(
                 f"{model} changes the activations between the blocks before {block}, and only blocks that run one "
                 f"right after the other can be walked; {_WAY_OUT}"
             )
+
+
+def _close(value: Tensor, other: Tensor) -> bool:
+    """Whether two tensors of any one shape differ by no more than rounding, by the scale of the first."""
+    return bool((value - other).abs().max() <= 1e-2 * value.abs().max())
 
 
 def _split_hidden(args: tuple, kwargs: dict) -> tuple[Tensor, tuple, dict]:
@@ -248,7 +316,7 @@ def feed(model: nn.Module, batch: Mapping[str, Tensor]) -> Any:
 
     An encoder-decoder that is given no decoder input decodes its own input.
     """
-    accepted = inspect.signature(model.forward).parameters
+    accepted = inspect.signature(inner_model(model).forward).parameters
     flexible = any(parameter.kind is parameter.VAR_KEYWORD for parameter in accepted.values())
     # Where accelerate places a model, it moves the inputs itself.
     device = None if is_placed(model) else model.device
@@ -256,7 +324,8 @@ def feed(model: nn.Module, batch: Mapping[str, Tensor]) -> Any:
     for switch in ("use_cache", "output_router_logits"):
         if switch in accepted or (flexible and hasattr(model.config.get_text_config(), switch)):
             inputs[switch] = False
-    if model.config.is_encoder_decoder and "decoder_input_ids" not in inputs and "input_ids" in inputs:
+    alone = not {"decoder_input_ids", "decoder_inputs_embeds", "labels"} & inputs.keys()
+    if model.config.is_encoder_decoder and alone and "input_ids" in inputs:
         inputs["decoder_input_ids"] = inputs["input_ids"]
     return model(**inputs)
 

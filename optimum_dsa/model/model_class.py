@@ -1,8 +1,12 @@
-"""The class of the model that a checkpoint names: one of transformers' model classes, and nothing else it exports."""
+"""The class of the model that a checkpoint names: one of transformers' model classes, and nothing else it exports.
+
+A checkpoint that brings its own code is loaded by that, where its code is trusted.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import logging
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,19 +14,48 @@ import transformers
 from torch import nn
 from transformers.models.auto import modeling_auto
 
+from .own_code import AUTO_MODEL, code_map, own_class
 
-def model_class(config: Any, where: str | Path) -> type:
+
+logger = logging.getLogger(__name__)
+
+
+def model_class(config: Any, where: str | Path, options: Mapping[str, Any] | None = None) -> type:
     """The class whose `from_pretrained` loads the checkpoint at `where`.
 
-    The first of `architectures` that transformers has; where it has none of them, as for models that bring their own
-    code, `AutoModelForCausalLM`.
+    With `trust_remote_code`, the class that its `auto_map` names, whatever transformers has under that name. Else the
+    first of `architectures` that transformers has; where it has none of them, `AutoModelForCausalLM`.
+
+    Args:
+        options (`Mapping[str, Any]`, *optional*): of `from_pretrained`; those that say where the code is, and whether
+            it is trusted, are looked at.
 
     Raises:
-        ValueError: a name there that is no model class of transformers, or of another model than `config` describes.
+        ValueError: a name there that is no model class of transformers, or of another model than `config` describes;
+            or own code that is not trusted or cannot be run.
     """
+    options = options or {}
     names = getattr(config, "architectures", None) or []
     if not isinstance(names, (list, tuple)) or not all(isinstance(name, str) for name in names):
         raise ValueError(f"The config.json of {where} has architectures={names!r:.80}; expected a list of names.")
+    code = {key: value for key, value in code_map(config, where).items() if key.startswith(AUTO_MODEL)}
+    if code and options.get("trust_remote_code"):
+        return own_class(code, names, where, options)
+    found = _of_transformers(config, names, where)
+    if code:
+        # transformers takes its own class without a word, and its numbers may not be the model's.
+        logger.warning(
+            "%s brings its own code (%s), which is not run: transformers' %s is loaded instead. "
+            "trust_remote_code=True (--trust-remote-code) runs it.",
+            where,
+            ", ".join(sorted(set(code.values()))),
+            found.__name__,
+        )
+    return found
+
+
+def _of_transformers(config: Any, names: list[str] | tuple[str, ...], where: str | Path) -> type:
+    """The first of `names` that transformers has; where it has none of them, `AutoModelForCausalLM`."""
     for name in names:
         found = getattr(transformers, name, None)
         if found is not None:

@@ -7,11 +7,28 @@ from collections.abc import Iterator, Mapping
 from torch import Tensor, nn
 
 
+class Whole(dict):
+    """Inputs by name that cannot be cut by samples: those of pictures have rows of their own, several a prompt."""
+
+
+def is_whole(batch: Mapping[str, Tensor]) -> bool:
+    """Whether a batch is run in one piece: it says so, or its inputs have no common number of samples."""
+    return isinstance(batch, Whole) or len({len(value) for value in batch.values()}) > 1
+
+
+def sample_count(batch: Mapping[str, Tensor]) -> int:
+    """Sequences of a batch: prompts where there are any, whatever the number of pictures in them."""
+    names = ("input_ids", "inputs_embeds", "decoder_input_ids")
+    return len(next((batch[name] for name in names if name in batch), next(iter(batch.values()))))
+
+
 def without_padding(batch: Mapping[str, Tensor]) -> list[Mapping[str, Tensor]]:
     """The batch as batches of sequences of one length, without the padding on either side that its masks mark.
 
     Inputs are (samples, length, ...), masks (samples, length).
     """
+    if is_whole(batch):  # padding is left in it, and told apart from tokens
+        return [batch]
     parts = [batch]
     for side in ("", "decoder_"):
         parts = [cut for part in parts for cut in _cut(part, side)]

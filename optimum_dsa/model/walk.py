@@ -23,7 +23,7 @@ from .calls import BlockCalls, capture_calls, check_calls, run_behind
 from .dense import AsDense, DenseInputs, DenseStream, Replay
 from .observer import AllSeen, Awaited, Observer, Unheard, observing
 from .offload import resident
-from .padding import real_tokens, without_padding
+from .padding import is_whole, real_tokens, without_padding
 from .residual import watching_additions
 from .statistics import CollectedStatistics, LayerStatistics
 from .walked import WalkedBlock
@@ -164,7 +164,7 @@ def _walk_running(
 def _sample_calls(model: nn.Module, architecture: Architecture, batch: Mapping[str, Tensor]) -> dict[str, BlockCalls]:
     """Stack -> the calls of its blocks for the first sample of a batch, (samples, length, ...), checked."""
     # One sample tells how blocks are called, and an error comes before hours of work.
-    one = {name: value[:1] for name, value in batch.items()}
+    one = batch if is_whole(batch) else {name: value[:1] for name, value in batch.items()}
     return {stack.name: check_calls(model, stack, one) for stack in architecture.stacks}
 
 
@@ -276,7 +276,7 @@ def _walk_block(
 
     def run() -> list[Tensor]:
         """All that the block as it is now leaves behind on one sample."""
-        calls.sample.hidden[0] = calls.hidden[0][:1].clone()
+        calls.sample.hidden[0] = calls.hidden[0][: calls.sample.samples[0]].clone()
         return calls.sample.everything_of(module, index, 0)
 
     def pass_by() -> dict[str, LayerStatistics]:

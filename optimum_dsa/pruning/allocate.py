@@ -3,18 +3,27 @@
 from __future__ import annotations
 
 import logging
+import math
+from collections.abc import Mapping
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
-from ..model.architecture import Architecture, find_architecture
+from ..model.architecture import Architecture, Weight, find_architecture
 from ..model.walk import WalkedBlock, walk_blocks
 from .allocation import Allocation, Unit, fit_to_budget, fit_to_levels, fit_to_matrices
 from .configuration import DSAConfig
+from .other_head import allocation_for
+from .overrides import given_shares, sparsity_of_rest, with_given, without
 from .source import Known, Source, as_calibration, batches_of, progress
+from .zeros import FEWEST_ZEROS, count_zeros, zeros_in
 
 
 logger = logging.getLogger(__name__)
+
+# Shares that are typed or read may be off in the fourth digit; more is another target.
+ROUNDED = 5e-4
 
 
 def architecture_for(model: nn.Module, config: DSAConfig) -> Architecture:
@@ -31,10 +40,13 @@ def allocate(
     calibration: Source | None,
     config: DSAConfig,
     architecture: Architecture | None = None,
+    standing: Mapping[str, int] | None = None,
 ) -> Allocation:
     """The sparsity of every unit of `model`, from its weights as they are; nothing is changed.
 
-    `calibration` as in `prune`; it may be `None` where the allocation needs no data.
+    Args:
+        calibration (`Source`, *optional*): as in `prune`; it may be `None` where the allocation needs no data.
+        standing (`Mapping[str, int]`, *optional*): what `standing_zeros` gives, where it is known already.
 
     Raises:
         ValueError: calibration data are needed and missing, or the budget cannot be met.
@@ -42,8 +54,28 @@ def allocate(
     config.check_settled()
     calibration = as_calibration(calibration, model)
     architecture = architecture or architecture_for(model, config)
+    standing = standing_zeros(model, architecture, config) if standing is None else standing
+    if config.overrides:
+        shares = given_shares(architecture, config.overrides)
+        left, rest = sparsity_of_rest(config, architecture, shares, standing), without(architecture, shares)
+        found = None
+        if left is not None:
+            found = _allocate(model, calibration, replace(config, sparsity=left, overrides=()), rest, standing)
+        floors = standing if config.resolved.keeps_zeros_in_number else {}
+        return with_given(found, architecture, rest, shares, floors)
+    return _allocate(model, calibration, config, architecture, standing)
+
+
+def _allocate(
+    model: nn.Module,
+    calibration: Known | None,
+    config: DSAConfig,
+    architecture: Architecture,
+    standing: Mapping[str, int],
+) -> Allocation:
+    """`allocate` for what is in `architecture`."""
     if config.allocator is None:
-        return _given(config, architecture)
+        return _given(config, architecture, standing)
     measured = _measure(model, architecture, calibration, config)
     proposed = config.allocator.propose(measured, config.sparsity, config.spread)
     # It looks like a result: without a word one would believe that the allocation was computed.
@@ -53,23 +85,30 @@ def allocate(
             config.allocation,
             config.sparsity,
         )
-    return fit(proposed, architecture, config, config.unit_granularity, str(config.allocation))
+    return fit(proposed, architecture, config, config.unit_granularity, str(config.allocation), standing)
 
 
 def fit(
-    proposed: dict[str, float], architecture: Architecture, config: DSAConfig, granularity: str, name: str = "custom"
+    proposed: dict[str, float],
+    architecture: Architecture,
+    config: DSAConfig,
+    granularity: str,
+    name: str = "custom",
+    standing: Mapping[str, int] | None = None,
 ) -> Allocation:
     """What units ask for, brought to the config's budget, bounds and pattern: what `prune` will remove, to one weight.
 
     Args:
         proposed (`dict[str, float]`): unit -> sparsity, of every unit of `architecture` at `granularity`.
+        standing (`Mapping[str, int]`, *optional*): what `standing_zeros` gives: no unit gets less.
     """
     units = architecture.units(granularity)
     matrices = {unit: [weight.size for weight in weights] for unit, weights in units.items()}
     sizes = {unit: sum(parts) for unit, parts in matrices.items()}
     bounds = (config.min_sparsity, config.max_sparsity)
-    found = fit_to_budget(proposed, sizes, config.sparsity, *bounds, name, granularity)
-    return fit_to_pattern(fit_to_matrices(found, matrices, *bounds), config)
+    floors = _floors(units, config, standing)
+    found = fit_to_budget(proposed, sizes, config.sparsity, *bounds, name, granularity, floors)
+    return fit_to_pattern(fit_to_matrices(found, matrices, *bounds, floors), config)
 
 
 def fit_to_pattern(allocation: Allocation, config: DSAConfig) -> Allocation:
@@ -127,9 +166,9 @@ def _measure_block(walked: WalkedBlock, config: DSAConfig) -> dict[str, object]:
     return measured
 
 
-def _given(config: DSAConfig, architecture: Architecture) -> Allocation:
+def _given(config: DSAConfig, architecture: Architecture, standing: Mapping[str, int]) -> Allocation:
     """The user's own allocation, held against the model and the target."""
-    given = config.given_allocation()
+    given = allocation_for(architecture, config.given_allocation())
     granularity = architecture.granularity_of(given.sparsity)
     if granularity is None:
         expected = architecture.units(given.granularity or config.unit_granularity)
@@ -142,23 +181,73 @@ def _given(config: DSAConfig, architecture: Architecture) -> Allocation:
     units = architecture.units(granularity)
     sizes = {name: sum(weight.size for weight in weights) for name, weights in units.items()}
     mean = sum(given.sparsity[name] * size for name, size in sizes.items()) / sum(sizes.values())
-    # A file of rounded shares may be off in the fourth digit; more is another target.
-    if abs(mean - config.sparsity) > 5e-4:
+    if abs(mean - config.sparsity) > ROUNDED:
         raise ValueError(
             f"The allocation's mean sparsity is {mean:.4f}, but the config asks for {config.sparsity}; "
             f"use sparsity={mean:.4f}."
         )
     low = min(config.min_sparsity, *given.sparsity.values())
     high = max(config.max_sparsity, *given.sparsity.values())
+    floors = _floors(units, config, standing)
+    fuller = [unit for unit, zeros in floors.items() if zeros > (given.sparsity[unit] + ROUNDED) * sizes[unit]]
+    if fuller:
+        logger.warning(
+            "The allocation asks for less than is zero already in %d of %d units, such as %s (%.4f, and %.4f is): "
+            "these keep their zeros, and the others lose less, so that the mean is met.",
+            len(fuller),
+            len(units),
+            fuller[0],
+            given.sparsity[fuller[0]],
+            floors[fuller[0]] / sizes[fuller[0]],
+        )
     return fit_to_pattern(
-        fit_to_budget(given.sparsity, sizes, config.sparsity, low, high, given.name, granularity), config
+        fit_to_budget(given.sparsity, sizes, config.sparsity, low, high, given.name, granularity, floors), config
     )
 
 
-def check_finite_weights(model: nn.Module, architecture: Architecture) -> None:
-    """Raise `ValueError` for a NaN or infinity in a weight, by name."""
+def _floors(
+    units: Mapping[str, tuple[Weight, ...]], config: DSAConfig, standing: Mapping[str, int] | None
+) -> dict[str, int]:
+    """Unit -> the zeros that it has before, and keeps; empty where the pattern alone says how many go."""
+    if not standing or config.resolved.pattern.sparsity is not None:
+        return {}
+    return {unit: sum(standing.get(weight.name, 0) for weight in weights) for unit, weights in units.items()}
+
+
+@torch.no_grad()
+def standing_zeros(model: nn.Module, architecture: Architecture, config: DSAConfig) -> dict[str, int]:
+    """Matrix -> how many of its weights are zero before and stay so, of those that have any; empty with `revive`.
+
+    Raises:
+        ValueError: a NaN or infinity in a weight, by name; or more weights are zero than `config` asks for, which
+            counts them, and its pattern is no N:M, whose number is the least of every group.
+    """
+    found: dict[str, int] = {}
     for walked in walk_blocks(model, architecture, None):
         for weight in walked.weights:
             tensor: Tensor = walked.tensor(weight)
             if not tensor.isfinite().all():
                 raise ValueError(f"{weight.name} holds NaN or infinities; the checkpoint is damaged or overflowed.")
+            if zeros := zeros_in(tensor):
+                found[weight.name] = zeros
+    total, zeros = sum(weight.size for weight in architecture.weights), sum(found.values())
+    # A few weights of a dense model are zero by chance, whatever is asked of it.
+    more = zeros > max(config.sparsity + ROUNDED, FEWEST_ZEROS) * total
+    if more and config.resolved.pattern.sparsity is None:
+        raise ValueError(
+            f"{zeros:,} of {total:,} prunable weights are zero already ({zeros / total:.4f}), and a sparsity of "
+            f"{config.sparsity:g} counts them; ask for {math.ceil(1e4 * zeros / total) / 1e4:g} or more."
+        )
+    return {} if config.revive else found
+
+
+def check_dense(model: nn.Module, config: DSAConfig, work: str) -> None:
+    """Raise `ValueError` where weights that `config` prunes are gone already, of which `work` would know nothing."""
+    architecture = architecture_for(model, config)
+    zeros = sum(count_zeros(model, architecture).values())
+    share = zeros / max(sum(weight.size for weight in architecture.weights), 1)
+    if share >= FEWEST_ZEROS:
+        raise ValueError(
+            f"{type(model).__name__} is pruned already: {share:.2%} of its prunable weights are zero, and {work} "
+            "would take it for a dense model. Give it the dense model that this one was made from."
+        )

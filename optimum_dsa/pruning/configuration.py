@@ -26,9 +26,10 @@ from ..common.values import is_whole
 from ..data import DataConfig
 from ..model.architecture import GRANULARITIES
 from ..model.statistics import DAMPING
-from .allocation import ALLOCATIONS, Allocation, AllocationFunction, Allocator, levels_within
+from .allocation import ALLOCATIONS, Allocation, AllocationFunction, Allocator, is_repository, levels_within
+from .overrides import check_overrides
 from .presets import with_quality
-from .resolved_method import ResolvedMethod
+from .resolved_method import ResolvedMethod, check_revive
 from .targets import TARGETS
 from .unstructured.methods import METHODS, Method
 from .unstructured.patterns import Pattern
@@ -125,11 +126,12 @@ class DSAConfig:
     """How to prune a model. Checked when it is made; a wrong value raises `ValueError` or `UnknownNameError`.
 
     Args:
-        sparsity (`float`): Share of the prunable weights to remove, in [0, 1).
+        sparsity (`float`): Share of the prunable weights that are zero in the end, those of before too, in [0, 1).
         method (`str`, defaults to `"wanda"`): A row of `METHODS`: metric, pattern and update.
         allocation (`str` or [`Allocation`], defaults to `"dsa"`): A row of `ALLOCATIONS`, an allocation function such
             as `"abslog/var/atan,asin/no_op@+0.08"` or `"W:(ABSLOG)-(VAR)-(ATAN,ASIN)-(7)"`, an [`Allocation`], the
-            path of one as JSON or of a pruned model, or `"auto"`: all rows are tried for real, and the best is taken.
+            path of one as JSON or of a pruned model, a repository on the Hub with one (`"me/found"`, `"me/found@v1"`),
+            or `"auto"`: all rows are tried for real, and the best is taken.
         spread (`float`, *optional*): Half the distance between the most and the least pruned unit. Defaults to the
             allocation's own.
         pattern (`str`, *optional*): `"row"`, `"matrix"`, `"group:128"`, `"2:4"` (any N:M) or `"mixed:8"`. Defaults to
@@ -141,6 +143,8 @@ class DSAConfig:
             that they have.
         reconstruct (`ReconstructConfig` or `int`): Training of every block's kept weights against the dense block; a
             number is its steps.
+        overrides (`tuple[str, ...]`): Sparsities of some matrices, such as `"mlp=0.6"`, by names or patterns as in
+            `exclude`, of which the last counts. The others are allocated so that the mean is met.
         granularity (`str`, defaults to `"block"`): One sparsity per `"block"`, per `"matrix"`, or per `"block:kind"`:
             the attention of a block and its MLP apart. An allocation that exists per matrix only (`er`, `er_plus`) is
             computed per matrix.
@@ -150,6 +154,7 @@ class DSAConfig:
         include (`tuple[str, ...]`): Names of matrices outside the blocks to prune as well, such as `"lm_head"`.
         blocks (`tuple[str, ...]`): Names of the module lists to prune instead of the ones that are found.
         skip_unprunable (`bool`): Leave dense what cannot be pruned, instead of refusing the model.
+        revive (`bool`): Whether weights that are zero before may come back, as an update makes them.
         metric (`str`, *optional*): A row of `METRICS` instead of the method's.
         allocation_metric (`str`, defaults to `"wanda"`): The scores from which the allocation is computed.
         min_sparsity (`float`, defaults to 0.0): The least that any unit is pruned.
@@ -166,12 +171,14 @@ class DSAConfig:
     update: UpdateConfig = section(UpdateConfig, shorthand="name")
     permute: str | None = None
     reconstruct: ReconstructConfig = section(ReconstructConfig, shorthand="steps")
+    overrides: tuple[str, ...] = ()
     granularity: str = setting("block", choices=GRANULARITIES)
     sequential: bool = True
     exclude: tuple[str, ...] = ()
     include: tuple[str, ...] = ()
     blocks: tuple[str, ...] = ()
     skip_unprunable: bool = False
+    revive: bool = False
     metric: str | None = None
     allocation_metric: str = "wanda"
     min_sparsity: float = setting(0.0, low=0, high=1)
@@ -208,6 +215,8 @@ class DSAConfig:
                 )
         if self.update.targets == "dense":
             self._check_dense_targets()
+        check_overrides(self)
+        check_revive(self)
         if self.allocation == AUTO and (self.spread is not None or self.granularity != "block"):
             given = f"granularity={self.granularity!r}" if self.spread is None else f"spread={self.spread:g}"
             raise ValueError(
@@ -279,6 +288,8 @@ class DSAConfig:
         # Said here, or a path that was mistyped would be taken for a name or a function.
         if name.endswith(".json"):
             raise FileNotFoundError(f"No allocation file {name!r}.")
+        if is_repository(name):
+            return None
         if "/" in name or name.upper().startswith("W:"):
             return AllocationFunction.parse(name)
         return ALLOCATIONS[name]

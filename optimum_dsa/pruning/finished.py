@@ -28,10 +28,10 @@ from ..common.files import parse_json, read_json, write_text
 from ..common.same_run import FINGERPRINTS, check_same_run
 from ..common.settings import flattened
 from ..common.versions import versions
-from ..data import Calibration
 from ..model.fingerprint import fingerprint_of_model, fingerprint_of_tensors
 from ..model.walked import WalkedBlock
 from .allocation import Allocation
+from .calibration import Calibration
 from .configuration import DSAConfig
 from .source import Known
 from .steps import Step

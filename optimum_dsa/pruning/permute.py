@@ -59,7 +59,7 @@ class Permute:
         if walked.run is None:
             self.notes |= {weight.name: "outside the blocks" for weight in walked.weights}
             return
-        counts = shares(walked, self.allocation)
+        counts = shares(walked, self.allocation, self.method)
         couplings, left = find_couplings(walked)
         self.notes |= left
         for coupling in couplings:

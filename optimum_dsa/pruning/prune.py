@@ -12,18 +12,19 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..model.adapters import has_adapters, inner_model, without_adapters
 from ..model.architecture import Architecture
 from ..model.offload import is_offloaded
 from ..model.parameters import count_parameters
 from ..model.statistics import CollectedStatistics
 from ..model.walk import WalkedBlock, walk_blocks
-from .allocate import allocate, architecture_for, check_finite_weights
+from .allocate import allocate, architecture_for, standing_zeros
 from .allocation import Allocation
 from .configuration import DSAConfig
 from .finished import FinishedBlocks, settings_of
 from .permute import Permute
 from .reconstruct import Reconstruct
-from .report import PruningReport
+from .report import PruningReport, plain_report
 from .sink import KeepBlocks, Sink
 from .source import Known, Source, as_calibration, batches_of, batches_to_train, check_finite_outputs, progress
 from .steps import RemoveWeights, Step, union
@@ -51,20 +52,39 @@ def prune(
         resume (`bool`, defaults to `False`): go on from those that are there, with `model` as it was at the beginning;
             the end is that of an uninterrupted run.
 
+    Of a model with adapters, what is under them is pruned, as it runs without them, and they are left alone.
+
     Everything that can be known to be wrong is raised before the first weight is changed.
     """
+    if not has_adapters(model):
+        return _prune(model, calibration, config, checkpoints, resume)
+    if is_offloaded(model):
+        raise ValueError(
+            "Under adapters a model is pruned in memory; load it without offloading, or without adapters."
+        )
+    with without_adapters(model):
+        return plain_report(_prune(inner_model(model), calibration, config, checkpoints, resume))
+
+
+def _prune(
+    model: nn.Module,
+    calibration: Source | None,
+    config: DSAConfig,
+    checkpoints: str | Path | None,
+    resume: bool,
+) -> PruningReport:
     start = time.perf_counter()
     config.check_settled()
     calibration = as_calibration(calibration, model)
     architecture = architecture_for(model, config)
     _check_calibration(model, calibration, config)
-    check_finite_weights(model, architecture)
+    standing = standing_zeros(model, architecture, config)
     check_finite_outputs(model, architecture, calibration)
     finished = _finished(model, architecture, calibration, config, checkpoints, resume)
     allocation = finished.allocation if finished else None
     if allocation is None:
         # A walk of its own, before the one that prunes: units are compared on the dense model.
-        allocation = allocate(model, calibration, config, architecture)
+        allocation = allocate(model, calibration, config, architecture, standing)
     if finished:
         finished.begin(allocation)
     remove = RemoveWeights(config.resolved, allocation, config.update.true_sequential)
@@ -95,6 +115,7 @@ def prune(
         permuted=permute[0].permuted if permute else {},
         reconstruction=reconstruct.found,
         seconds=time.perf_counter() - start,
+        zeros_before=standing,
     )
 
 

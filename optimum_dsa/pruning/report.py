@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from ..common.columns import columns
 from ..common.escaping import one_line
+from ..model.adapters import plain_name
 from .allocation import Allocation
 from .comparison import compared_lines
 from .configuration import DSAConfig
@@ -36,6 +37,7 @@ class PruningReport:
         compared_on (`Mapping[str, int]`): the `windows` of text, and their `length`, that those losses are of.
         chosen_by (`str`, *optional*): what trained the model and chose its zeros meanwhile, a recovery method; `None`
             where the config's method chose them. Pattern, units and counts are those of config and allocation.
+        zeros_before (`Mapping[str, int]`): weights that had zeros before -> how many, all of which stayed.
     """
 
     config: DSAConfig
@@ -53,6 +55,7 @@ class PruningReport:
     compared: Mapping[str, float] = field(default_factory=dict)
     compared_on: Mapping[str, int] = field(default_factory=dict)
     chosen_by: str | None = None
+    zeros_before: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def removed(self) -> int:
@@ -86,7 +89,12 @@ class PruningReport:
             "reconstruction": {block: asdict(found) for block, found in self.reconstruction.items()},
             "seconds": round(self.seconds, 3),
         }
-        more = {"compared": dict(self.compared), "compared_on": dict(self.compared_on), "chosen_by": self.chosen_by}
+        more = {
+            "compared": dict(self.compared),
+            "compared_on": dict(self.compared_on),
+            "chosen_by": self.chosen_by,
+            "zeros_before": dict(self.zeros_before),
+        }
         return data | {name: value for name, value in more.items() if value}
 
     @classmethod
@@ -109,6 +117,7 @@ class PruningReport:
             compared=dict(data.get("compared") or {}),
             compared_on=dict(data.get("compared_on") or {}),
             chosen_by=data.get("chosen_by"),
+            zeros_before=dict(data.get("zeros_before") or {}),
         )
 
     @property
@@ -127,6 +136,10 @@ class PruningReport:
             losses, *more = compared_lines(self.compared, self.compared_on).values()
             found = "; ".join([losses, *more])
             notes.append(f"allocations compared by their validation loss after the prune: {found}")
+        if self.zeros_before and not self.chosen_by:
+            before = sum(self.zeros_before.values())
+            share = before / sum(self.allocation.sizes.values())
+            notes.append(f"{before:,} weights ({share:.4f}) were zero before, and stayed so")
         if self.unseen:
             notes.append(f"{len(self.unseen)} weights saw no calibration token and were scored by magnitude")
         if self.permuted:
@@ -155,3 +168,21 @@ class PruningReport:
         )
         lines = [header, *lines[:-2], "-" * len(header), *lines[-2:]]
         return "\n".join(map(one_line, [*lines, *self.notes]))
+
+
+def plain_report(report: PruningReport) -> PruningReport:
+    """`report` under the names that weights have without adapters."""
+    named = ("achieved", "dense", "damping", "permuted", "zeros_before")
+    return replace(
+        report,
+        allocation=_plain(report.allocation),
+        unseen=tuple(map(plain_name, report.unseen)),
+        **{part: {plain_name(name): value for name, value in getattr(report, part).items()} for part in named},
+    )
+
+
+def _plain(allocation: Allocation) -> Allocation:
+    sparsity, sizes = (
+        {plain_name(name): value for name, value in part.items()} for part in (allocation.sparsity, allocation.sizes)
+    )
+    return replace(allocation, sparsity=sparsity, sizes=sizes)

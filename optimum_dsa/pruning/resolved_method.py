@@ -12,6 +12,7 @@ from torch import Tensor
 from ..model.statistics import LayerStatistics
 from ..model.walk import Reads, reads_of
 from .targets import dense_target
+from .unstructured.floors import keep_beside
 from .unstructured.metrics import METRICS
 from .unstructured.patterns import Pattern
 from .unstructured.permutations import PERMUTATIONS
@@ -37,6 +38,7 @@ class ResolvedMethod:
         metric_reads (`frozenset[str]`): what the metric needs, also where it is not asked: a search orders by it.
         allocation_metric (`Callable`): the scores from which the allocation is computed.
         allocation_reads (`frozenset[str]`): what the allocation needs.
+        revive (`bool`): whether weights that are zero before may come back.
     """
 
     metric: Callable[[Tensor, LayerStatistics | None], Tensor]
@@ -48,6 +50,7 @@ class ResolvedMethod:
     metric_reads: Reads
     allocation_metric: Callable[[Tensor, LayerStatistics | None], Tensor]
     allocation_reads: Reads
+    revive: bool = False
 
     @classmethod
     def of(cls, config: DSAConfig) -> ResolvedMethod:
@@ -77,12 +80,18 @@ class ResolvedMethod:
             metric_reads=metric_reads,
             allocation_metric=METRICS[config.allocation_metric],
             allocation_reads=reads_of(of_allocator),
+            revive=config.revive,
         )
 
     @property
     def updates(self) -> bool:
         """Whether weights that stay are changed."""
         return self.update is not UPDATES["none"]
+
+    @property
+    def keeps_zeros_in_number(self) -> bool:
+        """Whether a matrix loses no fewer weights than it has zeros; in groups the pattern says how many go."""
+        return not self.revive and not self.pattern.in_groups
 
     def target(self, weight: Tensor, statistics: LayerStatistics | None) -> Tensor:
         """What a matrix, (out_features, in_features), is pruned as: itself, or what has the dense model's outputs."""
@@ -94,14 +103,24 @@ class ResolvedMethod:
     def pruned(self, weight: Tensor, statistics: LayerStatistics | None, count: int) -> Tensor:
         """A matrix, (out_features, in_features), without `count` of its weights, and with what makes up for them.
 
-        The result has the weight's shape, in its dtype or in float32. At a count of 0 it is the weight, bit for bit.
+        Those that are zero before count, and stay zero unless they may `revive`: where there are more of them, or more
+        of them in a group of an N:M pattern, more are zero in the end. The result has the weight's shape, in its dtype
+        or in float32. At a count of 0 it is the weight, bit for bit.
         """
         # Nothing to choose and nothing to make up for; N:M removes its own number, whatever is asked.
         if count == 0 and not self.pattern.sparsity:
             return weight.clone()
+        gone = None if self.revive else weight == 0
+        older = 0 if gone is None else int(gone.sum())
+        if not older:
+            gone = None  # as of most models: nothing has to be looked up then
+        elif not self.pattern.in_groups:
+            count = max(count, older)
         weight = self.target(weight, statistics)
-        keep = None if self.chooses else self.pattern.keep(self.metric(weight, statistics), count)
-        return self.update(weight, statistics, Choice(self.pattern, count, keep, self.damping))
+        keep = None if self.chooses else keep_beside(self.pattern, self.metric(weight, statistics), count, gone)
+        new = self.update(weight, statistics, Choice(self.pattern, count, keep, self.damping, gone))
+        # An update that a user registered may know nothing of them.
+        return new if gone is None else new.masked_fill(gone, 0)
 
 
 def _chooses(update: str, metric: str, pattern: Pattern) -> bool:
@@ -110,3 +129,17 @@ def _chooses(update: str, metric: str, pattern: Pattern) -> bool:
         return False
     by, kinds = UPDATES.fact(update, "criterion"), UPDATES.fact(update, "kinds")
     return (by is None or by == metric) and (kinds is None or pattern.kind in kinds)
+
+
+def check_revive(config: DSAConfig) -> None:
+    """Raise `ValueError` where no weight that is zero could become another, though `config` lets it."""
+    update = config.recipe.update
+    if (
+        config.revive
+        and config.update.targets != "dense"
+        and (update == "none" or UPDATES.fact(update, "moves", False))
+    ):
+        raise ValueError(
+            f"revive=True lets an update make something of weights that are zero, and {update!r} leaves weights as "
+            "they are; use one that changes them, such as 'sparsegpt' or 'refit', or leave it out."
+        )

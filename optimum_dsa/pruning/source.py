@@ -8,10 +8,10 @@ from dataclasses import replace
 from torch import Tensor, nn
 
 from ..common.progress import progress as shown
-from ..data import Calibration, load_calibration
 from ..model.architecture import Architecture
 from ..model.calls import feed
 from ..model.statistics import CollectedStatistics
+from .calibration import Calibration, load_calibration
 from .configuration import DSAConfig
 
 
@@ -43,7 +43,11 @@ def batches_to_train(calibration: Known | None, config: DSAConfig) -> tuple[list
     Raises:
         ValueError: there is nothing to be trained on.
     """
-    samples = len(next(iter(calibration.inputs.values()))) if isinstance(calibration, Calibration) else 0
+    parts = list(calibration.parts) if isinstance(calibration, Calibration) else []
+    if len(parts) > 1:
+        return parts, held_out(len(parts))
+    known = isinstance(calibration, Calibration) and not parts
+    samples = len(next(iter(calibration.inputs.values()))) if known else len(parts)
     if samples < 2:
         raise ValueError(
             f"reconstruct={config.reconstruct.steps} trains on calibration windows, and looks at another one whether "

@@ -17,6 +17,7 @@ from ..model.statistics import LayerStatistics
 from ..model.walk import Reads, WalkedBlock
 from .allocation import Allocation, split_count
 from .resolved_method import ResolvedMethod
+from .zeros import zeros_in
 
 
 class Step(Protocol):
@@ -73,7 +74,7 @@ class RemoveWeights:
 
     @torch.no_grad()
     def __call__(self, walked: WalkedBlock) -> None:
-        counts = shares(walked, self.allocation)
+        counts = shares(walked, self.allocation, self.method)
         for group in walked.groups(self.true_sequential):
             for weight in group.weights:
                 self._prune(walked.tensor(weight), weight.name, group.statistics.get(weight.name), counts[weight.name])
@@ -96,9 +97,15 @@ class RemoveWeights:
             self.notes[name] = noted
 
 
-def shares(walked: WalkedBlock, allocation: Allocation) -> Mapping[str, int]:
-    """Weight -> how many of its entries go: each unit's number, divided over its matrices by their size."""
+def shares(walked: WalkedBlock, allocation: Allocation, method: ResolvedMethod) -> Mapping[str, int]:
+    """Weight -> how many of its entries go: each unit's number, divided over its matrices by their size.
+
+    Of a block that is as it was before: a matrix that has more zeros than its share keeps them.
+    """
     found, counts = {}, allocation.counts()
     for unit, weights in walked.block.units(allocation.granularity).items():
-        found |= split_count(counts[unit], {weight.name: weight.size for weight in weights})
+        floors = {}
+        if method.keeps_zeros_in_number:
+            floors = {weight.name: zeros_in(walked.tensor(weight)) for weight in weights}
+        found |= split_count(counts[unit], {weight.name: weight.size for weight in weights}, floors)
     return found

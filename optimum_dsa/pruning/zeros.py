@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from ..model.adapters import inner_model, plain_name
 from ..model.architecture import GRANULARITIES, Architecture, Weight, find_architecture
 from ..model.walk import walk_blocks
-from .allocate import architecture_for
 from .allocation import Allocation
-from .configuration import CONFIG_NAME, DSAConfig
+from .configuration import CONFIG_NAME
+from .other_head import report_for
 from .report import PruningReport
 
 
@@ -46,29 +46,18 @@ def count_zeros(
     return found
 
 
-def check_dense(model: nn.Module, config: DSAConfig, work: str) -> None:
-    """Raise `ValueError` where weights that `config` prunes are gone already, of which `work` would know nothing."""
-    architecture = architecture_for(model, config)
-    zeros = sum(count_zeros(model, architecture).values())
-    share = zeros / max(sum(weight.size for weight in architecture.weights), 1)
-    if share >= FEWEST_ZEROS:
-        raise ValueError(
-            f"{type(model).__name__} is pruned already: {share:.2%} of its prunable weights are zero, and {work} "
-            "would take it for a dense model. Give it the dense model that this one was made from."
-        )
-
-
 def measured_allocation(model: nn.Module, architecture: Architecture, granularity: str = "block") -> Allocation:
     """The share of zeros in every unit, under plain names."""
     return _shares(count_zeros(model, architecture), architecture, granularity)
 
 
 def counted(report: PruningReport, model: nn.Module) -> PruningReport:
-    """`report` with the zeros as they are now.
+    """`report` with the zeros as they are now, under the names that weights have in `model`.
 
     Raises:
         ValueError: the model has other units than the report.
     """
+    report = report_for(model, report)
     inner, config = inner_model(model), report.config
     architecture = find_architecture(inner, config.blocks, config.exclude, config.include, skip_unprunable=True)
     zeros = count_zeros(inner, architecture)

@@ -116,6 +116,8 @@ class RecoveryConfig:
         if self.trains_weights:
             able = ", ".join(sorted(name for name in RECOVERIES if not RECOVERIES.fact(name, "trains_weights", True)))
             self._refuse(OF_ADAPTERS, f"is for adapters ({able}), and {self.method!r} trains the weights themselves")
+        if self.data.image_column is not None:
+            raise ValueError(f"image_column={self.data.image_column!r} is for calibration: training reads text.")
         if not self.distillation:
             self._refuse(("temperature",), "is for distillation, which is 0")
 

@@ -5,17 +5,19 @@ from __future__ import annotations
 import os
 import tempfile
 import time
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
-from transformers import EarlyStoppingCallback, TrainingArguments, default_data_collator
+from transformers import EarlyStoppingCallback, PreTrainedConfig, TrainingArguments, default_data_collator
 
 from ..checkpoint.load import load_model
-from ..evaluation.perplexity import perplexity_with_error
+from ..evaluation.perplexity import example_losses, mean_perplexity
 from ..model.adapters import has_adapters
+from ..model.examples import check_causal, examples
+from ..model.inputs import kind_of
 from ..model.offload import is_offloaded
 from ..pruning.report import PruningReport
 from .checkpoints import begin, last_whole_checkpoint, settings_of
@@ -61,7 +63,13 @@ def recover(
     if checkpoints is not None:
         texts = {"training": windows, "validation": held_out}
         begin(Path(checkpoints), settings_of(model, texts, teacher, config, report), resume)
-    before = perplexity_with_error(model, held_out, config.batch_size)
+    causal = kind_of(model) == "causal"
+    if causal:
+        check_causal(model, held_out)
+    # masks are drawn once, so that the same is asked before and after
+    seed = config.data.seed
+    learnt, asked = examples(model, windows, tokenizer, seed), examples(model, held_out, tokenizer, seed + 1)
+    before = mean_perplexity(example_losses(model, asked, config.batch_size, causal))
     start = time.perf_counter()
     with ExitStack() as stack:
         stack.enter_context(_left_as_found(model))
@@ -69,7 +77,7 @@ def recover(
         folder = Path(checkpoints or stack.enter_context(tempfile.TemporaryDirectory(prefix="optimum-dsa-")))
         trained = RECOVERIES[config.method](model, config, report)
         try:
-            trainer = make_trainer(trained, windows, held_out, config, teacher, folder)
+            trainer = make_trainer(trained, learnt, asked, config, teacher, folder)
             if config.trains_weights:
                 _keeps_the_budget(config, report).attach(trainer)
             last = last_whole_checkpoint(folder, RECOVERIES.fact(config.method, "files", ())) if resume else None
@@ -85,7 +93,7 @@ def recover(
             raise
     trained.eval()
     seconds = time.perf_counter() - start
-    after = perplexity_with_error(trained, held_out, config.batch_size)
+    after = mean_perplexity(example_losses(trained, asked, config.batch_size, causal))
     check_loss(after[0], config)
     history = by_step(trainer.state.log_history)
     return trained, RecoveryResult(
@@ -97,7 +105,9 @@ def _keeps_the_budget(config: RecoveryConfig, report: PruningReport) -> Any:
     """The callback under which all weights are trained; adapters keep zeros by themselves."""
     if make := RECOVERIES.fact(config.method, "callback"):
         return make(config, report)
-    return DSACallback(exclude=report.config.exclude, include=report.config.include)
+    callback = DSACallback(exclude=report.config.exclude, include=report.config.include)
+    callback.frees_excluded = False
+    return callback
 
 
 def check_trainable(offloaded: bool) -> None:
@@ -146,13 +156,16 @@ def _teacher(model: nn.Module, teacher: Any) -> nn.Module | None:
 
 def make_trainer(
     trained: nn.Module,
-    windows: Tensor,
-    held_out: Tensor,
+    windows: Tensor | Mapping[str, Tensor],
+    held_out: Tensor | Mapping[str, Tensor],
     config: RecoveryConfig,
     teacher: nn.Module | None,
     folder: Path,
 ) -> RecoveryTrainer:
-    """The Trainer of `trained`, with or without adapters, on `windows`; validates on `held_out`: (samples, length)."""
+    """The Trainer of `trained`, with or without adapters, on `windows`; validates on `held_out`.
+
+    Both are (samples, length) of a causal model, or `examples`: inputs and labels by name, (samples, ...) each.
+    """
     early = config.patience is not None
     # The Trainer brings back the best model from a checkpoint, which has to be of a step that was measured.
     saves = config.eval_steps if early else config.save_steps
@@ -189,8 +202,8 @@ def make_trainer(
         trained,
         arguments,
         default_data_collator,
-        [{"input_ids": row, "labels": row} for row in windows],
-        [{"input_ids": row, "labels": row} for row in held_out],
+        _rows(windows),
+        _rows(held_out),
         callbacks=[StopWhereItDiverges(config), *([EarlyStoppingCallback(config.patience)] if early else ())],
         teacher=teacher,
         share=config.distillation,
@@ -198,14 +211,42 @@ def make_trainer(
     )
 
 
+def _rows(given: Tensor | Mapping[str, Tensor]) -> list[dict[str, Tensor]]:
+    """One example after the other, as a Trainer reads them."""
+    if isinstance(given, Tensor):
+        given = {"input_ids": given, "labels": given}
+    return [dict(zip(given, values)) for values in zip(*given.values())]
+
+
 @contextmanager
 def _left_as_found(model: nn.Module) -> Iterator[None]:
-    """Give parameters their `requires_grad` back, and drop gradients."""
+    """Give parameters their `requires_grad` and configurations their values back, drop gradients and what saves them.
+
+    A Trainer that saves memory turns the cache off, checkpointing on, and hooks itself to the embeddings; a model that
+    keeps these is slow to write text, and says so in the config.json that is saved with it.
+    """
     before = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+    settings = [(settings, dict(vars(settings))) for settings in _settings_in(model)]
+    checkpoints = getattr(model, "is_gradient_checkpointing", False)
     try:
         yield
     finally:
+        for found, values in settings:
+            vars(found).clear()
+            vars(found).update(values)
+        if getattr(model, "is_gradient_checkpointing", False) and not checkpoints:
+            model.gradient_checkpointing_disable()
+            with suppress(AttributeError):  # where nothing is hooked
+                model.disable_input_require_grads()
         for name, parameter in model.named_parameters():
             parameter.grad = None
             if name in before:
                 parameter.requires_grad_(before[name])
+
+
+def _settings_in(model: nn.Module) -> list[Any]:
+    """The model's configuration, those inside it, and that of generation."""
+    found = [part for name in ("config", "generation_config") if (part := getattr(model, name, None)) is not None]
+    for part in found:  # grows
+        found += [inner for inner in vars(part).values() if isinstance(inner, PreTrainedConfig)]
+    return found

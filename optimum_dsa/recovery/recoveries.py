@@ -11,6 +11,7 @@ from transformers import set_seed
 from ..common.installation import how_to_install
 from ..common.registry import Registry
 from ..model.architecture import find_architecture
+from ..model.inputs import kind_of
 from ..model.parameters import one_name_each
 from ..pruning.report import PruningReport
 from .elsa.split import FILE
@@ -25,6 +26,9 @@ if TYPE_CHECKING:
 # `moves_zeros`: it ends with the zeros of a budget, wherever they were; then `callback` (config, report) makes the
 # callback that sees to it, in the place of `DSACallback`, and `files` are what that adds to each checkpoint.
 RECOVERIES = Registry("recovery method")
+
+# What PEFT calls a kind of model; for others it has a wrapper that takes any.
+TASK_TYPES = {"causal": "CAUSAL_LM", "sequence-to-sequence": "SEQ_2_SEQ_LM"}
 
 
 @RECOVERIES.register("sparse-lora", trains_weights=False)
@@ -52,7 +56,7 @@ def sparse_lora(model: nn.Module, config: RecoveryConfig, report: PruningReport)
         "lora_alpha": config.alpha if config.alpha is not None else 2 * config.rank,
         "mode": config.mode,
         "target_modules": modules,
-        "task_type": "CAUSAL_LM",
+        "task_type": TASK_TYPES.get(kind_of(model)),
     }
     if config.ranks == "allocation":
         adapters = SparseLoraConfig.for_allocation(report.allocation, **options)

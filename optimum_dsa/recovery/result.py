@@ -61,7 +61,8 @@ class RecoveryResult:
         before, after = with_error(self.before, self.before_error, 3), with_error(self.after, self.after_error, 3)
         bos = {True: ", on sequences that start with BOS", False: ", on sequences without BOS"}
         said = bos.get(self.data.get("bos"), "")
-        lines.append(f"validation perplexity {before} -> {after} in {self.steps} steps{said}")
+        of = f" of {self.data['predicted']}" if "predicted" in self.data else ""
+        lines.append(f"validation perplexity{of} {before} -> {after} in {self.steps} steps{said}")
         return "\n".join(lines)
 
 

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor, nn
 
 from ..common.apart import FEW, same_source, shared_windows
-from ..data import check_tokens, cut_windows, default_length, describe, iterate_texts, starts_with_bos
+from ..common.frame import Frame, frame_of
+from ..common.token_rows import as_tensors, is_inputs
+from ..data import Passed, describe, first_windows, is_mixture, starts_with_bos
+from ..model.examples import PREDICTS, check_predicts_tokens
+from ..model.inputs import check_length, check_tokens, default_length, kind_of
 from .configuration import RecoveryConfig
 
 
@@ -30,12 +35,15 @@ def read_windows(
         ValueError: too little text, no tokenizer for text, tokens that the model does not know, or text for
             validation that is trained on.
     """
-    if same_source(train, validation):
+    predicted = PREDICTS[check_predicts_tokens(model, tokenizer, "train")]
+    if any(same_source(one, validation) for one in (train if is_mixture(train) else [train])):
         raise ValueError(f"{describe(train)} is given for training and for validation: {_SEEN}")
     wanted = (config.data.num_samples or config.windows) + (config.validation_windows if validation is None else 0)
-    windows = _read(model, tokenizer, train, config, wanted)
+    train, validation, passed = as_tensors(train), as_tensors(validation), Passed()
+    windows = _read(model, tokenizer, train, config, wanted, passed)
     if validation is not None:
-        held_out = _read(model, tokenizer, validation, config, config.validation_windows)[: config.validation_windows]
+        most = config.validation_windows
+        held_out = _read(model, tokenizer, validation, config, most, Passed(), beside=True)[:most]
         _check_apart(windows, held_out)
     elif len(windows) > config.validation_windows:
         # the last of the text, not windows between those that are trained on
@@ -55,9 +63,11 @@ def read_windows(
         "sequence_length": windows.shape[1],
         "tokens": config.windows * windows.shape[1],
     }
-    if not isinstance(train, Tensor):
+    if predicted is not None:
+        data["predicted"] = predicted
+    if not isinstance(train, Tensor) and not passed.token_rows:
         data["bos"] = starts_with_bos(tokenizer, config.data.bos)
-    return windows, held_out, data
+    return windows, held_out, data | passed.facts()
 
 
 def _check_apart(windows: Tensor, held_out: Tensor) -> None:
@@ -71,16 +81,31 @@ def _check_apart(windows: Tensor, held_out: Tensor) -> None:
     logger.warning("%s; give another text for validation where that is not by chance.", found)
 
 
-def _read(model: nn.Module, tokenizer: Any, source: Any, config: RecoveryConfig, wanted: int) -> Tensor:
-    """At most `wanted` windows, (samples, length) int64, in the order of the text."""
+def _read(
+    model: nn.Module,
+    tokenizer: Any,
+    source: Any,
+    config: RecoveryConfig,
+    wanted: int,
+    passed: Passed,
+    beside: bool = False,
+) -> Tensor:
+    """At most `wanted` windows, (samples, length) int64, in the order of the text; `beside` that of training."""
     if isinstance(source, Tensor):
         check_tokens(source, model)
         return source.long()
-    if tokenizer is None:
-        raise ValueError("Training text needs a tokenizer; pass one, or token ids of shape (samples, length).")
-    data, length = config.data, config.data.sequence_length or default_length(model)
-    texts, bos = iterate_texts(source, data.text_column, data.split), starts_with_bos(tokenizer, data.bos)
-    windows = cut_windows(texts, tokenizer, length, wanted, bos)
+    if is_inputs(source):
+        raise ValueError(f"Training takes text or token ids, and the inputs are {sorted(source)}; give ids.")
+    data = config.data.beside(source) if beside else config.data
+    length = config.data.sequence_length or default_length(model)
+    check_length(length, model)  # before any text is read
+    frame = frame_of(tokenizer) if kind_of(model) != "causal" and data.bos is None and tokenizer else Frame()
+    reading, rows = replace(data.reading(), passed=passed), passed.token_rows
+    bos = False if frame else data.bos
+    keeps_rows = data.sequence_length is None
+    windows = first_windows(source, tokenizer, length - len(frame), wanted, reading, bos, keeps_rows)
+    if passed.token_rows == rows:
+        windows = frame.around(windows)
     if len(windows) == 0:
         raise ValueError(f"{describe(source)} holds 0 windows of {length} tokens; give more text or shorter windows.")
     check_tokens(windows, model)

@@ -11,6 +11,7 @@ from transformers import Trainer, TrainerCallback
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from ..common.progress import Progress
+from ..model.examples import logits_of, run_examples
 from .configuration import RecoveryConfig
 
 
@@ -47,8 +48,8 @@ class RecoveryTrainer(Trainer):
         loss, outputs = super().compute_loss(model, inputs, return_outputs=True)
         if self.teacher is not None and self.share and model.training:
             with torch.no_grad():
-                expected = self.teacher(input_ids=inputs["input_ids"], use_cache=False).logits
-            loss = (1 - self.share) * loss + self.share * divergence(outputs.logits, expected, self.temperature)
+                expected = run_examples(self.teacher, inputs)
+            loss = (1 - self.share) * loss + self.share * divergence(logits_of(outputs), expected, self.temperature)
         return (loss, outputs) if return_outputs else loss
 
 

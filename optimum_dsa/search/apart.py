@@ -1,16 +1,41 @@
-"""Whether validation is text that calibration has not seen."""
+"""Calibration, and validation on text that calibration has not seen."""
 
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
+from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..common.apart import FEW, shared_windows
-from ..data import Calibration
+from ..common.token_rows import as_tensors, is_inputs
+from ..data import SAMPLES, DataConfig
+from ..pruning.calibration import Calibration, load_calibration
 
 
 logger = logging.getLogger(__name__)
+
+
+def load_apart(
+    model: nn.Module, tokenizer: Any, calibration: Any, validation: Any, data: DataConfig
+) -> tuple[Calibration, Tensor]:
+    """What calibrates, and windows to judge by, (windows, length): of `validation`, or others of the calibration.
+
+    Raises:
+        ValueError: as `load_calibration`; pictures, or tensors for calibration and nothing for validation.
+    """
+    if data.image_column is not None:
+        raise ValueError("A search compares predictions of text; leave image_column out, or name an allocation.")
+    if validation is not None:
+        found = load_calibration(calibration, model, tokenizer, data)
+        return found, load_calibration(validation, model, tokenizer, data.beside(validation)).inputs["input_ids"]
+    if is_inputs(calibration := as_tensors(calibration)):
+        raise ValueError("Give validation text or tokens: calibration inputs given as tensors are used whole.")
+    number = data.num_samples or SAMPLES
+    drawn = load_calibration(calibration, model, tokenizer, replace(data, num_samples=2 * number))
+    windows = drawn.inputs["input_ids"]
+    return replace(drawn, inputs={"input_ids": windows[:number]}), windows[number:]
 
 
 def check_apart(calibration: Calibration | None, validation: Tensor) -> None:

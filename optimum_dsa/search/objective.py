@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from ..common.fences import has_device_map
-from ..data import check_tokens
+from ..model.examples import check_causal
+from ..model.inputs import KINDS, check_tokens, kind_of
 from .realise import Realisation
 
 
@@ -32,7 +33,13 @@ class Objective:
         self, model: nn.Module, realisation: Realisation, validation: Tensor, batch_size: int = 8, top: int = 512
     ):
         """Keep what the dense model predicts for `validation`, (windows, length) int64."""
+        if (kind := kind_of(model)) != "causal":
+            raise ValueError(
+                f"{type(model).__name__} {KINDS[kind]}, and candidates are compared by the next tokens "
+                "that they predict; name an allocation instead."
+            )
         check_tokens(validation, model)
+        check_causal(model, validation)
         self.model, self.realisation = model, realisation
         self.validation, self.batch_size = validation, batch_size
         self._device = torch.device("cpu") if has_device_map(model) else model.device

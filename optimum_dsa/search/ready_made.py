@@ -9,9 +9,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..data import SAMPLES, Calibration, load_calibration
+from ..data import SAMPLES
 from ..pruning.allocate import architecture_for
 from ..pruning.allocation import ALLOCATIONS
+from ..pruning.calibration import Calibration, load_calibration
 from ..pruning.comparison import SHARE, compared_lines, windows_apart
 from ..pruning.configuration import DSAConfig
 from .problem import Budget

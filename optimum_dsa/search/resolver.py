@@ -10,7 +10,6 @@ import torch
 from torch import nn
 
 from ..common.progress import progress
-from ..data import Calibration
 from ..model.architecture import Weight
 from ..model.offload import resident
 from ..model.statistics import LayerStatistics
@@ -24,6 +23,7 @@ from ..pruning.allocation import (
     fit_to_budget,
     fit_to_matrices,
 )
+from ..pruning.calibration import Calibration
 from ..pruning.configuration import DSAConfig
 from ..pruning.unstructured.metrics import METRICS
 from .counts import allocation_of, counts_of

@@ -16,9 +16,10 @@ from torch import Tensor, nn
 from ..common.devices import process_state
 from ..common.output import OutputFolder
 from ..common.same_run import FINGERPRINTS
-from ..data import Calibration
 from ..model.fingerprint import fingerprint_of_model, fingerprint_of_tensors
+from ..pruning.allocate import standing_zeros
 from ..pruning.allocation import ALLOCATIONS, Allocation
+from ..pruning.calibration import Calibration
 from ..pruning.configuration import AUTO, DSAConfig
 from .apart import check_apart
 from .conductor import Conductor, TrialLogger
@@ -102,6 +103,7 @@ def search(
         trace = _trace(output, settings, resume, model, calibration, validation)
         stack.callback(trace.close)
         realised = realise(model, calibration, config, kind, **levels)
+        standing_zeros(model, realised.architecture, config)  # more of them than are asked for: nothing to search
         resolver = Resolver(model, realised, calibration, config, named)
         evaluator = Evaluator(Objective(model, realised, validation, config.batch_size), resolver)
         # Only the first process has a folder to read; all have to replay the same trials.

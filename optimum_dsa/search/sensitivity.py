@@ -12,13 +12,12 @@ import torch
 from torch import nn
 
 from ..common.files import write_text
-from ..data import Calibration
 from ..model.walk import walk_blocks
-from ..pruning.allocate import architecture_for
+from ..pruning.allocate import architecture_for, check_dense
 from ..pruning.allocation import Allocation
 from ..pruning.allocation.layout import by_block, grid
+from ..pruning.calibration import Calibration
 from ..pruning.configuration import DSAConfig
-from ..pruning.zeros import check_dense
 from .realise import check_searchable
 from .realise.database import relative_error
 from .realise.masks import shown

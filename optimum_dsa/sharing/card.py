@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from importlib.resources import files
 from typing import Any
@@ -27,24 +27,18 @@ from .provenance import (
     dataset_id,
     is_repository,
     last_part,
+    mixture,
     names_data,
     papers,
     recover_command,
     without_places,
 )
-from .tables import Table, block_table, limits, percent, perplexity_tables, task_tables
+from .tables import Table, block_table, limits, of_the_base, percent, perplexity_tables, task_tables
+from .usage import usage
 
 
 # The Hub knows finetune, adapter, merge and quantized. Pruned weights are the base model's own, compressed with loss.
 PRUNED, TRAINED = "quantized", "finetune"
-# Ending of the architecture's name -> the class that loads it, and what the Hub calls its task.
-LOADERS = {
-    "ForCausalLM": ("AutoModelForCausalLM", "text-generation"),
-    "LMHeadModel": ("AutoModelForCausalLM", "text-generation"),
-    "ForMaskedLM": ("AutoModelForMaskedLM", "fill-mask"),
-    "ForSequenceClassification": ("AutoModelForSequenceClassification", "text-classification"),
-    "ForImageClassification": ("AutoModelForImageClassification", "image-classification"),
-}
 RECORDED = "This is as it was recorded beside the model; it was not measured again when this card was written."
 # What a base model's card may say of itself, to be said again.
 _METADATA = {
@@ -61,7 +55,7 @@ def model_card(
     model_config: Mapping[str, Any],
     base: Mapping[str, Any] | None = None,
     plots: Mapping[str, str] | None = None,
-    tokenizer: bool = True,
+    present: Collection[str] = ("tokenizer.json",),
     uncounted: str = "",
     adapter_base: str | None = None,
 ) -> ModelCard:
@@ -75,14 +69,14 @@ def model_card(
         model_config: the content of the model's `config.json`.
         base: what the base model's card says of "license", "license_name", "license_link" and "language".
         plots: "allocation" and "heatmap" -> path in the repository.
-        tokenizer: whether one lies beside the model.
+        present: names of the files that will be beside the model.
         uncounted: why the zeros were not counted, where they were not.
         adapter_base: of an adapter, the repository of the pruned model under it.
     """
     facts = without_places(outcome.facts)
     config = DSAConfig.from_dict(facts["config"])
     base_id, revision = base_repository(facts)
-    loader, task = _loader(model_config)
+    used = usage(model_config, present)
     name = repo_id.rpartition("/")[2]
     shown = replace(
         outcome, name=name, evaluations=_portable(outcome.evaluations, name), parent=_portable(outcome.parent)
@@ -90,7 +84,7 @@ def model_card(
     data = ModelCardData(
         model_name=name,
         library_name="peft" if adapter_base else "transformers",
-        pipeline_tag=task,
+        pipeline_tag=used.task,
         base_model=adapter_base or base_id,
         base_model_relation="adapter" if adapter_base else _relation(outcome) if base_id else None,
         tags=["optimum-dsa", "pruned", "sparse", *_tags(outcome)],
@@ -100,6 +94,7 @@ def model_card(
     )
     base_name = (facts.get("base_model") or {}).get("name")
     made = _made(outcome, facts, base_name)
+    made = f"{made} --trust-remote-code" if made and used.trusted else made
     told = replace(outcome, facts=facts)
     return ModelCard.from_template(
         data,
@@ -117,13 +112,12 @@ def model_card(
         pattern=config.recipe.pattern,
         compressed=outcome.compressed,
         install=how_to_install(),
-        loader=loader,
-        tokenizer=tokenizer,
+        usage=used,
         plots=plots,
         results=_results(shown),
         account=prose_markdown(" ".join(account(told))),
         training=_training(outcome),
-        limits=limits(outcome),
+        limits=" ".join(filter(None, [limits(outcome), inline_markdown(of_the_base(outcome, shared=True))])),
         command=made and code_block(made, "bash"),
         note=_note(facts, made, revision),
         notes=[prose_markdown(note) for note in notes(told)],
@@ -205,12 +199,6 @@ def base_repository(facts: Mapping[str, Any]) -> tuple[str | None, str | None]:
     return (name, revision) if is_repository(name, alone=bool(revision)) else (None, None)
 
 
-def _loader(model_config: Any) -> tuple[str, str | None]:
-    names = model_config.get("architectures") if isinstance(model_config, Mapping) else None
-    name = names[0] if isinstance(names, list) and names and isinstance(names[0], str) else ""
-    return next((row for ending, row in LOADERS.items() if name.endswith(ending)), ("AutoModel", None))
-
-
 def _tags(outcome: Outcome) -> list[str]:
     """What chose the zeros and the allocation as tags, where they are known and have plain names."""
     if outcome.is_found:
@@ -280,7 +268,10 @@ def _note(facts: Mapping[str, Any], made: str, revision: str | None) -> str:
     if not made:
         parts.append("How the zeros came about is not known.")
     source = calibration_source(facts)
-    if facts.get("calibration") and not names_data(source):
+    if several := mixture(source):
+        local = ", ".join(code_span(one) for one in several if dataset_id(one) is None)
+        parts.append(f"Of the calibration data, {local} is not part of this repository." if local else "")
+    elif facts.get("calibration") and not names_data(source):
         named = f" ({inline_markdown(source)})" if source else ""
         parts.append(f"The calibration data{named} were given in Python and have no name.")
     elif source and dataset_id(source) is None:

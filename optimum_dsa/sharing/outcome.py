@@ -16,6 +16,7 @@ from ..checkpoint.verify import Verification
 from ..common.escaping import one_line
 from ..common.files import read_json
 from ..common.folder_files import own_file
+from ..common.hub_file import model_name
 from ..common.values import is_real, is_whole, short
 from ..evaluation.measurement import Measurement
 from ..evaluation.results import results_from
@@ -73,7 +74,7 @@ class Outcome:
             ValueError: a file in it cannot be read, or is a link out of it.
         """
         path = Path(folder)
-        name = path.resolve().name
+        name = model_name(path)
         for file in (CONFIG_NAME, "trace.jsonl", "search.json", "allocation.json"):
             if (path / file).is_file():
                 own_file(path / file, path)
@@ -266,11 +267,11 @@ def _evaluations(folder: Path, facts: Mapping[str, Any]) -> tuple[tuple[Measurem
             continue
         try:
             data = read_json(own_file(path, folder))
-            rows = _measured(data, {"model": folder.resolve().name, **known})
+            rows = _measured(data, {"model": model_name(folder), **known})
         except ValueError as error:
             logger.info("Not read for an evaluation: %s", one_line(str(error)))
             continue
-        mine = rows if len(rows) == 1 else [row for row in rows if row.model == folder.resolve().name]
+        mine = rows if len(rows) == 1 else [row for row in rows if row.model == model_name(folder)]
         own += mine
         parent += [row for row in rows if row not in mine and _is_parent(row, facts, known["size"])]
     return tuple(own), tuple(parent)

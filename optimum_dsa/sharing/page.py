@@ -36,6 +36,7 @@ from .tables import (
     compared,
     limits,
     measured,
+    of_the_base,
     percent,
     percentage,
     result_tables,
@@ -157,7 +158,7 @@ def page(outcomes: Sequence[Outcome], drawn: dict[str, tuple[Figure, str, str]])
         notes=notes(first),
         details=details(first),
         lists=_lists(first),
-        limits="" if first.is_dense else limits(first),
+        limits="" if first.is_dense else " ".join(filter(None, [limits(first), of_the_base(first)])),
         vouched=vouched(outcomes),
     )
 

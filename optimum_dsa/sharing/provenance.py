@@ -55,7 +55,12 @@ def command(facts: Mapping[str, Any]) -> str:
     words += [flag_of(name, off=not changed[name]) for name in switches]
     if facts.get("calibration"):
         source = calibration_source(facts)
-        words += ["--dataset", (names_data(source) and _word(source)) or "YOUR_TEXT"]
+        sources = mixture(source) or {(names_data(source) and _word(source)) or "YOUR_TEXT": ""}
+        for one in sources:
+            words += ["--dataset", _word(one) or "YOUR_TEXT"]
+        words += ["--weights", *sources.values()] if len(sources) > 1 else []
+    if base.get("gguf_file") and base["gguf_file"] != base.get("name"):
+        words += ["--gguf-file", _word(base["gguf_file"]) or "FILE"]
     if base.get("revision"):
         words += ["--revision", _word(base["revision"]) or "REVISION"]
     return shlex.join(words)
@@ -100,6 +105,12 @@ def calibration_source(facts: Mapping[str, Any]) -> str:
 def names_data(source: str) -> bool:
     """Whether a calibration source is a file's or a dataset's name, and not "3 texts" that were given in Python."""
     return bool(source) and not re.fullmatch(r"\d+ texts|tensor", source) and " " not in source
+
+
+def mixture(source: str) -> dict[str, str]:
+    """Sources and their weights, where a calibration source is several that have names; empty where it is not."""
+    parts = [re.fullmatch(r"(\d[\d.e+-]*) (\S+)", part) for part in source.split(" + ")]
+    return {part[2]: part[1] for part in parts} if len(parts) > 1 and all(parts) else {}
 
 
 def dataset_id(source: str) -> str | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
@@ -13,14 +14,18 @@ from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalEntr
 from huggingface_hub.utils import validate_repo_id
 
 from ..checkpoint.description import read_description
+from ..common.escaping import one_line
 from ..common.fences import transport_error
 from ..common.files import read_json
 from ..common.folder_files import WEIGHTS
 from ..common.version import VERSION
 from ..pruning.configuration import CONFIG_NAME
+from .allocation_alone import allocation_alone, files_of
 from .card import base_repository, model_card
 from .upload import Upload, collect, count, pictures
 
+
+logger = logging.getLogger(__name__)
 
 TRANSPORT_ERROR = transport_error()
 REASONS = {
@@ -53,6 +58,7 @@ def push_folder(
 ) -> str:
     """Push the pruned model in `folder`, in one commit; returns the address of the repository or pull request.
 
+    An allocation, in a JSON file or in the folder of a search, goes alone: the file, and a card.
     An adapter goes without the pruned model under it, which has to be in a repository already, with the same zeros.
 
     The repository and the branch `revision` are made where they are missing. Weight files there that the model does
@@ -80,29 +86,39 @@ def push_folder(
         FileNotFoundError: the folder holds no pruned model.
     """
     validate_repo_id(repo_id)
-    upload = collect(folder, base)
+    alone = allocation_alone(folder)
+    upload = collect(folder, base) if alone is None else None
+    if upload is not None and upload.left_out:
+        logger.warning("Of %s, these files are not sent: %s.", folder, one_line(", ".join(upload.left_out)))
     kept = kept or f"{folder} is whole, and the same command goes on."
     api = HfApi(endpoint=endpoint, token=token, library_name="optimum-dsa", library_version=VERSION)
-    if upload.base is not None:
+    if upload is not None and upload.base is not None:
         with explained(repo_id, kept):
             upload = _on_its_base(upload, api)
-    upload, uncounted = count(upload, folder)
+    if upload is not None:
+        upload, uncounted = count(upload, folder)
     with explained(repo_id, kept):
         repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
         validate_repo_id(repo_id)  # it goes into the card's code
         if revision and not create_pr:
             api.create_branch(repo_id, branch=revision, exist_ok=True)
-        metadata = _base_metadata(api, upload)
+        metadata = {} if upload is None else _base_metadata(api, upload)
         there = api.list_repo_files(repo_id, revision=revision)
-    contents = {**upload.files, **pictures(upload.outcome, repo_id.rpartition("/")[2])}
-    contents.setdefault("README.md", _card(upload, repo_id, metadata, contents, uncounted))
+    if upload is None:
+        contents = files_of(alone, repo_id)
+        if "config.json" in there:  # beside a model, whose card it is
+            del contents["README.md"]
+    else:
+        contents = {**upload.files, **pictures(upload.outcome, repo_id.rpartition("/")[2])}
+        contents.setdefault("README.md", _card(upload, repo_id, metadata, contents, uncounted))
     operations = [
         CommitOperationAdd(name, content if isinstance(content, bytes) else str(content))
         for name, content in contents.items()
     ]
     # In the same commit: no reader ever meets weights of two models.
-    operations += [CommitOperationDelete(name) for name in there if _is_stale(name, contents)]
-    message = commit_message or _message(upload)
+    stale = [name for name in there if upload is not None and _is_stale(name, contents)]
+    operations += [CommitOperationDelete(name) for name in stale]
+    message = commit_message or (f"Allocation {alone.name}" if upload is None else _message(upload))
     with explained(repo_id, kept):
         done = api.create_commit(repo_id, operations, commit_message=message, revision=revision, create_pr=create_pr)
     return done.pr_url or str(done.repo_url)
@@ -157,7 +173,7 @@ def _card(
     """A card's bytes, with the pictures that are among the contents."""
     plots = {Path(name).stem: name for name in contents if name.startswith("plots/")}
     card = model_card(
-        upload.outcome, repo_id, upload.model_config, base, plots, upload.has_tokenizer, uncounted, upload.base
+        upload.outcome, repo_id, upload.model_config, base, plots, upload.files.keys(), uncounted, upload.base
     )
     return str(card).encode()
 

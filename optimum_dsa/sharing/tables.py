@@ -27,9 +27,32 @@ DENSE_FILES = "Its files are as large as the dense model's; they can be compress
 COMPRESSED_FILES = "Its files leave the zeros out; they come back when it is loaded."
 
 
+_NAMED = 12  # files or parts of a model in a sentence
+
+
 def limits(outcome: Outcome) -> str:
     """What sparsity does and does not give, in a paragraph."""
     return LIMITS + (COMPRESSED_FILES if outcome.compressed else DENSE_FILES)
+
+
+def of_the_base(outcome: Outcome, shared: bool = False) -> str:
+    """What of the base is not with the model, and what of it was not pruned: a text of names from its files.
+
+    With `shared`, for others to read: without the names of files in a folder of whoever pruned it.
+    """
+    found = outcome.facts.get("base_files") or {}
+    public = bool((outcome.facts.get("base_model") or {}).get("revision"))
+    parts = []
+    if (left := found.get("left")) and (public or not shared):
+        shown = ", ".join(f"{name} ({why})" for name, why in list(left.items())[:_NAMED])
+        more = f" and {len(left) - _NAMED} more" if len(left) > _NAMED else ""
+        parts.append(f"Files of the base that are not here: {shown}{more}.")
+    if tensors := found.get("not_pruned"):
+        parts.append(
+            f"Not pruned, as the model's class does not know them: {sum(tensors.values()):,} weights in "
+            f"{', '.join(list(tensors)[:_NAMED])}{', ...' if len(tensors) > _NAMED else ''}."
+        )
+    return " ".join(parts)
 
 
 def vouched(outcomes: Sequence[Outcome]) -> str:

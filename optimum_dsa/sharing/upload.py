@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from fnmatch import fnmatch
 from pathlib import Path
@@ -15,6 +15,7 @@ from typing import Any
 from huggingface_hub.utils import validate_repo_id
 
 from ..checkpoint.adapter_base import ADAPTER_CONFIG, base_under, is_adapter
+from ..checkpoint.base_files import MODULES, module_folders
 from ..checkpoint.description import checksum, report_from, seal_of
 from ..checkpoint.load import load_model
 from ..checkpoint.shards import open_shard
@@ -22,7 +23,7 @@ from ..checkpoint.verify import verify
 from ..common.escaping import one_line
 from ..common.files import read_json
 from ..common.folder_files import OTHERS, TOKENIZER, WEIGHTS, is_part, own_file, own_files
-from ..common.manifest import MANIFEST
+from ..common.manifest import MANIFEST, recognised
 from ..pruning.configuration import CONFIG_NAME
 from .outcome import Outcome
 from .provenance import is_repository, last_part, without_places
@@ -51,10 +52,6 @@ class Upload:
     left_out: tuple[str, ...]
     base: str | None = None
 
-    @property
-    def has_tokenizer(self) -> bool:
-        return any(name.startswith("tokenizer") for name in self.files)
-
 
 def collect(folder: str | Path, base: str | None = None) -> Upload:
     """What of `folder` goes to the Hub.
@@ -74,13 +71,14 @@ def collect(folder: str | Path, base: str | None = None) -> Upload:
     own_file(path / CONFIG_NAME, path)
     base = _base_repository(path, base)
     outcome = Outcome.read(path)
+    of_base = _of_base(path, outcome.facts)
     files: dict[str, Path | bytes] = {}
     left_out = []
     for name, file in own_files(path):
         if name in (CONFIG_NAME, MANIFEST):
             continue
-        if is_part(name, ALLOWED) or any(pattern.startswith(f"{name}/") for pattern in ALLOWED):
-            files[name] = _sendable(file, path)
+        if is_part(name, ALLOWED) or name in of_base or any(pattern.startswith(f"{name}/") for pattern in ALLOWED):
+            files[name] = _sendable(file, path, of_base)
         else:
             left_out.append(name)
     if not any(fnmatch(name, WEIGHTS[0]) for name in files):
@@ -98,7 +96,7 @@ def collect(folder: str | Path, base: str | None = None) -> Upload:
             cut = _without_paths(content)
             if cut != content:
                 files[name] = _json(cut)
-    files[CONFIG_NAME] = _description(path / CONFIG_NAME)
+    files[CONFIG_NAME] = _description(path / CONFIG_NAME, files)
     model_config = read_json(path / "config.json") if (path / "config.json").is_file() else {}
     left_out = [name for name in left_out if name not in files]
     return Upload(outcome, model_config, files, tuple(left_out), base)
@@ -178,21 +176,42 @@ def pictures(outcome: Outcome, name: str) -> dict[str, bytes]:
     return found
 
 
-def _sendable(file: Path, folder: Path) -> Path:
+def _of_base(path: Path, facts: Mapping[str, Any]) -> set[str]:
+    """The files that came from the base and are as they were: the public, and those of modules behind the model.
+
+    Others of a base in a folder may be of whoever keeps that folder; what a model needs has known names.
+    """
+    stated = facts.get("base_files") or {}
+    modules = module_folders(read_json(path / MODULES)) if (path / MODULES).is_file() else ()
+    names = [
+        name
+        for name in stated.get("kept") or ()
+        if name in (stated.get("public") or ()) or ("/" in name and name.split("/")[0] in modules)
+    ]
+    return set(recognised(path, [name for name in names if (path / name).is_file()]))
+
+
+def _sendable(file: Path, folder: Path, of_base: Collection[str] = ()) -> Path:
     """`file`; `ValueError` where it is a link to something that would not go under its own name."""
     target, whole = own_file(file, folder).resolve(), folder.resolve()
-    if target.is_relative_to(whole) and not is_part(target.relative_to(whole).as_posix(), ALLOWED):
+    name = target.relative_to(whole).as_posix() if target.is_relative_to(whole) else None
+    if name is not None and name not in of_base and not is_part(name, ALLOWED):
         raise ValueError(f"{file} is a link to {target.name}, which does not go to the Hub; replace or remove it.")
     return file
 
 
-def _description(file: Path) -> Path | bytes:
+def _description(file: Path, sent: Collection[str]) -> Path | bytes:
     """`dsa_config.json` as it is where there is nothing to cut; else cut, and signed again if it was kept as it was.
 
     It stays in its version: a checksum vouches for nothing that had none when it was written.
     """
     written = read_json(file)
     cut = without_places(written)
+    if "base_files" in cut:
+        # Names of files that are not sent are nobody's business, but where everybody may read them.
+        found, public = cut["base_files"], bool((cut.get("base_model") or {}).get("revision"))
+        kept = {"kept": [name for name in found["kept"] if name in sent], "left": found["left"] if public else {}}
+        cut["base_files"] = {**found, **kept}
     if cut == written:
         return file
     # Whoever changed it before gets no seal from us.

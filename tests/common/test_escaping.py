@@ -153,7 +153,11 @@ def outcome(text: str, number: float = 0.5) -> Outcome:
     shares = dict.fromkeys(units, 0.5)
     allocation = Allocation(shares, units, text)
     config = DSAConfig(
-        0.5, exclude=(text,), include=(text, text), blocks=(text,), data=DataConfig(text_column=text, split=text)
+        0.5,
+        exclude=(text,),
+        include=(text, text),
+        blocks=(text,),
+        data=DataConfig(text_column=text, split="train", subset=text),
     )
     calibration = {"source": text, text: text, "samples": 8}
     report = PruningReport(config, allocation, shares, 100, calibration, {text: text}, {text: 0.1}, (text,), 1.0)
@@ -241,7 +245,17 @@ def test_a_command_has_no_option_and_no_letter_that_cannot_be_seen(text):
     assert visible(made) == made and "\n" not in made
     assert words[:2] == ["optimum-cli", "dsa"] and words[3] in (text, "BASE_MODEL")
     flags = {word for word in words if word.startswith("-")}
-    known = {"-o", "--sparsity", "--config", "--exclude", "--include", "--blocks", "--split", "--text-column"}
+    known = {
+        "-o",
+        "--sparsity",
+        "--config",
+        "--exclude",
+        "--include",
+        "--blocks",
+        "--split",
+        "--subset",
+        "--text-column",
+    }
     assert flags <= known | {"--allocation", "--dataset", "--revision"}
 
 

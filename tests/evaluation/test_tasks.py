@@ -11,7 +11,7 @@ from optimum_dsa import DSAConfig, DSAPruner, evaluate_tasks
 from optimum_dsa.commands.embedded import demo_model, demo_texts
 from optimum_dsa.common.installation import how_to_install
 from optimum_dsa.common.registry import UnknownNameError
-from optimum_dsa.evaluation.tasks import find_tasks, task_names, tidy
+from optimum_dsa.evaluation.tasks import find_tasks, tidy
 
 from ..test_commands import run
 
@@ -108,7 +108,7 @@ def test_what_cannot_be_measured_is_refused(monkeypatch, capsys, tmp_path, task)
     assert "say what to measure" in run(monkeypatch, capsys, "evaluate", str(demo_model()))[2]
     (tmp_path / "nameless.yaml").write_text("dataset_path: json\n")
     with pytest.raises(ValueError, match="nameless.yaml describes no task"):
-        task_names([str(tmp_path / "nameless.yaml")])
+        find_tasks([str(tmp_path / "nameless.yaml")])
     pruner = DSAPruner.from_pretrained(demo_model())
     with pytest.raises(ValueError, match="need the model's tokenizer"):
         evaluate_tasks(pruner.model, None, ["boolq"])
@@ -137,6 +137,82 @@ def test_tasks_are_looked_for_before_a_model_is_loaded(monkeypatch, capsys, tmp_
         find_tasks([])
     with pytest.raises(FileNotFoundError, match="No such folder of tasks"):
         find_tasks(["next_line"], tmp_path / "nowhere")
+
+
+@pytest.fixture
+def folder(task, tmp_path):
+    """Task files as people write them, beside each other."""
+    pytest.importorskip("lm_eval")
+    base = "\n".join(line for line in task.read_text().splitlines() if not line.startswith("task:"))
+    (tmp_path / "shared").mkdir()
+    (tmp_path / "shared" / "base.yaml").write_text(base)
+    (tmp_path / "shared" / "named.yaml").write_text(f"task: from_include\n{base}")
+    files = {
+        "one.yaml": 'task: "one" # a comment\ninclude: shared/base.yaml\n',
+        "two.yaml": "include: shared/base.yaml\n'task': two\ntag: ours\n",
+        "inner.yaml": "include: shared/named.yaml\n",
+        "group.yaml": "group: mine\ntask:\n  - one\n  - two\naggregate_metric_list:\n  - metric: acc\n",
+        "nested.yaml": "group: all_of_mine\ntask:\n  - {group: part, task: [one]}\n  - {task: two, num_fewshot: 0}\n",
+        "broken.yaml": "task: [\n",
+        "lost.yaml": "task: lost\ninclude: shared/nowhere.yaml\n",
+        "twin.yaml": "task: one\ninclude: shared/base.yaml\n",
+        "other.yml": "task: other\ninclude: shared/base.yaml\n",
+    }
+    for name, text in files.items():
+        (tmp_path / name).write_text(text)
+    (tmp_path / "shared" / "named.yaml").rename(tmp_path / "shared" / "named.yaml.inc")
+    (tmp_path / "inner.yaml").write_text("include: shared/named.yaml.inc\n")
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    "asked,names",
+    [
+        (["group.yaml"], ("mine",)),
+        (["nested.yaml"], ("all_of_mine",)),
+        (["inner.yaml"], ("from_include",)),
+        (["one.yaml", "two.yaml"], ("one", "two")),
+        (["one.yaml", "ours"], ("one", "ours")),
+        (["two.yaml", "*e"], ("two", "all_of_mine", "from_include", "mine", "one")),
+    ],
+)
+def test_files_are_what_lm_evals_own_index_reads_in_them(folder, asked, names):
+    from lm_eval.tasks import TaskManager
+
+    given = [str(folder / name) if name.endswith("yaml") else name for name in asked]
+    found = find_tasks(given)
+    assert found.names == names
+    own = TaskManager(include_path=str(folder), include_defaults=False)
+    assert {*found.manager.all_tasks} == {*own.all_tasks}  # its own 10,000 are not read for it
+
+
+@pytest.mark.parametrize(
+    "name,message",
+    [
+        ("broken.yaml", "broken.yaml describes no task: "),
+        ("lost.yaml", "lost.yaml describes no task: .*nowhere.yaml"),
+        ("twin.yaml", "twin.yaml describes 'one', and so does another file"),
+        ("other.yml", "lm-eval reads files that end in .yaml"),
+        ("missing.yaml", "No such file of a task: .*missing.yaml"),
+        ("shared/base.yaml", "base.yaml describes no task: "),
+    ],
+)
+def test_a_file_that_lm_eval_would_pass_over_is_refused(folder, name, message):
+    with pytest.raises((ValueError, FileNotFoundError), match=message) as raised:
+        find_tasks([str(folder / name)])
+    assert "\n" not in str(raised.value)
+
+
+def test_a_group_is_measured_and_a_model_on_the_disk_as_one_in_memory(folder, pruned, tmp_path):
+    loaded = [DSAPruner.from_pretrained(pruned, dtype="float32"),
+              DSAPruner.from_pretrained(pruned, dtype="float32", device_map={"": "disk"},
+                                        offload_folder=str(tmp_path / "offload"))]  # fmt: skip
+    memory, disk = (
+        evaluate_tasks(one.model, one.tokenizer, [str(folder / "group.yaml")], limit=2, sequence_length=64)
+        for one in loaded
+    )
+    assert {*memory} == {"mine", "one", "two"} and memory["one"]["acc"]["value"] in (0.0, 0.5, 1.0)
+    assert disk == memory
 
 
 def test_errors_stand_beside_their_values():

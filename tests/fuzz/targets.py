@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 
-from optimum_dsa import Allocation, AllocationFunction, DSAConfig, DSAPruner, convert
+from optimum_dsa import Allocation, AllocationFunction, Calibration, DSAConfig, DSAPruner, convert
 from optimum_dsa.checkpoint.convert import converted_config
 from optimum_dsa.checkpoint.description import contradictions, read_description, report_from, seal_of
 from optimum_dsa.checkpoint.encodings import encoding_named
@@ -23,7 +23,6 @@ from optimum_dsa.checkpoint.load import load_model
 from optimum_dsa.checkpoint.shards import count_weights, find_shards, index_name, open_shard
 from optimum_dsa.common.files import parse_json, read_json
 from optimum_dsa.common.manifest import MANIFEST, files_in, recognised
-from optimum_dsa.data import Calibration
 from optimum_dsa.packed.bitmask import LARGEST, pack, read_header, unpack
 from optimum_dsa.pruning.allocation.layout import by_block, grid
 from optimum_dsa.pruning.configuration import CONFIG_NAME

@@ -273,7 +273,7 @@ def test_a_model_made_of_blocks_is_walked_whatever_it_is_called():
         (lambda: Toy(layers(), rounds=2), r"layers\.0 out of order or more than once", "blocks="),
         (lambda: Toy(layers(), between=lambda hidden: hidden * 2), r"between the blocks before layers\.1", "blocks="),
         (
-            lambda: Toy(layers(), between=lambda hidden: hidden.add_(1)),
+            lambda: Toy(layers(), between=lambda hidden: hidden.mul_(2)),
             r"between the blocks before layers\.1",
             "no inputs",
         ),

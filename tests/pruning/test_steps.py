@@ -226,5 +226,5 @@ def test_zeros_that_the_model_had_and_that_fit_no_budget_are_said(caplog):
     pruner = DSAPruner(tiny_llama())
     pruner.prune(tokens(), DSAConfig(0.6, "wanda", "owl"))
     caplog.clear()
-    report = pruner.prune(tokens(), DSAConfig(0.5, "wanda", "uniform"))
+    report = pruner.prune(tokens(), DSAConfig(0.5, "wanda", "uniform", pattern="2:4"))
     assert report.sparsity > 0.5 and "more than asked are zero" in caplog.text

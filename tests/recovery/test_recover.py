@@ -216,7 +216,7 @@ def test_what_is_no_recovery_is_refused(changes, message):
         (regular(), {}, {"teacher": tiny_llama()}, "give the dense model as teacher"),
         (regular(), {"distillation": 1.0}, {"teacher": tiny_llama(vocab_size=50)}, "it must be the dense parent"),
         (regular(), {"save_steps": 2}, {}, "Resuming needs a folder of checkpoints"),
-        (["text"], {}, {}, "Training text needs a tokenizer"),
+        (["text"], {}, {}, "Text needs a tokenizer"),
     ],
 )
 def test_what_cannot_be_trained_is_refused(train, changes, options, message):

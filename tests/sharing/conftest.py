@@ -5,8 +5,7 @@ import json
 import huggingface_hub.constants
 import pytest
 
-from optimum_dsa import DSAConfig, DSAPruner, RecoveryConfig
-from optimum_dsa.data import Calibration
+from optimum_dsa import Calibration, DSAConfig, DSAPruner, RecoveryConfig
 from optimum_dsa.search.search import search
 from optimum_dsa.sharing.outcome import read_all
 

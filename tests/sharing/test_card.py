@@ -3,6 +3,7 @@ import json
 from optimum_dsa import RecoveryConfig, RecoveryResult
 from optimum_dsa.evaluation.measurement import Measurement, Protocol, TaskProtocol
 from optimum_dsa.evaluation.results import save_results
+from optimum_dsa.sharing.page import write_report
 
 from .common import card, change, push
 
@@ -88,3 +89,17 @@ def test_tasks_and_the_dense_model_are_in_the_card(hub, folder):
         ("test.txt", "perplexity", 12.0),
         ("boolq", "acc", 0.5),
     ]
+
+
+def test_what_of_the_base_is_not_there_is_named_to_those_who_may_know(hub, folder, tmp_path):
+    left, parts = {"model-q4.gguf": "weights in another form", "a|b.bin": "x"}, {"model.layers.92": 1024, "mtp": 8}
+    change(folder, "dsa_config.json", base_files={"kept": [], "public": [], "left": left, "not_pruned": parts})
+    push(folder)
+    assert "does not know them: 1,032 weights in model.layers.92, mtp." in card(hub).text
+    assert "gguf" not in card(hub).text  # the base was in a folder, whose names are nobody's business
+    base = {"name": "org/base", "revision": "0123456789abcdef0123456789abcdef01234567"}
+    change(folder, "dsa_config.json", base_model=base)
+    push(folder)
+    assert "not here: model-q4.gguf (weights in another form), a" in card(hub).text.replace("\\", "")
+    write_report(folder, output=tmp_path / "page")
+    assert "model-q4.gguf (weights in another form)" in (tmp_path / "page" / "report.html").read_text()

@@ -17,7 +17,9 @@ from optimum_dsa import (
     ReconstructConfig,
     UpdateConfig,
 )
+from optimum_dsa.commands.base import asked_source
 from optimum_dsa.commands.prune import asked_config
+from optimum_dsa.data import describe
 from optimum_dsa.recovery.configuration import RecoveryConfig
 from optimum_dsa.recovery.recoveries import RECOVERIES
 from optimum_dsa.sharing.provenance import (
@@ -72,7 +74,14 @@ def test_the_command_asks_for_the_same_config(config, tmp_path, monkeypatch):
     if isinstance(config.allocation, Allocation):
         assert asked.given_allocation() == config.allocation
     assert {**asked.to_dict(), "allocation": None} == {**config.to_dict(), "allocation": None}
-    assert (args.model, args.dataset, args.revision) == ("org/model", "calibration.txt", "abc")
+    assert (args.model, asked_source(args), args.revision) == ("org/model", "calibration.txt", "abc")
+
+
+def test_the_command_names_several_sources_with_their_weights():
+    source = {"wikitext2": 3.0, "code.jsonl": 0.5}
+    line = command(facts(DSAConfig(0.5), source=describe(source)))
+    assert asked_source(commands().parse_args(shlex.split(line)[1:])) == source
+    assert "YOUR_TEXT" in command(facts(DSAConfig(0.5), source=describe({("a", "b"): 3.0, "c.txt": 1.0})))
 
 
 def test_texts_from_python_have_no_name():

@@ -181,3 +181,50 @@ def test_an_adapter_goes_with_its_own_card_onto_a_base_in_a_repository(hub, adap
     assert 'AutoModelForCausalLM.from_pretrained("me/pruned"' in text and "trained for 2 steps" in text
     hub_model, local = DSAPruner.from_pretrained("me/adapter", token=TOKEN), DSAPruner.from_pretrained(adapter)
     assert same_state(hub_model.model, state(local.model))
+
+
+def embedder(folder):
+    """A tiny model with what belongs to it, and what is of whoever keeps the folder."""
+    tiny_llama().save_pretrained(folder)
+    modules = [{"path": "", "type": "x.Transformer"}, {"path": "1_Pooling", "type": "x.Pooling"}, {"path": "2_Dense"}]
+    own = {
+        "modules.json": json.dumps(modules),
+        "1_Pooling/config.json": "{}",
+        "2_Dense/pytorch_model.bin": "x",
+        "preprocessor_config.json": "{}",
+        "LICENSE": "x",
+        "NOTICE.txt": "x",
+    }
+    for name, content in {**own, "notes.txt": "of mine", "voices/one.npz": "x"}.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(content)
+    return own.keys()
+
+
+def test_what_belongs_to_the_base_is_sent_and_notes_are_not(hub, tmp_path, caplog):
+    own = embedder(tmp_path / "base")
+    (tmp_path / "base" / "optimizer-of-jane.pt").write_text("x")
+    pruner = DSAPruner.from_pretrained(tmp_path / "base")
+    pruner.prune(tokens(), DSAConfig(0.6))
+    pruner.save_pretrained(tmp_path / "model")
+    assert (tmp_path / "model" / "notes.txt").is_file()
+    push(tmp_path / "model")
+    assert hub.content("me/tiny").keys() == FILES | PLOTS | own
+    assert "not sent: notes.txt, voices/one.npz." in caplog.text
+    facts = json.loads(hub.content("me/tiny")["dsa_config.json"])
+    assert set(facts["base_files"]["kept"]) == set(own) and is_unchanged(facts)
+    assert b"jane" not in hub.content("me/tiny")["dsa_config.json"]
+    (tmp_path / "model" / "1_Pooling" / "config.json").write_text("changed by somebody")
+    assert "1_Pooling/config.json" in collect(tmp_path / "model").left_out
+
+
+def test_what_a_base_on_the_hub_has_is_sent_whatever_it_is(hub, tmp_path, monkeypatch):
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    own = embedder(tmp_path / "base")
+    api = HfApi(endpoint=hub.url, token=TOKEN)
+    api.create_repo("me/base")
+    api.upload_folder(repo_id="me/base", folder_path=tmp_path / "base")
+    pruner = DSAPruner.from_pretrained("me/base")
+    pruner.prune(tokens(), DSAConfig(0.6))
+    pruner.push_to_hub("me/tiny", token=TOKEN)
+    assert hub.content("me/tiny").keys() == FILES | PLOTS | own | {"notes.txt", "voices/one.npz"}

@@ -1,7 +1,7 @@
 """How much to prune where: operations, allocation functions, named allocators, exact budgets."""
 
 from .allocators import ALLOCATIONS, Allocator, Heuristic
-from .budget import Allocation, fit_to_budget, fit_to_matrices, split_count
+from .budget import ALLOCATION_FILE, Allocation, fit_to_budget, fit_to_matrices, is_repository, split_count
 from .function import AllocationFunction
 from .levels import fit_to_levels, levels_within
 from .operations import POST_PROCESS, PRE_PROCESS, REDUCTION, TRANSFORM
@@ -10,6 +10,7 @@ from .unit import Unit
 
 __all__ = [
     "ALLOCATIONS",
+    "ALLOCATION_FILE",
     "POST_PROCESS",
     "PRE_PROCESS",
     "REDUCTION",
@@ -22,6 +23,7 @@ __all__ = [
     "fit_to_budget",
     "fit_to_levels",
     "fit_to_matrices",
+    "is_repository",
     "levels_within",
     "split_count",
 ]

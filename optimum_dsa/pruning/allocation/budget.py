@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -12,8 +13,14 @@ import torch
 from torch import Tensor
 
 from ...common.files import read_json, write_text
+from ...common.hub_file import hub_file
 from ...common.values import LARGEST_WHOLE, is_whole, short
 from ...model.architecture import GRANULARITIES
+
+
+ALLOCATION_FILE = "allocation.json"  # in the folder of a search, and in a repository
+FILES = (ALLOCATION_FILE, "dsa_config.json")
+_REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+(@\w[\w./-]*)?")  # an allocation function has two slashes at least
 
 
 @dataclass(frozen=True)
@@ -97,15 +104,46 @@ class Allocation:
 
     @classmethod
     def load(cls, path: str | Path) -> Allocation:
-        """The allocation in a JSON file, or in the folder of a search or of a pruned model."""
-        path = Path(path)
+        """The allocation in a JSON file, or in the folder of a search or of a pruned model, here or on the Hub.
+
+        Args:
+            path (`str | Path`): of the file or folder; or a repository, such as "me/found" or "me/found@revision".
+
+        Raises:
+            OSError: there is none.
+        """
+        text, path = str(path), Path(path)
         if path.is_dir():
-            names = ("allocation.json", "dsa_config.json")
-            path = next((path / name for name in names if (path / name).is_file()), path / names[1])
+            path = next((path / name for name in FILES if (path / name).is_file()), path / FILES[1])
+        elif not path.exists() and is_repository(text):
+            path = _of_repository(text)
         data = read_json(path)
         if not isinstance(data, Mapping):
             raise ValueError(f"{path} holds no allocation: expected {{unit: sparsity}}.")
         return cls.from_dict(data.get("allocation", data))
+
+
+def is_repository(text: str) -> bool:
+    """Whether a text can be the name of a repository on the Hub, with a revision or without."""
+    return _REPOSITORY.fullmatch(text) is not None and not text.endswith(".json")
+
+
+def _of_repository(text: str) -> Path:
+    """The file with the allocation of a repository, in the cache."""
+    name, _, revision = text.partition("@")
+    options = {"revision": revision} if revision else {}
+    try:
+        found = next(filter(None, (hub_file(name, file, **options) for file in FILES)), None)
+    except OSError as error:
+        raise FileNotFoundError(
+            f"The allocation {text!r} is no file or folder here, and no repository that the Hub gives: {error}"
+        ) from None
+    if found is None:
+        raise FileNotFoundError(
+            f"The allocation {text!r} is no file or folder here; on the Hub it has none of {', '.join(FILES)}, or the "
+            "Hub cannot be asked."
+        )
+    return found
 
 
 def fit_to_budget(
@@ -116,11 +154,16 @@ def fit_to_budget(
     high: float = 1.0,
     name: str = "custom",
     granularity: str | None = None,
+    floors: Mapping[str, int] | None = None,
 ) -> Allocation:
     """The `Allocation` nearest to `proposed` whose parameter-weighted mean is `target`, to one weight.
 
     Water-filling: all units are shifted by one constant and clipped to [low, high]; then every unit gets a whole
     number of weights, largest remainders first, so that the numbers add up to round(target · Σ sizes).
+
+    Args:
+        floors (`Mapping[str, int]`, *optional*): unit -> weights that are removed already and stay so, whatever `high`
+            is. Where they are more than the target, they are the target.
 
     Raises:
         ValueError: a value of `proposed` is not finite, or no allocation within the bounds has this mean.
@@ -135,13 +178,27 @@ def fit_to_budget(
         # NaN and ±∞ alike: the difference with itself is NaN.
         bad = [unit for unit, value in zip(sizes, values.tolist()) if value - value != 0]
         raise ValueError(f"Allocation {name} is not finite for {', '.join(bad[:5])}.")
-    counts = fit_counts(values, torch.tensor(list(sizes.values()), dtype=torch.float64), target, low, high)
+    widths = torch.tensor(list(sizes.values()), dtype=torch.float64)
+    if floors and any(floors.values()):
+        standing = torch.tensor([floors.get(unit, 0) for unit in sizes], dtype=torch.float64)
+        target = max(target, float(standing.sum() / widths.sum()))
+        low = (standing / widths.clamp(min=1)).clamp(min=low)
+        high = low.clamp(min=high)
+        if round(float((low * widths).sum())) > round(target * int(widths.sum())):
+            raise ValueError(
+                f"A mean sparsity of {target:.4f} cannot be met: the zeros that some units have already, and "
+                "min_sparsity in the others, are more; choose a smaller min_sparsity or a higher sparsity."
+            )
+    counts = fit_counts(values, widths, target, low, high)
     sparsity = {unit: count / max(size, 1) for (unit, size), count in zip(sizes.items(), counts.tolist())}
     return Allocation(sparsity, dict(sizes), name, granularity)
 
 
-def fit_counts(proposed: Tensor, sizes: Tensor, target: float, low: float, high: float) -> Tensor:
-    """`fit_to_budget` of many proposals at once: (..., units) float64 -> weights to remove, (..., units) int64."""
+def fit_counts(proposed: Tensor, sizes: Tensor, target: float, low: float | Tensor, high: float | Tensor) -> Tensor:
+    """`fit_to_budget` of many proposals at once: (..., units) float64 -> weights to remove, (..., units) int64.
+
+    `low` and `high` hold for all units, or are (units,).
+    """
     exact = _shift_to_mean(proposed, sizes, target, low, high)
     return _round_to_total(exact * sizes, round(target * int(sizes.sum())))
 
@@ -185,16 +242,27 @@ def _round_to_total(amounts: Tensor, total: int) -> Tensor:
     return floor.scatter_add(-1, order, chosen.double()).long()
 
 
-def split_count(count: int, sizes: Mapping[str, int]) -> dict[str, int]:
-    """`count` weights divided over matrices in proportion to their sizes, to one weight each."""
+def split_count(count: int, sizes: Mapping[str, int], floors: Mapping[str, int] | None = None) -> dict[str, int]:
+    """`count` weights divided over matrices in proportion to their sizes, to one weight each.
+
+    A matrix gets no fewer than its number in `floors`; the others then share what is left.
+    """
     # float64 holds whole numbers up to 2⁵³, more weights than any model has.
     limits = torch.tensor(list(sizes.values()), dtype=torch.float64)
     shares = limits * (count / max(int(limits.sum()), 1))
-    return dict(zip(sizes, _round_to_total(shares, count).tolist()))
+    divided = dict(zip(sizes, _round_to_total(shares, count).tolist()))
+    if not floors or all(divided[name] >= floors.get(name, 0) for name in sizes):
+        return divided
+    even = dict.fromkeys(sizes, 0.0)
+    return fit_to_budget(even, sizes, count / int(limits.sum()), floors=floors).counts()
 
 
 def fit_to_matrices(
-    allocation: Allocation, matrices: Mapping[str, Sequence[int]], low: float = 0.0, high: float = 1.0
+    allocation: Allocation,
+    matrices: Mapping[str, Sequence[int]],
+    low: float = 0.0,
+    high: float = 1.0,
+    floors: Mapping[str, int] | None = None,
 ) -> Allocation:
     """The allocation in which a matrix of `size` weights in a unit of `sparsity` loses round(sparsity · size).
 
@@ -204,22 +272,28 @@ def fit_to_matrices(
 
     Args:
         matrices (`Mapping[str, Sequence[int]]`): unit -> sizes of its matrices.
+        floors (`Mapping[str, int]`, *optional*): unit -> the least that it loses, as in `fit_to_budget`.
     """
     units = list(allocation.sizes)
     counts = torch.tensor([allocation.counts()[unit] for unit in units])
-    rounded = round_matrices(counts, [matrices[unit] for unit in units], low, high).tolist()
+    standing = torch.tensor([(floors or {}).get(unit, 0) for unit in units])
+    rounded = round_matrices(counts, [matrices[unit] for unit in units], low, high, standing).tolist()
     sparsity = {unit: count / max(allocation.sizes[unit], 1) for unit, count in zip(units, rounded)}
     return replace(allocation, sparsity=sparsity)
 
 
-def round_matrices(counts: Tensor, matrices: Sequence[Sequence[int]], low: float, high: float) -> Tensor:
+def round_matrices(
+    counts: Tensor, matrices: Sequence[Sequence[int]], low: float, high: float, floors: Tensor | None = None
+) -> Tensor:
     """`fit_to_matrices` of many at once: weights to remove, (..., units) int64, as they were and as they become.
 
     Args:
         matrices (`Sequence[Sequence[int]]`): the sizes of each unit's matrices.
+        floors (`Tensor`, *optional*): (units,) int64, the least that each loses.
     """
     sizes = torch.tensor([sum(parts) for parts in matrices], dtype=torch.float64)
-    least = torch.minimum((low * sizes).ceil().long(), counts)
+    least = (low * sizes).ceil().long()
+    least = torch.minimum(least if floors is None else torch.maximum(least, floors), counts)
     most = torch.maximum((high * sizes).floor().long(), counts)
     share = counts / sizes.clamp(min=1)
     rounded = torch.zeros_like(counts)

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ...data import default_length
 from ...model.architecture import Architecture, Block, Stack, Weight
 from ...model.calls import BlockCalls, capture_calls
+from ...model.inputs import default_length
 from ...model.observer import observing
 
 

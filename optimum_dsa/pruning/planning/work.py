@@ -8,11 +8,11 @@ from dataclasses import dataclass, replace
 import torch
 from torch import nn
 
-from ...data import Calibration
 from ...model.architecture import find_architecture
 from ...model.walk import walk_blocks
 from ..allocate import fit
 from ..allocation import Unit
+from ..calibration import Calibration
 from ..configuration import DSAConfig
 from ..reconstruct import FIRST, TRIALS, Reconstruct
 from ..source import batches_to_train, held_out, step_size

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ...model.statistics import LayerStatistics
 from .choice import Choice
+from .floors import keep_beside
 from .refit import refit, refitted
 
 
@@ -52,7 +53,7 @@ def admm(weight: Tensor, statistics: LayerStatistics, choice: Choice) -> Tensor:
 
     def project(sought: Tensor) -> Tensor:
         """Mask of the largest, (out_features, in_features), as many as may stay."""
-        return choice.pattern.keep(sought.square().masked_fill_(first, 0), choice.count)
+        return keep_beside(choice.pattern, sought.square().masked_fill_(first, 0), choice.count, choice.gone)
 
     # Of inputs that nobody saw none is correlated with another: the largest weights are the answer, for no cost.
     if statistics.tokens == 0:

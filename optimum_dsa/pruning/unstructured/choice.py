@@ -27,9 +27,12 @@ class Choice:
         count (`int`): how many.
         keep (`Tensor`): (out_features, in_features), True = keep; `None` lets the update choose as it goes.
         damping (`float`): share of the mean of diag(X Xᵀ) that is added to it, where an update inverts it.
+        gone (`Tensor`): (out_features, in_features), True where the weight was zero before and has to stay so, which
+            counts; `None` where there is none. With `keep`, these are among what goes.
     """
 
     pattern: Pattern
     count: int
     keep: Tensor | None = None
     damping: float = DAMPING
+    gone: Tensor | None = None

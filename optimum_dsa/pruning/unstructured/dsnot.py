@@ -36,6 +36,8 @@ def dsnot(weight: Tensor, statistics: LayerStatistics, choice: Choice) -> Tensor
     pattern, columns = choice.pattern, weight.shape[1]
     width = columns if pattern.kind in ("row", "matrix") else min(pattern.width, columns)
     back = (gains / variance).masked_fill_(choice.keep | (gains <= 0), -torch.inf)
+    if choice.gone is not None:
+        back.masked_fill_(choice.gone, -torch.inf)
     away = (weight.float().abs() * statistics.input_norm).masked_fill_(~choice.keep | (gains >= 0), torch.inf)
     first, comes = _extremes(back, width, largest=True)
     last, goes = _extremes(away, width, largest=False)

@@ -28,18 +28,20 @@ def eliminate(
         block: (width, out_features) float32, neighbouring columns of a weight, one a row.
         upper: (width, width) float32, their part of U, the upper Cholesky factor of (X·Xᵀ + damping)⁻¹ = Uᵀ·U.
         dead: (width,) bool, inputs that never fired: their weights go first.
-        keep: (out_features, width) bool, what stays; `None` removes, of every `neighbours` columns, which divide the
-            width, the `removed` lowest of (w / U_jj)² when their first is reached; among equals the first.
+        keep: (out_features, width) bool, what stays; with `neighbours`, what may stay, or `None` where all may.
+        neighbours: so many columns, which divide the width, lose the `removed` lowest of (w / U_jj)² when their first
+            is reached, what may not stay before all others; among equals the first.
 
     Returns:
         (width, out_features): what was removed, over U_jj. The columns behind the block lose its product with U.
     """
     errors, diagonal = torch.empty_like(block), upper.diagonal()
-    kept = torch.ones_like(block, dtype=torch.bool) if keep is None else keep.t()
+    kept = torch.ones_like(block, dtype=torch.bool) if keep is None else keep.t().clone()
     for j in range(len(block)):
-        if keep is None and j % neighbours == 0:
+        if neighbours and j % neighbours == 0:
             group = slice(j, j + neighbours)
             scores = (block[group] / diagonal[group, None]).square_().masked_fill_(dead[group, None], 0)
+            scores.masked_fill_(~kept[group], -1)
             # Unlike topk, a stable sort says which of equal scores comes first, on every device.
             kept[group].scatter_(0, scores.argsort(dim=0, stable=True)[:removed], False)
         torch.div(block[j], upper[j, j], out=errors[j]).masked_fill_(kept[j], 0)

@@ -40,7 +40,8 @@ def eliminate_in_one(
             errors.stride(0),
             max(neighbours, 1),
             removed,
-            CHOOSES=keep is None,
+            CHOOSES=neighbours > 0,
+            GIVEN=keep is not None,
             ROWS=ROWS,
             WIDTH=triton.next_power_of_2(width),
         )
@@ -63,6 +64,7 @@ def _eliminate(
     neighbours,
     removed,
     CHOOSES: tl.constexpr,
+    GIVEN: tl.constexpr,
     ROWS: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
@@ -74,6 +76,8 @@ def _eliminate(
     inside = here[:, None] & there[None, :]
     values = tl.load(block + places, mask=inside, other=0.0)
     kept = tl.full((ROWS, WIDTH), 1, tl.int32)
+    if CHOOSES and GIVEN:
+        kept = (tl.load(keep + column[None, :] * rows + row[:, None], mask=inside, other=1) != 0).to(tl.int32)
     diagonal = tl.load(upper + column * (upper_stride + upper_column_stride), mask=there, other=1.0)
     first = tl.load(dead + column, mask=there, other=0) != 0
     for j in range(width):
@@ -81,6 +85,7 @@ def _eliminate(
             if j % neighbours == 0:
                 scores = values / diagonal[None, :]
                 scores = tl.where(first[None, :], 0.0, scores * scores)
+                scores = tl.where(kept == 0, -1.0, scores)
                 # How many of the group go before each: the lower ones and, among equals, those that stand before it.
                 rank = tl.full((ROWS, WIDTH), 0, tl.int32)
                 for other in range(j, j + neighbours):
@@ -88,7 +93,7 @@ def _eliminate(
                     before = (one < scores) | ((one == scores) & (other < column[None, :]))
                     rank += before.to(tl.int32)
                 group = (column >= j) & (column < j + neighbours)
-                kept = tl.where(group[None, :], (rank >= removed).to(tl.int32), kept)
+                kept = tl.where(group[None, :] & (rank < removed), 0, kept)
             stays = tl.sum(tl.where(column[None, :] == j, kept, 0), axis=1) != 0
         else:
             stays = tl.load(keep + j * rows + row, mask=here, other=1) != 0

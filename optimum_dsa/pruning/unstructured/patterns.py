@@ -192,6 +192,12 @@ def _lowest_of_rows(scores: Tensor, number: int) -> Tensor:
     return lowest
 
 
+def keep_by_numbers(scores: Tensor, numbers: Tensor) -> Tensor:
+    """False for the lowest of every row, (rows, columns), as many as its number, (rows,); among equals the first."""
+    parts = zip(_chunks(scores), numbers.split(len(_chunks(scores)[0])))
+    return torch.cat([_ranks(part) >= own[:, None] for part, own in parts])
+
+
 def _keep_in_groups(scores: Tensor, width: int, removed: int) -> Tensor:
     """False for the `removed` lowest of every `width` neighbours of a row, (rows, columns); among equals the first."""
     groups = scores.unflatten(1, (-1, width))

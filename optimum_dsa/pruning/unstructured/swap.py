@@ -35,19 +35,21 @@ def swap(weight: Tensor, statistics: LayerStatistics, choice: Choice) -> Tensor:
     width = weight.shape[1] if pattern.kind in ("row", "matrix") else min(pattern.width, weight.shape[1])
     # Of few neighbours all pairs are compared: as many for each weight as its set has.
     rows = max(CHUNK // (weight.shape[1] * min(width, CANDIDATES)), 1)
-    parts = zip(weight.split(rows), choice.keep.split(rows))
-    return torch.cat([_swapped(part, moment, keep, width) for part, keep in parts])
+    # A weight that was zero before has nothing to bring back, and would be counted as removed all the same.
+    never = weight == 0 if choice.gone is None else (weight == 0) | choice.gone
+    parts = zip(weight.split(rows), choice.keep.split(rows), never.split(rows))
+    return torch.cat([_swapped(part, moment, keep, never, width) for part, keep, never in parts])
 
 
-def _swapped(weight: Tensor, moment: Tensor, keep: Tensor, width: int) -> Tensor:
-    """Some rows, (rows, columns), of `swap`, in sets of `width` neighbours."""
+def _swapped(weight: Tensor, moment: Tensor, keep: Tensor, never: Tensor, width: int) -> Tensor:
+    """Some rows, (rows, columns), of `swap`, in sets of `width` neighbours; where `never` is True none comes back."""
     start, keep, values = weight.masked_fill(~keep, 0), keep.clone(), weight.float()
     missing = values.masked_fill(keep, 0)
     pull = missing @ moment
     least = torch.linalg.vecdot(missing, pull) * LEAST
     live = torch.arange(len(weight), device=weight.device)
     for _ in range(EXCHANGES):
-        change, goes, comes = _best_pair(values[live], pull[live], keep[live], moment, width)
+        change, goes, comes = _best_pair(values[live], pull[live], keep[live], never[live], moment, width)
         better = change < -least[live]
         live, goes, comes = live[better], goes[better], comes[better]
         if not len(live):
@@ -62,16 +64,16 @@ def _swapped(weight: Tensor, moment: Tensor, keep: Tensor, width: int) -> Tensor
 
 
 def _best_pair(
-    values: Tensor, pull: Tensor, keep: Tensor, moment: Tensor, width: int
+    values: Tensor, pull: Tensor, keep: Tensor, never: Tensor, moment: Tensor, width: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     """How the error of every row changes by its best exchange, which column goes and which comes back; (rows,) each.
 
-    `values`, `pull` and `keep` are (rows, columns), `moment` is (columns, columns). A row without a pair has infinity.
+    `values`, `pull`, `keep` and `never` are (rows, columns), `moment` is (columns, columns). A row without a pair has
+    infinity.
     """
     alone, crossed = values.square() * moment.diagonal(), 2 * values * pull
     goes_cost, goes = _cheapest((alone + crossed).masked_fill_(~keep, torch.inf), width)
-    # A weight that was zero before has nothing to bring back, and would be counted as removed all the same.
-    comes_cost, comes = _cheapest((alone - crossed).masked_fill_(keep | (values == 0), torch.inf), width)
+    comes_cost, comes = _cheapest((alone - crossed).masked_fill_(keep | never, torch.inf), width)
     crossing = moment[goes[..., None], comes[..., None, :]]
     goes, comes = goes.expand_as(goes_cost), comes.expand_as(comes_cost)
     gone, back = (values.gather(1, at.flatten(1)).view_as(at) for at in (goes, comes))

@@ -14,6 +14,7 @@ from .admm import admm
 from .choice import UPDATES, Choice
 from .dsnot import dsnot
 from .elimination import elimination_on
+from .floors import numbers_of_sets
 from .patterns import Pattern, count_in_columns
 from .refit import refit
 from .swap import swap
@@ -71,13 +72,20 @@ def sparsegpt(weight: Tensor, statistics: LayerStatistics, choice: Choice) -> Te
             pattern.width - pattern.kept if pattern.kept else round(choice.count * pattern.width / weight.numel())
         )
     eliminate = elimination_on(new.device, min(width, columns), neighbours)
+    # What may stay: with N:M the rest is chosen on the way, with groups the number of each is known before.
+    stays = choice.keep if choice.gone is None or choice.keep is not None else ~choice.gone
+    numbers = (
+        None if choice.gone is None or pattern.kind != "group" else numbers_of_sets(pattern, choice.gone, choice.count)
+    )
     for start in range(0, columns, width):
         stop = min(start + width, columns)
         block, upper = new[start:stop], factor[start:stop, start:stop]
-        keep = None if choice.keep is None else choice.keep[:, start:stop]
-        if pattern.kind == "group" and keep is None:
+        keep = None if stays is None else stays[:, start:stop]
+        if pattern.kind == "group" and choice.keep is None:
             scores = (block / upper.diagonal()[:, None]).square_().masked_fill_(dead[start:stop, None], 0)
             here = count_in_columns(choice.count, columns, start, stop)
+            if keep is not None:
+                scores, here = scores.masked_fill_(~keep.t(), -1), int(numbers[start // width])
             keep = Pattern("matrix").keep(scores.t(), here)
         errors = eliminate(block, upper, dead[start:stop], keep, neighbours, removed)
         # One product for all later columns, instead of a rank-one update per column.

@@ -82,7 +82,9 @@ def counts_of(model: nn.Module, report: PruningReport) -> tuple[dict[Weight, int
     for unit, weights in found.units(granularity).items():
         if plain_name(unit) not in counts:
             raise ValueError(f"The budget says nothing of {unit}; it belongs to another model.")
-        divided = split_count(counts[plain_name(unit)], {weight.name: weight.size for weight in weights})
+        sizes = {weight.name: weight.size for weight in weights}
+        floors = {} if pattern.in_groups else {name: report.zeros_before.get(plain_name(name), 0) for name in sizes}
+        divided = split_count(counts[plain_name(unit)], sizes, floors)
         shares |= {weight: divided[weight.name] for weight in weights if divided[weight.name]}
     for weight in shares:
         pattern.check(weight.name, weight.shape[1])

@@ -15,16 +15,17 @@ from ...checkpoint.description import after, describe, write_description
 from ...checkpoint.load import load_tokenizer
 from ...checkpoint.origin import base_of, report_of, training_of
 from ...common.fences import insert_callback
-from ...data import Calibration, load_calibration
 from ...model.adapters import inner_model, without_adapters
 from ...model.architecture import Architecture, find_architecture
 from ...model.parameters import count_parameters
+from ...pruning.allocate import architecture_for, standing_zeros
+from ...pruning.calibration import Calibration, load_calibration
 from ...pruning.configuration import DSAConfig
 from ...pruning.prune import prune
 from ...pruning.report import PruningReport
-from ...pruning.zeros import FEWEST_ZEROS, count_zeros, counted, measured_allocation
+from ...pruning.zeros import FEWEST_ZEROS, count_zeros, counted, measured_allocation, zeros_in
 from .held_zeros import HeldZeros
-from .prune_to import plain_report, prune_to
+from .prune_to import prune_to
 from .running_statistics import RunningStatistics
 from .schedule import PruningSchedule
 from .sharding import refuse_sharded, refuse_shared_devices, synchronise
@@ -78,6 +79,7 @@ class DSACallback(TrainerCallback):
         self.schedule = schedule or PruningSchedule()
         self.reallocate = reallocate
         self.names = {"exclude": tuple(exclude), "include": tuple(include), "blocks": ()}
+        self.frees_excluded = config is None  # whoever names them without a config wants their zeros trained
         self.report: PruningReport | None = None
         self._held: HeldZeros | None = None
         self._proposed: dict[str, float] | None = None
@@ -138,6 +140,7 @@ class DSACallback(TrainerCallback):
                 "load_best_model_at_end would bring back a model of an earlier, lower sparsity; leave it out, or "
                 "prune before the first step."
             )
+        standing_zeros(inner, architecture_for(inner, self.config), self.config)  # raises where there are too many
         needed = self.config.resolved.reads | self.config.resolved.allocation_reads
         if needed and self._running:
             self._running.watch(inner, self._architecture(inner), "gram" in needed, "mean" in needed)
@@ -212,6 +215,9 @@ class DSACallback(TrainerCallback):
             self._held.release()
         architecture = self._architecture(inner)
         names = dict.fromkeys(f"{weight.module}.{weight.attribute}" for weight in architecture.weights)
+        if not self.frees_excluded:  # what this pruning leaves out may be sparse from an earlier one
+            left_out = (name for name, why in architecture.dense.items() if why == "excluded")
+            names |= dict.fromkeys(name for name in left_out if zeros_in(inner.get_parameter(name)))
         self._held = HeldZeros(inner, list(names))
 
     def _zeros(self, inner: nn.Module) -> dict[str, int]:
@@ -254,7 +260,7 @@ class DSACallback(TrainerCallback):
         synchronise(self._held.parameters.values())
         self._held.refresh()
         if report is not None:
-            self.report = plain_report(report)
+            self.report = report
         state.stateful_callbacks[STATE] = {"proposed": self._proposed}
         logger.info("Pruned before step %d.", moment)
 

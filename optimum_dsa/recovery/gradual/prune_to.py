@@ -2,26 +2,20 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping
 from dataclasses import replace
 
-import torch
 from torch import nn
 
-from ...data import Calibration
 from ...model.adapters import plain_name
 from ...model.architecture import GRANULARITIES, Architecture
-from ...pruning.allocate import allocate, architecture_for
-from ...pruning.allocation import Allocation
-from ...pruning.allocation.budget import fit_counts, split_count
+from ...pruning.allocate import allocate, architecture_for, standing_zeros
+from ...pruning.allocation import Allocation, fit_to_budget, split_count
+from ...pruning.calibration import Calibration
 from ...pruning.configuration import DSAConfig
 from ...pruning.prune import prune
 from ...pruning.report import PruningReport
 from ...pruning.zeros import count_zeros
-
-
-logger = logging.getLogger(__name__)
 
 
 def prune_to(
@@ -33,8 +27,7 @@ def prune_to(
 ) -> tuple[PruningReport | None, dict[str, float]]:
     """Prune `model` in place until `sparsity`, and what was proposed for each unit at the config's own sparsity.
 
-    No zero is given back: every unit loses at least what its emptiest matrix has lost. Zeros that do not fit the
-    pattern, such as those of a matrix pruned as a whole, come on top of what is asked, with a warning.
+    No zero is given back, unless the config says `revive`.
 
     Args:
         sparsity (`float`): at most the config's, which is met to one weight.
@@ -46,44 +39,24 @@ def prune_to(
     """
     architecture = architecture_for(model, config)
     zeros = count_zeros(model, architecture)
+    standing = standing_zeros(model, architecture, config)
     total = sum(weight.size for weight in architecture.weights)
     if proposed is None:
-        allocation = allocate(model, calibration, config, architecture)
+        allocation = allocate(model, calibration, config, architecture, standing)
         proposed = {plain_name(unit): value for unit, value in allocation.sparsity.items()}
     if round(sparsity * total) <= sum(zeros.values()):
         return None, dict(proposed)
     # Scaled down from the final one, so that every unit is on its way to where it ends.
     share = sparsity / config.sparsity
-    counts = _counts(architecture, config, {unit: value * share for unit, value in proposed.items()}, sparsity, zeros)
+    scaled = {unit: value * share for unit, value in proposed.items()}
+    counts = _counts(architecture, config, scaled, sparsity, standing)
     sizes = {weight.name: weight.size for weight in architecture.weights}
     shares = {name: counts[name] / size for name, size in sizes.items()}
     given = Allocation(shares, sizes, str(config.allocation), "matrix")
     step = replace(
         config, sparsity=given.overall, allocation=given, granularity="matrix", min_sparsity=0.0, max_sparsity=1.0
     )
-    report = replace(prune(model, calibration, step), config=config)
-    surplus = report.removed - sum(counts.values())
-    if surplus > 0:
-        logger.warning(
-            "%d weights more than asked are zero: zeros that the model had do not fit the pattern %s.",
-            surplus,
-            config.recipe.pattern,
-        )
-    return report, dict(proposed)
-
-
-def plain_report(report: PruningReport) -> PruningReport:
-    """`report` under the names that weights have without adapters."""
-    allocation = report.allocation
-    sparsity, sizes = (
-        {plain_name(name): value for name, value in part.items()} for part in (allocation.sparsity, allocation.sizes)
-    )
-    return replace(
-        report,
-        allocation=Allocation(sparsity, sizes, allocation.name, allocation.granularity),
-        achieved={plain_name(name): value for name, value in report.achieved.items()},
-        dense={plain_name(name): why for name, why in report.dense.items()},
-    )
+    return replace(prune(model, calibration, step), config=config), dict(proposed)
 
 
 def _counts(
@@ -91,27 +64,18 @@ def _counts(
     config: DSAConfig,
     proposed: Mapping[str, float],
     sparsity: float,
-    zeros: Mapping[str, int],
+    standing: Mapping[str, int],
 ) -> dict[str, int]:
     """Weights to remove from each matrix, as near to `proposed` as what is removed already allows."""
     for granularity in GRANULARITIES:
         units = {plain_name(unit): weights for unit, weights in architecture.units(granularity).items()}
         if units.keys() == proposed.keys():
             break
-    # The emptiest matrix: a unit has one sparsity, and no zero of any of its matrices is given back.
-    low = [max(zeros[weight.name] / weight.size for weight in weights) for weights in units.values()]
-    sizes = torch.tensor([sum(weight.size for weight in weights) for weights in units.values()], dtype=torch.float64)
-    low = torch.tensor(low, dtype=torch.float64)
-    # What is emptier than the bound already stays so.
-    high = low.clamp(min=config.max_sparsity)
-    if float((low * sizes).sum()) > sparsity * float(sizes.sum()) + 0.5:
-        raise ValueError(
-            f"A sparsity of {sparsity:.4f} cannot be reached without giving zeros back: the zeros that the model has "
-            "are too unevenly spread over the matrices of its blocks; use granularity='matrix'."
-        )
-    values = torch.tensor([proposed[unit] for unit in units], dtype=torch.float64)
-    counts = fit_counts(values, sizes, sparsity, low, high).tolist()
+    sizes = {unit: sum(weight.size for weight in weights) for unit, weights in units.items()}
+    floors = {unit: sum(standing.get(weight.name, 0) for weight in weights) for unit, weights in units.items()}
+    # Without the lower bound of the config, below which the first steps of a schedule are.
+    counts = fit_to_budget(proposed, sizes, sparsity, 0.0, config.max_sparsity, floors=floors).counts()
     divided = {}
-    for weights, count in zip(units.values(), counts):
-        divided |= split_count(count, {weight.name: weight.size for weight in weights})
+    for unit, weights in units.items():
+        divided |= split_count(counts[unit], {weight.name: weight.size for weight in weights}, standing)
     return divided

@@ -12,11 +12,11 @@ from functools import cache, partial
 import torch
 from torch import Tensor, nn
 
-from ...data import Calibration
 from ...model.architecture import Architecture, Weight
 from ...model.statistics import LayerStatistics
 from ...packed.bitmask import pack, unpack
 from ...pruning.allocate import fit
+from ...pruning.calibration import Calibration
 from ...pruning.configuration import DSAConfig
 from ...pruning.targets import dense_target
 from ...pruning.unstructured.objective import layer_error

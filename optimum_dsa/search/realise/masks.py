@@ -10,12 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from ...common.progress import progress
-from ...data import Calibration
 from ...model.architecture import Architecture, Weight
 from ...model.statistics import LayerStatistics
 from ...model.walk import WalkedBlock, walk_blocks
 from ...pruning.allocate import fit_to_pattern
 from ...pruning.allocation import Allocation
+from ...pruning.calibration import Calibration
 from ...pruning.configuration import DSAConfig
 from ...pruning.resolved_method import ResolvedMethod
 from ...pruning.unstructured.patterns import Pattern, removal_order

@@ -9,10 +9,10 @@ from typing import Protocol
 from torch import nn
 
 from ...common.registry import Registry
-from ...data import Calibration
 from ...model.architecture import Architecture
 from ...pruning.allocate import architecture_for
 from ...pruning.allocation import Allocation
+from ...pruning.calibration import Calibration
 from ...pruning.configuration import DSAConfig
 
 
@@ -81,6 +81,11 @@ def check_searchable(config: DSAConfig) -> None:
         raise ValueError(
             f"Pattern {pattern} removes {pattern.sparsity:.4g} of every matrix, so there is no allocation to search "
             f"for; use pattern='mixed:{pattern.width}', in which N differs from unit to unit."
+        )
+    if config.overrides:
+        raise ValueError(
+            f"overrides={config.overrides} give some matrices a sparsity, and a search chooses that of all; leave "
+            "them out, or prune with a named allocation."
         )
     # It would be passed over, and stand in the result as if it had not been.
     if config.granularity != "block":

@@ -15,12 +15,14 @@ from .test_updates import problem
 
 
 ROOT = Path(__file__).resolve().parents[3]
-CASES = {  # columns, first column, rows, neighbours, removed; without neighbours a mask is given
+CASES = {  # columns, first column, rows, neighbours, removed; without neighbours, and beside zeros, a mask is given
     "a mask": (64, 0, 40, 0, 0),
     "a run behind others, short": (50, 28, 33, 0, 0),
     "2:4": (64, 0, 33, 4, 2),
     "1:8": (64, 40, 7, 8, 7),
     "7:12": (60, 0, 32, 12, 5),
+    "2:4 beside zeros": (64, 0, 33, 4, 2),
+    "1:8 beside zeros": (64, 8, 20, 8, 7),
     "all stay": (16, 0, 5, 16, 0),
     "one column": (1, 3, 5, 0, 0),
 }
@@ -35,7 +37,11 @@ def run_of(case, device="cpu"):
     block[:, 0] = block[0, 0]  # equal scores
     dead = torch.zeros(columns, dtype=torch.bool)
     dead[columns // 2 :: 7] = True
-    keep = None if neighbours else torch.rand(rows, columns, generator=torch.Generator().manual_seed(1)) > 0.5
+    keep = (
+        None
+        if neighbours and "beside" not in case
+        else torch.rand(rows, columns, generator=torch.Generator().manual_seed(1)) > 0.5
+    )
     factor = statistics.inverse_factor().factor
     tensors = (None if each is None else each.to(device) for each in (block, factor, dead, keep))
     block, factor, dead, keep = tensors
@@ -66,9 +72,11 @@ def test_of_every_group_the_number_asked_for_goes_and_the_dead_first(case):
     block, upper, dead, keep, neighbours, removed = run_of(case)
     eliminate(block, upper, dead, keep, neighbours, removed)
     gone = (block == 0).unflatten(0, (-1, neighbours))
-    assert (gone.sum(1) == removed).all()
-    first = dead.unflatten(0, (-1, neighbours))[:, :, None]
-    assert ((gone & first).sum(1) == first.sum(1).clamp_max(removed)).all()
+    older = torch.zeros_like(gone) if keep is None else ~keep.t().unflatten(0, (-1, neighbours))
+    assert (gone.sum(1) == older.sum(1).clamp_min(removed)).all() and gone[older].all()
+    first = dead.unflatten(0, (-1, neighbours))[:, :, None] & ~older
+    room = (removed - older.sum(1)).clamp_min(0)
+    assert ((gone & first).sum(1) == first.sum(1).minimum(room)).all()
 
 
 def test_a_cpu_and_runs_that_the_kernel_does_not_hold_take_the_reference():

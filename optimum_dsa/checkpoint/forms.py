@@ -1,0 +1,131 @@
+"""Models in other forms: a GGUF, quantised weights. What transformers can make dense is made so while it is loaded.
+
+Zeros are of dense weights: packed ones are never pruned, and what cannot be made dense is refused by name.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import transformers
+from torch import nn
+from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
+
+from ..model.adapters import inner_model
+from .encodings import QUANT_METHOD
+
+
+GGUF = ".gguf"
+
+
+def located(path: str, options: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
+    """Folder or Hub id of the model at `path`, and options; a path to a .gguf is the folder and a `gguf_file`.
+
+    A GGUF on the Hub is named likewise, as in "user/name/model-q4.gguf".
+
+    Raises:
+        ValueError: a file that is no GGUF, or a GGUF that is named twice.
+    """
+    options = dict(options)
+    is_file = Path(path).is_file()
+    if not path.endswith(GGUF) or Path(path).is_dir():
+        if is_file:
+            raise ValueError(f"{path} is a file; a model is a folder, a .gguf or a Hub id.")
+        return path, options
+    if options.get("gguf_file"):
+        raise ValueError(f"{path} names a GGUF, and gguf_file={options['gguf_file']!r} another; leave out the one.")
+    parts = path.split("/")
+    if is_file:
+        return str(Path(path).parent), {**options, "gguf_file": Path(path).name}
+    if len(parts) > 2 and not Path(path).is_absolute():
+        return "/".join(parts[:2]), {**options, "gguf_file": "/".join(parts[2:])}
+    raise FileNotFoundError(f"No file {path}.")
+
+
+def dequantising(config: Any, options: Mapping[str, Any]) -> dict[str, Any]:
+    """Further options of `from_pretrained` with which the model of `config` comes as dense weights.
+
+    What `config` says of quantised weights is changed in place, where they can be made dense.
+    """
+    if options.get("gguf_file"):
+        made = getattr(transformers, "GgufConfig", None)  # releases without it make every GGUF dense
+        return {} if made is None else {"quantization_config": made(dequantize=True)}
+    for part in (config, config.get_text_config()):
+        stated = getattr(part, "quantization_config", None)
+        if isinstance(stated, dict) and can_be_dense(stated):
+            part.quantization_config = {**stated, "dequantize": True}
+    return {}
+
+
+def method_of(stated: Any) -> str | None:
+    """By which method the weights of a config.json's content are quantised; `None` where they are not, or by ours."""
+    section = _section(stated)
+    method = section.get("quant_method") or ("bitsandbytes" if "load_in_4bit" in section else None)
+    return str(method) if method not in (None, QUANT_METHOD) else None
+
+
+def can_be_dense(section: Mapping[str, Any]) -> bool:
+    """Whether transformers makes weights of a `quantization_config` dense while it loads them."""
+    made = AUTO_QUANTIZATION_CONFIG_MAPPING.get(str(section.get("quant_method")))
+    return made is not None and "dequantize" in inspect.signature(made.__init__).parameters
+
+
+def check_unpacked(stated: Any, where: str | Path, loaded: bool = False) -> None:
+    """Raise `ValueError` where weights are packed and stay so.
+
+    Args:
+        stated (`Any`): the content of a config.json, or the configuration of a `loaded` model as a dictionary.
+        where (`str | Path`): what the message calls the model.
+    """
+    method, section = method_of(stated), _section(stated)
+    if method is not None and loaded and can_be_dense(section):
+        raise ValueError(
+            f"{where} holds weights that are quantised with {method}; load it with DSAPruner.from_pretrained, which "
+            "makes them dense."
+        )
+    if method is not None and not can_be_dense(section):
+        bits = next((section[name] for name in ("bits", "w_bit", "nbits") if name in section), None)
+        raise ValueError(
+            f"{where} is quantised with {method}{f' ({bits} bits)' if bits else ''}, and transformers cannot make its "
+            "weights dense: there is nothing in them that could be zero. Prune the model that it was made from, and "
+            "quantise the result."
+        )
+
+
+def check_model(model: nn.Module) -> None:
+    """Raise `ValueError` for a model that was loaded with packed weights."""
+    config = getattr(inner_model(model), "config", None)
+    check_unpacked(getattr(config, "to_dict", dict)(), type(model).__name__, loaded=True)
+
+
+def form_of(stated: Any, options: Mapping[str, Any], folder: Path | None = None) -> dict[str, str]:
+    """What a description's `base_model` says of a form that was made dense; nothing of an ordinary checkpoint."""
+    if options.get("gguf_file"):
+        kind = _file_type(folder / options["gguf_file"]) if folder is not None else None
+        return {"gguf_file": options["gguf_file"], "form": f"GGUF{f' {kind}' if kind else ''}, made dense"}
+    method = method_of(stated)
+    return {"form": f"{method}, made dense"} if method and can_be_dense(_section(stated)) else {}
+
+
+def _section(stated: Any) -> Mapping[str, Any]:
+    """The `quantization_config` of a config.json's content, of the model or of its text part."""
+    if not isinstance(stated, Mapping):
+        return {}
+    found = stated.get("quantization_config")
+    if not found and isinstance(stated.get("text_config"), Mapping):
+        found = stated["text_config"].get("quantization_config")
+    return found if isinstance(found, Mapping) else {}
+
+
+def _file_type(path: Path) -> str | None:
+    """How most weights of a GGUF are stored, such as "Q4_K_M"; `None` where it does not say so."""
+    try:
+        from gguf import GGUFReader, LlamaFileType
+
+        found = GGUFReader(path).get_field("general.file_type")
+        return None if found is None else LlamaFileType(int(found.contents())).name.removeprefix("MOSTLY_")
+    except (ImportError, ValueError, OSError, AttributeError):
+        return None

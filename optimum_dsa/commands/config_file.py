@@ -1,0 +1,166 @@
+"""`--config FILE` and `--print-config`: the options of a command in a file."""
+
+from __future__ import annotations
+
+from argparse import Action, ArgumentParser, BooleanOptionalAction
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from .fences import actions_of
+
+
+# What a file says nothing of, or a run decides anew.
+WITHOUT = ("help", "config", "print_config", "json", "quiet", "verbose")
+
+
+def add_config_options(parser: ArgumentParser) -> None:
+    """`--config` and `--print-config`."""
+    parser.add_argument(
+        "--config",
+        metavar="FILE",
+        help="options from a file, YAML or JSON, by their names; or a dsa_config.json, or a folder with one. Options "
+        "given beside it win",
+    )
+    parser.add_argument(
+        "--print-config", action="store_true", help="print all options as such a file, in YAML, and do nothing else"
+    )
+
+
+def take_config(parser: ArgumentParser, path: str, settings: type | None) -> None:
+    """Make what a file says the defaults of a parser's options, of the required ones as well.
+
+    Args:
+        settings: the class of the command's configuration, whose sections the file may have.
+
+    Raises:
+        ValueError: the file says what is no option, or not as it may be.
+    """
+    given, described = _read(Path(path), settings)
+    actions = {action.dest: action for action in actions_of(parser) if action.dest not in WITHOUT}
+    for name, value in given.items():
+        action = actions.get(name.replace("-", "_"))
+        if action is None and described:
+            _say_left_out(parser, name, value, settings)
+        elif action is None:
+            from ..common.registry import near
+
+            raise ValueError(f"{path}: {parser.prog} has no option {name!r}.{near(name.replace('-', '_'), actions)}")
+        elif value is not None:
+            _make_default(action, _checked(action, value, f"{path}: {name}"))
+    if described:
+        parser.set_defaults(described_config=True)
+
+
+def _read(path: Path, settings: type | None) -> tuple[dict[str, Any], bool]:
+    """What a file says by the options' names, and whether it is that of a pruned model or a saved configuration."""
+    from ..common.settings import flattened
+    from ..common.settings_file import read_settings
+
+    if path.is_dir():
+        path = path / "dsa_config.json"
+    given = read_settings(path)
+    described = isinstance(given.get("config"), Mapping)
+    if described and hasattr(settings, "from_pretrained"):
+        given = settings.from_pretrained(path).to_dict()
+    elif described:
+        trained = given.get("recovery")
+        if settings is None or not isinstance(trained, Mapping) or not isinstance(trained.get("config"), Mapping):
+            raise ValueError(f"{path} is that of a pruned model, and says nothing of this command's options.")
+        given = dict(trained["config"])
+    elif settings is not None and path.suffix.lower() == ".json":
+        given.pop("format_version", None)  # of a configuration in its first form
+    if settings is None:
+        return given, described
+    # a section may be an object, or be given by what it is short for
+    objects = {name: value for name, value in given.items() if isinstance(value, Mapping)}
+    return {name: given[name] for name in given if name not in objects} | flattened(settings, objects), described
+
+
+def _say_left_out(parser: ArgumentParser, name: str, value: Any, settings: type) -> None:
+    """Log that a saved configuration's setting is none of this command's, where it says something."""
+    import logging
+
+    from ..common.values import short
+
+    field = settings.__dataclass_fields__.get(name)
+    value = tuple(value) if isinstance(value, list) else value  # which files have no other word for
+    if value is not None and (field is None or value != field.default):
+        logging.getLogger(__name__).warning("%s does without %s of the file, %s.", parser.prog, name, short(value))
+
+
+def _checked(action: Action, value: Any, what: str) -> Any:
+    """A file's value as an option has it."""
+    if action.nargs == 0 or isinstance(action, BooleanOptionalAction):
+        if not isinstance(value, bool):
+            raise ValueError(f"{what} is true or false, got {value!r}.")
+        return value
+    if action.nargs in ("+", "*") or hasattr(action, "replaces"):
+        values = value if isinstance(value, list) else [value]
+        return [_one(action, part, what) for part in values]
+    # an allocation may stand in a file as an object
+    return value if isinstance(value, Mapping) and action.dest == "allocation" else _one(action, value, what)
+
+
+def _one(action: Action, value: Any, what: str) -> Any:
+    kind = action.type or str
+    if isinstance(value, (Mapping, list, bool)) or kind is int and not isinstance(value, int):
+        raise ValueError(f"{what} is a {'whole number' if kind is int else 'single value'}, got {value!r}.")
+    try:
+        value = kind(value)
+    except ValueError:
+        raise ValueError(f"{what} is a number, got {value!r}.") from None
+    if action.choices is not None and value not in action.choices:
+        raise ValueError(f"{what} is one of {', '.join(map(str, action.choices))}, got {value!r}.")
+    return value
+
+
+def _make_default(action: Action, value: Any) -> None:
+    action.default, action.required = value, False
+    if not action.option_strings:
+        action.nargs = "*" if action.nargs == "+" else "?"
+
+
+def without_required(parser: ArgumentParser) -> None:
+    """Let a parser do without what it requires: to show options, they need not be complete."""
+    for action in actions_of(parser):
+        if not action.option_strings and action.nargs in (None, "+"):
+            action.nargs = "*" if action.nargs == "+" else "?"
+        action.required = False
+
+
+def config_text(parser: ArgumentParser, args: Any, settings: type | None) -> str:
+    """The options of a command as a file that `--config` takes: what was given, and the defaults of the rest."""
+    from ..common.settings_file import settings_text
+    from .options import asked_settings
+
+    values = {action.dest: getattr(args, action.dest, None) for action in actions_of(parser)}
+    default = getattr(args, "otherwise_dataset", None)
+    values["dataset"] = values.get("dataset") or (None if default is None else [default])
+    if settings is not None:
+        values |= _whole_settings(settings, asked_settings(args, settings), args)
+    has = {action.dest for action in actions_of(parser)} - {*WITHOUT}
+    shown = {name: _plain(value) for name, value in values.items() if name in has}
+    return f"# {parser.prog} --config FILE\n" + settings_text(shown)
+
+
+def _whole_settings(settings: type, asked: dict[str, Any], args: Any) -> dict[str, Any]:
+    """All settings by their flat names; what a quality chooses stands there instead of its name."""
+    from dataclasses import MISSING
+
+    from ..common.settings import options_of
+
+    found: dict[str, Any] = {}
+    if getattr(args, "quality", None):
+        from ..pruning.presets import with_quality
+
+        asked, found["quality"] = with_quality(args.quality, asked), None
+    defaults = {name: field.default for name, field in options_of(settings).items()}
+    for name, default in defaults.items():
+        if hasattr(args, name):
+            found[name] = asked.get(name, None if default is MISSING else default)
+    return found
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
