@@ -185,3 +185,21 @@ def test_passes_share_out_the_budget_and_leave_less_than_a_quarter_of_one(usual)
 def test_without_a_limit_of_tokens_passes_are_as_long_as_usual():
     assert pass_windows(toy_problem(windows=8, length=10, budget=Budget(seconds=9.0)), 3) == 3
     assert pass_windows(toy_problem(windows=8, length=10, budget=Budget(evaluations=9)), 30) == 8
+
+
+@pytest.mark.parametrize(
+    "text,limits",
+    [
+        ("2M tokens", (2_000_000, None, None)), ("2M", (2_000_000, None, None)), (5000, (5000, None, None)),
+        ("500 evaluations", (None, 500, None)), ("1.5 min", (None, None, 90)), ("2 h", (None, None, 7200)),
+    ],
+)  # fmt: skip
+def test_budgets_are_read_as_they_are_written(text, limits):
+    budget = parse_budget(text)
+    assert (budget.tokens, budget.evaluations, budget.seconds) == limits
+
+
+@pytest.mark.parametrize("text", ["", "much", "-3", "0 tokens", "3 parsecs"])
+def test_a_budget_that_cannot_be_read_says_how_to_write_one(text):
+    with pytest.raises(ValueError, match="expected '2M tokens'"):
+        parse_budget(text)

@@ -4,7 +4,6 @@ from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
-import torch
 from accelerate.tracking import GeneralTracker
 from transformers import LlamaForCausalLM
 
@@ -20,14 +19,14 @@ from optimum_dsa import (
     prune,
 )
 from optimum_dsa.search.finals import FinalRound
-from optimum_dsa.search.problem import Budget, parse_budget
+from optimum_dsa.search.problem import Budget
 from optimum_dsa.search.realise import realise
 from optimum_dsa.search.resolver import Resolver
 from optimum_dsa.search.result import rank_correlation, robustness_table
 from optimum_dsa.search.search import _problem, search
 from optimum_dsa.search.space import Candidate, SearchSpace
 from optimum_dsa.search.strategies import STRATEGIES
-from optimum_dsa.search.trace import NO_ROOM, Request, SearchTrace, Trial
+from optimum_dsa.search.trace import NO_ROOM, Request, SearchTrace
 
 from ..tiny import same_state, state, tiny_llama, tokens
 from .searching import CALIBRATION, CONFIG, VALIDATION, outcome, run
@@ -365,31 +364,6 @@ def test_a_tracker_that_is_not_there_is_an_error_before_any_work(tmp_path):
     with pytest.raises(ValueError, match="Cannot report to 'swanlab'"):
         run("named", report_to="swanlab", folder=tmp_path / "s")
     assert not (tmp_path / "s").exists()
-
-
-@pytest.mark.parametrize(
-    "text,limits",
-    [
-        ("2M tokens", (2_000_000, None, None)), ("2M", (2_000_000, None, None)), (5000, (5000, None, None)),
-        ("500 evaluations", (None, 500, None)), ("1.5 min", (None, None, 90)), ("2 h", (None, None, 7200)),
-    ],
-)  # fmt: skip
-def test_budgets_are_read_as_they_are_written(text, limits):
-    budget = parse_budget(text)
-    assert (budget.tokens, budget.evaluations, budget.seconds) == limits
-
-
-@pytest.mark.parametrize("text", ["", "much", "-3", "0 tokens", "3 parsecs"])
-def test_a_budget_that_cannot_be_read_says_how_to_write_one(text):
-    with pytest.raises(ValueError, match="expected '2M tokens'"):
-        parse_budget(text)
-
-
-def test_a_trial_survives_json():
-    request = Request("slopes", Candidate("owl", 0.1, "block", (("q_proj", 0.1),)), 2, 6)
-    trial = Trial(3, request, 0.5, (0.1, 0.2), 64, 0.25, (3, 4))
-    assert Trial.from_json(trial.to_json()) == trial
-    assert torch.isfinite(torch.tensor(trial.loss))
 
 
 @pytest.mark.parametrize("strategy", ["evolution", "random", "level_switch", "auto"])

@@ -3,6 +3,7 @@
 import json
 
 import pytest
+import torch
 
 from optimum_dsa.search.space import Candidate
 from optimum_dsa.search.trace import Request, SearchTrace, Trial
@@ -141,3 +142,10 @@ def test_passes_for_slopes_count_where_they_see_enough_windows_and_nothing_else_
     assert curve(loss(0, 5.0, 0, 4, "a"), loss(1, 1.0, 0, 4, "b", kind="sequential")) == ([40, 80], [5.0, 5.0])
     assert curve(loss(0, 5.0, 0, 4, "a"), loss(1, None, 0, 4, "b", 0)) == ([40], [5.0])
     assert curve() == ([], []) and curve(TRIALS[0], TRIALS[2]) == ([], [])
+
+
+def test_a_trial_survives_json():
+    request = Request("slopes", Candidate("owl", 0.1, "block", (("q_proj", 0.1),)), 2, 6)
+    trial = Trial(3, request, 0.5, (0.1, 0.2), 64, 0.25, (3, 4))
+    assert Trial.from_json(trial.to_json()) == trial
+    assert torch.isfinite(torch.tensor(trial.loss))
