@@ -41,6 +41,7 @@ TESTS = {
     "pruning/allocation/histogram.py": ["pruning/allocation/test_allocators.py", "search/test_summary.py"],
     **{f"search/{name}.py": ["search/test_search.py"] for name in ("conductor", "counts")},
     "common/apart.py": ["search/test_apart.py", "recovery/test_recover.py"],
+    "pruning/sections.py": ["pruning/test_configuration.py"],
     "pruning/allocation/levels.py": ["pruning/allocation/test_budget.py"],
     **{f"pruning/{name}.py": ["pruning/test_prune.py"] for name in ("allocate", "report", "resolved_method", "sink")},
     **{f"pruning/{name}.py": ["pruning/test_prune.py"] for name in ("source", "steps")},

@@ -25,12 +25,11 @@ from ..common.settings import (
 from ..common.values import is_whole
 from ..data import DataConfig
 from ..model.architecture import GRANULARITIES
-from ..model.statistics import DAMPING
 from .allocation import ALLOCATIONS, Allocation, AllocationFunction, Allocator, is_repository, levels_within
 from .overrides import check_overrides
 from .presets import with_quality
 from .resolved_method import ResolvedMethod, check_revive
-from .targets import TARGETS
+from .sections import ReconstructConfig, UpdateConfig
 from .unstructured.methods import METHODS, Method
 from .unstructured.patterns import Pattern
 from .unstructured.permutations import PERMUTATIONS
@@ -40,84 +39,6 @@ from .unstructured.updates import UPDATES
 CONFIG_NAME = "dsa_config.json"
 FORMAT_VERSION = 3  # of that file
 AUTO = "auto"  # an allocation that is yet to be chosen
-
-
-@dataclass(frozen=True)
-class UpdateConfig:
-    """What becomes of the weights that stay.
-
-    Args:
-        name (`str`, *optional*): A row of `UPDATES`. Defaults to the method's.
-        damping (`float`, defaults to 0.01): Share of mean diag(X·Xᵀ) added to it before it is inverted.
-        true_sequential (`bool`, defaults to `False`): Whether the matrices of a block that come later (o; gate, up;
-            down) are calibrated on the pruned ones before them (q, k, v), too: more forward passes, better weights.
-        targets (`str`, defaults to `"sparse"`): What the pruned matrices are fitted to: `"sparse"`, what their own
-            weights make of the inputs that they get, or `"dense"`, what the dense model has in that place, so that a
-            block makes up for those before it. Routed experts are fitted to the former in any case.
-        residual (`bool`, defaults to `False`): With dense targets, whether what the residual stream lacks is part of
-            the target of the matrices whose outputs are added to it (o, down).
-    """
-
-    name: str | None = None
-    damping: float = setting(DAMPING, low=0)
-    true_sequential: bool = False
-    targets: str = setting("sparse", choices=TARGETS)
-    residual: bool = False
-
-    def __post_init__(self):
-        check_settings(self)
-        if self.name is not None:
-            UPDATES[self.name]
-        if self.residual and self.targets != "dense":
-            raise ValueError(
-                f"residual=True adds to the targets of the dense model, and targets={self.targets!r} has none; use "
-                "targets='dense' with it, or leave it out."
-            )
-
-
-@dataclass(frozen=True)
-class ReconstructConfig:
-    """How every block is trained, once it is pruned, until it gives what the dense block gave.
-
-    Args:
-        steps (`int`, defaults to 0): Steps of training for every block, of 8 calibration windows each. 0 trains
-            nothing; 64 is enough as a rule.
-        rate (`float`, *optional*): The first learning rate, which falls to zero. By default the best of a few on
-            calibration windows that are held out.
-        span (`int`, defaults to 1): Blocks in a row that are trained together, so that each makes up for the others:
-            better, with as many times the memory.
-        apart (`bool`, defaults to `False`): Whether attention and MLP of a block are trained one after the other: as
-            many steps each, in about half the memory.
-    """
-
-    steps: int = setting(0, low=0)
-    rate: float | None = setting(None, low=0, what="a learning rate")
-    span: int = setting(1, low=1)
-    apart: bool = False
-
-    def __post_init__(self):
-        check_settings(self)
-        if self.rate == 0:
-            raise ValueError("rate=0 trains nothing; leave it out to have one found, or use reconstruct=0.")
-        for name in ("rate", "span", "apart"):
-            if not self.steps and (value := getattr(self, name)) != getattr(ReconstructConfig, name):
-                raise ValueError(
-                    f"{name}={value!r} says how blocks are trained, and with reconstruct=0 none is; give steps, such "
-                    "as reconstruct=64, or leave it out."
-                )
-        if self.apart and self.span > 1:
-            raise ValueError(
-                f"apart=True trains parts of a block, and span={self.span} as many blocks together; leave out one of "
-                "both."
-            )
-
-    def check_place(self, offloaded: bool) -> None:
-        """Raise `ValueError` where a model whose weights are `offloaded` cannot be trained so."""
-        if self.steps and self.span > 1 and offloaded:
-            raise ValueError(
-                f"span={self.span} trains blocks together, and of an offloaded model one is there at a time; use "
-                "span=1, or load the model into memory."
-            )
 
 
 @takes_flat_names

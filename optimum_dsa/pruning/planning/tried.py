@@ -7,7 +7,8 @@ from dataclasses import dataclass, replace
 
 from ..allocation import ALLOCATIONS
 from ..comparison import windows_apart
-from ..configuration import AUTO, DSAConfig, ReconstructConfig
+from ..configuration import AUTO, DSAConfig
+from ..sections import ReconstructConfig
 from .shape import ModelShape
 
 
