@@ -333,7 +333,7 @@ class DSAPruner:
     def _look_beside(self) -> BaseFiles | None:
         """What belongs to the model and its class does not write; looked for once, and what stays behind is said."""
         source = getattr(getattr(inner_model(self.model), "config", None), "name_or_path", None)
-        if self._beside is None and source and not self._options.get("alone"):
+        if self._beside is None and source:
             self._beside = find_beside(self.model, str(source), **self._options)
         return self._beside
 
