@@ -15,6 +15,13 @@ from .pieces import encode, token_ids
 from .texts import Item, Passed
 
 
+class NoTokenizerError(ValueError):
+    """Text is to be cut into tokens, and there is no tokenizer."""
+
+    def __init__(self):
+        super().__init__("Text needs a tokenizer; pass one, or token ids of shape (samples, length).")
+
+
 def cut_windows(
     items: Iterable[Item],
     tokenizer: Any,
@@ -51,6 +58,8 @@ def paper_windows(items: Iterable[Item], tokenizer: Any, length: int, bos: bool)
         for number, item in enumerate(items):
             if isinstance(item, (Chat, list)):
                 raise ValueError("windows='paper' is for plain text; leave it out for conversations and token ids.")
+            if tokenizer is None:
+                raise NoTokenizerError
             yield "\n\n" if number else ""
             yield from [item] if isinstance(item, str) else item
 
@@ -104,7 +113,7 @@ def _joined(items: Iterable[Item], tokenizer: Any, passed: Passed, own_bos: bool
     begun = closed = False
     for item in items:
         if tokenizer is None and not isinstance(item, list):
-            raise ValueError("Text needs a tokenizer; pass one, or token ids of shape (samples, length).")
+            raise NoTokenizerError
         if isinstance(item, str) and not item.strip():
             passed.empty += 1
             continue
