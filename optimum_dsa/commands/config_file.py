@@ -115,7 +115,14 @@ def _one(action: Action, value: Any, what: str) -> Any:
     return value
 
 
+def default_without_file(action: Action) -> Any:
+    """An option's default where no file gives it a value."""
+    return getattr(action, "default_without_file", action.default)
+
+
 def _make_default(action: Action, value: Any) -> None:
+    # What the option is without the file stays known: next lines name what differs from it.
+    action.default_without_file = default_without_file(action)
     action.default, action.required = value, False
     if not action.option_strings:
         action.nargs = "*" if action.nargs == "+" else "?"
