@@ -63,7 +63,7 @@ class CommandParser(ArgumentParser):
         found, _ = look.parse_known_args(args)
         try:
             if found.config is not None:
-                take_config(self, found.config, self.settings_class())
+                take_config(self, found.config, self.settings_class(), args)
         except (ValueError, OSError, UnknownNameError) as error:
             self.exit(2, f"{self.prog}: error: {one_line(' '.join(str(error).split()))}\n")
         if found.print_config:

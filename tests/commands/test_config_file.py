@@ -81,7 +81,7 @@ def values_of(parser, number=3):
     """A value for every option and argument of a command that a file may hold; another for another number."""
     given = {}
     for action in parser._actions:
-        if action.dest in (*WITHOUT, "func"):
+        if action.dest in (*WITHOUT, "func", "no_checkpoints"):  # the last goes without --checkpoints
             continue
         if action.nargs == 0 or type(action).__name__ == "BooleanOptionalAction":
             given[action.dest] = not action.default
@@ -130,6 +130,14 @@ def test_every_option_on_the_command_line_wins_over_the_file(tmp_path, name, for
     text = json.dumps(in_file) if form == "json" else settings_text(in_file)
     found = vars(parse(name, *front, *options, "--config", write(tmp_path, text, f"run.{form}")))
     assert {dest: found[dest] for dest in wanted} == wanted
+
+
+@pytest.mark.parametrize(
+    "text,option", [("no-checkpoints: true", "--checkpoints=x"), ("checkpoints: x", "--no-checkpoints")]
+)
+def test_an_option_wins_over_one_of_the_file_that_excludes_it(tmp_path, text, option):
+    args = parse("prune", "m", "-o", "o", "--config", write(tmp_path, text), option)
+    assert (args.checkpoints, args.no_checkpoints) == ((None, True) if "no" in option else ("x", False))
 
 
 @pytest.mark.parametrize("name", ["prune", "recover"])
@@ -192,6 +200,7 @@ def test_a_search_says_what_of_a_saved_configuration_it_finds_itself(tmp_path, c
         ("search", "allocation: owl", "search has no option 'allocation'"),
         ("env", "sparsity: 0.5", "env has no option 'sparsity'"),
         ("verify", "{", "is not YAML"),
+        ("prune", "{checkpoints: x, no-checkpoints: true}", "checkpoints and no_checkpoints do not go together"),
         ("push", '{"config": {}}', "says nothing of this command's options"),
     ],
 )
