@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from inspect import signature
 from typing import Any
 
 import torch
@@ -13,8 +14,10 @@ from torch import Tensor, nn
 from ..common.frame import Frame, frame_of
 from ..common.token_rows import as_tensors
 from ..data import DEFAULT, SAMPLES, DataConfig, Passed, describe, load_tokens, starts_with_bos
+from ..model.adapters import inner_model
 from ..model.inputs import check_length, check_takes_text, check_tokens, default_length, kind_of, main_input
 from ..model.padding import Whole
+from .batches import MEDIA, model_batches
 from .pictures import picture_inputs
 
 
@@ -85,8 +88,9 @@ def load_calibration(
 
     Args:
         source (`Any`): token ids (samples, length), a mapping of the model's inputs by name, tensors or arrays, such
-            as a processor returns, or a list of such mappings, all used whole; or a source of text, conversations or
-            rows of token ids as `load_tokens` reads it, of which windows are drawn.
+            as a processor returns, or a list of such mappings, all used whole; a DataLoader or dataset of them, of
+            which as many samples are taken as are asked for; or a source of text, conversations or rows of token ids
+            as `load_tokens` reads it, of which windows are drawn.
         config (`DataConfig`, *optional*): how many windows, how long, from which column and split, by which seed.
         settings (`dict`): those of `config`, as in releases before it was there.
 
@@ -96,6 +100,10 @@ def load_calibration(
     if settings:
         warnings.warn("Settings of text are a DataConfig: config=DataConfig(...).", FutureWarning, stacklevel=2)
         config = replace(config, **settings)
+    found = model_batches(source, main_input(model), config.num_samples or SAMPLES, config.seed)
+    if found is not None:
+        _check_taken(found, model)
+        return replace(_of_batches([_checked(batch, model) for batch in found]), source=_described(source, found))
     source = as_tensors(source)
     if isinstance(source, Tensor):
         source = {main_input(model): source}
@@ -129,6 +137,18 @@ def load_calibration(
     check_tokens(tokens, model)
     bos = None if passed.token_rows else starts_with_bos(tokenizer, config.bos)
     return Calibration({"input_ids": tokens}, describe(source), config.seed, bos, passed.facts())
+
+
+def _check_taken(batches: Sequence[Mapping[str, Tensor]], model: nn.Module) -> None:
+    """Raise `ValueError` where pictures or sound are no input of the model, which may pass over what it is given."""
+    inner = inner_model(model)
+    strange = sorted(set().union(*batches) & MEDIA.keys() - signature(inner.forward).parameters.keys())
+    if strange:
+        raise ValueError(f"The batches hold {', '.join(strange)}, and {type(inner).__name__} has no such input.")
+
+
+def _described(source: Any, batches: Sequence[Any]) -> str:
+    return f"{len(batches)} batches" if isinstance(source, (list, tuple)) else describe(source)
 
 
 def _main_first(inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
