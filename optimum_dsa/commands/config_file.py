@@ -98,9 +98,10 @@ def _say_left_out(parser: ArgumentParser, name: str, value: Any, settings: type)
     """Log that a saved configuration's setting is none of this command's, where it says something."""
     import logging
 
+    from ..common.settings import options_of
     from ..common.values import short
 
-    field = settings.__dataclass_fields__.get(name)
+    field = options_of(settings).get(name) or settings.__dataclass_fields__.get(name)
     value = tuple(value) if isinstance(value, list) else value  # which files have no other word for
     if value is not None and (field is None or value != field.default):
         logging.getLogger(__name__).warning("%s does without %s of the file, %s.", parser.prog, name, short(value))

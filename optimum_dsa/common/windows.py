@@ -107,6 +107,17 @@ def shares(weights: dict[Any, float], number: int) -> dict[Any, int]:
     return found
 
 
+def separate(
+    items: Iterable[Item], tokenizer: Any, passed: Passed, longest: int, own_bos: bool
+) -> Iterator[tuple[list[int], bool]]:
+    """The first `longest` ids of each item that is not blank, and whether they came as ids."""
+    for item in items:
+        ids = list(islice(chain.from_iterable(_joined([item], tokenizer, passed, own_bos)), longest))
+        passed.token_rows += bool(ids) and isinstance(item, list)
+        if ids:
+            yield ids, isinstance(item, list)
+
+
 def _joined(items: Iterable[Item], tokenizer: Any, passed: Passed, own_bos: bool) -> Iterator[list[int]]:
     """The ids of items, part by part, with the tokenizer's end-of-text token between them."""
     end = None if tokenizer is None else getattr(tokenizer, "eos_token_id", None)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ..common.frame import Frame, frame_of
 from ..common.token_rows import as_tensors
-from ..data import DEFAULT, SAMPLES, DataConfig, Passed, describe, load_tokens, starts_with_bos
+from ..data import DEFAULT, SAMPLES, DataConfig, Passed, describe, load_tokens, padded_tokens, starts_with_bos
 from ..model.adapters import inner_model
 from ..model.inputs import check_length, check_takes_text, check_tokens, default_length, kind_of, main_input
 from ..model.padding import Whole
@@ -122,6 +122,13 @@ def load_calibration(
     framed = kind_of(model) != "causal" and config.bos is None and tokenizer is not None
     frame = frame_of(tokenizer) if framed else Frame()
     passed = Passed()
+    if not config.packing:
+        reading, number = replace(config.reading(), passed=passed), config.num_samples or SAMPLES
+        tokens, mask = padded_tokens(source, tokenizer, number, length, reading, frame, config)
+        check_tokens(tokens, model)
+        bos = None if passed.token_rows else starts_with_bos(tokenizer, config.bos)
+        inputs = {"input_ids": tokens, "attention_mask": mask}
+        return Calibration(inputs, describe(source), config.seed, bos, passed.facts())
     tokens = load_tokens(
         source,
         tokenizer,

@@ -27,6 +27,8 @@ def load_apart(
     """
     if data.image_column is not None:
         raise ValueError("A search compares predictions of text; leave image_column out, or name an allocation.")
+    if not data.packing:
+        raise ValueError("A search compares predictions on windows of one length; leave packing=False out.")
     if validation is not None:
         found = load_calibration(calibration, model, tokenizer, data)
         return found, load_calibration(validation, model, tokenizer, data.beside(validation)).inputs["input_ids"]
