@@ -34,7 +34,7 @@ class StructuredReport:
     """What was cut out of a model.
 
     Attributes:
-        config: what was asked for.
+        config (`DSAStructuredConfig`): what was asked for.
         kept (`Mapping[str, int]`): unit -> how many structures stay.
         gone (`Mapping[str, tuple[int, ...]]`): unit -> the numbers of those that went, as the dense model has them.
         costs (`Mapping[str, int]`): unit -> parameters of one.
@@ -42,7 +42,8 @@ class StructuredReport:
         parameters (`int`): all parameters of the model, before.
         removed (`int`): parameters that went, biases among them.
         left (`Mapping[str, str]`): matrices that no structure owns a part of -> why.
-        reconstruction: block -> what training it did.
+        calibration (`Mapping[str, Any]`, *optional*): what it was calibrated on.
+        reconstruction (`Mapping[str, Reconstruction]`): block -> what training it did.
         seconds (`float`): that it took.
     """
 
@@ -68,7 +69,10 @@ def prune_structures(model: nn.Module, calibration: Source | None, config: DSASt
     """Make a model smaller, in place.
 
     Args:
-        calibration: tokens, (samples, length), or inputs by name; also by what structures are found, so never `None`.
+        model (`nn.Module`): of any family, in memory.
+        calibration (`Tensor` or `Mapping[str, Tensor]`): tokens, (samples, length), or the model's inputs by name. By
+            them structures are found as well, so that there is none without.
+        config (`DSAStructuredConfig`): what goes.
 
     Raises:
         ValueError: there is nothing that can be cut out, or less than asked for; before anything is changed.
