@@ -46,6 +46,8 @@ def unknown_tensors(model: nn.Module, files: Iterable[Path], quantised: bool = F
         logger.info("This transformers does not tell which tensors a model does not know; none is looked for.")
         return {}
     modules = {name for name, _ in inner.named_modules()} if quantised else set()
+    # a checkpoint may leave out where the model under the head stands
+    modules |= {name.removeprefix(f"{getattr(inner, 'base_model_prefix', None)}.") for name in modules}
     found = {}
     for path in files:
         with _open(path) as file:
@@ -53,15 +55,10 @@ def unknown_tensors(model: nn.Module, files: Iterable[Path], quantised: bool = F
                 if loaded(name) in known or _is_table(name, len(file.get_slice(name).get_shape())):
                     continue
                 module = name.rpartition(".")[0]
-                if quantised and (loaded(f"{module}.weight") in known or _is_among(module, modules)):
+                if quantised and (module in modules or loaded(f"{module}.weight") in known):
                     continue  # what a known weight was packed into
                 found[name] = path
     return found
-
-
-def _is_among(module: str, modules: set[str]) -> bool:
-    """Whether a module has this name in the model, or in the model under its head."""
-    return module in modules or any(each.endswith(f".{module}") for each in modules)
 
 
 def packed_parts(tensors: Mapping[str, Path]) -> set[str]:

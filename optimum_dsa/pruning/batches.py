@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from itertools import islice
 from typing import Any
 
@@ -17,11 +17,14 @@ from ..common.token_rows import is_loader
 
 logger = logging.getLogger(__name__)
 
+FEW = 64  # of a list so many items tell what it holds
 # Inputs that no text gives, and of how many dimensions one sample of them is.
 MEDIA = {"pixel_values": 3, "pixel_values_videos": 4, "input_features": 2, "input_values": 1}
 
 
-def model_batches(source: Any, main: str, wanted: int, seed: int = 0) -> list[dict[str, Tensor]] | None:
+def model_batches(
+    source: Any, main: str, takes: Collection[str], wanted: int, seed: int = 0
+) -> list[dict[str, Tensor]] | None:
     """Inputs by name, (samples, ...) each, of what holds pictures or sound as a processor returns them.
 
     `None` where `source` is something else, such as text or rows of token ids. A list is taken whole; of a
@@ -29,8 +32,9 @@ def model_batches(source: Any, main: str, wanted: int, seed: int = 0) -> list[di
 
     Args:
         main: the model's main input, which a tensor without a name is, as in (pictures, labels).
+        takes: the names of all its inputs; of a table no others are looked at, as it may have text beside.
     """
-    if not any(MEDIA.keys() & _named(item, main).keys() for item in _looked_at(source)):
+    if not any(MEDIA.keys() & _named(item, main).keys() for item in _looked_at(source, takes)):
         return None
     passed: set[str] = set()
     if isinstance(source, (list, tuple)):
@@ -48,12 +52,12 @@ def model_batches(source: Any, main: str, wanted: int, seed: int = 0) -> list[di
     return _say(passed, found)
 
 
-def _looked_at(source: Any) -> Iterable[Any]:
+def _looked_at(source: Any, takes: Collection[str]) -> Iterable[Any]:
     """Parts of a source that tell what it holds, of one that can be asked for them more than once."""
     if isinstance(source, (list, tuple)):
-        return source
+        return source[:FEW]
     if isinstance(names := getattr(source, "column_names", None), list):
-        return [dict.fromkeys(names)]
+        return [dict.fromkeys({*names} & {*takes})]
     if not is_loader(source):
         return ()
     if hasattr(source, "__getitem__") and hasattr(source, "__len__"):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from inspect import signature
 from typing import Any
@@ -100,9 +100,12 @@ def load_calibration(
     if settings:
         warnings.warn("Settings of text are a DataConfig: config=DataConfig(...).", FutureWarning, stacklevel=2)
         config = replace(config, **settings)
-    found = model_batches(source, main_input(model), config.num_samples or SAMPLES, config.seed)
+    takes, number = signature(inner_model(model).forward).parameters.keys(), config.num_samples or SAMPLES
+    found = None
+    if config.image_column is None:
+        found = model_batches(source, main_input(model), takes, number, config.seed)
     if found is not None:
-        _check_taken(found, model)
+        _check_taken(found, model, takes)
         return replace(_of_batches([_checked(batch, model) for batch in found]), source=_described(source, found))
     source = as_tensors(source)
     if isinstance(source, Tensor):
@@ -123,7 +126,7 @@ def load_calibration(
     frame = frame_of(tokenizer) if framed else Frame()
     passed = Passed()
     if not config.packing:
-        reading, number = replace(config.reading(), passed=passed), config.num_samples or SAMPLES
+        reading = replace(config.reading(), passed=passed)
         tokens, mask = padded_tokens(source, tokenizer, number, length, reading, frame, config)
         check_tokens(tokens, model)
         bos = None if passed.token_rows else starts_with_bos(tokenizer, config.bos)
@@ -132,7 +135,7 @@ def load_calibration(
     tokens = load_tokens(
         source,
         tokenizer,
-        num_samples=config.num_samples or SAMPLES,
+        num_samples=number,
         sequence_length=length - len(frame),
         seed=config.seed,
         bos=False if frame else config.bos,
@@ -146,12 +149,12 @@ def load_calibration(
     return Calibration({"input_ids": tokens}, describe(source), config.seed, bos, passed.facts())
 
 
-def _check_taken(batches: Sequence[Mapping[str, Tensor]], model: nn.Module) -> None:
+def _check_taken(batches: Sequence[Mapping[str, Tensor]], model: nn.Module, takes: Collection[str]) -> None:
     """Raise `ValueError` where pictures or sound are no input of the model, which may pass over what it is given."""
-    inner = inner_model(model)
-    strange = sorted(set().union(*batches) & MEDIA.keys() - signature(inner.forward).parameters.keys())
+    strange = sorted(set().union(*batches) & MEDIA.keys() - {*takes})
     if strange:
-        raise ValueError(f"The batches hold {', '.join(strange)}, and {type(inner).__name__} has no such input.")
+        called = type(inner_model(model)).__name__
+        raise ValueError(f"The batches hold {', '.join(strange)}, and {called} has no such input.")
 
 
 def _described(source: Any, batches: Sequence[Any]) -> str:

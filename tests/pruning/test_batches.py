@@ -135,6 +135,12 @@ def test_rows_of_token_ids_are_text_still():
         assert sorted(map(tuple, found.inputs["input_ids"].tolist())) == sorted(map(tuple, tokens(4, 8).tolist()))
 
 
+def test_a_table_with_text_beside_is_text_for_a_model_of_text():
+    beside = datasets.Dataset.from_dict({"input_ids": tokens(4, 8).tolist(), "pixel_values": PIXELS[:4].tolist()})
+    found = load_calibration(beside, tiny_llama(), None, DataConfig(num_samples=4))
+    assert found.inputs.keys() == {"input_ids"} and found.facts()["samples"] == 4
+
+
 def test_a_search_of_pictures_is_refused_in_one_line(tiny):
     with pytest.raises(ValueError, match="A search compares predictions of text") as error:
         DSAPruner(tiny("vit")).search(FORMS["loader"], DSAConfig(0.5, data=DataConfig(num_samples=3)))
