@@ -34,7 +34,14 @@ def report_of(model: nn.Module) -> PruningReport:
     allocation = measured_allocation(inner, architecture)
     # A config takes no sparsity of 1, which a model of nothing but zeros has.
     config = DSAConfig(min(allocation.overall, 0.9999), "magnitude", allocation, max_sparsity=1.0)
-    return PruningReport(config, allocation, allocation.sparsity, count_parameters(inner), dense=architecture.dense)
+    return PruningReport(
+        config,
+        allocation,
+        allocation.sparsity,
+        count_parameters(inner),
+        dense=architecture.dense,
+        dense_sizes=architecture.dense_sizes,
+    )
 
 
 def described_report(model: nn.Module) -> PruningReport | None:

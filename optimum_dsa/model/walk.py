@@ -354,9 +354,12 @@ def _checked(block: Block, observer: Observer) -> dict[str, LayerStatistics]:
             fused[parameter] = fused.get(parameter, 0) + (seen.tokens if seen else 0)
     for parameter, tokens in fused.items():
         if tokens == 0:
+            owner = parameter.rpartition(".")[0]
+            size = sum(weight.size for weight in block.weights if weight.module == owner)
             raise UnprunableError(
                 f"{parameter}: what its experts multiply could not be observed; leave them dense with "
-                f"exclude=['{parameter.split('.')[-2]}'] or choose a method that needs no inputs."
+                f"exclude=['{owner.rpartition('.')[2]}'], {size / block.size:.1%} of this block, or choose a method "
+                "that needs no inputs."
             )
     statistics = observer.finish(block)
     for weight in block.weights:

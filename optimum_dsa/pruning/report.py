@@ -9,6 +9,7 @@ from typing import Any
 from ..common.columns import columns
 from ..common.escaping import one_line
 from ..model.adapters import plain_name
+from ..model.left_dense import told as told_dense
 from .allocation import Allocation
 from .comparison import compared_lines
 from .configuration import DSAConfig
@@ -38,6 +39,7 @@ class PruningReport:
         chosen_by (`str`, *optional*): what trained the model and chose its zeros meanwhile, a recovery method; `None`
             where the config's method chose them. Pattern, units and counts are those of config and allocation.
         zeros_before (`Mapping[str, int]`): weights that had zeros before -> how many, all of which stayed.
+        dense_sizes (`Mapping[str, int]`): how many weights each matrix of `dense` has.
     """
 
     config: DSAConfig
@@ -56,6 +58,7 @@ class PruningReport:
     compared_on: Mapping[str, int] = field(default_factory=dict)
     chosen_by: str | None = None
     zeros_before: Mapping[str, int] = field(default_factory=dict)
+    dense_sizes: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def removed(self) -> int:
@@ -94,6 +97,7 @@ class PruningReport:
             "compared_on": dict(self.compared_on),
             "chosen_by": self.chosen_by,
             "zeros_before": dict(self.zeros_before),
+            "dense_sizes": dict(self.dense_sizes),
         }
         return data | {name: value for name, value in more.items() if value}
 
@@ -118,6 +122,7 @@ class PruningReport:
             compared_on=dict(data.get("compared_on") or {}),
             chosen_by=data.get("chosen_by"),
             zeros_before=dict(data.get("zeros_before") or {}),
+            dense_sizes=dict(data.get("dense_sizes") or {}),
         )
 
     @property
@@ -129,7 +134,9 @@ class PruningReport:
         if self.chosen_by:
             notes.append(f"the zeros were chosen by {self.chosen_by}, while the model was trained (recover)")
         if self.dense:
-            notes.append(f"left dense: {len(self.dense)} matrices ({', '.join(sorted(set(self.dense.values())))})")
+            left = f"left dense: {len(self.dense)} matrices ({', '.join(sorted(set(self.dense.values())))})"
+            prunable = sum(self.allocation.sizes.values())
+            notes.append(f"{left}, {told_dense(self.dense_sizes, prunable)}" if self.dense_sizes else left)
         if self.damping:
             notes.append(f"damping raised for {len(self.damping)} weights, to {max(self.damping.values()):g} at most")
         if self.compared:
@@ -172,7 +179,7 @@ class PruningReport:
 
 def plain_report(report: PruningReport) -> PruningReport:
     """`report` under the names that weights have without adapters."""
-    named = ("achieved", "dense", "damping", "permuted", "zeros_before")
+    named = ("achieved", "dense", "damping", "permuted", "zeros_before", "dense_sizes")
     return replace(
         report,
         allocation=_plain(report.allocation),

@@ -101,8 +101,18 @@ def details(outcome: Outcome) -> list[tuple[str, str, Table]]:
         reasons: dict[str, list[str]] = {}
         for name, why in dense.items():
             reasons.setdefault(why, []).append(name)
-        rows = [[why, str(len(names)), _some(names)] for why, names in reasons.items()]
-        table = Table(["why", "number", "matrices"], rows)
+        sizes = outcome.facts.get("dense_sizes") or {}
+        everything = sum(outcome.facts["allocation"]["sizes"].values()) + sum(sizes.values())
+        rows = [
+            [
+                why,
+                str(len(names)),
+                percent(sum(sizes.get(name, 0) for name in names) / everything) if sizes else "",
+                _some(names),
+            ]
+            for why, names in reasons.items()
+        ]
+        table = Table(["why", "number", "of the blocks' weights", "matrices"], rows)
         found.append(("What stayed dense", "Matrices of the blocks, outside the budget.", table))
     return found
 
