@@ -85,7 +85,16 @@ def hooks(model, architecture, inputs):
 
         return hook
 
+    def steps(name, rank):
+        """A recurrence multiplies its time steps by a map that nobody calls."""
+        return lambda module, args, output: inputs.add(name, output[..., :rank])
+
     handles = []
+    for path, module in model.named_modules():
+        if hasattr(module, "A_log") and hasattr(module, "dt_proj"):
+            source = getattr(module, "dt_layernorm", module.x_proj)
+            hook = steps(f"{path}.dt_proj.weight", module.dt_proj.in_features)
+            handles.append(source.register_forward_hook(hook))
     for weight in architecture.weights:
         if weight.expert is None:
             module = model.get_submodule(weight.module)

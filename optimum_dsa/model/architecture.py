@@ -62,6 +62,15 @@ class Weight:
         """The live weight as (out_features, in_features): a view that writes through to the parameter."""
         return self.matrix(self.parameter(model).data)
 
+    def is_read_around(self, model: nn.Module) -> bool:
+        """Whether the module around the weight's own may read it without calling that, as recurrences do (`dt_proj`).
+
+        Experts that are below each other in one matrix are told apart there, too.
+        """
+        if self.expert is not None:
+            return self.parameter(model).dim() == 2
+        return hasattr(model.get_submodule(self.module.rpartition(".")[0]), STATE[0])
+
     def parameter(self, model: nn.Module) -> nn.Parameter:
         """The parameter that holds the weight, of its own shape; several experts may share it."""
         return getattr(model.get_submodule(self.module), self.attribute)

@@ -239,6 +239,7 @@ def _lend(block: Block, statistics: dict[str, LayerStatistics]) -> None:
 def observing(model: nn.Module, block: Block, observer: Observes, awaited: Awaited | None = None) -> Iterator[None]:
     """Hooks that report every input of the block's weights to `observer`, and then to `awaited`."""
     fused = [weight for weight in block.weights if weight.expert is not None]
+    around = {weight for weight in block.weights if weight.expert is None and weight.is_read_around(model)}
     with ExitStack() as stack:
         for weight in block.weights:
             module = model.get_submodule(weight.module)
@@ -246,10 +247,12 @@ def observing(model: nn.Module, block: Block, observer: Observes, awaited: Await
             if weight.expert is None and not isinstance(module, nn.Embedding):
                 handle = module.register_forward_pre_hook(_hook(observer, weight, awaited), with_kwargs=True)
                 stack.callback(handle.remove)
+        for module in {weight.module: model.get_submodule(weight.module) for weight in fused}.values():
+            stack.enter_context(one_expert_at_a_time(module))
         if fused:
-            for module in {weight.module: model.get_submodule(weight.module) for weight in fused}.values():
-                stack.enter_context(one_expert_at_a_time(module))
             stack.enter_context(_WatchProducts(model, block, observer.observe))
+        if around:
+            stack.enter_context(_WatchUncalled(model, around, observer.observe, awaited))
         yield
 
 
@@ -319,3 +322,28 @@ class _WatchProducts(TorchFunctionMode):
 
     def _share(self, attribute: str) -> float:
         return sum(w.size for w in self.weights.values() if w.attribute == attribute) / self.block.size
+
+
+class _WatchUncalled(TorchFunctionMode):
+    """Reports what matrices multiply whose modules nobody calls: W · X, X being (..., in_features, tokens)."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        weights: Collection[Weight],
+        observe: Callable[[Weight, Tensor], None],
+        awaited: Awaited | None,
+    ):
+        super().__init__()
+        self.observe, self.awaited = observe, awaited
+        self.owners = [(model.get_submodule(weight.module), weight) for weight in weights]
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if function in _PRODUCTS and len(args) >= 2 and isinstance(args[1], Tensor) and args[1].dim() >= 2:
+            # a call of `nn.Linear` has its matrix on the other side
+            weight = next((each for owner, each in self.owners if args[0] is getattr(owner, each.attribute)), None)
+            if weight is not None:
+                self.observe(weight, args[1].transpose(-1, -2))
+                if self.awaited is not None:
+                    self.awaited.given(weight.name)
+        return function(*args, **(kwargs or {}))

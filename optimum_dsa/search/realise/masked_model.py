@@ -8,7 +8,7 @@ from contextlib import ExitStack, contextmanager
 import torch
 from torch import Tensor, nn
 
-from ...common.fences import innermost_forward, parameters_in
+from ...common.fences import innermost_forward, is_placed, parameters_in
 from ...model.architecture import Architecture, Weight
 from ...model.offload import resident
 
@@ -121,9 +121,9 @@ class MaskedModel:
         """The module `name` computing with its masked parameter, at the innermost place (behind offloading hooks)."""
         owner = self.model.get_submodule(name)
         parameters = parameters_in(owner)
-        # Experts below each other in one matrix are told apart by whoever calls the module, and not by itself.
-        below = weights[0].expert is not None and parameters[attribute].dim() == 2
-        module = self.model.get_submodule(name.rpartition(".")[0]) if below else owner
+        # An offloaded weight is there while its own module runs, and at no other time.
+        around = weights[0].is_read_around(self.model) and not is_placed(owner)
+        module = self.model.get_submodule(name.rpartition(".")[0]) if around else owner
         where = innermost_forward(module)
         own, inner = vars(module).get(where), getattr(module, where)
 
