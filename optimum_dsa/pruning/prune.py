@@ -99,6 +99,7 @@ def _prune(
     run_steps(model, architecture, calibration, config, steps, sink, finished)
     for step in permute:
         step.log()
+    remove.log(architecture.weights)
     _warn_of_more(sum(sink.zeros.values()), allocation, config)
     return PruningReport(
         config=config,

@@ -7,17 +7,23 @@ for walked in walk_blocks(model, architecture, batches, reads=union(steps)):
 
 from __future__ import annotations
 
+import logging
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
+from ..model.architecture import Weight
 from ..model.statistics import LayerStatistics
 from ..model.walk import Reads, WalkedBlock
 from .allocation import Allocation, split_count
 from .resolved_method import ResolvedMethod
 from .zeros import zeros_in
+
+
+logger = logging.getLogger(__name__)
 
 
 class Step(Protocol):
@@ -56,13 +62,15 @@ class RemoveWeights:
     Attributes:
         damping: weights whose X·Xᵀ needed more damping than asked -> the damping that it took.
         unseen: weights that no calibration token reached.
+        unpaired: weights that were to be fitted to the dense model's outputs, which could not be had, and were fitted
+            to their own.
     """
 
     def __init__(self, method: ResolvedMethod, allocation: Allocation, true_sequential: bool = False):
         self.method, self.allocation = method, allocation
         self.true_sequential = true_sequential
         self.reads: Reads = method.reads
-        self.notes: dict[str, Any] = {}  # weight -> its "damping", and whether it was "unseen"
+        self.notes: dict[str, Any] = {}  # weight -> its "damping", whether it was "unseen" or "unpaired"
 
     @property
     def damping(self) -> dict[str, float]:
@@ -71,6 +79,21 @@ class RemoveWeights:
     @property
     def unseen(self) -> list[str]:
         return [name for name, noted in self.notes.items() if "unseen" in noted]
+
+    @property
+    def unpaired(self) -> list[str]:
+        return [name for name, noted in self.notes.items() if "unpaired" in noted]
+
+    def log(self, weights: Sequence[Weight]) -> None:
+        """Say of how many of the model's `weights` the dense model's targets could not be had."""
+        if found := set(self.unpaired):
+            share = sum(weight.size for weight in weights if weight.name in found) / sum(each.size for each in weights)
+            kinds = sorted({re.sub(r"(?<=[.\[])\d+(?=[.\]])", "*", name) for name in found})
+            logger.warning(
+                "%d of %d matrices (%.0f %% of their weights) were fitted to their own outputs, as they are not given "
+                "the tokens that they have in the dense model (routed experts): %s.",
+                *(len(found), len(weights), 100 * share, ", ".join(kinds)),
+            )
 
     @torch.no_grad()
     def __call__(self, walked: WalkedBlock) -> None:
@@ -90,6 +113,8 @@ class RemoveWeights:
 
     def _note(self, name: str, statistics: LayerStatistics) -> None:
         noted: dict[str, Any] = {"unseen": True} if statistics.tokens == 0 else {}
+        if "cross_gram" in self.reads and statistics.tokens and not statistics.is_paired:
+            noted["unpaired"] = True
         # Only what was raised: the damping that was asked for stands in the config.
         if (used := statistics.damping_used) and used > self.method.damping:
             noted["damping"] = used

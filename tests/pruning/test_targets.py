@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, MixtralConfig, MixtralForCausalLM
 
 from optimum_dsa import (
     Allocation,
@@ -241,3 +241,20 @@ def test_bfloat16_weights_stay_bfloat16():
     assert verify(model, report).holds and {w.tensor(model).dtype for w in find_architecture(model).weights} == {
         torch.bfloat16
     }
+
+
+def test_what_dense_targets_cannot_be_had_for_is_said(caplog):
+    """The dense model routes other tokens to an expert: its outputs are of no token that the pruned one is given."""
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 97, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "num_local_experts": 4}
+    model = MixtralForCausalLM(MixtralConfig(**sizes, **heads)).eval()
+    prune(tiny_llama(), tokens(), config())
+    assert "their own outputs" not in caplog.text
+    architecture = find_architecture(model)
+    experts = [weight for weight in architecture.weights if weight.expert is not None]
+    prune(model, tokens(), config())
+    share = sum(weight.size for weight in experts) / sum(weight.size for weight in architecture.weights)
+    (said,) = [line for line in caplog.messages if "their own outputs" in line]
+    assert said.startswith(f"{len(experts)} of {len(architecture.weights)} matrices ({100 * share:.0f} % of their")
+    assert "model.layers.*.mlp.experts" in said
