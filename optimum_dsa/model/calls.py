@@ -327,7 +327,17 @@ def feed(model: nn.Module, batch: Mapping[str, Tensor]) -> Any:
     alone = not {"decoder_input_ids", "decoder_inputs_embeds", "labels"} & inputs.keys()
     if model.config.is_encoder_decoder and alone and "input_ids" in inputs:
         inputs["decoder_input_ids"] = inputs["input_ids"]
-    return model(**inputs)
+    try:
+        return model(**inputs)
+    except NotImplementedError as error:
+        if not is_placed(model) or "meta tensor" not in str(error):
+            raise
+        # Llama 4 asks its embedding where it is, DBRX takes experts' rows out of a module that does not run.
+        raise UnprunableError(
+            f"{type(model).__name__} looks at weights that are on disk or kept back while it does not run them, and "
+            "cannot run with them there; load it whole, without device_map (--device-map), or in memory in part "
+            "(device_map='auto')."
+        ) from None
 
 
 def _equal(value: Any, other: Any) -> bool:

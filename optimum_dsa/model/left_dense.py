@@ -8,6 +8,8 @@ from collections.abc import Collection, Iterable, Mapping
 
 from torch import nn
 
+from .parameters import one_name_each
+
 
 LARGE = 0.05  # a share that nobody should have to look for: it is said before the work
 _NAMED = 4  # kinds that are named, the largest; the rest is a number
@@ -20,11 +22,11 @@ def kind_of(name: str) -> str:
 
 def sizes_of(model: nn.Module, names: Iterable[str]) -> dict[str, int]:
     """Name of a matrix, or of one of experts, `name[3]` -> its weights; shared ones are counted once."""
-    found, counted = {}, set()
+    found, counted, one_name = {}, set(), one_name_each(model)
     for name in names:
         whole, _, expert = name.partition("[")
         parameter = model.get_parameter(whole)
-        place = id(parameter), expert
+        place = one_name.get(whole, whole), expert
         found[name] = 0 if place in counted else parameter.numel() // (parameter.shape[0] if expert else 1)
         counted.add(place)
     return found
