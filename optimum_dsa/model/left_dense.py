@@ -48,7 +48,7 @@ def told(sizes: Mapping[str, int], prunable: int) -> str:
     named = [f"{kind} {kinds[kind] / total:.1%}" for kind in order[:_NAMED]]
     rest = sum(kinds[kind] for kind in order[_NAMED:])
     if rest:
-        named.append(f"{len(order) - _NAMED} more kinds {rest / total:.1%}")
+        named.append(f"{len(order) - _NAMED} more {rest / total:.1%}")
     return f"{share_of(sizes, prunable):.1%} of the blocks' weights: {', '.join(named)}"
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Protocol
@@ -14,6 +13,7 @@ from torch.overrides import TorchFunctionMode
 
 from ..common.fences import one_expert_at_a_time, tensor_version
 from .architecture import Block, UnprunableError, Weight
+from .left_dense import kind_of
 from .statistics import LayerStatistics
 
 
@@ -225,7 +225,7 @@ def _lend(block: Block, statistics: dict[str, LayerStatistics]) -> None:
     kinds: dict[tuple[str, tuple[int, int]], list[LayerStatistics]] = {}
     for weight in block.weights:
         # Experts differ in a number alone: "experts.3.up" and "experts[3]" are of one kind each.
-        kind = re.sub(r"(?<=[.\[])\d+(?=[.\]])", "*", weight.name), weight.shape
+        kind = kind_of(weight.name), weight.shape
         kinds.setdefault(kind, []).append(statistics[weight.name])
     for alike in kinds.values():
         seen = [found.squared_sum for found in alike if found.tokens]

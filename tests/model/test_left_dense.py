@@ -23,7 +23,7 @@ def test_shares_are_of_what_is_left_and_what_is_pruned_together_largest_first():
     assert share_of(sizes, 50) == 0.5 and share_of({}, 0) == 0
     assert told(sizes, 50) == "50.0% of the blocks' weights: h.*.b 30.0%, h.*.a 20.0%"
     many = {f"part{letter}": 10 for letter in "abcdef"}
-    assert told(many, 40).endswith("partd 10.0%, 2 more kinds 20.0%")
+    assert told(many, 40).endswith("partd 10.0%, 2 more 20.0%")
 
 
 def test_a_shared_matrix_is_counted_once_and_an_expert_for_itself():
