@@ -1,7 +1,5 @@
 """Experts in other clothes: batched products, rows below each other, experts that compute nothing."""
 
-import itertools
-
 import pytest
 import torch
 import transformers as tf
@@ -64,9 +62,8 @@ def test_a_row_of_the_last_map_is_one_of_the_outputs(family, last, tiny, inputs)
 
 
 @needs_compressed_loading
-@pytest.mark.parametrize(
-    "family,method", [*itertools.product(CLOTHES, METHODS), *((family, "sparsegpt") for family in HYBRIDS)]
-)
+@pytest.mark.parametrize("method", ["wanda", "sparsegpt"])  # by magnitude, all families are loaded elsewhere
+@pytest.mark.parametrize("family", CLOTHES)
 def test_pruned_verified_saved_compressed_and_loaded_it_computes_the_same(family, method, tiny, inputs, tmp_path):
     pruner, batch = DSAPruner(tiny(family)), inputs(family)
     report = pruner.prune(batch, DSAConfig(0.5, method, "uniform"))
