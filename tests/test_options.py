@@ -52,6 +52,7 @@ FIRST = {
     "--num-fewshot --limit --batch-size --output --json --device --dtype --device-map --offload-folder --revision "
     "--trust-remote-code",
     "report": "--compare -o --output",
+    "bench": "--against --prompt --new-tokens --batch-size --rounds --threads --seed --device --dtype",
     "verify": "--device --dtype --device-map --offload-folder --revision --trust-remote-code",
     "convert": "--to --revision",
     "push": "--private --revision --create-pr --commit-message --token",

@@ -2,6 +2,7 @@
 
 from optimum.commands.base import BaseOptimumCLICommand, CommandInfo
 
+from .bench import BenchCommand
 from .convert import ConvertCommand
 from .demo import DemoCommand
 from .env import EnvCommand
@@ -26,6 +27,7 @@ class DSACommand(BaseOptimumCLICommand):
         CommandInfo("search", "Find the allocation that hurts a model least.", SearchCommand),
         CommandInfo("recover", "Train a pruned model and keep its zeros.", RecoverCommand),
         CommandInfo("evaluate", "Measure a model's perplexity and its sparsity.", EvaluateCommand),
+        CommandInfo("bench", "Measure how fast a model reads and writes.", BenchCommand),
         CommandInfo("report", "Show a pruned model or a search as a page with pictures.", ReportCommand),
         CommandInfo("verify", "Check that a pruned model is what it says.", VerifyCommand),
         CommandInfo("convert", "Store a pruned model without its zeros, or with them again.", ConvertCommand),

@@ -1,0 +1,55 @@
+"""`optimum-cli dsa bench`."""
+
+from __future__ import annotations
+
+from .base import LeafCommand, add_loading_options, loading_options, say
+
+
+class BenchCommand(LeafCommand):
+    """How fast a model is, alone or beside another."""
+
+    DESCRIPTION = """\
+Measure how many tokens a second a causal model reads and writes, and say what its weights and its cache take. With
+--against another model is measured in turn with it, in one process, and the ratios are of the fastest rounds: what
+pruning, storing or cutting has brought. Zeros that are multiplied as any other number make nothing faster.
+"""
+    EXAMPLES = """\
+  optimum-cli dsa bench smaller --against ./model
+  optimum-cli dsa bench smaller --against ./model --dtype bfloat16 --threads 1 --prompt 128 --json
+"""
+
+    @staticmethod
+    def parse_args(parser):
+        BenchCommand.describe(parser, "bench")
+        parser.add_argument("model", help="folder or Hub id of the model")
+        parser.add_argument("--against", metavar="MODEL", help="folder or Hub id of what it is held against")
+        parser.add_argument("--prompt", type=int, default=512, help="tokens that are read (default: 512)")
+        parser.add_argument("--new-tokens", type=int, default=64, help="tokens that are written then (default: 64)")
+        parser.add_argument("--batch-size", type=int, default=1, help="sequences at a time (default: 1)")
+        parser.add_argument("--rounds", type=int, default=5, help="of which the fastest counts (default: 5)")
+        parser.add_argument("--threads", type=int, help="of PyTorch, on a CPU (default: as many as it takes)")
+        parser.add_argument("--seed", type=int, default=0, help="of the tokens that are read (default: 0)")
+        add_loading_options(parser, reads_text=False)
+
+    def execute(self) -> dict:
+        from dataclasses import asdict
+
+        import torch
+
+        from ..checkpoint.load import load_model
+        from ..evaluation.speed import measure_speed
+
+        args = self.args
+        if args.threads is not None:
+            if args.threads < 1:
+                raise ValueError(f"--threads is a whole number of at least 1, got {args.threads}.")
+            torch.set_num_threads(args.threads)
+        if args.against == args.model:
+            raise ValueError(f"--against {args.against} is the model itself; name another, or leave it out.")
+        options = loading_options(args)
+        names = [args.model, *([args.against] if args.against else [])]
+        models = {name: load_model(name, **options) for name in names}
+        numbers = ("prompt", "new_tokens", "batch_size", "rounds", "seed")
+        found = measure_speed(models, **{name: getattr(args, name) for name in numbers})
+        say(str(found))
+        return asdict(found)

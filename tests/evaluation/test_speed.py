@@ -1,0 +1,103 @@
+"""How fast a model is: what is counted is right, and rates are of what was timed."""
+
+import json
+
+import pytest
+import torch
+from transformers import BertConfig, BertForMaskedLM, GPT2Config, GPT2LMHeadModel
+
+from optimum_dsa import DSAStructuredConfig, demo_model, measure_speed, prune_structures
+from optimum_dsa.evaluation.speed import Speed, SpeedComparison
+
+from ..test_commands import run
+from ..tiny import tiny_llama, tokens
+
+
+SMALL = {"prompt": 16, "new_tokens": 4, "rounds": 2}
+
+
+def test_what_is_counted_is_what_the_model_has():
+    model = tiny_llama()
+    found = measure_speed({"tiny": model}, **SMALL).speeds["tiny"]
+    assert found.parameters == sum(parameter.numel() for parameter in model.parameters())
+    held = [*model.parameters(), *model.buffers()]
+    assert found.weight_bytes == sum(value.numel() * value.element_size() for value in held)
+    # 3 blocks, 2 heads of keys and of values, 8 numbers each, of 4 bytes
+    assert found.cache_bytes == 3 * 2 * 2 * 8 * 4
+    matrices = sum(p.numel() for n, p in model.model.layers.named_parameters() if p.dim() == 2)
+    assert found.flops >= 2 * matrices and found.prefill > 0 and found.decode > 0 and found.peak_bytes is None
+
+
+def test_a_smaller_model_takes_less():
+    dense, model = tiny_llama(), tiny_llama()
+    prune_structures(model, tokens(), DSAStructuredConfig(0.2, ("kv_group",)))
+    found = measure_speed({"smaller": model, "dense": dense}, **SMALL).speeds
+    for part in ("parameters", "weight_bytes", "flops", "cache_bytes"):
+        assert getattr(found["smaller"], part) < getattr(found["dense"], part)
+
+
+def test_models_are_measured_in_turn_and_the_first_round_is_not_counted(monkeypatch):
+    order, clock = [], iter(range(1000))
+    models = {"one": tiny_llama(), "other": tiny_llama(1)}
+    for name, model in models.items():
+        model.register_forward_pre_hook(lambda module, args, name=name: order.append(name))
+    monkeypatch.setattr("optimum_dsa.evaluation.speed.time.perf_counter", lambda: next(clock))
+    found = measure_speed(models, **SMALL)
+    # three rounds of reading once and writing four times each, and one forward pass each for FLOPs
+    assert order == 3 * (5 * ["one"] + 5 * ["other"]) + ["one", "other"]
+    assert {(speed.prefill, speed.decode) for speed in found.speeds.values()} == {(16.0, 4.0)}
+
+
+def test_what_is_said_has_a_ratio_of_two():
+    one, other = Speed("a", 150.0, 30.0, 10, 40, 8), Speed("b", 100.0, 20.0, 20, 80, 16)
+    said = str(SpeedComparison({"a": one, "b": other}, 8, 2, 1, 3, 1, "cpu", "float32")).splitlines()
+    assert said[0].split() == ["a", "b", "ratio"]
+    assert said[1].split() == ["prefill,", "tokens/s", "150", "100", "1.50"]
+    assert said[2].split()[-3:] == ["30.0", "20.0", "1.50"] and said[3].split()[-3:] == ["10", "20", "0.50"]
+    assert not any("cache" in line or "peak" in line for line in said)
+    assert said[-1] == "prompt 8, 2 new tokens, batch 1, best of 3; cpu, float32, 1 threads"
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"prompt": 0}, "prompt is a whole number of at least 1, got 0"),
+        ({"rounds": 1.5}, "rounds is a whole number"),
+    ],
+)
+def test_what_cannot_be_measured_is_refused(settings, message):
+    with pytest.raises(ValueError, match=message):
+        measure_speed({"tiny": tiny_llama()}, **settings)
+
+
+def test_more_tokens_than_there_is_room_for_are_refused():
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=97, n_positions=32, n_embd=32, n_layer=1, n_head=2)).eval()
+    with pytest.raises(ValueError, match="32"):
+        measure_speed({"tiny": model}, prompt=31, new_tokens=2)
+
+
+def test_a_model_that_does_not_write_is_refused():
+    sizes = {"vocab_size": 97, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4}
+    model = BertForMaskedLM(BertConfig(intermediate_size=48, **sizes)).eval()
+    with pytest.raises(ValueError, match="mine is a BertForMaskedLM, and only causal models write on"):
+        measure_speed({"mine": model})
+    with pytest.raises(ValueError, match="Name a model"):
+        measure_speed({})
+
+
+def test_the_command_measures_two_models(monkeypatch, capsys, tmp_path):
+    tiny_llama(vocab_size=97).save_pretrained(tmp_path / "tiny")
+    threads = torch.get_num_threads()
+    arguments = ["--prompt", "8", "--new-tokens", "2", "--rounds", "1", "--threads", "1"]
+    model = str(tmp_path / "tiny")
+    code, output, errors = run(
+        monkeypatch, capsys, "bench", model, "--against", str(demo_model()), *arguments, "--json"
+    )
+    torch.set_num_threads(threads)
+    found = json.loads(output)
+    assert code == 0 and list(found["speeds"]) == [model, str(demo_model())] and found["threads"] == 1
+    code, output, errors = run(monkeypatch, capsys, "bench", model, "--against", model, *arguments)
+    torch.set_num_threads(threads)
+    assert code == 2 and "is the model itself" in errors
+    code, output, errors = run(monkeypatch, capsys, "bench", model, "--threads", "0")
+    assert code == 2 and "--threads is a whole number" in errors
