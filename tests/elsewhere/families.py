@@ -32,7 +32,6 @@ class Family:
         calibration: what is calibrated with, from the base's folder.
         options: with which it is loaded.
         files: what lies beside it as well, name -> content.
-        forms: in which it is saved.
         config: fields of the configuration.
     """
 
@@ -41,7 +40,6 @@ class Family:
     calibration: Callable[[Path], Any] = lambda folder: TEXT
     options: Mapping[str, Any] = field(default_factory=dict)
     files: Mapping[str, str] = field(default_factory=lambda: LICENCE)
-    forms: tuple[str, ...] = ("dense", "compressed")
     config: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -264,7 +262,7 @@ def patches(folder: Path) -> list[dict]:
 
 FAMILIES: dict[str, Family] = {
     "own code": Family(halves, "own_code", options={"trust_remote_code": True}),
-    "adapter": Family(adapter, "adapter", files={}, forms=("dense",)),
+    "adapter": Family(adapter, "adapter", files={}),
     "bert": Family(bert, "fill_mask"),
     "roberta": Family(roberta, "fill_mask"),
     "bart": Family(bart, "writes_text", pairs),

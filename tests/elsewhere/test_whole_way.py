@@ -11,7 +11,7 @@ from .families import FAMILIES
 from .ways import FORMS, check_same, used, walked
 
 
-ROWS = [(family, form) for family, row in FAMILIES.items() for form in row.forms if form in FORMS]
+ROWS = [(family, form) for family in FAMILIES for form in FORMS]
 # What says how, or by which release, a checkpoint was written, and nothing of its model.
 OF_WRITING = {"transformers_version", "quantization_config", "dtype", "transformers_weights", "_name_or_path"}
 OF_WRITING |= {"is_local", "local_files_only"}  # of how a tokenizer was loaded, which it writes when it is saved

@@ -50,16 +50,25 @@ def base_of(name: str, home: Path) -> Path:
 
 def walked(name: str, home: Path) -> Way:
     """Load, prune, save in every form."""
-    family, base = FAMILIES[name], base_of(name, home)
-    pruner = DSAPruner.from_pretrained(base, **family.options)
-    pruner.prune(family.calibration(base), replace(CONFIG, **family.config))
-    out = {form: home / form / name for form in family.forms if form in FORMS}
+    base = base_of(name, home)
+    pruner = pruned(name, base)
+    out = {form: home / form / name for form in FORMS}
     for form, folder in out.items():
         folder.parent.mkdir(exist_ok=True)
         if has_adapters(pruner.model):
-            pruner.save_pretrained(folder.with_name(f"{name} base"))  # the first is the model under them
-        pruner.save_pretrained(folder, compressed=form == "compressed")
-    return Way(base, out, pruner, uses.facts(family.use, base, pruner.model))
+            pruner = pruned(name, base)  # whose first save is the model under them
+            pruner.save_pretrained(folder.with_name(f"{name} base"), compressed=form == "compressed")
+            pruner.save_pretrained(folder)
+        else:
+            pruner.save_pretrained(folder, compressed=form == "compressed")
+    return Way(base, out, pruner, uses.facts(FAMILIES[name].use, base, pruner.model))
+
+
+def pruned(name: str, base: Path) -> DSAPruner:
+    family = FAMILIES[name]
+    pruner = DSAPruner.from_pretrained(base, **family.options)
+    pruner.prune(family.calibration(base), replace(CONFIG, **family.config))
+    return pruner
 
 
 def used(asked: Mapping[str, tuple[str, Path, str | None]], home: Path) -> dict[str, Any]:
