@@ -18,6 +18,7 @@ import yaml
 import optimum_dsa
 from optimum_dsa import (
     ALLOCATIONS,
+    IMPORTANCES,
     METHODS,
     METRICS,
     MODES,
@@ -141,7 +142,7 @@ def test_links_of_the_readme_lead_to_a_file_and_a_heading():
 
 @pytest.mark.parametrize("name", sorted(TEXTS))
 def test_papers_are_cited_by_the_addresses_of_the_tables(name):
-    tables = [*TABLES.values(), MODES, SCHEDULES, RECOVERIES]
+    tables = [*TABLES.values(), MODES, SCHEDULES, RECOVERIES, IMPORTANCES]
     known = {address for table in tables for address in table.references.values()} | {DISTILLATION, RECONSTRUCTION}
     known |= {MASKING, PSEUDO}
     assert set(re.findall(r"https://arxiv\.org/[\w./]+", TEXTS[name])) <= known
@@ -163,6 +164,12 @@ def test_concepts_lists_every_registered_name_and_no_other(title):
     text, table = section(PAGES["concepts"], title), TABLES[title]
     names = [quoted(cells[0])[0] for cells in rows(text)] if rows(text) else quoted(text)
     assert sorted(names) == sorted(table)
+
+
+def test_the_guide_of_smaller_models_lists_every_importance_with_its_reference():
+    found = {quoted(cells[0])[0]: cells[1] for cells in rows(section(PAGES["guides/structured"], "Importances"))}
+    assert sorted(found) == sorted(IMPORTANCES)
+    assert all(IMPORTANCES.references[name] in text for name, text in found.items())
 
 
 @pytest.mark.parametrize("title", ["Metrics", "Methods", "Allocations", "Updates"])

@@ -41,6 +41,13 @@ TESTS = {
     "pruning/allocation/histogram.py": ["pruning/allocation/test_allocators.py", "search/test_summary.py"],
     **{f"search/{name}.py": ["search/test_search.py"] for name in ("conductor", "counts")},
     "common/apart.py": ["search/test_apart.py", "recovery/test_recover.py"],
+    "pruning/structured/remove.py": ["pruning/structured/test_prune.py"],
+    "pruning/structured/layout.py": ["pruning/structured/test_prune.py"],
+    "pruning/structured/configuration.py": ["pruning/structured/test_prune.py"],
+    "pruning/structured/refit.py": ["pruning/structured/test_importance.py"],
+    **{
+        f"pruning/structured/{name}.py": ["pruning/structured/test_structures.py"] for name in ("slicing", "structure")
+    },
     "pruning/sections.py": ["pruning/test_configuration.py"],
     "pruning/allocation/levels.py": ["pruning/allocation/test_budget.py"],
     **{f"pruning/{name}.py": ["pruning/test_prune.py"] for name in ("allocate", "report", "resolved_method", "sink")},

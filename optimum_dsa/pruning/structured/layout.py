@@ -1,0 +1,93 @@
+"""The configuration of a model that was made smaller alike in all blocks: a plain, smaller model of its class."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from .slicing import KEY_HEADS, QUERY_HEADS
+from .structure import Structures
+
+
+# What configurations call the width of an MLP.
+MLP_WIDTHS = ("intermediate_size", "ffn_dim", "n_inner", "d_ff", "ffn_hidden_size")
+
+
+def smaller_config(model: nn.Module, units: Mapping[str, Structures], counts: Mapping[str, int]) -> dict[str, int]:
+    """What the model's configuration says once `counts` structures of every unit are cut out: setting -> number.
+
+    Raises:
+        ValueError: no configuration of its class says it: blocks differ, or the class derives a width from others.
+    """
+    alike: dict[str, set[tuple[int, int]]] = {}
+    for unit, each in units.items():
+        alike.setdefault(each.kind, set()).add((len(each), counts[unit]))
+    if any(len(numbers) > 1 for numbers in alike.values()):
+        kind = next(kind for kind, numbers in alike.items() if len(numbers) > 1)
+        raise ValueError(f"Blocks come to differ in their {kind}, and layout='uniform' has one for all.")
+    changes: dict[str, int] = {}
+    part = _part(model.config)
+    for each in {each.kind: each for each in units.values()}.values():
+        count, gone = len(each), counts[each.unit]
+        queries, keys = (per * (count - gone) for per in each.heads)
+        if each.kind == "ffn":
+            changes |= _known(part, MLP_WIDTHS, count, count - gone)
+        elif gone:
+            changes |= _known(part, QUERY_HEADS, each.heads[0] * count, queries)
+            changes |= _known(part, KEY_HEADS, each.heads[1] * count, keys)
+            if "head_dim" in part.to_dict():
+                # Derived of the hidden size and the heads where it is not said.
+                changes["head_dim"] = each.reads[0].index.shape[1] // each.heads[0]
+    _check(model, units, counts, changes)
+    return changes
+
+
+def settle(model: nn.Module, changes: Mapping[str, int]) -> None:
+    """Have the model's configuration say what `smaller_config` gave."""
+    for name, value in changes.items():
+        setattr(_part(model.config), name, value)
+
+
+def _part(config: Any) -> Any:
+    """The configuration that the blocks are made of: a model of several parts has one for its text."""
+    try:
+        return config.get_text_config()
+    except (AttributeError, ValueError):  # ValueError: an encoder and a decoder have one each
+        return config
+
+
+def _known(config: Any, names: tuple[str, ...], before: int, after: int) -> dict[str, int]:
+    """The settings of these `names` that are what they were, or `None` and then derived, with what they become."""
+    values = {name: getattr(config, name, before + 1) for name in names if hasattr(config, name)}
+    return {name: after for name, value in values.items() if value in (before, None)}
+
+
+def _check(
+    model: nn.Module, units: Mapping[str, Structures], counts: Mapping[str, int], changes: Mapping[str, int]
+) -> None:
+    """Raise `ValueError` unless a model of the changed configuration has the shapes that will be left."""
+    shapes = {name: list(parameter.shape) for name, parameter in model.named_parameters()}
+    for unit, each in units.items():
+        for cut in each.cuts:
+            shapes[cut.tensor][cut.axis] -= counts[unit] * cut.index.shape[1]
+    config = copy.deepcopy(model.config)
+    for name, value in changes.items():
+        setattr(_part(config), name, value)
+    why = "a model of that configuration has other widths"
+    try:
+        config = type(config).from_dict(config.to_dict())  # as it is loaded, which may check more
+        with torch.device("meta"):
+            made = type(model)(config)
+        if {name: list(parameter.shape) for name, parameter in made.named_parameters()} == shapes:
+            return
+    except Exception as error:  # noqa: BLE001 - a class may refuse numbers in any way
+        why = str(error)
+    raise ValueError(
+        f"{type(model.config).__name__} cannot say what is left ({', '.join(f'{k}={v}' for k, v in changes.items())}: "
+        f"{' '.join(why.split())}); cut other structures, or another share; or use layout='per_layer', which "
+        "transformers alone does not load."
+    )

@@ -1,0 +1,152 @@
+"""A model made smaller: structures found, chosen, silenced while the blocks are walked, and cut out in the end."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor, nn
+
+from ...model.architecture import find_architecture
+from ...model.parameters import count_parameters
+from ..calibration import Calibration
+from ..prune import run_steps
+from ..reconstruct import Reconstruct
+from ..source import Source, as_calibration, check_finite_outputs
+from ..steps import Step
+from ..training import Reconstruction
+from .budget import Available, even_counts, uniform_counts
+from .configuration import DSAStructuredConfig
+from .layout import settle, smaller_config
+from .remove import RemoveStructures
+from .slicing import cut_out
+from .structure import Structures
+from .structures import find_structures
+
+
+SHORT = 16  # tokens of the sample by which structures are found: a run for every row of a matrix
+
+
+@dataclass(frozen=True)
+class StructuredReport:
+    """What was cut out of a model.
+
+    Attributes:
+        config (`DSAStructuredConfig`): what was asked for.
+        kept (`Mapping[str, int]`): unit -> how many structures stay.
+        gone (`Mapping[str, tuple[int, ...]]`): unit -> the numbers of those that went, as the dense model has them.
+        costs (`Mapping[str, int]`): unit -> parameters of one.
+        prunable (`int`): parameters of all blocks' matrices, before.
+        parameters (`int`): all parameters of the model, before.
+        removed (`int`): parameters that went, biases among them.
+        left (`Mapping[str, str]`): matrices that no structure owns a part of -> why.
+        calibration (`Mapping[str, Any]`, *optional*): what it was calibrated on.
+        reconstruction (`Mapping[str, Reconstruction]`): block -> what training it did.
+        seconds (`float`): that it took.
+    """
+
+    config: DSAStructuredConfig
+    kept: Mapping[str, int]
+    gone: Mapping[str, tuple[int, ...]]
+    costs: Mapping[str, int]
+    prunable: int
+    parameters: int
+    removed: int
+    left: Mapping[str, str]
+    calibration: Mapping[str, Any] | None = None
+    reconstruction: Mapping[str, Reconstruction] = field(default_factory=dict)
+    seconds: float = 0.0
+
+    @property
+    def sparsity(self) -> float:
+        """Share of the parameters of the blocks' matrices that went."""
+        return self.removed / self.prunable
+
+
+def prune_structures(model: nn.Module, calibration: Source | None, config: DSAStructuredConfig) -> StructuredReport:
+    """Make a model smaller, in place.
+
+    Args:
+        model (`nn.Module`): of any family, in memory.
+        calibration (`Tensor` or `Mapping[str, Tensor]`): tokens, (samples, length), or the model's inputs by name. By
+            them structures are found as well, so that there is none without.
+        config (`DSAStructuredConfig`): what goes.
+
+    Raises:
+        ValueError: there is nothing that can be cut out, or less than asked for; before anything is changed.
+    """
+    start = time.perf_counter()
+    calibration = as_calibration(calibration, model)
+    if not isinstance(calibration, Calibration):
+        raise ValueError("What can be cut out of a model is found by running it; give calibration data.")
+    architecture = find_architecture(model, exclude=config.exclude)
+    check_finite_outputs(model, architecture, calibration)
+    found = find_structures(model, architecture, _short(calibration.batches(1)[0]))
+    units = {unit: each for unit, each in found.structures.items() if each.kind in config.structures}
+    _check(model, units, found.left, config)
+    costs = {unit: each.cost(model) for unit, each in units.items()}
+    prunable, parameters = sum(weight.size for weight in architecture.weights), count_parameters(model)
+    rounds = {"ffn": config.round_to}
+    sizes = {unit: Available(len(each), costs[unit], rounds.get(each.kind, 1)) for unit, each in units.items()}
+    asked = int(config.sparsity * prunable)
+    if config.layout == "uniform":
+        counts = even_counts({unit: (each.kind, len(each)) for unit, each in units.items()}, sizes, asked)
+        smaller = smaller_config(model, units, counts)
+    else:
+        counts, smaller = uniform_counts(sizes, asked), {}
+    if asked and not any(counts.values()):
+        least = min(sum(costs[u] for u in units if units[u].kind == kind) for kind in config.structures)
+        least = least if config.layout == "uniform" else min(costs.values())
+        raise ValueError(
+            f"A sparsity of {config.sparsity:g} takes nothing: the least that can go is {least / prunable:.4f} of the "
+            "blocks; ask for more, or for smaller structures."
+        )
+    remove = RemoveStructures(config, units, counts)
+    reconstruct = Reconstruct(config.reconstruct, config.data.seed)
+    steps: list[Step] = [remove, *([reconstruct] if config.reconstruct.steps else [])]
+    run_steps(model, architecture, calibration, config, steps, lambda walked: None)
+    for unit, gone in remove.gone.items():
+        cut_out(model, units[unit], gone)
+    settle(model, smaller)
+    return StructuredReport(
+        config=config,
+        kept={unit: len(each) - len(remove.notes.get(unit, ())) for unit, each in units.items()},
+        gone={unit: tuple(remove.notes.get(unit, ())) for unit in units},
+        costs=costs,
+        prunable=prunable,
+        parameters=parameters,
+        removed=parameters - count_parameters(model),
+        left=found.left,
+        calibration=calibration.facts(),
+        reconstruction=reconstruct.found,
+        seconds=time.perf_counter() - start,
+    )
+
+
+def _short(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The first tokens of a batch of one sample, (1, length, ...), where it is tokens alone."""
+    lengths = {value.shape[1:2] for value in batch.values()}
+    alone = len(lengths) == 1 and all(value.dim() == 2 and not value.is_floating_point() for value in batch.values())
+    return {name: value[:, :SHORT] if alone else value for name, value in batch.items()}
+
+
+def _check(
+    model: nn.Module, units: Mapping[str, Structures], left: Mapping[str, str], config: DSAStructuredConfig
+) -> None:
+    """Raise `ValueError` where there is nothing to be cut out, or no bias to add to."""
+    if not units:
+        why = "; ".join(f"{name}: {reason}" for name, reason in list(left.items())[:3])
+        raise ValueError(
+            f"{type(model).__name__} has no {' or '.join(config.structures)} that could be cut out"
+            f"{f' ({why})' if why else ''}."
+        )
+    if config.update == "bias":
+        readers = {cut.tensor.rpartition(".")[0] for each in units.values() for cut in each.reads}
+        without = sorted(name for name in readers if getattr(model.get_submodule(name), "bias", None) is None)
+        if without:
+            raise ValueError(
+                f"update='bias' adds to the bias of what reads a structure, and {without[0]} has none (nor have "
+                f"{len(without) - 1} others); use update='refit'."
+            )

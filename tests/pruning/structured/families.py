@@ -1,0 +1,62 @@
+"""Tiny models of many families, with what can be cut out of a block of each."""
+
+import torch
+import transformers
+
+
+def _causal(kind, **changes):
+    sizes = {"vocab_size": 97, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+    return lambda: _made(kind, "ForCausalLM", **{**sizes, **changes})
+
+
+def _made(kind, head, **settings):
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{kind}Config")(**settings)
+    model = getattr(transformers, f"{kind}{head}")(config).eval()
+    # Biases and norms begin as zeros and ones, with which a mistake among them would not be seen.
+    for parameter in model.parameters():
+        if parameter.dim() == 1:
+            parameter.data += 0.2 * torch.randn(parameter.shape)
+    return model
+
+
+def _other(kind, head, **settings):
+    return lambda: _made(kind, head, **settings)
+
+
+GROUPED = {"num_key_value_heads": 2, "intermediate_size": 48}
+WIDE = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
+T5 = {"d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4, "decoder_start_token_id": 0}
+GROUPS, HEADS = {"kv_group": 2, "ffn": 48}, {"head": 4, "ffn": 48}
+
+# Family -> what makes a model of it, and by kind how many structures a block has.
+FAMILIES = {
+    "Llama": (_causal("Llama", **GROUPED), GROUPS),
+    "Llama with biases": (_causal("Llama", attention_bias=True, mlp_bias=True, **GROUPED), GROUPS),
+    "Llama without groups": (_causal("Llama", intermediate_size=48), HEADS),
+    "Llama with one head of keys": (_causal("Llama", num_key_value_heads=1, intermediate_size=48), HEADS),
+    "Mistral": (_causal("Mistral", **GROUPED), GROUPS),
+    "Qwen2": (_causal("Qwen2", **GROUPED), GROUPS),
+    "Qwen3": (_causal("Qwen3", head_dim=8, **GROUPED), GROUPS),
+    "Gemma2": (_causal("Gemma2", head_dim=8, **GROUPED), GROUPS),
+    "Phi": (_causal("Phi", intermediate_size=48), HEADS),
+    "Phi3": (_causal("Phi3", pad_token_id=0, **GROUPED), GROUPS),
+    "OPT": (_causal("OPT", ffn_dim=48, word_embed_proj_dim=32), HEADS),
+    "GPT2": (_other("GPT2", "LMHeadModel", vocab_size=97, n_embd=32, n_layer=2, n_head=4, n_inner=48), HEADS),
+    "GPTNeoX": (_causal("GPTNeoX", intermediate_size=48), HEADS),
+    "Falcon": (_causal("Falcon", multi_query=True, new_decoder_architecture=False), {"head": 4, "ffn": 128}),
+    "Mixtral": (_causal("Mixtral", num_local_experts=4, **GROUPED), {"kv_group": 2}),
+    "Bert": (_other("Bert", "ForMaskedLM", vocab_size=97, **WIDE), HEADS),
+    "ViT": (_other("ViT", "ForImageClassification", image_size=16, patch_size=4, **WIDE), HEADS),
+    # Slopes, and a bias of positions, that come from outside the block are of all its heads.
+    "Bloom": (_other("Bloom", "ForCausalLM", vocab_size=97, hidden_size=32, n_layer=2, n_head=4), {"ffn": 128}),
+    "T5": (_other("T5", "ForConditionalGeneration", vocab_size=97, **T5), {"ffn": 48}),
+}
+
+
+def batch_of(family, samples=1, length=12):
+    """Inputs by name, (samples, length), or pictures."""
+    if family == "ViT":
+        return {"pixel_values": torch.randn(samples, 3, 16, 16, generator=torch.Generator().manual_seed(0))}
+    ids = torch.randint(97, (samples, length), generator=torch.Generator().manual_seed(0))
+    return {"input_ids": ids, "decoder_input_ids": ids.flip(1)} if family == "T5" else {"input_ids": ids}

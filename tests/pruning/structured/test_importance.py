@@ -1,0 +1,110 @@
+"""One number a structure: laws of every row, and what each row is."""
+
+import pytest
+import torch
+
+from optimum_dsa.model.statistics import LayerStatistics
+from optimum_dsa.pruning.structured.importance import IMPORTANCES, Parts
+from optimum_dsa.pruning.structured.refit import refit_columns
+
+
+SIZE, OUT, HEADS = 12, 5, 4
+
+
+def numbers(seed=0, tokens=200):
+    generator = torch.Generator().manual_seed(seed)
+    inputs = torch.randn(tokens, SIZE, generator=generator) @ torch.randn(SIZE, SIZE, generator=generator) + 0.5
+    return torch.randn(OUT, SIZE, generator=generator), torch.randn(SIZE, 7, generator=generator), inputs
+
+
+def statistics(inputs):
+    found = LayerStatistics(SIZE, with_gram=True, with_sum=True, sequences=1)
+    found.update_(inputs)
+    return found
+
+
+def parts(reader, maker, inputs, columns, damping=1e-6):
+    makes, reads = [maker[columns]], [reader.t()[columns]]
+    return Parts(makes, reads, columns, statistics(inputs), damping)
+
+
+def heads():
+    return torch.arange(SIZE).reshape(HEADS, -1)
+
+
+@pytest.mark.parametrize("name", sorted(IMPORTANCES))
+def test_the_order_of_structures_changes_nothing(name):
+    reader, maker, inputs = numbers()
+    order = torch.randperm(HEADS, generator=torch.Generator().manual_seed(1))
+    found = IMPORTANCES[name](parts(reader, maker, inputs, heads()))
+    assert found.shape == (HEADS,) and found.dtype == torch.float32 and (found >= 0).all()
+    torch.testing.assert_close(IMPORTANCES[name](parts(reader, maker, inputs, heads()[order])), found[order])
+
+
+@pytest.mark.parametrize("name", sorted(IMPORTANCES))
+def test_what_nothing_reads_and_nothing_makes_is_least_important(name):
+    reader, maker, inputs = numbers()
+    reader[:, heads()[2]] = 0
+    maker[heads()[2]] = 0
+    found = IMPORTANCES[name](parts(reader, maker, inputs, heads()))
+    assert found[2] == 0 and (found[[0, 1, 3]] > 0).all()
+
+
+@pytest.mark.parametrize("name", ["wanda_sp", "flap", "obs"])
+def test_rows_that_read_inputs_know_of_no_makers(name):
+    reader, maker, inputs = numbers()
+    one, other = (parts(reader, each, inputs, heads()) for each in (maker, 3 * maker))
+    assert torch.equal(IMPORTANCES[name](one), IMPORTANCES[name](other))
+
+
+def test_an_input_that_never_changes_is_nothing_to_flap():
+    reader, maker, inputs = numbers()
+    inputs[:, heads()[1]] = 3.0
+    found = IMPORTANCES["flap"](parts(reader, maker, inputs, heads()))
+    assert found[1] < 1e-3 * found.max()
+    assert IMPORTANCES["wanda_sp"](parts(reader, maker, inputs, heads()))[1] > 0
+
+
+def test_obs_is_the_error_that_a_refit_leaves():
+    reader, maker, inputs = numbers()
+    found = IMPORTANCES["obs"](parts(reader, maker, inputs, heads()))
+    for number, columns in enumerate(heads()):
+        gone = torch.zeros(SIZE, dtype=torch.bool)
+        gone[columns] = True
+        new = refit_columns(reader, statistics(inputs), gone, 1e-6)
+        error = ((inputs @ (new - reader).t()) ** 2).sum()
+        torch.testing.assert_close(found[number], error, rtol=1e-3, atol=0)
+
+
+def test_a_refit_is_the_least_squares_solution():
+    reader, _, inputs = numbers()
+    gone = torch.zeros(SIZE, dtype=torch.bool)
+    gone[[1, 4, 9]] = True
+    found = refit_columns(reader, statistics(inputs), gone, 0.0)
+    expected = torch.linalg.lstsq(inputs[:, ~gone], inputs @ reader.t()).solution.t()
+    torch.testing.assert_close(found[:, ~gone], expected, rtol=1e-3, atol=1e-4)
+    assert not found[:, gone].any()
+
+
+def test_a_refit_of_nothing_is_the_weight_itself():
+    reader, _, inputs = numbers()
+    none = torch.zeros(SIZE, dtype=torch.bool)
+    assert torch.equal(refit_columns(reader, statistics(inputs), none), reader)
+
+
+def test_a_refit_never_raises_the_error():
+    for seed in range(5):
+        reader, _, inputs = numbers(seed, tokens=SIZE // 2)  # X·Xᵀ is singular
+        gone = torch.rand(SIZE, generator=torch.Generator().manual_seed(seed)) < 0.4
+        found = refit_columns(reader, statistics(inputs), gone)
+        errors = [((inputs @ (each - reader).t()) ** 2).sum() for each in (found, reader.masked_fill(gone, 0))]
+        assert errors[0] <= errors[1]
+
+
+def test_inputs_that_never_fired_make_up_for_nothing():
+    reader, _, inputs = numbers()
+    inputs[:, 3] = 0
+    gone = torch.zeros(SIZE, dtype=torch.bool)
+    gone[[5, 6]] = True
+    found = refit_columns(reader, statistics(inputs), gone)
+    assert torch.equal(found[:, 3], reader[:, 3]) and found.isfinite().all()

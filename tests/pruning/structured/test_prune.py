@@ -1,0 +1,182 @@
+"""A model made smaller: the budget, what goes, and what makes up for it."""
+
+import copy
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from optimum_dsa import demo_model, demo_texts, find_architecture, load_tokens, perplexity
+from optimum_dsa.common.registry import UnknownNameError
+from optimum_dsa.model.parameters import count_parameters
+from optimum_dsa.pruning.structured.configuration import UPDATES, DSAStructuredConfig
+from optimum_dsa.pruning.structured.importance import IMPORTANCES
+from optimum_dsa.pruning.structured.prune import prune_structures
+from optimum_dsa.pruning.structured.slicing import silence
+from optimum_dsa.pruning.structured.structures import find_structures
+
+from ...tiny import same_state, state, tiny_llama, tokens
+from .families import FAMILIES, batch_of
+
+
+@pytest.fixture(scope="module")
+def demo():
+    tokenizer = AutoTokenizer.from_pretrained(demo_model())
+    cut = {"num_samples": 16, "sequence_length": 128}
+    return [load_tokens(demo_texts(part), tokenizer, **cut) for part in ("calibration", "validation")]
+
+
+def demo_llama():
+    return AutoModelForCausalLM.from_pretrained(demo_model(), dtype=torch.float32).eval()
+
+
+@pytest.mark.parametrize("importance", sorted(IMPORTANCES))
+@pytest.mark.parametrize("structures", [("ffn",), ("kv_group",), ("ffn", "kv_group")])
+def test_no_more_goes_than_was_asked_and_all_of_it(importance, structures):
+    model = tiny_llama()
+    before, prunable = count_parameters(model), sum(weight.size for weight in find_architecture(model).weights)
+    report = prune_structures(model, tokens(), DSAStructuredConfig(0.15, structures, importance, layout="per_layer"))
+    assert (
+        before - count_parameters(model)
+        == report.removed
+        == sum(report.costs[unit] * len(gone) for unit, gone in report.gone.items())
+    )
+    assert 0.15 * prunable - max(report.costs.values()) < report.removed <= 0.15 * prunable
+    assert report.prunable == prunable and report.parameters == before
+    assert {unit.partition(":")[2] for unit, gone in report.gone.items() if gone} <= set(structures)
+    assert model(tokens()).logits.isfinite().all()
+
+
+def test_without_an_update_it_is_the_model_with_what_goes_silenced():
+    dense, model = tiny_llama(), tiny_llama()
+    report = prune_structures(model, tokens(), DSAStructuredConfig(0.3, ("ffn", "kv_group"), update="none"))
+    for unit, each in find_structures(dense, find_architecture(dense), batch_of("Llama")).structures.items():
+        silence(dense, each, torch.tensor(report.gone[unit], dtype=torch.int64))
+    with torch.no_grad():
+        torch.testing.assert_close(model(tokens()).logits, dense(tokens()).logits)
+
+
+def test_nothing_asked_changes_nothing():
+    model = tiny_llama()
+    before = state(model)
+    report = prune_structures(model, tokens(), DSAStructuredConfig(0.0))
+    assert same_state(model, before) and report.sparsity == 0
+
+
+def test_what_makes_up_for_it_helps(demo):
+    """On text that nothing was fitted to: least squares is better than nothing, and training better than it."""
+    calibration, validation = demo
+    lost = {}
+    for name, update, steps in (("none", "none", 0), ("refit", "refit", 0), ("trained", "refit", 16)):
+        model = demo_llama()
+        config = DSAStructuredConfig(0.2, update=update, reconstruct={"steps": steps, "rate": 1e-3} if steps else 0)
+        report = prune_structures(model, calibration, config)
+        lost[name] = perplexity(model, validation)
+        assert len(report.reconstruction) == (10 if steps else 0)
+    assert lost["trained"] < lost["refit"] < lost["none"]
+
+
+def test_the_least_important_go():
+    """In the first block, whose inputs are the dense model's, against hooks and the formula."""
+    dense, model, seen = tiny_llama(), tiny_llama(), []
+    down = dense.model.layers[0].mlp.down_proj
+    down.register_forward_pre_hook(lambda module, args: seen.append(args[0].flatten(0, 1)))
+    with torch.no_grad():
+        dense(tokens())
+    config = DSAStructuredConfig(0.2, true_sequential=False, update="none")
+    gone = prune_structures(model, tokens(), config).gone["model.layers.0:ffn"]
+    scores = down.weight.detach().abs().sum(0) * seen[0].norm(dim=0)
+    assert len(gone) > 10 and set(gone) == set(scores.argsort()[: len(gone)].tolist())
+
+
+def test_a_bias_stands_in_for_the_mean_of_what_goes():
+    """Of inputs that never change nothing is lost."""
+    model = FAMILIES["Llama with biases"][0]()
+    dense = copy.deepcopy(model)
+    same = torch.full((4, 8), 5)
+    prune_structures(model, same, DSAStructuredConfig(0.3, importance="flap", update="bias", sequential=False))
+    with torch.no_grad():
+        torch.testing.assert_close(model(same).logits, dense(same).logits, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("family", [name for name in FAMILIES if name not in ("ViT", "T5")])
+def test_every_family_is_cut(family):
+    make, kinds = FAMILIES[family]
+    model = make()
+    calibration = {name: value.repeat(4, 1) for name, value in batch_of(family).items()}
+    report = prune_structures(model, calibration, DSAStructuredConfig(0.05, tuple(kinds), layout="per_layer"))
+    assert 0 < report.sparsity <= 0.05 and model(**batch_of(family)).logits.isfinite().all()
+
+
+@pytest.mark.parametrize("family", [name for name in FAMILIES if name not in ("ViT", "T5", "GPT2", "Bloom")])
+def test_what_is_left_is_a_plain_model_that_transformers_loads(family, tmp_path):
+    make, kinds = FAMILIES[family]
+    model, batch = make(), batch_of(family)
+    calibration = {name: value.repeat(4, 1) for name, value in batch.items()}
+    # Where a head's size is derived of their number, heads have to stay.
+    kinds = [kind for kind in kinds if kind != "head"]
+    report = prune_structures(model, calibration, DSAStructuredConfig(0.25 if "ffn" in kinds else 0.08, tuple(kinds)))
+    assert report.sparsity > 0
+    model.save_pretrained(tmp_path)
+    loaded, told = type(model).from_pretrained(tmp_path, output_loading_info=True)
+    assert not any(told.values())
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(**batch).logits, model(**batch).logits)
+    assert sum(parameter.numel() for parameter in loaded.parameters()) == report.parameters - report.removed
+
+
+@pytest.mark.parametrize(("family", "structures"), [("GPT2", ("head",)), ("Bloom", ("ffn",)), ("Bert", ("head",))])
+def test_what_no_configuration_says_is_refused_before_work(family, structures):
+    model = FAMILIES[family][0]()
+    before = state(model)
+    with pytest.raises(ValueError, match="Config cannot say what is left .* use layout='per_layer'"):
+        prune_structures(model, tokens(), DSAStructuredConfig(0.2, structures))
+    assert same_state(model, before)
+    assert prune_structures(model, tokens(), DSAStructuredConfig(0.2, structures, layout="per_layer")).sparsity > 0
+
+
+def test_widths_that_stay_are_round():
+    model = tiny_llama()
+    report = prune_structures(model, tokens(), DSAStructuredConfig(0.3, round_to=8))
+    assert all(number % 8 == 0 for number in report.kept.values()) and report.sparsity > 0.2
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"structures": ("channel",)}, "Structures are of 'ffn', 'head', 'kv_group'; 'channel' is none"),
+        ({"structures": ()}, "none was given"),
+        ({"update": "fit"}, "update"),
+        ({"reconstruct": 4, "sequential": False}, "leave out one of both"),
+    ],
+)
+def test_settings_that_cannot_be_are_refused(changes, message):
+    with pytest.raises(ValueError, match=message):
+        DSAStructuredConfig(0.2, **changes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"sparsity": 0.9}, "of the structures that may only .* can; lower the sparsity"),
+        ({"sparsity": 0.001}, "takes nothing: the least that can go is 0.0"),
+        ({"structures": ("head",)}, "LlamaForCausalLM has no head that could be cut out"),
+        ({"update": "bias"}, "down_proj has none .*use update='refit'"),
+    ],
+)
+def test_what_cannot_be_cut_is_refused_before_work(changes, message):
+    model = tiny_llama()
+    before = state(model)
+    with pytest.raises(ValueError, match=message):
+        prune_structures(model, tokens(), DSAStructuredConfig(**{"sparsity": 0.2, **changes}))
+    assert same_state(model, before)
+
+
+def test_an_importance_that_is_none_is_refused():
+    with pytest.raises(UnknownNameError, match="Did you mean 'wanda_sp'"):
+        DSAStructuredConfig(0.2, importance="wanda")
+
+
+def test_a_configuration_is_plain_data():
+    config = DSAStructuredConfig(0.2, ("ffn", "kv_group"), "obs", reconstruct=8, round_to=16)
+    assert DSAStructuredConfig.from_dict(config.to_dict()) == config and "none" in UPDATES
