@@ -12,6 +12,8 @@ import numpy
 import torch
 import transformers as tf
 
+from optimum_dsa import DataConfig
+
 from ..conftest import ENCODER, SEQ2SEQ, SIZES, VISION
 from ..own_code import own_code
 from ..tiny import bos_tokenizer, tiny_llama
@@ -200,6 +202,23 @@ def recordings(folder: Path) -> Any:
     return given
 
 
+def wav2vec2(folder: Path) -> Path:
+    folder.mkdir()
+    words = {word: number for number, word in enumerate(["<pad>", "<s>", "</s>", "<unk>", "|", *"abcdefgh"])}
+    (folder / "vocab.json").write_text(json.dumps(words))
+    sizes = {name: VISION[name] for name in ("hidden_size", "intermediate_size", "num_hidden_layers")}
+    sizes |= {"conv_dim": [16, 16], "conv_stride": [5, 4], "conv_kernel": [10, 8], "num_attention_heads": 4}
+    sizes |= {"num_conv_pos_embeddings": 16, "num_conv_pos_embedding_groups": 4, "vocab_size": len(words)}
+    tokenizer = tf.Wav2Vec2CTCTokenizer(str(folder / "vocab.json"))
+    processor = tf.Wav2Vec2Processor(tf.Wav2Vec2FeatureExtractor(), tokenizer)
+    return save(folder, tf.Wav2Vec2ForCTC(tf.Wav2Vec2Config(**sizes, pad_token_id=0)), processor)
+
+
+def sounds(folder: Path) -> Any:
+    processor = tf.AutoProcessor.from_pretrained(folder)
+    return processor([uses.SOUND[:3200], uses.SOUND[1000:4200]], sampling_rate=16_000, return_tensors="pt")
+
+
 def llava(folder: Path) -> Path:
     words = bos_tokenizer()
     words.add_tokens(["<image>"], special_tokens=True)
@@ -272,9 +291,15 @@ FAMILIES: dict[str, Family] = {
         "rerank",
     ),
     "embedder": Family(lambda folder: bert(folder, "BertModel"), "embed", files=EMBEDDER | LICENCE),
+    "sentence-t5": Family(
+        lambda folder: t5(folder, "T5EncoderModel"), "embed", files=EMBEDDER | LICENCE,
+        config={"data": DataConfig(num_samples=4, sequence_length=32)},
+    ),
+    "tagger": Family(lambda folder: bert(folder, "BertForTokenClassification", num_labels=3), "tag"),
     "vit": Family(vit, "image_classification", pictures),
     "clip": Family(clip, "zero_shot_images", captions),
     "whisper": Family(whisper, "hear", recordings),
+    "wav2vec2": Family(wav2vec2, "hear_letters", sounds),
     "llava": Family(llava, "picture_and_text", prompts),
     "qwen2.5-vl": Family(qwen, "pictures_in_patches", patches, files=QWEN),
     "mixtral": Family(decoder("Mixtral", num_local_experts=4, num_experts_per_tok=2), "text_generation"),

@@ -88,13 +88,18 @@ def rerank(folder, model=None):
     return [row["score"] for row in judge(pairs, function_to_apply="none", padding=True)], judge.model
 
 
+def tag(folder, model=None):
+    name = pipe("token-classification", folder, model, "tokenizer")
+    return [[row["entity"], row["score"].item()] for row in name(SAID)], name.model
+
+
 def embed(folder, model=None):
     """A sentence's mean of its words, by the modules that lie beside the model, normalised."""
     modules = json.loads(Path(folder, "modules.json").read_text())
     pooling = json.loads(Path(folder, modules[1]["path"], "config.json").read_text())
     assert pooling["pooling_mode_mean_tokens"] and modules[2]["type"].endswith("Normalize")
     longest = json.loads(Path(folder, "sentence_bert_config.json").read_text())["max_seq_length"]
-    model = loaded("AutoModel", folder, model)
+    model = loaded("AutoModelForTextEncoding", folder, model)
     words = tf.AutoTokenizer.from_pretrained(folder)(
         [SAID, "5 " * 99], padding=True, truncation=True, max_length=longest, return_tensors="pt"
     )
@@ -125,6 +130,15 @@ def hear(folder, model=None):
     return [said, logits[0, -1, :8].tolist()], listen.model
 
 
+def hear_letters(folder, model=None):
+    """Letters of a sound, as models with a CTC head give them, without a decoder."""
+    listen = pipe("automatic-speech-recognition", folder, model, "feature_extractor", "tokenizer")
+    given = tf.AutoProcessor.from_pretrained(folder)(SOUND[:3200], sampling_rate=16_000, return_tensors="pt")
+    with torch.no_grad():
+        logits = listen.model(**given).logits
+    return [listen(SOUND[:3200])["text"], logits[0, -1, :8].tolist()], listen.model
+
+
 def picture_and_text(folder, model=None):
     talk = pipe("image-text-to-text", folder, model, "processor")
     said = talk(images=PICTURE, text="<image> 1 2", generate_kwargs={"do_sample": False, "max_new_tokens": 5})
@@ -152,8 +166,8 @@ def pictures_in_patches(folder, model=None):
 USES = {
     use.__name__: use
     for use in (
-        text_generation, own_code, adapter, fill_mask, writes_text, rerank, embed, image_classification,
-        zero_shot_images, hear, picture_and_text, pictures_in_patches,
+        text_generation, own_code, adapter, fill_mask, writes_text, rerank, tag, embed, image_classification,
+        zero_shot_images, hear, hear_letters, picture_and_text, pictures_in_patches,
     )
 }  # fmt: skip
 
