@@ -24,13 +24,14 @@ logger = logging.getLogger(__name__)
 _PLACES = ("revision", "subfolder", "token", "cache_dir", "local_files_only", "gguf_file")
 
 
-def find_beside(model: nn.Module, path: str, **options) -> BaseFiles | None:
+def find_beside(model: nn.Module, path: str, tensors: bool = True, **options) -> BaseFiles | None:
     """The files and tensors of the checkpoint at a path or Hub id that `model`, loaded from it, does not hold.
 
     What stays behind, and what goes along without being pruned, is said in a warning. `None` where there is no such
     checkpoint any more.
 
     Args:
+        tensors (`bool`, defaults to `True`): look for tensors as well, which whoever saves the model can add.
         options (`dict`): of `from_pretrained`; those that say where the checkpoint is are used (`revision`, ...).
     """
     options = {name: value for name, value in options.items() if name in _PLACES}
@@ -44,7 +45,7 @@ def find_beside(model: nn.Module, path: str, **options) -> BaseFiles | None:
         return None
     if said := found.said():
         logger.warning("Of %s, these files stay behind: %s.", path, one_line(said))
-    if options.get("gguf_file"):
+    if options.get("gguf_file") or not tensors:
         return found
     return replace(found, tensors=_tensors(model, path, options))
 
@@ -56,7 +57,8 @@ def _tensors(model: nn.Module, path: str, options: Mapping[str, Any]) -> dict[st
         names = stated.get("architectures") if isinstance(stated, Mapping) else None
         # Another class than the checkpoint's own was chosen by whoever loaded it, and with it what to leave out. What
         # a quantiser wrote cannot be read without it.
-        if type(inner_model(model)).__name__ not in (names or ()) or encoding_in(stated) is None:
+        chosen = bool(names) and type(inner_model(model)).__name__ not in names
+        if chosen or encoding_in(stated) is None:
             return {}
         found = unknown_tensors(model, weight_files(path, folder, stated, options))
     except (OSError, ValueError) as error:

@@ -340,6 +340,29 @@ def feed(model: nn.Module, batch: Mapping[str, Tensor]) -> Any:
         ) from None
 
 
+@contextmanager
+def explained(
+    model: nn.Module, batch: Mapping[str, Tensor], known: type[Exception] = UnprunableError
+) -> Iterator[None]:
+    """Makes one `ValueError` of whatever a forward pass ends in whose inputs do not fit: it may raise anything.
+
+    Args:
+        batch: what it is fed, (samples, ...) by name.
+        known: what is raised on purpose, and says enough.
+    """
+    try:
+        yield
+    except (known, UnprunableError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        given = ", ".join(f"{name} {tuple(value.shape)}" for name, value in batch.items())
+        raise ValueError(
+            f"{type(inner_model(model)).__name__} does not run on the first calibration sample ({given}): "
+            f"{type(error).__name__}: {' '.join(str(error).split()):.300}; give all that its processor or tokenizer "
+            "returns, by name."
+        ) from error
+
+
 def _equal(value: Any, other: Any) -> bool:
     """Whether two arguments are equal in every tensor that they hold."""
     if isinstance(value, Tensor) and isinstance(other, Tensor):

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from .architecture import Architecture, Block, Stack, UnprunableError, Weight
-from .calls import BlockCalls, capture_calls, check_calls, run_behind
+from .calls import BlockCalls, capture_calls, check_calls, explained, run_behind
 from .dense import AsDense, DenseInputs, DenseStream, Replay
 from .observer import AllSeen, Awaited, Observer, Unheard, observing
 from .offload import resident
@@ -165,7 +165,8 @@ def _sample_calls(model: nn.Module, architecture: Architecture, batch: Mapping[s
     """Stack -> the calls of its blocks for the first sample of a batch, (samples, length, ...), checked."""
     # One sample tells how blocks are called, and an error comes before hours of work.
     one = batch if is_whole(batch) else {name: value[:1] for name, value in batch.items()}
-    return {stack.name: check_calls(model, stack, one) for stack in architecture.stacks}
+    with explained(model, one):
+        return {stack.name: check_calls(model, stack, one) for stack in architecture.stacks}
 
 
 def _walk_still(
