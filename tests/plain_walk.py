@@ -23,6 +23,38 @@ class Inputs(dict):
         self.tokens[name] += len(rows)
 
 
+def llama4(module, hidden):
+    """All tokens for every expert, zeros where they are another's."""
+    for expert, rows in enumerate(hidden.view(module.num_experts, -1, module.hidden_size)):
+        rows = rows[rows.abs().sum(dim=-1) > 0]
+        if len(rows):
+            gate, up = (rows @ module.gate_up_proj[expert]).chunk(2, dim=-1)
+            yield f"gate_up_proj[{expert}]", rows
+            yield f"down_proj[{expert}]", up * module.act_fn(gate)
+
+
+def dbrx(module, rows, w1, v1, w2):
+    """One expert's tokens, and its rows of all three matrices."""
+    start = w1.storage_offset() // module.hidden_size
+    assert torch.equal(module.w2[start : start + module.ffn_hidden_size], w2)
+    expert = start // module.ffn_hidden_size
+    yield f"w1[{expert}]", rows
+    yield f"v1[{expert}]", rows
+    yield f"w2[{expert}]", module.activation_fn(rows @ w1.t()) * (rows @ v1.t())
+
+
+def longcat(module, hidden, chosen, scores):
+    """As many experts as there are, and none of those that hand tokens on."""
+    for expert in [expert for expert in chosen.unique().tolist() if expert < module.num_routed_experts]:
+        rows = hidden[(chosen == expert).any(dim=-1)]
+        gate, up = (rows @ module.gate_up_proj[expert].t()).chunk(2, dim=-1)
+        yield f"gate_up_proj[{expert}]", rows
+        yield f"down_proj[{expert}]", module.act_fn(gate) * up
+
+
+BY_HAND = {"Llama4TextExperts": llama4, "DbrxExpertGLU": dbrx, "LongcatFlashExperts": longcat}
+
+
 @contextmanager
 def hooks(model, architecture, inputs):
     """Forward hooks of our own; an expert's inputs are worked out from the tokens that its router sends it."""
@@ -33,6 +65,10 @@ def hooks(model, architecture, inputs):
     def experts(path):
         def hook(module, args, kwargs):
             hidden, *routing = (*args, *kwargs.values())
+            if type(module).__name__ in BY_HAND:
+                for name, rows in BY_HAND[type(module).__name__](module, hidden, *routing):
+                    inputs.add(f"{path}.{name}", rows)
+                return
             if hasattr(module, "weight"):  # JetMoe's are handed tokens in the order of their experts
                 for expert, rows in enumerate(hidden.split(routing[0])):
                     if len(rows):
@@ -49,7 +85,16 @@ def hooks(model, architecture, inputs):
 
         return hook
 
+    def steps(name, rank):
+        """A recurrence multiplies its time steps by a map that nobody calls."""
+        return lambda module, args, output: inputs.add(name, output[..., :rank])
+
     handles = []
+    for path, module in model.named_modules():
+        if hasattr(module, "A_log") and hasattr(module, "dt_proj"):
+            source = getattr(module, "dt_layernorm", module.x_proj)
+            hook = steps(f"{path}.dt_proj.weight", module.dt_proj.in_features)
+            handles.append(source.register_forward_hook(hook))
     for weight in architecture.weights:
         if weight.expert is None:
             module = model.get_submodule(weight.module)

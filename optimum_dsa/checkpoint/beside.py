@@ -26,18 +26,21 @@ logger = logging.getLogger(__name__)
 _PLACES = ("revision", "subfolder", "token", "cache_dir", "local_files_only", "gguf_file")
 
 
-def find_beside(model: nn.Module, path: str, **options) -> BaseFiles | None:
+def find_beside(model: nn.Module, path: str, tensors: bool = True, **options) -> BaseFiles | None:
     """The files and tensors of the checkpoint at a path or Hub id that `model`, loaded from it, does not hold.
 
     What stays behind, and what goes along without being pruned, is said in a warning. `None` where there is no such
     checkpoint any more.
 
     Args:
+        tensors (`bool`, defaults to `True`): look for tensors as well, which whoever saves the model can add.
         options (`dict`): of `from_pretrained`; those that say where the checkpoint is are used (`revision`, ...). With
             `alone`, files beside the weights belong to others.
     """
     alone = options.get("alone")
     options = {name: value for name, value in options.items() if name in _PLACES}
+    if alone and not tensors:
+        return None
     if alone:
         kept, lost = _tensors(model, path, Path(path), options)
         return BaseFiles(Path(path), path, tensors=kept, lost=lost) if kept or lost else None
@@ -51,6 +54,8 @@ def find_beside(model: nn.Module, path: str, **options) -> BaseFiles | None:
         return None
     if said := found.said():
         logger.warning("Of %s, these files stay behind: %s.", path, one_line(said))
+    if not tensors:
+        return found
     kept, lost = _tensors(model, path, found.folder, options)
     return replace(found, tensors=kept, lost=lost)
 
@@ -70,7 +75,7 @@ def _tensors(
         stated = stated_in(path, folder, options)
         names = stated.get("architectures") if isinstance(stated, Mapping) else None
         # Another class than the checkpoint's own was chosen by whoever loaded it, and with it what to leave out.
-        if type(inner_model(model)).__name__ not in (names or ()):
+        if names and type(inner_model(model)).__name__ not in names:
             return {}, {}
         quantised = encoding_in(stated) is None
         found = unknown_tensors(model, weight_files(path, folder, stated, options) or pickled_files(place), quantised)

@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import nn
 
+from ..model.adapters import has_adapters, inner_model
 from ..pruning.report import PruningReport
 from .description import Description, is_unchanged, report_from
 from .forms import form_of, located
@@ -74,6 +75,9 @@ def open_checkpoint(source: str | Path | nn.Module, tokenizer: Any = None, **opt
         logger.warning("%s: its weights are %s.", str(source), form["form"])
     model = load_model(path, **options)
     tokenizer = load_tokenizer(path if tokenizer is None else tokenizer, **options)
+    if tokenizer is None and has_adapters(model):  # which are saved without one, as a rule
+        theirs = {name: value for name, value in options.items() if name not in _OF_THE_MODEL}
+        tokenizer = load_tokenizer(inner_model(model).config.name_or_path or None, **theirs)
     if found is None:
         base = base_model(model, find_commit(path, **options)) | form
         if "gguf_file" in form and Path(path).is_dir():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -34,13 +35,21 @@ def report_of(model: nn.Module) -> PruningReport:
     allocation = measured_allocation(inner, architecture)
     # A config takes no sparsity of 1, which a model of nothing but zeros has.
     config = DSAConfig(min(allocation.overall, 0.9999), "magnitude", allocation, max_sparsity=1.0)
-    return PruningReport(config, allocation, allocation.sparsity, count_parameters(inner), dense=architecture.dense)
+    return PruningReport(
+        config,
+        allocation,
+        allocation.sparsity,
+        count_parameters(inner),
+        dense=architecture.dense,
+        dense_sizes=architecture.dense_sizes,
+    )
 
 
 def described_report(model: nn.Module) -> PruningReport | None:
     """How `model` was pruned, as the `dsa_config.json` in its folder says; `None` where there is none.
 
-    Under another head than it was saved with, in the names and with the parameters that it has now.
+    Under another head than it was saved with, in the names and with the parameters that it has now; with these, too,
+    for other labels or more words.
     """
     inner = inner_model(model)
     described = _described(inner)
@@ -49,8 +58,19 @@ def described_report(model: nn.Module) -> PruningReport | None:
     report = report_for(inner, report_from(described))
     folder = Path(inner.config.name_or_path)
     stated = read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
-    known = stated.get("architectures") if isinstance(stated, dict) else None
-    return replace(report, parameters=count_parameters(inner)) if is_other_head(inner, known or ()) else report
+    stated = stated if isinstance(stated, dict) else {}
+    other = is_other_head(inner, stated.get("architectures") or ()) or _is_resized(inner.config, stated)
+    return replace(report, parameters=count_parameters(inner)) if other else report
+
+
+def _is_resized(config: Any, stated: Mapping[str, Any]) -> bool:
+    """Whether a model's configuration has another number of labels, or of words, than its config.json's content."""
+    labels, text = stated.get("id2label"), stated.get("text_config")
+    words = (text if isinstance(text, Mapping) else stated).get("vocab_size")
+    # two labels are what transformers makes of none
+    counted = len(labels) if isinstance(labels, Mapping) else 2
+    own = getattr(config.get_text_config(), "vocab_size", None)
+    return getattr(config, "num_labels", counted) != counted or (words is not None and words != own)
 
 
 def base_of(model: nn.Module, known: dict[str, str | None] | None = None) -> dict[str, str | None]:

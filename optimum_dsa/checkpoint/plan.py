@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from ..common.machine import disk_available, memory_available, own_memory
-from ..model.architecture import find_architecture
+from ..pruning.allocate import architecture_for
 from ..pruning.configuration import DSAConfig
 from ..pruning.planning.plan import Plan, plan_for
 from ..pruning.planning.shape import ModelShape, shape_of
@@ -53,9 +53,7 @@ def plan(
         OSError: there is no checkpoint.
     """
     model, dtype = open_skeleton(path, dtype, **options)
-    architecture = find_architecture(model, config.blocks, config.exclude, config.include, config.skip_unprunable)
-    for weight in architecture.weights:
-        config.resolved.pattern.check(weight.name, weight.shape[1])
+    architecture = architecture_for(model, config)
     shape = shape_of(model, architecture, dtype)
     # Only now: the model's class has brought its libraries in, as it will when it is loaded.
     libraries = own_memory() + _tokenizer(path, model)

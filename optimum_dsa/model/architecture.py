@@ -18,8 +18,10 @@ from transformers.pytorch_utils import Conv1D
 
 from ..common.registry import near
 from .adapters import adapter_parameters, plain_name
+from .experts import expert_counts, fused_parameters, is_vector, routers
+from .left_dense import excluding, sizes_of, told
 from .parameters import one_name_each
-from .stacks import UnprunableError, find_stacks, fused_parameters, is_experts
+from .stacks import UnprunableError, find_stacks
 
 
 logger = logging.getLogger(__name__)
@@ -27,6 +29,9 @@ logger = logging.getLogger(__name__)
 
 # What a unit of an allocation is: a block, one matrix, or a part of a block (its attention, its MLP).
 GRANULARITIES = ("block", "matrix", "block:kind")
+# Filters along the sequence, a few weights a channel, and decays and passes of a state: they multiply no vector.
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+STATE = ("A_log", "D")
 
 
 @dataclass(frozen=True)
@@ -39,7 +44,7 @@ class Weight:
         attribute (`str`): the parameter's name in that module.
         shape (`tuple[int, int]`): (out_features, in_features).
         transposed (`bool`): whether the parameter is stored as (in_features, out_features).
-        expert (`int`): index into the first dimension of a 3-D parameter.
+        expert (`int`): which matrix it is of a parameter that holds those of several experts, see `stacked`.
     """
 
     name: str
@@ -57,14 +62,28 @@ class Weight:
         """The live weight as (out_features, in_features): a view that writes through to the parameter."""
         return self.matrix(self.parameter(model).data)
 
+    def is_read_around(self, model: nn.Module) -> bool:
+        """Whether the module around the weight's own may read it without calling that, as recurrences do (`dt_proj`).
+
+        Experts that are below each other in one matrix are told apart there, too.
+        """
+        if self.expert is not None:
+            return self.parameter(model).dim() == 2
+        return hasattr(model.get_submodule(self.module.rpartition(".")[0]), STATE[0])
+
     def parameter(self, model: nn.Module) -> nn.Parameter:
         """The parameter that holds the weight, of its own shape; several experts may share it."""
         return getattr(model.get_submodule(self.module), self.attribute)
 
     def matrix(self, tensor: Tensor) -> Tensor:
         """The weight's part of a tensor of its parameter's shape, as (out_features, in_features): a view."""
-        matrix = tensor if self.expert is None else tensor[self.expert]
+        matrix = tensor if self.expert is None else self.stacked(tensor)[self.expert]
         return matrix.t() if self.transposed else matrix
+
+    def stacked(self, tensor: Tensor) -> Tensor:
+        """A tensor of its parameter's shape, which several experts share, as (experts, rows, columns): a view."""
+        rows = self.shape[1] if self.transposed else self.shape[0]
+        return tensor if tensor.dim() == 3 else tensor.unflatten(0, (-1, rows))
 
 
 @dataclass(frozen=True)
@@ -122,12 +141,15 @@ class Architecture:
     Attributes:
         stacks (`tuple[Stack, ...]`): in the order in which the model runs them.
         head (`Block`): weights outside the blocks that were asked for with `include`, as one more block; or `None`.
-        dense (`dict[str, str]`): names of matrices in the blocks that are left dense -> why.
+        dense (`dict[str, str]`): names of matrices in the blocks that are left dense -> why; `name[e]` is one of the
+            matrices in a parameter of experts.
+        dense_sizes (`dict[str, int]`): their names -> how many weights they have.
     """
 
     stacks: tuple[Stack, ...]
     head: Block | None = None
     dense: dict[str, str] = field(default_factory=dict)
+    dense_sizes: dict[str, int] = field(default_factory=dict)
 
     @property
     def blocks(self) -> list[Block]:
@@ -187,21 +209,23 @@ def find_architecture(
             found.append(Block(name, weights, index / max(len(modules) - 1, 1)))
         stacks.append(Stack(stack_name, tuple(found)))
     # Refused together and not one by one, so that one `exclude` can name them all.
-    if refused and not skip_unprunable:
-        listed = "; ".join(f"{name} ({why})" for name, why in list(refused.items())[:5])
-        raise UnprunableError(
-            f"{type(model).__name__} has {len(refused)} weights that cannot be pruned: {listed}. "
-            f"Leave them dense with exclude={sorted(refused)[:3]} or all of them with skip_unprunable=True."
-        )
     if refused:
-        logger.warning("Left dense, because they cannot be pruned: %s.", ", ".join(sorted(refused)))
+        prunable = sum(block.size for stack in stacks for block in stack.blocks) + sum(sizes_of(model, dense).values())
+        left = told(sizes_of(model, refused), prunable)
+        if not skip_unprunable:
+            listed = "; ".join(f"{name} ({why})" for name, why in list(refused.items())[:5])
+            raise UnprunableError(
+                f"{type(model).__name__} has {len(refused)} weights that cannot be pruned: {listed}. "
+                f"Leave them dense with exclude={excluding(refused)} or skip_unprunable=True: then dense are {left}."
+            )
+        logger.warning("Left dense, because it cannot be pruned: %s.", left)
         dense.update(refused)
     head = _head(model, names, include, exclude, used) if include else None
     # After the search and not before it: only that tells which patterns named something.
     for pattern in (*exclude, *include):
         if pattern not in used:
             raise ValueError(_unmatched(model, names, pattern, inside=pattern in exclude))
-    architecture = Architecture(tuple(stacks), head, dense)
+    architecture = Architecture(tuple(stacks), head, dense, sizes_of(model, dense))
     if not architecture.weights:
         raise UnprunableError(f"{type(model).__name__} has blocks ({', '.join(names)}) but no weight left to prune.")
     return architecture
@@ -238,7 +262,7 @@ def _block_weights(
     refused: dict[str, str],
 ) -> Iterator[Weight]:
     """The prunable weights of a block; fills `dense` and `refused` with the reasons for the others."""
-    routers = _routers(module)
+    scoring = routers(module)
     for path, owner in module.named_modules():
         owner_name = f"{block}.{path}" if path else block
         for attribute, parameter in owner.named_parameters(recurse=False):
@@ -256,22 +280,26 @@ def _block_weights(
             elif isinstance(owner, nn.Embedding):
                 dense[name] = "embedding"
             # A set of tensors compares by identity, so that this costs no comparison of values.
-            elif parameter in routers:
+            elif parameter in scoring:
                 dense[name] = "router of experts"
             elif not parameter.is_floating_point():
                 refused[name] = f"quantised, {parameter.dtype}"
             elif isinstance(owner, (nn.Linear, Conv1D)) and attribute == "weight" and parameter.dim() == 2:
                 yield _weight(name, owner_name, attribute, parameter.shape, isinstance(owner, Conv1D))
+            elif attribute in (fused := fused_parameters(owner)):
+                how = fused[attribute]
+                for expert in range(how.count):
+                    yield _weight(f"{name}[{expert}]", owner_name, attribute, how.shape, how.transposed, expert)
+                for expert in range(how.count, how.count + how.idle):
+                    dense[f"{name}[{expert}]"] = "expert that computes nothing"
             # Two dimensions, but no matrix: a vector of biases per expert.
-            elif parameter.dim() == 2 and _count_experts(owner) == parameter.shape[0]:
+            elif parameter.dim() == 2 and parameter.shape[0] in expert_counts(owner):
                 dense[name] = "biases of experts"
-            elif attribute in fused_parameters(owner):
-                for expert in range(parameter.shape[0]):
-                    # Some models of transformers keep experts as (in, out); the module says so, the shape cannot.
-                    transposed = bool(getattr(owner, "is_transposed", False))
-                    label = f"{name}[{expert}]"
-                    yield _weight(label, owner_name, attribute, parameter.shape[1:], transposed, expert)
-            elif _is_vector(parameter):
+            elif isinstance(owner, CONVOLUTIONS) and owner.groups == owner.in_channels:
+                dense[name] = "convolution of single channels"
+            elif attribute in STATE and hasattr(owner, STATE[0]):
+                dense[name] = "state of a recurrence"
+            elif is_vector(parameter):
                 dense[name] = "vector"
             else:
                 refused[name] = f"{type(owner).__name__}, shape {tuple(parameter.shape)}"
@@ -280,37 +308,6 @@ def _block_weights(
 def _weight(name, module, attribute, shape, transposed, expert=None) -> Weight:
     rows, columns = reversed(shape) if transposed else shape
     return Weight(name, module, attribute, (int(rows), int(columns)), transposed, expert)
-
-
-def _routers(block: nn.Module) -> set[nn.Parameter]:
-    """The matrices of a block that score its experts.
-
-    Experts are fused parameters or a list of modules of one type; their router is the module beside them that holds
-    one matrix alone, with as many rows as there are experts.
-    """
-    found = set()
-    for part in block.modules():
-        counts = {child: _count_experts(child) for child in part.children()}
-        for child, count in counts.items():
-            matrices = [p for p in child.parameters() if p.dim() >= 2 and not _is_vector(p)]
-            if count == 0 and len(matrices) == 1 and matrices[0].shape[0] in set(counts.values()):
-                found.add(matrices[0])
-    return found
-
-
-def _count_experts(module: nn.Module) -> int:
-    """How many experts a module is made of; 0 for anything else."""
-    if isinstance(module, (nn.ModuleList, nn.ModuleDict)):
-        experts = [child for child in module.children() if next(child.parameters(), None) is not None]
-        # Of one type and with parts: a list of plain maps is no list of experts.
-        alike = len({type(expert) for expert in experts}) == 1 and any(True for _ in experts[0].children())
-        return len(experts) if alike else 0
-    return module.num_experts if is_experts(module) else 0
-
-
-def _is_vector(parameter: Tensor) -> bool:
-    """Whether a parameter of any shape has at most one dimension that is not 1, such as a scale of (1, 1, n)."""
-    return parameter.numel() == max(parameter.shape)
 
 
 def _head(

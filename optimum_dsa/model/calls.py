@@ -327,7 +327,40 @@ def feed(model: nn.Module, batch: Mapping[str, Tensor]) -> Any:
     alone = not {"decoder_input_ids", "decoder_inputs_embeds", "labels"} & inputs.keys()
     if model.config.is_encoder_decoder and alone and "input_ids" in inputs:
         inputs["decoder_input_ids"] = inputs["input_ids"]
-    return model(**inputs)
+    try:
+        return model(**inputs)
+    except NotImplementedError as error:
+        if not is_placed(model) or "meta tensor" not in str(error):
+            raise
+        # Llama 4 asks its embedding where it is, DBRX takes experts' rows out of a module that does not run.
+        raise UnprunableError(
+            f"{type(model).__name__} looks at weights that are on disk or kept back while it does not run them, and "
+            "cannot run with them there; load it whole, without device_map (--device-map), or in memory in part "
+            "(device_map='auto')."
+        ) from None
+
+
+@contextmanager
+def explained(
+    model: nn.Module, batch: Mapping[str, Tensor], known: type[Exception] = UnprunableError
+) -> Iterator[None]:
+    """Makes one `ValueError` of whatever a forward pass ends in whose inputs do not fit: it may raise anything.
+
+    Args:
+        batch: what it is fed, (samples, ...) by name.
+        known: what is raised on purpose, and says enough.
+    """
+    try:
+        yield
+    except (known, UnprunableError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        given = ", ".join(f"{name} {tuple(value.shape)}" for name, value in batch.items())
+        raise ValueError(
+            f"{type(inner_model(model)).__name__} does not run on the first calibration sample ({given}): "
+            f"{type(error).__name__}: {' '.join(str(error).split()):.300}; give all that its processor or tokenizer "
+            "returns, by name."
+        ) from error
 
 
 def _equal(value: Any, other: Any) -> bool:

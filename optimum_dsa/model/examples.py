@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from .adapters import inner_model
 from .calls import feed
@@ -106,6 +107,30 @@ def _masked(windows: Tensor, tokenizer: Any, vocabulary: int, seed: int) -> dict
 def specials(windows: Tensor, tokenizer: Any) -> Tensor:
     """Where `windows`, (samples, length) int64, hold a special token of the tokenizer, which nobody has to guess."""
     return torch.isin(windows, torch.tensor(sorted(tokenizer.all_special_ids), dtype=windows.dtype))
+
+
+def without_labels(batch: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+    """Inputs by name, (samples, ...), with what a decoder reads in the place of "labels", (samples, length) int64.
+
+    A model learns from labels and computes nothing else of them, unless it writes a second sequence: then its decoder
+    reads them shifted by one, and those that count for nothing are padding.
+    """
+    found = {name: value for name, value in batch.items() if name != "labels"}
+    labels, config = batch.get("labels"), inner_model(model).config
+    given = {"decoder_input_ids", "decoder_inputs_embeds"} & found.keys()
+    if labels is None or labels.dim() != 2 or given or not config.is_encoder_decoder:
+        return found
+    own = getattr(inner_model(model), "prepare_decoder_input_ids_from_labels", None)
+    if own is not None:
+        found["decoder_input_ids"] = own(labels)
+    else:
+        padding = config.pad_token_id or 0
+        start = padding if config.decoder_start_token_id is None else config.decoder_start_token_id
+        shifted = functional.pad(labels[:, :-1], (1, 0), value=start)
+        found["decoder_input_ids"] = shifted.masked_fill(shifted == IGNORED, padding)
+    if (labels == IGNORED).any():
+        found["decoder_attention_mask"] = (labels != IGNORED).long()
+    return found
 
 
 def logits_of(output: Any) -> Tensor:

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import inspect
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -194,6 +194,21 @@ def check_takes_text(model: nn.Module) -> None:
             f"{_called(model)} {KINDS[found.kind]} ({found.main}{also}), and text alone is no input of it; give what "
             "its processor or feature extractor returns, as a mapping of its inputs."
         )
+
+
+def check_writes(batch: Mapping[str, Tensor], model: nn.Module) -> None:
+    """Raise `ValueError` where a model reads sound or pictures and writes text, and `batch` has no text to be written.
+
+    What its decoder reads then is nowhere: a processor gives what is heard or seen. `batch` is inputs by name.
+    """
+    inner = inner_model(model)
+    reads = {"decoder_input_ids", "decoder_inputs_embeds"} & inspect.signature(inner.forward).parameters.keys()
+    if main_input(model) == "input_ids" or not reads or not inner.config.is_encoder_decoder or reads & batch.keys():
+        return
+    raise ValueError(
+        f"{_called(model)} writes text of {main_input(model)}, and calibration needs that text as well; add labels, "
+        "the tokens of what is said or seen, or decoder_input_ids, such as its generate() gives."
+    )
 
 
 def check_tokens(tokens: Tensor, model: nn.Module) -> None:

@@ -19,12 +19,22 @@ from .own_code import AUTO_MODEL, code_map, own_class
 
 logger = logging.getLogger(__name__)
 
+# Auto class -> where transformers keeps the model types that it loads.
+_TABLES = {
+    "AutoModelForImageTextToText": "MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES",
+    "AutoModelForSeq2SeqLM": "MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES",
+    "AutoModelForSpeechSeq2Seq": "MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES",
+    "AutoModelForMaskedLM": "MODEL_FOR_MASKED_LM_MAPPING_NAMES",
+    "AutoModelForCausalLM": "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES",
+    "AutoModel": "MODEL_MAPPING_NAMES",
+}
+
 
 def model_class(config: Any, where: str | Path, options: Mapping[str, Any] | None = None) -> type:
     """The class whose `from_pretrained` loads the checkpoint at `where`.
 
     With `trust_remote_code`, the class that its `auto_map` names, whatever transformers has under that name. Else the
-    first of `architectures` that transformers has; where it has none of them, `AutoModelForCausalLM`.
+    first of `architectures` that transformers has; where it has none of them, the Auto class for its type.
 
     Args:
         options (`Mapping[str, Any]`, *optional*): of `from_pretrained`; those that say where the code is, and whether
@@ -55,12 +65,32 @@ def model_class(config: Any, where: str | Path, options: Mapping[str, Any] | Non
 
 
 def _of_transformers(config: Any, names: list[str] | tuple[str, ...], where: str | Path) -> type:
-    """The first of `names` that transformers has; where it has none of them, `AutoModelForCausalLM`."""
+    """The first of `names` that transformers has; where it has none of them, what its type is loaded as."""
     for name in names:
         found = getattr(transformers, name, None)
         if found is not None:
             _check(found, name, config, where)
             return found
+    found = _by_type(config)
+    if found is not transformers.AutoModelForCausalLM:  # which is what most are
+        said = f"architectures={list(names)!r:.80}, none of which transformers has" if names else "no architectures"
+        logger.warning("The config.json of %s has %s: it is loaded with %s.", where, said, found.__name__)
+    return found
+
+
+def _by_type(config: Any) -> type:
+    """The Auto class that loads the whole of a model whose class nobody names.
+
+    A causal language model is not the whole of one that has an encoder: only its decoder would be loaded.
+    """
+    wanted = ["AutoModelForImageTextToText", "AutoModelForCausalLM", "AutoModel"]
+    if getattr(config, "is_encoder_decoder", False):
+        wanted = ["AutoModelForSeq2SeqLM", "AutoModelForSpeechSeq2Seq", *wanted]
+    elif not getattr(config, "is_decoder", False):
+        wanted.insert(0, "AutoModelForMaskedLM")
+    for name in wanted:
+        if getattr(config, "model_type", None) in getattr(modeling_auto, _TABLES[name], {}):
+            return getattr(transformers, name)
     return transformers.AutoModelForCausalLM
 
 

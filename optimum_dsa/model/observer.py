@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Protocol
@@ -14,10 +13,13 @@ from torch.overrides import TorchFunctionMode
 
 from ..common.fences import one_expert_at_a_time, tensor_version
 from .architecture import Block, UnprunableError, Weight
+from .left_dense import kind_of
 from .statistics import LayerStatistics
 
 
 _PRODUCTS = {nn.functional.linear, torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.mm, Tensor.mm}
+# Of several matrices at once, each with inputs of its own.
+_BATCHED = (_PRODUCTS - {nn.functional.linear, torch.mm, Tensor.mm}) | {torch.bmm, Tensor.bmm}
 
 
 class AllSeen(Exception):
@@ -223,7 +225,7 @@ def _lend(block: Block, statistics: dict[str, LayerStatistics]) -> None:
     kinds: dict[tuple[str, tuple[int, int]], list[LayerStatistics]] = {}
     for weight in block.weights:
         # Experts differ in a number alone: "experts.3.up" and "experts[3]" are of one kind each.
-        kind = re.sub(r"(?<=[.\[])\d+(?=[.\]])", "*", weight.name), weight.shape
+        kind = kind_of(weight.name), weight.shape
         kinds.setdefault(kind, []).append(statistics[weight.name])
     for alike in kinds.values():
         seen = [found.squared_sum for found in alike if found.tokens]
@@ -237,6 +239,7 @@ def _lend(block: Block, statistics: dict[str, LayerStatistics]) -> None:
 def observing(model: nn.Module, block: Block, observer: Observes, awaited: Awaited | None = None) -> Iterator[None]:
     """Hooks that report every input of the block's weights to `observer`, and then to `awaited`."""
     fused = [weight for weight in block.weights if weight.expert is not None]
+    around = {weight for weight in block.weights if weight.expert is None and weight.is_read_around(model)}
     with ExitStack() as stack:
         for weight in block.weights:
             module = model.get_submodule(weight.module)
@@ -244,10 +247,12 @@ def observing(model: nn.Module, block: Block, observer: Observes, awaited: Await
             if weight.expert is None and not isinstance(module, nn.Embedding):
                 handle = module.register_forward_pre_hook(_hook(observer, weight, awaited), with_kwargs=True)
                 stack.callback(handle.remove)
+        for module in {weight.module: model.get_submodule(weight.module) for weight in fused}.values():
+            stack.enter_context(one_expert_at_a_time(module))
         if fused:
-            for module in {weight.module: model.get_submodule(weight.module) for weight in fused}.values():
-                stack.enter_context(one_expert_at_a_time(module))
-            stack.enter_context(_WatchProducts(model, fused, observer.observe))
+            stack.enter_context(_WatchProducts(model, block, observer.observe))
+        if around:
+            stack.enter_context(_WatchUncalled(model, around, observer.observe, awaited))
         yield
 
 
@@ -261,39 +266,84 @@ def _hook(observer: Observes, weight: Weight, awaited: Awaited | None) -> Callab
 
 
 class _WatchProducts(TorchFunctionMode):
-    """Reports every product of an input with one slice of a fused parameter."""
+    """Reports every product of an input with one slice of a fused parameter, or with all of them at once."""
 
-    def __init__(self, model: nn.Module, weights: list[Weight], observe: Callable[[Weight, Tensor], None]):
-        """Watch products with `weights`, parts of fused parameters; `observe` gets the inputs, (..., in_features)."""
+    def __init__(self, model: nn.Module, block: Block, observe: Callable[[Weight, Tensor], None]):
+        """Watch products with parts of the block's fused parameters; `observe` gets the inputs, (..., in_features)."""
         super().__init__()
+        weights = [weight for weight in block.weights if weight.expert is not None]
+        self.block = block
         self.observe = observe
-        self.owners = {(w.module, w.attribute): model.get_submodule(w.module) for w in weights}
+        self.owners = {(w.module, w.attribute): (model.get_submodule(w.module), w) for w in weights}
         self.weights = {(w.module, w.attribute, w.expert): w for w in weights}
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
-        if function in _PRODUCTS and len(args) >= 2 and isinstance(args[1], Tensor) and args[1].dim() == 2:
-            # `linear` takes (out, in) as its second argument, the products of matrices (in, out).
-            matrix = args[1] if function is nn.functional.linear else args[1].t()
-            weight = self._slice(matrix)
-            if weight is not None:
-                self.observe(weight, args[0])
+        if len(args) >= 2 and isinstance(args[1], Tensor):
+            if function in _PRODUCTS and args[1].dim() == 2:
+                # `linear` takes (out, in) as its second argument, the products of matrices (in, out).
+                matrix = args[1] if function is nn.functional.linear else args[1].t()
+                weight = self._slice(matrix)
+                if weight is not None:
+                    self.observe(weight, args[0])
+            elif function in _BATCHED and args[0].dim() == args[1].dim() == 3:
+                self._observe_each(args[0], args[1])
         return function(*args, **(kwargs or {}))
+
+    def _observe_each(self, inputs: Tensor, matrices: Tensor) -> None:
+        """Of (experts, tokens, in_features) and (experts, in_features, out_features), what each matrix is given."""
+        if self._slice(matrices[0].t()) is None:
+            return  # scores of attention, and no weights
+        for rows, matrix in zip(inputs, matrices):
+            weight = self._slice(matrix.t())
+            # Each is handed every token here: zeros are those of other experts, and did not reach this one.
+            reached = rows if rows.is_meta else rows[rows.any(dim=-1)]
+            if weight is not None and len(reached):
+                self.observe(weight, reached)
 
     def _slice(self, matrix: Tensor) -> Weight | None:
         """The expert whose matrix, (out_features, in_features), this is a view of."""
-        for (module, attribute), owner in self.owners.items():
+        for (module, attribute), (owner, one) in self.owners.items():
             parameter = getattr(owner, attribute)
             # A slice is a new tensor every time: where its memory begins is all that tells which expert it is.
             distance = matrix.data_ptr() - parameter.data_ptr()
             if 0 <= distance < parameter.nbytes and matrix.dtype == parameter.dtype:
-                expert = distance // (parameter.stride(0) * parameter.element_size())
+                stacked = one.stacked(parameter)
+                expert = distance // (stacked.stride(0) * parameter.element_size())
                 weight = self.weights.get((module, attribute, expert))
                 # Square matrices have the same shape both ways round, but not the same strides.
                 stored = matrix.t() if weight and weight.transposed else matrix
-                if weight and stored.stride() != parameter.stride()[1:]:
+                if weight and stored.stride() != stacked.stride()[1:]:
                     raise UnprunableError(
                         f"{module}.{attribute} is stored as the transpose of what `is_transposed` of its module says; "
-                        f"leave it dense with exclude=['{attribute}']."
+                        f"leave it dense with exclude=['{attribute}'], {self._share(attribute):.1%} of this block."
                     )
                 return weight
         return None
+
+    def _share(self, attribute: str) -> float:
+        return sum(w.size for w in self.weights.values() if w.attribute == attribute) / self.block.size
+
+
+class _WatchUncalled(TorchFunctionMode):
+    """Reports what matrices multiply whose modules nobody calls: W · X, X being (..., in_features, tokens)."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        weights: Collection[Weight],
+        observe: Callable[[Weight, Tensor], None],
+        awaited: Awaited | None,
+    ):
+        super().__init__()
+        self.observe, self.awaited = observe, awaited
+        self.owners = [(model.get_submodule(weight.module), weight) for weight in weights]
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if function in _PRODUCTS and len(args) >= 2 and isinstance(args[1], Tensor) and args[1].dim() >= 2:
+            # a call of `nn.Linear` has its matrix on the other side
+            weight = next((each for owner, each in self.owners if args[0] is getattr(owner, each.attribute)), None)
+            if weight is not None:
+                self.observe(weight, args[1].transpose(-1, -2))
+                if self.awaited is not None:
+                    self.awaited.given(weight.name)
+        return function(*args, **(kwargs or {}))

@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from .experts import is_experts
+
 
 logger = logging.getLogger(__name__)
 
@@ -84,17 +86,3 @@ def _is_stack(module: nn.Module) -> bool:
         and any(isinstance(part, (nn.Linear, Conv1D)) or is_experts(part) for part in block.modules())
         for block in module
     )
-
-
-def is_experts(module: nn.Module) -> bool:
-    """Whether a module holds the matrices of several experts in one parameter."""
-    return bool(fused_parameters(module))
-
-
-def fused_parameters(module: nn.Module) -> list[str]:
-    """Names of a module's 3-D parameters (experts, rows, columns), if it says how many experts it has."""
-    experts = getattr(module, "num_experts", None)
-    if not isinstance(experts, int):
-        return []
-    own = module.named_parameters(recurse=False)
-    return [name for name, parameter in own if parameter.dim() == 3 and parameter.shape[0] == experts]

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from .architecture import Architecture, Block, Stack, UnprunableError, Weight
-from .calls import BlockCalls, capture_calls, check_calls, run_behind
+from .calls import BlockCalls, capture_calls, check_calls, explained, run_behind
 from .dense import AsDense, DenseInputs, DenseStream, Replay
 from .observer import AllSeen, Awaited, Observer, Unheard, observing
 from .offload import resident
@@ -165,7 +165,8 @@ def _sample_calls(model: nn.Module, architecture: Architecture, batch: Mapping[s
     """Stack -> the calls of its blocks for the first sample of a batch, (samples, length, ...), checked."""
     # One sample tells how blocks are called, and an error comes before hours of work.
     one = batch if is_whole(batch) else {name: value[:1] for name, value in batch.items()}
-    return {stack.name: check_calls(model, stack, one) for stack in architecture.stacks}
+    with explained(model, one):
+        return {stack.name: check_calls(model, stack, one) for stack in architecture.stacks}
 
 
 def _walk_still(
@@ -354,9 +355,12 @@ def _checked(block: Block, observer: Observer) -> dict[str, LayerStatistics]:
             fused[parameter] = fused.get(parameter, 0) + (seen.tokens if seen else 0)
     for parameter, tokens in fused.items():
         if tokens == 0:
+            owner = parameter.rpartition(".")[0]
+            size = sum(weight.size for weight in block.weights if weight.module == owner)
             raise UnprunableError(
                 f"{parameter}: what its experts multiply could not be observed; leave them dense with "
-                f"exclude=['{parameter.split('.')[-2]}'] or choose a method that needs no inputs."
+                f"exclude=['{owner.rpartition('.')[2]}'], {size / block.size:.1%} of this block, or choose a method "
+                "that needs no inputs."
             )
     statistics = observer.finish(block)
     for weight in block.weights:

@@ -6,11 +6,13 @@ import logging
 import math
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import cache
 
 import torch
 from torch import Tensor, nn
 
 from ..model.architecture import Architecture, Weight, find_architecture
+from ..model.left_dense import LARGE, excluding, share_of, told
 from ..model.walk import WalkedBlock, walk_blocks
 from .allocation import Allocation, Unit, fit_to_budget, fit_to_levels, fit_to_matrices
 from .configuration import DSAConfig
@@ -29,9 +31,32 @@ ROUNDED = 5e-4
 def architecture_for(model: nn.Module, config: DSAConfig) -> Architecture:
     """What `config` prunes in `model`; raises where its pattern does not fit a weight."""
     found = find_architecture(model, config.blocks, config.exclude, config.include, config.skip_unprunable)
-    for weight in found.weights:
-        config.resolved.pattern.check(weight.name, weight.shape[1])
+    pattern = config.resolved.pattern
+    unfit = {weight.name: weight for weight in found.weights if not pattern.fits(weight.shape[1])}
+    if unfit:
+        sizes = {name: weight.size for name, weight in unfit.items()}
+        rest = sum(weight.size for weight in found.weights) - sum(sizes.values()) + sum(found.dense_sizes.values())
+        name, weight = next(iter(unfit.items()))
+        raise ValueError(
+            f"{name}: pattern {pattern} needs in_features divisible by {pattern.width}, got {weight.shape[1]}; leave "
+            f"it dense, and those like it, with exclude={excluding(unfit)} ({told(sizes, rest)}), or choose another "
+            "pattern."
+        )
     return found
+
+
+def say_dense(architecture: Architecture) -> None:
+    """Warn, once, where a large part of the blocks stays dense: a sparsity is that of the rest."""
+    prunable, sizes = sum(weight.size for weight in architecture.weights), architecture.dense_sizes
+    if share_of(sizes, prunable) >= LARGE:
+        why = ", ".join(sorted(set(architecture.dense.values())))
+        _warn_once(f"Stays dense ({why}): {told(sizes, prunable)}; the sparsity is that of the rest.")
+
+
+@cache
+def _warn_once(message: str) -> None:
+    """Warn, but not again at every step of a schedule, or for every model of the same make."""
+    logger.warning("%s", message)
 
 
 @torch.no_grad()

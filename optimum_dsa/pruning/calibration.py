@@ -15,7 +15,16 @@ from ..common.frame import Frame, frame_of
 from ..common.token_rows import as_tensors
 from ..data import DEFAULT, SAMPLES, DataConfig, Passed, describe, load_tokens, padded_tokens, starts_with_bos
 from ..model.adapters import inner_model
-from ..model.inputs import check_length, check_takes_text, check_tokens, default_length, kind_of, main_input
+from ..model.examples import without_labels
+from ..model.inputs import (
+    check_length,
+    check_takes_text,
+    check_tokens,
+    check_writes,
+    default_length,
+    kind_of,
+    main_input,
+)
 from ..model.padding import Whole
 from .batches import MEDIA, model_batches
 from .pictures import picture_inputs
@@ -23,7 +32,7 @@ from .pictures import picture_inputs
 
 # Inputs that have a row for each prompt, and where configurations name the tokens that others take the place of.
 _TEXT = {"input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids", "position_ids", "decoder_input_ids"}
-_TEXT |= {"decoder_attention_mask", "labels"}
+_TEXT |= {"decoder_attention_mask"}
 _PLACES = ("image_token_id", "image_token_index", "video_token_id", "audio_token_id", "audio_token_index")
 
 
@@ -180,6 +189,8 @@ def _checked(batch: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]
     """Inputs by name, (samples, ...), that fit the model; a `Whole` where they cannot be cut by samples."""
     if empty := [name for name, value in batch.items() if len(value) == 0]:
         raise ValueError(f"Calibration inputs need at least 1 sample; {', '.join(empty)} has none.")
+    batch = without_labels(batch, model)
+    check_writes(batch, model)
     for name in batch.keys() & {"input_ids", "decoder_input_ids"}:
         check_tokens(batch[name], model)
     found = {name: value.long() if name == "input_ids" else value for name, value in batch.items()}

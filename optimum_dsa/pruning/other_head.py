@@ -47,7 +47,8 @@ def report_for(model: nn.Module, report: PruningReport) -> PruningReport:
 
     allocation = report.allocation
     allocation = replace(allocation, sparsity=own(allocation.sparsity), sizes=own(allocation.sizes))
-    dense = {name: why for name, why in own(report.dense).items() if is_named(inner, name)}
+    # what is left of one parameter, `name[3]`, is named by that
+    dense = {name: why for name, why in own(report.dense).items() if is_named(inner, name.partition("[")[0])}
     given = report.config.allocation
     config = replace(
         report.config,
@@ -68,6 +69,7 @@ def report_for(model: nn.Module, report: PruningReport) -> PruningReport:
         reconstruction=own(report.reconstruction),
         unseen=tuple(map(renamed, report.unseen)),
         zeros_before=own(report.zeros_before),
+        dense_sizes={name: size for name, size in own(report.dense_sizes).items() if name in dense},
     )
 
 

@@ -18,7 +18,7 @@ from ..model.offload import is_offloaded
 from ..model.parameters import count_parameters
 from ..model.statistics import CollectedStatistics
 from ..model.walk import WalkedBlock, walk_blocks
-from .allocate import allocate, architecture_for, standing_zeros
+from .allocate import allocate, architecture_for, say_dense, standing_zeros
 from .allocation import Allocation
 from .configuration import DSAConfig
 from .finished import FinishedBlocks, settings_of
@@ -77,6 +77,7 @@ def _prune(
     config.check_settled()
     calibration = as_calibration(calibration, model)
     architecture = architecture_for(model, config)
+    say_dense(architecture)
     _check_calibration(model, calibration, config)
     standing = standing_zeros(model, architecture, config)
     check_finite_outputs(model, architecture, calibration)
@@ -117,6 +118,7 @@ def _prune(
         reconstruction=reconstruct.found,
         seconds=time.perf_counter() - start,
         zeros_before=standing,
+        dense_sizes=architecture.dense_sizes,
     )
 
 

@@ -9,6 +9,7 @@ from typing import Any
 from ..common.columns import columns
 from ..common.escaping import one_line
 from ..model.adapters import plain_name
+from ..model.left_dense import told as told_dense
 from .allocation import Allocation
 from .comparison import compared_lines
 from .configuration import DSAConfig
@@ -40,6 +41,7 @@ class PruningReport:
         zeros_before (`Mapping[str, int]`): weights that had zeros before -> how many, all of which stayed.
         trained_before (`tuple[Mapping[str, Any], ...]`): what trained the model before this prune, first to last, as
             far as it is known.
+        dense_sizes (`Mapping[str, int]`): how many weights each matrix of `dense` has.
     """
 
     config: DSAConfig
@@ -59,6 +61,7 @@ class PruningReport:
     chosen_by: str | None = None
     zeros_before: Mapping[str, int] = field(default_factory=dict)
     trained_before: tuple[Mapping[str, Any], ...] = ()
+    dense_sizes: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def removed(self) -> int:
@@ -98,6 +101,7 @@ class PruningReport:
             "chosen_by": self.chosen_by,
             "zeros_before": dict(self.zeros_before),
             "trained_before": list(map(dict, self.trained_before)),
+            "dense_sizes": dict(self.dense_sizes),
         }
         return data | {name: value for name, value in more.items() if value}
 
@@ -123,6 +127,7 @@ class PruningReport:
             chosen_by=data.get("chosen_by"),
             zeros_before=dict(data.get("zeros_before") or {}),
             trained_before=tuple(data.get("trained_before") or ()),
+            dense_sizes=dict(data.get("dense_sizes") or {}),
         )
 
     @property
@@ -134,7 +139,9 @@ class PruningReport:
         if self.chosen_by:
             notes.append(f"the zeros were chosen by {self.chosen_by}, while the model was trained (recover)")
         if self.dense:
-            notes.append(f"left dense: {len(self.dense)} matrices ({', '.join(sorted(set(self.dense.values())))})")
+            left = f"left dense: {len(self.dense)} matrices ({', '.join(sorted(set(self.dense.values())))})"
+            prunable = sum(self.allocation.sizes.values())
+            notes.append(f"{left}, {told_dense(self.dense_sizes, prunable)}" if self.dense_sizes else left)
         if self.damping:
             notes.append(f"damping raised for {len(self.damping)} weights, to {max(self.damping.values()):g} at most")
         if self.compared:
@@ -180,7 +187,7 @@ class PruningReport:
 
 def plain_report(report: PruningReport) -> PruningReport:
     """`report` under the names that weights have without adapters."""
-    named = ("achieved", "dense", "damping", "permuted", "zeros_before")
+    named = ("achieved", "dense", "damping", "permuted", "zeros_before", "dense_sizes")
     return replace(
         report,
         allocation=_plain(report.allocation),

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ..common.progress import progress as shown
 from ..model.architecture import Architecture
-from ..model.calls import feed
+from ..model.calls import explained, feed
 from ..model.statistics import CollectedStatistics
 from .calibration import Calibration, load_calibration
 from .configuration import DSAConfig
@@ -82,6 +82,10 @@ def step_size(samples: int) -> int:
     return min(4, 2 ** max((samples // 4).bit_length() - 1, 0))
 
 
+class _NotFiniteError(ValueError):
+    """A block makes a NaN or an infinity."""
+
+
 def check_finite_outputs(model: nn.Module, architecture: Architecture, calibration: Known | None) -> None:
     """Raise `ValueError` for a NaN or infinity in what a block makes of the first sample, by name."""
     if not isinstance(calibration, Calibration):
@@ -91,7 +95,7 @@ def check_finite_outputs(model: nn.Module, architecture: Architecture, calibrati
         def hook(module, args, output):
             hidden = output if isinstance(output, Tensor) else output[0]
             if not hidden.isfinite().all():
-                raise ValueError(
+                raise _NotFiniteError(
                     f"The output of {name} holds NaN or infinities on the first calibration sample; "
                     "try another dtype (bfloat16 or float32)."
                 )
@@ -104,7 +108,9 @@ def check_finite_outputs(model: nn.Module, architecture: Architecture, calibrati
         for stack in architecture.stacks:
             for block in stack.blocks:
                 handles.append(model.get_submodule(block.name).register_forward_hook(check(block.name)))
-        feed(model, calibration.batches(1)[0])
+        batch = calibration.batches(1)[0]
+        with explained(model, batch, _NotFiniteError):
+            feed(model, batch)
     finally:
         for handle in handles:
             handle.remove()

@@ -8,7 +8,6 @@ for walked in walk_blocks(model, architecture, batches, reads=union(steps)):
 from __future__ import annotations
 
 import logging
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
@@ -16,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ..model.architecture import Weight
+from ..model.left_dense import kind_of
 from ..model.statistics import LayerStatistics
 from ..model.walk import Reads, WalkedBlock
 from .allocation import Allocation, split_count
@@ -88,7 +88,7 @@ class RemoveWeights:
         """Say of how many of the model's `weights` the dense model's targets could not be had."""
         if found := set(self.unpaired):
             share = sum(weight.size for weight in weights if weight.name in found) / sum(each.size for each in weights)
-            kinds = sorted({re.sub(r"(?<=[.\[])\d+(?=[.\]])", "*", name) for name in found})
+            kinds = sorted(set(map(kind_of, found)))
             logger.warning(
                 "%d of %d matrices (%.0f %% of their weights) were fitted to their own outputs, as they are not given "
                 "the tokens that they have in the dense model (routed experts): %s.",

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ..model.adapters import inner_model, plain_name
 from ..model.architecture import GRANULARITIES, Architecture, Weight, find_architecture
+from ..model.parameters import count_parameters
 from ..model.walk import walk_blocks
 from .allocation import Allocation
 from .configuration import CONFIG_NAME
@@ -52,7 +53,9 @@ def measured_allocation(model: nn.Module, architecture: Architecture, granularit
 
 
 def counted(report: PruningReport, model: nn.Module) -> PruningReport:
-    """`report` with the zeros as they are now, under the names that weights have in `model`.
+    """`report` with zeros and parameters as they are now, under the names that weights have in `model`.
+
+    A head for other labels, or words that were added, are other parameters of the same model.
 
     Raises:
         ValueError: the model has other units than the report.
@@ -65,7 +68,7 @@ def counted(report: PruningReport, model: nn.Module) -> PruningReport:
     for granularity in (report.allocation.granularity,) if report.allocation.granularity else GRANULARITIES:
         found = _shares(zeros, architecture, granularity).sparsity
         if found.keys() == report.allocation.sizes.keys():
-            return replace(report, achieved=found)
+            return replace(report, achieved=found, parameters=count_parameters(inner))
     raise ValueError(
         f"{CONFIG_NAME} speaks of other weights than {type(inner).__name__} has; it belongs to another model."
     )

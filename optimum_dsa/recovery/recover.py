@@ -104,9 +104,11 @@ def recover(
 def _keeps_the_budget(config: RecoveryConfig, report: PruningReport) -> Any:
     """The callback under which all weights are trained; adapters keep zeros by themselves."""
     if make := RECOVERIES.fact(config.method, "callback"):
-        return make(config, report)
-    callback = DSACallback(exclude=report.config.exclude, include=report.config.include)
-    callback.frees_excluded = False
+        callback = make(config, report)
+    else:
+        callback = DSACallback(exclude=report.config.exclude, include=report.config.include)
+        callback.frees_excluded = False
+    callback.brings_files = False  # checkpoints are to be resumed from; whoever saves the model brings them
     return callback
 
 

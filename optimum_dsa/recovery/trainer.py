@@ -11,7 +11,8 @@ from transformers import Trainer, TrainerCallback
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from ..common.progress import Progress
-from ..model.examples import logits_of, run_examples
+from ..model.examples import IGNORED, logits_of, run_examples
+from ..model.inputs import kind_of
 from .configuration import RecoveryConfig
 
 
@@ -36,6 +37,7 @@ class RecoveryTrainer(Trainer):
     ):
         super().__init__(*args, **kwargs)
         self.teacher, self.share, self.temperature = teacher, share, temperature
+        self.masked = kind_of(self.model) == "masked"
         self.model_accepts_loss_kwargs = False  # means of batches, divided by the number of accumulated ones
         # Two bars would write over each other.
         for callback in (PrinterCallback, ProgressCallback):
@@ -45,7 +47,13 @@ class RecoveryTrainer(Trainer):
             teacher.eval().to(self.args.device)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        loss, outputs = super().compute_loss(model, inputs, return_outputs=True)
+        if self.masked:
+            # of the words alone: a model for pretraining has no loss without labels of its second task
+            outputs = model(**{name: value for name, value in inputs.items() if name != "labels"})
+            words, labels = logits_of(outputs), inputs["labels"]
+            loss = functional.cross_entropy(words.float().flatten(0, -2), labels.flatten(), ignore_index=IGNORED)
+        else:
+            loss, outputs = super().compute_loss(model, inputs, return_outputs=True)
         if self.teacher is not None and self.share and model.training:
             with torch.no_grad():
                 expected = run_examples(self.teacher, inputs)

@@ -17,7 +17,7 @@ from ..common.devices import process_state
 from ..common.output import OutputFolder
 from ..common.same_run import FINGERPRINTS
 from ..model.fingerprint import fingerprint_of_model, fingerprint_of_tensors
-from ..pruning.allocate import standing_zeros
+from ..pruning.allocate import say_dense, standing_zeros
 from ..pruning.allocation import ALLOCATIONS, Allocation
 from ..pruning.calibration import Calibration
 from ..pruning.configuration import AUTO, DSAConfig
@@ -103,6 +103,7 @@ def search(
         trace = _trace(output, settings, resume, model, calibration, validation)
         stack.callback(trace.close)
         realised = realise(model, calibration, config, kind, **levels)
+        say_dense(realised.architecture)
         standing = standing_zeros(model, realised.architecture, config)  # raises where more are zero than asked for
         resolver = Resolver(model, realised, calibration, config, named, standing)
         evaluator = Evaluator(Objective(model, realised, validation, config.batch_size), resolver)

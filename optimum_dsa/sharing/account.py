@@ -112,7 +112,13 @@ def details(outcome: Outcome) -> list[tuple[str, str, Table]]:
         for name, why in dense.items():
             reasons.setdefault(why, []).append(name)
         rows = [[why, str(len(names)), _some(names)] for why, names in reasons.items()]
-        table = Table(["why", "number", "matrices"], rows)
+        heads = ["why", "number", "matrices"]
+        if sizes := outcome.facts.get("dense_sizes"):
+            everything = sum(outcome.facts["allocation"]["sizes"].values()) + sum(sizes.values())
+            heads.append("of the blocks' weights")
+            for row, names in zip(rows, reasons.values()):
+                row.append(percent(sum(sizes.get(name, 0) for name in names) / everything))
+        table = Table(heads, rows)
         found.append(("What stayed dense", "Matrices of the blocks, outside the budget.", table))
     return found
 

@@ -100,6 +100,37 @@ def test_what_transformers_does_not_have_is_left_to_its_configuration(folder, na
     assert same_state(load_model(str(folder)), before)
 
 
+WHOLE = {
+    "t5": "T5ForConditionalGeneration",
+    "bart": "BartForConditionalGeneration",
+    "whisper": "WhisperForConditionalGeneration",
+    "bert": "BertForMaskedLM",
+    "llava": "LlavaForConditionalGeneration",
+    "vit": "ViTModel",
+}
+
+
+@pytest.mark.parametrize("names", [None, ["ModelOfNobody"]])
+@pytest.mark.parametrize("family", WHOLE)
+def test_a_model_whose_class_nobody_names_is_loaded_whole(family, names, tiny, tmp_path, caplog):
+    """Not its decoder alone, under a head that it was not made for."""
+    tiny(family).save_pretrained(tmp_path)
+    change(tmp_path, architectures=names)
+    assert type(load_model(str(tmp_path))).__name__ == WHOLE[family]
+    assert ("has no architectures: it is" if names is None else "none of which transformers has") in caplog.text
+
+
+def test_what_it_has_and_its_class_does_not_know_is_kept_and_said(tiny, tmp_path, caplog):
+    tiny("vit").save_pretrained(tmp_path / "base")
+    change(tmp_path / "base", architectures=None)
+    pruner = DSAPruner.from_pretrained(tmp_path / "base")
+    pruner.prune(None, DSAConfig(0.5, "magnitude", "uniform"))
+    pruner.save_pretrained(tmp_path / "out")
+    assert "has 2 tensors that ViTModel does not know" in caplog.text
+    again = transformers.ViTForImageClassification.from_pretrained(tmp_path / "out")
+    assert torch.equal(again.classifier.weight, tiny("vit").classifier.weight)
+
+
 # -- how much
 
 

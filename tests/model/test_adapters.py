@@ -6,10 +6,10 @@ from peft import IA3Config, LoHaConfig, LoraConfig, PeftModel, PromptTuningConfi
 from peft import inject_adapter_in_model as inject
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
-from optimum_dsa import DSACallback, DSAConfig, DSAPruner, find_architecture, prune
+from optimum_dsa import DataConfig, DSACallback, DSAConfig, DSAPruner, find_architecture, prune
 from optimum_dsa.model.adapters import has_adapters, without_adapters
 
-from ..tiny import tiny_llama, tokens
+from ..tiny import bos_tokenizer, tiny_llama, tokens
 
 
 TARGETS = {"target_modules": ["q_proj", "v_proj"]}
@@ -142,3 +142,14 @@ def test_the_callback_counts_the_base_alone(name, tmp_path):
     callback = DSACallback(DSAConfig(0.5, "wanda", "uniform"), tokens()).attach(trainer)
     trainer.train()
     assert sum(callback.report.allocation.sizes.values()) == size and callback.report.sparsity == 0.5
+
+
+def test_an_adapters_folder_has_its_bases_tokenizer(tmp_path):
+    tiny_llama().save_pretrained(tmp_path / "base")
+    bos_tokenizer().save_pretrained(tmp_path / "base")
+    made("lora", AutoModelForCausalLM.from_pretrained(tmp_path / "base")).save_pretrained(tmp_path / "adapter")
+    pruner = DSAPruner.from_pretrained(tmp_path / "adapter")
+    assert pruner.tokenizer("1 2").input_ids == bos_tokenizer()("1 2").input_ids
+    pruner.prune([" ".join(map(str, range(80)))] * 4, DSAConfig(0.5, "wanda", data=DataConfig(4)))
+    pruner.save_pretrained(tmp_path / "out")
+    assert (tmp_path / "out" / "tokenizer.json").is_file()

@@ -4,7 +4,15 @@ import pytest
 import torch
 import transformers as tf
 
-from optimum_dsa.model.examples import IGNORED, check_causal, check_predicts_tokens, examples, run_examples, specials
+from optimum_dsa.model.examples import (
+    IGNORED,
+    check_causal,
+    check_predicts_tokens,
+    examples,
+    run_examples,
+    specials,
+    without_labels,
+)
 
 from ..conftest import ENCODER, FAMILIES, VOCABULARY
 from ..tiny import bos_tokenizer, masking_tokenizer, tiny_llama, tokens
@@ -96,3 +104,43 @@ def test_special_tokens_are_those_of_the_tokenizer():
     assert specials(torch.tensor([[1, 5, 3, 94, 2, 0, 4]]), masking_tokenizer()).tolist() == [
         [True, False, True, False, True, True, True]
     ]
+
+
+@pytest.mark.parametrize("family", ["t5", "bart", "whisper"])
+def test_a_decoder_reads_labels_as_it_does_in_training(family, tiny, inputs):
+    """What the decoder is given in the model's own forward pass, with padding of labels told apart."""
+    model, labels = tiny(family), tokens(2, 6).clamp(3, 80)
+    labels[0, 4:] = IGNORED
+    batch = {name: value[:2] for name, value in inputs(family).items() if not name.startswith("decoder_")}
+    given = []
+    decoder = model.get_decoder()
+    hook = decoder.register_forward_pre_hook(
+        lambda module, args, kwargs: given.append(kwargs["input_ids"]), with_kwargs=True
+    )
+    with torch.no_grad():
+        loss = model(**batch, labels=labels).loss
+        found = without_labels({**batch, "labels": labels}, model)
+        logits = model(**found).logits
+    hook.remove()
+    assert torch.equal(*given) and "labels" not in found
+    assert found["decoder_attention_mask"].tolist() == [[1, 1, 1, 1, 0, 0], [1] * 6]
+    own = torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORED)
+    torch.testing.assert_close(own, loss)
+
+
+@pytest.mark.parametrize("name", ["T5Model", "BartModel", "WhisperModel"])
+def test_so_does_one_without_a_head(name, tiny):
+    model = getattr(tf, name)(tiny(name.removesuffix("Model").lower()).config)
+    labels = torch.tensor([[7, 8, IGNORED]])
+    found = without_labels({"labels": labels}, model)
+    start = model.config.decoder_start_token_id
+    assert found["decoder_input_ids"].tolist() == [[start, 7, 8]]
+    assert found["decoder_attention_mask"].tolist() == [[1, 1, 0]]
+
+
+def test_labels_of_other_models_are_nothing_that_is_computed_with(tiny):
+    ids = tokens(2, 6)
+    for family, labels in (("llama", ids[:, :3]), ("bert", ids), ("bart", torch.tensor([0, 1]))):
+        assert without_labels({"input_ids": ids, "labels": labels}, tiny(family)).keys() == {"input_ids"}
+    given = {"input_ids": ids, "decoder_input_ids": ids[:, :2], "labels": ids}
+    assert without_labels(given, tiny("t5")).keys() == {"input_ids", "decoder_input_ids"}

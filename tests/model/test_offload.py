@@ -16,7 +16,7 @@ import transformers
 from safetensors import safe_open
 
 from optimum_dsa import DSAConfig, DSAPruner, ReconstructConfig, UpdateConfig
-from optimum_dsa.model.architecture import find_architecture, find_stacks
+from optimum_dsa.model.architecture import UnprunableError, find_architecture, find_stacks
 from optimum_dsa.model.calls import feed
 from optimum_dsa.model.offload import is_offloaded, resident
 from optimum_dsa.model.walk import walk_blocks
@@ -252,3 +252,16 @@ def test_a_checkpoint_larger_than_memory_is_pruned(tmp_path, monkeypatch):
     assert done is not None, "out of memory"
     benchmark.verify(source, target)
     assert digests(source) == before
+
+
+@pytest.mark.parametrize("family", ["llama4", "dbrx"])
+def test_a_model_that_reads_weights_where_they_are_not_is_refused_in_one_line(family, tiny, inputs):
+    model = accelerate.cpu_offload(tiny(family), execution_device="cpu")
+    with pytest.raises(UnprunableError, match="looks at weights that are on disk or kept back.*device_map='auto'"):
+        DSAPruner(model).prune(inputs(family), DSAConfig(0.5, allocation="uniform"))
+
+
+def test_what_is_shared_and_stays_dense_is_counted_once_wherever_it_is(tiny):
+    expected = find_architecture(tiny("zamba2")).dense_sizes
+    assert find_architecture(accelerate.cpu_offload(tiny("zamba2"), execution_device="cpu")).dense_sizes == expected
+    assert sum(expected.values()) < sum(tiny("zamba2").get_parameter(name).numel() for name in expected)

@@ -1,10 +1,12 @@
 import pytest
 import torch
+import transformers as tf
 
-from optimum_dsa import Calibration, DataConfig, load_calibration
+from optimum_dsa import Calibration, DataConfig, DSAConfig, DSAPruner, load_calibration, prune
 
+from ..model.test_inputs import clip
 from ..test_data import BOS, NUMBERS, TEXTS, Letters
-from ..tiny import VOCABULARY, bos_tokenizer, tiny_llama, tokens
+from ..tiny import VOCABULARY, bos_tokenizer, same_state, state, tiny_llama, tokens
 
 
 def test_calibration_from_tokens_texts_and_inputs_by_name():
@@ -52,3 +54,39 @@ def test_padding_is_not_counted_wherever_it_stands(side):
 def test_batches_cover_all_samples_in_order():
     data = Calibration({"input_ids": tokens(7, 4)}, "x")
     assert torch.equal(torch.cat([batch["input_ids"] for batch in data.batches(3)]), tokens(7, 4))
+
+
+def test_text_that_is_written_is_calibrated_without_its_padding(tiny):
+    """A batch as a collator hands it out: as if every pair had come alone, without padding."""
+    model, ids = tiny("t5"), tokens(2, 9).clamp(3, 80)
+    mask, labels = torch.ones_like(ids), tokens(2, 6, seed=1).clamp(3, 80)
+    mask[0, 7:] = 0
+    labels[0, 4:] = -100
+    alone = [{"input_ids": ids[:1, :7], "labels": labels[:1, :4]}, {"input_ids": ids[1:], "labels": labels[1:]}]
+    config = DSAConfig(0.5, "wanda", "uniform")
+    models = [tiny("t5"), tiny("t5")]
+    prune(models[0], load_calibration({"input_ids": ids, "attention_mask": mask, "labels": labels}, model), config)
+    prune(models[1], load_calibration(alone, model), config)
+    assert same_state(models[0], state(models[1]))
+
+
+@pytest.mark.parametrize("name", ["WhisperForConditionalGeneration", "WhisperModel"])
+def test_what_is_heard_needs_what_is_said_of_it(name, tiny, inputs):
+    model = getattr(tf, name)(tiny("whisper").config).eval()
+    heard = {"input_features": inputs("whisper")["input_features"]}
+    with pytest.raises(ValueError, match=f"{name} writes text of input_features, and calibration needs that text"):
+        load_calibration(heard, model)
+    found = load_calibration({**heard, "labels": tokens(6, 5)}, model)
+    report = prune(model, found, DSAConfig(0.5, "wanda", "uniform"))
+    assert report.sparsity == pytest.approx(0.5, abs=1e-3) and not report.unseen
+    # one that gives labels of what it hears, and writes nothing, needs no more
+    labels = tf.WhisperForAudioClassification(tiny("whisper").config)
+    assert load_calibration(heard, labels).inputs.keys() == heard.keys()
+
+
+@pytest.mark.parametrize("given", ["input_ids", "pixel_values"])
+def test_half_of_what_a_model_reads_is_refused_in_one_line(given):
+    batch = {"input_ids": tokens(2, 6), "pixel_values": torch.zeros(2, 3, 8, 8)}
+    with pytest.raises(ValueError, match=rf"CLIPModel does not run on the first .*\({given} \(1, .*give all") as error:
+        DSAPruner(clip()).prune({given: batch[given]}, DSAConfig(0.5, "wanda", "uniform"))
+    assert "\n" not in str(error.value)

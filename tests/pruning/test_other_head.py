@@ -104,3 +104,21 @@ def test_under_its_own_head_nothing_is_renamed():
     model = tiny_llama()
     report = prune(model, None, CONFIGS[1])
     assert report_for(model, report) is report
+
+
+@pytest.mark.parametrize("change", ["labels", "words"])
+def test_a_head_of_another_size_is_another_head(change, tiny, tmp_path):
+    """Other labels for a picture, words that a language model learns: the same class, and other parameters."""
+    first = saved(tiny("vit" if change == "labels" else "llama"), tmp_path / "pruned")
+    if change == "labels":
+        options = {"num_labels": 3, "ignore_mismatched_sizes": True}
+        model = tf.ViTForImageClassification.from_pretrained(tmp_path / "pruned", **options)
+    else:
+        model = tf.AutoModelForCausalLM.from_pretrained(tmp_path / "pruned")
+        model.resize_token_embeddings(101)
+    pruner = DSAPruner(model)
+    assert pruner.verify().holds, pruner.verify()
+    pruner.save_pretrained(tmp_path / "out")
+    again = DSAPruner.from_pretrained(tmp_path / "out")
+    assert again.verify().holds and again.report.parameters == model.num_parameters() != first.report.parameters
+    assert all(torch.equal(*pair) for pair in zip(masks(again), masks(first), strict=True))

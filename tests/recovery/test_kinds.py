@@ -57,3 +57,13 @@ def test_a_model_without_a_loss_on_text_is_refused(name):
     pruner = pruned(getattr(tf, name)(tf.BertConfig(**ENCODER)))
     with pytest.raises(ValueError, match="no loss of it on a text; train it on its own task|sees the tokens behind"):
         pruner.recover(COUNTING, asked())
+
+
+@pytest.mark.parametrize("name,method", [("Bert", "full"), ("Bert", "sparse-lora"), ("Albert", "full")])
+def test_one_with_a_second_task_is_trained_on_its_words(name, method):
+    settings = {**ENCODER, "embedding_size": 16} if name == "Albert" else ENCODER
+    torch.manual_seed(0)
+    pruner = pruned(getattr(tf, f"{name}ForPreTraining")(getattr(tf, f"{name}Config")(**settings)))
+    before = zeros(pruner.model)
+    result = pruner.recover(COUNTING, asked(method=method))
+    assert result.after < result.before and same_zeros(pruner.model, before)

@@ -67,9 +67,13 @@ class Pattern:
         """Whether whole numbers are removed from every M neighbours: N:M, the same N everywhere or not."""
         return self.kind in ("n:m", "mixed")
 
+    def fits(self, in_features: int) -> bool:
+        """Whether a matrix of `in_features` columns can carry this pattern."""
+        return not (self.in_groups and in_features % self.width)
+
     def check(self, name: str, in_features: int) -> None:
         """Raise `ValueError` where a matrix named `name` of `in_features` columns cannot carry this pattern."""
-        if self.in_groups and in_features % self.width:
+        if not self.fits(in_features):
             raise ValueError(
                 f"{name}: pattern {self} needs in_features divisible by {self.width}, got {in_features}; "
                 f"leave it dense with exclude=['{name}'] or choose another pattern."

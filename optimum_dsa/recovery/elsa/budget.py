@@ -56,7 +56,8 @@ def with_budget(model: nn.Module, report: PruningReport, config: RecoveryConfig)
         )
     architecture = architecture_for(model, asked)
     allocation = allocate(model, None, asked, architecture)
-    return _with_zeros(PruningReport(asked, allocation, {}, count_parameters(model), dense=architecture.dense))
+    left = {"dense": architecture.dense, "dense_sizes": architecture.dense_sizes}
+    return _with_zeros(PruningReport(asked, allocation, {}, count_parameters(model), **left))
 
 
 def _with_zeros(report: PruningReport) -> PruningReport:

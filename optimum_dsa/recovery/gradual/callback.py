@@ -9,13 +9,15 @@ from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
-from transformers import TrainerCallback
+from transformers import PreTrainedTokenizerBase, TrainerCallback
 
+from ...checkpoint.base_files import BaseFiles
+from ...checkpoint.beside import find_beside
 from ...checkpoint.description import after, describe, write_description
 from ...checkpoint.load import load_tokenizer
 from ...checkpoint.origin import base_of, report_of, training_of
 from ...common.fences import insert_callback
-from ...model.adapters import inner_model, without_adapters
+from ...model.adapters import inner_model, saves_adapters, without_adapters
 from ...model.architecture import Architecture, find_architecture
 from ...model.parameters import count_parameters
 from ...pruning.allocate import architecture_for, standing_zeros
@@ -47,7 +49,8 @@ class DSACallback(TrainerCallback):
 
     After every optimizer step what was zero is zero again; gradients of pruned weights are zero, so that they count in
     no norm. A resumed run reads its masks from the weights and catches up with what its schedule asks for by then,
-    also from a checkpoint that was written without the callback. Each checkpoint and push gets a `dsa_config.json`.
+    also from a checkpoint that was written without the callback. Each checkpoint and push gets a `dsa_config.json` and
+    the files that lie beside the model that was loaded, such as its processor and licence.
 
     Args:
         config (`DSAConfig`, *optional*): How to prune, with the final sparsity. Without it zeros are held only.
@@ -80,12 +83,14 @@ class DSACallback(TrainerCallback):
         self.reallocate = reallocate
         self.names = {"exclude": tuple(exclude), "include": tuple(include), "blocks": ()}
         self.frees_excluded = config is None  # whoever names them without a config wants their zeros trained
+        self.brings_files = True
         self.report: PruningReport | None = None
         self._held: HeldZeros | None = None
         self._proposed: dict[str, float] | None = None
         self._logged: dict[str, float] | None = None
         self._data: Calibration | None = None
         self._running = calibration if isinstance(calibration, RunningStatistics) else None
+        self._beside: BaseFiles | None = None
         self._due: int | None = None  # a moment that waits for statistics
         if config is None and (calibration is not None or schedule is not None):
             raise ValueError("Calibration and schedule are for pruning; give a DSAConfig with them.")
@@ -125,6 +130,8 @@ class DSACallback(TrainerCallback):
         refuse_sharded()
         inner = inner_model(model)
         self._hold(inner)
+        if state.is_world_process_zero:
+            self._look_beside(model)
         if self.config is None:
             if measured_allocation(inner, self._architecture(inner)).overall < FEWEST_ZEROS:
                 logger.warning("DSACallback has nothing to hold: %s has no zeros to speak of.", type(inner).__name__)
@@ -179,16 +186,16 @@ class DSACallback(TrainerCallback):
         if state.log_history:
             state.log_history[-1].update(numbers)
 
-    def on_save(self, args, state, control, model=None, **kwargs):
+    def on_save(self, args, state, control, model=None, processing_class=None, **kwargs):
         folder = Path(args.output_dir, f"checkpoint-{state.global_step}")
         if state.is_world_process_zero and folder.is_dir():
-            self.write(model, folder, state.global_step)
+            self.write(model, folder, state.global_step, processing_class)
         if self._running:
             self._running.save(folder)
 
-    def on_push_begin(self, args, state, control, model=None, **kwargs):
+    def on_push_begin(self, args, state, control, model=None, processing_class=None, **kwargs):
         if state.is_world_process_zero:
-            self.write(model, Path(args.output_dir), state.global_step)
+            self.write(model, Path(args.output_dir), state.global_step, processing_class)
 
     def on_train_end(self, args, state, control, model=None, **kwargs):
         self._held.apply()
@@ -200,15 +207,30 @@ class DSACallback(TrainerCallback):
 
     # -- what they do
 
-    def write(self, model: nn.Module, folder: str | Path, step: int) -> None:
-        """Write `dsa_config.json` into `folder`: how the model was pruned, and its zeros as they are now."""
+    def write(self, model: nn.Module, folder: str | Path, step: int, processing_class: Any = None) -> None:
+        """Write `dsa_config.json` into `folder`: how the model was pruned, and its zeros as they are now.
+
+        What lies beside the model that was loaded goes along; the Trainer saves its `processing_class` itself.
+        """
         report = report_of(model) if self.report is None else counted(self.report, model)
         training = {"kind": "DSACallback", "step": step, "schedule": asdict(self.schedule) if self.config else None}
         # A checkpoint of this very run is nothing earlier.
         if (earlier := training_of(model) or {}).get("kind") != training["kind"]:
             training = after(earlier, training)
         Path(folder).mkdir(parents=True, exist_ok=True)
-        write_description(Path(folder), describe(report, base_of(model), training))
+        described, beside = describe(report, base_of(model), training), self._look_beside(model)
+        if beside is not None:
+            tokenizer = getattr(processing_class, "tokenizer", processing_class)
+            tokenizer = tokenizer if isinstance(tokenizer, PreTrainedTokenizerBase) else None
+            described["base_files"] = beside.described(beside.copy_to(Path(folder), tokenizer))
+        write_description(Path(folder), described)
+
+    def _look_beside(self, model: nn.Module) -> BaseFiles | None:
+        """What lies beside the model that was loaded; looked for once. A folder of an adapter gets nothing of it."""
+        source = getattr(inner_model(model).config, "name_or_path", None)
+        if self._beside is None and self.brings_files and source and not saves_adapters(model):
+            self._beside = find_beside(model, str(source), tensors=False)
+        return self._beside
 
     def _hold(self, inner: nn.Module) -> None:
         if self._held is not None:

@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from ...model.architecture import Architecture
+from ...model.left_dense import excluding, told
 from ...model.statistics import CollectedStatistics, LayerStatistics
 
 
@@ -52,9 +53,11 @@ class RunningStatistics:
         runs = {stack.name: self._runs_of(model, stack.name) for stack in architecture.stacks}
         for weight in architecture.weights:
             if weight.expert is not None:
+                fused = {each.name: each.size for each in architecture.weights if each.expert is not None}
+                rest = sum(each.size for each in architecture.weights) - sum(fused.values())
                 raise ValueError(
                     f"Running statistics cannot see what {weight.name} multiplies; give calibration text, or leave "
-                    f"it dense with exclude=['{weight.module}']."
+                    f"experts dense with exclude={excluding(fused)} ({told(fused, rest)})."
                 )
             device = weight.tensor(model).device
             found = LayerStatistics(weight.shape[1], device, gram, sequences=1, with_sum=mean)

@@ -8,7 +8,7 @@ from contextlib import ExitStack, contextmanager
 import torch
 from torch import Tensor, nn
 
-from ...common.fences import innermost_forward, parameters_in
+from ...common.fences import innermost_forward, is_placed, parameters_in
 from ...model.architecture import Architecture, Weight
 from ...model.offload import resident
 
@@ -92,7 +92,7 @@ class MaskedModel:
             owners.setdefault((weight.module, weight.attribute), []).append(weight)
         with ExitStack() as stack:
             for (module, attribute), weights in owners.items():
-                stack.enter_context(self._substituted(self.model.get_submodule(module), attribute, weights))
+                stack.enter_context(self._substituted(module, attribute, weights))
             yield
 
     @contextmanager
@@ -117,9 +117,14 @@ class MaskedModel:
             self._on_gradient = None
 
     @contextmanager
-    def _substituted(self, module: nn.Module, attribute: str, weights: Sequence[Weight]) -> Iterator[None]:
-        """The module computing with its masked parameter, at the innermost place (behind offloading hooks)."""
-        where, parameters = innermost_forward(module), parameters_in(module)
+    def _substituted(self, name: str, attribute: str, weights: Sequence[Weight]) -> Iterator[None]:
+        """The module `name` computing with its masked parameter, at the innermost place (behind offloading hooks)."""
+        owner = self.model.get_submodule(name)
+        parameters = parameters_in(owner)
+        # An offloaded weight is there while its own module runs, and at no other time.
+        around = weights[0].is_read_around(self.model) and not is_placed(owner)
+        module = self.model.get_submodule(name.rpartition(".")[0]) if around else owner
+        where = innermost_forward(module)
         own, inner = vars(module).get(where), getattr(module, where)
 
         def forward(*args, **kwargs):
@@ -147,25 +152,22 @@ class MaskedModel:
         if not known and self._on_gradient is None:
             return parameter
         # Of several experts in one parameter each is masked in its part of one copy; a single matrix needs none.
-        masked = parameter.detach().clone() if len(weights) > 1 or not known else None
+        alone = bool(known) and weights[0].expert is None
+        masked = None if alone else parameter.detach().clone()
         for weight in known:
             if weight.name in self.solved:
                 new = self.solved[weight.name]().to(parameter)
-                new = new.t() if weight.transposed else new
-                masked = new if masked is None else masked
-                if weight.expert is not None and len(weights) > 1:
-                    masked[weight.expert].copy_(new)
+                masked = weight.matrix(new) if alone else masked
+                if not alone:
+                    weight.matrix(masked).copy_(new)
                 continue
-            gone = self._gone(weight.name).to(parameter.device)
-            gone = gone.t() if weight.transposed else gone
-            value = self.values.get(weight.name)
-            if value is not None and weight.transposed:
-                value = value.t()
-            if masked is None:
-                masked = (parameter if value is None else value).detach().masked_fill(gone, 0)
+            gone, value = self._gone(weight.name).to(parameter.device), self.values.get(weight.name)
+            if alone:  # `matrix` leads from (out_features, in_features) to what is stored as well as back
+                dense = parameter if value is None else weight.matrix(value)
+                masked = dense.detach().masked_fill(weight.matrix(gone), 0)
             else:
-                part = masked[weight.expert] if value is None else masked[weight.expert].copy_(value)
-                part.masked_fill_(gone, 0)
+                part = weight.matrix(masked)
+                (part if value is None else part.copy_(value)).masked_fill_(gone, 0)
         if self._on_gradient is not None:
             receive = self._on_gradient
             # The masked weight is the leaf: its gradient is not zero where the mask is.
@@ -174,8 +176,7 @@ class MaskedModel:
             def hand_over(leaf: Tensor) -> None:
                 """Give each weight its gradient, (out_features, in_features), out of the parameter's."""
                 for weight in weights:
-                    gradient = leaf.grad if weight.expert is None else leaf.grad[weight.expert]
-                    receive(weight, gradient.t() if weight.transposed else gradient)
+                    receive(weight, weight.matrix(leaf.grad))
                 leaf.grad = None  # one gradient is alive at a time
 
             masked.register_post_accumulate_grad_hook(hand_over)

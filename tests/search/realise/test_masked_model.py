@@ -65,7 +65,7 @@ def test_an_exception_inside_leaves_the_model_whole():
     assert all(isinstance(parameter, torch.nn.Parameter) for parameter in model.parameters())
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2", "mixtral", "gpt_oss"])
+@pytest.mark.parametrize("family", ["llama", "gpt2", "mixtral", "gpt_oss", "llama4", "dbrx", "longcat", "jamba"])
 @pytest.mark.parametrize("share", [0.0, 0.5])
 def test_gradients_are_those_of_the_masked_weights_one_by_one(family, share, tiny, inputs):
     """Of transposed ones and of single experts too, (out_features, in_features), removed entries included."""
@@ -81,13 +81,12 @@ def test_gradients_are_those_of_the_masked_weights_one_by_one(family, share, tin
     assert received.keys() == found.weights.keys()
     for weight in found.weights.values():
         gradient = twin.get_submodule(weight.module)._parameters[weight.attribute].grad
-        gradient = gradient if weight.expert is None else gradient[weight.expert]
-        expected = gradient.t() if weight.transposed else gradient
+        expected = weight.matrix(gradient)
         assert received[weight.name].shape == weight.shape
         assert torch.allclose(received[weight.name], expected, rtol=1e-3, atol=1e-7), weight.name
 
 
-@pytest.mark.parametrize("family", ["gpt2", "mixtral"])
+@pytest.mark.parametrize("family", ["gpt2", "mixtral", "llama4", "dbrx", "jamba"])
 def test_values_take_the_place_of_transposed_weights_and_of_experts(family, tiny, inputs):
     model, twin, batch = tiny(family), tiny(family), inputs(family)
     found = masked(model)
