@@ -11,7 +11,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
+from .common.frame import Frame
 from .common.registry import near
 from .common.settings import check_settings, setting
 from .common.texts import (  # noqa: F401 - the door of reading
@@ -26,7 +28,7 @@ from .common.texts import (  # noqa: F401 - the door of reading
     read_items,
 )
 from .common.values import is_number
-from .common.windows import cut_windows, paper_windows, shares, spread, whole_rows
+from .common.windows import cut_windows, paper_windows, separate, shares, spread, whole_rows
 
 
 logger = logging.getLogger(__name__)
@@ -56,6 +58,9 @@ class DataConfig:
         subset (`str`, *optional*): The configuration of a dataset that has several.
         image_column (`str`, *optional*): The column of a dataset that holds pictures, `"image"` of a folder of them;
             the text column is then what is said of each.
+        packing (`bool`, defaults to `True`): Whether texts and conversations are joined and cut into sequences of one
+            length. Otherwise each is a sequence of its own in calibration, cut behind `sequence_length` and padded;
+            padding does not count.
         bos (`bool`, *optional*): Whether each sequence starts with the tokenizer's beginning-of-sequence token. By
             default where the tokenizer adds it.
         seed (`int`, defaults to 0): Which sequences are taken.
@@ -67,6 +72,7 @@ class DataConfig:
     split: str | None = None
     subset: str | None = None
     image_column: str | None = None
+    packing: bool = True
     bos: bool | None = None
     seed: int = setting(0, low=0)
 
@@ -150,6 +156,39 @@ def load_tokens(
     # On the CPU by a generator of its own: the same windows on every machine, and no global seed is touched.
     order = torch.randperm(len(found), generator=torch.Generator().manual_seed(seed))
     return found[order[:num_samples]]
+
+
+def padded_tokens(
+    source: Any, tokenizer: Any, num_samples: int, length: int, reading: Reading, frame: Frame, config: DataConfig
+) -> tuple[Tensor, Tensor]:
+    """Texts, conversations or rows of token ids of `source`, each a row of its own; and where the rows are no padding.
+
+    Both are (samples, longest of them) int64, at most `length` tokens long. Rows are drawn by the seed of `config`
+    from the first `POOL` times as many.
+    """
+    if is_mixture(source):
+        raise ValueError("Sources with weights give shares of windows; leave packing=False out, or give one source.")
+    bos = False if frame else starts_with_bos(tokenizer, config.bos)
+    begin = (tokenizer.bos_token_id,) if bos else frame.before
+    items, rows = read_items(source, reading), []
+    room = length - len(begin) - len(frame.behind)
+    # a template's own is kept where nobody says whether there is to be one
+    own_bos = config.bos is None and not begin
+    for ids, made in islice(separate(items, tokenizer, reading.passed, length, own_bos), num_samples * POOL):
+        # rows of token ids are what somebody has made, frame and all
+        rows.append(ids if made else [*begin, *ids[:room], *frame.behind])
+    reading.passed.say(describe(source), packed=False)
+    if len(rows) < num_samples:
+        raise ValueError(
+            f"{describe(source)} holds {len(rows)} texts, and {num_samples} are needed; give more, or a smaller "
+            "num_samples."
+        )
+    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(config.seed))[:num_samples]
+    chosen = [torch.tensor(rows[number]) for number in order.tolist()]
+    known = (getattr(tokenizer, f"{name}_token_id", None) for name in ("pad", "eos"))
+    pad = next((token for token in known if token is not None), 0)  # nothing is read of it
+    mask = pad_sequence([torch.ones_like(row) for row in chosen], batch_first=True)
+    return pad_sequence(chosen, batch_first=True, padding_value=pad), mask
 
 
 def first_windows(

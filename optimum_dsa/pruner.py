@@ -122,6 +122,7 @@ class DSAPruner:
         """
         check_model(self.model)
         self._look_beside()
+        before = self._trained_before()
         needed, compared = config.resolved.reads | config.resolved.allocation_reads, {}
         if config.allocation == AUTO:
             from .search.ready_made import settle
@@ -135,7 +136,7 @@ class DSAPruner:
         self._stored = None
         self._under_adapters = has_adapters(self.model)
         report = prune(self.model, data, config, checkpoints, resume)
-        self.report = replace(report, **compared)
+        self.report = replace(report, **compared, trained_before=before)
         self.recovery = self._training = None
         return self.report
 
@@ -333,9 +334,15 @@ class DSAPruner:
     def _look_beside(self) -> BaseFiles | None:
         """What belongs to the model and its class does not write; looked for once, and what stays behind is said."""
         source = getattr(getattr(inner_model(self.model), "config", None), "name_or_path", None)
-        if self._beside is None and source and not self._options.get("alone"):
+        if self._beside is None and source:
             self._beside = find_beside(self.model, str(source), **self._options)
         return self._beside
+
+    def _trained_before(self) -> tuple[dict[str, Any], ...]:
+        """What is known to have trained the model as it is now, first to last, before its earlier prunes too."""
+        known = self.report or described_report(self.model)
+        last = training_of(self.model) if self.report is None else self._training
+        return (*(known.trained_before if known else ()), *after(last, {}).get("earlier", ()))
 
     def _pruned(self) -> PruningReport:
         if self.report is None and (found := described_report(self.model)) is not None:

@@ -70,6 +70,7 @@ class BaseFiles:
         left (`Mapping[str, str]`): names of those that do not, and why.
         public (`frozenset[str]`): those of the kept that are in a repository on the Hub.
         tensors (`Mapping[str, Path]`): tensors that the model's class does not know, and the files that hold them.
+        lost (`Mapping[str, int]`): part of the model -> weights of such tensors that cannot go along.
     """
 
     folder: Path
@@ -78,6 +79,7 @@ class BaseFiles:
     left: Mapping[str, str] = field(default_factory=dict)
     public: frozenset[str] = frozenset()
     tensors: Mapping[str, Path] = field(default_factory=dict)
+    lost: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def bytes(self) -> int:
@@ -114,11 +116,12 @@ class BaseFiles:
     def described(self, put: Iterable[str]) -> dict[str, Any]:
         """For `dsa_config.json`: the files that were put beside the model, the public of them, those that were left.
 
-        And the weights that its class does not know, by part of the model.
+        And the weights that its class does not know, by part of the model: those that went along and others.
         """
         put = sorted(put)
         found = {"kept": put, "public": [name for name in put if name in self.public], "left": dict(self.left)}
-        return found | ({"not_pruned": sizes_by_part(self.tensors)} if self.tensors else {})
+        found |= {"not_pruned": sizes_by_part(self.tensors)} if self.tensors else {}
+        return found | ({"not_kept": dict(self.lost)} if self.lost else {})
 
 
 def find_base_files(path: str, description: Mapping[str, Any] | None = None, **options) -> BaseFiles | None:

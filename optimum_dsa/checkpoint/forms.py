@@ -6,6 +6,7 @@ Zeros are of dense weights: packed ones are never pruned, and what cannot be mad
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from torch import nn
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
 
 from ..model.adapters import inner_model
+from ..model.parameters import count_parameters
 from .encodings import QUANT_METHOD
 
 
@@ -129,3 +131,33 @@ def _file_type(path: Path) -> str | None:
         return None if found is None else LlamaFileType(int(found.contents())).name.removeprefix("MOSTLY_")
     except (ImportError, ValueError, OSError, AttributeError):
         return None
+
+
+def unknown_in_gguf(model: nn.Module, path: Path) -> dict[str, int]:
+    """Part -> weights of what a GGUF holds and `model`, made from it, does not: blocks behind its last, such as heads.
+
+    transformers passes them over. What a GGUF calls a weight, and into how many it takes one apart, differs from
+    family to family; so names count only where the file holds more weights than the model, and these are no more.
+    """
+    try:
+        from gguf import MODEL_ARCH_NAMES, GGUFReader, get_tensor_name_map
+
+        reader = GGUFReader(path)
+        field = reader.get_field("general.architecture")
+        arch = next(row for row, name in MODEL_ARCH_NAMES.items() if field and name == field.contents())
+        # ropes' frequencies are computed by the class
+        sizes = {one.name: int(one.n_elements) for one in reader.tensors if not one.name.startswith("rope_")}
+        blocks = model.config.get_text_config().num_hidden_layers
+        names = get_tensor_name_map(arch, blocks)
+    except (ImportError, ValueError, OSError, AttributeError, StopIteration):
+        return {}
+    more = sum(sizes.values()) - count_parameters(model)
+    known = {names.get_name(name, (".weight", ".bias")) for name, _ in model.named_parameters()}
+    behind = {name for name in sizes if (found := re.match(r"blk\.(\d+)\.", name)) and int(found[1]) >= blocks}
+    strange = (sizes.keys() - known) | behind
+    found = next((each for each in (behind, strange) if 0 < sum(sizes[name] for name in each) <= more), set())
+    parts: dict[str, int] = {}
+    for name in sorted(found):
+        part = re.sub(r"^(blk\.\d+)\..*|\.(weight|bias)$", r"\1", name)
+        parts[part] = parts.get(part, 0) + sizes[name]
+    return parts

@@ -1,6 +1,7 @@
 """Tensors of a checkpoint that its model's class does not know: a head for more tokens, blocks that only others run.
 
-transformers leaves them out without a word, and config.json still promises them. They are not pruned, and go along.
+transformers leaves them out without a word, and config.json still promises them. They are not pruned, and go along;
+those that a quantiser packed cannot, beside weights that were made dense, and are named.
 """
 
 from __future__ import annotations
@@ -9,8 +10,9 @@ import json
 import logging
 import math
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import Any
 
 from torch import nn
 
@@ -18,17 +20,23 @@ from ..common.fences import name_when_loaded
 from ..common.files import write_text
 from ..model.adapters import inner_model, plain_name
 from .encodings import decoded
+from .pickles import open_pickle
 from .shards import ShardWriter, find_shards, index_name, open_shard, packed_headers, width
 
 
 logger = logging.getLogger(__name__)
 
 SHARD_BYTES = 5 * 10**9
+_PLAIN = ("BF16", "F16", "F32", "F64")
 _TABLES = ("masked_bias", "position_ids", "inv_freq")  # computed by the class: no weights, and of no use to it
 
 
-def unknown_tensors(model: nn.Module, files: Iterable[Path]) -> dict[str, Path]:
-    """Name -> file of every tensor in safetensors `files` that does not end up in `model`."""
+def unknown_tensors(model: nn.Module, files: Iterable[Path], quantised: bool = False) -> dict[str, Path]:
+    """Name -> file of every tensor in `files`, safetensors or .bin, that does not end up in `model`.
+
+    Args:
+        quantised: whether the files have more tensors for a weight than one, such as its scales.
+    """
     inner = inner_model(model)
     known = {name for name, _ in inner.named_parameters(remove_duplicate=False)}
     known |= {name for name, _ in inner.named_buffers(remove_duplicate=False)} | set(inner.state_dict())
@@ -37,13 +45,40 @@ def unknown_tensors(model: nn.Module, files: Iterable[Path]) -> dict[str, Path]:
     if loaded is None:
         logger.info("This transformers does not tell which tensors a model does not know; none is looked for.")
         return {}
+    modules = {name for name, _ in inner.named_modules()} if quantised else set()
+    # a checkpoint may leave out where the model under the head stands
+    modules |= {name.removeprefix(f"{getattr(inner, 'base_model_prefix', None)}.") for name in modules}
     found = {}
     for path in files:
-        with open_shard(path, "np") as file:
+        with _open(path) as file:
             for name in file.keys():  # noqa: SIM118 - no dictionary
-                if loaded(name) not in known and not _is_table(name, len(file.get_slice(name).get_shape())):
-                    found[name] = path
+                if loaded(name) in known or _is_table(name, len(file.get_slice(name).get_shape())):
+                    continue
+                module = name.rpartition(".")[0]
+                if quantised and (module in modules or loaded(f"{module}.weight") in known):
+                    continue  # what a known weight was packed into
+                found[name] = path
     return found
+
+
+def packed_parts(tensors: Mapping[str, Path]) -> set[str]:
+    """Parts of the model of which a tensor is no weight by itself: in 8 bits or less, or packed into integers."""
+    return {part_of(name) for name, kind in _kinds(tensors).items() if kind not in _PLAIN}
+
+
+def _kinds(tensors: Mapping[str, Path]) -> dict[str, str]:
+    """Name -> type of each of the tensors, as safetensors names it."""
+    found = {}
+    for path in dict.fromkeys(tensors.values()):
+        with _open(path) as file:
+            found |= {name: file.get_slice(name).get_dtype() for name, place in tensors.items() if place == path}
+    return found
+
+
+@contextmanager
+def _open(path: Path, framework: str = "np") -> Iterator[Any]:
+    with open_pickle(path) if path.suffix == ".bin" else open_shard(path, framework) as file:
+        yield file
 
 
 def _is_table(name: str, dimensions: int) -> bool:
@@ -55,7 +90,7 @@ def sizes_by_part(tensors: Mapping[str, Path]) -> dict[str, int]:
     """Part of the model -> weights, zeros included, of the tensors in it: "model.layers.92" -> 1,024."""
     found: dict[str, int] = {}
     for name, size, _ in _facts(tensors):
-        found[_part(name)] = found.get(_part(name), 0) + size
+        found[part_of(name)] = found.get(part_of(name), 0) + size
     return found
 
 
@@ -67,8 +102,8 @@ def bytes_of(tensors: Mapping[str, Path]) -> int:
 def _facts(tensors: Mapping[str, Path]) -> Iterator[tuple[str, int, int]]:
     """Name, weights, and bytes of one of them when it is dense; nothing but headers is read."""
     for path in dict.fromkeys(tensors.values()):
-        packed = packed_headers(path)
-        with open_shard(path, "np") as file:
+        packed = {} if path.suffix == ".bin" else packed_headers(path)
+        with _open(path) as file:
             for name in (name for name, place in tensors.items() if place == path):
                 part = file.get_slice(name)
                 if name in packed:
@@ -77,7 +112,7 @@ def _facts(tensors: Mapping[str, Path]) -> Iterator[tuple[str, int, int]]:
                     yield name, math.prod(part.get_shape()), width(part.get_dtype())
 
 
-def _part(name: str) -> str:
+def part_of(name: str) -> str:
     """The first block that a tensor is in, by its number; without one, its module."""
     parts = name.split(".")
     at = next((index for index, part in enumerate(parts) if part.isdigit()), None)
@@ -135,7 +170,7 @@ def _write(target: Path, names: list[str], tensors: Mapping[str, Path]) -> int:
     """Bytes of the named tensors, written to `target`."""
     size = 0
     with ShardWriter(target, names, {"format": "pt"}) as writer, ExitStack() as opened:
-        files = {path: opened.enter_context(open_shard(path)) for path in {tensors[name] for name in names}}
+        files = {path: opened.enter_context(_open(path, "pt")) for path in {tensors[name] for name in names}}
         for name in names:
             file = files[tensors[name]]
             kind, tensor = file.get_slice(name).get_dtype(), file.get_tensor(name)

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from argparse import Action, ArgumentParser, BooleanOptionalAction
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from .fences import actions_of
+from .fences import actions_of, exclusive_of
 
 
 # What a file says nothing of, or a run decides anew.
@@ -27,17 +27,19 @@ def add_config_options(parser: ArgumentParser) -> None:
     )
 
 
-def take_config(parser: ArgumentParser, path: str, settings: type | None) -> None:
+def take_config(parser: ArgumentParser, path: str, settings: type | None, words: Sequence[str] = ()) -> None:
     """Make what a file says the defaults of a parser's options, of the required ones as well.
 
     Args:
         settings: the class of the command's configuration, whose sections the file may have.
+        words: of the command line: an option there wins over those of the file that exclude it.
 
     Raises:
         ValueError: the file says what is no option, or not as it may be.
     """
     given, described = _read(Path(path), settings)
     actions = {action.dest: action for action in actions_of(parser) if action.dest not in WITHOUT}
+    given = {name: value for name, value in given.items() if not _is_excluded(name, given, parser, path, words)}
     for name, value in given.items():
         action = actions.get(name.replace("-", "_"))
         if action is None and described:
@@ -50,6 +52,21 @@ def take_config(parser: ArgumentParser, path: str, settings: type | None) -> Non
             _make_default(action, _checked(action, value, f"{path}: {name}"))
     if described:
         parser.set_defaults(described_config=True)
+
+
+def _is_excluded(name: str, given: Mapping[str, Any], parser: ArgumentParser, path: str, words: Sequence[str]) -> bool:
+    """Whether an option that goes without `name` is on the command line; raises where the file gives both."""
+    group = next((each for each in exclusive_of(parser) if name.replace("-", "_") in {one.dest for one in each}), [])
+    others = [action for action in group if action.dest != name.replace("-", "_")]
+    both = [other.dest for other in others if given.get(name) and (given.get(other.dest) or given.get(_dashed(other)))]
+    if both:
+        raise ValueError(f"{path}: {name} and {both[0]} do not go together; leave out one of both.")
+    flags = {flag for action in others for flag in action.option_strings}
+    return any(word.split("=")[0] in flags for word in words)
+
+
+def _dashed(action: Action) -> str:
+    return action.dest.replace("_", "-")
 
 
 def _read(path: Path, settings: type | None) -> tuple[dict[str, Any], bool]:
@@ -81,9 +98,10 @@ def _say_left_out(parser: ArgumentParser, name: str, value: Any, settings: type)
     """Log that a saved configuration's setting is none of this command's, where it says something."""
     import logging
 
+    from ..common.settings import options_of
     from ..common.values import short
 
-    field = settings.__dataclass_fields__.get(name)
+    field = options_of(settings).get(name) or settings.__dataclass_fields__.get(name)
     value = tuple(value) if isinstance(value, list) else value  # which files have no other word for
     if value is not None and (field is None or value != field.default):
         logging.getLogger(__name__).warning("%s does without %s of the file, %s.", parser.prog, name, short(value))
@@ -115,7 +133,14 @@ def _one(action: Action, value: Any, what: str) -> Any:
     return value
 
 
+def default_without_file(action: Action) -> Any:
+    """An option's default where no file gives it a value."""
+    return getattr(action, "default_without_file", action.default)
+
+
 def _make_default(action: Action, value: Any) -> None:
+    # What the option is without the file stays known: next lines name what differs from it.
+    action.default_without_file = default_without_file(action)
     action.default, action.required = value, False
     if not action.option_strings:
         action.nargs = "*" if action.nargs == "+" else "?"

@@ -13,3 +13,11 @@ def actions_of(parser: ArgumentParser) -> list[Action]:
         return list(parser._actions)
     except AttributeError:
         raise FENCES["parser"].missing() from None
+
+
+def exclusive_of(parser: ArgumentParser) -> list[list[Action]]:
+    """The options of a parser that go without each other, group by group."""
+    try:
+        return [list(group._group_actions) for group in parser._mutually_exclusive_groups]
+    except AttributeError:
+        raise FENCES["parser"].missing() from None

@@ -15,7 +15,7 @@ from typing import Any, Protocol
 
 from ..common.escaping import one_line
 from ..common.registry import UnknownNameError
-from .config_file import take_config, without_required
+from .config_file import default_without_file, take_config, without_required
 from .fences import actions_of
 
 
@@ -63,7 +63,7 @@ class CommandParser(ArgumentParser):
         found, _ = look.parse_known_args(args)
         try:
             if found.config is not None:
-                take_config(self, found.config, self.settings_class())
+                take_config(self, found.config, self.settings_class(), args)
         except (ValueError, OSError, UnknownNameError) as error:
             self.exit(2, f"{self.prog}: error: {one_line(' '.join(str(error).split()))}\n")
         if found.print_config:
@@ -183,7 +183,8 @@ def as_given(args: Any, parser: ArgumentParser, names: Iterable[str]) -> str:
     asked, wanted, said = vars(args), set(names), []
     for action in actions_of(_complete(parser)):
         value = asked.get(action.dest)
-        if action.dest in wanted and action.option_strings and value is not None and value != action.default:
+        own = default_without_file(action)
+        if action.dest in wanted and action.option_strings and value is not None and value != own:
             several = hasattr(action, "replaces")  # each with the option in front
             said += [f" {_given(action, repr(one))}" for one in (value if several else [value])]
     return "".join(said)

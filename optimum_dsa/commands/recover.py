@@ -63,7 +63,7 @@ mode    what the adapters add to a weight W, with small factors A and B
             (data, ("data", "validation_windows")),
             (run, ("eval_steps", "patience", "save_steps")),
         ]
-        pictures = ("image_column",)  # training reads text
+        pictures = ("image_column", "packing")  # training reads text in windows
         add_settings(parser, groups, "recovery.configuration.RecoveryConfig", how, without=pictures)
         add_loading_options(parser)
 

@@ -68,7 +68,7 @@ strategy    named         uniform and every named allocator
         add_quality_option(what)
         data = add_calibration_options(parser)
         found = ("allocation", "spread", "granularity", "overrides")  # is what is searched
-        found += ("image_column",)  # candidates are compared on text
+        found += ("image_column", "packing")  # candidates are compared on windows of text
         add_settings(parser, [(data, CALIBRATION)], "pruning.configuration.DSAConfig", what, without=found)
         parser.add_argument(
             "--validation", help="text to compare candidates on (default: other windows of the calibration data)"

@@ -202,7 +202,7 @@ FENCES = {
     # Python
     "parser": Fence(
         "argparse",
-        "ArgumentParser._actions",
+        "ArgumentParser._actions and ._mutually_exclusive_groups",
         "errors, files of options and next lines are in the words of a command's options, which nothing else lists",
         "commands.fences",
         "tests/test_commands.py",

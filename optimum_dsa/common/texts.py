@@ -49,8 +49,11 @@ class Passed:
     conversations: int = 0
     token_rows: int = 0
 
-    def say(self, source: str) -> None:
-        """Log what was passed over: a missing text may be a surprise, an empty one has no tokens to miss."""
+    def say(self, source: str, packed: bool = True) -> None:
+        """Log what was passed over: a missing text may be a surprise, an empty one has no tokens to miss.
+
+        And how conversations became windows: `packed`, or each by itself.
+        """
         if self.null or self.empty:
             level = logging.WARNING if self.null else logging.INFO
             logger.log(
@@ -59,10 +62,11 @@ class Passed:
                 source, self.null + self.empty, self.rows, self.null, self.empty,
             )  # fmt: skip
         if self.conversations:
+            how = "packed: they follow each other in windows of equal length, without padding"
+            how = how if packed else "padded: each is a window of its own, and padding is not counted"
             logger.info(
-                "%s: %d conversations went through the tokenizer's chat template and are packed: they follow each "
-                "other in windows of equal length, without padding.",
-                source, self.conversations,
+                "%s: %d conversations went through the tokenizer's chat template and are %s.",
+                source, self.conversations, how,
             )  # fmt: skip
 
     def facts(self) -> dict[str, int]:

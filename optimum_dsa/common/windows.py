@@ -15,6 +15,13 @@ from .pieces import encode, token_ids
 from .texts import Item, Passed
 
 
+class NoTokenizerError(ValueError):
+    """Text is to be cut into tokens, and there is no tokenizer."""
+
+    def __init__(self):
+        super().__init__("Text needs a tokenizer; pass one, or token ids of shape (samples, length).")
+
+
 def cut_windows(
     items: Iterable[Item],
     tokenizer: Any,
@@ -51,6 +58,8 @@ def paper_windows(items: Iterable[Item], tokenizer: Any, length: int, bos: bool)
         for number, item in enumerate(items):
             if isinstance(item, (Chat, list)):
                 raise ValueError("windows='paper' is for plain text; leave it out for conversations and token ids.")
+            if tokenizer is None:
+                raise NoTokenizerError
             yield "\n\n" if number else ""
             yield from [item] if isinstance(item, str) else item
 
@@ -98,13 +107,24 @@ def shares(weights: dict[Any, float], number: int) -> dict[Any, int]:
     return found
 
 
+def separate(
+    items: Iterable[Item], tokenizer: Any, passed: Passed, longest: int, own_bos: bool
+) -> Iterator[tuple[list[int], bool]]:
+    """The first `longest` ids of each item that is not blank, and whether they came as ids."""
+    for item in items:
+        ids = list(islice(chain.from_iterable(_joined([item], tokenizer, passed, own_bos)), longest))
+        passed.token_rows += bool(ids) and isinstance(item, list)
+        if ids:
+            yield ids, isinstance(item, list)
+
+
 def _joined(items: Iterable[Item], tokenizer: Any, passed: Passed, own_bos: bool) -> Iterator[list[int]]:
     """The ids of items, part by part, with the tokenizer's end-of-text token between them."""
     end = None if tokenizer is None else getattr(tokenizer, "eos_token_id", None)
     begun = closed = False
     for item in items:
         if tokenizer is None and not isinstance(item, list):
-            raise ValueError("Text needs a tokenizer; pass one, or token ids of shape (samples, length).")
+            raise NoTokenizerError
         if isinstance(item, str) and not item.strip():
             passed.empty += 1
             continue

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from ..common.frame import Frame, frame_of
 from ..common.hub_file import model_name
-from ..common.token_rows import as_tensors
+from ..common.token_rows import as_tensors, is_inputs, token_row
+from ..common.windows import NoTokenizerError
 from ..data import Reading, check_cut, describe, fingerprint, load_tokens, starts_with_bos
 from ..model.adapters import inner_model
 from ..model.architecture import find_architecture
@@ -54,7 +55,7 @@ def measure(
             predicts, see [`perplexity`].
         text (`Any`, *optional*): texts, conversations, a file, a dataset or its name, or token ids (samples, length).
         tasks (`Sequence[str]`): names of lm-eval's tasks, or YAML files; or what `find_tasks` gave.
-        tokenizer (`Any`, *optional*): the model's; needed for texts and tasks.
+        tokenizer (`Any`, *optional*): the model's; needed for texts and tasks, and by masked models.
         report (`PruningReport`, *optional*): how the model was pruned, which says where zeros are counted; by default
             in all matrices of the blocks.
         name (`str`, *optional*): what the result calls the model; by default the last part of its folder.
@@ -72,12 +73,13 @@ def measure(
     Raises:
         ValueError: nothing to measure, or text and model do not fit.
     """
-    text = as_tensors(text)
+    text = _as_rows(as_tensors(text))
     check_asked(text, tasks, windows, num_samples, sequence_length, batch_size, limit)
     place = getattr(model.config, "name_or_path", "")
     called = name or (model_name(place) if place else type(model).__name__)
-    if tokenizer is None and (tasks or not isinstance(text, Tensor)):
-        raise ValueError(f"{called} has no tokenizer, so text cannot be read; name the one it was trained with.")
+    without = f"{called} has no tokenizer, so text cannot be read; name the one it was trained with."
+    if tokenizer is None and tasks:
+        raise ValueError(without)
     if text is not None:
         check_predicts_tokens(model, tokenizer)
     length = sequence_length or default_length(model)
@@ -86,7 +88,10 @@ def measure(
     if text is not None:
         cut = {"sequence_length": length, "windows": windows, "bos": bos, "num_samples": num_samples, "seed": seed}
         cut["keeps_rows"] = sequence_length is None
-        found |= _on_text(model, tokenizer, text, batch_size, Reading(text_column, split, subset, "test"), cut)
+        try:
+            found |= _on_text(model, tokenizer, text, batch_size, Reading(text_column, split, subset, "test"), cut)
+        except NoTokenizerError:  # of rows of token ids none is asked for, and what a source holds its rows tell
+            raise ValueError(without) from None
     if tasks:
         options = {"sequence_length": length, "num_fewshot": num_fewshot, "limit": limit, "bos": bos}
         found["tasks"] = evaluate_tasks(model, tokenizer, tasks, include=include, batch_size=batch_size, **options)
@@ -141,12 +146,21 @@ def _on_text(
 def _windows(model: nn.Module, tokenizer: Any, text: Any, reading: Reading, **options) -> Tensor:
     """Windows of the text, (samples, length) int64, each in the frame of a model that is no causal one."""
     framed = kind_of(model) != "causal" and options["bos"] is None and options["windows"] == "each"
+    framed = framed and tokenizer is not None
     frame = frame_of(tokenizer) if framed else Frame()
     if frame:
         options |= {"sequence_length": options["sequence_length"] - len(frame), "bos": False}
     tokens = load_tokens(text, tokenizer, **options, reading=reading)
     # Rows of token ids are what somebody has made, frame and all.
     return tokens if reading.passed.token_rows else frame.around(tokens)
+
+
+def _as_rows(text: Any) -> Any:
+    """Of what a tokenizer returned, the rows of token ids, (samples, length), without padding; else `text` itself."""
+    if not isinstance(text, Mapping) or "input_ids" not in text or not is_inputs(text):
+        return text
+    ids, mask = text["input_ids"], text.get("attention_mask")
+    return ids if mask is None or bool(mask.all()) else [token_row(*row) for row in zip(ids, mask)]
 
 
 def _dtype(model: nn.Module) -> str:

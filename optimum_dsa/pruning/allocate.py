@@ -131,7 +131,7 @@ def fit(
     matrices = {unit: [weight.size for weight in weights] for unit, weights in units.items()}
     sizes = {unit: sum(parts) for unit, parts in matrices.items()}
     bounds = (config.min_sparsity, config.max_sparsity)
-    floors = _floors(units, config, standing)
+    floors = floors_of(units, config, standing)
     found = fit_to_budget(proposed, sizes, config.sparsity, *bounds, name, granularity, floors)
     return fit_to_pattern(fit_to_matrices(found, matrices, *bounds, floors), config)
 
@@ -213,7 +213,7 @@ def _given(config: DSAConfig, architecture: Architecture, standing: Mapping[str,
         )
     low = min(config.min_sparsity, *given.sparsity.values())
     high = max(config.max_sparsity, *given.sparsity.values())
-    floors = _floors(units, config, standing)
+    floors = floors_of(units, config, standing)
     fuller = [unit for unit, zeros in floors.items() if zeros > (given.sparsity[unit] + ROUNDED) * sizes[unit]]
     if fuller:
         logger.warning(
@@ -230,7 +230,7 @@ def _given(config: DSAConfig, architecture: Architecture, standing: Mapping[str,
     )
 
 
-def _floors(
+def floors_of(
     units: Mapping[str, tuple[Weight, ...]], config: DSAConfig, standing: Mapping[str, int] | None
 ) -> dict[str, int]:
     """Unit -> the zeros that it has before, and keeps; empty where the pattern alone says how many go."""

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from inspect import signature
 from typing import Any
 
 import torch
@@ -12,7 +13,8 @@ from torch import Tensor, nn
 
 from ..common.frame import Frame, frame_of
 from ..common.token_rows import as_tensors
-from ..data import DEFAULT, SAMPLES, DataConfig, Passed, describe, load_tokens, starts_with_bos
+from ..data import DEFAULT, SAMPLES, DataConfig, Passed, describe, load_tokens, padded_tokens, starts_with_bos
+from ..model.adapters import inner_model
 from ..model.examples import without_labels
 from ..model.inputs import (
     check_length,
@@ -24,6 +26,7 @@ from ..model.inputs import (
     main_input,
 )
 from ..model.padding import Whole
+from .batches import MEDIA, model_batches
 from .pictures import picture_inputs
 
 
@@ -94,8 +97,9 @@ def load_calibration(
 
     Args:
         source (`Any`): token ids (samples, length), a mapping of the model's inputs by name, tensors or arrays, such
-            as a processor returns, or a list of such mappings, all used whole; or a source of text, conversations or
-            rows of token ids as `load_tokens` reads it, of which windows are drawn.
+            as a processor returns, or a list of such mappings, all used whole; a DataLoader or dataset of them, of
+            which as many samples are taken as are asked for; or a source of text, conversations or rows of token ids
+            as `load_tokens` reads it, of which windows are drawn.
         config (`DataConfig`, *optional*): how many windows, how long, from which column and split, by which seed.
         settings (`dict`): those of `config`, as in releases before it was there.
 
@@ -105,6 +109,13 @@ def load_calibration(
     if settings:
         warnings.warn("Settings of text are a DataConfig: config=DataConfig(...).", FutureWarning, stacklevel=2)
         config = replace(config, **settings)
+    takes, number = signature(inner_model(model).forward).parameters.keys(), config.num_samples or SAMPLES
+    found = None
+    if config.image_column is None:
+        found = model_batches(source, main_input(model), takes, number, config.seed)
+    if found is not None:
+        _check_taken(found, model, takes)
+        return replace(_of_batches([_checked(batch, model) for batch in found]), source=_described(source, found))
     source = as_tensors(source)
     if isinstance(source, Tensor):
         source = {main_input(model): source}
@@ -123,10 +134,17 @@ def load_calibration(
     framed = kind_of(model) != "causal" and config.bos is None and tokenizer is not None
     frame = frame_of(tokenizer) if framed else Frame()
     passed = Passed()
+    if not config.packing:
+        reading = replace(config.reading(), passed=passed)
+        tokens, mask = padded_tokens(source, tokenizer, number, length, reading, frame, config)
+        check_tokens(tokens, model)
+        bos = None if passed.token_rows else starts_with_bos(tokenizer, config.bos)
+        inputs = {"input_ids": tokens, "attention_mask": mask}
+        return Calibration(inputs, describe(source), config.seed, bos, passed.facts())
     tokens = load_tokens(
         source,
         tokenizer,
-        num_samples=config.num_samples or SAMPLES,
+        num_samples=number,
         sequence_length=length - len(frame),
         seed=config.seed,
         bos=False if frame else config.bos,
@@ -138,6 +156,18 @@ def load_calibration(
     check_tokens(tokens, model)
     bos = None if passed.token_rows else starts_with_bos(tokenizer, config.bos)
     return Calibration({"input_ids": tokens}, describe(source), config.seed, bos, passed.facts())
+
+
+def _check_taken(batches: Sequence[Mapping[str, Tensor]], model: nn.Module, takes: Collection[str]) -> None:
+    """Raise `ValueError` where pictures or sound are no input of the model, which may pass over what it is given."""
+    strange = sorted(set().union(*batches) & MEDIA.keys() - {*takes})
+    if strange:
+        called = type(inner_model(model)).__name__
+        raise ValueError(f"The batches hold {', '.join(strange)}, and {called} has no such input.")
+
+
+def _described(source: Any, batches: Sequence[Any]) -> str:
+    return f"{len(batches)} batches" if isinstance(source, (list, tuple)) else describe(source)
 
 
 def _main_first(inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -40,6 +40,8 @@ class PruningReport:
             where the config's method chose them. Pattern, units and counts are those of config and allocation.
         zeros_before (`Mapping[str, int]`): weights that had zeros before -> how many, all of which stayed.
         dense_sizes (`Mapping[str, int]`): how many weights each matrix of `dense` has.
+        trained_before (`tuple[Mapping[str, Any], ...]`): what trained the model before this prune, first to last, as
+            far as it is known.
     """
 
     config: DSAConfig
@@ -59,6 +61,7 @@ class PruningReport:
     chosen_by: str | None = None
     zeros_before: Mapping[str, int] = field(default_factory=dict)
     dense_sizes: Mapping[str, int] = field(default_factory=dict)
+    trained_before: tuple[Mapping[str, Any], ...] = ()
 
     @property
     def removed(self) -> int:
@@ -98,6 +101,7 @@ class PruningReport:
             "chosen_by": self.chosen_by,
             "zeros_before": dict(self.zeros_before),
             "dense_sizes": dict(self.dense_sizes),
+            "trained_before": list(map(dict, self.trained_before)),
         }
         return data | {name: value for name, value in more.items() if value}
 
@@ -123,6 +127,7 @@ class PruningReport:
             chosen_by=data.get("chosen_by"),
             zeros_before=dict(data.get("zeros_before") or {}),
             dense_sizes=dict(data.get("dense_sizes") or {}),
+            trained_before=tuple(data.get("trained_before") or ()),
         )
 
     @property
@@ -143,6 +148,9 @@ class PruningReport:
             losses, *more = compared_lines(self.compared, self.compared_on).values()
             found = "; ".join([losses, *more])
             notes.append(f"allocations compared by their validation loss after the prune: {found}")
+        if self.trained_before:
+            methods = [(one.get("config") or {}).get("method") or str(one.get("kind")) for one in self.trained_before]
+            notes.append(f"the model was trained before it was pruned: {', '.join(methods)}")
         if self.zeros_before and not self.chosen_by:
             before = sum(self.zeros_before.values())
             share = before / sum(self.allocation.sizes.values())

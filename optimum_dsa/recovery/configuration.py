@@ -118,6 +118,8 @@ class RecoveryConfig:
             self._refuse(OF_ADAPTERS, f"is for adapters ({able}), and {self.method!r} trains the weights themselves")
         if self.data.image_column is not None:
             raise ValueError(f"image_column={self.data.image_column!r} is for calibration: training reads text.")
+        if not self.data.packing:
+            raise ValueError("packing=False is for calibration: training takes windows of one length.")
         if not self.distillation:
             self._refuse(("temperature",), "is for distillation, which is 0")
 

@@ -27,6 +27,8 @@ def load_apart(
     """
     if data.image_column is not None:
         raise ValueError("A search compares predictions of text; leave image_column out, or name an allocation.")
+    if not data.packing:
+        raise ValueError("A search compares predictions on windows of one length; leave packing=False out.")
     if validation is not None:
         found = load_calibration(calibration, model, tokenizer, data)
         return found, load_calibration(validation, model, tokenizer, data.beside(validation)).inputs["input_ids"]
@@ -34,7 +36,9 @@ def load_apart(
         raise ValueError("Give validation text or tokens: calibration inputs given as tensors are used whole.")
     number = data.num_samples or SAMPLES
     drawn = load_calibration(calibration, model, tokenizer, replace(data, num_samples=2 * number))
-    windows = drawn.inputs["input_ids"]
+    windows = drawn.inputs.get("input_ids")
+    if windows is None or len(drawn.inputs) > 1:
+        raise ValueError(f"A search compares predictions of text, and the inputs are {sorted(drawn.inputs)[:5]}.")
     return replace(drawn, inputs={"input_ids": windows[:number]}), windows[number:]
 
 

@@ -29,9 +29,12 @@ def allocation_of(counts: Mapping[str, int], blocks: Units, name: str = "custom"
     return Allocation({matrix: counts[matrix] / size for matrix, size in sizes.items()}, sizes, name, "matrix")
 
 
-def counts_of(allocation: Allocation, units: Units) -> dict[str, int]:
-    """Matrix -> weights to remove: each unit's divided over its matrices as `prune` divides them."""
+def counts_of(allocation: Allocation, units: Units, floors: Mapping[str, int] | None = None) -> dict[str, int]:
+    """Matrix -> weights to remove: each unit's divided over its matrices as `prune` divides them.
+
+    `floors`: matrix -> the fewest that it loses.
+    """
     counts: dict[str, int] = {}
     for unit, count in allocation.counts().items():
-        counts |= split_count(count, {weight.name: weight.size for weight in units[unit]})
+        counts |= split_count(count, {weight.name: weight.size for weight in units[unit]}, floors)
     return counts

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache, lru_cache
 
@@ -14,6 +14,7 @@ from ..model.architecture import Weight
 from ..model.offload import resident
 from ..model.statistics import LayerStatistics
 from ..model.walk import walk_blocks
+from ..pruning.allocate import floors_of
 from ..pruning.allocation import (
     ALLOCATIONS,
     REDUCTION,
@@ -38,6 +39,7 @@ class Resolver:
     Args:
         realisation: what the allocations are of.
         named: rows of `ALLOCATIONS` that candidates may name; each is measured during the walk.
+        standing: what `standing_zeros` gives: what no matrix can have fewer zeros than.
     """
 
     def __init__(
@@ -47,9 +49,11 @@ class Resolver:
         calibration: Calibration,
         config: DSAConfig,
         named: Sequence[str] | None = None,
+        standing: Mapping[str, int] | None = None,
     ):
         self.model, self.realisation, self.config = model, realisation, config
         self.architecture = realisation.architecture
+        self.standing = standing or {}
         self.metric = METRICS[config.allocation_metric]
         self.sizes = realisation.sizes
         self.steps = tuple(realisation.steps.values())  # the least by which each matrix changes, in their order
@@ -149,10 +153,12 @@ class Resolver:
         units = self.units[granularity]
         sizes = {name: sum(weight.size for weight in weights) for name, weights in units.items()}
         bounds = self.config.min_sparsity, self.config.max_sparsity
-        allocation = fit_to_budget(proposed, sizes, self.config.sparsity, *bounds)
+        # As `allocate` and a prune's steps hold them: of units first, then of the matrices in each.
+        floors = floors_of(units, self.config, self.standing)
+        allocation = fit_to_budget(proposed, sizes, self.config.sparsity, *bounds, floors=floors)
         matrices = {name: [weight.size for weight in weights] for name, weights in units.items()}
-        allocation = fit_to_matrices(allocation, matrices, *bounds)
-        counts = counts_of(allocation, units)
+        allocation = fit_to_matrices(allocation, matrices, *bounds, floors)
+        counts = counts_of(allocation, units, self.standing if self.config.resolved.keeps_zeros_in_number else None)
         return tuple(counts[name] for name in self.sizes)
 
     def fit(self, proposed: dict[str, float]) -> tuple[int, ...]:

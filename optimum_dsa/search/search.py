@@ -104,8 +104,8 @@ def search(
         stack.callback(trace.close)
         realised = realise(model, calibration, config, kind, **levels)
         say_dense(realised.architecture)
-        standing_zeros(model, realised.architecture, config)  # more of them than are asked for: nothing to search
-        resolver = Resolver(model, realised, calibration, config, named)
+        standing = standing_zeros(model, realised.architecture, config)  # raises where more are zero than asked for
+        resolver = Resolver(model, realised, calibration, config, named, standing)
         evaluator = Evaluator(Objective(model, realised, validation, config.batch_size), resolver)
         # Only the first process has a folder to read; all have to replay the same trials.
         replayed = broadcast_object_list([trace.trials])[0] if evaluator.ranks.num_processes > 1 else trace.trials

@@ -25,8 +25,11 @@ def account(outcome: Outcome) -> list[str]:
     """What became of the weights of a pruned model, in the order in which it was done; a sentence each."""
     if not outcome.achieved:
         return []
-    told = [*_pruned(outcome), *map(_trained, outcome.trainings)]
-    trained = outcome.trainings or outcome.is_found or outcome.report is None or outcome.report.reconstruction
+    before = outcome.report.trained_before if outcome.report else ()
+    told = [*map(_trained_before, before), *_pruned(outcome), *map(_trained, outcome.trainings)]
+    trained = (
+        before or outcome.trainings or outcome.is_found or outcome.report is None or outcome.report.reconstruction
+    )
     if not trained:
         told.append("It was not trained.")
     return told
@@ -49,7 +52,8 @@ def _pruned(outcome: Outcome) -> Iterator[str]:
         any(found.steps for found in report.reconstruction.values())
         or any(training.get("schedule") for training in outcome.trainings)
     ):
-        yield f"Pruning chose what goes and left the weights that stay as the base model has them.{moved}"
+        whose = "as they were" if report.trained_before else "as the base model has them"
+        yield f"Pruning chose what goes and left the weights that stay {whose}.{moved}"
     elif moved:
         yield moved.strip()
     if trained := report.reconstruction:
@@ -68,6 +72,12 @@ def _trained(training: Mapping[str, Any]) -> str:
         return f"It was dense, and was trained for {method}, which chose its zeros meanwhile."
     zeros = "chose its zeros anew" if Outcome.moves_zeros(training) else "kept every zero"
     return f"Then it was trained for {method}, which {zeros}."
+
+
+def _trained_before(training: Mapping[str, Any]) -> str:
+    method = (training.get("config") or {}).get("method")
+    how = f"{training.get('steps')} steps by recover with the method {method}" if method else "with DSACallback"
+    return f"Before it was pruned, the model was trained: {how}."
 
 
 def notes(outcome: Outcome) -> list[str]:

@@ -47,11 +47,13 @@ def of_the_base(outcome: Outcome, shared: bool = False) -> str:
         shown = ", ".join(f"{name} ({why})" for name, why in list(left.items())[:_NAMED])
         more = f" and {len(left) - _NAMED} more" if len(left) > _NAMED else ""
         parts.append(f"Files of the base that are not here: {shown}{more}.")
-    if tensors := found.get("not_pruned"):
-        parts.append(
-            f"Not pruned, as the model's class does not know them: {sum(tensors.values()):,} weights in "
-            f"{', '.join(list(tensors)[:_NAMED])}{', ...' if len(tensors) > _NAMED else ''}."
-        )
+    said = {"not_pruned": "Not pruned, as", "not_kept": "Of the base and not here, as"}
+    for name, what in said.items():
+        if tensors := found.get(name):
+            parts.append(
+                f"{what} the model's class does not know them: {sum(tensors.values()):,} weights in "
+                f"{', '.join(list(tensors)[:_NAMED])}{', ...' if len(tensors) > _NAMED else ''}."
+            )
     return " ".join(parts)
 
 

@@ -18,6 +18,8 @@ from optimum_dsa.checkpoint.unknown_tensors import sizes_by_part, unknown_tensor
 
 from ..conftest import FAMILIES
 from ..tiny import same_state, state, tiny_llama
+from ..tiny_gguf import write_gguf
+from .test_forms import fp8, mxfp4, needs_gguf
 
 
 HEAD = {
@@ -130,3 +132,88 @@ def test_sizes_are_by_the_first_block(tmp_path):
     tensors = {"a.3.b.1.c": torch.ones(2, 3), "a.3.d": torch.ones(4), "lonely": torch.ones(5)}
     save_file(tensors, tmp_path / "x.safetensors")
     assert sizes_by_part(dict.fromkeys(tensors, tmp_path / "x.safetensors")) == {"a.3": 10, "lonely": 5}
+
+
+def pruned_to(out, base):
+    pruner = DSAPruner.from_pretrained(base)
+    pruner.prune(None, DSAConfig(0.5, "magnitude", "uniform"))
+    pruner.save_pretrained(out)
+    return read_description(out).get("base_files") or {}
+
+
+@pytest.mark.parametrize("sharded", [False, True])
+def test_those_of_pickles_are_read_safely_and_go_along(tmp_path, sharded, caplog):
+    base = tmp_path / "base"
+    tiny_llama().save_pretrained(base)
+    tensors = load_file(base / "model.safetensors")
+    (base / "model.safetensors").unlink()
+    if sharded:
+        torch.save(tensors, base / "pytorch_model-00001-of-00002.bin")
+        torch.save(HEAD, base / "pytorch_model-00002-of-00002.bin")
+        files = dict.fromkeys(tensors, "pytorch_model-00001-of-00002.bin")
+        index = {"metadata": {}, "weight_map": files | dict.fromkeys(HEAD, "pytorch_model-00002-of-00002.bin")}
+        (base / "pytorch_model.bin.index.json").write_text(json.dumps(index))
+    else:
+        torch.save({**tensors, **HEAD}, base / "pytorch_model.bin", _use_new_zipfile_serialization=False)
+    said = pruned_to(tmp_path / "out", base)
+    assert said["not_pruned"] == {"model.layers.92": 149, "mtp.layers.0": 36, "cls.seq_relationship": 2}
+    assert "5 tensors that LlamaForCausalLM does not know" in caplog.text
+    written = stored(tmp_path / "out")
+    assert all(
+        written[name].dtype == tensor.dtype and torch.equal(written[name], tensor) for name, tensor in HEAD.items()
+    )
+
+
+def test_a_pickle_that_runs_code_is_not_read(tmp_path):
+    class Harmful:
+        def __reduce__(self):
+            return (tmp_path / "ran").write_text, ("x",)
+
+    torch.save({"a": torch.ones(2), "b": Harmful()}, tmp_path / "pytorch_model.bin")
+    with pytest.raises(ValueError, match="no tensors that can be read safely"):
+        unknown_tensors(tiny_llama(), [tmp_path / "pytorch_model.bin"])
+    assert not (tmp_path / "ran").exists()
+
+
+def test_of_a_quantised_base_plain_parts_go_along_and_packed_ones_are_named(tmp_path, caplog):
+    base = fp8(tmp_path / "base")
+    head = {
+        "model.layers.92.eh_proj.weight": torch.ones(16, 16).to(torch.float8_e4m3fn),
+        "model.layers.92.eh_proj.weight_scale_inv": torch.ones(1, 1),
+        "model.layers.92.norm.weight": torch.ones(16),
+        "mtp.norm.weight": torch.ones(8).bfloat16(),
+    }
+    shard = base / "model.safetensors"
+    save_file({**load_file(shard), **head}, shard, {"format": "pt"})
+    said = pruned_to(tmp_path / "out", base)
+    assert said["not_pruned"] == {"mtp.norm": 8} and said["not_kept"] == {"model.layers.92": 273}
+    written = stored(tmp_path / "out")
+    assert "mtp.norm.weight" in written and not any("92" in name or "scale" in name for name in written)
+    assert (
+        "273 weights that LlamaForCausalLM does not know" in caplog.text and "(model.layers.92): they" in caplog.text
+    )
+
+
+@pytest.mark.parametrize("made", [fp8, mxfp4])
+def test_what_a_quantiser_made_of_known_weights_is_none(tmp_path, made):
+    said = pruned_to(tmp_path / "out", made(tmp_path / "base"))
+    assert "not_pruned" not in said and "not_kept" not in said
+
+
+@needs_gguf
+@pytest.mark.parametrize("kind", [None, "Q8_0"])
+def test_what_a_gguf_holds_beyond_the_model_is_named(tmp_path, monkeypatch, caplog, kind):
+    gguf = pytest.importorskip("gguf")
+    write_gguf(tmp_path / "plain.gguf", 64, kind)
+    assert "not_kept" not in pruned_to(tmp_path / "out", tmp_path / "plain.gguf")
+    close = gguf.GGUFWriter.write_header_to_file
+
+    def with_more(writer):
+        writer.add_tensor("blk.2.nextn.eh_proj.weight", torch.ones(32, 64).numpy())
+        writer.add_tensor("blk.2.attn_norm.weight", torch.ones(32).numpy())
+        close(writer)
+
+    monkeypatch.setattr(gguf.GGUFWriter, "write_header_to_file", with_more)
+    write_gguf(tmp_path / "more.gguf", 64, kind)
+    assert pruned_to(tmp_path / "more", tmp_path / "more.gguf")["not_kept"] == {"blk.2": 2080}
+    assert "2,080 weights that LlamaForCausalLM does not know" in caplog.text and "(blk.2): they cannot" in caplog.text

@@ -6,6 +6,8 @@ import pytest
 
 from optimum_dsa import DSAConfig, RecoveryConfig
 from optimum_dsa.commands.base import asked_source
+from optimum_dsa.commands.config_file import WITHOUT
+from optimum_dsa.commands.options import evaluate_options
 from optimum_dsa.commands.prune import asked_config
 from optimum_dsa.common.settings_file import read_settings, settings_text
 
@@ -75,27 +77,82 @@ def test_what_is_no_file_of_settings_is_one_line(tmp_path, text, message):
     assert "\n" not in str(raised.value)
 
 
-@pytest.mark.parametrize("form", ["yaml", "json"])
-@pytest.mark.parametrize("name", NAMES)
-def test_a_file_gives_every_option_of_every_command(tmp_path, name, form):
-    """Whatever an option is called, required or not, its value in the file is that on the command line."""
-    parser = command_parsers()[name]
+def values_of(parser, number=3):
+    """A value for every option and argument of a command that a file may hold; another for another number."""
     given = {}
     for action in parser._actions:
-        if action.dest in ("help", "config", "print_config", "func"):
+        if action.dest in (*WITHOUT, "func", "no_checkpoints"):  # the last goes without --checkpoints
             continue
         if action.nargs == 0 or type(action).__name__ == "BooleanOptionalAction":
             given[action.dest] = not action.default
         elif action.choices:
-            given[action.dest] = list(action.choices)[-1]
+            given[action.dest] = list(action.choices)[-1 if number == 3 else 0]
         else:
-            value = {int: 3, float: 0.25}.get(action.type, "2:4")
+            value = {int: number, float: number / 8}.get(action.type, f"{number}:4")
             several = action.nargs in ("+", "*") or action.dest == "dataset"
             given[action.dest] = [value, value] if several else value
-    given.pop("verbose"), given.pop("quiet"), given.pop("json")
+    return given
+
+
+@pytest.mark.parametrize("form", ["yaml", "json"])
+@pytest.mark.parametrize("name", NAMES)
+def test_a_file_gives_every_option_of_every_command(tmp_path, name, form):
+    """Whatever an option is called, required or not, its value in the file is that on the command line."""
+    given = values_of(command_parsers()[name])
     text = json.dumps(given) if form == "json" else settings_text(given)
     found = vars(parse(name, "--config", write(tmp_path, text, f"run.{form}")))
     assert {dest: found[dest] for dest in given} == given
+
+
+@pytest.mark.parametrize("form", ["yaml", "json"])
+@pytest.mark.parametrize("name", NAMES)
+def test_every_option_on_the_command_line_wins_over_the_file(tmp_path, name, form):
+    parser = command_parsers()[name]
+    in_file, wanted, front, options = values_of(parser), values_of(parser, 5), [], []
+    for action in parser._actions:
+        dest = action.dest
+        if dest not in wanted:
+            continue
+        if type(action).__name__ == "BooleanOptionalAction":
+            wanted[dest], in_file[dest] = False, True
+            options.append(next(flag for flag in action.option_strings if flag.startswith("--no-")))
+        elif action.nargs == 0:
+            wanted[dest], in_file[dest] = action.const, not action.const
+            options.append(action.option_strings[-1])
+        else:
+            words = list(map(str, wanted[dest] if isinstance(wanted[dest], list) else [wanted[dest]]))
+            if not action.option_strings:
+                front += words
+            elif dest == "dataset":
+                options += [word for each in words for word in ("--dataset", each)]
+            else:
+                options += [action.option_strings[-1], *words]
+    text = json.dumps(in_file) if form == "json" else settings_text(in_file)
+    found = vars(parse(name, *front, *options, "--config", write(tmp_path, text, f"run.{form}")))
+    assert {dest: found[dest] for dest in wanted} == wanted
+
+
+@pytest.mark.parametrize(
+    "text,option", [("no-checkpoints: true", "--checkpoints=x"), ("checkpoints: x", "--no-checkpoints")]
+)
+def test_an_option_wins_over_one_of_the_file_that_excludes_it(tmp_path, text, option):
+    args = parse("prune", "m", "-o", "o", "--config", write(tmp_path, text), option)
+    assert (args.checkpoints, args.no_checkpoints) == ((None, True) if "no" in option else ("x", False))
+
+
+@pytest.mark.parametrize("name", ["prune", "recover"])
+def test_the_next_line_has_what_the_file_said(tmp_path, name):
+    """`evaluate` of what was written is told of options in a file as of those on the command line."""
+    asked = ["--no-bos", "--device", "cuda:1", "--device-map", "disk", "--trust-remote-code"]
+    file = write(tmp_path, "bos: false\ndevice: cuda:1\ndevice_map: disk\ntrust_remote_code: true\n")
+    ends = []
+    for options in (asked, ["--config", file]):
+        parser = command_parsers()[name]
+        ends.append(evaluate_options(parser.parse_args(["m", "-o", "o", "--dataset", "t", *options]), parser))
+    assert ends[0] == ends[1] and all(word in ends[0].split() for word in asked)
+    parser = command_parsers()[name]  # what is as without the file is not said
+    args = parser.parse_args(["m", "-o", "o", "--dataset", "t", "--config", file, "--device", "auto"])
+    assert "--device " not in evaluate_options(args, parser)
 
 
 def test_options_on_the_command_line_win(tmp_path):
@@ -143,6 +200,7 @@ def test_a_search_says_what_of_a_saved_configuration_it_finds_itself(tmp_path, c
         ("search", "allocation: owl", "search has no option 'allocation'"),
         ("env", "sparsity: 0.5", "env has no option 'sparsity'"),
         ("verify", "{", "is not YAML"),
+        ("prune", "{checkpoints: x, no-checkpoints: true}", "checkpoints and no_checkpoints do not go together"),
         ("push", '{"config": {}}', "says nothing of this command's options"),
     ],
 )

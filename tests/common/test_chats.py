@@ -156,3 +156,54 @@ def test_chats_calibrate_train_and_measure(tmp_path):
     measured = pruner.measure(str(file), sequence_length=16)
     everything = load_tokens(file, tokenizer, sequence_length=16)
     assert measured.protocol.windows == len(everything) and measured.protocol.dataset == "chats.jsonl"
+
+
+PADDED = DataConfig(num_samples=3, sequence_length=9, packing=False)
+
+
+def test_each_conversation_can_be_a_row_of_its_own(caplog, inputs):
+    caplog.set_level("INFO", "optimum_dsa")
+    rows = [
+        {"messages": messages(CHATS[0])},
+        {"messages": messages(CHATS[1][:1])},
+        {"messages": messages(CHATS[2]) * 3},
+    ]
+    model = tiny_llama(vocab_size=93)
+    found = load_calibration(rows, model, chat_tokenizer(), PADDED)
+    ids_of, mask = found.inputs["input_ids"], found.inputs["attention_mask"]
+    whole = [chat_tokenizer().apply_chat_template(row["messages"], return_dict=False)[:9] for row in rows]
+    given = [row[seen.bool()].tolist() for row, seen in zip(ids_of, mask)]
+    assert sorted(given) == sorted(whole) and ids_of.shape == (3, max(map(len, whole)))
+    facts = found.facts()
+    assert facts["tokens"] == sum(map(len, whole)) and facts["conversations"] == 3
+    assert "3 conversations went through the tokenizer's chat template and are padded: each is a window" in caplog.text
+    report = DSAPruner(model, chat_tokenizer()).prune(rows, DSAConfig(0.5, "wanda", "uniform", data=PADDED))
+    assert report.calibration["tokens"] == facts["tokens"] and report.config.data.packing is False
+    load_calibration(rows, model, chat_tokenizer(), DataConfig(num_samples=1, sequence_length=9))
+    assert "are packed: they follow each other" in caplog.text
+
+
+def test_texts_and_rows_of_ids_as_well():
+    model, tokenizer = tiny_llama(vocab_size=93), bos_tokenizer()
+    texts = ["1 2 3", " ", "4", " ".join(map(str, range(40)))]
+    found = load_calibration(texts, model, tokenizer, PADDED)
+    assert sorted(found.inputs["attention_mask"].sum(1).tolist()) == [2, 4, 9] and found.facts()["bos"] is True
+    assert (found.inputs["input_ids"][:, 0] == BOS).all()
+    made = datasets.Dataset.from_dict({"input_ids": [[5, 6], [7], [8, 9, 10]]})
+    found = load_calibration(made, model, None, PADDED)
+    assert found.inputs["attention_mask"].sum().item() == 6 and "bos" not in found.facts()
+
+
+@pytest.mark.parametrize(
+    "source,message", [(["1 2", "3"], "holds 2 texts, and 3 are needed"), ({"a.txt": 1.0}, "leave packing=False out")]
+)
+def test_too_few_and_several_sources_are_refused(source, message):
+    with pytest.raises(ValueError, match=message):
+        load_calibration(source, tiny_llama(vocab_size=93), bos_tokenizer(), PADDED)
+
+
+def test_padding_is_for_calibration():
+    with pytest.raises(ValueError, match="packing=False is for calibration"):
+        RecoveryConfig(data=PADDED)
+    with pytest.raises(ValueError, match="leave packing=False out"):
+        DSAPruner(tiny_llama()).search(["1"], DSAConfig(0.5, data=PADDED))

@@ -113,7 +113,7 @@ def test_an_endless_loader_is_read_no_further_than_needed():
         (numpy.full((2, 4), 97), "another tokenizer"),
         (
             DataLoader([{"input_ids": row, "pixel_values": row.float()} for row in IDS]),
-            "pixel_values beside token ids",
+            "hold pixel_values, and LlamaForCausalLM has no such input",
         ),
         ({"a.txt": "much"}, "'a.txt' has 'much', and a weight is a number above 0"),
         ({"a.txt": 0}, "has '0', and a weight"),

@@ -1,13 +1,18 @@
+import json
 import math
 from pathlib import Path
 
 import pytest
 import torch
+from datasets import Dataset
+from torch.utils.data import DataLoader
+from transformers import BatchEncoding
 
 from optimum_dsa import DSAConfig, DSAPruner, RecoveryConfig, load_tokens, measure, perplexity
 from optimum_dsa.data import fingerprint
 from optimum_dsa.evaluation.comparison import comparison_table
 
+from ..test_commands import run
 from ..tiny import bos_tokenizer, tiny_llama, tokens
 
 
@@ -131,6 +136,49 @@ def test_what_is_wrong_is_said_with_the_way_out(model, tmp_path):
     for name, value in (("sequence_length", 1), ("num_samples", 0), ("batch_size", 0), ("limit", 0)):
         with pytest.raises(ValueError, match=f"{name} is a whole number of at least"):
             measure(model, NUMBERS, **{name: value})
+
+
+ROWS = tokens(4, 16, vocabulary=93)
+FORMS = {
+    "tensor": ROWS,
+    "array": ROWS.numpy(),
+    "lists": ROWS.tolist(),
+    "dataset": Dataset.from_dict({"input_ids": ROWS.tolist()}),
+    "dataset with masks": Dataset.from_dict({"input_ids": ROWS.tolist(), "attention_mask": [[1] * 16] * 4}),
+    "loader": DataLoader([{"input_ids": row} for row in ROWS], batch_size=2),
+    "encoding": BatchEncoding({"input_ids": ROWS, "attention_mask": torch.ones_like(ROWS)}),
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_rows_of_token_ids_need_no_tokenizer(model, form):
+    found = DSAPruner(model).measure(FORMS[form])
+    assert found.perplexity == pytest.approx(perplexity(model, ROWS)) and found.protocol.fingerprint == fingerprint(
+        ROWS
+    )
+
+
+def test_nor_do_rows_of_several_lengths_or_in_a_file(model, tiny, tmp_path, monkeypatch, capsys):
+    padded = BatchEncoding({"input_ids": ROWS, "attention_mask": (torch.arange(16) < torch.tensor([[8]] * 4)).long()})
+    joined = ROWS[:, :8].reshape(2, 16)
+    ragged = Dataset.from_dict({"input_ids": [ROWS[0, :8].tolist(), ROWS[1:, :8].flatten().tolist()]})
+    for source in (padded, ragged):
+        assert measure(model, source, sequence_length=16).perplexity == pytest.approx(perplexity(model, joined))
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps({"input_ids": row}) + "\n" for row in ROWS.tolist()))
+    model.save_pretrained(tmp_path / "bare")
+    asked = ["evaluate", str(tmp_path / "bare"), "--dataset", str(tmp_path / "rows.jsonl"), "--json"]
+    code, output, errors = run(monkeypatch, capsys, *asked)
+    assert code == 0, errors
+    assert json.loads(output)["models"][0]["perplexity"] == pytest.approx(perplexity(model, ROWS))
+    t5, rows = tiny("t5"), Dataset.from_dict({"input_ids": (ROWS % 60).tolist()})
+    assert measure(t5, rows).perplexity == pytest.approx(perplexity(t5, ROWS % 60))
+
+
+@pytest.mark.parametrize("options", [{}, {"windows": "paper"}])
+def test_text_without_one_is_refused_by_the_models_name(model, options):
+    for text in (NUMBERS, Dataset.from_dict({"text": NUMBERS})):
+        with pytest.raises(ValueError, match="it has no tokenizer, so text cannot be read"):
+            measure(model, text, name="it", sequence_length=16, **options)
 
 
 def test_a_tokenizer_is_loaded_from_where_it_is(model, tmp_path):

@@ -7,6 +7,8 @@ import pytest
 from optimum_dsa import DSAConfig, DSAPruner
 from optimum_dsa.checkpoint.description import after
 from optimum_dsa.commands.embedded import demo_model, demo_texts
+from optimum_dsa.sharing.account import account
+from optimum_dsa.sharing.outcome import Outcome
 
 from ..test_commands import run
 from ..tiny import tiny_llama
@@ -57,6 +59,29 @@ def test_what_trained_a_model_is_saved_with_it_again_and_again(tmp_path):
     in_memory.recover(regular(), small(method="full", steps=1))
     in_memory.save_pretrained(tmp_path / "memory")
     assert len(content(tmp_path / "memory")["recovery"]["earlier"]) == 1
+
+
+def test_what_trained_a_model_before_it_is_pruned_again_stays_known(tmp_path):
+    pruner = DSAPruner(tiny_llama())
+    assert pruner.prune(None, DSAConfig(0.3, "magnitude", "uniform")).trained_before == ()
+    for steps in (1, 2):
+        pruner.recover(regular(), small(method="full", steps=steps))
+    pruner.save_pretrained(tmp_path / "first")
+    loaded, in_memory = (DSAPruner.from_pretrained(tmp_path / "first") for _ in range(2))
+    for one in (pruner, loaded, DSAPruner(in_memory.model)):
+        report = one.prune(None, DSAConfig(0.5, "magnitude", "uniform"))
+        assert [(known["steps"], "history" in known) for known in report.trained_before] == [(1, False), (2, False)]
+        assert "the model was trained before it was pruned: full, full" in str(report)
+    loaded.save_pretrained(tmp_path / "second")
+    found = content(tmp_path / "second")
+    assert "recovery" not in found and [one["steps"] for one in found["trained_before"]] == [1, 2]
+    told = " ".join(account(Outcome.read(tmp_path / "second")))
+    assert "Before it was pruned, the model was trained: 2 steps by recover with the method full." in told
+    assert "not trained" not in told and "as they were" in told
+    again = DSAPruner.from_pretrained(tmp_path / "second")
+    again.recover(regular(), small(method="full", steps=3))
+    again.prune(None, DSAConfig(0.6, "magnitude", "uniform"))
+    assert [one["steps"] for one in again.report.trained_before] == [1, 2, 3] and again.verify().holds
 
 
 def test_earlier_trainings_stand_in_one_list():

@@ -1,12 +1,14 @@
 """allocation="auto": named allocations tried for real, on windows that do not calibrate."""
 
+import copy
 import json
+from dataclasses import replace
 from functools import partial
 
 import pytest
 import torch
 
-from optimum_dsa import ALLOCATIONS, Allocation, DataConfig, DSAConfig, DSAPruner, allocate, prune
+from optimum_dsa import ALLOCATIONS, Allocation, DataConfig, DSAConfig, DSAPruner, allocate, find_architecture, prune
 from optimum_dsa.commands.embedded import demo_model, demo_texts
 from optimum_dsa.search import ready_made
 from optimum_dsa.search.ready_made import settle
@@ -36,6 +38,39 @@ def test_all_named_allocations_are_compared_and_the_best_is_taken(settled):
     assert settled.config.allocation == next(iter(settled.compared))
     assert settled.config == DSAConfig(0.6, "sparsegpt", settled.config.allocation)
     assert settled.compared_on == {"windows": 4, "length": 16}
+
+
+@pytest.mark.parametrize("settings", [{}, {"pattern": "row"}, {"pattern": "mixed:8"}, {"method": "sparsegpt"}])
+def test_of_a_sparse_model_what_is_compared_is_what_prune_would_make(settings, monkeypatch):
+    tried = {}
+
+    def noted(*args, **options):
+        result = search(*args, **options, named=("atp", "dlp"))
+        for trial in result.trace.trials:
+            if trial.request.kind == "sequential":
+                tried[trial.request.candidate.function] = trial.counts
+        return result
+
+    monkeypatch.setattr(ready_made, "search", noted)
+    model, text = tiny_llama(), tokens(20, 16)
+    with torch.no_grad():  # far more than their share in one matrix, and in a part of another
+        model.model.layers[0].mlp.up_proj.weight.zero_()
+        model.model.layers[2].self_attn.q_proj.weight[::2] = 0
+    before = state(model)
+    config = DSAConfig(**{"sparsity": 0.5, "method": "wanda", "allocation": "auto", **settings})
+    settle(model, text, config)
+    assert same_state(model, before) and len(tried) > 1
+    for name, counts in tried.items():
+        pruned = copy.deepcopy(model)
+        prune(pruned, text[:16], replace(config, allocation=name))
+        weights = find_architecture(pruned).weights
+        zeros = [int((weight.tensor(pruned) == 0).sum()) for weight in weights]
+        if config.resolved.pattern.in_groups:  # of which more goes than their N where more was zero before
+            full = {weight.name for weight in find_architecture(model).weights if (weight.tensor(model) == 0).any()}
+            kept = [at for at, weight in enumerate(weights) if weight.name not in full]
+            assert len(kept) > 10
+            zeros, counts = ([each[at] for at in kept] for each in (zeros, counts))
+        assert zeros == list(counts), name
 
 
 def test_windows_that_decide_do_not_calibrate(monkeypatch):

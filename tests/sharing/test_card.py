@@ -93,9 +93,11 @@ def test_tasks_and_the_dense_model_are_in_the_card(hub, folder):
 
 def test_what_of_the_base_is_not_there_is_named_to_those_who_may_know(hub, folder, tmp_path):
     left, parts = {"model-q4.gguf": "weights in another form", "a|b.bin": "x"}, {"model.layers.92": 1024, "mtp": 8}
-    change(folder, "dsa_config.json", base_files={"kept": [], "public": [], "left": left, "not_pruned": parts})
+    said = {"kept": [], "public": [], "left": left, "not_pruned": parts, "not_kept": {"blk.9": 7}}
+    change(folder, "dsa_config.json", base_files=said)
     push(folder)
     assert "does not know them: 1,032 weights in model.layers.92, mtp." in card(hub).text
+    assert "not here, as the model's class does not know them: 7 weights in blk.9." in card(hub).text
     assert "gguf" not in card(hub).text  # the base was in a folder, whose names are nobody's business
     base = {"name": "org/base", "revision": "0123456789abcdef0123456789abcdef01234567"}
     change(folder, "dsa_config.json", base_model=base)
