@@ -24,8 +24,7 @@ class Reconstruct:
     """Trains the kept weights of every block, its biases and norms, so that it gives what the dense model has there.
 
     min ‖f(X; Ŵ) − f_dense(X_dense)‖² over what was not removed, X being what the pruned blocks before it give: by Adam
-    on float32 weights, the masks held, with the rate and up to the step of the lowest loss on held-out windows. What a
-    token loses counts half as a share of the mean token, and half of its own: see [`Training`].
+    on float32 weights, the masks held, with the rate and up to the step of the lowest loss on held-out windows.
 
     Costs a forward and a backward pass of the block for 4 sequences a step (three times as much in the first blocks of
     a model, where a rate is sought), and a forward pass of the dense block. Memory: four times the trained weights in

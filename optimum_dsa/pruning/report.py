@@ -39,9 +39,9 @@ class PruningReport:
         chosen_by (`str`, *optional*): what trained the model and chose its zeros meanwhile, a recovery method; `None`
             where the config's method chose them. Pattern, units and counts are those of config and allocation.
         zeros_before (`Mapping[str, int]`): weights that had zeros before -> how many, all of which stayed.
+        dense_sizes (`Mapping[str, int]`): how many weights each matrix of `dense` has.
         trained_before (`tuple[Mapping[str, Any], ...]`): what trained the model before this prune, first to last, as
             far as it is known.
-        dense_sizes (`Mapping[str, int]`): how many weights each matrix of `dense` has.
     """
 
     config: DSAConfig
@@ -60,8 +60,8 @@ class PruningReport:
     compared_on: Mapping[str, int] = field(default_factory=dict)
     chosen_by: str | None = None
     zeros_before: Mapping[str, int] = field(default_factory=dict)
-    trained_before: tuple[Mapping[str, Any], ...] = ()
     dense_sizes: Mapping[str, int] = field(default_factory=dict)
+    trained_before: tuple[Mapping[str, Any], ...] = ()
 
     @property
     def removed(self) -> int:
@@ -100,8 +100,8 @@ class PruningReport:
             "compared_on": dict(self.compared_on),
             "chosen_by": self.chosen_by,
             "zeros_before": dict(self.zeros_before),
-            "trained_before": list(map(dict, self.trained_before)),
             "dense_sizes": dict(self.dense_sizes),
+            "trained_before": list(map(dict, self.trained_before)),
         }
         return data | {name: value for name, value in more.items() if value}
 
@@ -126,8 +126,8 @@ class PruningReport:
             compared_on=dict(data.get("compared_on") or {}),
             chosen_by=data.get("chosen_by"),
             zeros_before=dict(data.get("zeros_before") or {}),
-            trained_before=tuple(data.get("trained_before") or ()),
             dense_sizes=dict(data.get("dense_sizes") or {}),
+            trained_before=tuple(data.get("trained_before") or ()),
         )
 
     @property

@@ -17,7 +17,6 @@ from .stretches import Stretch
 
 LOOKS = 8  # at the held-out windows, in the course of a training
 BETAS = (0.9, 0.95)
-SMALLEST = 0.01  # of the median token: a smaller one is what rounding makes of nothing, and counts as if it were one
 
 
 @dataclass(frozen=True)
@@ -25,8 +24,7 @@ class Reconstruction:
     """What training a block did. Losses are shares of its output, on calibration windows that it was not trained on.
 
     Attributes:
-        before, after: of e = block − dense block and y = dense block, the mean of Σ ‖e‖² over Σ ‖y‖² and of what a
-            token loses on the average, ‖e_t‖² over ‖y_t‖².
+        before, after: Σ ‖block − dense block‖² over Σ ‖dense block‖².
         rate: the learning rate.
         steps: after which the loss was lowest; 0 where none lowered it, and the block is what it was.
     """
@@ -71,9 +69,7 @@ class Training:
         seen = stretch.samples[: len(stretch.samples) - len(stretch.held_out)]
         self.groups = _groups(seen, step_size(sum(seen)))
         # Of all windows, so that a step does not depend on the batches that it is made of.
-        norms = torch.cat([_norms(target).flatten() for target in stretch.targets])
-        self.mean = float(norms.mean())
-        self.least = SMALLEST * float(norms.median()) or self.mean
+        self.mean = sum(float(target.float().square().sum()) for target in stretch.targets) / sum(stretch.samples)
         before = self._held_out_loss()
         self.found = Reconstruction(before, before, 0.0, 0)
 
@@ -115,9 +111,9 @@ class Training:
 
     def _backward(self, group: Sequence[int]) -> None:
         """Add the gradients of the mean loss of a group's batches, one batch's activations at a time."""
-        tokens = sum(self._tokens(batch) for batch in group)
+        samples = sum(self.stretch.samples[batch] for batch in group)
         for batch in group:
-            (self._lost(batch, self._values()) / tokens).backward()
+            (self._lost(batch, self._values()) / (self.mean * samples)).backward()
 
     @torch.no_grad()
     def _held_out_loss(self) -> float:
@@ -125,27 +121,16 @@ class Training:
 
     def _share(self, values: Mapping[str, Tensor]) -> float:
         """Share of the output that is lost on the held-out windows."""
-        tokens = sum(self._tokens(batch) for batch in self.stretch.held_out)
-        return float(sum(self._lost(batch, values) for batch in self.stretch.held_out)) / tokens
+        whole = sum(self.stretch.targets[batch].float().square().sum() for batch in self.stretch.held_out)
+        return float(sum(self._lost(batch, values) for batch in self.stretch.held_out) / whole)
 
     def _values(self) -> dict[str, Tensor]:
         """What is trained in the stretch's own type, for that is the model that is made."""
         return {name: value.to(self.stretch.parameters[name].dtype) for name, value in self.masters.items()}
 
     def _lost(self, batch: int, values: Mapping[str, Tensor]) -> Tensor:
-        """Σ over the tokens of a batch of what each loses, e = what comes out − target: a scalar in float32.
-
-        That is half as a share of the mean token, ‖e_t‖² over mean ‖y‖², and half as a share of its own, ‖e_t‖² over
-        ‖y_t‖². The first alone is nothing but the few tokens of massive activations, where a model has them; the
-        second alone breaks these, to which all others attend.
-        """
-        target = self.stretch.targets[batch]
-        lost = _norms(self.stretch.run(batch, values).float() - target.float())
-        own = _norms(target).clamp_min(self.least)
-        return (lost / self.mean + lost / own).sum() / 2
-
-    def _tokens(self, batch: int) -> int:
-        return self.stretch.targets[batch].shape[:-1].numel()
+        """Σ ‖what comes out − target‖² over a batch, a scalar in float32."""
+        return (self.stretch.run(batch, values).float() - self.stretch.targets[batch].float()).square().sum()
 
     def _shuffled(self) -> Iterator[Sequence[int]]:
         """The groups to be trained on, without end, in a new order every time round."""
@@ -153,11 +138,6 @@ class Training:
         while True:
             for number in torch.randperm(len(self.groups), generator=generator).tolist():
                 yield self.groups[number]
-
-
-def _norms(values: Tensor) -> Tensor:
-    """‖·‖² of every token, (..., size) -> (...), in float32."""
-    return values.float().square().sum(dim=-1)
 
 
 def _groups(samples: Sequence[int], size: int) -> list[list[int]]:

@@ -309,6 +309,12 @@ FAMILIES: dict[str, Family] = {
             mamba_n_groups=1, head_dim=None,
         ),
         "text_generation",
-        config={"skip_unprunable": True},
+    ),
+    "llama 4": Family(
+        decoder(
+            "Llama4Text", intermediate_size=16, intermediate_size_mlp=48, num_local_experts=4, num_experts_per_tok=2,
+            moe_layers=[1],
+        ),
+        "text_generation",
     ),
 }  # fmt: skip

@@ -29,6 +29,7 @@ from optimum_dsa import (
     verify,
     walk_blocks,
 )
+from optimum_dsa.model.calls import feed
 from optimum_dsa.model.statistics import CollectedStatistics
 from optimum_dsa.pruning.reconstruct import FIRST, RATES, Reconstruct, _seek
 from optimum_dsa.pruning.source import micro_batch, step_size
@@ -90,12 +91,30 @@ def test_the_mask_is_held_and_no_loss_rises(family, how):
     assert all(not parameter.requires_grad or parameter.grad is None for parameter in model.parameters())
 
 
-def lost(dense, model, index, text, held_out=2):
-    """What the last windows of `text` lose of the output of block `index`, by plain forward passes.
+def test_the_loss_is_the_distance_to_the_dense_model_on_windows_that_are_held_out():
+    """Of the first block, and of the second behind the trained first one, against plain forward passes."""
+    model, dense = tiny_llama(), tiny_llama()
+    text = tokens(32)
+    report = prune(model, text, config())
+    held_out = {"input_ids": text[-2:]}
+    seen = {}
 
-    The mean over tokens of ‖own − dense‖², half as a share of ‖dense‖² of the mean token of all windows, and half of
-    the token's own.
-    """
+    def remember(which):
+        return lambda module, args, output: seen.setdefault(which, []).append(output.detach())
+
+    for which, one in (("own", model), ("dense", dense)):
+        for index in range(2):
+            one.model.layers[index].register_forward_hook(remember((which, index)))
+        with torch.no_grad():
+            feed(one, held_out)
+    for index in range(2):
+        own, target = seen["own", index][0], seen["dense", index][0]
+        expected = ((own - target).square().sum() / target.square().sum()).item()
+        assert report.reconstruction[f"model.layers.{index}"].after == pytest.approx(expected, rel=1e-4)
+
+
+def lost(dense, model, index, text):
+    """Share of the output of block `index` that a model loses, by plain forward passes."""
     seen = []
     for one in (dense, model):
         handle = one.model.layers[index].register_forward_hook(lambda module, args, output: seen.append(output))
@@ -103,21 +122,7 @@ def lost(dense, model, index, text, held_out=2):
             one(input_ids=text)
         handle.remove()
     target, own = seen
-    away, norms = (own - target)[-held_out:].square().sum(-1), target.square().sum(-1)
-    return ((away / norms.mean() + away / norms[-held_out:]).mean() / 2).item()
-
-
-@pytest.mark.parametrize("massive", [1, 1000])
-def test_the_loss_is_the_distance_to_the_dense_model_on_windows_that_are_held_out(massive):
-    """Of the first block, and of the second behind the trained first one, against plain forward passes."""
-    model, dense, text = tiny_llama(), tiny_llama(), tokens(32)
-    text[text == 5], text[:, 0] = 6, 5
-    for one in (model, dense):
-        one.model.embed_tokens.weight.data[5] *= massive  # one token in sixteen is then nearly all of Σ ‖y‖²
-    report = prune(model, text, config())
-    for index in range(2):
-        found = report.reconstruction[f"model.layers.{index}"]
-        assert found.after == pytest.approx(lost(dense, model, index, text), rel=1e-4)
+    return ((own - target).square().sum() / target.square().sum()).item()
 
 
 def test_blocks_of_a_span_are_trained_together_and_the_last_of_a_stack_alone():
@@ -126,7 +131,7 @@ def test_blocks_of_a_span_are_trained_together_and_the_last_of_a_stack_alone():
     assert list(report.reconstruction) == ["model.layers.1", "model.layers.2"]
     for index in (1, 2):
         found = report.reconstruction[f"model.layers.{index}"]
-        assert found.steps and found.after == pytest.approx(lost(dense, model, index, text), rel=1e-4)
+        assert found.steps and found.after == pytest.approx(lost(dense, model, index, text[-2:]), rel=1e-4)
     norms = [layer.input_layernorm.weight for layer in model.model.layers]
     assert not any(torch.equal(norm, torch.ones(32)) for norm in norms)
 
@@ -137,7 +142,7 @@ def test_parts_of_a_block_come_nearer_to_what_the_block_is_to_give():
     for index in range(3):
         found = report.reconstruction[f"model.layers.{index}"]
         assert found.after < found.before
-        assert found.after == pytest.approx(lost(dense, model, index, text), rel=1e-4)
+        assert found.after == pytest.approx(lost(dense, model, index, text[-2:]), rel=1e-4)
     # what is in neither part stays
     assert torch.equal(model.model.layers[0].input_layernorm.weight, torch.ones(32))
 

@@ -316,9 +316,9 @@ def test_names_are_not_measured_for_a_strategy_that_tries_none(monkeypatch):
     seen = []
     original = Resolver.__init__
 
-    def init(self, model, architecture, calibration, config, named=None):
+    def init(self, model, architecture, calibration, config, named=None, *rest):
         seen.append(tuple(named))
-        original(self, model, architecture, calibration, config, named)
+        original(self, model, architecture, calibration, config, named, *rest)
 
     monkeypatch.setattr(Resolver, "__init__", init)
     run("random", "1k tokens")
