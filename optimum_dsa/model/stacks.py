@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from .experts import is_experts
-
-
-logger = logging.getLogger(__name__)
 
 
 class UnprunableError(ValueError):
@@ -40,10 +36,16 @@ def find_stacks(model: nn.Module) -> list[str]:
     if _is_encoder_decoder(model):
         return [name for name in found if hasattr(_configuration(model, name), "vocab_size")] or found
     own = [name for name in found if _configuration(model, name) is _configuration(model, tower)] or found
-    largest = max(own, key=lambda name: sum(p.numel() for p in model.get_submodule(name).parameters()))
-    others = [name for name in found if name != largest]
-    logger.info("Pruning %s; left dense: %s (choose with blocks=[...]).", largest, ", ".join(others))
-    return [largest]
+    return [max(own, key=lambda name: _size(model, name))]
+
+
+def other_stacks(model: nn.Module, names: Collection[str]) -> dict[str, int]:
+    """The lists of blocks that are none of `names` -> their weights: of another tower, in which nothing is pruned."""
+    return {name: _size(model, name) for name in _outermost_stacks(model, "") if name not in names}
+
+
+def _size(model: nn.Module, name: str) -> int:
+    return sum(parameter.numel() for parameter in model.get_submodule(name).parameters())
 
 
 def _text_tower(model: nn.Module) -> str:

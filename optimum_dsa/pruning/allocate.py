@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ..model.architecture import Architecture, Weight, find_architecture
 from ..model.left_dense import LARGE, excluding, share_of, told
+from ..model.stacks import other_stacks
 from ..model.walk import WalkedBlock, walk_blocks
 from .allocation import Allocation, Unit, fit_to_budget, fit_to_levels, fit_to_matrices
 from .configuration import DSAConfig
@@ -45,12 +46,18 @@ def architecture_for(model: nn.Module, config: DSAConfig) -> Architecture:
     return found
 
 
-def say_dense(architecture: Architecture) -> None:
-    """Warn, once, where a large part of the blocks stays dense: a sparsity is that of the rest."""
+def say_dense(model: nn.Module, architecture: Architecture, chosen: bool) -> None:
+    """Warn, once, where a large part of the blocks stays dense: a sparsity is that of the rest.
+
+    So do the blocks of other towers, unless the user has `chosen` which are pruned.
+    """
     prunable, sizes = sum(weight.size for weight in architecture.weights), architecture.dense_sizes
     if share_of(sizes, prunable) >= LARGE:
         why = ", ".join(sorted(set(architecture.dense.values())))
         _warn_once(f"Stays dense ({why}): {told(sizes, prunable)}; the sparsity is that of the rest.")
+    others = {} if chosen else other_stacks(model, [stack.name for stack in architecture.stacks])
+    if share_of(others, prunable) >= LARGE:
+        _warn_once(f"Other blocks stay dense: {told(others, prunable)}; name those to prune with blocks=[...].")
 
 
 @cache

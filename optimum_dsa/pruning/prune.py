@@ -77,7 +77,7 @@ def _prune(
     config.check_settled()
     calibration = as_calibration(calibration, model)
     architecture = architecture_for(model, config)
-    say_dense(architecture)
+    say_dense(model, architecture, bool(config.blocks))
     _check_calibration(model, calibration, config)
     standing = standing_zeros(model, architecture, config)
     check_finite_outputs(model, architecture, calibration)

@@ -103,7 +103,7 @@ def search(
         trace = _trace(output, settings, resume, model, calibration, validation)
         stack.callback(trace.close)
         realised = realise(model, calibration, config, kind, **levels)
-        say_dense(realised.architecture)
+        say_dense(model, realised.architecture, bool(config.blocks))
         standing = standing_zeros(model, realised.architecture, config)  # raises where more are zero than asked for
         resolver = Resolver(model, realised, calibration, config, named, standing)
         evaluator = Evaluator(Objective(model, realised, validation, config.batch_size), resolver)

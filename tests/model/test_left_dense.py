@@ -3,6 +3,7 @@ import logging
 import pytest
 import torch
 from torch import nn
+from transformers import CLIPConfig, CLIPModel
 
 from optimum_dsa import DSAConfig
 from optimum_dsa.model.left_dense import excluding, kind_of, share_of, sizes_of, told
@@ -60,3 +61,17 @@ def test_a_pattern_that_fits_not_all_names_all_that_it_does_not_fit_with_their_s
     assert f"exclude=['model.layers.*.mlp.down_proj.weight'] ({share:.1%} of the blocks' weights" in str(error.value)
     config = DSAConfig(0.5, pattern="2:4", allocation="uniform", exclude=["model.layers.*.mlp.down_proj.weight"])
     assert set(architecture_for(model, config).dense.values()) == {"excluded"}
+
+
+@pytest.mark.parametrize("blocks", [(), ("vision_model.encoder.layers",)])
+def test_blocks_of_another_tower_are_said_unless_the_user_chose(blocks, caplog):
+    sizes = {"num_attention_heads": 4, "num_hidden_layers": 2}
+    text = {"vocab_size": 97, "hidden_size": 32, "intermediate_size": 44, "max_position_embeddings": 16, **sizes}
+    vision = {"hidden_size": 32, "intermediate_size": 60, "image_size": 16, "patch_size": 4, **sizes}
+    model = CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=16)).eval()
+    with caplog.at_level(logging.WARNING):
+        report = prune(model, None, DSAConfig(0.5, "magnitude", "uniform", blocks=blocks))
+    left = sum(parameter.numel() for parameter in model.vision_model.encoder.layers.parameters())
+    share = left / (left + sum(report.allocation.sizes.values()))
+    line = f"Other blocks stay dense: {share:.1%} of the blocks' weights: vision_model.encoder.layers"
+    assert any(line in record.message for record in caplog.records) == (not blocks)
