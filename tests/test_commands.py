@@ -88,7 +88,7 @@ def test_options_reach_the_config(monkeypatch, capsys, tmp_path, text):
         "granularity": "matrix",
         "exclude": ["down_proj"], "batch_size": 2, "sequential": False,
         "data": {"num_samples": 4, "sequence_length": 32, "text_column": "text", "split": None, "subset": None,
-                 "image_column": None, "bos": False, "seed": 5},
+                 "image_column": None, "packing": True, "bos": False, "seed": 5},
     }  # fmt: skip
     assert {name: config[name] for name in expected} == expected
     assert len(list(out.glob("model-*.safetensors"))) > 1

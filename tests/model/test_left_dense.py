@@ -7,10 +7,16 @@ from transformers import CLIPConfig, CLIPModel
 
 from optimum_dsa import DSAConfig
 from optimum_dsa.model.left_dense import excluding, kind_of, share_of, sizes_of, told
-from optimum_dsa.pruning.allocate import architecture_for
+from optimum_dsa.pruning.allocate import _warn_once, architecture_for
 from optimum_dsa.pruning.prune import prune
 
 from ..tiny import tiny_llama, tokens
+
+
+@pytest.fixture(autouse=True)
+def said_by_nobody():
+    """What another test in this process has said is not said again."""
+    _warn_once.cache_clear()
 
 
 def test_blocks_and_experts_of_a_kind_have_one_name_and_other_numbers_stay():
