@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from ..common.columns import columns
@@ -17,6 +18,9 @@ from ..common.machine import shown_bytes
 from ..model.adapters import inner_model
 from ..model.inputs import check_length, kind_of, word_embeddings
 from ..model.parameters import count_parameters
+
+
+_CACHES = ("cache", "past_key_values")  # what a model's cache is called in newer releases, and in older ones
 
 
 @dataclass(frozen=True)
@@ -163,6 +167,7 @@ class _Run:
         # Logits of the last token alone, where a class can be asked for them: writing needs no others.
         accepted = inspect.signature(inner_model(model).forward).parameters
         self.options = {"logits_to_keep": 1} if "logits_to_keep" in accepted else {}
+        self.known = _CACHES[0] if _CACHES[0] in accepted else _CACHES[1]
         self.peak, self.cache = None, None
 
     @torch.inference_mode()
@@ -176,12 +181,20 @@ class _Run:
         read = self._now()
         for _ in range(self.new_tokens):
             latest = output.logits[:, -1:].argmax(dim=-1)
-            output = self.model(latest, past_key_values=output.past_key_values, use_cache=True, **self.options)
+            known = {self.known: self._cache_of(output)}
+            output = self.model(latest, use_cache=True, **known, **self.options)
         written = self._now()
-        self.cache = _cache_bytes(output.past_key_values, self.tokens.shape[1] + self.new_tokens)
+        self.cache = _cache_bytes(self._cache_of(output), self.tokens.shape[1] + self.new_tokens)
         if gpu:
             self.peak = torch.cuda.max_memory_allocated(self.model.device)
         return read - start, written - read
+
+    def _cache_of(self, output: Any) -> Any:
+        """What a model keeps of the tokens that it has seen."""
+        found = [kept for name in _CACHES if (kept := getattr(output, name, None)) is not None]
+        if not found:
+            raise ValueError(f"{type(self.model).__name__} gives no cache, so it cannot write token after token.")
+        return found[0]
 
     def _now(self) -> float:
         if self.model.device.type == "cuda":
@@ -189,7 +202,9 @@ class _Run:
         return time.perf_counter()
 
     def speed(self, name: str, prefill: float, decode: float) -> Speed:
-        with torch.inference_mode(), FlopCounterMode(display=False) as counter:
+        # The fused kernels of attention are not counted everywhere; the plain products are.
+        plain = sdpa_kernel(SDPBackend.MATH)
+        with torch.inference_mode(), plain, FlopCounterMode(display=False) as counter:
             self.model(self.tokens, use_cache=False, **self.options)
         held = {id(value): value for value in (*self.model.parameters(), *self.model.buffers())}
         return Speed(

@@ -28,6 +28,13 @@ def test_what_is_counted_is_what_the_model_has():
     assert found.flops >= 2 * matrices and found.prefill > 0 and found.decode > 0 and found.peak_bytes is None
 
 
+def test_attention_is_counted_as_well():
+    """A token of a longer prompt looks back at more others, and the head is run for the last token alone."""
+    short, longer = (measure_speed({"tiny": tiny_llama()}, **{**SMALL, "prompt": size}) for size in (16, 48))
+    head = 2 * 32 * 97
+    assert longer.speeds["tiny"].flops - head // 48 > short.speeds["tiny"].flops - head // 16
+
+
 def test_a_smaller_model_takes_less():
     dense, model = tiny_llama(), tiny_llama()
     prune_structures(model, tokens(), DSAStructuredConfig(0.2, ("kv_group",)))

@@ -52,8 +52,8 @@ def uniform_counts(units: Mapping[Name, Available], asked: int) -> dict[Name, in
     most = sum(unit.most * unit.cost for unit in units.values())
     if most < asked:
         raise ValueError(
-            f"{asked:,} parameters are to go, and of the structures that may only {most:,} can; lower the sparsity, "
-            "or let other structures go as well."
+            f"{asked:,} parameters are to go, and of the structures that may only {most:,} can; lower the sparsity "
+            "(or round_to), or let other structures go as well."
         )
     share = asked / max(sum(unit.count * unit.cost for unit in units.values()), 1)
     counts = {name: unit.allowed(share * unit.count) for name, unit in units.items()}

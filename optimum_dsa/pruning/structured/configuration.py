@@ -57,6 +57,7 @@ class DSAStructuredConfig:
 
     def __post_init__(self):
         check_settings(self)
+        object.__setattr__(self, "structures", tuple(dict.fromkeys(self.structures)))
         IMPORTANCES[self.importance]
         unknown = [kind for kind in self.structures if kind not in KINDS]
         if unknown or not self.structures:

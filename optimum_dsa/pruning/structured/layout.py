@@ -39,9 +39,10 @@ def smaller_config(model: nn.Module, units: Mapping[str, Structures], counts: Ma
         elif gone:
             changes |= _known(part, QUERY_HEADS, each.heads[0] * count, queries)
             changes |= _known(part, KEY_HEADS, each.heads[1] * count, keys)
-            if "head_dim" in part.to_dict():
-                # Derived of the hidden size and the heads where it is not said.
-                changes["head_dim"] = each.reads[0].index.shape[1] // each.heads[0]
+            size = each.reads[0].index.shape[1] // each.heads[0]
+            # Derived of the hidden size and the heads where it is not said; some call another size by that name.
+            if "head_dim" in part.to_dict() and part.head_dim in (None, size):
+                changes["head_dim"] = size
     _check(model, units, counts, changes)
     return changes
 

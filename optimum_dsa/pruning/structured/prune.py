@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,6 +26,8 @@ from .slicing import cut_out
 from .structure import Structures
 from .structures import find_structures
 
+
+logger = logging.getLogger(__name__)
 
 SHORT = 16  # tokens of the sample by which structures are found: a run for every row of a matrix
 
@@ -63,6 +66,27 @@ class StructuredReport:
     def sparsity(self) -> float:
         """Share of the parameters of the blocks' matrices that went."""
         return self.removed / self.prunable
+
+    def __str__(self) -> str:
+        kinds: dict[str, list[tuple[int, int]]] = {}
+        for unit, stay in self.kept.items():
+            # "layers.3:ffn", or "layers.3:head.1" of the second of a kind in a block
+            kind = unit.partition(":")[2].partition(".")[0]
+            kinds.setdefault(kind, []).append((stay, stay + len(self.gone[unit])))
+        left = [f"{kind}: {_range(*zip(*numbers))}" for kind, numbers in kinds.items()]
+        return (
+            f"{self.removed:,} of {self.parameters:,} parameters went, {self.sparsity:.4f} of the blocks' matrices "
+            f"(asked {self.config.sparsity:g}); {', '.join(left)}"
+        )
+
+
+def _range(stay: Sequence[int], before: Sequence[int]) -> str:
+    """Such as "34 of 48 stay", or "30 to 36 of 48", by block."""
+    stays, were = (
+        f"{min(numbers)}" if min(numbers) == max(numbers) else f"{min(numbers)} to {max(numbers)}"
+        for numbers in (stay, before)
+    )
+    return f"{stays} of {were} stay"
 
 
 def prune_structures(model: nn.Module, calibration: Source | None, config: DSAStructuredConfig) -> StructuredReport:
@@ -142,6 +166,8 @@ def _check(
             f"{type(model).__name__} has no {' or '.join(config.structures)} that could be cut out"
             f"{f' ({why})' if why else ''}."
         )
+    if missing := [kind for kind in config.structures if all(each.kind != kind for each in units.values())]:
+        logger.warning("%s has no %s that could be cut out.", type(model).__name__, " or ".join(missing))
     if config.update == "bias":
         readers = {cut.tensor.rpartition(".")[0] for each in units.values() for cut in each.reads}
         without = sorted(name for name in readers if getattr(model.get_submodule(name), "bias", None) is None)

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, DeepseekV3Config, DeepseekV3ForCausalLM
 
 from optimum_dsa import demo_model, demo_texts, find_architecture, load_tokens, perplexity
 from optimum_dsa.common.registry import UnknownNameError
@@ -177,6 +177,29 @@ def test_what_cannot_be_cut_is_refused_before_work(changes, message):
 def test_an_importance_that_is_none_is_refused():
     with pytest.raises(UnknownNameError, match="Did you mean 'wanda_sp'"):
         DSAStructuredConfig(0.2, importance="wanda")
+
+
+def test_a_report_says_in_a_line_what_stays():
+    report = prune_structures(tiny_llama(), tokens(), DSAStructuredConfig(0.2, round_to=8))
+    said = str(report)
+    assert said.endswith("(asked 0.2); ffn: 32 of 48 stay") and f"{report.removed:,} of {report.parameters:,}" in said
+
+
+def test_a_kind_that_the_model_has_not_is_said(caplog):
+    prune_structures(tiny_llama(), tokens(), DSAStructuredConfig(0.1, ("ffn", "head", "ffn")))
+    assert "LlamaForCausalLM has no head that could be cut out." in caplog.messages
+
+
+def test_a_size_that_is_another_ones_name_stays():
+    """DeepSeek calls the part of a head that turns with the position head_dim."""
+    sizes = {"vocab_size": 97, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 4, "qk_rope_head_dim": 4, "qk_nope_head_dim": 8}
+    ranks = {"v_head_dim": 8, "q_lora_rank": 16, "kv_lora_rank": 16, "first_k_dense_replace": 2}
+    torch.manual_seed(0)
+    model = DeepseekV3ForCausalLM(DeepseekV3Config(**sizes, **heads, **ranks)).eval()
+    before = model.config.head_dim
+    report = prune_structures(model, tokens(), DSAStructuredConfig(0.2, ("head",), update="none"))
+    assert report.sparsity > 0 and model.config.head_dim == before == 4 and model.config.num_attention_heads == 2
 
 
 def test_a_configuration_is_plain_data():
