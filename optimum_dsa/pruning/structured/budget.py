@@ -18,16 +18,19 @@ class Available:
         count: how many there are.
         cost: parameters of one.
         round_to: what stays is a multiple of it, where it is less than `count`.
+        limit: how many may go at most; `None` for as many as can.
     """
 
     count: int
     cost: int
     round_to: int = 1
+    limit: int | None = None
 
     @property
     def most(self) -> int:
         """How many can go at most: one stays, or as many as make a round number."""
-        return max(self.count - self.round_to, 0)
+        can = max(self.count - self.round_to, 0)
+        return can if self.limit is None else min(can, self.limit)
 
     def allowed(self, number: float) -> int:
         """The largest number up to `number` that can go."""

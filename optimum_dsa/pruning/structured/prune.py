@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import Tensor, nn
@@ -116,8 +116,7 @@ def prune_structures(model: nn.Module, calibration: Source | None, config: DSASt
     sizes = {unit: Available(len(each), costs[unit], rounds.get(each.kind, 1)) for unit, each in units.items()}
     asked = int(config.sparsity * prunable)
     if config.layout == "uniform":
-        counts = even_counts({unit: (each.kind, len(each)) for unit, each in units.items()}, sizes, asked)
-        smaller = smaller_config(model, units, counts)
+        counts, smaller = _said_counts(model, units, sizes, asked)
     else:
         counts, smaller = uniform_counts(sizes, asked), {}
     if asked and not any(counts.values()):
@@ -147,6 +146,27 @@ def prune_structures(model: nn.Module, calibration: Source | None, config: DSASt
         reconstruction=reconstruct.found,
         seconds=time.perf_counter() - start,
     )
+
+
+def _said_counts(
+    model: nn.Module, units: Mapping[str, Structures], sizes: Mapping[str, Available], asked: int
+) -> tuple[dict[str, int], dict[str, int]]:
+    """How many go of every unit, alike in all blocks, and what the model's configuration says then.
+
+    Where it cannot say so many heads, fewer go, and more of the rest.
+    """
+    kinds, refused = {unit: (each.kind, len(each)) for unit, each in units.items()}, None
+    while True:
+        counts: dict[str, int] = {}
+        try:
+            counts = even_counts(kinds, sizes, asked)
+            return counts, smaller_config(model, units, counts)
+        except ValueError as error:
+            refused = refused or error
+        heads = {unit: counts[unit] for unit, each in units.items() if each.kind != "ffn" and counts.get(unit)}
+        if not heads or len(heads) == len(units):
+            raise refused
+        sizes = {unit: replace(size, limit=heads[unit] - 1) if unit in heads else size for unit, size in sizes.items()}
 
 
 def _short(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:

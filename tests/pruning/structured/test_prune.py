@@ -137,6 +137,22 @@ def test_what_no_configuration_says_is_refused_before_work(family, structures):
     assert prune_structures(model, tokens(), DSAStructuredConfig(0.2, structures, layout="per_layer")).sparsity > 0
 
 
+def test_of_numbers_of_heads_that_no_configuration_says_the_next_is_taken(tmp_path):
+    """Three of four heads do not divide 32, and two are fewer than go: all of it is of the MLPs then."""
+    model = FAMILIES["Llama without groups"][0]()
+    report = prune_structures(model, tokens(), DSAStructuredConfig(0.25, ("ffn", "head")))
+    assert report.kept["model.layers.0:head"] == 4 and report.kept["model.layers.0:ffn"] < 30
+    assert 0.24 < report.sparsity <= 0.25
+    model.save_pretrained(tmp_path)
+    AutoModelForCausalLM.from_pretrained(tmp_path)
+
+
+def test_heads_that_no_configuration_says_are_refused_where_nothing_else_may_go():
+    model = FAMILIES["Llama without groups"][0]()
+    with pytest.raises(ValueError, match="LlamaConfig cannot say what is left .num_attention_heads=3"):
+        prune_structures(model, tokens(), DSAStructuredConfig(0.15, ("head",)))
+
+
 def test_widths_that_stay_are_round():
     model = tiny_llama()
     report = prune_structures(model, tokens(), DSAStructuredConfig(0.3, round_to=8))
@@ -160,6 +176,7 @@ def test_settings_that_cannot_be_are_refused(changes, message):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
+        ({"sparsity": 0.9, "structures": ("ffn", "kv_group")}, "of the structures that may only .* can"),
         ({"sparsity": 0.9}, "of the structures that may only .* can; lower the sparsity"),
         ({"sparsity": 0.001}, "takes nothing: the least that can go is 0.0"),
         ({"structures": ("head",)}, "LlamaForCausalLM has no head that could be cut out"),
