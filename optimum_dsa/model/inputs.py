@@ -153,7 +153,11 @@ def _stated(model: nn.Module) -> tuple[int | None, str]:
 
 def text_config(model: nn.Module) -> Any:
     """The configuration of the text that a model reads or writes, or its own."""
-    config = getattr(inner_model(model), "config", None)
+    return text_part(getattr(inner_model(model), "config", None))
+
+
+def text_part(config: Any) -> Any:
+    """The part of a model's configuration that says how it reads or writes text, or the whole of one without parts."""
     try:
         return config.get_text_config()
     except (AttributeError, ValueError):  # ValueError: an encoder and a decoder have one each

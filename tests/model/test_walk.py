@@ -1,4 +1,3 @@
-import copy
 from collections import defaultdict
 
 import pytest
@@ -366,15 +365,6 @@ def test_infinities_are_named(tiny, inputs):
     model.model.layers[1].mlp.up_proj.weight.data[0, 0] = torch.inf
     with pytest.raises(ValueError, match=r"model\.layers\.1\.mlp\.down_proj\.weight"):
         walked(model, [inputs("llama")])
-
-
-def test_without_batches_nothing_is_run(tiny):
-    model = copy.deepcopy(tiny("llama"))
-    model.forward = None
-    found = find_architecture(model)
-    assert [(block.name, block.statistics) for block in walk_blocks(model, found, None)] == [
-        (block.name, {}) for block in found.blocks
-    ]
 
 
 class Remembering(Layer):

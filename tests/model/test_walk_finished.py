@@ -1,5 +1,7 @@
 """Blocks that an earlier walk has finished: made what they were left as, and passed by."""
 
+import copy
+
 import torch
 
 from optimum_dsa import find_architecture, walk_blocks
@@ -56,3 +58,12 @@ def test_a_block_has_all_that_a_checkpoint_has_of_it_and_becomes_what_it_is_told
         walked.become({last: torch.zeros_like(values[last])})
         assert walked.changes == {last} and not model.state_dict()[last].signbit().any()
     assert names | {"model.norm.weight", "model.embed_tokens.weight"} == before.keys()
+
+
+def test_without_batches_nothing_is_run(tiny):
+    model = copy.deepcopy(tiny("llama"))
+    model.forward = None
+    found = find_architecture(model)
+    assert [(block.name, block.statistics) for block in walk_blocks(model, found, None)] == [
+        (block.name, {}) for block in found.blocks
+    ]

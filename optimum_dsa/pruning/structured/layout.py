@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ...model.inputs import text_part
 from .slicing import KEY_HEADS, QUERY_HEADS
 from .structure import Structures
 
@@ -30,7 +31,7 @@ def smaller_config(model: nn.Module, units: Mapping[str, Structures], counts: Ma
         kind = next(kind for kind, numbers in alike.items() if len(numbers) > 1)
         raise ValueError(f"Blocks come to differ in their {kind}, and layout='uniform' has one for all.")
     changes: dict[str, int] = {}
-    part = _part(model.config)
+    part = text_part(model.config)
     for each in {each.kind: each for each in units.values()}.values():
         count, gone = len(each), counts[each.unit]
         queries, keys = (per * (count - gone) for per in each.heads)
@@ -50,15 +51,7 @@ def smaller_config(model: nn.Module, units: Mapping[str, Structures], counts: Ma
 def settle(model: nn.Module, changes: Mapping[str, int]) -> None:
     """Have the model's configuration say what `smaller_config` gave."""
     for name, value in changes.items():
-        setattr(_part(model.config), name, value)
-
-
-def _part(config: Any) -> Any:
-    """The configuration that the blocks are made of: a model of several parts has one for its text."""
-    try:
-        return config.get_text_config()
-    except (AttributeError, ValueError):  # ValueError: an encoder and a decoder have one each
-        return config
+        setattr(text_part(model.config), name, value)
 
 
 def _known(config: Any, names: tuple[str, ...], before: int, after: int) -> dict[str, int]:
@@ -77,7 +70,7 @@ def _check(
             shapes[cut.tensor][cut.axis] -= counts[unit] * cut.index.shape[1]
     config = copy.deepcopy(model.config)
     for name, value in changes.items():
-        setattr(_part(config), name, value)
+        setattr(text_part(config), name, value)
     why = "a model of that configuration has other widths"
     try:
         config = type(config).from_dict(config.to_dict())  # as it is loaded, which may check more

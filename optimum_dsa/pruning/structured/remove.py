@@ -63,7 +63,7 @@ class RemoveStructures:
             scores = self.importance(parts_of(walked, structures, statistics, self.config.damping))
             # Stable, so that of equals the first go, on every machine.
             chosen = scores.argsort(stable=True)[:count].sort().values
-            gone[columns[chosen.cpu()].flatten()] = True
+            gone[columns.cpu()[chosen.cpu()].flatten()] = True
             self.notes[structures.unit] = chosen.tolist()
             for weight in weights:
                 self._make_up(walked, weight, statistics, gone.to(walked.tensor(weight).device))
