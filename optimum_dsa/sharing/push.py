@@ -13,6 +13,7 @@ from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalEntryNotFoundError
 from huggingface_hub.utils import validate_repo_id
 
+from ..checkpoint.adapter_base import is_same_model
 from ..checkpoint.description import read_description
 from ..common.escaping import one_line
 from ..common.fences import transport_error
@@ -159,7 +160,7 @@ def _on_its_base(upload: Upload, api: HfApi) -> Upload:
         raise
     except EntryNotFoundError:
         found = None
-    if found is None or found["achieved"]["units"] != upload.outcome.facts["achieved"]["units"]:
+    if found is None or not is_same_model(found, upload.outcome.facts):
         raise ValueError(
             f"{upload.base} is not the pruned model that the adapter belongs to: its {CONFIG_NAME} tells of other "
             "zeros, or there is none. Push that model there first."

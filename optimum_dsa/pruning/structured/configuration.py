@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from ...common.registry import near
 from ...common.settings import check_settings, section, setting, settings_from, settings_to
 from ...data import DataConfig
 from ...model.statistics import DAMPING
@@ -61,8 +62,8 @@ class DSAStructuredConfig:
         IMPORTANCES[self.importance]
         unknown = [kind for kind in self.structures if kind not in KINDS]
         if unknown or not self.structures:
-            said = f"{unknown[0]!r} is none" if unknown else "none was given"
-            raise ValueError(f"Structures are of {', '.join(map(repr, KINDS))}; {said}.")
+            said = f"{unknown[0]!r} is none.{near(unknown[0], KINDS)}" if unknown else "none was given."
+            raise ValueError(f"Structures are of {', '.join(map(repr, KINDS))}; {said}")
         if self.true_sequential and not self.sequential:
             object.__setattr__(self, "true_sequential", False)
         if self.reconstruct.steps and not self.sequential:

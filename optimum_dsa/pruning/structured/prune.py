@@ -19,11 +19,12 @@ from ..source import Source, as_calibration, check_finite_outputs
 from ..steps import Step
 from ..training import Reconstruction
 from .budget import Available, even_counts, uniform_counts
+from .checks import check_cuttable, check_excluded, check_zeros, whole_size
 from .configuration import DSAStructuredConfig
 from .layout import settle, smaller_config
 from .remove import RemoveStructures
 from .slicing import cut_out
-from .structure import Structures
+from .structure import Place, Structures
 from .structures import find_structures
 
 
@@ -48,6 +49,8 @@ class StructuredReport:
         calibration (`Mapping[str, Any]`, *optional*): what it was calibrated on.
         reconstruction (`Mapping[str, Reconstruction]`): block -> what training it did.
         seconds (`float`): that it took.
+        places (`Mapping[str, Place]`): unit -> where its structures can be counted.
+        earlier (`tuple[StructuredReport, ...]`): what was cut out before, first to last.
     """
 
     config: DSAStructuredConfig
@@ -61,6 +64,8 @@ class StructuredReport:
     calibration: Mapping[str, Any] | None = None
     reconstruction: Mapping[str, Reconstruction] = field(default_factory=dict)
     seconds: float = 0.0
+    places: Mapping[str, Place] = field(default_factory=dict)
+    earlier: tuple[StructuredReport, ...] = ()
 
     @property
     def sparsity(self) -> float:
@@ -73,18 +78,18 @@ class StructuredReport:
             # "layers.3:ffn", or "layers.3:head.1" of the second of a kind in a block
             kind = unit.partition(":")[2].partition(".")[0]
             kinds.setdefault(kind, []).append((stay, stay + len(self.gone[unit])))
-        left = [f"{kind}: {_range(*zip(*numbers))}" for kind, numbers in kinds.items()]
+        left = [f"{kind}: {stays_in(numbers)}" for kind, numbers in kinds.items()]
         return (
             f"{self.removed:,} of {self.parameters:,} parameters went, {self.sparsity:.4f} of the blocks' matrices "
             f"(asked {self.config.sparsity:g}); {', '.join(left)}"
         )
 
 
-def _range(stay: Sequence[int], before: Sequence[int]) -> str:
-    """Such as "34 of 48 stay", or "30 to 36 of 48", by block."""
+def stays_in(blocks: Sequence[tuple[int, int]]) -> str:
+    """Such as "34 of 48 stay", or "30 to 36 of 48 stay", of how many stay in each block of how many."""
     stays, were = (
         f"{min(numbers)}" if min(numbers) == max(numbers) else f"{min(numbers)} to {max(numbers)}"
-        for numbers in (stay, before)
+        for numbers in zip(*blocks)
     )
     return f"{stays} of {were} stay"
 
@@ -102,6 +107,7 @@ def prune_structures(model: nn.Module, calibration: Source | None, config: DSASt
         ValueError: there is nothing that can be cut out, or less than asked for; before anything is changed.
     """
     start = time.perf_counter()
+    check_cuttable(model)
     calibration = as_calibration(calibration, model)
     if not isinstance(calibration, Calibration):
         raise ValueError("What can be cut out of a model is found by running it; give calibration data.")
@@ -110,8 +116,10 @@ def prune_structures(model: nn.Module, calibration: Source | None, config: DSASt
     found = find_structures(model, architecture, _short(calibration.batches(1)[0]))
     units = {unit: each for unit, each in found.structures.items() if each.kind in config.structures}
     _check(model, units, found.left, config)
+    check_excluded(architecture, units, config)
+    check_zeros(model, units, config)
     costs = {unit: each.cost(model) for unit, each in units.items()}
-    prunable, parameters = sum(weight.size for weight in architecture.weights), count_parameters(model)
+    prunable, parameters = whole_size(architecture), count_parameters(model)
     rounds = {"ffn": config.round_to}
     sizes = {unit: Available(len(each), costs[unit], rounds.get(each.kind, 1)) for unit, each in units.items()}
     asked = int(config.sparsity * prunable)
@@ -126,6 +134,7 @@ def prune_structures(model: nn.Module, calibration: Source | None, config: DSASt
             f"A sparsity of {config.sparsity:g} takes nothing: the least that can go is {least / prunable:.4f} of the "
             "blocks; ask for more, or for smaller structures."
         )
+    places = {unit: each.place(model) for unit, each in units.items()}
     remove = RemoveStructures(config, units, counts)
     reconstruct = Reconstruct(config.reconstruct, config.data.seed)
     steps: list[Step] = [remove, *([reconstruct] if config.reconstruct.steps else [])]
@@ -145,6 +154,7 @@ def prune_structures(model: nn.Module, calibration: Source | None, config: DSASt
         calibration=calibration.facts(),
         reconstruction=reconstruct.found,
         seconds=time.perf_counter() - start,
+        places=places,
     )
 
 

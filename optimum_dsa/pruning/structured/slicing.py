@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 from collections.abc import Mapping
 
 import torch
@@ -13,6 +14,8 @@ from ...common.escaping import one_line
 from ...model.walk import WalkedBlock
 from .structure import Structures
 
+
+logger = logging.getLogger(__name__)
 
 # Attributes of modules that count what is cut: query heads, heads of keys and values, and the width of all heads.
 QUERY_HEADS = ("num_heads", "num_attention_heads", "n_heads", "n_head")
@@ -109,7 +112,8 @@ def trouble(walked: WalkedBlock, structures: Structures) -> str | None:
             change(walked.model, structures, gone)
             given.append(walked.run()[0].float())
         except Exception as error:  # noqa: BLE001 - code that was written for other sizes may fail in any way
-            return f"cannot be cut: {one_line(str(error))}"
+            logger.debug("%s without a part of it: %s", structures.unit, one_line(str(error)))
+            return "cannot be cut: its block does not run without a part of it, having sizes of its own"
         finally:
             block.__dict__ = whole
     silenced, cut = given

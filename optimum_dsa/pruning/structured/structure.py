@@ -27,6 +27,25 @@ class Cut:
 
 
 @dataclass(frozen=True)
+class Place:
+    """Where the structures of a unit can be counted: each is `size` wide along `axis` of a matrix, as it is stored.
+
+    Attributes:
+        matrix (`str`): full name of the parameter.
+        others (`int`): what of that axis belongs to no structure.
+    """
+
+    matrix: str
+    axis: int
+    size: int
+    others: int = 0
+
+    def count(self, model: nn.Module) -> float:
+        """How many there are in a model now; no whole number where it is another model."""
+        return (model.get_parameter(self.matrix).shape[self.axis] - self.others) / self.size
+
+
+@dataclass(frozen=True)
 class Structures:
     """All structures of one kind in one block.
 
@@ -54,6 +73,11 @@ class Structures:
     @property
     def cuts(self) -> tuple[Cut, ...]:
         return self.makes + self.reads
+
+    def place(self, model: nn.Module) -> Place:
+        """Where they can be counted, now and when some are cut out."""
+        read, whole = self.reads[0], model.get_parameter(self.reads[0].tensor).shape
+        return Place(read.tensor, read.axis, read.index.shape[1], whole[read.axis] - read.index.numel())
 
     def cost(self, model: nn.Module) -> int:
         """Parameters of one structure; all of a kind in a block have as many."""

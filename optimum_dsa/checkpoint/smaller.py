@@ -1,0 +1,41 @@
+"""A smaller model as a checkpoint: what is known of it, and whether its layout can be saved."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+from torch import nn
+
+from ..pruning.report import PruningReport
+from ..pruning.structured.checks import check_cuttable
+from ..pruning.structured.configuration import DSAStructuredConfig
+from ..pruning.structured.described import after
+from ..pruning.structured.prune import StructuredReport
+from ..pruning.zeros import found_report
+
+
+def report_of_cut(model: nn.Module, cut: StructuredReport, known: PruningReport | None) -> PruningReport:
+    """The report of a `model` that was `cut` just now: its zeros as they are counted, and what was `known` of cuts."""
+    return replace(found_report(model), structured=after(cut, known and known.structured))
+
+
+def check_run(model: nn.Module, checkpoints: str | Path | None, resume: bool) -> None:
+    """Raise `ValueError` where structures cannot be cut out of `model`, or a run of it cannot be as asked."""
+    if checkpoints is not None or resume:
+        given = "resume=True" if resume else f"checkpoints={str(checkpoints)!r}"
+        raise ValueError(
+            f"Cutting structures keeps no finished blocks, and {given} asks for them; leave it out, and run it again "
+            "where it was interrupted."
+        )
+    check_cuttable(model)
+
+
+def check_layout(made: PruningReport | DSAStructuredConfig) -> None:
+    """Raise `ValueError` where a smaller model is of a layout that no class of transformers loads."""
+    config = made.structured and made.structured.config if isinstance(made, PruningReport) else made
+    if config is not None and config.layout != "uniform":
+        raise ValueError(
+            f"layout={config.layout!r} is of models in memory: blocks differ, and no class loads what would be saved; "
+            "use layout='uniform'."
+        )
