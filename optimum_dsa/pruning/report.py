@@ -150,6 +150,8 @@ class PruningReport:
     def notes(self) -> list[str]:
         """What there is to say beside the table, a line each."""
         notes = []
+        if self.structured is not None:
+            notes.append(f"structures were cut out before: {self.structured}")
         if "bos" in (self.calibration or {}):
             notes.append(f"calibrated on sequences {'that start with' if self.calibration['bos'] else 'without'} BOS")
         if self.chosen_by:
