@@ -106,6 +106,19 @@ def widths(report: StructuredReport) -> dict[str, tuple[int, int, Place | None]]
     return found
 
 
+def widths_in(data: Mapping[str, Any]) -> dict[str, tuple[int, int]]:
+    """Unit -> how many stay and how many there were before all cuts, of a section "structured"."""
+    found: dict[str, tuple[int, int]] = {}
+    for one in (*data.get("earlier", ()), data):
+        found |= {unit: (each["kept"], found.get(unit, (0, each["of"]))[1]) for unit, each in one["units"].items()}
+    return found
+
+
+def parameters_before(data: Mapping[str, Any]) -> int:
+    """Parameters of the model before all cuts of a section "structured"."""
+    return (*data.get("earlier", ()), data)[0]["parameters"]
+
+
 def stay_of(found: Mapping[str, tuple[int, int]]) -> str:
     """Such as "ffn: 34 to 40 of 48 stay", by kind, of unit -> how many stay of how many."""
     return ", ".join(f"{kind}: {stays_in(list(one.values()))}" for kind, one in by_kind(found).items())
