@@ -120,7 +120,7 @@ class DSAPruner:
                 `ALLOCATIONS` is tried for real before, on windows of the text that do not calibrate: as many prunes.
                 The report says what was compared.
             checkpoints (`str`, *optional*): folder for the blocks that are finished, from which a run goes on that was
-                interrupted. It stays, and takes as much room as the blocks. Cutting keeps none.
+                interrupted. It stays, and takes as much room as the blocks. Of a cut it has a learner's state.
             resume (`bool`, defaults to `False`): go on from those in it, with the model as it was at the beginning:
                 load it again. The end is that of an uninterrupted run.
 
@@ -132,7 +132,7 @@ class DSAPruner:
         known, before = known_of(self.model, self.report, self._training)
         cuts, compared = isinstance(config, DSAStructuredConfig), {}
         if cuts:
-            check_run(self.model, checkpoints, resume)
+            check_run(self.model, config, checkpoints, resume)
             data = load_calibration(calibration, self.model, self.tokenizer, config.data)
         elif config.allocation == AUTO:
             from .search.ready_made import settle
@@ -144,7 +144,8 @@ class DSAPruner:
             data = self._load(calibration, config, config.resolved.reads | config.resolved.allocation_reads)
         self._stored, self._under_adapters = None, has_adapters(self.model)
         if cuts:
-            report = report_of_cut(self.model, prune_structures(self.model, data, config), known)
+            cut = prune_structures(self.model, data, config, checkpoints, resume)
+            report = report_of_cut(self.model, cut, known)
         else:
             report = prune(self.model, data, config, checkpoints, resume)
             compared["structured"] = known and known.structured

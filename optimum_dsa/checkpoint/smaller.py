@@ -20,15 +20,24 @@ def report_of_cut(model: nn.Module, cut: StructuredReport, known: PruningReport 
     return replace(found_report(model), structured=after(cut, known and known.structured))
 
 
-def check_run(model: nn.Module, checkpoints: str | Path | None, resume: bool) -> None:
+def check_run(
+    model: nn.Module, config: DSAStructuredConfig, checkpoints: str | Path | None = None, resume: bool = False
+) -> None:
     """Raise `ValueError` where structures cannot be cut out of `model`, or a run of it cannot be as asked."""
-    if checkpoints is not None or resume:
+    check_resumable(config, checkpoints, resume)
+    check_cuttable(model)
+
+
+def check_resumable(config: DSAStructuredConfig, checkpoints: str | Path | None, resume: bool) -> None:
+    """Raise `ValueError` where a run that cuts structures keeps nothing to go on from, or is not told where."""
+    if config.learner is None and (checkpoints is not None or resume):
         given = "resume=True" if resume else f"checkpoints={str(checkpoints)!r}"
         raise ValueError(
             f"Cutting structures keeps no finished blocks, and {given} asks for them; leave it out, and run it again "
-            "where it was interrupted."
+            "where it was interrupted. What keeps a state is a learner."
         )
-    check_cuttable(model)
+    if resume and checkpoints is None:
+        raise ValueError("Resuming needs the folder of checkpoints in which the learner kept its state; name it.")
 
 
 def check_layout(made: PruningReport | DSAStructuredConfig) -> None:

@@ -147,7 +147,8 @@ Both compose: cut structures first, and prune the weights of what is left then.
                     "(model.merge_and_unload()), or prune the model under it."
                 )
             self._check_room(output, weight_bytes(pruner.model))
-            report = pruner.prune(asked_source(self.args), config, self._checkpoints, self.args.resume)
+            kept = self.args.checkpoints if cuts else self._checkpoints
+            report = pruner.prune(asked_source(self.args), config, kept, self.args.resume)
             say(str(report))
             pruner.save_pretrained(output, self.args.compressed, **options)
         options = evaluate_options(self.args, self.parser)
@@ -240,7 +241,7 @@ def asked_structures(args, parser):
     Raises:
         ValueError: options of both are given, or what cannot be saved or is none of this.
     """
-    from ..checkpoint.smaller import check_layout
+    from ..checkpoint.smaller import check_layout, check_resumable
     from ..common.settings import flag_of, nested
     from ..pruning.structured.configuration import DSAStructuredConfig
 
@@ -250,7 +251,7 @@ def asked_structures(args, parser):
         if others:
             raise ValueError(f"{flag_of(others[0])} is for --structures, which was not given; leave it out.")
         return None
-    others += [name for name in ("quality", "resume", "checkpoints", "compressed") if getattr(args, name)]
+    others += [name for name in ("quality", "compressed") if getattr(args, name)]
     if others:
         raise ValueError(
             f"{flag_of(others[0])} is of pruned weights, and --structures cuts structures out; leave out one of both."
@@ -262,4 +263,5 @@ def asked_structures(args, parser):
         raise ValueError("--structures cuts a model in memory, and --device-map disk has it elsewhere; leave it out.")
     config = DSAStructuredConfig.from_dict(nested(DSAStructuredConfig, asked))
     check_layout(config)
+    check_resumable(config, args.checkpoints, args.resume)
     return config

@@ -6,6 +6,7 @@ import logging
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
@@ -22,6 +23,9 @@ from .budget import Available, even_counts, uniform_counts
 from .checks import check_cuttable, check_excluded, check_zeros, whole_size
 from .configuration import DSAStructuredConfig
 from .layout import settle, smaller_config
+from .learners.budget import Projection
+from .learners.gates import Gates
+from .learners.learned import check_learnable, learned
 from .remove import RemoveStructures
 from .slicing import cut_out
 from .structure import Place, Structures
@@ -94,7 +98,13 @@ def stays_in(blocks: Sequence[tuple[int, int]]) -> str:
     return f"{stays} of {were} stay"
 
 
-def prune_structures(model: nn.Module, calibration: Source | None, config: DSAStructuredConfig) -> StructuredReport:
+def prune_structures(
+    model: nn.Module,
+    calibration: Source | None,
+    config: DSAStructuredConfig,
+    learning: str | Path | None = None,
+    resume: bool = False,
+) -> StructuredReport:
     """Make a model smaller, in place.
 
     Args:
@@ -102,6 +112,8 @@ def prune_structures(model: nn.Module, calibration: Source | None, config: DSASt
         calibration (`Tensor` or `Mapping[str, Tensor]`): tokens, (samples, length), or the model's inputs by name. By
             them structures are found as well, so that there is none without.
         config (`DSAStructuredConfig`): what goes.
+        learning (`str`, *optional*): folder in which a learner keeps its state.
+        resume (`bool`, defaults to `False`): go on from the state in it, with the model as it was at the beginning.
 
     Raises:
         ValueError: there is nothing that can be cut out, or less than asked for; before anything is changed.
@@ -111,6 +123,8 @@ def prune_structures(model: nn.Module, calibration: Source | None, config: DSASt
     calibration = as_calibration(calibration, model)
     if not isinstance(calibration, Calibration):
         raise ValueError("What can be cut out of a model is found by running it; give calibration data.")
+    if config.learner is not None:
+        check_learnable(model, calibration, config.learner)
     architecture = find_architecture(model, exclude=config.exclude)
     check_finite_outputs(model, architecture, calibration)
     found = find_structures(model, architecture, _short(calibration.batches(1)[0]))
@@ -135,7 +149,14 @@ def prune_structures(model: nn.Module, calibration: Source | None, config: DSASt
             "blocks; ask for more, or for smaller structures."
         )
     places = {unit: each.place(model) for unit, each in units.items()}
-    remove = RemoveStructures(config, units, counts)
+    chosen = None
+    if config.learner is not None:
+        projection = Projection(sizes, asked, counts if config.layout == "uniform" else None)
+        choice = learned(model, architecture, calibration, config, units, projection, learning, resume)
+        chosen, counts = choice.gone, {unit: len(gone) for unit, gone in choice.gone.items()}
+        if config.folds:
+            Gates(model, units).fold(choice.scales)
+    remove = RemoveStructures(config, units, counts, chosen)
     reconstruct = Reconstruct(config.reconstruct, config.data.seed)
     steps: list[Step] = [remove, *([reconstruct] if config.reconstruct.steps else [])]
     run_steps(model, architecture, calibration, config, steps, lambda walked: None)
