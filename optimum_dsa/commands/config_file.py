@@ -53,7 +53,11 @@ def take_config(
 
             raise ValueError(f"{path}: {parser.prog} has no option {name!r}.{near(name.replace('-', '_'), actions)}")
         elif value is not None:
-            _make_default(action, _checked(action, value, f"{path}: {name}"))
+            checked = _checked(action, value, f"{path}: {name}")
+            # A switch may have an option that turns it on and another that turns it off.
+            for each in actions_of(parser):
+                if each.dest == action.dest:
+                    _make_default(each, checked)
     if described:
         parser.set_defaults(described_config=True)
 
