@@ -1,4 +1,4 @@
-"""`optimum-cli dsa prune --structures`: a smaller model from the command line, and what the other commands make of it."""
+"""`optimum-cli dsa prune --structures`: a smaller model from the command line, and what other commands make of it."""
 
 import json
 import shutil
