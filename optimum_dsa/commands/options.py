@@ -126,7 +126,7 @@ def add_settings(
     parser.later(fill) if isinstance(parser, CommandParser) else fill()
 
 
-def add_alternative(parser: CommandParser, key: str, config: str, rest: Group) -> None:
+def add_alternative(parser: ArgumentParser, key: str, config: str, rest: Group) -> None:
     """Add the options of another configuration, meant where its setting `key` is given; settings of both share one.
 
     To be called after [`add_settings`].
@@ -140,11 +140,11 @@ def add_alternative(parser: CommandParser, key: str, config: str, rest: Group) -
         from ..common.settings import flag_of, options_of
 
         cls = _class(config)
-        parser.alternatives = {**parser.alternatives, key: cls}
-        texts, own = _texts(cls), {name for one in parser.configs for name in options_of(one)}
-        actions = {action.dest: action for action in actions_of(parser)}
+        if isinstance(parser, CommandParser):
+            parser.alternatives = {**parser.alternatives, key: cls}
+        texts, actions = _texts(cls), {action.dest: action for action in actions_of(parser)}
         for name, field in options_of(cls).items():
-            if name not in own:
+            if name not in actions:
                 _add(rest, name, field, texts.get(name, ""))
                 continue
             text = f"{texts.get(name, '')}".replace("%", "%%")
