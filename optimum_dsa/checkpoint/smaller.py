@@ -42,9 +42,11 @@ def check_resumable(config: DSAStructuredConfig, checkpoints: str | Path | None,
 
 def check_layout(made: PruningReport | DSAStructuredConfig) -> None:
     """Raise `ValueError` where a smaller model is of a layout that no class of transformers loads."""
-    config = made.structured and made.structured.config if isinstance(made, PruningReport) else made
-    if config is not None and config.layout != "uniform":
+    configs = [made] if isinstance(made, DSAStructuredConfig) else []
+    if isinstance(made, PruningReport) and made.structured is not None:
+        configs = [one.config for one in (*made.structured.earlier, made.structured)]
+    if other := next((config.layout for config in configs if config.layout != "uniform"), None):
         raise ValueError(
-            f"layout={config.layout!r} is of models in memory: blocks differ, and no class loads what would be saved; "
+            f"layout={other!r} is of models in memory: blocks differ, and no class loads what would be saved; "
             "use layout='uniform'."
         )
