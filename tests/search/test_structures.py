@@ -91,8 +91,8 @@ def test_counts_between_structures_become_whole_ones_within_the_budget():
         assert resolver.allocation(counts, "x").counts() == resolver.allocation(found, "x").counts()
     assert resolver.removed(Candidate("x", counts=uniform)) == uniform
     assert resolver.removed(Candidate("x", counts=(0,) * 6)) == (0,) * 6
-    kinds = resolver.counts(Candidate(offsets=(("ffn", 0.2), ("kv_group", -0.2))))
-    assert kinds[1] > uniform[1]
+    kinds = resolver.counts(Candidate(offsets=(("ffn", -0.2), ("kv_group", 0.4))))
+    assert kinds[1] < uniform[1] and kinds[0] > uniform[0] == 0
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from ...common.registry import Registry
 from ...common.settings import check_settings, section, setting, settings_from, settings_to
 from ...data import DataConfig
 from ...model.statistics import DAMPING
@@ -22,6 +23,13 @@ from .widths.shares import SHARES, allocator_of
 UPDATES = ("none", "bias", "refit")  # what makes up for structures that go
 # Whether all blocks stay alike, which the model's own class can say and transformers alone loads, or may differ.
 LAYOUTS = ("uniform", "per_layer")
+
+
+def learners() -> Registry:
+    """The rows of `LEARNERS`, which need this module."""
+    from .learners import LEARNERS
+
+    return LEARNERS
 
 
 @dataclass(frozen=True)
@@ -45,6 +53,10 @@ class DSAStructuredConfig:
         exclude (`tuple[str, ...]`): Patterns of matrices that stay whole, and with them what shares their structures.
         data ([`DataConfig`]): How calibration text is cut.
         batch_size (`int`, defaults to 8): Sequences per forward pass.
+        learner (`str`, *optional*): A row of `LEARNERS`: which structures go is learned from the calibration text, and
+            importances are where that begins. By default the least important go at once.
+        learn_steps (`int`, defaults to 200): Steps that it takes, of `batch_size` windows.
+        learn_rate (`float`, *optional*): Its learning rate; by default the learner's own.
         allocation (`str` or [`Allocation`], defaults to `"uniform"`): How the share differs from block to block and
             kind to kind: a row of `SHARES` ("uniform", "stability", "global", "milp") or of `ALLOCATIONS`, an
             allocation function, an [`Allocation`] of units such as "model.layers.3:ffn", or where one is. All but
@@ -80,6 +92,9 @@ class DSAStructuredConfig:
     exclude: tuple[str, ...] = ()
     data: DataConfig = section(DataConfig)
     batch_size: int = setting(8, low=1)
+    learner: str | None = None
+    learn_steps: int = setting(200, low=1)
+    learn_rate: float | None = setting(None, low=0, what="a learning rate")
     allocation: str | Allocation = "uniform"
     spread: float | None = setting(None, low=0, high=1, what="a half-width")
     unstable: str = setting("less", choices=("less", "more"))
@@ -95,6 +110,13 @@ class DSAStructuredConfig:
         check_settings(self)
         object.__setattr__(self, "structures", tuple(dict.fromkeys(self.structures)))
         IMPORTANCES[self.importance]
+        if self.learner is not None:
+            learners()[self.learner]
+        for name in ("learn_steps", "learn_rate"):
+            if self.learner is None and (value := getattr(self, name)) != getattr(DSAStructuredConfig, name):
+                raise ValueError(
+                    f"{name}={value!r} is of a learner, and none is named; give learner=, or leave it out."
+                )
         unknown = [kind for kind in self.structures if kind not in KINDS]
         if unknown or not self.structures:
             said = f"{unknown[0]!r} is none" if unknown else "none was given"
@@ -158,6 +180,11 @@ class DSAStructuredConfig:
     def least(self) -> dict[str, float]:
         """Cost -> the share of it that `budgets` say is to go at least."""
         return parsed(self.budgets, "budgets", "kv=0.5")
+
+    @property
+    def folds(self) -> bool:
+        """Whether scales that were learned become a part of the weights: a refit finds them itself."""
+        return self.update != "refit"
 
     @property
     def method(self) -> str:

@@ -6,6 +6,7 @@ import logging
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
@@ -22,6 +23,9 @@ from ..training import Reconstruction
 from .budget import Available, even_counts, fitted_counts
 from .configuration import DSAStructuredConfig
 from .layout import settle, smaller_config
+from .learners.budget import Projection
+from .learners.gates import Gates
+from .learners.learned import check_learnable, learned
 from .remove import RemoveStructures, looked_at
 from .slicing import cut_out
 from .structure import Structures
@@ -97,7 +101,13 @@ def _range(stay: Sequence[int], before: Sequence[int]) -> str:
     return f"{stays} of {were} stay"
 
 
-def prune_structures(model: nn.Module, calibration: Source | None, config: DSAStructuredConfig) -> StructuredReport:
+def prune_structures(
+    model: nn.Module,
+    calibration: Source | None,
+    config: DSAStructuredConfig,
+    learning: str | Path | None = None,
+    resume: bool = False,
+) -> StructuredReport:
     """Make a model smaller, in place.
 
     Args:
@@ -105,6 +115,8 @@ def prune_structures(model: nn.Module, calibration: Source | None, config: DSASt
         calibration (`Tensor` or `Mapping[str, Tensor]`): tokens, (samples, length), or the model's inputs by name. By
             them structures are found as well, so that there is none without.
         config (`DSAStructuredConfig`): what goes.
+        learning (`str`, *optional*): folder in which a learner keeps its state.
+        resume (`bool`, defaults to `False`): go on from the state in it, with the model as it was at the beginning.
 
     Raises:
         ValueError: there is nothing that can be cut out, or less than asked for; before anything is changed.
@@ -112,9 +124,17 @@ def prune_structures(model: nn.Module, calibration: Source | None, config: DSASt
     start = time.perf_counter()
     dense = dense_of(model, calibration, config)
     architecture, units, prunable = dense.architecture, dense.units, dense.costs["parameters"].total
-    parameters = count_parameters(model)
+    parameters, chosen = count_parameters(model), None
     counts, smaller = choose_counts(dense)
-    remove = RemoveStructures(config, looked_at(config, units, dense.found), counts)
+    if config.learner is not None:
+        # With widths that are given, which structures go is learned, and not how many from where.
+        widths = None if config.layout == "per_layer" and config.allocation == "uniform" else counts
+        projection = Projection(dense.sizes, dense.asked, widths)
+        choice = learned(model, architecture, dense.calibration, config, units, projection, learning, resume)
+        chosen, counts = choice.gone, {unit: len(gone) for unit, gone in choice.gone.items()}
+        if config.folds:
+            Gates(model, units).fold(choice.scales)
+    remove = RemoveStructures(config, looked_at(config, units, dense.found), counts, chosen)
     reconstruct = Reconstruct(config.reconstruct, config.data.seed)
     steps: list[Step] = [remove, *([reconstruct] if config.reconstruct.steps else [])]
     run_steps(model, architecture, dense.calibration, config, steps, lambda walked: None)
@@ -150,6 +170,8 @@ def dense_of(model: nn.Module, calibration: Source | None, config: DSAStructured
     calibration = as_calibration(calibration, model)
     if not isinstance(calibration, Calibration):
         raise ValueError("What can be cut out of a model is found by running it; give calibration data.")
+    if config.learner is not None:
+        check_learnable(model, calibration, config.learner)
     architecture = find_architecture(model, exclude=config.exclude)
     check_finite_outputs(model, architecture, calibration)
     found = find_structures(model, architecture, _short(calibration.batches(1)[0]))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -28,13 +28,21 @@ class RemoveStructures:
     Args:
         structures: unit -> what there is.
         counts: unit -> how many go.
+        chosen: unit -> the numbers of those that go, where that is settled already.
     """
 
-    def __init__(self, config: DSAStructuredConfig, structures: Mapping[str, Structures], counts: Mapping[str, int]):
-        self.config, self.structures, self.counts = config, structures, counts
+    def __init__(
+        self,
+        config: DSAStructuredConfig,
+        structures: Mapping[str, Structures],
+        counts: Mapping[str, int],
+        chosen: Mapping[str, Sequence[int]] | None = None,
+    ):
+        self.config, self.structures, self.counts, self.chosen = config, structures, counts, chosen
         self.importance, self.true_sequential = IMPORTANCES[config.importance], config.true_sequential
         needed = {"refit": "gram", "bias": "mean", "none": "nothing"}[config.update]
-        self.reads: Reads = reads_of(needed) | reads_of(IMPORTANCES.fact(config.importance, "reads", "inputs"))
+        chooses = reads_of(IMPORTANCES.fact(config.importance, "reads", "inputs")) if chosen is None else frozenset()
+        self.reads: Reads = reads_of(needed) | chooses
         if config.targets == "dense":
             self.reads |= {"cross_gram", "residual"} if config.residual else {"cross_gram"}
         self.notes: dict[str, Any] = {}  # unit -> the numbers of those that go
@@ -63,22 +71,24 @@ class RemoveStructures:
         statistics, count = group.statistics.get(weights[0].name), self.counts.get(structures.unit, 0)
         wanted = {weight.name: self._wanted(walked, weight, group) for weight in weights}
         gone = torch.zeros(weights[0].shape[1], dtype=torch.bool, device=walked.tensor(weights[0]).device)
-        left = statistics
-        for number in _rounds(count, self.config.rounds):
-            scores = self.importance(parts_of(walked, structures, left, self.config.damping))
-            columns = structures.reads[0].index.to(gone.device)
-            # What went goes again.
-            scores = scores.to(gone.device).masked_fill(gone[columns[:, 0]], -torch.inf)
-            # Stable, so that of equals the first go, on every machine.
-            chosen = scores.argsort(stable=True)[:number].sort().values
-            gone[columns[chosen].flatten()] = True
+        columns, left = structures.reads[0].index.to(gone.device), statistics
+        for number in _rounds(count, self.config.rounds if self.chosen is None else 1):
+            if self.chosen is not None:
+                chosen = torch.tensor(self.chosen[structures.unit], dtype=torch.int64)
+            else:
+                scores = self.importance(parts_of(walked, structures, left, self.config.damping))
+                # What went goes again.
+                scores = scores.to(gone.device).masked_fill(gone[columns[:, 0]], -torch.inf)
+                # Stable, so that of equals the first go, on every machine.
+                chosen = scores.argsort(stable=True)[:number].sort().values
+            gone[columns[chosen.to(gone.device)].flatten()] = True
             self.notes[structures.unit] = chosen.tolist()
             for weight in weights:
                 self._make_up(walked, weight, wanted[weight.name], statistics, gone)
             if number < count and statistics is not None:
                 left = statistics.without(gone)
         for weight in weights:
-            if count or wanted[weight.name] is not walked.tensor(weight):
+            if count or self.config.targets == "dense":
                 walked.changed(weight)
 
     def _wanted(self, walked: WalkedBlock, weight: Weight, group: Group) -> Tensor:

@@ -24,17 +24,15 @@ def as_pruned(dense: Dense, counts: Mapping[str, int]) -> Iterator[dict[str, Ten
     """
     units = looked_at(dense.config, dense.units, dense.found)
     remove = RemoveStructures(dense.config, units, counts)
+    known = dict(dense.model.named_parameters())
     names = {cut.tensor for each in units.values() for cut in each.reads}
-    names |= {bias for name in names if (bias := f"{name.rpartition('.')[0]}.bias") in _parameters(dense)}
-    kept = {name: dense.model.get_parameter(name).detach().clone() for name in names}
+    # Of an update "bias", too.
+    names |= {f"{name.rpartition('.')[0]}.bias" for name in names} & known.keys()
+    kept = {name: known[name].detach().clone() for name in names}
     try:
         run_steps(dense.model, dense.architecture, dense.calibration, dense.config, [remove], lambda walked: None)
         yield remove.gone
     finally:
         with torch.no_grad():
             for name, value in kept.items():
-                dense.model.get_parameter(name).copy_(value)
-
-
-def _parameters(dense: Dense) -> set[str]:
-    return {name for name, _ in dense.model.named_parameters()}
+                known[name].copy_(value)

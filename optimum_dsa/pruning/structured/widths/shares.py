@@ -103,8 +103,9 @@ def shares(dense: Dense) -> dict[str, float]:
         proposed = SHARES[allocation](dense)
         return {unit: proposed[unit] for unit in dense.units}
     found = allocator_of(allocation)
-    if isinstance(found, Allocation):
-        return _given(dense, found)
+    if found is None:
+        given = allocation if isinstance(allocation, Allocation) else Allocation.load(allocation)
+        return _given(dense, given)
     measured, proposed = dense.measured(found), {}
     # Kinds have importances of their own, that tell nothing beside those of another.
     for units in dense.kinds.values():
@@ -112,28 +113,25 @@ def shares(dense: Dense) -> dict[str, float]:
     return {unit: proposed[unit] for unit in dense.units}
 
 
-def allocator_of(allocation: str | Allocation) -> Allocator | Allocation:
-    """What computes an allocation that is no row here, or the one that is given.
+def allocator_of(allocation: str | Allocation) -> Allocator | None:
+    """What computes an allocation that is no row here; `None` where it is given.
 
     Raises:
         UnknownNameError: there is no such name.
         OSError: there is no such file.
     """
-    if isinstance(allocation, Allocation):
-        return allocation
     if allocation == AUTO:
         raise ValueError(
             f"allocation={AUTO!r} compares allocations of single weights; name one of {', '.join(SHARES)}, or search."
         )
     try:
         # It knows names, functions, files and repositories.
-        config = DSAConfig(0.5, allocation=allocation)
+        return DSAConfig(0.5, allocation=allocation).allocator
     except UnknownNameError:
         known = sorted({*SHARES, *ALLOCATIONS})
         raise UnknownNameError(
             f"Unknown allocation {allocation!r}.{near(allocation, known)} Known: {', '.join(known)}."
         ) from None
-    return config.allocator or config.given_allocation()
 
 
 def _given(dense: Dense, allocation: Allocation) -> dict[str, float]:
