@@ -39,6 +39,8 @@ class DSAStructuredConfig:
         exclude (`tuple[str, ...]`): Patterns of matrices that stay whole, and with them what shares their structures.
         data ([`DataConfig`]): How calibration text is cut.
         batch_size (`int`, defaults to 8): Sequences per forward pass.
+        blockwise (`bool`, defaults to `False`): Whether gradients, where the importance reads them, are taken of one
+            block at a time: the same, in the memory of one block's, with a pass for each.
     """
 
     sparsity: float = setting(low=0, below=1)
@@ -54,6 +56,7 @@ class DSAStructuredConfig:
     exclude: tuple[str, ...] = ()
     data: DataConfig = section(DataConfig)
     batch_size: int = setting(8, low=1)
+    blockwise: bool = False
 
     def __post_init__(self):
         check_settings(self)

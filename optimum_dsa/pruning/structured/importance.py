@@ -8,15 +8,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from zlib import crc32
 
 import torch
 from torch import Tensor
 
 from ...common.registry import Registry
 from ...model.statistics import DAMPING, LayerStatistics
+from .gradients import Products
 
 
-# The fact `reads` says what a row needs of calibration: "nothing", "inputs", "mean" or "gram", see `reads_of`.
+# The fact `reads` says what a row needs of calibration: "nothing", "inputs", "mean" or "gram", see `reads_of`; and
+# `gradients`, where there is one, what it needs of a pass backwards, see `collect_products`.
 IMPORTANCES = Registry("importance")
 
 
@@ -29,6 +32,8 @@ class Parts:
         reads (`Sequence[Tensor]`): by matrix, the columns that read it: (structures, columns, out_features).
         columns (`Tensor`): (structures, columns) int64, where these are in the input of the matrices that read.
         statistics (`LayerStatistics`, *optional*): of that input; `None` where nothing is read.
+        products (`Sequence[Products]`): by matrix, weights times gradients; empty where no row reads them.
+        name (`str`): what chance begins with, for the row that draws.
     """
 
     makes: Sequence[Tensor]
@@ -36,6 +41,18 @@ class Parts:
     columns: Tensor
     statistics: LayerStatistics | None = None
     damping: float = DAMPING
+    products: Sequence[Products] = ()
+    name: str = ""
+
+
+@IMPORTANCES.register(reference="https://arxiv.org/abs/2305.11627", reads="nothing")
+def random(parts: Parts) -> Tensor:
+    """Drawn from (0, 1], (structures,): what every other row has to be better than. The same for the same name.
+
+    The baseline of Ma et al., 2023, "LLM-Pruner", https://arxiv.org/abs/2305.11627.
+    """
+    generator = torch.Generator().manual_seed(crc32(parts.name.encode()))
+    return (1 - torch.rand(len(parts.columns), generator=generator)).to(parts.columns.device)
 
 
 @IMPORTANCES.register(reference="https://arxiv.org/abs/2305.11627", reads="nothing")
@@ -90,3 +107,55 @@ def obs(parts: Parts) -> Tensor:
     own = factor[:, parts.columns].permute(1, 0, 2)  # (structures, in_features, columns)
     inner = own.transpose(1, 2) @ own
     return sum((part.float() * torch.linalg.solve(inner, part.float())).sum(dim=(1, 2)) for part in parts.reads)
+
+
+@IMPORTANCES.register(reference="https://arxiv.org/abs/2305.11627", reads="nothing", gradients="elements")
+def taylor(parts: Parts) -> Tensor:
+    """Σ |w · g| over all that a structure owns, g being the gradient of the mean loss, (structures,).
+
+    First order by element, "param_first": Ma et al., 2023, "LLM-Pruner", https://arxiv.org/abs/2305.11627.
+    """
+    return sum(found.elements.sum(1) for found in parts.products)
+
+
+@IMPORTANCES.register(reference="https://arxiv.org/abs/2305.11627", reads="nothing", gradients="vectors")
+def taylor_vector(parts: Parts) -> Tensor:
+    """Σ |Σ w · g|, the inner sum over each row or column that a structure owns, (structures,).
+
+    First order by vector, "vectorize": Ma et al., 2023, "LLM-Pruner", https://arxiv.org/abs/2305.11627.
+    """
+    return sum(found.first.abs().sum(1) for found in parts.products)
+
+
+@IMPORTANCES.register(reference="https://arxiv.org/abs/2305.11627", reads="nothing", gradients="vectors")
+def taylor_second(parts: Parts) -> Tensor:
+    """Σ w² · F over all that a structure owns, F being the mean over samples of g_j², (structures,).
+
+    Second order by element, "param_second": Ma et al., 2023, "LLM-Pruner", https://arxiv.org/abs/2305.11627.
+    """
+    return sum(found.second.sum(1) for found in parts.products)
+
+
+@IMPORTANCES.register(reference="https://arxiv.org/abs/2305.11627", reads="nothing", gradients="mixed")
+def taylor_mix(parts: Parts) -> Tensor:
+    """Σ |w · g − ½ w² · F| over all that a structure owns, (structures,).
+
+    Both orders by element, "param_mix": Ma et al., 2023, "LLM-Pruner", https://arxiv.org/abs/2305.11627.
+    """
+    return sum(found.mixed.sum(1) for found in parts.products)
+
+
+@IMPORTANCES.register(reference="https://arxiv.org/abs/2412.15127", reads="nothing", gradients="mixed")
+def saap(parts: Parts) -> Tensor:
+    """½ V / mean(V) + ½ E / mean(E), (structures,): importance by vector and by element, made one.
+
+    V = Σ |Σ w·g − ½ mean_j (Σ w·g_j)²| over the rows and columns that a structure owns, E is `taylor_mix`. Weighing
+    both as tasks of unknown noise, min over σ of Σ I / (2σ²) + log σ, has the solution σ² = mean(I): nothing is left
+    to be learnt, and none is zero unless both are.
+
+    Adaptive importance fusion of SAAP, 2024, https://arxiv.org/abs/2412.15127, as excerpts of it tell.
+    """
+    vector = sum((found.first - found.first_squared / 2).abs().sum(1) for found in parts.products)
+    both = (vector, taylor_mix(parts))
+    smallest = torch.finfo(torch.float32).tiny
+    return sum(each / (2 * each.mean().clamp_min(smallest)) for each in both)

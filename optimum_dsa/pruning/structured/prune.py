@@ -20,6 +20,8 @@ from ..steps import Step
 from ..training import Reconstruction
 from .budget import Available, even_counts, uniform_counts
 from .configuration import DSAStructuredConfig
+from .gradients import Products, collect_products
+from .importance import IMPORTANCES
 from .layout import settle, smaller_config
 from .remove import RemoveStructures
 from .slicing import cut_out
@@ -126,7 +128,7 @@ def prune_structures(model: nn.Module, calibration: Source | None, config: DSASt
             f"A sparsity of {config.sparsity:g} takes nothing: the least that can go is {least / prunable:.4f} of the "
             "blocks; ask for more, or for smaller structures."
         )
-    remove = RemoveStructures(config, units, counts)
+    remove = RemoveStructures(config, units, counts, _products(model, units, calibration, config))
     reconstruct = Reconstruct(config.reconstruct, config.data.seed)
     steps: list[Step] = [remove, *([reconstruct] if config.reconstruct.steps else [])]
     run_steps(model, architecture, calibration, config, steps, lambda walked: None)
@@ -167,6 +169,14 @@ def _said_counts(
         if not heads or len(heads) == len(units):
             raise refused
         sizes = {unit: replace(size, limit=heads[unit] - 1) if unit in heads else size for unit, size in sizes.items()}
+
+
+def _products(
+    model: nn.Module, units: Mapping[str, Structures], calibration: Calibration, config: DSAStructuredConfig
+) -> dict[str, list[Products]]:
+    """Unit -> weights times gradients, of the model as it is: before anything goes; empty where nobody reads them."""
+    needed = IMPORTANCES.fact(config.importance, "gradients")
+    return collect_products(model, units, calibration.batches(1), needed, config.blockwise) if needed else {}
 
 
 def _short(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:

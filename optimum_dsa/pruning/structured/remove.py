@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from ...model.statistics import LayerStatistics
 from ...model.walk import Reads, reads_of
 from ...model.walked import Group, WalkedBlock
 from .configuration import DSAStructuredConfig
+from .gradients import Products
 from .importance import IMPORTANCES, Parts
 from .refit import refit_columns
 from .structure import Cut, Structures
@@ -26,10 +28,17 @@ class RemoveStructures:
     Args:
         structures: unit -> what there is.
         counts: unit -> how many go.
+        products: unit -> weights times gradients, where the importance reads them.
     """
 
-    def __init__(self, config: DSAStructuredConfig, structures: Mapping[str, Structures], counts: Mapping[str, int]):
-        self.config, self.structures, self.counts = config, structures, counts
+    def __init__(
+        self,
+        config: DSAStructuredConfig,
+        structures: Mapping[str, Structures],
+        counts: Mapping[str, int],
+        products: Mapping[str, Sequence[Products]] | None = None,
+    ):
+        self.config, self.structures, self.counts, self.products = config, structures, counts, products or {}
         self.importance, self.true_sequential = IMPORTANCES[config.importance], config.true_sequential
         needed = {"refit": "gram", "bias": "mean", "none": "nothing"}[config.update]
         self.reads: Reads = reads_of(needed) | reads_of(IMPORTANCES.fact(config.importance, "reads", "inputs"))
@@ -60,7 +69,9 @@ class RemoveStructures:
         columns = structures.reads[0].index
         count, gone = self.counts[structures.unit], torch.zeros(weights[0].shape[1], dtype=torch.bool)
         if count:
-            scores = self.importance(parts_of(walked, structures, statistics, self.config.damping))
+            parts = parts_of(walked, structures, statistics, self.config.damping)
+            name = f"{self.config.data.seed}:{structures.unit}"
+            scores = self.importance(replace(parts, products=self.products.get(structures.unit, ()), name=name))
             # Stable, so that of equals the first go, on every machine.
             chosen = scores.argsort(stable=True)[:count].sort().values
             gone[columns.cpu()[chosen.cpu()].flatten()] = True
