@@ -43,6 +43,8 @@ TESTS = {
     "common/apart.py": ["search/test_apart.py", "recovery/test_recover.py"],
     "pruning/structured/remove.py": ["pruning/structured/test_prune.py"],
     "pruning/structured/layout.py": ["pruning/structured/test_prune.py"],
+    "pruning/structured/routing.py": ["pruning/structured/test_wholes.py", "pruning/structured/test_structures.py"],
+    "pruning/structured/usage.py": ["pruning/structured/test_wholes.py"],
     "pruning/structured/configuration.py": ["pruning/structured/test_prune.py"],
     "pruning/structured/refit.py": ["pruning/structured/test_importance.py"],
     **{

@@ -9,8 +9,8 @@ from ...common.settings import check_settings, section, setting, settings_from, 
 from ...data import DataConfig
 from ...model.statistics import DAMPING
 from ..sections import ReconstructConfig
-from .importance import IMPORTANCES
-from .structure import KINDS
+from .importance import IMPORTANCES, importance_of
+from .structure import KINDS, WHOLE
 
 
 UPDATES = ("none", "bias", "refit")  # what makes up for structures that go
@@ -25,8 +25,9 @@ class DSAStructuredConfig:
     Args:
         sparsity (`float`): Share of the parameters of all blocks' matrices that goes, at most, in [0, 1).
         structures (`tuple[str, ...]`, defaults to `("ffn",)`): What may go, of `KINDS`: "ffn" is a channel of an MLP,
-            "head" an attention head, "kv_group" a head of keys and values with its query heads.
-        importance (`str`, defaults to `"wanda_sp"`): A row of `IMPORTANCES`; the least important go first.
+            "head" an attention head, "kv_group" a head of keys and values with its query heads, "expert" an expert.
+        importance (`str`, defaults to `"wanda_sp"`): A row of `IMPORTANCES`; the least important go first. Experts
+            have "reap" where it is a row that scores none.
         update (`str`, defaults to `"refit"`): What makes up for them: "none", "bias" (the mean of what goes, added to
             the bias of what read it) or "refit" (least squares of what read it).
         damping (`float`, defaults to 0.01): Share of mean diag(X·Xᵀ) added to it before it is inverted.
@@ -66,6 +67,13 @@ class DSAStructuredConfig:
         if unknown or not self.structures:
             said = f"{unknown[0]!r} is none" if unknown else "none was given"
             raise ValueError(f"Structures are of {', '.join(map(repr, KINDS))}; {said}.")
+        for kind in self.structures:
+            importance_of(kind, self.importance)
+        if self.reconstruct.steps and set(self.structures) <= set(WHOLE):
+            raise ValueError(
+                f"reconstruct={self.reconstruct.steps} trains blocks against what they gave as the walk began, and "
+                f"{' and '.join(map(repr, self.structures))} are gone by then; leave it out, and recover afterwards."
+            )
         if self.true_sequential and not self.sequential:
             object.__setattr__(self, "true_sequential", False)
         if self.reconstruct.steps and not self.sequential:

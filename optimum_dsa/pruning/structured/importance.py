@@ -16,11 +16,34 @@ from torch import Tensor
 from ...common.registry import Registry
 from ...model.statistics import DAMPING, LayerStatistics
 from .gradients import Products
+from .usage import Usage
 
 
 # The fact `reads` says what a row needs of calibration: "nothing", "inputs", "mean" or "gram", see `reads_of`; and
-# `gradients`, where there is one, what it needs of a pass backwards, see `collect_products`.
+# `gradients`, where there is one, what it needs of a pass backwards, see `collect_products`. `kinds` says of which
+# structures it is, where it is not of channels and heads.
 IMPORTANCES = Registry("importance")
+CHANNELS = ("ffn", "head", "kv_group")
+EXPERTS = ("expert",)
+OWNED = (*CHANNELS, *EXPERTS)  # what owns matrices, or parts of them
+# What is not of channels and heads -> the row that scores it where the one that was chosen does not.
+OF_WHOLES = {"expert": "reap"}
+
+
+def importance_of(kind: str, chosen: str) -> str:
+    """The row that scores structures of a kind where `chosen` was asked for: that, or the kind's own.
+
+    Raises:
+        ValueError: there is none.
+    """
+    kinds = IMPORTANCES.fact(chosen, "kinds", CHANNELS)
+    if kind in kinds:
+        return chosen
+    if kind not in OF_WHOLES:
+        raise ValueError(
+            f"importance={chosen!r} is of {' and '.join(map(repr, kinds))}, and {kind!r} is to go; take another one."
+        )
+    return OF_WHOLES[kind]
 
 
 @dataclass(frozen=True)
@@ -34,6 +57,7 @@ class Parts:
         statistics (`LayerStatistics`, *optional*): of that input; `None` where nothing is read.
         products (`Sequence[Products]`): by matrix, weights times gradients; empty where no row reads them.
         name (`str`): what chance begins with, for the row that draws.
+        usage (`Usage`, *optional*): how experts are used.
     """
 
     makes: Sequence[Tensor]
@@ -43,9 +67,10 @@ class Parts:
     damping: float = DAMPING
     products: Sequence[Products] = ()
     name: str = ""
+    usage: Usage | None = None
 
 
-@IMPORTANCES.register(reference="https://arxiv.org/abs/2305.11627", reads="nothing")
+@IMPORTANCES.register(reference="https://arxiv.org/abs/2305.11627", reads="nothing", kinds=OWNED)
 def random(parts: Parts) -> Tensor:
     """Drawn from (0, 1], (structures,): what every other row has to be better than. The same for the same name.
 
@@ -55,7 +80,7 @@ def random(parts: Parts) -> Tensor:
     return (1 - torch.rand(len(parts.columns), generator=generator)).to(parts.columns.device)
 
 
-@IMPORTANCES.register(reference="https://arxiv.org/abs/2305.11627", reads="nothing")
+@IMPORTANCES.register(reference="https://arxiv.org/abs/2305.11627", reads="nothing", kinds=OWNED)
 def magnitude(parts: Parts) -> Tensor:
     """Σ w² over all that a structure owns, (structures,).
 
@@ -64,7 +89,7 @@ def magnitude(parts: Parts) -> Tensor:
     return sum(part.float().square().sum(dim=(1, 2)) for part in (*parts.makes, *parts.reads))
 
 
-@IMPORTANCES.register(reference="https://arxiv.org/abs/1608.08710", reads="nothing")
+@IMPORTANCES.register(reference="https://arxiv.org/abs/1608.08710", reads="nothing", kinds=OWNED)
 def magnitude_l1(parts: Parts) -> Tensor:
     """Σ |w| over all that a structure owns, (structures,).
 
@@ -109,7 +134,7 @@ def obs(parts: Parts) -> Tensor:
     return sum((part.float() * torch.linalg.solve(inner, part.float())).sum(dim=(1, 2)) for part in parts.reads)
 
 
-@IMPORTANCES.register(reference="https://arxiv.org/abs/2305.11627", reads="nothing", gradients="elements")
+@IMPORTANCES.register(reference="https://arxiv.org/abs/2305.11627", reads="nothing", kinds=OWNED, gradients="elements")
 def taylor(parts: Parts) -> Tensor:
     """Σ |w · g| over all that a structure owns, g being the gradient of the mean loss, (structures,).
 
@@ -118,7 +143,7 @@ def taylor(parts: Parts) -> Tensor:
     return sum(found.elements.sum(1) for found in parts.products)
 
 
-@IMPORTANCES.register(reference="https://arxiv.org/abs/2305.11627", reads="nothing", gradients="vectors")
+@IMPORTANCES.register(reference="https://arxiv.org/abs/2305.11627", reads="nothing", kinds=OWNED, gradients="vectors")
 def taylor_vector(parts: Parts) -> Tensor:
     """Σ |Σ w · g|, the inner sum over each row or column that a structure owns, (structures,).
 
@@ -127,7 +152,7 @@ def taylor_vector(parts: Parts) -> Tensor:
     return sum(found.first.abs().sum(1) for found in parts.products)
 
 
-@IMPORTANCES.register(reference="https://arxiv.org/abs/2305.11627", reads="nothing", gradients="vectors")
+@IMPORTANCES.register(reference="https://arxiv.org/abs/2305.11627", reads="nothing", kinds=OWNED, gradients="vectors")
 def taylor_second(parts: Parts) -> Tensor:
     """Σ w² · F over all that a structure owns, F being the mean over samples of g_j², (structures,).
 
@@ -136,7 +161,7 @@ def taylor_second(parts: Parts) -> Tensor:
     return sum(found.second.sum(1) for found in parts.products)
 
 
-@IMPORTANCES.register(reference="https://arxiv.org/abs/2305.11627", reads="nothing", gradients="mixed")
+@IMPORTANCES.register(reference="https://arxiv.org/abs/2305.11627", reads="nothing", kinds=OWNED, gradients="mixed")
 def taylor_mix(parts: Parts) -> Tensor:
     """Σ |w · g − ½ w² · F| over all that a structure owns, (structures,).
 
@@ -145,7 +170,7 @@ def taylor_mix(parts: Parts) -> Tensor:
     return sum(found.mixed.sum(1) for found in parts.products)
 
 
-@IMPORTANCES.register(reference="https://arxiv.org/abs/2412.15127", reads="nothing", gradients="mixed")
+@IMPORTANCES.register(reference="https://arxiv.org/abs/2412.15127", reads="nothing", kinds=OWNED, gradients="mixed")
 def saap(parts: Parts) -> Tensor:
     """½ V / mean(V) + ½ E / mean(E), (structures,): importance by vector and by element, made one.
 
@@ -159,3 +184,26 @@ def saap(parts: Parts) -> Tensor:
     both = (vector, taylor_mix(parts))
     smallest = torch.finfo(torch.float32).tiny
     return sum(each / (2 * each.mean().clamp_min(smallest)) for each in both)
+
+
+@IMPORTANCES.register(
+    reference="https://arxiv.org/abs/2510.13999", reads="nothing", kinds=("expert",), observes="usage"
+)
+def reap(parts: Parts) -> Tensor:
+    """The mean over its tokens of g_e(x) · ‖f_e(x)‖, (structures,): what an expert adds where it is chosen.
+
+    g_e is its weight as the mixture has it, renormalised where that does so. Lasby et al., 2025, "REAP",
+    https://arxiv.org/abs/2510.13999.
+    """
+    return parts.usage.output / parts.usage.tokens.clamp_min(1)
+
+
+@IMPORTANCES.register(
+    reference="https://arxiv.org/abs/2310.01334", reads="nothing", kinds=("expert",), observes="usage"
+)
+def router_frequency(parts: Parts) -> Tensor:
+    """The share of all choices that fall on an expert, (structures,).
+
+    The baseline of usage: Li et al., 2023, "Merge, Then Compress", https://arxiv.org/abs/2310.01334.
+    """
+    return parts.usage.tokens / parts.usage.tokens.sum().clamp_min(1)

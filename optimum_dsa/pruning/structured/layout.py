@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
 from ...model.inputs import text_part
-from .slicing import KEY_HEADS, QUERY_HEADS
-from .structure import Structures
+from .slicing import EXPERT_COUNTS, KEY_HEADS, QUERY_HEADS
+from .structure import Structures, tensor_named
 
 
 # What configurations call the width of an MLP.
@@ -37,6 +37,8 @@ def smaller_config(model: nn.Module, units: Mapping[str, Structures], counts: Ma
         queries, keys = (per * (count - gone) for per in each.heads)
         if each.kind == "ffn":
             changes |= _known(part, MLP_WIDTHS, count, count - gone)
+        elif each.kind == "expert":
+            changes |= {name: count - gone for name in EXPERT_COUNTS if getattr(part, name, None) == count}
         elif gone:
             changes |= _known(part, QUERY_HEADS, each.heads[0] * count, queries)
             changes |= _known(part, KEY_HEADS, each.heads[1] * count, keys)
@@ -50,8 +52,13 @@ def smaller_config(model: nn.Module, units: Mapping[str, Structures], counts: Ma
 
 def settle(model: nn.Module, changes: Mapping[str, int]) -> None:
     """Have the model's configuration say what `smaller_config` gave."""
+    part = text_part(model.config)
     for name, value in changes.items():
-        setattr(text_part(model.config), name, value)
+        # The model itself may have noted how many experts there are.
+        for module in model.modules() if name in EXPERT_COUNTS else ():
+            if vars(module).get("num_experts") == getattr(part, name) and getattr(module, "config", None) is part:
+                module.num_experts = value
+        setattr(part, name, value)
 
 
 def _known(config: Any, names: tuple[str, ...], before: int, after: int) -> dict[str, int]:
@@ -67,7 +74,9 @@ def _check(
     shapes = {name: list(parameter.shape) for name, parameter in model.named_parameters()}
     for unit, each in units.items():
         for cut in each.cuts:
+            shapes.setdefault(cut.tensor, list(tensor_named(model, cut.tensor).shape))
             shapes[cut.tensor][cut.axis] -= counts[unit] * cut.index.shape[1]
+        shapes = _without(shapes, each.wholes, counts[unit])
     config = copy.deepcopy(model.config)
     for name, value in changes.items():
         setattr(text_part(config), name, value)
@@ -76,7 +85,9 @@ def _check(
         config = type(config).from_dict(config.to_dict())  # as it is loaded, which may check more
         with torch.device("meta"):
             made = type(model)(config)
-        if {name: list(parameter.shape) for name, parameter in made.named_parameters()} == shapes:
+        tensors = dict(made.named_parameters())
+        tensors |= {name: tensor for name, tensor in made.named_buffers() if name in shapes}
+        if {name: list(tensor.shape) for name, tensor in tensors.items()} == shapes:
             return
     except Exception as error:  # noqa: BLE001 - a class may refuse numbers in any way
         why = str(error)
@@ -85,3 +96,15 @@ def _check(
         f"{' '.join(why.split())}); cut other structures, or another share; or use layout='per_layer', which "
         "transformers alone does not load."
     )
+
+
+def _without(shapes: Mapping[str, list[int]], wholes: Sequence[str], gone: int) -> dict[str, list[int]]:
+    """Shapes by name, with the first `gone` of some modules out of a list, and the others with new numbers."""
+    found = {}
+    for name, shape in shapes.items():
+        number = next((number for number, whole in enumerate(wholes) if name.startswith(f"{whole}.")), None)
+        if number is None:
+            found[name] = shape
+        elif number >= gone:
+            found[wholes[number - gone] + name.removeprefix(wholes[number])] = shape
+    return found

@@ -25,8 +25,9 @@ from .importance import IMPORTANCES
 from .layout import settle, smaller_config
 from .remove import RemoveStructures
 from .slicing import cut_out
-from .structure import Structures
+from .structure import WHOLE, Structures
 from .structures import find_structures
+from .wholes import remove_wholes, scored_by_gradients
 
 
 logger = logging.getLogger(__name__)
@@ -115,7 +116,10 @@ def prune_structures(model: nn.Module, calibration: Source | None, config: DSASt
     costs = {unit: each.cost(model) for unit, each in units.items()}
     prunable, parameters = sum(weight.size for weight in architecture.weights), count_parameters(model)
     rounds = {"ffn": config.round_to}
-    sizes = {unit: Available(len(each), costs[unit], rounds.get(each.kind, 1)) for unit, each in units.items()}
+    sizes = {
+        unit: Available(len(each), costs[unit], rounds.get(each.kind, 1), len(each) - each.least)
+        for unit, each in units.items()
+    }
     asked = int(config.sparsity * prunable)
     if config.layout == "uniform":
         counts, smaller = _said_counts(model, units, sizes, asked)
@@ -128,17 +132,23 @@ def prune_structures(model: nn.Module, calibration: Source | None, config: DSASt
             f"A sparsity of {config.sparsity:g} takes nothing: the least that can go is {least / prunable:.4f} of the "
             "blocks; ask for more, or for smaller structures."
         )
-    remove = RemoveStructures(config, units, counts, _products(model, units, calibration, config))
+    products = _products(model, units, calibration, config)
+    wholes = remove_wholes(model, units, counts, calibration, config, products)
+    parts = {unit: each for unit, each in units.items() if each.kind not in WHOLE}
+    remove = RemoveStructures(config, parts, counts, products)
     reconstruct = Reconstruct(config.reconstruct, config.data.seed)
     steps: list[Step] = [remove, *([reconstruct] if config.reconstruct.steps else [])]
-    run_steps(model, architecture, calibration, config, steps, lambda walked: None)
+    if parts:
+        architecture = find_architecture(model, exclude=config.exclude) if wholes else architecture
+        run_steps(model, architecture, calibration, config, steps, lambda walked: None)
     for unit, gone in remove.gone.items():
         cut_out(model, units[unit], gone)
     settle(model, smaller)
+    went = wholes | remove.notes
     return StructuredReport(
         config=config,
-        kept={unit: len(each) - len(remove.notes.get(unit, ())) for unit, each in units.items()},
-        gone={unit: tuple(remove.notes.get(unit, ())) for unit in units},
+        kept={unit: len(each) - len(went.get(unit, ())) for unit, each in units.items()},
+        gone={unit: tuple(went.get(unit, ())) for unit in units},
         costs=costs,
         prunable=prunable,
         parameters=parameters,
@@ -175,8 +185,11 @@ def _products(
     model: nn.Module, units: Mapping[str, Structures], calibration: Calibration, config: DSAStructuredConfig
 ) -> dict[str, list[Products]]:
     """Unit -> weights times gradients, of the model as it is: before anything goes; empty where nobody reads them."""
+    read = scored_by_gradients(units, config.importance)
+    if not read:
+        return {}
     needed = IMPORTANCES.fact(config.importance, "gradients")
-    return collect_products(model, units, calibration.batches(1), needed, config.blockwise) if needed else {}
+    return collect_products(model, read, calibration.batches(1), needed, config.blockwise)
 
 
 def _short(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:

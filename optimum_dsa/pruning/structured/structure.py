@@ -9,7 +9,14 @@ from torch import Tensor, nn
 
 
 # What a structure is -> how it is called. A group of query heads has one head of keys and values.
-KINDS = {"ffn": "channel of an MLP", "head": "attention head", "kv_group": "key-value group with its query heads"}
+KINDS = {
+    "ffn": "channel of an MLP",
+    "head": "attention head",
+    "kv_group": "key-value group with its query heads",
+    "expert": "expert, with its row of the router",
+}
+# Kinds that go before the blocks are walked: nothing that stays can be fitted to what they gave.
+WHOLE = ("expert",)
 
 
 @dataclass(frozen=True)
@@ -36,6 +43,10 @@ class Structures:
         makes (`tuple[Cut, ...]`): rows of matrices, and entries of their biases.
         reads (`tuple[Cut, ...]`): columns of the matrices through which what they give leaves.
         heads (`tuple[int, int]`): query heads, and heads of keys and values, of one structure; (0, 0) of a channel.
+        wholes (`tuple[str, ...]`): modules that are a structure each, beside what it owns of others; empty where
+            structures are parts of matrices.
+        least (`int`): how many have to stay.
+        around (`tuple[str, ...]`): modules that count them.
     """
 
     unit: str
@@ -43,9 +54,13 @@ class Structures:
     makes: tuple[Cut, ...]
     reads: tuple[Cut, ...]
     heads: tuple[int, int] = (0, 0)
+    wholes: tuple[str, ...] = ()
+    least: int = 1
+    around: tuple[str, ...] = ()
 
     def __len__(self) -> int:
-        return len(self.reads[0].index)
+        # what reads before what makes: all of a kind of cut are as many
+        return len(self.cuts[-1].index)
 
     @property
     def block(self) -> str:
@@ -57,8 +72,16 @@ class Structures:
 
     def cost(self, model: nn.Module) -> int:
         """Parameters of one structure; all of a kind in a block have as many."""
-        return sum(
-            prod(size for axis, size in enumerate(shape) if axis != cut.axis) * cut.index.shape[1]
+        parts = sum(
+            prod(size for axis, size in enumerate(tensor.shape) if axis != cut.axis) * cut.index.shape[1]
             for cut in self.cuts
-            if (shape := model.get_parameter(cut.tensor).shape)
+            if isinstance(tensor := tensor_named(model, cut.tensor), nn.Parameter)
         )
+        whole = self.wholes[:1]
+        return parts + sum(parameter.numel() for name in whole for parameter in model.get_submodule(name).parameters())
+
+
+def tensor_named(model: nn.Module, name: str) -> Tensor:
+    """The parameter or buffer of this full name."""
+    owner, _, attribute = name.rpartition(".")
+    return getattr(model.get_submodule(owner), attribute)

@@ -45,7 +45,15 @@ FAMILIES = {
     "GPT2": (_other("GPT2", "LMHeadModel", vocab_size=97, n_embd=32, n_layer=2, n_head=4, n_inner=48), HEADS),
     "GPTNeoX": (_causal("GPTNeoX", intermediate_size=48), HEADS),
     "Falcon": (_causal("Falcon", multi_query=True, new_decoder_architecture=False), {"head": 4, "ffn": 128}),
-    "Mixtral": (_causal("Mixtral", num_local_experts=4, **GROUPED), {"kv_group": 2}),
+    "Mixtral": (_causal("Mixtral", num_local_experts=4, **GROUPED), {"kv_group": 2, "expert": 4}),
+    "Qwen3Moe": (
+        _causal("Qwen3Moe", num_experts=6, num_experts_per_tok=2, moe_intermediate_size=24, head_dim=8, **GROUPED),
+        {"kv_group": 2, "expert": 6},
+    ),
+    "GptOss": (
+        _causal("GptOss", num_local_experts=4, num_experts_per_tok=2, head_dim=8, **GROUPED),
+        {"kv_group": 2, "expert": 4},
+    ),
     "Bert": (_other("Bert", "ForMaskedLM", vocab_size=97, **WIDE), HEADS),
     "ViT": (_other("ViT", "ForImageClassification", image_size=16, patch_size=4, **WIDE), HEADS),
     # Slopes, and a bias of positions, that come from outside the block are of all its heads.
