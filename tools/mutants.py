@@ -43,8 +43,10 @@ TESTS = {
     "common/apart.py": ["search/test_apart.py", "recovery/test_recover.py"],
     "pruning/structured/remove.py": ["pruning/structured/test_prune.py"],
     "pruning/structured/layout.py": ["pruning/structured/test_prune.py"],
-    "pruning/structured/routing.py": ["pruning/structured/test_wholes.py", "pruning/structured/test_structures.py"],
-    "pruning/structured/usage.py": ["pruning/structured/test_wholes.py"],
+    **{
+        f"pruning/structured/wholes/{name}.py": ["pruning/structured/wholes/test_experts.py"]
+        for name in ("remove", "usage")
+    },
     "pruning/structured/configuration.py": ["pruning/structured/test_prune.py"],
     "pruning/structured/refit.py": ["pruning/structured/test_importance.py"],
     **{

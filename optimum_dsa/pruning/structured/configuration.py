@@ -23,11 +23,13 @@ class DSAStructuredConfig:
     """How to make a model smaller. Checked when it is made; a wrong value raises `ValueError` or `UnknownNameError`.
 
     Args:
-        sparsity (`float`): Share of the parameters of all blocks' matrices that goes, at most, in [0, 1).
+        sparsity (`float`): Share of the parameters of all blocks' matrices that goes, at most, in [0, 1); of
+            whole blocks it is their share.
         structures (`tuple[str, ...]`, defaults to `("ffn",)`): What may go, of `KINDS`: "ffn" is a channel of an MLP,
-            "head" an attention head, "kv_group" a head of keys and values with its query heads, "expert" an expert.
-        importance (`str`, defaults to `"wanda_sp"`): A row of `IMPORTANCES`; the least important go first. Experts
-            have "reap" where it is a row that scores none.
+            "head" an attention head, "kv_group" a head of keys and values with its query heads, "expert" an expert,
+            "block" a whole block (alone).
+        importance (`str`, defaults to `"wanda_sp"`): A row of `IMPORTANCES`; the least important go first. Where it is
+            one that scores none, experts have "reap" and blocks "block_influence".
         update (`str`, defaults to `"refit"`): What makes up for them: "none", "bias" (the mean of what goes, added to
             the bias of what read it) or "refit" (least squares of what read it).
         damping (`float`, defaults to 0.01): Share of mean diag(X·Xᵀ) added to it before it is inverted.
@@ -69,6 +71,11 @@ class DSAStructuredConfig:
             raise ValueError(f"Structures are of {', '.join(map(repr, KINDS))}; {said}.")
         for kind in self.structures:
             importance_of(kind, self.importance)
+        if "block" in self.structures and len(self.structures) > 1:
+            raise ValueError(
+                f"Blocks go alone, and structures={list(self.structures)}; cut blocks first, and others out of what "
+                "is left."
+            )
         if self.reconstruct.steps and set(self.structures) <= set(WHOLE):
             raise ValueError(
                 f"reconstruct={self.reconstruct.steps} trains blocks against what they gave as the walk began, and "

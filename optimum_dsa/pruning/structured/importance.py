@@ -16,7 +16,7 @@ from torch import Tensor
 from ...common.registry import Registry
 from ...model.statistics import DAMPING, LayerStatistics
 from .gradients import Products
-from .usage import Usage
+from .wholes.usage import Usage
 
 
 # The fact `reads` says what a row needs of calibration: "nothing", "inputs", "mean" or "gram", see `reads_of`; and
@@ -27,7 +27,7 @@ CHANNELS = ("ffn", "head", "kv_group")
 EXPERTS = ("expert",)
 OWNED = (*CHANNELS, *EXPERTS)  # what owns matrices, or parts of them
 # What is not of channels and heads -> the row that scores it where the one that was chosen does not.
-OF_WHOLES = {"expert": "reap"}
+OF_WHOLES = {"expert": "reap", "block": "block_influence"}
 
 
 def importance_of(kind: str, chosen: str) -> str:
@@ -57,7 +57,7 @@ class Parts:
         statistics (`LayerStatistics`, *optional*): of that input; `None` where nothing is read.
         products (`Sequence[Products]`): by matrix, weights times gradients; empty where no row reads them.
         name (`str`): what chance begins with, for the row that draws.
-        usage (`Usage`, *optional*): how experts are used.
+        usage (`Usage`, *optional*): what experts or blocks do to their tokens.
     """
 
     makes: Sequence[Tensor]
@@ -70,7 +70,7 @@ class Parts:
     usage: Usage | None = None
 
 
-@IMPORTANCES.register(reference="https://arxiv.org/abs/2305.11627", reads="nothing", kinds=OWNED)
+@IMPORTANCES.register(reference="https://arxiv.org/abs/2305.11627", reads="nothing", kinds=(*OWNED, "block"))
 def random(parts: Parts) -> Tensor:
     """Drawn from (0, 1], (structures,): what every other row has to be better than. The same for the same name.
 
@@ -207,3 +207,14 @@ def router_frequency(parts: Parts) -> Tensor:
     The baseline of usage: Li et al., 2023, "Merge, Then Compress", https://arxiv.org/abs/2310.01334.
     """
     return parts.usage.tokens / parts.usage.tokens.sum().clamp_min(1)
+
+
+@IMPORTANCES.register(
+    reference="https://arxiv.org/abs/2403.03853", reads="nothing", kinds=("block",), observes="usage"
+)
+def block_influence(parts: Parts) -> Tensor:
+    """The mean over tokens of 1 − cos(what a block is given, what it makes of it), (structures,).
+
+    Men et al., 2024, "ShortGPT", https://arxiv.org/abs/2403.03853, eq. 1.
+    """
+    return parts.usage.output / parts.usage.tokens.clamp_min(1)

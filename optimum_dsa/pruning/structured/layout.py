@@ -12,14 +12,23 @@ from torch import nn
 from ...model.inputs import text_part
 from .slicing import EXPERT_COUNTS, KEY_HEADS, QUERY_HEADS
 from .structure import Structures, tensor_named
+from .wholes.blocks import shorter
 
 
 # What configurations call the width of an MLP.
 MLP_WIDTHS = ("intermediate_size", "ffn_dim", "n_inner", "d_ff", "ffn_hidden_size")
 
 
-def smaller_config(model: nn.Module, units: Mapping[str, Structures], counts: Mapping[str, int]) -> dict[str, int]:
-    """What the model's configuration says once `counts` structures of every unit are cut out: setting -> number.
+def smaller_config(
+    model: nn.Module,
+    units: Mapping[str, Structures],
+    counts: Mapping[str, int],
+    gone: Mapping[str, Sequence[int]] | None = None,
+) -> dict[str, Any]:
+    """What the model's configuration says once `counts` structures of every unit are cut out: setting -> value.
+
+    Args:
+        gone (`Mapping[str, Sequence[int]]`, *optional*): of units of blocks, which; by default the last.
 
     Raises:
         ValueError: no configuration of its class says it: blocks differ, or the class derives a width from others.
@@ -30,27 +39,35 @@ def smaller_config(model: nn.Module, units: Mapping[str, Structures], counts: Ma
     if any(len(numbers) > 1 for numbers in alike.values()):
         kind = next(kind for kind, numbers in alike.items() if len(numbers) > 1)
         raise ValueError(f"Blocks come to differ in their {kind}, and layout='uniform' has one for all.")
-    changes: dict[str, int] = {}
-    part = text_part(model.config)
+    changes: dict[str, Any] = {}
+    part, gone = text_part(model.config), gone or {}
     for each in {each.kind: each for each in units.values()}.values():
-        count, gone = len(each), counts[each.unit]
-        queries, keys = (per * (count - gone) for per in each.heads)
+        count, less = len(each), counts[each.unit]
+        queries, keys = (per * (count - less) for per in each.heads)
         if each.kind == "ffn":
-            changes |= _known(part, MLP_WIDTHS, count, count - gone)
+            changes |= _known(part, MLP_WIDTHS, count, count - less)
         elif each.kind == "expert":
-            changes |= {name: count - gone for name in EXPERT_COUNTS if getattr(part, name, None) == count}
-        elif gone:
+            changes |= {name: count - less for name in EXPERT_COUNTS if getattr(part, name, None) == count}
+        elif each.kind == "block":
+            changes |= shorter(part, count, set(_going(each, less, gone)))
+        elif less:
             changes |= _known(part, QUERY_HEADS, each.heads[0] * count, queries)
             changes |= _known(part, KEY_HEADS, each.heads[1] * count, keys)
             size = each.reads[0].index.shape[1] // each.heads[0]
             # Derived of the hidden size and the heads where it is not said; some call another size by that name.
             if "head_dim" in part.to_dict() and part.head_dim in (None, size):
                 changes["head_dim"] = size
-    _check(model, units, counts, changes)
+    _check(model, units, counts, changes, gone)
     return changes
 
 
-def settle(model: nn.Module, changes: Mapping[str, int]) -> None:
+def _going(structures: Structures, count: int, gone: Mapping[str, Sequence[int]]) -> list[int]:
+    """Which modules of a unit go: those that are told, or the last that may."""
+    able = [number for number in range(len(structures)) if number not in structures.fixed]
+    return list(gone.get(structures.unit, able[len(able) - count :]))
+
+
+def settle(model: nn.Module, changes: Mapping[str, Any]) -> None:
     """Have the model's configuration say what `smaller_config` gave."""
     part = text_part(model.config)
     for name, value in changes.items():
@@ -68,7 +85,11 @@ def _known(config: Any, names: tuple[str, ...], before: int, after: int) -> dict
 
 
 def _check(
-    model: nn.Module, units: Mapping[str, Structures], counts: Mapping[str, int], changes: Mapping[str, int]
+    model: nn.Module,
+    units: Mapping[str, Structures],
+    counts: Mapping[str, int],
+    changes: Mapping[str, Any],
+    gone: Mapping[str, Sequence[int]],
 ) -> None:
     """Raise `ValueError` unless a model of the changed configuration has the shapes that will be left."""
     shapes = {name: list(parameter.shape) for name, parameter in model.named_parameters()}
@@ -76,7 +97,8 @@ def _check(
         for cut in each.cuts:
             shapes.setdefault(cut.tensor, list(tensor_named(model, cut.tensor).shape))
             shapes[cut.tensor][cut.axis] -= counts[unit] * cut.index.shape[1]
-        shapes = _without(shapes, each.wholes, counts[unit])
+        if each.wholes:
+            shapes = _without(shapes, each.wholes, _going(each, counts[unit], gone))
     config = copy.deepcopy(model.config)
     for name, value in changes.items():
         setattr(text_part(config), name, value)
@@ -98,13 +120,15 @@ def _check(
     )
 
 
-def _without(shapes: Mapping[str, list[int]], wholes: Sequence[str], gone: int) -> dict[str, list[int]]:
-    """Shapes by name, with the first `gone` of some modules out of a list, and the others with new numbers."""
+def _without(shapes: Mapping[str, list[int]], wholes: Sequence[str], gone: Sequence[int]) -> dict[str, list[int]]:
+    """Shapes by name, with the modules `gone` out of a list, and the others with new numbers."""
+    kept = [number for number in range(len(wholes)) if number not in gone]
+    anew = {number: wholes[place] for place, number in enumerate(kept)}
     found = {}
     for name, shape in shapes.items():
         number = next((number for number, whole in enumerate(wholes) if name.startswith(f"{whole}.")), None)
         if number is None:
             found[name] = shape
-        elif number >= gone:
-            found[wholes[number - gone] + name.removeprefix(wholes[number])] = shape
+        elif number in anew:
+            found[anew[number] + name.removeprefix(wholes[number])] = shape
     return found

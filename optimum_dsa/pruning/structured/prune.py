@@ -27,7 +27,8 @@ from .remove import RemoveStructures
 from .slicing import cut_out
 from .structure import WHOLE, Structures
 from .structures import find_structures
-from .wholes import remove_wholes, scored_by_gradients
+from .wholes.blocks import find_blocks
+from .wholes.remove import remove_wholes, scored_by_gradients
 
 
 logger = logging.getLogger(__name__)
@@ -110,11 +111,14 @@ def prune_structures(model: nn.Module, calibration: Source | None, config: DSASt
         raise ValueError("What can be cut out of a model is found by running it; give calibration data.")
     architecture = find_architecture(model, exclude=config.exclude)
     check_finite_outputs(model, architecture, calibration)
-    found = find_structures(model, architecture, _short(calibration.batches(1)[0]))
+    find = find_blocks if config.structures == ("block",) else find_structures
+    found = find(model, architecture, _short(calibration.batches(1)[0]))
     units = {unit: each for unit, each in found.structures.items() if each.kind in config.structures}
     _check(model, units, found.left, config)
     costs = {unit: each.cost(model) for unit, each in units.items()}
     prunable, parameters = sum(weight.size for weight in architecture.weights), count_parameters(model)
+    if find is find_blocks:  # norms and all, so that half of it are half of the blocks
+        prunable = sum(costs[unit] * len(each) for unit, each in units.items())
     rounds = {"ffn": config.round_to}
     sizes = {
         unit: Available(len(each), costs[unit], rounds.get(each.kind, 1), len(each) - each.least)

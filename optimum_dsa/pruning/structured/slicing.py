@@ -11,8 +11,9 @@ from transformers.pytorch_utils import Conv1D
 
 from ...common.escaping import one_line
 from ...model.walk import WalkedBlock
-from .routing import unrouted
 from .structure import Structures, tensor_named
+from .wholes.blocks import apply, pass_by, without_blocks
+from .wholes.experts import unrouted
 
 
 # Attributes of modules that count what is cut: query heads, heads of keys and values, and the width of all heads.
@@ -30,10 +31,12 @@ EXPERT_COUNTS = (
 def silence(model: nn.Module, structures: Structures, gone: Tensor) -> None:
     """Make zero, in place, the columns through which what the structures `gone`, (n,) int64, give leaves.
 
-    Of experts the router's logit becomes -inf, before any are chosen.
+    Of experts the router's logit becomes -inf, before any are chosen; blocks hand on what they are given.
     """
     if structures.kind == "expert":
         unrouted(model, structures, gone)
+    if structures.kind == "block":
+        pass_by(model, structures, gone)
     for cut in structures.reads:
         parameter = model.get_parameter(cut.tensor)
         parameter.index_fill_(cut.axis, cut.index[gone].flatten().to(parameter.device), 0)
@@ -52,7 +55,7 @@ def cut_out(model: nn.Module, structures: Structures, gone: Tensor) -> None:
         least = "one" if structures.least == 1 else structures.least
         raise ValueError(
             f"{structures.unit} has {len(structures)} structures and {len(gone.unique())} are to go; leave {least} at "
-            "least, or take the whole block."
+            "least."
         )
     if not len(gone):
         return
@@ -66,7 +69,9 @@ def cut_out(model: nn.Module, structures: Structures, gone: Tensor) -> None:
             value = nn.Parameter(value, requires_grad=tensor.requires_grad)
         setattr(module, name, value)
         _count_anew(module)
-    if structures.kind == "expert":
+    if structures.kind == "block":
+        apply(without_blocks(model, structures, set(gone.tolist())))
+    elif structures.kind == "expert":
         _count_experts(model, structures, set(gone.tolist()))
     elif structures.kind != "ffn":
         _count_heads(model, structures, len(gone.unique()))

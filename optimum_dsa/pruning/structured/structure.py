@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
 
@@ -14,9 +15,10 @@ KINDS = {
     "head": "attention head",
     "kv_group": "key-value group with its query heads",
     "expert": "expert, with its row of the router",
+    "block": "whole block",
 }
 # Kinds that go before the blocks are walked: nothing that stays can be fitted to what they gave.
-WHOLE = ("expert",)
+WHOLE = ("expert", "block")
 
 
 @dataclass(frozen=True)
@@ -46,6 +48,7 @@ class Structures:
         wholes (`tuple[str, ...]`): modules that are a structure each, beside what it owns of others; empty where
             structures are parts of matrices.
         least (`int`): how many have to stay.
+        fixed (`tuple[int, ...]`): numbers of those that have to stay themselves.
         around (`tuple[str, ...]`): modules that count them.
     """
 
@@ -57,10 +60,10 @@ class Structures:
     wholes: tuple[str, ...] = ()
     least: int = 1
     around: tuple[str, ...] = ()
+    fixed: tuple[int, ...] = ()
 
     def __len__(self) -> int:
-        # what reads before what makes: all of a kind of cut are as many
-        return len(self.cuts[-1].index)
+        return len(self.cuts[-1].index) if self.cuts else len(self.wholes)
 
     @property
     def block(self) -> str:
@@ -71,14 +74,27 @@ class Structures:
         return self.makes + self.reads
 
     def cost(self, model: nn.Module) -> int:
-        """Parameters of one structure; all of a kind in a block have as many."""
+        """Parameters of one structure; all of a kind in a block have as many, and of blocks it is the largest."""
         parts = sum(
             prod(size for axis, size in enumerate(tensor.shape) if axis != cut.axis) * cut.index.shape[1]
             for cut in self.cuts
             if isinstance(tensor := tensor_named(model, cut.tensor), nn.Parameter)
         )
-        whole = self.wholes[:1]
-        return parts + sum(parameter.numel() for name in whole for parameter in model.get_submodule(name).parameters())
+        wholes = (model.get_submodule(name).parameters() for name in self.wholes)
+        return parts + max((sum(parameter.numel() for parameter in whole) for whole in wholes), default=0)
+
+
+@dataclass(frozen=True)
+class Found:
+    """What there is to cut.
+
+    Attributes:
+        structures (`Mapping[str, Structures]`): by unit, first block first.
+        left (`Mapping[str, str]`): weights that no structure owns a part of -> why.
+    """
+
+    structures: Mapping[str, Structures]
+    left: Mapping[str, str]
 
 
 def tensor_named(model: nn.Module, name: str) -> Tensor:

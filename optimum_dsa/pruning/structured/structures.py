@@ -16,22 +16,9 @@ from torch import Tensor, nn
 from ...model.architecture import Architecture, Weight
 from ...model.walk import WalkedBlock, walk_blocks
 from ...model.wiring import Wiring
-from .routing import expert_structures
 from .slicing import trouble
-from .structure import Cut, Structures
-
-
-@dataclass(frozen=True)
-class Found:
-    """What there is to cut.
-
-    Attributes:
-        structures (`Mapping[str, Structures]`): by unit, first block first.
-        left (`Mapping[str, str]`): weights that no structure owns a part of -> why.
-    """
-
-    structures: Mapping[str, Structures]
-    left: Mapping[str, str]
+from .structure import Cut, Found, Structures
+from .wholes.experts import expert_structures
 
 
 def find_structures(model: nn.Module, architecture: Architecture, batch: Mapping[str, Tensor]) -> Found:

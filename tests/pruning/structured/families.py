@@ -4,9 +4,13 @@ import torch
 import transformers
 
 
+# What configurations call the number of blocks.
+DEPTHS = ("num_hidden_layers", "n_layer", "num_layers")
+
+
 def _causal(kind, **changes):
     sizes = {"vocab_size": 97, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
-    return lambda: _made(kind, "ForCausalLM", **{**sizes, **changes})
+    return lambda **others: _made(kind, "ForCausalLM", **{**sizes, **changes, **others})
 
 
 def _made(kind, head, **settings):
@@ -21,7 +25,7 @@ def _made(kind, head, **settings):
 
 
 def _other(kind, head, **settings):
-    return lambda: _made(kind, head, **settings)
+    return lambda **others: _made(kind, head, **{**settings, **others})
 
 
 GROUPED = {"num_key_value_heads": 2, "intermediate_size": 48}
@@ -60,6 +64,12 @@ FAMILIES = {
     "Bloom": (_other("Bloom", "ForCausalLM", vocab_size=97, hidden_size=32, n_layer=2, n_head=4), {"ffn": 128}),
     "T5": (_other("T5", "ForConditionalGeneration", vocab_size=97, **T5), {"ffn": 48}),
 }
+
+
+def deeper(family, depth):
+    """A model of a family with `depth` blocks in each stack."""
+    config = FAMILIES[family][0]().config
+    return FAMILIES[family][0](**{name: depth for name in DEPTHS if name in vars(config)})
 
 
 def batch_of(family, samples=1, length=12):

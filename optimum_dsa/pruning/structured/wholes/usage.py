@@ -1,4 +1,4 @@
-"""What whole parts of a model do for it, seen in one pass before anything goes: how experts are used."""
+"""What whole parts of a model do for it, seen in one pass before anything goes: experts, and blocks."""
 
 from __future__ import annotations
 
@@ -9,10 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...common.progress import progress
-from ...model.calls import feed, replaced_forwards
-from ...model.padding import real_tokens, without_padding
-from .structure import Structures
+from ....common.progress import progress
+from ....model.calls import feed, replaced_forwards
+from ....model.padding import real_tokens, without_padding
+from ..structure import Structures
+from .blocks import through
 
 
 @dataclass
@@ -21,7 +22,8 @@ class Usage:
 
     Attributes:
         tokens: how many tokens were given to each.
-        output: Σ over them of the norm of what it adds, its weight in the mixture included.
+        output: Σ over them of the norm of what an expert adds, its weight in the mixture included; and of how far a
+            block turns them, 1 − cos(before, after).
     """
 
     tokens: Tensor
@@ -32,13 +34,13 @@ class Usage:
 def collect_usage(
     model: nn.Module, units: Mapping[str, Structures], batches: Sequence[Mapping[str, Tensor]]
 ) -> dict[str, Usage]:
-    """Unit -> how its experts are used.
+    """Unit -> how its experts are used, or what its blocks do.
 
     Args:
         batches (`Sequence[Mapping[str, Tensor]]`): inputs of the model by name, (samples, length, ...).
 
     Raises:
-        ValueError: what experts are given could not be observed.
+        ValueError: what they are given could not be observed.
     """
     device = next(model.parameters()).device
     found = {unit: Usage(*torch.zeros(2, len(each), device=device)) for unit, each in units.items()}
@@ -47,11 +49,14 @@ def collect_usage(
     try:
         model.eval()
         for unit, each in units.items():
+            if each.kind == "block":
+                handles += _turns(model, each, found[unit], real)
+                continue
             name = each.wholes[0].rsplit(".", 2)[0] if each.wholes else each.cuts[0].tensor.rpartition(".")[0]
             watch = _of_modules(model, each) if each.wholes else _of_fused
             module = model.get_submodule(name)
             handles.append(module.register_forward_pre_hook(_hook(watch, found[unit], real), with_kwargs=True))
-        for batch in progress(batches, "Experts", "batch", "optimum_dsa.prune"):
+        for batch in progress(batches, "Usage", "batch", "optimum_dsa.prune"):
             for part in without_padding(batch):
                 real.tokens = real_tokens(model, part)
                 feed(model, part)
@@ -61,7 +66,7 @@ def collect_usage(
         model.train(training)
     for unit, usage in found.items():
         if not usage.tokens.any():
-            raise ValueError(f"{unit}: what its experts are given could not be observed; leave them whole.")
+            raise ValueError(f"{unit}: what they are given could not be observed; leave them whole.")
     return found
 
 
@@ -91,6 +96,23 @@ def _hook(watch: _Watch, usage: Usage, real: _Real) -> Callable:
             usage.output.index_add_(0, index, norms[counted].float().to(usage.tokens.device))
 
     return hook
+
+
+def _turns(model: nn.Module, structures: Structures, usage: Usage, real: _Real) -> Iterator[Any]:
+    """Hooks on blocks that note how far each turns its tokens."""
+
+    def watch(number: int) -> Callable:
+        def hook(module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
+            before, after = (hidden.flatten(0, -2).float() for hidden in through(args, kwargs, output))
+            counted = real.of(len(before), before.device)
+            turned = 1 - torch.cosine_similarity(before, after, dim=-1)
+            usage.tokens[number] += counted.sum().to(usage.tokens.device)
+            usage.output[number] += turned[counted].sum().to(usage.tokens.device)
+
+        return hook
+
+    for number, name in enumerate(structures.wholes):
+        yield model.get_submodule(name).register_forward_hook(watch(number), with_kwargs=True)
 
 
 def _of_fused(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Iterator[tuple[Tensor, Tensor]]:

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from ...model.experts import Mixture, fused_parameters, mixtures
-from ...model.walk import WalkedBlock
-from .structure import Cut, Structures
+from ....model.experts import Mixture, fused_parameters, mixtures
+from ....model.walk import WalkedBlock
+from ..structure import Cut, Structures
 
 
 # What modules and configurations call the number of experts that are chosen for a token.

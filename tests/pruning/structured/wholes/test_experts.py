@@ -12,10 +12,10 @@ from optimum_dsa.pruning.structured.configuration import DSAStructuredConfig
 from optimum_dsa.pruning.structured.prune import prune_structures
 from optimum_dsa.pruning.structured.slicing import cut_out, silence
 from optimum_dsa.pruning.structured.structures import find_structures
-from optimum_dsa.pruning.structured.usage import collect_usage
+from optimum_dsa.pruning.structured.wholes.usage import collect_usage
 
-from ...tiny import same_state, state, tiny_llama
-from .families import FAMILIES, batch_of
+from ....tiny import same_state, state, tiny_llama
+from ..families import FAMILIES, batch_of
 
 
 MIXTURES = ("Mixtral", "Qwen3Moe", "GptOss")
