@@ -42,6 +42,12 @@ TESTS = {
     **{f"search/{name}.py": ["search/test_search.py"] for name in ("conductor", "counts")},
     "common/apart.py": ["search/test_apart.py", "recovery/test_recover.py"],
     "pruning/structured/remove.py": ["pruning/structured/test_prune.py"],
+    "pruning/structured/scores.py": ["pruning/structured/learners/test_learner.py"],
+    **{
+        f"pruning/structured/learners/{name}.py": ["pruning/structured/learners/test_learner.py"]
+        for name in ("learned", "projected_gates", "hard_concrete")
+    },
+    "pruning/structured/learners/policy_gradient.py": ["pruning/structured/learners"],
     "pruning/structured/layout.py": ["pruning/structured/test_prune.py"],
     **{
         f"pruning/structured/wholes/{name}.py": ["pruning/structured/wholes/test_experts.py"]

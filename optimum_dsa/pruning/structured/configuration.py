@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from ...common.registry import Registry
 from ...common.settings import check_settings, section, setting, settings_from, settings_to
 from ...data import DataConfig
 from ...model.statistics import DAMPING
@@ -16,6 +17,13 @@ from .structure import KINDS, WHOLE
 UPDATES = ("none", "bias", "refit")  # what makes up for structures that go
 # Whether all blocks stay alike, which the model's own class can say and transformers alone loads, or may differ.
 LAYOUTS = ("uniform", "per_layer")
+
+
+def learners() -> Registry:
+    """The rows of `LEARNERS`, which need this module."""
+    from .learners import LEARNERS
+
+    return LEARNERS
 
 
 @dataclass(frozen=True)
@@ -42,6 +50,10 @@ class DSAStructuredConfig:
         exclude (`tuple[str, ...]`): Patterns of matrices that stay whole, and with them what shares their structures.
         data ([`DataConfig`]): How calibration text is cut.
         batch_size (`int`, defaults to 8): Sequences per forward pass.
+        learner (`str`, *optional*): A row of `LEARNERS`: which structures go is learned from the calibration text, and
+            importances are where that begins. By default the least important go at once.
+        learn_steps (`int`, defaults to 200): Steps that it takes, of `batch_size` windows.
+        learn_rate (`float`, *optional*): Its learning rate; by default the learner's own.
         blockwise (`bool`, defaults to `False`): Whether gradients, where the importance reads them, are taken of one
             block at a time: the same, in the memory of one block's, with a pass for each.
     """
@@ -59,12 +71,32 @@ class DSAStructuredConfig:
     exclude: tuple[str, ...] = ()
     data: DataConfig = section(DataConfig)
     batch_size: int = setting(8, low=1)
+    learner: str | None = None
+    learn_steps: int = setting(200, low=1)
+    learn_rate: float | None = setting(None, low=0, what="a learning rate")
     blockwise: bool = False
 
     def __post_init__(self):
         check_settings(self)
         object.__setattr__(self, "structures", tuple(dict.fromkeys(self.structures)))
         IMPORTANCES[self.importance]
+        if self.learner is not None:
+            learners()[self.learner]
+        for name in ("learn_steps", "learn_rate"):
+            if self.learner is None and (value := getattr(self, name)) != getattr(DSAStructuredConfig, name):
+                raise ValueError(
+                    f"{name}={value!r} is of a learner, and none is named; give learner=, or leave it out."
+                )
+        self._check_structures()
+        if self.true_sequential and not self.sequential:
+            object.__setattr__(self, "true_sequential", False)
+        if self.reconstruct.steps and not self.sequential:
+            raise ValueError(
+                f"reconstruct={self.reconstruct.steps} trains blocks on what the cut ones before them give, and "
+                "sequential=False gives them the dense model's; leave out one of both."
+            )
+
+    def _check_structures(self) -> None:
         unknown = [kind for kind in self.structures if kind not in KINDS]
         if unknown or not self.structures:
             said = f"{unknown[0]!r} is none" if unknown else "none was given"
@@ -81,13 +113,13 @@ class DSAStructuredConfig:
                 f"reconstruct={self.reconstruct.steps} trains blocks against what they gave as the walk began, and "
                 f"{' and '.join(map(repr, self.structures))} are gone by then; leave it out, and recover afterwards."
             )
-        if self.true_sequential and not self.sequential:
-            object.__setattr__(self, "true_sequential", False)
-        if self.reconstruct.steps and not self.sequential:
-            raise ValueError(
-                f"reconstruct={self.reconstruct.steps} trains blocks on what the cut ones before them give, and "
-                "sequential=False gives them the dense model's; leave out one of both."
-            )
+        if self.learner and (whole := [kind for kind in self.structures if kind in WHOLE]):
+            raise ValueError(f"A learner is of channels and heads, and {whole[0]!r} is to go; leave learner= out.")
+
+    @property
+    def folds(self) -> bool:
+        """Whether scales that were learned become a part of the weights: a refit finds them itself."""
+        return self.update != "refit"
 
     @property
     def method(self) -> str:

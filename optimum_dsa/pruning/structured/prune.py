@@ -6,6 +6,7 @@ import logging
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
@@ -20,15 +21,17 @@ from ..steps import Step
 from ..training import Reconstruction
 from .budget import Available, even_counts, uniform_counts
 from .configuration import DSAStructuredConfig
-from .gradients import Products, collect_products
-from .importance import IMPORTANCES
 from .layout import settle, smaller_config
+from .learners.budget import Projection
+from .learners.gates import Gates
+from .learners.learned import check_learnable, learned
 from .remove import RemoveStructures
+from .scores import products_of
 from .slicing import cut_out
 from .structure import WHOLE, Structures
 from .structures import find_structures
 from .wholes.blocks import find_blocks
-from .wholes.remove import remove_wholes, scored_by_gradients
+from .wholes.remove import remove_wholes
 
 
 logger = logging.getLogger(__name__)
@@ -93,7 +96,13 @@ def _range(stay: Sequence[int], before: Sequence[int]) -> str:
     return f"{stays} of {were} stay"
 
 
-def prune_structures(model: nn.Module, calibration: Source | None, config: DSAStructuredConfig) -> StructuredReport:
+def prune_structures(
+    model: nn.Module,
+    calibration: Source | None,
+    config: DSAStructuredConfig,
+    learning: str | Path | None = None,
+    resume: bool = False,
+) -> StructuredReport:
     """Make a model smaller, in place.
 
     Args:
@@ -101,6 +110,8 @@ def prune_structures(model: nn.Module, calibration: Source | None, config: DSASt
         calibration (`Tensor` or `Mapping[str, Tensor]`): tokens, (samples, length), or the model's inputs by name. By
             them structures are found as well, so that there is none without.
         config (`DSAStructuredConfig`): what goes.
+        learning (`str`, *optional*): folder in which a learner keeps its state.
+        resume (`bool`, defaults to `False`): go on from the state in it, with the model as it was at the beginning.
 
     Raises:
         ValueError: there is nothing that can be cut out, or less than asked for; before anything is changed.
@@ -109,6 +120,8 @@ def prune_structures(model: nn.Module, calibration: Source | None, config: DSASt
     calibration = as_calibration(calibration, model)
     if not isinstance(calibration, Calibration):
         raise ValueError("What can be cut out of a model is found by running it; give calibration data.")
+    if config.learner is not None:
+        check_learnable(model, calibration, config.learner)
     architecture = find_architecture(model, exclude=config.exclude)
     check_finite_outputs(model, architecture, calibration)
     find = find_blocks if config.structures == ("block",) else find_structures
@@ -136,10 +149,17 @@ def prune_structures(model: nn.Module, calibration: Source | None, config: DSASt
             f"A sparsity of {config.sparsity:g} takes nothing: the least that can go is {least / prunable:.4f} of the "
             "blocks; ask for more, or for smaller structures."
         )
-    products = _products(model, units, calibration, config)
+    chosen = None
+    if config.learner is not None:
+        projection = Projection(sizes, asked, counts if config.layout == "uniform" else None)
+        choice = learned(model, architecture, calibration, config, units, projection, learning, resume)
+        chosen, counts = choice.gone, {unit: len(gone) for unit, gone in choice.gone.items()}
+        if config.folds:
+            Gates(model, units).fold(choice.scales)
+    products = products_of(model, units, calibration, config) if chosen is None else {}
     wholes = remove_wholes(model, units, counts, calibration, config, products)
     parts = {unit: each for unit, each in units.items() if each.kind not in WHOLE}
-    remove = RemoveStructures(config, parts, counts, products)
+    remove = RemoveStructures(config, parts, counts, chosen, products)
     reconstruct = Reconstruct(config.reconstruct, config.data.seed)
     steps: list[Step] = [remove, *([reconstruct] if config.reconstruct.steps else [])]
     if parts:
@@ -183,17 +203,6 @@ def _said_counts(
         if not heads or len(heads) == len(units):
             raise refused
         sizes = {unit: replace(size, limit=heads[unit] - 1) if unit in heads else size for unit, size in sizes.items()}
-
-
-def _products(
-    model: nn.Module, units: Mapping[str, Structures], calibration: Calibration, config: DSAStructuredConfig
-) -> dict[str, list[Products]]:
-    """Unit -> weights times gradients, of the model as it is: before anything goes; empty where nobody reads them."""
-    read = scored_by_gradients(units, config.importance)
-    if not read:
-        return {}
-    needed = IMPORTANCES.fact(config.importance, "gradients")
-    return collect_products(model, read, calibration.batches(1), needed, config.blockwise)
 
 
 def _short(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -28,6 +28,7 @@ class RemoveStructures:
     Args:
         structures: unit -> what there is.
         counts: unit -> how many go.
+        chosen: unit -> the numbers of those that go, where that is settled already.
         products: unit -> weights times gradients, where the importance reads them.
     """
 
@@ -36,12 +37,15 @@ class RemoveStructures:
         config: DSAStructuredConfig,
         structures: Mapping[str, Structures],
         counts: Mapping[str, int],
+        chosen: Mapping[str, Sequence[int]] | None = None,
         products: Mapping[str, Sequence[Products]] | None = None,
     ):
-        self.config, self.structures, self.counts, self.products = config, structures, counts, products or {}
-        self.importance, self.true_sequential = IMPORTANCES[config.importance], config.true_sequential
+        self.config, self.structures, self.counts = config, structures, counts
+        self.chosen, self.products = chosen, products or {}
+        self.true_sequential = config.true_sequential
         needed = {"refit": "gram", "bias": "mean", "none": "nothing"}[config.update]
-        self.reads: Reads = reads_of(needed) | reads_of(IMPORTANCES.fact(config.importance, "reads", "inputs"))
+        chooses = reads_of(IMPORTANCES.fact(config.importance, "reads", "inputs")) if chosen is None else frozenset()
+        self.reads: Reads = reads_of(needed) | chooses
         self.notes: dict[str, Any] = {}  # unit -> the numbers of those that go
 
     @property
@@ -69,11 +73,12 @@ class RemoveStructures:
         columns = structures.reads[0].index
         count, gone = self.counts[structures.unit], torch.zeros(weights[0].shape[1], dtype=torch.bool)
         if count:
-            parts = parts_of(walked, structures, statistics, self.config.damping)
-            name = f"{self.config.data.seed}:{structures.unit}"
-            scores = self.importance(replace(parts, products=self.products.get(structures.unit, ()), name=name))
-            # Stable, so that of equals the first go, on every machine.
-            chosen = scores.argsort(stable=True)[:count].sort().values
+            if self.chosen is not None:
+                chosen = torch.tensor(self.chosen[structures.unit], dtype=torch.int64)
+            else:
+                scores = scores_of(walked, structures, statistics, self.config, self.products)
+                # Stable, so that of equals the first go, on every machine.
+                chosen = scores.argsort(stable=True)[:count].sort().values
             gone[columns.cpu()[chosen.cpu()].flatten()] = True
             self.notes[structures.unit] = chosen.tolist()
             for weight in weights:
@@ -91,6 +96,19 @@ class RemoveStructures:
             bias.add_((tensor[:, gone].float() @ statistics.mean[gone]).to(bias))
             walked.changed(f"{weight.module}.bias")
         tensor.masked_fill_(gone, 0)
+
+
+def scores_of(
+    walked: WalkedBlock,
+    structures: Structures,
+    statistics: LayerStatistics | None,
+    config: DSAStructuredConfig,
+    products: Mapping[str, Sequence[Products]],
+) -> Tensor:
+    """The importances of a unit's structures, (structures,) float32."""
+    parts = parts_of(walked, structures, statistics, config.damping)
+    name = f"{config.data.seed}:{structures.unit}"
+    return IMPORTANCES[config.importance](replace(parts, products=products.get(structures.unit, ()), name=name))
 
 
 def parts_of(walked: WalkedBlock, structures: Structures, statistics: LayerStatistics | None, damping: float) -> Parts:

@@ -138,3 +138,9 @@ def test_a_pass_a_block_takes_the_same_structures():
         for blockwise in (False, True)
     ]
     assert gone[0] == gone[1] and any(gone[0].values())
+
+
+def test_a_learner_begins_with_gradients_as_well():
+    model = FAMILIES["Llama"][0]()
+    config = DSAStructuredConfig(0.2, ("ffn",), "saap", "none", learner="policy_gradient", learn_steps=1)
+    assert prune_structures(model, batch_of("Llama", 4)["input_ids"], config).sparsity > 0.19

@@ -167,7 +167,7 @@ def test_widths_that_stay_are_round():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"structures": ("channel",)}, "Structures are of .* 'expert'; 'channel' is none"),
+        ({"structures": ("channel",)}, "Structures are of .*; 'channel' is none"),
         ({"structures": ()}, "none was given"),
         ({"update": "fit"}, "update"),
         ({"reconstruct": 4, "sequential": False}, "leave out one of both"),

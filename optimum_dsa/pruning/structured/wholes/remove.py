@@ -61,22 +61,3 @@ def _parts_of(
         if modules[0][own].dim() > 1:
             makes.append(torch.stack([each[own].data for each in modules]))
     return Parts(makes, (), torch.arange(number), None, products=products, name=name, usage=usage)
-
-
-def scored_by_gradients(units: Mapping[str, Structures], importance: str) -> dict[str, Structures]:
-    """The units of which gradients are read.
-
-    Raises:
-        ValueError: their experts are modules, of which none are taken.
-    """
-    found = {
-        unit: each
-        for unit, each in units.items()
-        if IMPORTANCES.fact(importance_of(each.kind, importance), "gradients")
-    }
-    if unknown := [unit for unit, each in found.items() if each.wholes]:
-        raise ValueError(
-            f"importance={importance!r} takes gradients of experts that share a parameter, and those of {unknown[0]} "
-            "are modules each; use importance='reap'."
-        )
-    return found

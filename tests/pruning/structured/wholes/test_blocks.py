@@ -107,6 +107,11 @@ def test_a_block_of_each_stack_stays():
     assert same_state(model, before)
 
 
+def test_a_learner_has_no_gate_for_what_goes_whole():
+    with pytest.raises(ValueError, match="A learner is of channels and heads, and 'block' is to go"):
+        DSAStructuredConfig(0.2, ("block",), learner="projected_gates")
+
+
 @pytest.mark.parametrize(
     ("structures", "importance", "message"),
     [
