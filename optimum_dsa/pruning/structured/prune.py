@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ...model.architecture import find_architecture
+from ...model.architecture import Architecture, find_architecture
 from ...model.parameters import count_parameters
 from ..calibration import Calibration
 from ..prune import run_steps
@@ -156,6 +156,37 @@ def prune_structures(
         chosen, counts = choice.gone, {unit: len(gone) for unit, gone in choice.gone.items()}
         if config.folds:
             Gates(model, units).fold(choice.scales)
+    went, reconstruction = _removed(model, architecture, calibration, config, units, counts, chosen)
+    if find is not find_blocks:  # which of them went, a configuration knows by now
+        settle(model, smaller)
+    return StructuredReport(
+        config=config,
+        kept={unit: len(each) - len(went.get(unit, ())) for unit, each in units.items()},
+        gone={unit: tuple(went.get(unit, ())) for unit in units},
+        costs=costs,
+        prunable=prunable,
+        parameters=parameters,
+        removed=parameters - count_parameters(model),
+        left=found.left,
+        calibration=calibration.facts(),
+        reconstruction=reconstruction,
+        seconds=time.perf_counter() - start,
+    )
+
+
+def _removed(
+    model: nn.Module,
+    architecture: Architecture,
+    calibration: Calibration,
+    config: DSAStructuredConfig,
+    units: Mapping[str, Structures],
+    counts: Mapping[str, int],
+    chosen: Mapping[str, Sequence[int]] | None,
+) -> tuple[dict[str, list[int]], Mapping[str, Reconstruction]]:
+    """Cut `counts` structures of every unit out, in place: the numbers of those that went, and what training did.
+
+    Wholes go first, and the blocks are walked without them. `chosen` tells which go, where that is settled already.
+    """
     products = products_of(model, units, calibration, config) if chosen is None else {}
     wholes = remove_wholes(model, units, counts, calibration, config, products)
     parts = {unit: each for unit, each in units.items() if each.kind not in WHOLE}
@@ -167,21 +198,7 @@ def prune_structures(
         run_steps(model, architecture, calibration, config, steps, lambda walked: None)
     for unit, gone in remove.gone.items():
         cut_out(model, units[unit], gone)
-    settle(model, smaller)
-    went = wholes | remove.notes
-    return StructuredReport(
-        config=config,
-        kept={unit: len(each) - len(went.get(unit, ())) for unit, each in units.items()},
-        gone={unit: tuple(went.get(unit, ())) for unit in units},
-        costs=costs,
-        prunable=prunable,
-        parameters=parameters,
-        removed=parameters - count_parameters(model),
-        left=found.left,
-        calibration=calibration.facts(),
-        reconstruction=reconstruct.found,
-        seconds=time.perf_counter() - start,
-    )
+    return wholes | remove.notes, reconstruct.found
 
 
 def _said_counts(

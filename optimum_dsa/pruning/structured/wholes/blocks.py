@@ -38,7 +38,11 @@ def find_blocks(model: nn.Module, architecture: Architecture, batch: Mapping[str
     for stack in architecture.stacks:
         names = tuple(block.name for block in stack.blocks)
         unit = Structures(f"{stack.name}:block", "block", (), (), wholes=names)
-        troubles = {number: _trouble(model, unit, number, batch) for number in range(len(names))}
+        kept = {number for number, block in enumerate(names) if _excluded(architecture, block)}
+        troubles = {
+            number: "a part of it is excluded" if number in kept else _trouble(model, unit, number, batch)
+            for number in range(len(names))
+        }
         fixed = tuple(number for number, why in troubles.items() if why is not None)
         for number in fixed:
             left |= {
@@ -49,6 +53,10 @@ def find_blocks(model: nn.Module, architecture: Architecture, batch: Mapping[str
                 unit.unit, "block", (), (), wholes=names, least=max(len(fixed), 1), fixed=fixed
             )
     return Found(units, left)
+
+
+def _excluded(architecture: Architecture, block: str) -> bool:
+    return any(why == "excluded" and name.startswith(f"{block}.") for name, why in architecture.dense.items())
 
 
 @torch.no_grad()

@@ -72,6 +72,15 @@ def test_what_is_listed_by_block_is_of_those_that_stay():
     assert [layer.self_attn.layer_idx for layer in model.model.layers] == [0, 1]
 
 
+def test_what_is_listed_is_of_those_that_went():
+    model, batch = deeper("Gemma2", DEPTH), batch_of("Gemma2", 2)
+    listed = list(model.config.layer_types)
+    report = prune_structures(model, batch, DSAStructuredConfig(0.5, ("block",), exclude=["layers.3"]))
+    gone = report.gone["model.layers:block"]
+    assert len(gone) == 2 and 3 not in gone and report.left["model.layers.3.mlp.up_proj.weight"].endswith("excluded")
+    assert model.config.layer_types == [each for number, each in enumerate(listed) if number not in gone]
+
+
 def test_the_blocks_that_turn_their_tokens_least_go():
     model, batch, seen = deeper("Llama", DEPTH), batch_of("Llama", 3), []
     for layer in model.model.layers:
