@@ -46,7 +46,9 @@ def schema() -> dict[str, Any]:
     note = {"description": "The DSAConfig; which names exist is checked against the tables."}
     found["properties"]["config"] = note | settings_schema(DSAConfig, {"allocation": allocation})
     note = {"description": "The DSAStructuredConfig; which names exist is checked against the tables."}
-    found["$defs"]["cut"]["properties"]["config"] = note | settings_schema(DSAStructuredConfig, {})
+    found["$defs"]["cut"]["properties"]["config"] = note | settings_schema(
+        DSAStructuredConfig, {"allocation": allocation}
+    )
     return found
 
 

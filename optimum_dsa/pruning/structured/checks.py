@@ -12,7 +12,7 @@ from ...model.architecture import Architecture
 from ...model.offload import is_offloaded
 from ..zeros import FEWEST_ZEROS
 from .configuration import DSAStructuredConfig
-from .structure import Structures
+from .structure import WHOLE, Structures
 
 
 def check_cuttable(model: nn.Module) -> None:
@@ -34,12 +34,6 @@ def check_cuttable(model: nn.Module) -> None:
         )
 
 
-def whole_size(architecture: Architecture) -> int:
-    """Weights of all blocks' matrices, those that `exclude` names among them: they stay, and count."""
-    excluded = [name for name, why in architecture.dense.items() if why == "excluded"]
-    return sum(weight.size for weight in architecture.weights) + sum(architecture.dense_sizes[n] for n in excluded)
-
-
 def check_excluded(architecture: Architecture, units: Mapping[str, Structures], config: DSAStructuredConfig) -> None:
     """Raise `ValueError` where `exclude` keeps a kind whole in some blocks, and all are to stay alike."""
     if config.layout != "uniform" or not config.exclude:
@@ -49,7 +43,7 @@ def check_excluded(architecture: Architecture, units: Mapping[str, Structures], 
         for block in architecture.blocks
         if any(why == "excluded" and name.startswith(f"{block.name}.") for name, why in architecture.dense.items())
     ]
-    for kind in dict.fromkeys(each.kind for each in units.values()):
+    for kind in dict.fromkeys(each.kind for each in units.values() if each.kind != "block"):
         blocks = {each.block for each in units.values() if each.kind == kind}
         if whole := [name for name in touched if name not in blocks]:
             raise ValueError(
@@ -66,11 +60,11 @@ def check_zeros(model: nn.Module, units: Mapping[str, Structures], config: DSASt
     if config.update != "refit":
         return
     zeros = size = 0
-    for cut in (cut for each in units.values() for cut in each.reads):
+    for cut in (cut for each in units.values() if each.kind not in WHOLE for cut in each.reads):
         zero = model.get_parameter(cut.tensor).data == 0
-        zeros += int((zero & ~zero.all(1 - cut.axis, keepdim=True)).sum()) if zero.dim() == 2 else 0
+        zeros += int((zero & ~zero.all(1 - cut.axis, keepdim=True)).sum())
         size += zero.numel()
-    if zeros >= FEWEST_ZEROS * size:
+    if size and zeros >= FEWEST_ZEROS * size:
         raise ValueError(
             f"{zeros / size:.2%} of the matrices that update='refit' fits are zero, and it would fill them; cut "
             "first and prune weights then, or use update='none' or 'bias', which leave zeros alone."
