@@ -159,7 +159,8 @@ def quality_table(outcomes: Sequence[Outcome]) -> Table:
     columns = {"model": [row.name for row in rows]}
     if any(row.outcome is not None and row.outcome.structured for row in rows):
         columns["parameters"] = [_parameters(row, outcomes) for row in rows]
-    if not all(row.outcome is None or row.outcome.is_dense or row.outcome.is_only_cut for row in rows):
+    pruned = [row.outcome for row in rows if row.outcome is not None and not row.outcome.is_dense]
+    if not pruned or not all(outcome.is_only_cut for outcome in pruned):
         columns["removed"] = [percent(_achieved(row, "sparsity")) for row in rows]
         columns["of all parameters"] = [percent(_achieved(row, "sparsity_of_all_parameters")) for row in rows]
     if len(found := protocols(rows)) == 1:
