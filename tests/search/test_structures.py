@@ -50,6 +50,15 @@ def test_what_is_found_is_no_worse_than_uniform_and_is_pruned(strategy):
     assert 0.3 * report.prunable - max(report.costs.values()) < report.removed <= 0.3 * report.prunable
 
 
+def test_names_of_structures_are_tried_and_error_curves_held_against_the_prune():
+    pytest.importorskip("scipy")
+    result = run("named")
+    tried = {trial.request.candidate.function for trial in result.trace.trials}
+    assert {"uniform", "stability", "milp", "global", "owl"} <= tried
+    assert any(note.startswith("rank correlation of error curves with the prune: ") for note in result.notes)
+    assert not run("random").notes
+
+
 def test_more_tokens_find_less_loss_than_all_names():
     named, switched = run("named"), run("level_switch", "40k tokens")
     assert switched.finalists[0].loss < named.finalists[0].loss

@@ -26,7 +26,7 @@ from .layout import settle, smaller_config
 from .learners.budget import Projection
 from .learners.gates import Gates
 from .learners.learned import check_learnable, learned
-from .remove import RemoveStructures, looked_at
+from .remove import RemoveStructures
 from .slicing import cut_out
 from .structure import Structures
 from .structures import find_structures
@@ -134,7 +134,7 @@ def prune_structures(
         chosen, counts = choice.gone, {unit: len(gone) for unit, gone in choice.gone.items()}
         if config.folds:
             Gates(model, units).fold(choice.scales)
-    remove = RemoveStructures(config, looked_at(config, units, dense.found), counts, chosen)
+    remove = RemoveStructures(config, units, counts, chosen)
     reconstruct = Reconstruct(config.reconstruct, config.data.seed)
     steps: list[Step] = [remove, *([reconstruct] if config.reconstruct.steps else [])]
     run_steps(model, architecture, dense.calibration, config, steps, lambda walked: None)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..prune import run_steps
-from .remove import RemoveStructures, looked_at
+from .remove import RemoveStructures
 from .widths.dense import Dense
 
 
@@ -22,10 +22,9 @@ def as_pruned(dense: Dense, counts: Mapping[str, int]) -> Iterator[dict[str, Ten
 
     Yields unit -> the structures that went, (n,) int64.
     """
-    units = looked_at(dense.config, dense.units, dense.found)
-    remove = RemoveStructures(dense.config, units, counts)
+    remove = RemoveStructures(dense.config, dense.units, counts)
     known = dict(dense.model.named_parameters())
-    names = {cut.tensor for each in units.values() for cut in each.reads}
+    names = {cut.tensor for each in dense.units.values() for cut in each.reads}
     # Of an update "bias", too.
     names |= {f"{name.rpartition('.')[0]}.bias" for name in names} & known.keys()
     kept = {name: known[name].detach().clone() for name in names}
