@@ -15,6 +15,7 @@ from ...model.inputs import KINDS, kind_of
 from ..calibration import Calibration
 from ..source import Source
 from .configuration import DSAStructuredConfig
+from .instead import evaluating
 from .prune import choose_counts, dense_of
 from .trial import as_pruned
 from .widths.dense import Dense
@@ -132,14 +133,12 @@ def _most(dense: Dense) -> float:
 def _perplexity(model: nn.Module, batches: Sequence[Mapping[str, Tensor]]) -> float:
     """exp of the mean surprise by the next token in batches of the model's inputs, (samples, length, ...) each."""
     total, number = 0.0, 0
-    training = [module for module in model.modules() if module.training]
     for batch in batches:
-        logits = feed(model.eval(), batch).logits[:, :-1].float()
+        with evaluating(model):
+            logits = feed(model, batch).logits[:, :-1].float()
         following = batch["input_ids"][:, 1:].to(logits.device)
         if (mask := batch.get("attention_mask")) is not None:
             following = following.masked_fill(mask[:, 1:].to(logits.device) == 0, -100)
         total += cross_entropy(logits.flatten(0, 1), following.flatten(), reduction="sum").item()
         number += int((following != -100).sum())
-    for module in training:
-        module.training = True
     return math.exp(min(total / max(number, 1), 700.0))
