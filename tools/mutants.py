@@ -53,6 +53,10 @@ TESTS = {
     },
     "pruning/structured/learners/policy_gradient.py": ["pruning/structured/learners"],
     "pruning/structured/layout.py": ["pruning/structured/test_prune.py"],
+    **{
+        f"pruning/structured/wholes/{name}.py": ["pruning/structured/wholes/test_experts.py"]
+        for name in ("remove", "usage")
+    },
     "pruning/structured/configuration.py": ["pruning/structured/test_prune.py"],
     "pruning/structured/refit.py": ["pruning/structured/test_importance.py"],
     **{

@@ -15,6 +15,7 @@ from ..pruning.allocation import ALLOCATIONS
 from ..pruning.calibration import Calibration
 from ..pruning.configuration import AUTO, DSAConfig
 from ..pruning.structured.configuration import DSAStructuredConfig
+from ..pruning.structured.trial import check_tried
 from ..pruning.structured.widths.shares import SHARES
 from .problem import STRATEGIES
 from .realise import Realisation, check_searchable, realise, suited
@@ -39,6 +40,7 @@ def _(config: DSAConfig, model: nn.Module | None = None) -> None:
 
 @check_search.register
 def _(config: DSAStructuredConfig, model: nn.Module | None = None) -> None:
+    check_tried(config, "A search")
     if config.layout == "uniform":
         raise ValueError(
             "A search gives blocks widths of their own, and layout='uniform' has one for all; use layout='per_layer'."

@@ -3,23 +3,32 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
 from ...model.inputs import text_part
-from .slicing import KEY_HEADS, QUERY_HEADS
-from .structure import Structures
+from .slicing import EXPERT_COUNTS, KEY_HEADS, QUERY_HEADS
+from .structure import Structures, tensor_named
+from .wholes.blocks import shorter
 
 
 # What configurations call the width of an MLP.
 MLP_WIDTHS = ("intermediate_size", "ffn_dim", "n_inner", "d_ff", "ffn_hidden_size")
 
 
-def smaller_config(model: nn.Module, units: Mapping[str, Structures], counts: Mapping[str, int]) -> dict[str, int]:
-    """What the model's configuration says once `counts` structures of every unit are cut out: setting -> number.
+def smaller_config(
+    model: nn.Module,
+    units: Mapping[str, Structures],
+    counts: Mapping[str, int],
+    gone: Mapping[str, Sequence[int]] | None = None,
+) -> dict[str, Any]:
+    """What the model's configuration says once `counts` structures of every unit are cut out: setting -> value.
+
+    Args:
+        gone (`Mapping[str, Sequence[int]]`, *optional*): of units of blocks, which; by default the last.
 
     Raises:
         ValueError: no configuration of its class says it: blocks differ, or the class derives a width from others.
@@ -30,28 +39,43 @@ def smaller_config(model: nn.Module, units: Mapping[str, Structures], counts: Ma
     if any(len(numbers) > 1 for numbers in alike.values()):
         kind = next(kind for kind, numbers in alike.items() if len(numbers) > 1)
         raise ValueError(f"Blocks come to differ in their {kind}, and layout='uniform' has one for all.")
-    changes: dict[str, int] = {}
-    part = text_part(model.config)
+    changes: dict[str, Any] = {}
+    part, gone = text_part(model.config), gone or {}
     for each in {each.kind: each for each in units.values()}.values():
-        count, gone = len(each), counts[each.unit]
-        queries, keys = (per * (count - gone) for per in each.heads)
+        count, less = len(each), counts[each.unit]
+        queries, keys = (per * (count - less) for per in each.heads)
         if each.kind == "ffn":
-            changes |= _known(part, MLP_WIDTHS, count, count - gone)
-        elif gone:
+            changes |= _known(part, MLP_WIDTHS, count, count - less)
+        elif each.kind == "expert":
+            changes |= {name: count - less for name in EXPERT_COUNTS if getattr(part, name, None) == count}
+        elif each.kind == "block":
+            changes |= shorter(part, count, set(_going(each, less, gone)))
+        elif less:
             changes |= _known(part, QUERY_HEADS, each.heads[0] * count, queries)
             changes |= _known(part, KEY_HEADS, each.heads[1] * count, keys)
             size = each.reads[0].index.shape[1] // each.heads[0]
             # Derived of the hidden size and the heads where it is not said; some call another size by that name.
             if "head_dim" in part.to_dict() and part.head_dim in (None, size):
                 changes["head_dim"] = size
-    _check(model, units, counts, changes)
+    _check(model, units, counts, changes, gone)
     return changes
 
 
-def settle(model: nn.Module, changes: Mapping[str, int]) -> None:
+def _going(structures: Structures, count: int, gone: Mapping[str, Sequence[int]]) -> list[int]:
+    """Which modules of a unit go: those that are told, or the last that may."""
+    able = [number for number in range(len(structures)) if number not in structures.fixed]
+    return list(gone.get(structures.unit, able[len(able) - count :]))
+
+
+def settle(model: nn.Module, changes: Mapping[str, Any]) -> None:
     """Have the model's configuration say what `smaller_config` gave."""
+    part = text_part(model.config)
     for name, value in changes.items():
-        setattr(text_part(model.config), name, value)
+        # The model itself may have noted how many experts there are.
+        for module in model.modules() if name in EXPERT_COUNTS else ():
+            if vars(module).get("num_experts") == getattr(part, name) and getattr(module, "config", None) is part:
+                module.num_experts = value
+        setattr(part, name, value)
 
 
 def _known(config: Any, names: tuple[str, ...], before: int, after: int) -> dict[str, int]:
@@ -61,13 +85,20 @@ def _known(config: Any, names: tuple[str, ...], before: int, after: int) -> dict
 
 
 def _check(
-    model: nn.Module, units: Mapping[str, Structures], counts: Mapping[str, int], changes: Mapping[str, int]
+    model: nn.Module,
+    units: Mapping[str, Structures],
+    counts: Mapping[str, int],
+    changes: Mapping[str, Any],
+    gone: Mapping[str, Sequence[int]],
 ) -> None:
     """Raise `ValueError` unless a model of the changed configuration has the shapes that will be left."""
     shapes = {name: list(parameter.shape) for name, parameter in model.named_parameters()}
     for unit, each in units.items():
         for cut in each.cuts:
+            shapes.setdefault(cut.tensor, list(tensor_named(model, cut.tensor).shape))
             shapes[cut.tensor][cut.axis] -= counts[unit] * cut.index.shape[1]
+        if each.wholes:
+            shapes = _without(shapes, each.wholes, _going(each, counts[unit], gone))
     config = copy.deepcopy(model.config)
     for name, value in changes.items():
         setattr(text_part(config), name, value)
@@ -76,7 +107,9 @@ def _check(
         config = type(config).from_dict(config.to_dict())  # as it is loaded, which may check more
         with torch.device("meta"):
             made = type(model)(config)
-        if {name: list(parameter.shape) for name, parameter in made.named_parameters()} == shapes:
+        tensors = dict(made.named_parameters())
+        tensors |= {name: tensor for name, tensor in made.named_buffers() if name in shapes}
+        if {name: list(tensor.shape) for name, tensor in tensors.items()} == shapes:
             return
     except Exception as error:  # noqa: BLE001 - a class may refuse numbers in any way
         why = str(error)
@@ -85,3 +118,17 @@ def _check(
         f"{' '.join(why.split())}); cut other structures, or another share; or use layout='per_layer', which "
         "transformers alone does not load."
     )
+
+
+def _without(shapes: Mapping[str, list[int]], wholes: Sequence[str], gone: Sequence[int]) -> dict[str, list[int]]:
+    """Shapes by name, with the modules `gone` out of a list, and the others with new numbers."""
+    kept = [number for number in range(len(wholes)) if number not in gone]
+    anew = {number: wholes[place] for place, number in enumerate(kept)}
+    found = {}
+    for name, shape in shapes.items():
+        number = next((number for number, whole in enumerate(wholes) if name.startswith(f"{whole}.")), None)
+        if number is None:
+            found[name] = shape
+        elif number in anew:
+            found[anew[number] + name.removeprefix(wholes[number])] = shape
+    return found

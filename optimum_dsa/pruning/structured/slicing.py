@@ -11,18 +11,32 @@ from transformers.pytorch_utils import Conv1D
 
 from ...common.escaping import one_line
 from ...model.walk import WalkedBlock
-from .structure import Structures
+from .structure import Structures, tensor_named
+from .wholes.blocks import apply, pass_by, without_blocks
+from .wholes.experts import unrouted
 
 
 # Attributes of modules that count what is cut: query heads, heads of keys and values, and the width of all heads.
 QUERY_HEADS = ("num_heads", "num_attention_heads", "n_heads", "n_head")
 KEY_HEADS = ("num_key_value_heads", "num_kv_heads")
 WIDTHS = ("all_head_size", "split_size", "inner_dim")
+# What modules and configurations call the number of experts.
+EXPERT_COUNTS = (
+    *("num_experts", "num_local_experts", "n_routed_experts", "num_routed_experts", "moe_num_experts"),
+    "n_experts",
+)
 
 
 @torch.no_grad()
 def silence(model: nn.Module, structures: Structures, gone: Tensor) -> None:
-    """Make zero, in place, the columns through which what the structures `gone`, (n,) int64, give leaves."""
+    """Make zero, in place, the columns through which what the structures `gone`, (n,) int64, give leaves.
+
+    Of experts the router's logit becomes -inf, before any are chosen; blocks hand on what they are given.
+    """
+    if structures.kind == "expert":
+        unrouted(model, structures, gone)
+    if structures.kind == "block":
+        pass_by(model, structures, gone)
     for cut in structures.reads:
         parameter = model.get_parameter(cut.tensor)
         parameter.index_fill_(cut.axis, cut.index[gone].flatten().to(parameter.device), 0)
@@ -35,24 +49,31 @@ def cut_out(model: nn.Module, structures: Structures, gone: Tensor) -> None:
     The model gives what it gives when they are silenced.
 
     Raises:
-        ValueError: none would be left.
+        ValueError: fewer would be left than have to be.
     """
-    if len(gone.unique()) >= len(structures):
+    if len(structures) - len(gone.unique()) < structures.least:
+        least = "one" if structures.least == 1 else structures.least
         raise ValueError(
-            f"{structures.unit} has {len(structures)} structures and {len(gone.unique())} are to go; leave one at "
-            "least, or take the whole block."
+            f"{structures.unit} has {len(structures)} structures and {len(gone.unique())} are to go; leave {least} at "
+            "least."
         )
     if not len(gone):
         return
     for cut in structures.cuts:
         owner, _, name = cut.tensor.rpartition(".")
-        module, parameter = model.get_submodule(owner), model.get_parameter(cut.tensor)
-        stays = torch.ones(parameter.shape[cut.axis], dtype=torch.bool, device=parameter.device)
-        stays[cut.index[gone].flatten().to(parameter.device)] = False
-        value = parameter.data.index_select(cut.axis, stays.nonzero().flatten())
-        module.register_parameter(name, nn.Parameter(value, requires_grad=parameter.requires_grad))
+        module, tensor = model.get_submodule(owner), tensor_named(model, cut.tensor)
+        stays = torch.ones(tensor.shape[cut.axis], dtype=torch.bool, device=tensor.device)
+        stays[cut.index[gone].flatten().to(tensor.device)] = False
+        value = tensor.data.index_select(cut.axis, stays.nonzero().flatten())
+        if isinstance(tensor, nn.Parameter):
+            value = nn.Parameter(value, requires_grad=tensor.requires_grad)
+        setattr(module, name, value)
         _count_anew(module)
-    if structures.kind != "ffn":
+    if structures.kind == "block":
+        apply(without_blocks(model, structures, set(gone.tolist())))
+    elif structures.kind == "expert":
+        _count_experts(model, structures, set(gone.tolist()))
+    elif structures.kind != "ffn":
         _count_heads(model, structures, len(gone.unique()))
 
 
@@ -84,6 +105,19 @@ def _count_heads(model: nn.Module, structures: Structures, gone: int) -> None:
             module.config = copy.copy(config)
             _lower(module.config, changes)
         _lower(module, changes)
+
+
+def _count_experts(model: nn.Module, structures: Structures, gone: set[int]) -> None:
+    """Take experts that are modules out of their list, and have the modules around say how many are left."""
+    if structures.wholes:
+        owner, _, name = structures.wholes[0].rpartition(".")[0].rpartition(".")
+        kept = [model.get_submodule(whole) for number, whole in enumerate(structures.wholes) if number not in gone]
+        setattr(model.get_submodule(owner), name, nn.ModuleList(kept))
+    for name in structures.around:
+        holder = vars(model.get_submodule(name))
+        for attribute in EXPERT_COUNTS:
+            if holder.get(attribute) == len(structures):
+                setattr(model.get_submodule(name), attribute, len(structures) - len(gone))
 
 
 def _lower(holder: object, changes: Mapping[str, int]) -> None:

@@ -17,7 +17,7 @@ from ..source import Source
 from .configuration import DSAStructuredConfig
 from .instead import evaluating
 from .prune import choose_counts, dense_of
-from .trial import as_pruned
+from .trial import as_pruned, check_tried
 from .widths.dense import Dense
 
 
@@ -68,6 +68,7 @@ def find_share(
         ValueError: the tolerance is none, the model predicts no next tokens, or there are too few windows.
     """
     tolerance = _share(max_loss)
+    check_tried(config, "max_loss")
     if (kind := kind_of(model)) != "causal":
         raise ValueError(f"{type(model).__name__} {KINDS[kind]}, and a perplexity is of next tokens; name a sparsity.")
     dense, held_out = _apart(dense_of(model, calibration, replace(config, sparsity=0.0)))
