@@ -21,7 +21,7 @@ from ..steps import Step
 from ..training import Reconstruction
 from .budget import Available, even_counts, uniform_counts
 from .configuration import DSAStructuredConfig
-from .layout import settle, smaller_config
+from .layout import settle, smaller_config, unsaid
 from .learners.budget import Projection
 from .learners.gates import Gates
 from .learners.learned import check_learnable, learned
@@ -131,13 +131,14 @@ def prune_structures(
     costs = {unit: each.cost(model) for unit, each in units.items()}
     prunable, parameters = sum(weight.size for weight in architecture.weights), count_parameters(model)
     if find is find_blocks:  # norms and all, so that half of it are half of the blocks
-        prunable = sum(costs[unit] * len(each) for unit, each in units.items())
+        prunable = sum(each.size(model) for each in units.values())
     rounds = {"ffn": config.round_to}
     sizes = {
         unit: Available(len(each), costs[unit], rounds.get(each.kind, 1), len(each) - each.least)
         for unit, each in units.items()
     }
-    asked = int(config.sparsity * prunable)
+    whole = sum(costs[unit] * len(each) for unit, each in units.items())
+    asked = int(config.sparsity * (whole if find is find_blocks else prunable))
     if config.layout == "uniform":
         counts, smaller = _said_counts(model, units, sizes, asked)
     else:
@@ -209,6 +210,10 @@ def _said_counts(
     Where it cannot say so many heads, fewer go, and more of the rest.
     """
     kinds, refused = {unit: (each.kind, len(each)) for unit, each in units.items()}, None
+    silent = unsaid(model, units)
+    if silent and len(silent) < len(units):
+        logger.warning("No setting says how many channels %s have (%d in all); they stay.", min(silent), len(silent))
+        sizes = {unit: replace(size, limit=0) if unit in silent else size for unit, size in sizes.items()}
     while True:
         counts: dict[str, int] = {}
         try:
