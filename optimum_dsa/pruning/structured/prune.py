@@ -11,27 +11,30 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ...model.architecture import Architecture, find_architecture
+from ...model.architecture import find_architecture
 from ...model.parameters import count_parameters
+from ..allocation import Allocation
 from ..calibration import Calibration
 from ..prune import run_steps
 from ..reconstruct import Reconstruct
 from ..source import Source, as_calibration, check_finite_outputs
 from ..steps import Step
 from ..training import Reconstruction
-from .budget import Available, even_counts, uniform_counts
+from .budget import Available, even_counts, fitted_counts
 from .configuration import DSAStructuredConfig
 from .layout import settle, smaller_config, unsaid
 from .learners.budget import Projection
 from .learners.gates import Gates
 from .learners.learned import check_learnable, learned
-from .remove import RemoveStructures
+from .remove import RemoveStructures, looked_at
 from .scores import products_of
 from .slicing import cut_out
 from .structure import WHOLE, Structures
 from .structures import find_structures
 from .wholes.blocks import find_blocks
 from .wholes.remove import remove_wholes
+from .widths.dense import Dense, allocation_of, dense_model
+from .widths.shares import shares
 
 
 logger = logging.getLogger(__name__)
@@ -55,6 +58,9 @@ class StructuredReport:
         calibration (`Mapping[str, Any]`, *optional*): what it was calibrated on.
         reconstruction (`Mapping[str, Reconstruction]`): block -> what training it did.
         seconds (`float`): that it took.
+        allocation (`Allocation`, *optional*): the share of the structures of every unit that went, which another prune
+            takes; its sizes are numbers of structures.
+        shares (`Mapping[str, float]`): by name, the share of every row of `COSTS` that went.
     """
 
     config: DSAStructuredConfig
@@ -68,6 +74,8 @@ class StructuredReport:
     calibration: Mapping[str, Any] | None = None
     reconstruction: Mapping[str, Reconstruction] = field(default_factory=dict)
     seconds: float = 0.0
+    allocation: Allocation | None = None
+    shares: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def sparsity(self) -> float:
@@ -117,6 +125,47 @@ def prune_structures(
         ValueError: there is nothing that can be cut out, or less than asked for; before anything is changed.
     """
     start = time.perf_counter()
+    dense = dense_of(model, calibration, config)
+    units, prunable = dense.units, dense.costs["parameters"].total
+    parameters, chosen = count_parameters(model), None
+    counts, smaller = choose_counts(dense)
+    if config.learner is not None:
+        # With widths that are given, which structures go is learned, and not how many from where.
+        widths = None if config.layout == "per_layer" and config.allocation == "uniform" else counts
+        projection = Projection(dense.sizes, dense.asked, widths)
+        choice = learned(dense, projection, learning, resume)
+        chosen, counts = choice.gone, {unit: len(gone) for unit, gone in choice.gone.items()}
+        if config.folds:
+            Gates(model, units).fold(choice.scales)
+    went, reconstruction = _removed(dense, counts, chosen)
+    if config.structures != ("block",):  # which of them went, a configuration knows by now
+        settle(model, smaller)
+    return StructuredReport(
+        config=config,
+        kept={unit: len(each) - len(went.get(unit, ())) for unit, each in units.items()},
+        gone={unit: tuple(went.get(unit, ())) for unit in units},
+        costs={unit: dense.costs["parameters"].each[unit] for unit in units},
+        prunable=prunable,
+        parameters=parameters,
+        removed=parameters - count_parameters(model),
+        left=dense.left,
+        calibration=dense.calibration.facts(),
+        reconstruction=reconstruction,
+        seconds=time.perf_counter() - start,
+        allocation=allocation_of(units, counts, str(getattr(config.allocation, "name", config.allocation))),
+        shares={
+            name: sum(cost.each[unit] * counts[unit] for unit in units) / max(cost.total, 1)
+            for name, cost in dense.costs.items()
+        },
+    )
+
+
+def dense_of(model: nn.Module, calibration: Source | None, config: DSAStructuredConfig) -> Dense:
+    """A model with the structures that are found in it, and what they cost.
+
+    Raises:
+        ValueError: there is nothing that can be cut out, or no calibration data to find it by.
+    """
     calibration = as_calibration(calibration, model)
     if not isinstance(calibration, Calibration):
         raise ValueError("What can be cut out of a model is found by running it; give calibration data.")
@@ -126,76 +175,47 @@ def prune_structures(
     check_finite_outputs(model, architecture, calibration)
     find = find_blocks if config.structures == ("block",) else find_structures
     found = find(model, architecture, _short(calibration.batches(1)[0]))
-    units = {unit: each for unit, each in found.structures.items() if each.kind in config.structures}
-    _check(model, units, found.left, config)
-    costs = {unit: each.cost(model) for unit, each in units.items()}
-    prunable, parameters = sum(weight.size for weight in architecture.weights), count_parameters(model)
-    if find is find_blocks:  # norms and all, so that half of it are half of the blocks
-        prunable = sum(each.size(model) for each in units.values())
-    rounds = {"ffn": config.round_to}
-    sizes = {
-        unit: Available(len(each), costs[unit], rounds.get(each.kind, 1), len(each) - each.least)
-        for unit, each in units.items()
-    }
-    whole = sum(costs[unit] * len(each) for unit, each in units.items())
-    asked = int(config.sparsity * (whole if find is find_blocks else prunable))
+    dense = dense_model(model, architecture, calibration, config, found)
+    _check(model, dense.units, found.left, config)
+    return dense
+
+
+def choose_counts(dense: Dense) -> tuple[dict[str, int], dict[str, int]]:
+    """How many go of every unit, and what the model's configuration says then, where blocks stay alike."""
+    config, sizes, cost = dense.config, dense.sizes, dense.costs[dense.config.cost]
     if config.layout == "uniform":
-        counts, smaller = _said_counts(model, units, sizes, asked)
+        counts, smaller = _said_counts(dense.model, dense.units, sizes, dense.asked, cost.what)
     else:
-        counts, smaller = uniform_counts(sizes, asked), {}
-    if asked and not any(counts.values()):
-        least = min(sum(costs[u] for u in units if units[u].kind == kind) for kind in config.structures)
-        least = least if config.layout == "uniform" else min(costs.values())
+        proposed = shares(dense) if dense.asked else None
+        counts, smaller = fitted_counts(sizes, dense.asked, proposed, cost.what), {}
+    if dense.asked and not any(counts.values()):
+        each = {unit: size.cost * size.round_to for unit, size in sizes.items() if size.most}
+        if config.layout == "uniform":
+            kinds = dense.kinds.values()
+            each = {units[0]: sum(each[u] for u in units) for units in kinds if all(u in each for u in units)}
         raise ValueError(
-            f"A sparsity of {config.sparsity:g} takes nothing: the least that can go is {least / prunable:.4f} of the "
-            "blocks; ask for more, or for smaller structures."
+            f"A sparsity of {config.sparsity:g} takes nothing: the least that can go is "
+            f"{min(each.values()) / cost.total:.4f} of the blocks; ask for more, or for smaller structures."
         )
-    chosen = None
-    if config.learner is not None:
-        projection = Projection(sizes, asked, counts if config.layout == "uniform" else None)
-        choice = learned(model, architecture, calibration, config, units, projection, learning, resume)
-        chosen, counts = choice.gone, {unit: len(gone) for unit, gone in choice.gone.items()}
-        if config.folds:
-            Gates(model, units).fold(choice.scales)
-    went, reconstruction = _removed(model, architecture, calibration, config, units, counts, chosen)
-    if find is not find_blocks:  # which of them went, a configuration knows by now
-        settle(model, smaller)
-    return StructuredReport(
-        config=config,
-        kept={unit: len(each) - len(went.get(unit, ())) for unit, each in units.items()},
-        gone={unit: tuple(went.get(unit, ())) for unit in units},
-        costs=costs,
-        prunable=prunable,
-        parameters=parameters,
-        removed=parameters - count_parameters(model),
-        left=found.left,
-        calibration=calibration.facts(),
-        reconstruction=reconstruction,
-        seconds=time.perf_counter() - start,
-    )
+    return counts, smaller
 
 
 def _removed(
-    model: nn.Module,
-    architecture: Architecture,
-    calibration: Calibration,
-    config: DSAStructuredConfig,
-    units: Mapping[str, Structures],
-    counts: Mapping[str, int],
-    chosen: Mapping[str, Sequence[int]] | None,
+    dense: Dense, counts: Mapping[str, int], chosen: Mapping[str, Sequence[int]] | None
 ) -> tuple[dict[str, list[int]], Mapping[str, Reconstruction]]:
     """Cut `counts` structures of every unit out, in place: the numbers of those that went, and what training did.
 
     Wholes go first, and the blocks are walked without them. `chosen` tells which go, where that is settled already.
     """
-    products = products_of(model, units, calibration, config) if chosen is None else {}
+    model, config, units, calibration = dense.model, dense.config, dense.units, dense.calibration
+    products = products_of(model, units, calibration.batches(1), config) if chosen is None else {}
     wholes = remove_wholes(model, units, counts, calibration, config, products)
-    parts = {unit: each for unit, each in units.items() if each.kind not in WHOLE}
+    parts = {unit: each for unit, each in looked_at(config, units, dense.found).items() if each.kind not in WHOLE}
     remove = RemoveStructures(config, parts, counts, chosen, products)
     reconstruct = Reconstruct(config.reconstruct, config.data.seed)
     steps: list[Step] = [remove, *([reconstruct] if config.reconstruct.steps else [])]
-    if parts:
-        architecture = find_architecture(model, exclude=config.exclude) if wholes else architecture
+    if any(each.kind not in WHOLE for each in units.values()):
+        architecture = find_architecture(model, exclude=config.exclude) if wholes else dense.architecture
         run_steps(model, architecture, calibration, config, steps, lambda walked: None)
     for unit, gone in remove.gone.items():
         cut_out(model, units[unit], gone)
@@ -203,7 +223,7 @@ def _removed(
 
 
 def _said_counts(
-    model: nn.Module, units: Mapping[str, Structures], sizes: Mapping[str, Available], asked: int
+    model: nn.Module, units: Mapping[str, Structures], sizes: Mapping[str, Available], asked: int, what: str
 ) -> tuple[dict[str, int], dict[str, int]]:
     """How many go of every unit, alike in all blocks, and what the model's configuration says then.
 
@@ -217,7 +237,7 @@ def _said_counts(
     while True:
         counts: dict[str, int] = {}
         try:
-            counts = even_counts(kinds, sizes, asked)
+            counts = even_counts(kinds, sizes, asked, what)
             return counts, smaller_config(model, units, counts)
         except ValueError as error:
             refused = refused or error

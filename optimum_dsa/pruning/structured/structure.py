@@ -80,14 +80,8 @@ class Structures:
             for cut in self.cuts
             if isinstance(tensor := tensor_named(model, cut.tensor), nn.Parameter)
         )
-        return parts + max(self._sizes(model), default=0)
-
-    def size(self, model: nn.Module) -> int:
-        """Parameters of all modules that are a structure each."""
-        return sum(self._sizes(model))
-
-    def _sizes(self, model: nn.Module) -> list[int]:
-        return [sum(value.numel() for value in model.get_submodule(name).parameters()) for name in self.wholes]
+        wholes = (model.get_submodule(name).parameters() for name in self.wholes)
+        return parts + max((sum(parameter.numel() for parameter in whole) for whole in wholes), default=0)
 
 
 @dataclass(frozen=True)

@@ -44,6 +44,8 @@ def remove_wholes(
         scores[list(each.fixed)] = float("inf")
         if each.kind == "block":
             _keep_one_of_each(scores, makes_of(model, each))
+        if (able := int(scores.isfinite().sum())) < counts[unit]:
+            raise ValueError(f"{unit}: {counts[unit]} are to go, and only {able} of {len(each)} can; ask for less.")
         # Stable, so that of equals the first go, on every machine.
         chosen[unit] = scores.argsort(stable=True)[: counts[unit]].sort().values.cpu()
     if config.layout == "uniform" and any(each.kind == "block" for each in units.values()):

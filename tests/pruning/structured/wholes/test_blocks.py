@@ -1,6 +1,7 @@
 """Whole blocks that go: the model without them is the one in which they hand their input on, and a plain model."""
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -142,3 +143,13 @@ def test_a_learner_has_no_gate_for_what_goes_whole():
 def test_settings_that_mean_nothing_for_blocks_are_refused(structures, importance, message):
     with pytest.raises(ValueError, match=message):
         DSAStructuredConfig(0.2, structures, importance)
+
+
+def test_more_blocks_than_can_go_with_the_first_ones_kept_are_refused():
+    """One with attention has to stay, and neither of the kept ones has it."""
+    model = FAMILIES["Lfm2"][0](num_hidden_layers=4, full_attn_idxs=[3])
+    before, config = state(model), DSAStructuredConfig(0.5, ("block",), keep_first=2)
+    assert prune_structures(copy.deepcopy(model), batch_of("Lfm2", 2), replace(config, sparsity=0.25)).removed > 0
+    with pytest.raises(ValueError, match="2 are to go, and only 1 of 4 can"):
+        prune_structures(model, batch_of("Lfm2", 2), config)
+    assert same_state(model, before)
