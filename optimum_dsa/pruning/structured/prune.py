@@ -21,6 +21,7 @@ from ..source import Source, as_calibration, check_finite_outputs
 from ..steps import Step
 from ..training import Reconstruction
 from .budget import Available, even_counts, fitted_counts
+from .checks import check_cuttable, check_excluded, check_zeros
 from .configuration import DSAStructuredConfig
 from .layout import settle, smaller_config
 from .learners.budget import Projection
@@ -29,7 +30,7 @@ from .learners.learned import check_learnable, learned
 from .remove import RemoveStructures
 from .scores import products_of
 from .slicing import cut_out
-from .structure import WHOLE, Structures
+from .structure import WHOLE, Place, Structures
 from .structures import find_structures
 from .wholes.blocks import find_blocks
 from .wholes.remove import remove_wholes
@@ -61,6 +62,8 @@ class StructuredReport:
         allocation (`Allocation`, *optional*): the share of the structures of every unit that went, which another prune
             takes; its sizes are numbers of structures.
         shares (`Mapping[str, float]`): by name, the share of every row of `COSTS` that went.
+        places (`Mapping[str, Place]`): unit -> where its structures can be counted.
+        earlier (`tuple[StructuredReport, ...]`): what was cut out before, first to last.
     """
 
     config: DSAStructuredConfig
@@ -76,6 +79,8 @@ class StructuredReport:
     seconds: float = 0.0
     allocation: Allocation | None = None
     shares: Mapping[str, float] = field(default_factory=dict)
+    places: Mapping[str, Place] = field(default_factory=dict)
+    earlier: tuple[StructuredReport, ...] = ()
 
     @property
     def sparsity(self) -> float:
@@ -88,18 +93,18 @@ class StructuredReport:
             # "layers.3:ffn", or "layers.3:head.1" of the second of a kind in a block
             kind = unit.partition(":")[2].partition(".")[0]
             kinds.setdefault(kind, []).append((stay, stay + len(self.gone[unit])))
-        left = [f"{kind}: {_range(*zip(*numbers))}" for kind, numbers in kinds.items()]
+        left = [f"{kind}: {stays_in(numbers)}" for kind, numbers in kinds.items()]
         return (
             f"{self.removed:,} of {self.parameters:,} parameters went, {self.sparsity:.4f} of the blocks' matrices "
             f"(asked {self.config.sparsity:g}); {', '.join(left)}"
         )
 
 
-def _range(stay: Sequence[int], before: Sequence[int]) -> str:
-    """Such as "34 of 48 stay", or "30 to 36 of 48", by block."""
+def stays_in(blocks: Sequence[tuple[int, int]]) -> str:
+    """Such as "34 of 48 stay", or "30 to 36 of 48 stay", of how many stay in each block of how many."""
     stays, were = (
         f"{min(numbers)}" if min(numbers) == max(numbers) else f"{min(numbers)} to {max(numbers)}"
-        for numbers in (stay, before)
+        for numbers in zip(*blocks)
     )
     return f"{stays} of {were} stay"
 
@@ -129,6 +134,7 @@ def prune_structures(
     units, prunable = dense.units, dense.costs["parameters"].total
     parameters, chosen = count_parameters(model), None
     counts, smaller = choose_counts(dense)
+    places = {unit: each.place(model) for unit, each in units.items()}
     if config.learner is not None:
         # With widths that are given, which structures go is learned, and not how many from where.
         widths = None if config.layout == "per_layer" and config.allocation == "uniform" else counts
@@ -157,6 +163,7 @@ def prune_structures(
             name: sum(cost.each[unit] * counts[unit] for unit in units) / max(cost.total, 1)
             for name, cost in dense.costs.items()
         },
+        places=places,
     )
 
 
@@ -166,6 +173,7 @@ def dense_of(model: nn.Module, calibration: Source | None, config: DSAStructured
     Raises:
         ValueError: there is nothing that can be cut out, or no calibration data to find it by.
     """
+    check_cuttable(model)
     calibration = as_calibration(calibration, model)
     if not isinstance(calibration, Calibration):
         raise ValueError("What can be cut out of a model is found by running it; give calibration data.")
@@ -177,6 +185,7 @@ def dense_of(model: nn.Module, calibration: Source | None, config: DSAStructured
     found = find(model, architecture, _short(calibration.batches(1)[0]))
     dense = dense_model(model, architecture, calibration, config, found)
     _check(model, dense.units, found.left, config)
+    check_zeros(model, dense.units, config)
     return dense
 
 
@@ -184,7 +193,11 @@ def choose_counts(dense: Dense) -> tuple[dict[str, int], dict[str, int]]:
     """How many go of every unit, and what the model's configuration says then, where blocks stay alike."""
     config, sizes, cost = dense.config, dense.sizes, dense.costs[dense.config.cost]
     if config.layout == "uniform":
-        counts, smaller = _said_counts(dense.model, dense.units, sizes, dense.asked, cost.what)
+        try:
+            counts, smaller = _said_counts(dense.model, dense.units, sizes, dense.asked, cost.what)
+        except ValueError:
+            check_excluded(dense.architecture, dense.units, config)  # which may be why
+            raise
     else:
         proposed = shares(dense) if dense.asked else None
         counts, smaller = fitted_counts(sizes, dense.asked, proposed, cost.what), {}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 from collections.abc import Mapping
 
 import torch
@@ -15,6 +16,8 @@ from .structure import Structures, tensor_named
 from .wholes.blocks import apply, pass_by, without_blocks
 from .wholes.experts import unrouted
 
+
+logger = logging.getLogger(__name__)
 
 # Attributes of modules that count what is cut: query heads, heads of keys and values, and the width of all heads.
 QUERY_HEADS = ("num_heads", "num_attention_heads", "n_heads", "n_head")
@@ -143,7 +146,8 @@ def trouble(walked: WalkedBlock, structures: Structures) -> str | None:
             change(walked.model, structures, gone)
             given.append(walked.run()[0].float())
         except Exception as error:  # noqa: BLE001 - code that was written for other sizes may fail in any way
-            return f"cannot be cut: {one_line(str(error))}"
+            logger.debug("%s without a part of it: %s", structures.unit, one_line(str(error)))
+            return "cannot be cut: its block does not run without a part of it, having sizes of its own"
         finally:
             block.__dict__ = whole
     silenced, cut = given

@@ -59,7 +59,7 @@ def find_share(
     Costs the walk of a prune for each trial.
 
     Args:
-        calibration: as `prune_structures`; two windows at least.
+        calibration (`Any`): as of `prune_structures`; two windows at least.
         config (`DSAStructuredConfig`): its `sparsity` is the most that is tried; 0 stands for all that can go.
         max_loss (`float` or `str`): share by which the perplexity may rise, such as 0.05 or `"5%"`.
         trials (`int`, defaults to 7): how often the range is halved.
