@@ -69,7 +69,8 @@ class DSAStructuredConfig:
         unstable (`str`, defaults to `"less"`): With the allocation "stability", whether units whose importances vary
             from text to text are cut "less" or "more".
         cost (`str`, defaults to `"parameters"`): What `sparsity` is a share of: "parameters" of the blocks' matrices,
-            "flops" for a token at the end of a calibration window, or "kv", the bytes of a token in the cache.
+            "flops" for a token at the end of a calibration window, "kv", the bytes of a token in the cache, or
+            "latency", the time that this machine takes for a calibration window.
         budgets (`tuple[str, ...]`): With the allocation "milp", shares of other costs that go at least, such as
             "kv=0.5".
         keep_first (`int`, defaults to 0): Blocks at the beginning that stay whole.
