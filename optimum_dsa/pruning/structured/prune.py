@@ -27,7 +27,7 @@ from .layout import settle, smaller_config
 from .learners.budget import Projection
 from .learners.gates import Gates
 from .learners.learned import check_learnable, learned
-from .remove import RemoveStructures, looked_at
+from .remove import RemoveStructures
 from .scores import products_of
 from .slicing import cut_out
 from .structure import WHOLE, Place, Structures
@@ -223,7 +223,7 @@ def _removed(
     model, config, units, calibration = dense.model, dense.config, dense.units, dense.calibration
     products = products_of(model, units, calibration.batches(1), config) if chosen is None else {}
     wholes = remove_wholes(model, units, counts, calibration, config, products)
-    parts = {unit: each for unit, each in looked_at(config, units, dense.found).items() if each.kind not in WHOLE}
+    parts = {unit: each for unit, each in units.items() if each.kind not in WHOLE}
     remove = RemoveStructures(config, parts, counts, chosen, products)
     reconstruct = Reconstruct(config.reconstruct, config.data.seed)
     steps: list[Step] = [remove, *([reconstruct] if config.reconstruct.steps else [])]
