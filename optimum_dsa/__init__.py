@@ -119,6 +119,7 @@ def _following(module: str) -> Callable[[], None]:
 
 
 after_import("transformers.quantizers.auto", _following(".checkpoint.transformers_loader"))  # compressed ones load
+after_import("transformers.models.auto.configuration_auto", _following(".model.per_layer"))  # so do per-layer ones
 after_import("peft", _following(".recovery.adapters.peft_method"))  # sparse adapters load
 
 

@@ -42,7 +42,10 @@ TESTS = {
     **{f"search/{name}.py": ["search/test_search.py"] for name in ("conductor", "counts")},
     "common/apart.py": ["search/test_apart.py", "recovery/test_recover.py"],
     "pruning/structured/remove.py": ["pruning/structured/test_prune.py"],
-    "pruning/structured/layout.py": ["pruning/structured/test_prune.py"],
+    **{
+        f"model/{name}.py": ["pruning/structured/test_per_layer.py", "pruning/structured/test_layout.py"]
+        for name in ("modeling_per_layer", "per_layer")
+    },
     "pruning/structured/configuration.py": ["pruning/structured/test_prune.py"],
     "pruning/structured/refit.py": ["pruning/structured/test_importance.py"],
     **{

@@ -20,9 +20,8 @@ from ..steps import Step
 from ..training import Reconstruction
 from .budget import Available, even_counts, uniform_counts
 from .configuration import DSAStructuredConfig
-from .layout import settle, smaller_config
+from .layout import LAYOUTS, Layout
 from .remove import RemoveStructures
-from .slicing import cut_out
 from .structure import Structures
 from .structures import find_structures
 
@@ -48,6 +47,7 @@ class StructuredReport:
         calibration (`Mapping[str, Any]`, *optional*): what it was calibrated on.
         reconstruction (`Mapping[str, Reconstruction]`): block -> what training it did.
         seconds (`float`): that it took.
+        padding (`int`): those of `removed` that stay as zeros, so that blocks are alike: with `layout="padded"`.
     """
 
     config: DSAStructuredConfig
@@ -61,6 +61,7 @@ class StructuredReport:
     calibration: Mapping[str, Any] | None = None
     reconstruction: Mapping[str, Reconstruction] = field(default_factory=dict)
     seconds: float = 0.0
+    padding: int = 0
 
     @property
     def sparsity(self) -> float:
@@ -74,6 +75,7 @@ class StructuredReport:
             kind = unit.partition(":")[2].partition(".")[0]
             kinds.setdefault(kind, []).append((stay, stay + len(self.gone[unit])))
         left = [f"{kind}: {_range(*zip(*numbers))}" for kind, numbers in kinds.items()]
+        left += [f"{self.padding:,} of them are zeros that stay"] if self.padding else []
         return (
             f"{self.removed:,} of {self.parameters:,} parameters went, {self.sparsity:.4f} of the blocks' matrices "
             f"(asked {self.config.sparsity:g}); {', '.join(left)}"
@@ -116,9 +118,10 @@ def prune_structures(model: nn.Module, calibration: Source | None, config: DSASt
     sizes = {unit: Available(len(each), costs[unit], rounds.get(each.kind, 1)) for unit, each in units.items()}
     asked = int(config.sparsity * prunable)
     if config.layout == "uniform":
-        counts, smaller = _said_counts(model, units, sizes, asked)
+        counts, layout = _said_counts(model, units, sizes, asked)
     else:
-        counts, smaller = uniform_counts(sizes, asked), {}
+        counts = uniform_counts(sizes, asked)
+        layout = LAYOUTS[config.layout](model, units, counts)
     if asked and not any(counts.values()):
         least = min(sum(costs[u] for u in units if units[u].kind == kind) for kind in config.structures)
         least = least if config.layout == "uniform" else min(costs.values())
@@ -130,9 +133,9 @@ def prune_structures(model: nn.Module, calibration: Source | None, config: DSASt
     reconstruct = Reconstruct(config.reconstruct, config.data.seed)
     steps: list[Step] = [remove, *([reconstruct] if config.reconstruct.steps else [])]
     run_steps(model, architecture, calibration, config, steps, lambda walked: None)
-    for unit, gone in remove.gone.items():
-        cut_out(model, units[unit], gone)
-    settle(model, smaller)
+    taken = remove.gone
+    padding = sum(costs[unit] * layout.take(model, units[unit], taken[unit]) for unit in taken)
+    layout.settle(model)
     return StructuredReport(
         config=config,
         kept={unit: len(each) - len(remove.notes.get(unit, ())) for unit, each in units.items()},
@@ -140,18 +143,19 @@ def prune_structures(model: nn.Module, calibration: Source | None, config: DSASt
         costs=costs,
         prunable=prunable,
         parameters=parameters,
-        removed=parameters - count_parameters(model),
+        removed=parameters - count_parameters(model) + padding,
         left=found.left,
         calibration=calibration.facts(),
         reconstruction=reconstruct.found,
         seconds=time.perf_counter() - start,
+        padding=padding,
     )
 
 
 def _said_counts(
     model: nn.Module, units: Mapping[str, Structures], sizes: Mapping[str, Available], asked: int
-) -> tuple[dict[str, int], dict[str, int]]:
-    """How many go of every unit, alike in all blocks, and what the model's configuration says then.
+) -> tuple[dict[str, int], Layout]:
+    """How many go of every unit, alike in all blocks, and the layout that says so.
 
     Where it cannot say so many heads, fewer go, and more of the rest.
     """
@@ -160,7 +164,7 @@ def _said_counts(
         counts: dict[str, int] = {}
         try:
             counts = even_counts(kinds, sizes, asked)
-            return counts, smaller_config(model, units, counts)
+            return counts, LAYOUTS["uniform"](model, units, counts)
         except ValueError as error:
             refused = refused or error
         heads = {unit: counts[unit] for unit, each in units.items() if each.kind != "ffn" and counts.get(unit)}
