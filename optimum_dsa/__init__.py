@@ -31,6 +31,7 @@ _PUBLIC = {
     "DataConfig": "data",
     "Heuristic": "pruning.allocation",
     "IMPORTANCES": "pruning.structured.importance",
+    "LEARNERS": "pruning.structured.learners",
     "LayerStatistics": "model.statistics",
     "METHODS": "pruning.unstructured.methods",
     "METRICS": "pruning.unstructured.metrics",

@@ -19,6 +19,7 @@ import optimum_dsa
 from optimum_dsa import (
     ALLOCATIONS,
     IMPORTANCES,
+    LEARNERS,
     METHODS,
     METRICS,
     MODES,
@@ -142,7 +143,7 @@ def test_links_of_the_readme_lead_to_a_file_and_a_heading():
 
 @pytest.mark.parametrize("name", sorted(TEXTS))
 def test_papers_are_cited_by_the_addresses_of_the_tables(name):
-    tables = [*TABLES.values(), MODES, SCHEDULES, RECOVERIES, IMPORTANCES]
+    tables = [*TABLES.values(), MODES, SCHEDULES, RECOVERIES, IMPORTANCES, LEARNERS]
     known = {address for table in tables for address in table.references.values()} | {DISTILLATION, RECONSTRUCTION}
     known |= {MASKING, PSEUDO}
     assert set(re.findall(r"https://arxiv\.org/[\w./]+", TEXTS[name])) <= known
@@ -170,6 +171,14 @@ def test_the_guide_of_smaller_models_lists_every_importance_with_its_reference()
     found = {quoted(cells[0])[0]: cells[1] for cells in rows(section(PAGES["guides/structured"], "Importances"))}
     assert sorted(found) == sorted(IMPORTANCES)
     assert all(IMPORTANCES.references[name] in text for name, text in found.items())
+
+
+def test_the_guide_of_smaller_models_lists_every_learner_with_its_reference_and_rate():
+    found = {quoted(cells[0])[0]: cells for cells in rows(section(PAGES["guides/structured"], "Learners"))}
+    assert sorted(found) == sorted(LEARNERS)
+    for name, cells in found.items():
+        assert LEARNERS.references[name] in cells[1] and float(cells[3]) == LEARNERS.fact(name, "rate")
+        assert (cells[2] == "forward and backward") == LEARNERS.fact(name, "gradients")
 
 
 @pytest.mark.parametrize("title", ["Metrics", "Methods", "Allocations", "Updates"])

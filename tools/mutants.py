@@ -46,6 +46,12 @@ TESTS = {
         f"model/{name}.py": ["pruning/structured/test_per_layer.py", "pruning/structured/test_layout.py"]
         for name in ("modeling_per_layer", "per_layer")
     },
+    "pruning/structured/scores.py": ["pruning/structured/learners/test_learner.py"],
+    **{
+        f"pruning/structured/learners/{name}.py": ["pruning/structured/learners/test_learner.py"]
+        for name in ("learned", "projected_gates", "hard_concrete")
+    },
+    "pruning/structured/learners/policy_gradient.py": ["pruning/structured/learners"],
     "pruning/structured/configuration.py": ["pruning/structured/test_prune.py"],
     "pruning/structured/refit.py": ["pruning/structured/test_importance.py"],
     **{

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from ...common.registry import Registry
 from ...common.settings import check_settings, section, setting, settings_from, settings_to
 from ...data import DataConfig
 from ...model.statistics import DAMPING
@@ -16,6 +17,13 @@ from .structure import KINDS
 UPDATES = ("none", "bias", "refit")  # what makes up for structures that go
 # Whether all blocks stay alike, may differ, or may differ and are filled up with zeros: the rows of layout.LAYOUTS.
 LAYOUTS = ("uniform", "per_layer", "padded")
+
+
+def learners() -> Registry:
+    """The rows of `LEARNERS`, which need this module."""
+    from .learners import LEARNERS
+
+    return LEARNERS
 
 
 @dataclass(frozen=True)
@@ -40,6 +48,10 @@ class DSAStructuredConfig:
         exclude (`tuple[str, ...]`): Patterns of matrices that stay whole, and with them what shares their structures.
         data ([`DataConfig`]): How calibration text is cut.
         batch_size (`int`, defaults to 8): Sequences per forward pass.
+        learner (`str`, *optional*): A row of `LEARNERS`: which structures go is learned from the calibration text, and
+            importances are where that begins. By default the least important go at once.
+        learn_steps (`int`, defaults to 200): Steps that it takes, of `batch_size` windows.
+        learn_rate (`float`, *optional*): Its learning rate; by default the learner's own.
     """
 
     sparsity: float = setting(low=0, below=1)
@@ -55,11 +67,21 @@ class DSAStructuredConfig:
     exclude: tuple[str, ...] = ()
     data: DataConfig = section(DataConfig)
     batch_size: int = setting(8, low=1)
+    learner: str | None = None
+    learn_steps: int = setting(200, low=1)
+    learn_rate: float | None = setting(None, low=0, what="a learning rate")
 
     def __post_init__(self):
         check_settings(self)
         object.__setattr__(self, "structures", tuple(dict.fromkeys(self.structures)))
         IMPORTANCES[self.importance]
+        if self.learner is not None:
+            learners()[self.learner]
+        for name in ("learn_steps", "learn_rate"):
+            if self.learner is None and (value := getattr(self, name)) != getattr(DSAStructuredConfig, name):
+                raise ValueError(
+                    f"{name}={value!r} is of a learner, and none is named; give learner=, or leave it out."
+                )
         unknown = [kind for kind in self.structures if kind not in KINDS]
         if unknown or not self.structures:
             said = f"{unknown[0]!r} is none" if unknown else "none was given"
@@ -71,6 +93,11 @@ class DSAStructuredConfig:
                 f"reconstruct={self.reconstruct.steps} trains blocks on what the cut ones before them give, and "
                 "sequential=False gives them the dense model's; leave out one of both."
             )
+
+    @property
+    def folds(self) -> bool:
+        """Whether scales that were learned become a part of the weights: a refit finds them itself."""
+        return self.update != "refit"
 
     @property
     def method(self) -> str:

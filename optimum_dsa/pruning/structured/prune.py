@@ -6,8 +6,10 @@ import logging
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ...model.architecture import find_architecture
@@ -20,7 +22,10 @@ from ..steps import Step
 from ..training import Reconstruction
 from .budget import Available, even_counts, uniform_counts
 from .configuration import DSAStructuredConfig
-from .layout import LAYOUTS, Layout
+from .layout import LAYOUTS
+from .learners.budget import Projection
+from .learners.gates import Gates
+from .learners.learned import check_learnable, learned
 from .remove import RemoveStructures
 from .structure import Structures
 from .structures import find_structures
@@ -91,7 +96,13 @@ def _range(stay: Sequence[int], before: Sequence[int]) -> str:
     return f"{stays} of {were} stay"
 
 
-def prune_structures(model: nn.Module, calibration: Source | None, config: DSAStructuredConfig) -> StructuredReport:
+def prune_structures(
+    model: nn.Module,
+    calibration: Source | None,
+    config: DSAStructuredConfig,
+    learning: str | Path | None = None,
+    resume: bool = False,
+) -> StructuredReport:
     """Make a model smaller, in place.
 
     Args:
@@ -99,6 +110,8 @@ def prune_structures(model: nn.Module, calibration: Source | None, config: DSASt
         calibration (`Tensor` or `Mapping[str, Tensor]`): tokens, (samples, length), or the model's inputs by name. By
             them structures are found as well, so that there is none without.
         config (`DSAStructuredConfig`): what goes.
+        learning (`str`, *optional*): folder in which a learner keeps its state.
+        resume (`bool`, defaults to `False`): go on from the state in it, with the model as it was at the beginning.
 
     Raises:
         ValueError: there is nothing that can be cut out, or less than asked for; before anything is changed.
@@ -107,6 +120,8 @@ def prune_structures(model: nn.Module, calibration: Source | None, config: DSASt
     calibration = as_calibration(calibration, model)
     if not isinstance(calibration, Calibration):
         raise ValueError("What can be cut out of a model is found by running it; give calibration data.")
+    if config.learner is not None:
+        check_learnable(model, calibration, config.learner)
     architecture = find_architecture(model, exclude=config.exclude)
     check_finite_outputs(model, architecture, calibration)
     found = find_structures(model, architecture, _short(calibration.batches(1)[0]))
@@ -118,10 +133,10 @@ def prune_structures(model: nn.Module, calibration: Source | None, config: DSASt
     sizes = {unit: Available(len(each), costs[unit], rounds.get(each.kind, 1)) for unit, each in units.items()}
     asked = int(config.sparsity * prunable)
     if config.layout == "uniform":
-        counts, layout = _said_counts(model, units, sizes, asked)
+        counts = _said_counts(model, units, sizes, asked)
     else:
         counts = uniform_counts(sizes, asked)
-        layout = LAYOUTS[config.layout](model, units, counts)
+        LAYOUTS[config.layout](model, units, counts)  # which says before any work why it cannot be
     if asked and not any(counts.values()):
         least = min(sum(costs[u] for u in units if units[u].kind == kind) for kind in config.structures)
         least = least if config.layout == "uniform" else min(costs.values())
@@ -129,12 +144,20 @@ def prune_structures(model: nn.Module, calibration: Source | None, config: DSASt
             f"A sparsity of {config.sparsity:g} takes nothing: the least that can go is {least / prunable:.4f} of the "
             "blocks; ask for more, or for smaller structures."
         )
-    remove = RemoveStructures(config, units, counts)
+    chosen = None
+    if config.learner is not None:
+        projection = Projection(sizes, asked, counts if config.layout == "uniform" else None)
+        choice = learned(model, architecture, calibration, config, units, projection, learning, resume)
+        chosen, counts = choice.gone, {unit: len(gone) for unit, gone in choice.gone.items()}
+        if config.folds:
+            Gates(model, units).fold(choice.scales)
+    remove = RemoveStructures(config, units, counts, chosen)
     reconstruct = Reconstruct(config.reconstruct, config.data.seed)
     steps: list[Step] = [remove, *([reconstruct] if config.reconstruct.steps else [])]
     run_steps(model, architecture, calibration, config, steps, lambda walked: None)
-    taken = remove.gone
-    padding = sum(costs[unit] * layout.take(model, units[unit], taken[unit]) for unit in taken)
+    taken = {unit: remove.gone.get(unit, torch.tensor([], dtype=torch.int64)) for unit in units}
+    layout = LAYOUTS[config.layout](model, units, {unit: len(gone) for unit, gone in taken.items()})
+    padding = sum(costs[unit] * layout.take(model, units[unit], gone) for unit, gone in taken.items())
     layout.settle(model)
     return StructuredReport(
         config=config,
@@ -154,8 +177,8 @@ def prune_structures(model: nn.Module, calibration: Source | None, config: DSASt
 
 def _said_counts(
     model: nn.Module, units: Mapping[str, Structures], sizes: Mapping[str, Available], asked: int
-) -> tuple[dict[str, int], Layout]:
-    """How many go of every unit, alike in all blocks, and the layout that says so.
+) -> dict[str, int]:
+    """How many go of every unit, alike in all blocks, so that the model's configuration can say what is left.
 
     Where it cannot say so many heads, fewer go, and more of the rest.
     """
@@ -164,7 +187,8 @@ def _said_counts(
         counts: dict[str, int] = {}
         try:
             counts = even_counts(kinds, sizes, asked)
-            return counts, LAYOUTS["uniform"](model, units, counts)
+            LAYOUTS["uniform"](model, units, counts)
+            return counts
         except ValueError as error:
             refused = refused or error
         heads = {unit: counts[unit] for unit, each in units.items() if each.kind != "ffn" and counts.get(unit)}

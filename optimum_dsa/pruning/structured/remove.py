@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -26,13 +26,21 @@ class RemoveStructures:
     Args:
         structures: unit -> what there is.
         counts: unit -> how many go.
+        chosen: unit -> the numbers of those that go, where that is settled already.
     """
 
-    def __init__(self, config: DSAStructuredConfig, structures: Mapping[str, Structures], counts: Mapping[str, int]):
-        self.config, self.structures, self.counts = config, structures, counts
+    def __init__(
+        self,
+        config: DSAStructuredConfig,
+        structures: Mapping[str, Structures],
+        counts: Mapping[str, int],
+        chosen: Mapping[str, Sequence[int]] | None = None,
+    ):
+        self.config, self.structures, self.counts, self.chosen = config, structures, counts, chosen
         self.importance, self.true_sequential = IMPORTANCES[config.importance], config.true_sequential
         needed = {"refit": "gram", "bias": "mean", "none": "nothing"}[config.update]
-        self.reads: Reads = reads_of(needed) | reads_of(IMPORTANCES.fact(config.importance, "reads", "inputs"))
+        chooses = reads_of(IMPORTANCES.fact(config.importance, "reads", "inputs")) if chosen is None else frozenset()
+        self.reads: Reads = reads_of(needed) | chooses
         self.notes: dict[str, Any] = {}  # unit -> the numbers of those that go
 
     @property
@@ -60,9 +68,12 @@ class RemoveStructures:
         columns = structures.reads[0].index
         count, gone = self.counts[structures.unit], torch.zeros(weights[0].shape[1], dtype=torch.bool)
         if count:
-            scores = self.importance(parts_of(walked, structures, statistics, self.config.damping))
-            # Stable, so that of equals the first go, on every machine.
-            chosen = scores.argsort(stable=True)[:count].sort().values
+            if self.chosen is not None:
+                chosen = torch.tensor(self.chosen[structures.unit], dtype=torch.int64)
+            else:
+                scores = self.importance(parts_of(walked, structures, statistics, self.config.damping))
+                # Stable, so that of equals the first go, on every machine.
+                chosen = scores.argsort(stable=True)[:count].sort().values
             gone[columns.cpu()[chosen.cpu()].flatten()] = True
             self.notes[structures.unit] = chosen.tolist()
             for weight in weights:
