@@ -65,6 +65,7 @@ TESTS = {
     "pruning/unstructured/assignment.py": ["pruning/unstructured/test_permutations.py"],
     "pruning/unstructured/elimination_kernel.py": ["test_gpu.py"],
     "checkpoint/beside.py": ["checkpoint/test_base_files.py", "checkpoint/test_unknown_tensors.py"],
+    "checkpoint/gguf_file.py": ["checkpoint/test_exports.py"],
     "checkpoint/pickles.py": ["checkpoint/test_unknown_tensors.py"],
     "checkpoint/unpacking.py": ["checkpoint/test_transformers_loader.py"],
     "checkpoint/shards.py": ["checkpoint/test_shards.py", "checkpoint/test_convert.py", "test_untrusted.py"],
