@@ -37,6 +37,7 @@ from .pruning.zeros import counted
 
 if TYPE_CHECKING:
     from .evaluation.measurement import Measurement
+    from .pruning.structured.configuration import DSAStructuredConfig
     from .recovery.adapters.merge import Merged
     from .recovery.configuration import RecoveryConfig
     from .recovery.result import RecoveryResult
@@ -149,7 +150,7 @@ class DSAPruner:
     def search(
         self,
         calibration: Any,
-        config: DSAConfig,
+        config: DSAConfig | DSAStructuredConfig,
         strategy: str = "auto",
         budget: str | int = "2M tokens",
         validation: Any = None,
@@ -161,7 +162,7 @@ class DSAPruner:
 
         Args:
             calibration (`Any`): as in `prune`; feeds statistics.
-            config (`DSAConfig`): sparsity, method, bounds, samples and seed; its allocation is not looked at.
+            config (`DSAConfig` or `DSAStructuredConfig`): what is pruned; its allocation is not looked at.
             strategy (`str`, defaults to `"auto"`): a row of `STRATEGIES`.
             budget (`str`, defaults to `"2M tokens"`): such as `"500k tokens"`, `"300 evaluations"` or `"10 min"`. A
                 backward pass counts as two forward passes.
@@ -172,12 +173,11 @@ class DSAPruner:
             report_to (`Any`, *optional*): an experiment tracker that accelerate knows, such as `"trackio"`.
         """
         from .search.apart import load_apart
-        from .search.realise import check_searchable
+        from .search.prepared import check_search
         from .search.search import search
         from .sharing.pictures import plot_search
 
-        check_searchable(config)  # before any text is read
-        check_dense(self.model, config, "a search")
+        check_search(config, self.model)  # before any text is read
         data, tokens = load_apart(self.model, self.tokenizer, calibration, validation, config.data)
         options = {"strategy": strategy, "budget": budget, "folder": output, "resume": resume, "report_to": report_to}
         with without_adapters(self.model):

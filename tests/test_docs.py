@@ -29,6 +29,7 @@ from optimum_dsa import (
     RECOVERIES,
     REDUCTION,
     SCHEDULES,
+    SHARES,
     TRANSFORM,
     UPDATES,
 )
@@ -40,6 +41,7 @@ from optimum_dsa.common.registry import Registry
 from optimum_dsa.evaluation.perplexity import REFERENCE as PSEUDO
 from optimum_dsa.model.examples import REFERENCE as MASKING
 from optimum_dsa.pruning.reconstruct import REFERENCE as RECONSTRUCTION
+from optimum_dsa.pruning.structured.widths.costs import COSTS
 from optimum_dsa.recovery.trainer import REFERENCE as DISTILLATION
 
 
@@ -143,7 +145,7 @@ def test_links_of_the_readme_lead_to_a_file_and_a_heading():
 
 @pytest.mark.parametrize("name", sorted(TEXTS))
 def test_papers_are_cited_by_the_addresses_of_the_tables(name):
-    tables = [*TABLES.values(), MODES, SCHEDULES, RECOVERIES, IMPORTANCES, LEARNERS]
+    tables = [*TABLES.values(), MODES, SCHEDULES, RECOVERIES, IMPORTANCES, LEARNERS, SHARES]
     known = {address for table in tables for address in table.references.values()} | {DISTILLATION, RECONSTRUCTION}
     known |= {MASKING, PSEUDO}
     assert set(re.findall(r"https://arxiv\.org/[\w./]+", TEXTS[name])) <= known
@@ -171,6 +173,19 @@ def test_the_guide_of_smaller_models_lists_every_importance_with_its_reference()
     found = {quoted(cells[0])[0]: cells[1] for cells in rows(section(PAGES["guides/structured"], "Importances"))}
     assert sorted(found) == sorted(IMPORTANCES)
     assert all(IMPORTANCES.references[name] in text for name, text in found.items())
+
+
+def test_the_guide_of_smaller_models_lists_every_allocation_with_its_reference():
+    found = {
+        quoted(cells[0])[0]: cells[1] for cells in rows(section(PAGES["guides/structured"], "How many from where"))
+    }
+    assert sorted(found) == sorted(SHARES)
+    assert all(SHARES.references[name] is None or SHARES.references[name] in text for name, text in found.items())
+
+
+def test_the_guide_of_smaller_models_lists_every_cost():
+    found = {quoted(cells[0])[0] for cells in rows(section(PAGES["guides/structured"], "What is counted"))}
+    assert found == set(COSTS)
 
 
 def test_the_guide_of_smaller_models_lists_every_learner_with_its_reference_and_rate():

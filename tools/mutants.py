@@ -41,11 +41,18 @@ TESTS = {
     "pruning/allocation/histogram.py": ["pruning/allocation/test_allocators.py", "search/test_summary.py"],
     **{f"search/{name}.py": ["search/test_search.py"] for name in ("conductor", "counts")},
     "common/apart.py": ["search/test_apart.py", "recovery/test_recover.py"],
-    "pruning/structured/remove.py": ["pruning/structured/test_prune.py"],
     **{
         f"model/{name}.py": ["pruning/structured/test_per_layer.py", "pruning/structured/test_layout.py"]
         for name in ("modeling_per_layer", "per_layer")
     },
+    "pruning/structured/remove.py": ["pruning/structured/test_remove.py", "pruning/structured/test_prune.py"],
+    "pruning/structured/trial.py": ["pruning/structured/test_tolerance.py"],
+    "pruning/structured/instead.py": ["search/realise/test_structures.py"],
+    **{
+        f"pruning/structured/widths/{name}.py": ["pruning/structured/widths/test_shares.py"]
+        for name in ("dense", "felt")
+    },
+    "search/prepared.py": ["search/test_structures.py"],
     "pruning/structured/scores.py": ["pruning/structured/learners/test_learner.py"],
     **{
         f"pruning/structured/learners/{name}.py": ["pruning/structured/learners/test_learner.py"]

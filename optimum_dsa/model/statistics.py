@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from typing import Any
 
@@ -148,6 +148,17 @@ class LayerStatistics:
         if self.lack is not None:
             self.lack = self.lack[:, order]
         self.release_()
+
+    @torch.no_grad()
+    def without(self, gone: Tensor) -> LayerStatistics:
+        """These sums as if the inputs `gone`, (in_features,) bool, had never fired; a new X·Xᵀ where there is one."""
+        sums = {
+            name: None if (value := getattr(self, name)) is None else value.masked_fill(gone, 0)
+            for name in ("squared_sum", "sum", "gram")
+        }
+        if sums["gram"] is not None:
+            sums["gram"].masked_fill_(gone[:, None], 0)
+        return replace(self, **sums, drift=None, lack=None, _factor=None, _spectrum=None)
 
     @property
     def lacks(self) -> bool:

@@ -38,11 +38,11 @@ def check_overrides(config: DSAConfig) -> None:
             )
 
 
-def parsed(overrides: Sequence[str]) -> dict[str, float]:
-    """Name or pattern -> sparsity, in the order in which they are given.
+def parsed(overrides: Sequence[str], setting: str = "overrides", example: str = "mlp=0.6") -> dict[str, float]:
+    """Name or pattern -> share, in the order in which they are given in `setting`.
 
     Raises:
-        ValueError: one is not of the form "mlp=0.6" with a number in [0, 1].
+        ValueError: one is not of the form of the `example` with a number in [0, 1].
     """
     found: dict[str, float] = {}
     for text in overrides:
@@ -52,9 +52,11 @@ def parsed(overrides: Sequence[str]) -> dict[str, float]:
         except ValueError:
             share = -1.0
         if not name or not 0 <= share <= 1:
-            raise ValueError(f"overrides: cannot read {text!r}; expected a name and a share in [0, 1], as in mlp=0.6.")
+            raise ValueError(
+                f"{setting}: cannot read {text!r}; expected a name and a share in [0, 1], as in {example}."
+            )
         if name in found:
-            raise ValueError(f"overrides: {name!r} is given twice, {found[name]:g} and {share:g}; leave out one.")
+            raise ValueError(f"{setting}: {name!r} is given twice, {found[name]:g} and {share:g}; leave out one.")
         found[name] = share
     return found
 

@@ -8,19 +8,19 @@ from typing import Any
 
 from ..common.settings import check_settings, section, setting, settings_from, settings_to, takes_flat_names
 from ..data import DataConfig
-from .adapters.modes import MODES
+from .adapters.modes import GROUP_SIZE, MODES
 from .gradual.schedule import SCHEDULES
 from .recoveries import RECOVERIES
 
 
 RANKS = ("allocation", "uniform")
 # Learning rates by mode of the adapter; SPP's is the published one.
-LEARNING_RATES = {"mask": 1e-3, "scale": 1e-3, "spp": 4e-3}
+LEARNING_RATES = {"mask": 1e-3, "scale": 1e-3, "spp": 4e-3, "grouped": 1e-3}
 
 
 # Settings of methods that choose zeros, and of those that train adapters.
 OF_ZEROS = ("sparsity", "allocation", "pattern", "penalty", "project_every", "growth", "shape")
-OF_ADAPTERS = ("mode", "rank", "alpha", "ranks", "merge")
+OF_ADAPTERS = ("mode", "rank", "alpha", "ranks", "merge", "group_size")
 
 
 @takes_flat_names
@@ -34,8 +34,8 @@ class RecoveryConfig:
         mode (`str`, defaults to `"mask"`): A row of `MODES`: what the adapters add.
         steps (`int`, defaults to 300): Optimizer steps.
         learning_rate (`float`, *optional*): At its highest, after a linear warm-up over a tenth of the steps; a cosine
-            brings it to zero. Defaults to 1e-3 (mask, scale), 4e-3 (spp), 3e-4 (full) or
-            2e-3 (elsa).
+            brings it to zero. Defaults to 1e-3 (mask, scale, grouped), 4e-3 (spp), 3e-4
+            (full) or 2e-3 (elsa).
         batch_size (`int`, defaults to 8): Sequences per forward pass.
         accumulation (`int`, defaults to 1): Forward passes per optimizer step.
         weight_decay (`float`, defaults to 0.0): AdamW's.
@@ -65,6 +65,7 @@ class RecoveryConfig:
         save_steps (`int`, *optional*): Steps between two checkpoints that a run can be resumed from.
         bf16 (`bool`, defaults to `False`): Multiply in bfloat16.
         gradient_checkpointing (`bool`, defaults to `False`): Less memory for more time.
+        group_size (`int`, defaults to 32): Columns of a weight that change by one number in mode `"grouped"`.
     """
 
     method: str = "sparse-lora"
@@ -94,10 +95,13 @@ class RecoveryConfig:
     save_steps: int | None = setting(None, low=1)
     bf16: bool = False
     gradient_checkpointing: bool = False
+    group_size: int = setting(GROUP_SIZE, low=1)
 
     def __post_init__(self):
         check_settings(self)
         RECOVERIES[self.method], MODES[self.mode], SCHEDULES[self.shape]
+        if not MODES[self.mode].grouped:
+            self._refuse(("group_size",), f"is for mode 'grouped', and mode={self.mode!r} has no groups")
         if self.moves_zeros:
             if self.sparsity == 0:
                 raise ValueError(

@@ -55,6 +55,7 @@ def sparse_lora(model: nn.Module, config: RecoveryConfig, report: PruningReport)
         "r": config.rank,
         "lora_alpha": config.alpha if config.alpha is not None else 2 * config.rank,
         "mode": config.mode,
+        "group_size": config.group_size,
         "target_modules": modules,
         "task_type": TASK_TYPES.get(kind_of(model)),
     }

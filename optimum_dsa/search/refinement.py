@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Generator, Sequence
 
 import torch
@@ -61,10 +60,7 @@ def level_switch(
 
 
 def _switched(counts: list[int], sizes: Sequence[int], step: int, switches: int, problem: Problem) -> tuple[int, ...]:
-    config = problem.resolver.config
-    low = [math.ceil(config.min_sparsity * size) for size in sizes]
-    high = [math.floor(config.max_sparsity * size) for size in sizes]
-    least = problem.resolver.steps
+    low, high, least = problem.resolver.low, problem.resolver.high, problem.resolver.steps
     for _ in range(switches):
         giver, taker = problem.rng.sample(range(len(sizes)), 2) if len(sizes) > 1 else (0, 0)
         amount = min(max(step, least[giver], least[taker]), counts[giver] - low[giver], high[taker] - counts[taker])

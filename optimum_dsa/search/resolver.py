@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache, lru_cache
@@ -57,6 +58,9 @@ class Resolver:
         self.metric = METRICS[config.allocation_metric]
         self.sizes = realisation.sizes
         self.steps = tuple(realisation.steps.values())  # the least by which each matrix changes, in their order
+        # the fewest and the most that each may lose
+        self.low = tuple(math.ceil(config.min_sparsity * size) for size in self.sizes.values())
+        self.high = tuple(math.floor(config.max_sparsity * size) for size in self.sizes.values())
         self.kinds = {}
         self.units = {granularity: self.architecture.units(granularity) for granularity in ("block", "matrix")}
         self.depths = {}

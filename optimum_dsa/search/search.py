@@ -6,7 +6,6 @@ import logging
 import random
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, suppress
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,21 +16,23 @@ from ..common.devices import process_state
 from ..common.output import OutputFolder
 from ..common.same_run import FINGERPRINTS
 from ..model.fingerprint import fingerprint_of_model, fingerprint_of_tensors
-from ..pruning.allocate import say_dense, standing_zeros
-from ..pruning.allocation import ALLOCATIONS, Allocation
+from ..pruning.allocation import Allocation
 from ..pruning.calibration import Calibration
-from ..pruning.configuration import AUTO, DSAConfig
+from ..pruning.configuration import DSAConfig
+from ..pruning.structured.configuration import DSAStructuredConfig
 from .apart import check_apart
 from .conductor import Conductor, TrialLogger
 from .evaluator import Evaluator
 from .finals import FinalRound, rank
 from .objective import Objective
+from .prepared import check_search, names_for, prepared, realisation_of, without_allocation
 from .problem import Budget, Problem, parse_budget
-from .realise import REALISATIONS, check_searchable, realise, suited
+from .realise import REALISATIONS
 from .resolver import Resolver
 from .result import RESULT_FILES, SearchResult
 from .space import Candidate, SearchSpace
 from .strategies import STRATEGIES
+from .structures import StructureResolver
 from .trace import SearchTrace
 
 
@@ -42,7 +43,7 @@ def search(
     model: nn.Module,
     calibration: Calibration,
     validation: Tensor,
-    config: DSAConfig,
+    config: DSAConfig | DSAStructuredConfig,
     *,
     strategy: str = "auto",
     budget: str | int | Budget = "2M tokens",
@@ -71,29 +72,26 @@ def search(
         resume: go on with the trace in `folder`; the end is that of an uninterrupted run.
         named: rows of `ALLOCATIONS` that are tried; by default all, where the strategy tries any.
         report_to: what accelerate can log to, such as "trackio" or "tensorboard", or a tracker.
-        realisation: a row of `REALISATIONS`: what an allocation is while it is compared. By default "database" where
-            the method changes the weights that it keeps or the strategy reads error curves, else "masks".
+        realisation: a row of `REALISATIONS`: what an allocation is while it is compared. By default "structures" for a
+            `DSAStructuredConfig`; "database" where the method changes the weights that it keeps or the strategy reads
+            error curves; else "masks".
         pictures: what draws figures of the result for `folder`, such as `plot_search`.
 
     Raises:
         ValueError: there is nothing to allocate, validation windows are calibration windows, or the trace to go on
             with is of another model, of other texts or settings.
     """
-    check_searchable(config)
-    if config.allocation == AUTO:  # which no result may hold
-        config = replace(config, allocation="uniform")
+    check_search(config)
+    config = without_allocation(config)
     check_apart(calibration, validation)
     budget = parse_budget(budget)
     run = STRATEGIES[strategy]
     offsets = STRATEGIES.fact(strategy, "curves")
-    kind = realisation or ("database" if offsets else suited(config))
+    kind = realisation_of(config, strategy, realisation)
     levels = {"offsets": offsets} if offsets and kind == "database" else {}
     REALISATIONS[kind]
     settings = _settings(strategy, budget, finalists, config, calibration, validation, kind)
-    if named is None:
-        named = ALLOCATIONS if STRATEGIES.fact(strategy, "named", True) else ()
-    # Uniform is always tried, and counted once.
-    named = tuple(name for name in named if name != "uniform")
+    named = names_for(strategy, named)
     with ExitStack() as stack:
         output = None
         if folder is not None and process_state().is_main_process:
@@ -102,10 +100,7 @@ def search(
         stack.callback(reports.close)
         trace = _trace(output, settings, resume, model, calibration, validation)
         stack.callback(trace.close)
-        realised = realise(model, calibration, config, kind, **levels)
-        say_dense(model, realised.architecture, bool(config.blocks))
-        standing = standing_zeros(model, realised.architecture, config)  # raises where more are zero than asked for
-        resolver = Resolver(model, realised, calibration, config, named, standing)
+        realised, resolver = prepared(config, model, calibration, kind, named, levels)
         evaluator = Evaluator(Objective(model, realised, validation, config.batch_size), resolver)
         # Only the first process has a folder to read; all have to replay the same trials.
         replayed = broadcast_object_list([trace.trials])[0] if evaluator.ranks.num_processes > 1 else trace.trials
@@ -168,7 +163,7 @@ def _trace(
 
 
 def _problem(
-    resolver: Resolver,
+    resolver: Resolver | StructureResolver,
     validation: Tensor,
     budget: Budget,
     named: tuple[str, ...],
@@ -191,7 +186,7 @@ def _problem(
     return problem.with_share(1 - final.reserved(budget, length)), final
 
 
-def _baselines(resolver: Resolver) -> dict[str, Allocation]:
+def _baselines(resolver: Resolver | StructureResolver) -> dict[str, Allocation]:
     """Uniform and OWL, where they are possible within the bounds."""
     found = {}
     for name in ("uniform", "owl"):

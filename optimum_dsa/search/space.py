@@ -10,6 +10,7 @@ from typing import Any
 from ..common.registry import Registry
 from ..common.values import is_number, is_whole, short
 from ..pruning.allocation import ALLOCATIONS, POST_PROCESS, PRE_PROCESS, REDUCTION, TRANSFORM, AllocationFunction
+from ..pruning.structured.widths.shares import SHARES
 
 
 DSA = "https://github.com/lliai/DSA"
@@ -189,4 +190,6 @@ def function_of(candidate: Candidate) -> AllocationFunction | None:
         if not isinstance(known, AllocationFunction):
             return None
         return known if candidate.spread is None else replace(known, spread=candidate.spread)
+    if candidate.function in SHARES:
+        return None
     return AllocationFunction.parse(candidate.function)

@@ -155,3 +155,17 @@ def test_sums_that_are_given_are_gone_on_with():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_a_processor_has_no_products_of_halves_in_float32(dtype):
     assert not sums_halves_in_float32(torch.device("cpu"), dtype)
+
+
+def test_inputs_can_be_taken_to_have_never_fired():
+    inputs = torch.randn(50, 6, generator=torch.Generator().manual_seed(0)) + 1
+    whole, part = (LayerStatistics(6, with_gram=True, with_sum=True, sequences=1) for _ in range(2))
+    gone = torch.tensor([False, True, False, False, True, False])
+    whole.update_(inputs)
+    part.update_(inputs.masked_fill(gone, 0))
+    whole.inverse_factor(0.1)
+    found = whole.without(gone)
+    assert torch.equal(found.gram, part.gram) and torch.equal(found.sum, part.sum)
+    assert torch.equal(found.input_norm, part.input_norm) and torch.equal(found.dead, gone)
+    torch.testing.assert_close(found.inverse_factor(0.1).factor, part.inverse_factor(0.1).factor)
+    assert not torch.equal(whole.gram, part.gram)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 
 from optimum_dsa import DSAConfig
@@ -24,6 +25,8 @@ class Matrices:
     def __init__(self, sizes, config):
         self.sizes = {f"m{index}": size for index, size in enumerate(sizes)}
         self.steps = (1,) * len(sizes)
+        self.low = tuple(math.ceil(config.min_sparsity * size) for size in sizes)
+        self.high = tuple(math.floor(config.max_sparsity * size) for size in sizes)
         self.config, self.known = config, {}
 
     def counts(self, candidate):

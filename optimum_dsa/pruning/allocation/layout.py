@@ -10,7 +10,7 @@ from .budget import Allocation
 
 
 WHOLE = "all matrices"
-_BLOCK = re.compile(r"(?:(?P<stack>.*?)\.)?(?P<index>\d+)(?:\.(?P<rest>.+))?")
+_BLOCK = re.compile(r"(?:(?P<stack>.*?)\.)?(?P<index>\d+)(?:[.:](?P<rest>.+))?")
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,9 +10,14 @@ from ...common.registry import Registry
 from ...common.settings import check_settings, section, setting, settings_from, settings_to
 from ...data import DataConfig
 from ...model.statistics import DAMPING
+from ..allocation import Allocation
+from ..overrides import parsed
 from ..sections import ReconstructConfig
+from ..targets import TARGETS
 from .importance import IMPORTANCES
 from .structure import KINDS
+from .widths.costs import COSTS
+from .widths.shares import SHARES, allocator_of
 
 
 UPDATES = ("none", "bias", "refit")  # what makes up for structures that go
@@ -52,6 +58,26 @@ class DSAStructuredConfig:
             importances are where that begins. By default the least important go at once.
         learn_steps (`int`, defaults to 200): Steps that it takes, of `batch_size` windows.
         learn_rate (`float`, *optional*): Its learning rate; by default the learner's own.
+        allocation (`str` or [`Allocation`], defaults to `"uniform"`): How the share differs from block to block and
+            kind to kind: a row of `SHARES` ("uniform", "stability", "global", "milp") or of `ALLOCATIONS`, an
+            allocation function, an [`Allocation`] of units such as "model.layers.3:ffn", or where one is. All but
+            "uniform" ask for `layout="per_layer"`.
+        spread (`float`, *optional*): Half the distance between the most and the least cut unit. Defaults to the
+            allocation's own.
+        unstable (`str`, defaults to `"less"`): With the allocation "stability", whether units whose importances vary
+            from text to text are cut "less" or "more".
+        cost (`str`, defaults to `"parameters"`): What `sparsity` is a share of: "parameters" of the blocks' matrices,
+            "flops" for a token at the end of a calibration window, or "kv", the bytes of a token in the cache.
+        budgets (`tuple[str, ...]`): With the allocation "milp", shares of other costs that go at least, such as
+            "kv=0.5".
+        keep_first (`int`, defaults to 0): Blocks at the beginning that stay whole.
+        keep_last (`int`, defaults to 0): Blocks at the end that stay whole.
+        rounds (`int`, defaults to 1): In how many rounds a block's structures go; importances are taken anew in each,
+            of what the update has made of the rest.
+        targets (`str`, defaults to `"sparse"`): What is fitted by `update="refit"`: "sparse", what the whole matrix
+            makes of the inputs that it gets, or "dense", what the dense model has in that place.
+        residual (`bool`, defaults to `False`): With dense targets, whether what the residual stream lacks is part of
+            the target of matrices whose outputs are added to it, such as what attention lost.
     """
 
     sparsity: float = setting(low=0, below=1)
@@ -70,6 +96,16 @@ class DSAStructuredConfig:
     learner: str | None = None
     learn_steps: int = setting(200, low=1)
     learn_rate: float | None = setting(None, low=0, what="a learning rate")
+    allocation: str | Allocation = "uniform"
+    spread: float | None = setting(None, low=0, high=1, what="a half-width")
+    unstable: str = setting("less", choices=("less", "more"))
+    cost: str = setting("parameters", choices=tuple(COSTS))
+    budgets: tuple[str, ...] = ()
+    keep_first: int = setting(0, low=0)
+    keep_last: int = setting(0, low=0)
+    rounds: int = setting(1, low=1)
+    targets: str = setting("sparse", choices=TARGETS)
+    residual: bool = False
 
     def __post_init__(self):
         check_settings(self)
@@ -86,6 +122,8 @@ class DSAStructuredConfig:
         if unknown or not self.structures:
             said = f"{unknown[0]!r} is none" if unknown else "none was given"
             raise ValueError(f"Structures are of {', '.join(map(repr, KINDS))}; {said}.")
+        self._check_widths()
+        self._check_targets()
         if self.true_sequential and not self.sequential:
             object.__setattr__(self, "true_sequential", False)
         if self.reconstruct.steps and not self.sequential:
@@ -93,6 +131,56 @@ class DSAStructuredConfig:
                 f"reconstruct={self.reconstruct.steps} trains blocks on what the cut ones before them give, and "
                 "sequential=False gives them the dense model's; leave out one of both."
             )
+
+    def _check_widths(self) -> None:
+        """Raise where blocks cannot get the widths that are asked for."""
+        if not (isinstance(self.allocation, str) and self.allocation in SHARES):
+            if not isinstance(self.allocation, (str, Allocation)):
+                raise ValueError(
+                    f"allocation is a name, an allocation function, a path or an Allocation, got {self.allocation!r}."
+                )
+            allocator_of(self.allocation)
+        differs = {
+            "allocation": self.allocation != "uniform",
+            "keep_first": self.keep_first > 0,
+            "keep_last": self.keep_last > 0,
+        }
+        if self.layout == "uniform" and any(differs.values()):
+            name = next(name for name, value in differs.items() if value)
+            value = getattr(self, name)
+            raise ValueError(
+                f"{name}={getattr(value, 'name', value)!r} gives blocks widths of their own, and layout='uniform' has "
+                f"one for all; use layout='per_layer', or leave {name} out."
+            )
+        if self.budgets and self.allocation != "milp":
+            raise ValueError(
+                f"budgets={list(self.budgets)} are met by allocation='milp' alone, besides that of cost="
+                f"{self.cost!r}; use it, or leave them out."
+            )
+        for name in self.least:
+            if name not in COSTS or name == self.cost:
+                others = [cost for cost in COSTS if cost != self.cost]
+                raise ValueError(
+                    f"budgets are of {' or '.join(map(repr, others))} besides cost={self.cost!r}, got {name!r}."
+                )
+
+    def _check_targets(self) -> None:
+        """Raise where nothing could be fitted to what the dense model has."""
+        if self.targets == "dense" and (self.update != "refit" or not self.sequential):
+            other = f"update={self.update!r}" if self.update != "refit" else "sequential=False"
+            raise ValueError(
+                f"targets='dense' is what update='refit' fits to behind blocks that were cut, and {other} has none; "
+                "leave out one of both."
+            )
+        if self.residual and self.targets != "dense":
+            raise ValueError(
+                "residual=True adds to the targets of the dense model; use targets='dense' with it, or leave it out."
+            )
+
+    @property
+    def least(self) -> dict[str, float]:
+        """Cost -> the share of it that `budgets` say is to go at least."""
+        return parsed(self.budgets, "budgets", "kv=0.5")
 
     @property
     def folds(self) -> bool:
@@ -106,9 +194,12 @@ class DSAStructuredConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """All settings as JSON values."""
-        return settings_to(self)
+        data = settings_to(self)
+        return data | ({"allocation": self.allocation.to_dict()} if isinstance(self.allocation, Allocation) else {})
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> DSAStructuredConfig:
         """The configuration whose `to_dict` gave `data`; raises `ValueError` for a key that is no setting."""
-        return settings_from(cls, data)
+        allocation = data.get("allocation")
+        given = {"allocation": Allocation.from_dict(allocation)} if isinstance(allocation, Mapping) else {}
+        return settings_from(cls, {**data, **given})

@@ -9,26 +9,28 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from ...model.architecture import find_architecture
 from ...model.parameters import count_parameters
+from ..allocation import Allocation
 from ..calibration import Calibration
 from ..prune import run_steps
 from ..reconstruct import Reconstruct
 from ..source import Source, as_calibration, check_finite_outputs
 from ..steps import Step
 from ..training import Reconstruction
-from .budget import Available, even_counts, uniform_counts
+from .budget import Available, even_counts, fitted_counts
 from .configuration import DSAStructuredConfig
-from .layout import LAYOUTS
+from .layout import LAYOUTS, Layout
 from .learners.budget import Projection
 from .learners.gates import Gates
 from .learners.learned import check_learnable, learned
-from .remove import RemoveStructures
+from .remove import RemoveStructures, looked_at
 from .structure import Structures
 from .structures import find_structures
+from .widths.dense import Dense, allocation_of, dense_model
+from .widths.shares import shares
 
 
 logger = logging.getLogger(__name__)
@@ -52,6 +54,9 @@ class StructuredReport:
         calibration (`Mapping[str, Any]`, *optional*): what it was calibrated on.
         reconstruction (`Mapping[str, Reconstruction]`): block -> what training it did.
         seconds (`float`): that it took.
+        allocation (`Allocation`, *optional*): the share of the structures of every unit that went, which another prune
+            takes; its sizes are numbers of structures.
+        shares (`Mapping[str, float]`): by name, the share of every row of `COSTS` that went.
         padding (`int`): those of `removed` that stay as zeros, so that blocks are alike: with `layout="padded"`.
     """
 
@@ -66,6 +71,8 @@ class StructuredReport:
     calibration: Mapping[str, Any] | None = None
     reconstruction: Mapping[str, Reconstruction] = field(default_factory=dict)
     seconds: float = 0.0
+    allocation: Allocation | None = None
+    shares: Mapping[str, float] = field(default_factory=dict)
     padding: int = 0
 
     @property
@@ -117,6 +124,53 @@ def prune_structures(
         ValueError: there is nothing that can be cut out, or less than asked for; before anything is changed.
     """
     start = time.perf_counter()
+    dense = dense_of(model, calibration, config)
+    architecture, units, prunable = dense.architecture, dense.units, dense.costs["parameters"].total
+    parameters, chosen = count_parameters(model), None
+    counts, layout = choose_counts(dense)
+    if config.learner is not None:
+        # With widths that are given, which structures go is learned, and not how many from where.
+        widths = None if config.layout != "uniform" and config.allocation == "uniform" else counts
+        projection = Projection(dense.sizes, dense.asked, widths)
+        choice = learned(model, architecture, dense.calibration, config, units, projection, learning, resume)
+        chosen, counts = choice.gone, {unit: len(gone) for unit, gone in choice.gone.items()}
+        layout = LAYOUTS[config.layout](model, units, counts)
+        if config.folds:
+            Gates(model, units).fold(choice.scales)
+    remove = RemoveStructures(config, looked_at(config, units, dense.found), counts, chosen)
+    reconstruct = Reconstruct(config.reconstruct, config.data.seed)
+    steps: list[Step] = [remove, *([reconstruct] if config.reconstruct.steps else [])]
+    run_steps(model, architecture, dense.calibration, config, steps, lambda walked: None)
+    each, taken = dense.costs["parameters"].each, remove.gone
+    padding = sum(each[unit] * layout.take(model, units[unit], gone) for unit, gone in taken.items())
+    layout.settle(model)
+    return StructuredReport(
+        config=config,
+        kept={unit: len(each) - len(remove.notes.get(unit, ())) for unit, each in units.items()},
+        gone={unit: tuple(remove.notes.get(unit, ())) for unit in units},
+        costs={unit: each[unit] for unit in units},
+        prunable=prunable,
+        parameters=parameters,
+        removed=parameters - count_parameters(model) + padding,
+        left=dense.left,
+        calibration=dense.calibration.facts(),
+        reconstruction=reconstruct.found,
+        seconds=time.perf_counter() - start,
+        allocation=allocation_of(units, counts, str(getattr(config.allocation, "name", config.allocation))),
+        shares={
+            name: sum(cost.each[unit] * counts[unit] for unit in units) / max(cost.total, 1)
+            for name, cost in dense.costs.items()
+        },
+        padding=padding,
+    )
+
+
+def dense_of(model: nn.Module, calibration: Source | None, config: DSAStructuredConfig) -> Dense:
+    """A model with the structures that are found in it, and what they cost.
+
+    Raises:
+        ValueError: there is nothing that can be cut out, or no calibration data to find it by.
+    """
     calibration = as_calibration(calibration, model)
     if not isinstance(calibration, Calibration):
         raise ValueError("What can be cut out of a model is found by running it; give calibration data.")
@@ -125,60 +179,36 @@ def prune_structures(
     architecture = find_architecture(model, exclude=config.exclude)
     check_finite_outputs(model, architecture, calibration)
     found = find_structures(model, architecture, _short(calibration.batches(1)[0]))
-    units = {unit: each for unit, each in found.structures.items() if each.kind in config.structures}
-    _check(model, units, found.left, config)
-    costs = {unit: each.cost(model) for unit, each in units.items()}
-    prunable, parameters = sum(weight.size for weight in architecture.weights), count_parameters(model)
-    rounds = {"ffn": config.round_to}
-    sizes = {unit: Available(len(each), costs[unit], rounds.get(each.kind, 1)) for unit, each in units.items()}
-    asked = int(config.sparsity * prunable)
+    dense = dense_model(model, architecture, calibration, config, found)
+    _check(model, dense.units, found.left, config)
+    return dense
+
+
+def choose_counts(dense: Dense) -> tuple[dict[str, int], Layout]:
+    """How many go of every unit, and the layout that says what is left."""
+    config, sizes, cost = dense.config, dense.sizes, dense.costs[dense.config.cost]
     if config.layout == "uniform":
-        counts = _said_counts(model, units, sizes, asked)
+        counts, layout = _said_counts(dense.model, dense.units, sizes, dense.asked, cost.what)
     else:
-        counts = uniform_counts(sizes, asked)
-        LAYOUTS[config.layout](model, units, counts)  # which says before any work why it cannot be
-    if asked and not any(counts.values()):
-        least = min(sum(costs[u] for u in units if units[u].kind == kind) for kind in config.structures)
-        least = least if config.layout == "uniform" else min(costs.values())
+        proposed = shares(dense) if dense.asked else None
+        counts = fitted_counts(sizes, dense.asked, proposed, cost.what)
+        layout = LAYOUTS[config.layout](dense.model, dense.units, counts)
+    if dense.asked and not any(counts.values()):
+        each = {unit: size.cost * size.round_to for unit, size in sizes.items() if size.most}
+        if config.layout == "uniform":
+            kinds = dense.kinds.values()
+            each = {units[0]: sum(each[u] for u in units) for units in kinds if all(u in each for u in units)}
         raise ValueError(
-            f"A sparsity of {config.sparsity:g} takes nothing: the least that can go is {least / prunable:.4f} of the "
-            "blocks; ask for more, or for smaller structures."
+            f"A sparsity of {config.sparsity:g} takes nothing: the least that can go is "
+            f"{min(each.values()) / cost.total:.4f} of the blocks; ask for more, or for smaller structures."
         )
-    chosen = None
-    if config.learner is not None:
-        projection = Projection(sizes, asked, counts if config.layout == "uniform" else None)
-        choice = learned(model, architecture, calibration, config, units, projection, learning, resume)
-        chosen, counts = choice.gone, {unit: len(gone) for unit, gone in choice.gone.items()}
-        if config.folds:
-            Gates(model, units).fold(choice.scales)
-    remove = RemoveStructures(config, units, counts, chosen)
-    reconstruct = Reconstruct(config.reconstruct, config.data.seed)
-    steps: list[Step] = [remove, *([reconstruct] if config.reconstruct.steps else [])]
-    run_steps(model, architecture, calibration, config, steps, lambda walked: None)
-    taken = {unit: remove.gone.get(unit, torch.tensor([], dtype=torch.int64)) for unit in units}
-    layout = LAYOUTS[config.layout](model, units, {unit: len(gone) for unit, gone in taken.items()})
-    padding = sum(costs[unit] * layout.take(model, units[unit], gone) for unit, gone in taken.items())
-    layout.settle(model)
-    return StructuredReport(
-        config=config,
-        kept={unit: len(each) - len(remove.notes.get(unit, ())) for unit, each in units.items()},
-        gone={unit: tuple(remove.notes.get(unit, ())) for unit in units},
-        costs=costs,
-        prunable=prunable,
-        parameters=parameters,
-        removed=parameters - count_parameters(model) + padding,
-        left=found.left,
-        calibration=calibration.facts(),
-        reconstruction=reconstruct.found,
-        seconds=time.perf_counter() - start,
-        padding=padding,
-    )
+    return counts, layout
 
 
 def _said_counts(
-    model: nn.Module, units: Mapping[str, Structures], sizes: Mapping[str, Available], asked: int
-) -> dict[str, int]:
-    """How many go of every unit, alike in all blocks, so that the model's configuration can say what is left.
+    model: nn.Module, units: Mapping[str, Structures], sizes: Mapping[str, Available], asked: int, what: str
+) -> tuple[dict[str, int], Layout]:
+    """How many go of every unit, alike in all blocks, and the layout that says what is left.
 
     Where it cannot say so many heads, fewer go, and more of the rest.
     """
@@ -186,9 +216,8 @@ def _said_counts(
     while True:
         counts: dict[str, int] = {}
         try:
-            counts = even_counts(kinds, sizes, asked)
-            LAYOUTS["uniform"](model, units, counts)
-            return counts
+            counts = even_counts(kinds, sizes, asked, what)
+            return counts, LAYOUTS["uniform"](model, units, counts)
         except ValueError as error:
             refused = refused or error
         heads = {unit: counts[unit] for unit, each in units.items() if each.kind != "ffn" and counts.get(unit)}

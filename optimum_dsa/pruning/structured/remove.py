@@ -8,9 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...model.architecture import Weight
 from ...model.statistics import LayerStatistics
 from ...model.walk import Reads, reads_of
 from ...model.walked import Group, WalkedBlock
+from ..targets import dense_target
 from .configuration import DSAStructuredConfig
 from .importance import IMPORTANCES, Parts
 from .refit import refit_columns
@@ -41,6 +43,8 @@ class RemoveStructures:
         needed = {"refit": "gram", "bias": "mean", "none": "nothing"}[config.update]
         chooses = reads_of(IMPORTANCES.fact(config.importance, "reads", "inputs")) if chosen is None else frozenset()
         self.reads: Reads = reads_of(needed) | chooses
+        if config.targets == "dense":
+            self.reads |= {"cross_gram", "residual"} if config.residual else {"cross_gram"}
         self.notes: dict[str, Any] = {}  # unit -> the numbers of those that go
 
     @property
@@ -64,33 +68,70 @@ class RemoveStructures:
     def _remove(self, walked: WalkedBlock, structures: Structures, group: Group) -> None:
         readers = {cut.tensor for cut in structures.reads}
         weights = [weight for weight in walked.weights if f"{weight.module}.{weight.attribute}" in readers]
-        statistics = group.statistics.get(weights[0].name)
-        columns = structures.reads[0].index
-        count, gone = self.counts[structures.unit], torch.zeros(weights[0].shape[1], dtype=torch.bool)
-        if count:
+        statistics, count = group.statistics.get(weights[0].name), self.counts.get(structures.unit, 0)
+        wanted = {weight.name: self._wanted(walked, weight, group) for weight in weights}
+        gone = torch.zeros(weights[0].shape[1], dtype=torch.bool, device=walked.tensor(weights[0]).device)
+        columns, left = structures.reads[0].index.to(gone.device), statistics
+        for number in _rounds(count, self.config.rounds if self.chosen is None else 1):
             if self.chosen is not None:
                 chosen = torch.tensor(self.chosen[structures.unit], dtype=torch.int64)
             else:
-                scores = self.importance(parts_of(walked, structures, statistics, self.config.damping))
+                scores = self.importance(parts_of(walked, structures, left, self.config.damping))
+                # What went goes again.
+                scores = scores.to(gone.device).masked_fill(gone[columns[:, 0]], -torch.inf)
                 # Stable, so that of equals the first go, on every machine.
-                chosen = scores.argsort(stable=True)[:count].sort().values
-            gone[columns.cpu()[chosen.cpu()].flatten()] = True
+                chosen = scores.argsort(stable=True)[:number].sort().values
+            gone[columns[chosen.to(gone.device)].flatten()] = True
             self.notes[structures.unit] = chosen.tolist()
             for weight in weights:
-                self._make_up(walked, weight, statistics, gone.to(walked.tensor(weight).device))
+                self._make_up(walked, weight, wanted[weight.name], statistics, gone)
+            if number < count and statistics is not None:
+                left = statistics.without(gone)
+        for weight in weights:
+            if count or self.config.targets == "dense":
                 walked.changed(weight)
 
-    def _make_up(self, walked: WalkedBlock, weight: Any, statistics: LayerStatistics | None, gone: Tensor) -> None:
+    def _wanted(self, walked: WalkedBlock, weight: Weight, group: Group) -> Tensor:
+        """The matrix, (out_features, in_features), whose outputs a refit comes near to.
+
+        That is the live one itself, where nothing else is wanted and it is looked at once.
+        """
+        tensor, statistics = walked.tensor(weight), group.statistics.get(weight.name)
+        if self.config.targets == "dense":
+            found = dense_target(tensor, statistics, self.config.damping)
+            if found is not tensor:
+                tensor.copy_(found)
+                return found
+        return tensor.clone() if self.config.rounds > 1 and self.config.update == "refit" else tensor
+
+    def _make_up(
+        self, walked: WalkedBlock, weight: Weight, wanted: Tensor, statistics: LayerStatistics | None, gone: Tensor
+    ) -> None:
         """Silence the columns `gone`, (in_features,) bool, of a matrix that reads structures, and make up for them."""
         tensor = walked.tensor(weight)
         if self.config.update == "refit":
-            tensor.copy_(refit_columns(tensor, statistics, gone, self.config.damping))
+            tensor.copy_(refit_columns(wanted, statistics, gone, self.config.damping))
             return
         if self.config.update == "bias":
             bias = walked.model.get_submodule(weight.module).bias.data
             bias.add_((tensor[:, gone].float() @ statistics.mean[gone]).to(bias))
             walked.changed(f"{weight.module}.bias")
         tensor.masked_fill_(gone, 0)
+
+
+def looked_at(
+    config: DSAStructuredConfig, units: Mapping[str, Structures], found: Mapping[str, Structures]
+) -> Mapping[str, Structures]:
+    """What the step is given: the `units` that may lose something, and of all that were `found` what can make up.
+
+    With dense targets matrices that lose nothing are fitted, too.
+    """
+    return found if config.targets == "dense" else units
+
+
+def _rounds(count: int, rounds: int) -> list[int]:
+    """How many are gone after each round, ascending to `count`; of rounds in which nothing goes there is none."""
+    return sorted({count * (done + 1) // rounds for done in range(rounds)} - {0})
 
 
 def parts_of(walked: WalkedBlock, structures: Structures, statistics: LayerStatistics | None, damping: float) -> Parts:

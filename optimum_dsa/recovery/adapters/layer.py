@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from peft.tuners.lora.layer import Linear as LoraLinear
@@ -24,10 +25,11 @@ class SparseLoraLinear(LoraLinear):
     products are added. A merged layer keeps the weight as it was, so that unmerging is exact.
     """
 
-    other_param_names = (*LoraLinear.other_param_names, "modes")
+    other_param_names = (*LoraLinear.other_param_names, "modes", "group_sizes")
 
     def __init__(self, base_layer: nn.Module, adapter_name: str, config, **kwargs):
         self.modes: dict[str, str] = {}
+        self.group_sizes: dict[str, int] = {}
         self._unmerged: tuple[nn.Parameter] | None = None  # a tuple, so that it is no parameter of this module
         super().__init__(base_layer, adapter_name, config=config, **kwargs)
         self.fan_in_fan_out = isinstance(self.get_base_layer(), Conv1D)
@@ -36,7 +38,7 @@ class SparseLoraLinear(LoraLinear):
         """Add the factors of an adapter; see `MODES` for their shapes."""
         super().update_layer(adapter_name, r, lora_alpha, config=config, **kwargs)
         mode = MODES[config.mode]
-        self.modes[adapter_name] = config.mode
+        self.modes[adapter_name], self.group_sizes[adapter_name] = config.mode, config.group_size
         a = self.lora_A[adapter_name].weight
         if mode.column:
             # A Linear like every lora_B: PEFT saves, loads and moves it as its own.
@@ -139,7 +141,9 @@ class SparseLoraLinear(LoraLinear):
 
     def _part(self, adapter: str) -> Part:
         a, b = self.lora_A[adapter].weight, self.lora_B[adapter].weight
-        return Part(MODES[self.modes[adapter]].delta, a, b, self.scaling[adapter])
+        mode = MODES[self.modes[adapter]]
+        delta = partial(mode.delta, group_size=self.group_sizes[adapter]) if mode.grouped else mode.delta
+        return Part(delta, a, b, self.scaling[adapter])
 
     def _matrix(self, weight: Tensor) -> Tensor:
         """(out_features, in_features) from what the base layer stores, and the other way round."""

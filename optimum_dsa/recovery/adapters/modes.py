@@ -11,6 +11,9 @@ from torch import Tensor, nn
 from ...common.registry import Registry
 
 
+GROUP_SIZE = 32  # columns of a group, as formats of quantised weights have them
+
+
 @dataclass(frozen=True)
 class Mode:
     """One way to train a sparse weight through two small factors.
@@ -23,12 +26,14 @@ class Mode:
         start (`Callable`): sets a and b, in place, after LoRA's own initialisation (a random, b zero), so that the
             delta is zero; `None` where it is zero already.
         scaled (`bool`): whether the scaling alpha / rank enters.
+        grouped (`bool`): whether delta takes `group_size`, of the adapter's config, as a further argument.
     """
 
-    delta: Callable[[Tensor, Tensor, Tensor, float], Tensor]
+    delta: Callable[..., Tensor]
     column: bool = False
     start: Callable[[Tensor, Tensor], None] | None = None
     scaled: bool = True
+    grouped: bool = False
 
 
 def mask(weight: Tensor, a: Tensor, b: Tensor, scaling: float) -> Tensor:
@@ -51,6 +56,21 @@ def spp(weight: Tensor, a: Tensor, b: Tensor, scaling: float) -> Tensor:
     return weight * (a[rows] * b) * scaling
 
 
+def grouped(weight: Tensor, a: Tensor, b: Tensor, scaling: float, group_size: int = GROUP_SIZE) -> Tensor:
+    """s · BĀ ⊙ [W ≠ 0], Ā being A with every row's mean over `group_size` columns in a row in the place of each.
+
+    So a row of the weight changes by one number in every group of its columns: where a group is stored on a grid with
+    an offset of its own, that number goes into the offset, and no code changes.
+
+    Shapes as in `Mode`.
+    """
+    columns = torch.arange(a.shape[1], device=a.device) // group_size
+    # The last group may be shorter than the rest.
+    sizes = torch.bincount(columns).to(a)
+    means = a.new_zeros(len(a), len(sizes)).index_add(1, columns, a) / sizes
+    return (b @ means)[:, columns] * (weight != 0) * scaling
+
+
 def _start_at_one(a: Tensor, b: Tensor) -> None:
     """BA = 1, in place: a (rank, in_features), b (out_features, rank)."""
     # With every entry 1/√r, as published, all ranks get one gradient and stay one rank.
@@ -62,4 +82,5 @@ MODES = Registry("mode")
 
 MODES.add("mask", Mode(mask), reference="https://arxiv.org/abs/2312.15230")
 MODES.add("scale", Mode(scale, start=_start_at_one, scaled=False), reference="https://arxiv.org/abs/2312.15230")
+MODES.add("grouped", Mode(grouped, grouped=True), reference="https://arxiv.org/abs/2309.14717")
 MODES.add("spp", Mode(spp, column=True), reference="https://arxiv.org/abs/2405.16057")

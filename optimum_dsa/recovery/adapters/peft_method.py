@@ -14,7 +14,7 @@ from transformers.pytorch_utils import Conv1D
 from ...common.fences import add_peft_type
 from ...pruning.allocation import Allocation
 from .layer import SparseLoraLinear
-from .modes import MODES
+from .modes import GROUP_SIZE, MODES
 from .ranks import pattern_of, ranks_for
 
 
@@ -49,19 +49,23 @@ class SparseLoraConfig(LoraConfig):
     ```
 
     Args:
-        mode (`str`, defaults to `"mask"`): A row of `MODES`: `"mask"`, `"scale"` or `"spp"`.
+        mode (`str`, defaults to `"mask"`): A row of `MODES`: `"mask"`, `"scale"`, `"spp"` or `"grouped"`.
+        group_size (`int`, defaults to 32): Of mode `"grouped"`: columns of a weight that change by one number.
         kwargs (`dict`): The fields of peft's `LoraConfig` (`r`, `lora_alpha`, `target_modules`, `rank_pattern`,
             `lora_dropout`, ...). Those that make another product of it (DoRA, aLoRA, ...) raise `ValueError`.
 
     A process that loads such an adapter with `PeftModel.from_pretrained` has to import this class before.
     """
 
-    mode: str = field(default="mask", metadata={"help": "mask, scale or spp: what is added to the sparse weight."})
+    mode: str = field(
+        default="mask", metadata={"help": "mask, scale, spp or grouped: what is added to the sparse weight."}
+    )
+    group_size: int = field(default=GROUP_SIZE, metadata={"help": "columns of a group, in mode grouped."})
 
     def __post_init__(self):
         super().__post_init__()
         self.peft_type = PeftType[NAME]
-        MODES[self.mode]
+        check_group_size(self.mode, self.group_size)
         for option in fields(LoraConfig):
             default = option.default if option.default is not MISSING else None
             if option.name in REFUSED and getattr(self, option.name) not in (default, None, False):
@@ -85,6 +89,16 @@ class SparseLoraConfig(LoraConfig):
         return cls(
             r=r, lora_alpha=lora_alpha, rank_pattern=pattern_of(ranks), alpha_pattern=pattern_of(alphas), **kwargs
         )
+
+
+def check_group_size(mode: str, group_size: int) -> None:
+    """Raise where a mode does not exist (`UnknownNameError`), or has no such groups (`ValueError`)."""
+    if not MODES[mode].grouped and group_size != GROUP_SIZE:
+        raise ValueError(
+            f"group_size={group_size} is for mode 'grouped', and mode={mode!r} has no groups; leave it out."
+        )
+    if not isinstance(group_size, int) or group_size < 1:
+        raise ValueError(f"group_size={group_size!r} is a number of columns, 1 or more; 32 is what formats have.")
 
 
 class SparseLoraModel(LoraModel):

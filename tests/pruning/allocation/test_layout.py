@@ -13,6 +13,7 @@ from ...conftest import FAMILIES
         ("model.layers.3.self_attn.q_proj.weight", "model.layers.3", "self_attn.q_proj"),
         ("model.layers.0.mlp.experts.gate_up_proj[7]", "model.layers.0", "mlp.experts.gate_up_proj"),
         ("layers.10.experts.12.w1.weight", "layers.10", "experts.*.w1"),
+        ("model.layers.3:kv_group", "model.layers.3", "kv_group"),
         ("0.weight", "0", WHOLE),
         ("lm_head.weight", "lm_head", "lm_head"),
     ],

@@ -4,7 +4,7 @@ import random
 
 import pytest
 
-from optimum_dsa.pruning.structured.budget import Available, even_counts, uniform_counts
+from optimum_dsa.pruning.structured.budget import Available, even_counts, fitted_counts
 
 
 def total(units, counts):
@@ -24,7 +24,7 @@ def test_the_budget_is_held_and_nothing_more_would_fit(seed):
     units = drawn(seed)
     most = sum(unit.most * unit.cost for unit in units.values())
     asked = random.Random(seed).randint(0, most)
-    counts = uniform_counts(units, asked)
+    counts = fitted_counts(units, asked)
     assert total(units, counts) <= asked
     for name, unit in units.items():
         stays = unit.count - counts[name]
@@ -35,16 +35,16 @@ def test_the_budget_is_held_and_nothing_more_would_fit(seed):
 
 def test_shares_are_alike():
     units = {str(number): Available(100, 3) for number in range(4)}
-    assert uniform_counts(units, 3 * 50) == {"0": 13, "1": 13, "2": 12, "3": 12}
+    assert fitted_counts(units, 3 * 50) == {"0": 13, "1": 13, "2": 12, "3": 12}
 
 
 def test_more_than_there_is_is_refused():
     with pytest.raises(ValueError, match="101 parameters are to go, and of the structures that may only 90 can"):
-        uniform_counts({"a": Available(10, 10)}, 101)
+        fitted_counts({"a": Available(10, 10)}, 101)
 
 
 def test_nothing_asked_takes_nothing():
-    assert uniform_counts(drawn(1), 0) == dict.fromkeys(drawn(1), 0)
+    assert fitted_counts(drawn(1), 0) == dict.fromkeys(drawn(1), 0)
 
 
 def test_units_of_a_kind_lose_one_number():

@@ -107,7 +107,7 @@ def test_outputs_and_gradients_are_those_of_the_formula(mode, dropout):
     holder[0].weight.data = weight.clone()
     adapted = peft.inject_adapter_in_model(
         SparseLoraConfig(mode=mode, r=3, lora_alpha=6, target_modules=["0"], lora_dropout=dropout,
-                         init_lora_weights=False), holder,
+                         init_lora_weights=False, **({"group_size": 3} if mode == "grouped" else {})), holder,
     )  # fmt: skip
     layer, x = adapted[0], torch.randn(2, 5, 8, requires_grad=True)
     a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
@@ -117,9 +117,14 @@ def test_outputs_and_gradients_are_those_of_the_formula(mode, dropout):
     found = [x.grad.clone(), a.grad.clone(), b.grad.clone()]
     for tensor in (x, a, b):
         tensor.grad = None
+
+    def pooled(a):  # 8 columns in groups of 3
+        return torch.cat([part.mean(1, keepdim=True).expand_as(part) for part in a.split(3, dim=1)], dim=1)
+
     formula = {
         "mask": lambda: 2 * (b @ a) * (weight != 0),
         "scale": lambda: weight * (b @ a) - weight,
+        "grouped": lambda: 2 * (b @ pooled(a)) * (weight != 0),
         "spp": lambda: 2 * weight * (a.repeat_interleave(4, 0) * b),
     }[mode]
     torch.manual_seed(1)
@@ -129,6 +134,35 @@ def test_outputs_and_gradients_are_those_of_the_formula(mode, dropout):
     assert torch.allclose(result, expected, atol=1e-5)
     for value, wanted in zip(found, (x.grad, a.grad, b.grad)):
         assert torch.allclose(value, wanted, atol=1e-3, rtol=1e-4)
+
+
+@torch.no_grad()
+def test_a_grouped_adapter_merges_into_offsets_and_leaves_every_code():
+    """Codes of 4 bits, a step and an offset for every row and 8 columns: what is merged is on the grid that moved."""
+    torch.manual_seed(0)
+    codes, steps = torch.randint(0, 16, (12, 4, 8)).float(), torch.rand(12, 4, 1) + 0.5
+    offsets = torch.rand(12, 4, 1) + 0.1  # no weight is zero, so that all may change
+    holder = torch.nn.Sequential(torch.nn.Linear(32, 12))
+    holder[0].weight.data = ((codes + offsets) * steps).flatten(1)
+    asked = SparseLoraConfig(
+        mode="grouped", r=3, lora_alpha=6, group_size=8, target_modules=["0"], init_lora_weights=False
+    )
+    layer = peft.inject_adapter_in_model(asked, holder)[0]
+    change = layer.get_delta_weight("default").unflatten(1, (4, 8))
+    moved = change[..., :1] / steps
+    assert moved.abs().min() > 1e-4 and torch.equal(change, change[..., :1].expand_as(change))
+    layer.merge()
+    found = layer.get_base_layer().weight.unflatten(1, (4, 8)) / steps - offsets - moved
+    assert (found - codes).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize(
+    ("mode", "group_size", "words"),
+    [("mask", 8, "group_size=8 is for mode 'grouped'"), ("grouped", 0, "a number of columns, 1 or more")],
+)
+def test_groups_that_cannot_be_are_refused(mode, group_size, words):
+    with pytest.raises(ValueError, match=words):
+        SparseLoraConfig(mode=mode, group_size=group_size)
 
 
 @pytest.mark.parametrize("mode", sorted(MODES))

@@ -1,0 +1,92 @@
+"""What structures cost: parameters, operations for a token, bytes of a cache; a budget counts one of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from torch import nn
+
+from ....model.architecture import Architecture
+from ..structure import Structures
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What of a model a budget counts.
+
+    Attributes:
+        each (`Mapping[str, int]`): unit -> what one of its structures costs.
+        total (`int`): what the dense model's blocks cost, structures or not.
+        what (`str`): that is counted, in words.
+    """
+
+    each: Mapping[str, int]
+    total: int
+    what: str
+
+
+# (model, its architecture, all structures that it has, tokens of a sequence) -> `Cost`
+Counts = Callable[[nn.Module, Architecture, Mapping[str, Structures], int], Cost]
+
+
+def parameters(model: nn.Module, architecture: Architecture, units: Mapping[str, Structures], length: int) -> Cost:
+    """Parameters: of one structure all that it owns, biases too; in all those of the blocks' matrices."""
+    each = {unit: structures.cost(model) for unit, structures in units.items()}
+    return Cost(each, sum(weight.size for weight in architecture.weights), "parameters")
+
+
+def flops(model: nn.Module, architecture: Architecture, units: Mapping[str, Structures], length: int) -> Cost:
+    """Floating point operations for a token that attends to `length` tokens, two for each product.
+
+    Products with the blocks' matrices, and those of heads with keys and values. Of experts, each token meets as many
+    as the model's configuration says, so that none costs more than its share.
+    """
+    each, total = {}, 0.0
+    for unit, structures in units.items():
+        matrices = sum(
+            cut.index.shape[1] * (parameter.numel() // parameter.shape[cut.axis])
+            for cut in structures.cuts
+            if (parameter := model.get_parameter(cut.tensor)).dim() > 1
+        )
+        attended = 4 * length * structures.reads[0].index.shape[1] if structures.heads[0] else 0
+        each[unit] = 2 * matrices + attended
+        total += attended * len(structures)
+    experts: dict[tuple[str, str], int] = {}
+    for weight in architecture.weights:
+        if weight.expert is not None:
+            experts[weight.module, weight.attribute] = experts.get((weight.module, weight.attribute), 0) + 1
+    met = _experts_met(model)
+    for weight in architecture.weights:
+        beside = experts.get((weight.module, weight.attribute))
+        total += 2 * weight.size * (min(met / beside, 1.0) if beside and met else 1.0)
+    return Cost(each, round(total), "operations for a token")
+
+
+def kv(model: nn.Module, architecture: Architecture, units: Mapping[str, Structures], length: int) -> Cost:
+    """Bytes of a token in the cache of keys and values, of the attention whose heads can be cut.
+
+    What has no head of keys and values, such as a channel of an MLP, costs nothing.
+    """
+    each, total = {}, 0
+    for unit, structures in units.items():
+        queries, keys = structures.heads
+        if not queries:
+            each[unit] = 0
+            continue
+        reader = structures.reads[0]
+        size = 2 * reader.index.shape[1] // queries * model.get_parameter(reader.tensor).element_size()
+        each[unit] = keys * size
+        # One head of keys and values that all query heads share stays, and is part of the cache.
+        total += keys * size * len(structures) if keys else size
+    return Cost(each, total, "bytes of a token in the cache")
+
+
+COSTS: Mapping[str, Counts] = {"parameters": parameters, "flops": flops, "kv": kv}
+
+
+def _experts_met(model: nn.Module) -> int | None:
+    """How many experts a token is given to, as the configuration says; `None` where it says nothing."""
+    config = model.config.get_text_config() if hasattr(model.config, "get_text_config") else model.config
+    names = ("num_experts_per_tok", "moe_k", "moe_topk", "top_k_experts")
+    return next((value for name in names if isinstance(value := getattr(config, name, None), int)), None)

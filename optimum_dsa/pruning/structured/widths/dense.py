@@ -1,0 +1,250 @@
+"""What the dense model shows of its structures before any goes: importances, variation, error curves; as asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ....model.architecture import Architecture, Block
+from ....model.statistics import LayerStatistics
+from ....model.walk import Reads, WalkedBlock, reads_of, walk_blocks
+from ...allocation import Allocation, Allocator, Unit
+from ...calibration import Calibration
+from ...source import progress
+from ..budget import Available
+from ..configuration import DSAStructuredConfig
+from ..importance import IMPORTANCES, Parts
+from ..instead import computing_with, matrices_without
+from ..remove import parts_of
+from ..structure import Structures
+from ..structures import Found
+from .costs import COSTS, Cost
+from .curves import error_curve
+from .felt import PROBE, Felt
+
+
+PARTS = 8  # of the calibration data, over which an importance's variation is taken
+# (parts of a unit, the walked block, its statistics by weight) -> anything
+Look = Callable[[Structures, Parts, WalkedBlock], Any]
+
+
+@dataclass(frozen=True)
+class Dense:
+    """A dense model whose structures are to be allocated; each of its properties is a walk over the blocks, made once.
+
+    Attributes:
+        units: unit -> its structures, of the kinds that may go.
+        sizes: unit -> how many there are, what one costs, how many can go at most.
+        asked: what goes of the cost.
+        costs: by name, what else of the model could be counted.
+        found: as `units`, of all kinds.
+        left: weights that no structure owns a part of -> why.
+        known: what was found once, whatever the allocation.
+    """
+
+    model: nn.Module
+    architecture: Architecture
+    calibration: Calibration
+    config: DSAStructuredConfig
+    units: Mapping[str, Structures]
+    sizes: Mapping[str, Available]
+    asked: int
+    costs: Mapping[str, Cost]
+    found: Mapping[str, Structures]
+    left: Mapping[str, str]
+    known: dict[str, dict] = field(default_factory=dict, repr=False)
+
+    @property
+    def share(self) -> float:
+        """The share of the structures that goes where all units lose alike."""
+        return min(self.asked / max(sum(unit.count * unit.cost for unit in self.sizes.values()), 1), 1.0)
+
+    def at(self, sparsity: float) -> Dense:
+        """The same model, and what is known of it, with another share to go."""
+        return self.under(replace(self.config, sparsity=sparsity))
+
+    def under(self, config: DSAStructuredConfig) -> Dense:
+        """The same model, and what is known of it, under a configuration with another allocation or sparsity."""
+        return replace(self, config=config, asked=int(config.sparsity * self.costs[config.cost].total))
+
+    def _once(self, name: str, find: Callable[[], dict]) -> dict:
+        if name not in self.known:
+            self.known[name] = find()
+        return self.known[name]
+
+    @property
+    def kinds(self) -> dict[str, list[str]]:
+        """Kind -> its units."""
+        found: dict[str, list[str]] = {}
+        for unit, structures in self.units.items():
+            found.setdefault(structures.kind, []).append(unit)
+        return found
+
+    @property
+    def importances(self) -> dict[str, Tensor]:
+        """Unit -> the importances of its structures, (structures,) float32."""
+        return self._once("importances", lambda: self.looked(_importance_of(self), self.reads))
+
+    @property
+    def importances_by_part(self) -> dict[str, Tensor]:
+        """Unit -> the importances of its structures by each part of the calibration data, (parts, structures)."""
+
+        def find() -> dict[str, Tensor]:
+            each = [self.looked(_importance_of(self), self.reads, part) for part in self._parts()]
+            return {unit: torch.stack([scores[unit] for scores in each]) for unit in self.units}
+
+        return self._once("importances by part", find)
+
+    @property
+    def curves(self) -> dict[str, Tensor]:
+        """Unit -> what is lost by number of structures that go, (structures + 1,) float64.
+
+        The shape is that of the error of what reads them; the scale is how much of it is felt at the end of the model,
+        where this unit alone loses the share that all would lose alike.
+        """
+        return self._once("curves", self._curves)
+
+    def _curves(self) -> dict[str, Tensor]:
+        update = self.config.update
+        needed = self.reads | {"inputs", "gram"} | ({"mean"} if update == "bias" else set())
+        felt = Felt(self.model, self.architecture, self.calibration.batches(PROBE)[0])
+
+        def curve(structures: Structures, parts: Parts, walked: WalkedBlock) -> Tensor:
+            order, size = self.importance(parts).argsort(stable=True), self.sizes[structures.unit]
+            found = error_curve(parts, order, update)
+            number = max(size.allowed(self.share * size.count), min(size.most, 1))
+            statistics = parts.statistics if update == "refit" else None
+            values = matrices_without(self.model, structures, order[:number], statistics, parts.damping)
+            with computing_with(self.model, values):
+                change = felt.change()
+            return found * (change / float(found[number]) if found[number] else 1.0)
+
+        return self.looked(curve, needed)
+
+    def measured(self, allocator: Allocator) -> dict[str, Any]:
+        """Unit -> what an allocator of unstructured pruning sees of it.
+
+        One that reads scores is given the importances of a unit's structures, (structures, 1); others the matrices
+        that read these.
+        """
+        if allocator.reads == "scores":
+            depths = {block.name: block.depth for block in self.architecture.blocks}
+            return {
+                unit: allocator.measure(
+                    Unit(unit, depths[self.units[unit].block], [scores[:, None]], [None], lambda weight, _: weight)
+                )
+                for unit, scores in self.importances.items()
+            }
+
+        def measure(structures: Structures, parts: Parts, walked: WalkedBlock) -> Any:
+            weights = [walked.tensor(weight) for weight in readers(walked.block, structures)]
+            statistics = [parts.statistics] * len(weights)
+            return allocator.measure(Unit(structures.unit, walked.block.depth, weights, statistics, _no_scores))
+
+        return self.looked(measure, reads_of(allocator.reads))
+
+    @property
+    def reads(self) -> Reads:
+        """What importances need of calibration."""
+        return reads_of(IMPORTANCES.fact(self.config.importance, "reads", "inputs"))
+
+    def importance(self, parts: Parts) -> Tensor:
+        """The importances of a unit's structures, (structures,) float32."""
+        return IMPORTANCES[self.config.importance](parts).cpu()
+
+    def _parts(self) -> list[list[Mapping[str, Tensor]]]:
+        """The calibration data's batches in at most `PARTS` parts, of some sequences each."""
+        samples = len(next(iter(self.calibration.inputs.values())))
+        batches = self.calibration.batches(max(min(samples // PARTS, self.config.batch_size), 1))
+        number = min(PARTS, len(batches))
+        if number < 2:
+            raise ValueError(
+                f"allocation={self.config.allocation!r} compares importances from text to text, and one sequence was "
+                "given; give more calibration data."
+            )
+        return [batches[part::number] for part in range(number)]
+
+    @torch.no_grad()
+    def looked(self, look: Look, reads: Reads, batches: Sequence[Mapping[str, Tensor]] | None = None) -> dict:
+        """Unit -> what `look` makes of it, in the model's order."""
+        if reads and batches is None:
+            batches = self.calibration.batches(self.config.batch_size)
+        found = {}
+        for walked in walk_blocks(
+            self.model,
+            self.architecture,
+            batches if reads else None,
+            reads=reads,
+            sequential=False,
+            progress=progress("Allocating"),
+        ):
+            for unit, structures in self.units.items():
+                if structures.block == walked.name:
+                    statistics = _statistics_of(walked, structures)
+                    parts = parts_of(walked, structures, statistics, self.config.damping)
+                    found[unit] = look(structures, parts, walked)
+            # Of one block, and not of two.
+            del walked
+        return found
+
+
+def _importance_of(dense: Dense) -> Look:
+    return lambda structures, parts, walked: dense.importance(parts)
+
+
+def readers(block: Block, structures: Structures) -> list:
+    """The weights of a block that read its `structures`."""
+    names = {cut.tensor for cut in structures.reads}
+    return [weight for weight in block.weights if f"{weight.module}.{weight.attribute}" in names]
+
+
+def _statistics_of(walked: WalkedBlock, structures: Structures) -> LayerStatistics | None:
+    return walked.statistics.get(readers(walked.block, structures)[0].name)
+
+
+def _no_scores(weight: Tensor, statistics: LayerStatistics | None) -> Tensor:
+    raise AssertionError("This allocator reads no scores.")
+
+
+def dense_model(
+    model: nn.Module,
+    architecture: Architecture,
+    calibration: Calibration,
+    config: DSAStructuredConfig,
+    found: Found,
+) -> Dense:
+    """The dense model of which `config` takes a share of its cost, and all the structures `found` in it."""
+    length = calibration.facts()["length"] or 0
+    costs = {name: count(model, architecture, found.structures, length) for name, count in COSTS.items()}
+    units = {unit: each for unit, each in found.structures.items() if each.kind in config.structures}
+    cost, whole = costs[config.cost], _whole(architecture, config)
+    sizes = {
+        unit: Available(
+            len(each),
+            cost.each[unit],
+            config.round_to if each.kind == "ffn" else 1,
+            0 if each.block in whole else None,
+        )
+        for unit, each in units.items()
+    }
+    asked = int(config.sparsity * cost.total)
+    return Dense(model, architecture, calibration, config, units, sizes, asked, costs, found.structures, found.left)
+
+
+def allocation_of(units: Mapping[str, Structures], counts: Mapping[str, int], name: str) -> Allocation:
+    """The share of the structures of every unit that goes; its sizes are numbers of structures."""
+    sizes = {unit: len(each) for unit, each in units.items()}
+    return Allocation({unit: counts[unit] / size for unit, size in sizes.items()}, sizes, name)
+
+
+def _whole(architecture: Architecture, config: DSAStructuredConfig) -> set[str]:
+    """Blocks of which nothing goes: the first and the last of every stack, as many as `config` says."""
+    names = set()
+    for stack in architecture.stacks:
+        blocks = [block.name for block in stack.blocks]
+        names |= {*blocks[: config.keep_first], *blocks[len(blocks) - min(config.keep_last, len(blocks)) :]}
+    return names

@@ -1,0 +1,104 @@
+"""What a search asks of a configuration: whether there is anything to search for, and what strategies work with."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from functools import singledispatch
+from typing import Any
+
+from torch import nn
+
+from ..pruning.allocate import check_dense, say_dense, standing_zeros
+from ..pruning.allocation import ALLOCATIONS
+from ..pruning.calibration import Calibration
+from ..pruning.configuration import AUTO, DSAConfig
+from ..pruning.structured.configuration import DSAStructuredConfig
+from .problem import STRATEGIES
+from .realise import Realisation, check_searchable, realise, suited
+from .realise.structures import StructureWidths
+from .resolver import Resolver
+from .structures import StructureResolver
+
+
+@singledispatch
+def check_search(config: Any, model: nn.Module | None = None) -> None:
+    """Raise `ValueError` where `config` leaves nothing to search for, or `model` is no dense one."""
+    raise TypeError(f"A search is for a DSAConfig or a DSAStructuredConfig, got {type(config).__name__}.")
+
+
+@check_search.register
+def _(config: DSAConfig, model: nn.Module | None = None) -> None:
+    check_searchable(config)
+    if model is not None:
+        check_dense(model, config, "a search")
+
+
+@check_search.register
+def _(config: DSAStructuredConfig, model: nn.Module | None = None) -> None:
+    if config.layout == "uniform":
+        raise ValueError(
+            "A search gives blocks widths of their own, and layout='uniform' has one for all; use layout='per_layer'."
+        )
+
+
+@singledispatch
+def without_allocation(config: Any) -> Any:
+    """The configuration, with an allocation that stands for none: it is what is searched for."""
+    return replace(config, allocation="uniform", spread=None)
+
+
+@without_allocation.register
+def _(config: DSAConfig) -> DSAConfig:
+    # One that is given stands in a result as it did; "auto" is none.
+    return replace(config, allocation="uniform") if config.allocation == AUTO else config
+
+
+@singledispatch
+def realisation_of(config: Any, strategy: str, asked: str | None) -> str:
+    """The row of `REALISATIONS` by which a strategy compares, or the one that is `asked` for."""
+    if STRATEGIES.fact(strategy, "curves") or strategy == "exhaustive" or asked not in (None, "structures"):
+        other = f"strategy {strategy!r}" if asked in (None, "structures") else f"realisation={asked!r}"
+        raise ValueError(f"{other} is of single weights; for structures use 'auto', 'evolution' or 'level_switch'.")
+    return "structures"
+
+
+@realisation_of.register
+def _(config: DSAConfig, strategy: str, asked: str | None) -> str:
+    return asked or ("database" if STRATEGIES.fact(strategy, "curves") else suited(config))
+
+
+@singledispatch
+def prepared(
+    config: Any,
+    model: nn.Module,
+    calibration: Calibration,
+    kind: str,
+    named: Sequence[str],
+    options: Mapping[str, Any],
+) -> tuple[Realisation, Resolver | StructureResolver]:
+    """The model as it can be realised, and what makes allocations of candidates."""
+    realised = StructureWidths(model, None, calibration, config)
+    return realised, StructureResolver(realised, config)
+
+
+@prepared.register
+def _(
+    config: DSAConfig,
+    model: nn.Module,
+    calibration: Calibration,
+    kind: str,
+    named: Sequence[str],
+    options: Mapping[str, Any],
+) -> tuple[Realisation, Resolver]:
+    realised = realise(model, calibration, config, kind, **options)
+    say_dense(model, realised.architecture, bool(config.blocks))
+    standing = standing_zeros(model, realised.architecture, config)  # raises where more are zero than asked for
+    return realised, Resolver(model, realised, calibration, config, named, standing)
+
+
+def names_for(strategy: str, named: Sequence[str] | None) -> tuple[str, ...]:
+    """Rows of `ALLOCATIONS` that a strategy tries besides uniform, which is always tried, and counted once."""
+    if named is None:
+        named = ALLOCATIONS if STRATEGIES.fact(strategy, "named", True) else ()
+    return tuple(name for name in named if name != "uniform")

@@ -1,0 +1,120 @@
+"""A search over the widths of units of structures: the same engine, budgets, traces and finalists."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from optimum_dsa import Calibration, DSAPruner
+from optimum_dsa.pruning.structured.configuration import DSAStructuredConfig
+from optimum_dsa.pruning.structured.prune import prune_structures
+from optimum_dsa.search.realise.structures import StructureWidths
+from optimum_dsa.search.search import search
+from optimum_dsa.search.space import Candidate
+from optimum_dsa.search.structures import StructureResolver
+
+from ..tiny import same_state, state, tiny_llama, tokens
+from .searching import outcome
+
+
+BOTH = DSAStructuredConfig(0.3, ("ffn", "kv_group"), "obs", layout="per_layer")
+CALIBRATION, VALIDATION = Calibration({"input_ids": tokens()}, "x"), tokens(8, 16, seed=5)
+
+
+def llama():
+    """With weights that matter, or every allocation would lose alike."""
+    model = tiny_llama()
+    for parameter in model.parameters():
+        parameter.data *= 3
+    return model
+
+
+def run(strategy="level_switch", budget="6k tokens", model=None, config=BOTH, **options):
+    return search(
+        model or llama(), CALIBRATION, VALIDATION, config, strategy=strategy, budget=budget, finalists=2, **options
+    )
+
+
+@pytest.mark.parametrize("strategy", ["named", "random", "evolution", "level_switch", "descent", "ramp", "auto"])
+def test_what_is_found_is_no_worse_than_uniform_and_is_pruned(strategy):
+    model = llama()
+    before = state(model)
+    result = run(strategy, model=model)
+    assert same_state(model, before) and not any(parameter.grad is not None for parameter in model.parameters())
+    losses = [row.loss for row in result.finalists]
+    assert losses == sorted(losses) and "uniform" in {str(row.candidate) for row in result.finalists}
+    assert 0 < result.budget.spent_tokens <= 6000
+    assert list(result.best.sizes.values()) == [2, 48] * 3
+    report = prune_structures(model, CALIBRATION, replace(BOTH, allocation=result.best))
+    assert report.allocation.counts() == result.best.counts()
+    assert 0.3 * report.prunable - max(report.costs.values()) < report.removed <= 0.3 * report.prunable
+
+
+def test_more_tokens_find_less_loss_than_all_names():
+    named, switched = run("named"), run("level_switch", "40k tokens")
+    assert switched.finalists[0].loss < named.finalists[0].loss
+
+
+def test_a_search_that_goes_on_ends_as_one_that_was_never_interrupted(tmp_path):
+    whole = run("evolution", folder=tmp_path / "a")
+    lines = (tmp_path / "a/trace.jsonl").read_text().splitlines()
+    assert len(lines) > 8
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b/trace.jsonl").write_text("\n".join(lines[:8]) + "\n")
+    again = run("evolution", folder=tmp_path / "b", resume=True)
+    assert outcome(again) == outcome(whole)
+    config = replace(BOTH, allocation=str(tmp_path / "a"))
+    assert prune_structures(llama(), CALIBRATION, config).allocation.counts() == whole.best.counts()
+
+
+def test_finalists_lose_what_the_pruned_model_loses():
+    result = run("named", config=replace(BOTH, targets="dense", residual=True))
+    best, model = result.finalists[0], llama()
+    dense = model(VALIDATION).logits.log_softmax(-1)
+    prune_structures(model, CALIBRATION, replace(result.config, allocation=best.allocation))
+    with torch.no_grad():
+        lost = (dense.exp() * (dense - model(VALIDATION).logits.log_softmax(-1))).sum(-1).mean()
+    assert best.loss == pytest.approx(float(lost), rel=2e-2)
+
+
+def test_counts_between_structures_become_whole_ones_within_the_budget():
+    realised = StructureWidths(llama(), None, CALIBRATION, BOTH)
+    resolver = StructureResolver(realised, BOTH)
+    uniform = resolver.counts(Candidate())
+    moved = list(uniform)
+    moved[1], moved[3] = moved[1] + 50, moved[3] - 50
+    for counts in (uniform, tuple(moved)):
+        found = resolver.removed(Candidate("x", counts=counts))
+        assert sum(found) <= realised.dense.asked and not any(
+            number % cost for number, cost in zip(found, realised.cost.values())
+        )
+        assert resolver.allocation(counts, "x").counts() == resolver.allocation(found, "x").counts()
+    assert resolver.removed(Candidate("x", counts=uniform)) == uniform
+    assert resolver.removed(Candidate("x", counts=(0,) * 6)) == (0,) * 6
+    kinds = resolver.counts(Candidate(offsets=(("ffn", -0.2), ("kv_group", 0.4))))
+    assert kinds[1] < uniform[1] and kinds[0] > uniform[0] == 0
+
+
+@pytest.mark.parametrize(
+    "changes, options, said",
+    [
+        ({"layout": "uniform"}, {}, "A search gives blocks widths of their own, and layout='uniform' has one for all"),
+        ({}, {"strategy": "curves"}, "strategy 'curves' is of single weights; for structures use"),
+        ({}, {"strategy": "exhaustive"}, "strategy 'exhaustive' is of single weights"),
+        ({}, {"realisation": "masks"}, "realisation='masks' is of single weights"),
+    ],
+)
+def test_what_is_of_single_weights_is_refused(changes, options, said):
+    with pytest.raises(ValueError, match=said):
+        run(config=replace(BOTH, **changes), **options)
+
+
+def test_no_other_configuration_is_searched_for():
+    with pytest.raises(TypeError, match="A search is for a DSAConfig or a DSAStructuredConfig, got dict"):
+        run(config={})
+
+
+def test_the_facade_searches(tmp_path):
+    pruner = DSAPruner(llama())
+    result = pruner.search(tokens(40), BOTH, "named", "2k tokens", validation=VALIDATION, output=tmp_path / "found")
+    assert (tmp_path / "found/allocation.json").exists() and result.best.counts()
