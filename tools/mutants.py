@@ -59,6 +59,10 @@ TESTS = {
         for name in ("learned", "projected_gates", "hard_concrete")
     },
     "pruning/structured/learners/policy_gradient.py": ["pruning/structured/learners"],
+    **{
+        f"pruning/structured/wholes/{name}.py": ["pruning/structured/wholes/test_experts.py"]
+        for name in ("remove", "usage")
+    },
     "pruning/structured/configuration.py": ["pruning/structured/test_prune.py"],
     "pruning/structured/refit.py": ["pruning/structured/test_importance.py"],
     **{

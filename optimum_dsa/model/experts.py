@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import permutations
 
@@ -79,21 +79,51 @@ def expert_counts(module: nn.Module) -> set[int]:
     return {count for how in fused.values() for count in (how.count, how.count + how.idle)}
 
 
-def routers(block: nn.Module) -> set[nn.Parameter]:
-    """The matrices of a block that score its experts.
+@dataclass(frozen=True)
+class Mixture:
+    """Where experts and what chooses among them are in a block; names are relative to it.
+
+    Attributes:
+        name (`str`): the module that holds both.
+        experts (`tuple[str, ...]`): modules in it that are experts, alone or many.
+        routers (`tuple[str, ...]`): modules beside them that hold the one matrix that scores them.
+    """
+
+    name: str
+    experts: tuple[str, ...]
+    routers: tuple[str, ...]
+
+
+def mixtures(block: nn.Module) -> Iterator[Mixture]:
+    """The mixtures of experts in a block.
 
     Experts are fused parameters or a list of modules of one type; their router is the module beside them that holds
     one matrix alone, with as many rows as there are experts.
     """
-    found = set()
-    for part in block.modules():
-        counts = {child: expert_counts(child) for child in part.children()}
-        known = set().union(*counts.values())
-        for child in (child for child, own in counts.items() if known and not own):
-            matrices = [p for p in child.parameters() if p.dim() >= 2 and not is_vector(p)]
-            if len(matrices) == 1 and matrices[0].shape[0] in known:
-                found.add(matrices[0])
-    return found
+    for path, part in block.named_modules():
+        counts = {name: expert_counts(child) for name, child in part.named_children()}
+        known, before = set().union(*counts.values()), f"{path}." if path else ""
+        scoring = [
+            name
+            for name, own in counts.items()
+            if known
+            and not own
+            and len(found := _matrices(part.get_submodule(name))) == 1
+            and found[0].shape[0] in known
+        ]
+        if known:
+            experts = tuple(before + name for name, own in counts.items() if own)
+            yield Mixture(path, experts, tuple(before + name for name in scoring))
+
+
+def routers(block: nn.Module) -> set[nn.Parameter]:
+    """The matrices of a block that score its experts, see [`mixtures`]."""
+    names = {name for mixture in mixtures(block) for name in mixture.routers}
+    return {_matrices(block.get_submodule(name))[0] for name in names}
+
+
+def _matrices(module: nn.Module) -> list[nn.Parameter]:
+    return [parameter for parameter in module.parameters() if parameter.dim() >= 2 and not is_vector(parameter)]
 
 
 def is_vector(parameter: Tensor) -> bool:

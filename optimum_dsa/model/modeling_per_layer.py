@@ -36,6 +36,9 @@ PREFIX, TYPE = "PerLayer", "dsa_"  # of the names of classes, and of `model_type
 QUERY_HEADS = ("num_heads", "num_attention_heads", "n_heads", "n_head")
 KEY_HEADS = ("num_key_value_heads", "num_kv_heads")
 WIDTHS = ("all_head_size", "split_size", "inner_dim")
+# What they call the number of experts.
+EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "num_routed_experts", "moe_num_experts")
+EXPERT_COUNTS += ("n_experts",)
 
 
 class PerLayerConfig:
@@ -105,9 +108,10 @@ def narrow(model: nn.Module, config: Any, widths: Mapping[int, Mapping[str, int]
     """
     tensors = getattr(config, "per_layer_tensors", {})
     if unknown := {name for own in widths.values() for name in own} - {row[0] for row in tensors.values()}:
-        heads = {*QUERY_HEADS, *KEY_HEADS}
+        heads = {*QUERY_HEADS, *KEY_HEADS, *EXPERT_COUNTS}
         if unknown - heads:
             raise ValueError(f"per_layer_config has {min(unknown - heads)!r}, and per_layer_tensors no tensor of it.")
+    own_settings(model, config)
     blocks = list_of_layers(model, config.per_layer_blocks) if widths else ()
     for number, own in widths.items():
         fewer = {name: getattr(config, name) - value for name, value in own.items()}
@@ -117,6 +121,8 @@ def narrow(model: nn.Module, config: Any, widths: Mapping[int, Mapping[str, int]
                 f"{getattr(config, wrong[0])}: a layer's own is at least 1, and no more than that."
             )
         _cut(blocks[number], tensors, fewer, f"{config.per_layer_blocks}.{number}")
+        gone = max((fewer.get(name, 0) for name in EXPERT_COUNTS), default=0)
+        count_experts(blocks[number], {name for name, row in tensors.items() if row[0] in EXPERT_COUNTS}, gone)
         of_heads = {name for name, row in tensors.items() if row[0] in QUERY_HEADS + KEY_HEADS}
         if of_heads:
             queries = max((fewer.get(name, 0) for name in QUERY_HEADS), default=0)
@@ -183,11 +189,28 @@ def count_heads(block: nn.Module, tensors: Iterable[str], queries: int, keys: in
         _lower(module, changes)
 
 
+def count_experts(block: nn.Module, tensors: Iterable[str], gone: int) -> None:
+    """Have the modules that hold a block's `tensors`, and those around, say how many experts there are."""
+    around = {".".join(name.split(".")[:end]) for name in tensors for end in range(1, name.count(".") + 1)}
+    for path in around:
+        _lower(block.get_submodule(path), dict.fromkeys(EXPERT_COUNTS, gone))
+
+
+def own_settings(model: nn.Module, config: Any) -> None:
+    """Give every part of a model that is no model itself settings of its own, while those of the whole have one value.
+
+    Some ask for a number of heads while they run (rotary embeddings, to tell the size of one).
+    """
+    for module in model.modules():
+        if vars(module).get("config") is config and not isinstance(module, transformers.PreTrainedModel):
+            module.config = _own(config)
+
+
 def _own(config: Any) -> OwnSettings:
-    """The settings of one layer: its numbers of heads, as they are, and the rest of the whole model's."""
+    """The settings of a part: its numbers of heads and experts, as they are, and the rest of the whole model's."""
     if isinstance(config, OwnSettings):
         return OwnSettings(config.whole, {name: value for name, value in vars(config).items() if name != "whole"})
-    names = {name for name in QUERY_HEADS + KEY_HEADS if isinstance(getattr(config, name, None), int)}
+    names = {name for name in QUERY_HEADS + KEY_HEADS + EXPERT_COUNTS if isinstance(getattr(config, name, None), int)}
     return OwnSettings(config, {name: getattr(config, name) for name in names})
 
 

@@ -14,8 +14,8 @@ from ..allocation import Allocation
 from ..overrides import parsed
 from ..sections import ReconstructConfig
 from ..targets import TARGETS
-from .importance import IMPORTANCES
-from .structure import KINDS
+from .importance import IMPORTANCES, importance_of
+from .structure import KINDS, WHOLE
 from .widths.costs import COSTS
 from .widths.shares import SHARES, allocator_of
 
@@ -37,10 +37,13 @@ class DSAStructuredConfig:
     """How to make a model smaller. Checked when it is made; a wrong value raises `ValueError` or `UnknownNameError`.
 
     Args:
-        sparsity (`float`): Share of the parameters of all blocks' matrices that goes, at most, in [0, 1).
+        sparsity (`float`): Share of the parameters of all blocks' matrices that goes, at most, in [0, 1); of
+            whole blocks it is their share.
         structures (`tuple[str, ...]`, defaults to `("ffn",)`): What may go, of `KINDS`: "ffn" is a channel of an MLP,
-            "head" an attention head, "kv_group" a head of keys and values with its query heads.
-        importance (`str`, defaults to `"wanda_sp"`): A row of `IMPORTANCES`; the least important go first.
+            "head" an attention head, "kv_group" a head of keys and values with its query heads, "expert" an expert,
+            "block" a whole block (alone).
+        importance (`str`, defaults to `"wanda_sp"`): A row of `IMPORTANCES`; the least important go first. Where it is
+            one that scores none, experts have "reap" and blocks "block_influence".
         update (`str`, defaults to `"refit"`): What makes up for them: "none", "bias" (the mean of what goes, added to
             the bias of what read it) or "refit" (least squares of what read it).
         damping (`float`, defaults to 0.01): Share of mean diag(X·Xᵀ) added to it before it is inverted.
@@ -78,6 +81,8 @@ class DSAStructuredConfig:
             makes of the inputs that it gets, or "dense", what the dense model has in that place.
         residual (`bool`, defaults to `False`): With dense targets, whether what the residual stream lacks is part of
             the target of matrices whose outputs are added to it, such as what attention lost.
+        blockwise (`bool`, defaults to `False`): Whether gradients, where the importance reads them, are taken of one
+            block at a time: the same, in the memory of one block's, with a pass for each.
     """
 
     sparsity: float = setting(low=0, below=1)
@@ -106,6 +111,7 @@ class DSAStructuredConfig:
     rounds: int = setting(1, low=1)
     targets: str = setting("sparse", choices=TARGETS)
     residual: bool = False
+    blockwise: bool = False
 
     def __post_init__(self):
         check_settings(self)
@@ -118,10 +124,7 @@ class DSAStructuredConfig:
                 raise ValueError(
                     f"{name}={value!r} is of a learner, and none is named; give learner=, or leave it out."
                 )
-        unknown = [kind for kind in self.structures if kind not in KINDS]
-        if unknown or not self.structures:
-            said = f"{unknown[0]!r} is none" if unknown else "none was given"
-            raise ValueError(f"Structures are of {', '.join(map(repr, KINDS))}; {said}.")
+        self._check_structures()
         self._check_widths()
         self._check_targets()
         if self.true_sequential and not self.sequential:
@@ -130,6 +133,31 @@ class DSAStructuredConfig:
             raise ValueError(
                 f"reconstruct={self.reconstruct.steps} trains blocks on what the cut ones before them give, and "
                 "sequential=False gives them the dense model's; leave out one of both."
+            )
+
+    def _check_structures(self) -> None:
+        unknown = [kind for kind in self.structures if kind not in KINDS]
+        if unknown or not self.structures:
+            said = f"{unknown[0]!r} is none" if unknown else "none was given"
+            raise ValueError(f"Structures are of {', '.join(map(repr, KINDS))}; {said}.")
+        for kind in self.structures:
+            importance_of(kind, self.importance)
+        if "block" in self.structures and len(self.structures) > 1:
+            raise ValueError(
+                f"Blocks go alone, and structures={list(self.structures)}; cut blocks first, and others out of what "
+                "is left."
+            )
+        if self.reconstruct.steps and set(self.structures) <= set(WHOLE):
+            raise ValueError(
+                f"reconstruct={self.reconstruct.steps} trains blocks against what they gave as the walk began, and "
+                f"{' and '.join(map(repr, self.structures))} are gone by then; leave it out, and recover afterwards."
+            )
+        if self.learner and (whole := [kind for kind in self.structures if kind in WHOLE]):
+            raise ValueError(f"A learner is of channels and heads, and {whole[0]!r} is to go; leave learner= out.")
+        if (whole := [kind for kind in self.structures if kind in WHOLE]) and self.cost != "parameters":
+            raise ValueError(
+                f"cost={self.cost!r} is counted of channels and heads, and {whole[0]!r} is to go; use "
+                "cost='parameters'."
             )
 
     def _check_widths(self) -> None:
@@ -145,6 +173,12 @@ class DSAStructuredConfig:
             "keep_first": self.keep_first > 0,
             "keep_last": self.keep_last > 0,
         }
+        if differs["allocation"] and (whole := [kind for kind in self.structures if kind in WHOLE]):
+            raise ValueError(
+                f"Allocations are of channels and heads, and {whole[0]!r} is to go; use allocation='uniform'."
+            )
+        if self.structures == ("block",):
+            return  # whichever go, the rest are alike
         if self.layout == "uniform" and any(differs.values()):
             name = next(name for name, value in differs.items() if value)
             value = getattr(self, name)

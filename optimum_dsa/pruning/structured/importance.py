@@ -8,16 +8,42 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from zlib import crc32
 
 import torch
 from torch import Tensor
 
 from ...common.registry import Registry
 from ...model.statistics import DAMPING, LayerStatistics
+from .gradients import Products
+from .wholes.usage import Usage
 
 
-# The fact `reads` says what a row needs of calibration: "nothing", "inputs", "mean" or "gram", see `reads_of`.
+# The fact `reads` says what a row needs of calibration: "nothing", "inputs", "mean" or "gram", see `reads_of`; and
+# `gradients`, where there is one, what it needs of a pass backwards, see `collect_products`. `kinds` says of which
+# structures it is, where it is not of channels and heads.
 IMPORTANCES = Registry("importance")
+CHANNELS = ("ffn", "head", "kv_group")
+EXPERTS = ("expert",)
+OWNED = (*CHANNELS, *EXPERTS)  # what owns matrices, or parts of them
+# What is not of channels and heads -> the row that scores it where the one that was chosen does not.
+OF_WHOLES = {"expert": "reap", "block": "block_influence"}
+
+
+def importance_of(kind: str, chosen: str) -> str:
+    """The row that scores structures of a kind where `chosen` was asked for: that, or the kind's own.
+
+    Raises:
+        ValueError: there is none.
+    """
+    kinds = IMPORTANCES.fact(chosen, "kinds", CHANNELS)
+    if kind in kinds:
+        return chosen
+    if kind not in OF_WHOLES:
+        raise ValueError(
+            f"importance={chosen!r} is of {' and '.join(map(repr, kinds))}, and {kind!r} is to go; take another one."
+        )
+    return OF_WHOLES[kind]
 
 
 @dataclass(frozen=True)
@@ -29,6 +55,9 @@ class Parts:
         reads (`Sequence[Tensor]`): by matrix, the columns that read it: (structures, columns, out_features).
         columns (`Tensor`): (structures, columns) int64, where these are in the input of the matrices that read.
         statistics (`LayerStatistics`, *optional*): of that input; `None` where nothing is read.
+        products (`Sequence[Products]`): by matrix, weights times gradients; empty where no row reads them.
+        name (`str`): what chance begins with, for the row that draws.
+        usage (`Usage`, *optional*): what experts or blocks do to their tokens.
     """
 
     makes: Sequence[Tensor]
@@ -36,9 +65,22 @@ class Parts:
     columns: Tensor
     statistics: LayerStatistics | None = None
     damping: float = DAMPING
+    products: Sequence[Products] = ()
+    name: str = ""
+    usage: Usage | None = None
 
 
-@IMPORTANCES.register(reference="https://arxiv.org/abs/2305.11627", reads="nothing")
+@IMPORTANCES.register(reference="https://arxiv.org/abs/2305.11627", reads="nothing", kinds=(*OWNED, "block"))
+def random(parts: Parts) -> Tensor:
+    """Drawn from (0, 1], (structures,): what every other row has to be better than. The same for the same name.
+
+    The baseline of Ma et al., 2023, "LLM-Pruner", https://arxiv.org/abs/2305.11627.
+    """
+    generator = torch.Generator().manual_seed(crc32(parts.name.encode()))
+    return (1 - torch.rand(len(parts.columns), generator=generator)).to(parts.columns.device)
+
+
+@IMPORTANCES.register(reference="https://arxiv.org/abs/2305.11627", reads="nothing", kinds=OWNED)
 def magnitude(parts: Parts) -> Tensor:
     """Σ w² over all that a structure owns, (structures,).
 
@@ -47,7 +89,7 @@ def magnitude(parts: Parts) -> Tensor:
     return sum(part.float().square().sum(dim=(1, 2)) for part in (*parts.makes, *parts.reads))
 
 
-@IMPORTANCES.register(reference="https://arxiv.org/abs/1608.08710", reads="nothing")
+@IMPORTANCES.register(reference="https://arxiv.org/abs/1608.08710", reads="nothing", kinds=OWNED)
 def magnitude_l1(parts: Parts) -> Tensor:
     """Σ |w| over all that a structure owns, (structures,).
 
@@ -90,3 +132,89 @@ def obs(parts: Parts) -> Tensor:
     own = factor[:, parts.columns].permute(1, 0, 2)  # (structures, in_features, columns)
     inner = own.transpose(1, 2) @ own
     return sum((part.float() * torch.linalg.solve(inner, part.float())).sum(dim=(1, 2)) for part in parts.reads)
+
+
+@IMPORTANCES.register(reference="https://arxiv.org/abs/2305.11627", reads="nothing", kinds=OWNED, gradients="elements")
+def taylor(parts: Parts) -> Tensor:
+    """Σ |w · g| over all that a structure owns, g being the gradient of the mean loss, (structures,).
+
+    First order by element, "param_first": Ma et al., 2023, "LLM-Pruner", https://arxiv.org/abs/2305.11627.
+    """
+    return sum(found.elements.sum(1) for found in parts.products)
+
+
+@IMPORTANCES.register(reference="https://arxiv.org/abs/2305.11627", reads="nothing", kinds=OWNED, gradients="vectors")
+def taylor_vector(parts: Parts) -> Tensor:
+    """Σ |Σ w · g|, the inner sum over each row or column that a structure owns, (structures,).
+
+    First order by vector, "vectorize": Ma et al., 2023, "LLM-Pruner", https://arxiv.org/abs/2305.11627.
+    """
+    return sum(found.first.abs().sum(1) for found in parts.products)
+
+
+@IMPORTANCES.register(reference="https://arxiv.org/abs/2305.11627", reads="nothing", kinds=OWNED, gradients="vectors")
+def taylor_second(parts: Parts) -> Tensor:
+    """Σ w² · F over all that a structure owns, F being the mean over samples of g_j², (structures,).
+
+    Second order by element, "param_second": Ma et al., 2023, "LLM-Pruner", https://arxiv.org/abs/2305.11627.
+    """
+    return sum(found.second.sum(1) for found in parts.products)
+
+
+@IMPORTANCES.register(reference="https://arxiv.org/abs/2305.11627", reads="nothing", kinds=OWNED, gradients="mixed")
+def taylor_mix(parts: Parts) -> Tensor:
+    """Σ |w · g − ½ w² · F| over all that a structure owns, (structures,).
+
+    Both orders by element, "param_mix": Ma et al., 2023, "LLM-Pruner", https://arxiv.org/abs/2305.11627.
+    """
+    return sum(found.mixed.sum(1) for found in parts.products)
+
+
+@IMPORTANCES.register(reference="https://arxiv.org/abs/2412.15127", reads="nothing", kinds=OWNED, gradients="mixed")
+def saap(parts: Parts) -> Tensor:
+    """½ V / mean(V) + ½ E / mean(E), (structures,): importance by vector and by element, made one.
+
+    V = Σ |Σ w·g − ½ mean_j (Σ w·g_j)²| over the rows and columns that a structure owns, E is `taylor_mix`. Weighing
+    both as tasks of unknown noise, min over σ of Σ I / (2σ²) + log σ, has the solution σ² = mean(I): nothing is left
+    to be learnt, and none is zero unless both are.
+
+    Adaptive importance fusion of SAAP, 2024, https://arxiv.org/abs/2412.15127, as excerpts of it tell.
+    """
+    vector = sum((found.first - found.first_squared / 2).abs().sum(1) for found in parts.products)
+    both = (vector, taylor_mix(parts))
+    smallest = torch.finfo(torch.float32).tiny
+    return sum(each / (2 * each.mean().clamp_min(smallest)) for each in both)
+
+
+@IMPORTANCES.register(
+    reference="https://arxiv.org/abs/2510.13999", reads="nothing", kinds=("expert",), observes="usage"
+)
+def reap(parts: Parts) -> Tensor:
+    """The mean over its tokens of g_e(x) · ‖f_e(x)‖, (structures,): what an expert adds where it is chosen.
+
+    g_e is its weight as the mixture has it, renormalised where that does so. Lasby et al., 2025, "REAP",
+    https://arxiv.org/abs/2510.13999.
+    """
+    return parts.usage.output / parts.usage.tokens.clamp_min(1)
+
+
+@IMPORTANCES.register(
+    reference="https://arxiv.org/abs/2310.01334", reads="nothing", kinds=("expert",), observes="usage"
+)
+def router_frequency(parts: Parts) -> Tensor:
+    """The share of all choices that fall on an expert, (structures,).
+
+    The baseline of usage: Li et al., 2023, "Merge, Then Compress", https://arxiv.org/abs/2310.01334.
+    """
+    return parts.usage.tokens / parts.usage.tokens.sum().clamp_min(1)
+
+
+@IMPORTANCES.register(
+    reference="https://arxiv.org/abs/2403.03853", reads="nothing", kinds=("block",), observes="usage"
+)
+def block_influence(parts: Parts) -> Tensor:
+    """The mean over tokens of 1 − cos(what a block is given, what it makes of it), (structures,).
+
+    Men et al., 2024, "ShortGPT", https://arxiv.org/abs/2403.03853, eq. 1.
+    """
+    return parts.usage.output / parts.usage.tokens.clamp_min(1)

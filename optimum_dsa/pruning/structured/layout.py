@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -12,10 +12,11 @@ import transformers
 from torch import Tensor, nn
 
 from ...model.inputs import text_part
-from ...model.modeling_per_layer import KEY_HEADS, QUERY_HEADS
-from .per_layer import MLP_WIDTHS, known, per_layer, why_not
+from ...model.modeling_per_layer import EXPERT_COUNTS, KEY_HEADS, QUERY_HEADS
+from .per_layer import MLP_WIDTHS, going, known, per_layer, why_not
 from .slicing import cut_out, silence
-from .structure import Structures
+from .structure import WHOLE, Structures
+from .wholes.blocks import shorter
 
 
 @dataclass(frozen=True)
@@ -33,13 +34,22 @@ class Layout:
     def take(self, model: nn.Module, structures: Structures, gone: Tensor) -> int:
         """Take the structures `gone`, (n,) int64, out of the model, in place; how many of them are zeros now."""
         count = len(gone) if self.cut is None else self.cut[structures.unit]
-        silence(model, structures, gone[count:], whole=True)
+        if count < len(gone):
+            silence(model, structures, gone[count:], whole=True)
         cut_out(model, structures, gone[:count])
         return len(gone) - count
 
 
-def uniform(model: nn.Module, units: Mapping[str, Structures], counts: Mapping[str, int]) -> Layout:
+def uniform(
+    model: nn.Module,
+    units: Mapping[str, Structures],
+    counts: Mapping[str, int],
+    gone: Mapping[str, Sequence[int]] | None = None,
+) -> Layout:
     """A plain, smaller model: all blocks lose as many of a kind. `counts`: unit -> how many go.
+
+    Args:
+        gone (`Mapping[str, Sequence[int]]`, *optional*): of units of blocks, which; by default the last.
 
     Raises:
         ValueError: no configuration of its class says it: blocks differ, or the class derives a width from others.
@@ -49,7 +59,7 @@ def uniform(model: nn.Module, units: Mapping[str, Structures], counts: Mapping[s
             f"The layers of this {type(model).__name__} differ already, and a plain class has one width for all; use "
             "layout='per_layer'."
         )
-    changes = _changes(model, units, counts)
+    changes = _changes(model, units, counts, gone or {})
 
     def say(config: Any) -> None:
         for name, value in changes.items():
@@ -60,8 +70,10 @@ def uniform(model: nn.Module, units: Mapping[str, Structures], counts: Mapping[s
     for made, become in ((type(model), say), *_as_mistral(model, say)):
         config = copy.deepcopy(model.config)
         become(config)
-        if (trouble := why_not(made, config, model, units, counts)) is None:
-            return Layout(partial(_settle, made=made, become=become))
+        if (trouble := why_not(made, config, model, units, counts, gone)) is None:
+            # Which blocks went, the configuration knows as soon as they are gone.
+            alone = {each.kind for each in units.values()} == {"block"}
+            return Layout(partial(_settle, made=made, become=(lambda config: None) if alone else become))
         troubles.append(trouble)
     raise ValueError(
         f"{type(model.config).__name__} cannot say what is left ({said}: {troubles[0]}); cut other structures, or "
@@ -78,21 +90,52 @@ def padded(model: nn.Module, units: Mapping[str, Structures], counts: Mapping[st
     for unit, each in units.items():
         least[each.kind] = min(counts[unit], least.get(each.kind, counts[unit]))
     # What no configuration says stays as wide as it was: heads first, of which many classes derive a size.
-    for kinds in (set(least), {"ffn"}):
+    # Experts that went are no zeros: whatever number of zeros there is, a router sends tokens there.
+    always = {kind for kind in least if kind in WHOLE}
+    if differing := [unit for unit, each in units.items() if each.kind in always and counts[unit] != least[each.kind]]:
+        raise ValueError(
+            f"{differing[0]} comes to lose {counts[differing[0]]}, and another fewer: what is whole leaves no zeros; "
+            "use layout='uniform' or 'per_layer'."
+        )
+    for kinds in (set(least), {"ffn"} | always):
         cut = {unit: least[each.kind] if each.kind in kinds else 0 for unit, each in units.items()}
         try:
             return Layout(uniform(model, units, cut).settle, cut)
         except ValueError:
             continue
-    return Layout(lambda model: None, dict.fromkeys(units, 0))
+    cut = {unit: counts[unit] if each.kind in always else 0 for unit, each in units.items()}
+    return Layout(uniform(model, units, cut).settle if always else lambda model: None, cut)
+
+
+def differing(model: nn.Module, units: Mapping[str, Structures], counts: Mapping[str, int]) -> Layout:
+    """A model whose layers may differ, of a class of this package; without some blocks it is one of its own class.
+
+    Raises:
+        ValueError: there is no such class for its family, or none that says what is left.
+    """
+    if {each.kind for each in units.values()} != {"block"}:
+        return Layout(per_layer(model, units, counts))
+    if getattr(model.config, "is_heterogeneous", False):
+        raise ValueError(
+            f"The layers of this {type(model).__name__} differ already, and their settings are told by number; take "
+            "blocks out first, and others out of what is left."
+        )
+    return Layout(lambda model: None)
 
 
 # What a smaller model is -> what makes sure of it before any work: model, units, how many go of each -> layout.
-LAYOUTS = {"uniform": uniform, "per_layer": lambda *given: Layout(per_layer(*given)), "padded": padded}
+LAYOUTS = {"uniform": uniform, "per_layer": differing, "padded": padded}
 
 
 def _settle(model: nn.Module, made: type, become: Callable[[Any], None]) -> None:
+    part = text_part(model.config)
+    before = {name: vars(part)[name] for name in EXPERT_COUNTS if name in vars(part)}
     become(model.config)
+    # The model itself may have noted how many experts there are.
+    after = {value: vars(part)[name] for name, value in before.items() if vars(part)[name] != value}
+    for module in model.modules() if after else ():
+        if getattr(module, "config", None) is part and (number := vars(module).get("num_experts")) in after:
+            module.num_experts = after[number]
     model.__class__ = made
 
 
@@ -115,22 +158,28 @@ def _as_mistral(model: nn.Module, say: Callable[[Any], None]) -> list[tuple[type
     return [(made, become)]
 
 
-def _changes(model: nn.Module, units: Mapping[str, Structures], counts: Mapping[str, int]) -> dict[str, int]:
-    """What the configuration says once `counts` structures of every unit are cut out: setting -> number."""
+def _changes(
+    model: nn.Module, units: Mapping[str, Structures], counts: Mapping[str, int], gone: Mapping[str, Sequence[int]]
+) -> dict[str, Any]:
+    """What the configuration says once `counts` structures of every unit are cut out: setting -> value."""
     alike: dict[str, set[tuple[int, int]]] = {}
     for unit, each in units.items():
         alike.setdefault(each.kind, set()).add((len(each), counts[unit]))
     if any(len(numbers) > 1 for numbers in alike.values()):
         kind = next(kind for kind, numbers in alike.items() if len(numbers) > 1)
         raise ValueError(f"Blocks come to differ in their {kind}, and layout='uniform' has one for all.")
-    changes: dict[str, int] = {}
+    changes: dict[str, Any] = {}
     part = text_part(model.config)
     for each in {each.kind: each for each in units.values()}.values():
-        count, gone = len(each), counts[each.unit]
-        queries, keys = (per * (count - gone) for per in each.heads)
+        count, less = len(each), counts[each.unit]
+        queries, keys = (per * (count - less) for per in each.heads)
         if each.kind == "ffn":
-            changes |= dict.fromkeys(known(part, MLP_WIDTHS, count), count - gone)
-        elif gone:
+            changes |= dict.fromkeys(known(part, MLP_WIDTHS, count), count - less)
+        elif each.kind == "expert":
+            changes |= {name: count - less for name in EXPERT_COUNTS if getattr(part, name, None) == count}
+        elif each.kind == "block":
+            changes |= shorter(part, count, set(going(each, less, gone)))
+        elif less:
             changes |= dict.fromkeys(known(part, QUERY_HEADS, each.heads[0] * count), queries)
             changes |= dict.fromkeys(known(part, KEY_HEADS, each.heads[1] * count), keys)
             # Derived of the hidden size and the heads where it is not said; some call another size by that name.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from ...model import modeling_per_layer as made
 from ...model.inputs import text_part
 from ...model.modeling_per_layer import KEY_HEADS, QUERY_HEADS
 from ...model.per_layer import classes_of, known_family
-from .structure import Structures
+from .structure import Structures, tensor_named
 
 
 # What configurations call the width of an MLP.
@@ -46,10 +46,7 @@ def per_layer(
         ) from None
 
     def settle(model: nn.Module) -> None:
-        # Every layer has its own number of heads first: then it is to be had of no whole model's configuration.
-        for each in units.values():
-            if each.kind != "ffn":
-                made.count_heads(model.get_submodule(each.block), each.relative, 0, 0, 0)
+        made.own_settings(model, model.config)
         say(model.config)
         model.__class__ = kind
 
@@ -64,22 +61,52 @@ def known(config: Any, names: tuple[str, ...], number: int) -> list[str]:
 
 
 def why_not(
-    kind: type, config: Any, model: nn.Module, units: Mapping[str, Structures], counts: Mapping[str, int]
+    kind: type,
+    config: Any,
+    model: nn.Module,
+    units: Mapping[str, Structures],
+    counts: Mapping[str, int],
+    gone: Mapping[str, Sequence[int]] | None = None,
 ) -> str | None:
     """Why a model of this class and configuration is not of the shapes that will be left, or `None` where it is."""
     shapes = {name: list(parameter.shape) for name, parameter in model.named_parameters()}
     for unit, each in units.items():
         for cut in each.cuts:
+            shapes.setdefault(cut.tensor, list(tensor_named(model, cut.tensor).shape))
             shapes[cut.tensor][cut.axis] -= counts[unit] * cut.index.shape[1]
+        if each.wholes:
+            shapes = _without(shapes, each.wholes, going(each, counts[unit], gone or {}))
     try:
         config = type(config).from_dict(config.to_dict())  # as it is loaded, which may check more
         with torch.device("meta"):
             found = kind(config)
     except Exception as error:  # noqa: BLE001 - a class may refuse numbers in any way
         return " ".join(str(error).split())
-    if {name: list(parameter.shape) for name, parameter in found.named_parameters()} == shapes:
+    tensors = dict(found.named_parameters())
+    tensors |= {name: tensor for name, tensor in found.named_buffers() if name in shapes}
+    if {name: list(tensor.shape) for name, tensor in tensors.items()} == shapes:
         return None
     return "a model of that configuration has other widths"
+
+
+def going(structures: Structures, count: int, gone: Mapping[str, Sequence[int]]) -> list[int]:
+    """Which modules of a unit go: those that are told, or the last that may."""
+    able = [number for number in range(len(structures)) if number not in structures.fixed]
+    return list(gone.get(structures.unit, able[len(able) - count :]))
+
+
+def _without(shapes: Mapping[str, list[int]], wholes: Sequence[str], gone: Sequence[int]) -> dict[str, list[int]]:
+    """Shapes by name, with the modules `gone` out of a list, and the others with new numbers."""
+    kept = [number for number in range(len(wholes)) if number not in gone]
+    anew = {number: wholes[place] for place, number in enumerate(kept)}
+    found = {}
+    for name, shape in shapes.items():
+        number = next((number for number, whole in enumerate(wholes) if name.startswith(f"{whole}.")), None)
+        if number is None:
+            found[name] = shape
+        elif number in anew:
+            found[anew[number] + name.removeprefix(wholes[number])] = shape
+    return found
 
 
 def _class(model: nn.Module) -> type:
@@ -100,6 +127,11 @@ def _class(model: nn.Module) -> type:
 def _said(model: nn.Module, units: Mapping[str, Structures], counts: Mapping[str, int]) -> Callable[[Any], None]:
     """What has a configuration say what is left: configuration -> nothing."""
     kind, config = _class(model).config_class, model.config
+    if any(
+        each.wholes or any(not isinstance(tensor_named(model, cut.tensor), nn.Parameter) for cut in each.cuts)
+        for each in units.values()
+    ):
+        raise _Unsayable("its experts are modules of their own, or count what no parameter holds")
     paths = {each.block.rpartition(".")[0] for each in units.values()}
     numbers = {each.block.rpartition(".")[2] for each in units.values()}
     if len(paths) > 1 or not all(number.isdecimal() for number in numbers):
@@ -120,7 +152,7 @@ def _said(model: nn.Module, units: Mapping[str, Structures], counts: Mapping[str
             row = (name, cut.index.shape[1], cut.axis)
             if tuple(tensors.setdefault(each.within(cut.tensor), row)) != row:
                 raise _Unsayable(f"its blocks differ in how they make {each.within(cut.tensor)}")
-    heads = {each.head_size for each in units.values() if each.kind != "ffn"}
+    heads = {each.head_size for each in units.values() if each.heads != (0, 0)}
     family, path = config.model_type.removeprefix(made.TYPE), paths.pop()
 
     def say(config: Any) -> None:
@@ -154,6 +186,11 @@ def _settings(own: Any, each: Structures) -> dict[str, tuple[int, int]]:
         if not names:
             # No setting of its family says it (BLOOM: four times the hidden size), so one is made.
             names = [each.within(each.reads[0].tensor).rpartition(".")[0].replace(".", "_") + "_width"]
+        return dict.fromkeys(names, (count, 1))
+    if each.kind == "expert":
+        names = [name for name in made.EXPERT_COUNTS if getattr(own, name, None) == count]
+        if not names:
+            raise _Unsayable("no setting counts its experts")
         return dict.fromkeys(names, (count, 1))
     queries, keys = each.heads
     found = dict.fromkeys(known(own, QUERY_HEADS, queries * count), (queries * count, queries))

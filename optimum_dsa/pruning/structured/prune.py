@@ -27,8 +27,11 @@ from .learners.budget import Projection
 from .learners.gates import Gates
 from .learners.learned import check_learnable, learned
 from .remove import RemoveStructures, looked_at
-from .structure import Structures
+from .scores import products_of
+from .structure import WHOLE, Structures
 from .structures import find_structures
+from .wholes.blocks import find_blocks
+from .wholes.remove import remove_wholes
 from .widths.dense import Dense, allocation_of, dense_model
 from .widths.shares import shares
 
@@ -125,36 +128,31 @@ def prune_structures(
     """
     start = time.perf_counter()
     dense = dense_of(model, calibration, config)
-    architecture, units, prunable = dense.architecture, dense.units, dense.costs["parameters"].total
+    units, prunable = dense.units, dense.costs["parameters"].total
     parameters, chosen = count_parameters(model), None
     counts, layout = choose_counts(dense)
     if config.learner is not None:
         # With widths that are given, which structures go is learned, and not how many from where.
         widths = None if config.layout != "uniform" and config.allocation == "uniform" else counts
         projection = Projection(dense.sizes, dense.asked, widths)
-        choice = learned(model, architecture, dense.calibration, config, units, projection, learning, resume)
+        choice = learned(dense, projection, learning, resume)
         chosen, counts = choice.gone, {unit: len(gone) for unit, gone in choice.gone.items()}
         layout = LAYOUTS[config.layout](model, units, counts)
         if config.folds:
             Gates(model, units).fold(choice.scales)
-    remove = RemoveStructures(config, looked_at(config, units, dense.found), counts, chosen)
-    reconstruct = Reconstruct(config.reconstruct, config.data.seed)
-    steps: list[Step] = [remove, *([reconstruct] if config.reconstruct.steps else [])]
-    run_steps(model, architecture, dense.calibration, config, steps, lambda walked: None)
-    each, taken = dense.costs["parameters"].each, remove.gone
-    padding = sum(each[unit] * layout.take(model, units[unit], gone) for unit, gone in taken.items())
+    went, padding, reconstruction = _removed(dense, layout, counts, chosen)
     layout.settle(model)
     return StructuredReport(
         config=config,
-        kept={unit: len(each) - len(remove.notes.get(unit, ())) for unit, each in units.items()},
-        gone={unit: tuple(remove.notes.get(unit, ())) for unit in units},
-        costs={unit: each[unit] for unit in units},
+        kept={unit: len(each) - len(went.get(unit, ())) for unit, each in units.items()},
+        gone={unit: tuple(went.get(unit, ())) for unit in units},
+        costs={unit: dense.costs["parameters"].each[unit] for unit in units},
         prunable=prunable,
         parameters=parameters,
         removed=parameters - count_parameters(model) + padding,
         left=dense.left,
         calibration=dense.calibration.facts(),
-        reconstruction=reconstruct.found,
+        reconstruction=reconstruction,
         seconds=time.perf_counter() - start,
         allocation=allocation_of(units, counts, str(getattr(config.allocation, "name", config.allocation))),
         shares={
@@ -178,7 +176,8 @@ def dense_of(model: nn.Module, calibration: Source | None, config: DSAStructured
         check_learnable(model, calibration, config.learner)
     architecture = find_architecture(model, exclude=config.exclude)
     check_finite_outputs(model, architecture, calibration)
-    found = find_structures(model, architecture, _short(calibration.batches(1)[0]))
+    find = find_blocks if config.structures == ("block",) else find_structures
+    found = find(model, architecture, _short(calibration.batches(1)[0]))
     dense = dense_model(model, architecture, calibration, config, found)
     _check(model, dense.units, found.left, config)
     return dense
@@ -203,6 +202,30 @@ def choose_counts(dense: Dense) -> tuple[dict[str, int], Layout]:
             f"{min(each.values()) / cost.total:.4f} of the blocks; ask for more, or for smaller structures."
         )
     return counts, layout
+
+
+def _removed(
+    dense: Dense, layout: Layout, counts: Mapping[str, int], chosen: Mapping[str, Sequence[int]] | None
+) -> tuple[dict[str, list[int]], int, Mapping[str, Reconstruction]]:
+    """Take `counts` structures of every unit out, in place: the numbers of those that went, and what training did.
+
+    Between the two, the parameters of those that stay as zeros.
+
+    Wholes go first, and the blocks are walked without them. `chosen` tells which go, where that is settled already.
+    """
+    model, config, units, calibration = dense.model, dense.config, dense.units, dense.calibration
+    products = products_of(model, units, calibration.batches(1), config) if chosen is None else {}
+    wholes = remove_wholes(model, units, counts, calibration, config, products)
+    parts = {unit: each for unit, each in looked_at(config, units, dense.found).items() if each.kind not in WHOLE}
+    remove = RemoveStructures(config, parts, counts, chosen, products)
+    reconstruct = Reconstruct(config.reconstruct, config.data.seed)
+    steps: list[Step] = [remove, *([reconstruct] if config.reconstruct.steps else [])]
+    if any(each.kind not in WHOLE for each in units.values()):
+        architecture = find_architecture(model, exclude=config.exclude) if wholes else dense.architecture
+        run_steps(model, architecture, calibration, config, steps, lambda walked: None)
+    costs = dense.costs["parameters"].each
+    padding = sum(costs[unit] * layout.take(model, units[unit], gone) for unit, gone in remove.gone.items())
+    return wholes | remove.notes, padding, reconstruct.found
 
 
 def _said_counts(

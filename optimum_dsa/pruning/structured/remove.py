@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from ...model.walk import Reads, reads_of
 from ...model.walked import Group, WalkedBlock
 from ..targets import dense_target
 from .configuration import DSAStructuredConfig
+from .gradients import Products
 from .importance import IMPORTANCES, Parts
 from .refit import refit_columns
 from .structure import Cut, Structures
@@ -29,6 +31,7 @@ class RemoveStructures:
         structures: unit -> what there is.
         counts: unit -> how many go.
         chosen: unit -> the numbers of those that go, where that is settled already.
+        products: unit -> weights times gradients, where the importance reads them.
     """
 
     def __init__(
@@ -37,9 +40,11 @@ class RemoveStructures:
         structures: Mapping[str, Structures],
         counts: Mapping[str, int],
         chosen: Mapping[str, Sequence[int]] | None = None,
+        products: Mapping[str, Sequence[Products]] | None = None,
     ):
-        self.config, self.structures, self.counts, self.chosen = config, structures, counts, chosen
-        self.importance, self.true_sequential = IMPORTANCES[config.importance], config.true_sequential
+        self.config, self.structures, self.counts = config, structures, counts
+        self.chosen, self.products = chosen, products or {}
+        self.true_sequential = config.true_sequential
         needed = {"refit": "gram", "bias": "mean", "none": "nothing"}[config.update]
         chooses = reads_of(IMPORTANCES.fact(config.importance, "reads", "inputs")) if chosen is None else frozenset()
         self.reads: Reads = reads_of(needed) | chooses
@@ -76,7 +81,7 @@ class RemoveStructures:
             if self.chosen is not None:
                 chosen = torch.tensor(self.chosen[structures.unit], dtype=torch.int64)
             else:
-                scores = self.importance(parts_of(walked, structures, left, self.config.damping))
+                scores = scores_of(walked, structures, left, self.config, self.products)
                 # What went goes again.
                 scores = scores.to(gone.device).masked_fill(gone[columns[:, 0]], -torch.inf)
                 # Stable, so that of equals the first go, on every machine.
@@ -132,6 +137,25 @@ def looked_at(
 def _rounds(count: int, rounds: int) -> list[int]:
     """How many are gone after each round, ascending to `count`; of rounds in which nothing goes there is none."""
     return sorted({count * (done + 1) // rounds for done in range(rounds)} - {0})
+
+
+def scores_of(
+    walked: WalkedBlock,
+    structures: Structures,
+    statistics: LayerStatistics | None,
+    config: DSAStructuredConfig,
+    products: Mapping[str, Sequence[Products]],
+) -> Tensor:
+    """The importances of a unit's structures, (structures,) float32."""
+    return scores_from(parts_of(walked, structures, statistics, config.damping), structures, config, products)
+
+
+def scores_from(
+    parts: Parts, structures: Structures, config: DSAStructuredConfig, products: Mapping[str, Sequence[Products]]
+) -> Tensor:
+    """The importances of a unit's structures, (structures,) float32, from what they own."""
+    name = f"{config.data.seed}:{structures.unit}"
+    return IMPORTANCES[config.importance](replace(parts, products=products.get(structures.unit, ()), name=name))
 
 
 def parts_of(walked: WalkedBlock, structures: Structures, statistics: LayerStatistics | None, damping: float) -> Parts:

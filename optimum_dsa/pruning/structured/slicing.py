@@ -8,17 +8,24 @@ import torch
 from torch import Tensor, nn
 
 from ...common.escaping import one_line
-from ...model.modeling_per_layer import count_anew, count_heads
+from ...model.modeling_per_layer import EXPERT_COUNTS, count_anew, count_heads
 from ...model.walk import WalkedBlock
-from .structure import Structures
+from .structure import Structures, tensor_named
+from .wholes.blocks import apply, pass_by, without_blocks
+from .wholes.experts import unrouted
 
 
 @torch.no_grad()
 def silence(model: nn.Module, structures: Structures, gone: Tensor, whole: bool = False) -> None:
     """Make zero, in place, the columns through which what the structures `gone`, (n,) int64, give leaves.
 
-    With `whole`, everything that they own.
+    With `whole`, everything that they own. Of experts the router's logit becomes -inf, before any are chosen; blocks
+    hand on what they are given.
     """
+    if structures.kind == "expert":
+        unrouted(model, structures, gone)
+    if structures.kind == "block":
+        pass_by(model, structures, gone)
     for cut in structures.cuts if whole else structures.reads:
         parameter = model.get_parameter(cut.tensor)
         parameter.index_fill_(cut.axis, cut.index[gone].flatten().to(parameter.device), 0)
@@ -31,28 +38,48 @@ def cut_out(model: nn.Module, structures: Structures, gone: Tensor) -> None:
     The model gives what it gives when they are silenced.
 
     Raises:
-        ValueError: none would be left.
+        ValueError: fewer would be left than have to be.
     """
-    if len(gone.unique()) >= len(structures):
+    if len(structures) - len(gone.unique()) < structures.least:
+        least = "one" if structures.least == 1 else structures.least
         raise ValueError(
-            f"{structures.unit} has {len(structures)} structures and {len(gone.unique())} are to go; leave one at "
-            "least, or take the whole block."
+            f"{structures.unit} has {len(structures)} structures and {len(gone.unique())} are to go; leave {least} at "
+            "least."
         )
     if not len(gone):
         return
     for cut in structures.cuts:
         owner, _, name = cut.tensor.rpartition(".")
-        module, parameter = model.get_submodule(owner), model.get_parameter(cut.tensor)
-        stays = torch.ones(parameter.shape[cut.axis], dtype=torch.bool, device=parameter.device)
-        stays[cut.index[gone].flatten().to(parameter.device)] = False
-        value = parameter.data.index_select(cut.axis, stays.nonzero().flatten())
-        module.register_parameter(name, nn.Parameter(value, requires_grad=parameter.requires_grad))
+        module, tensor = model.get_submodule(owner), tensor_named(model, cut.tensor)
+        stays = torch.ones(tensor.shape[cut.axis], dtype=torch.bool, device=tensor.device)
+        stays[cut.index[gone].flatten().to(tensor.device)] = False
+        value = tensor.data.index_select(cut.axis, stays.nonzero().flatten())
+        if isinstance(tensor, nn.Parameter):
+            value = nn.Parameter(value, requires_grad=tensor.requires_grad)
+        setattr(module, name, value)
         count_anew(module)
-    if structures.kind != "ffn":
+    if structures.kind == "block":
+        apply(without_blocks(model, structures, set(gone.tolist())))
+    elif structures.kind == "expert":
+        _count_experts(model, structures, set(gone.tolist()))
+    elif structures.kind != "ffn":
         number = len(gone.unique())
         queries, keys = (per * number for per in structures.heads)
         width = structures.reads[0].index.shape[1] * number
         count_heads(model.get_submodule(structures.block), structures.relative, queries, keys, width)
+
+
+def _count_experts(model: nn.Module, structures: Structures, gone: set[int]) -> None:
+    """Take experts that are modules out of their list, and have the modules around say how many are left."""
+    if structures.wholes:
+        owner, _, name = structures.wholes[0].rpartition(".")[0].rpartition(".")
+        kept = [model.get_submodule(whole) for number, whole in enumerate(structures.wholes) if number not in gone]
+        setattr(model.get_submodule(owner), name, nn.ModuleList(kept))
+    for name in structures.around:
+        holder = vars(model.get_submodule(name))
+        for attribute in EXPERT_COUNTS:
+            if holder.get(attribute) == len(structures):
+                setattr(model.get_submodule(name), attribute, len(structures) - len(gone))
 
 
 @torch.no_grad()

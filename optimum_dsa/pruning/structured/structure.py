@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
 
@@ -9,7 +10,15 @@ from torch import Tensor, nn
 
 
 # What a structure is -> how it is called. A group of query heads has one head of keys and values.
-KINDS = {"ffn": "channel of an MLP", "head": "attention head", "kv_group": "key-value group with its query heads"}
+KINDS = {
+    "ffn": "channel of an MLP",
+    "head": "attention head",
+    "kv_group": "key-value group with its query heads",
+    "expert": "expert, with its row of the router",
+    "block": "whole block",
+}
+# Kinds that go before the blocks are walked: nothing that stays can be fitted to what they gave.
+WHOLE = ("expert", "block")
 
 
 @dataclass(frozen=True)
@@ -36,6 +45,11 @@ class Structures:
         makes (`tuple[Cut, ...]`): rows of matrices, and entries of their biases.
         reads (`tuple[Cut, ...]`): columns of the matrices through which what they give leaves.
         heads (`tuple[int, int]`): query heads, and heads of keys and values, of one structure; (0, 0) of a channel.
+        wholes (`tuple[str, ...]`): modules that are a structure each, beside what it owns of others; empty where
+            structures are parts of matrices.
+        least (`int`): how many have to stay.
+        fixed (`tuple[int, ...]`): numbers of those that have to stay themselves.
+        around (`tuple[str, ...]`): modules that count them.
     """
 
     unit: str
@@ -43,9 +57,13 @@ class Structures:
     makes: tuple[Cut, ...]
     reads: tuple[Cut, ...]
     heads: tuple[int, int] = (0, 0)
+    wholes: tuple[str, ...] = ()
+    least: int = 1
+    around: tuple[str, ...] = ()
+    fixed: tuple[int, ...] = ()
 
     def __len__(self) -> int:
-        return len(self.reads[0].index)
+        return len(self.cuts[-1].index) if self.cuts else len(self.wholes)
 
     @property
     def block(self) -> str:
@@ -70,9 +88,30 @@ class Structures:
         return self.makes + self.reads
 
     def cost(self, model: nn.Module) -> int:
-        """Parameters of one structure; all of a kind in a block have as many."""
-        return sum(
-            prod(size for axis, size in enumerate(shape) if axis != cut.axis) * cut.index.shape[1]
+        """Parameters of one structure; all of a kind in a block have as many, and of blocks it is the largest."""
+        parts = sum(
+            prod(size for axis, size in enumerate(tensor.shape) if axis != cut.axis) * cut.index.shape[1]
             for cut in self.cuts
-            if (shape := model.get_parameter(cut.tensor).shape)
+            if isinstance(tensor := tensor_named(model, cut.tensor), nn.Parameter)
         )
+        wholes = (model.get_submodule(name).parameters() for name in self.wholes)
+        return parts + max((sum(parameter.numel() for parameter in whole) for whole in wholes), default=0)
+
+
+@dataclass(frozen=True)
+class Found:
+    """What there is to cut.
+
+    Attributes:
+        structures (`Mapping[str, Structures]`): by unit, first block first.
+        left (`Mapping[str, str]`): weights that no structure owns a part of -> why.
+    """
+
+    structures: Mapping[str, Structures]
+    left: Mapping[str, str]
+
+
+def tensor_named(model: nn.Module, name: str) -> Tensor:
+    """The parameter or buffer of this full name."""
+    owner, _, attribute = name.rpartition(".")
+    return getattr(model.get_submodule(owner), attribute)

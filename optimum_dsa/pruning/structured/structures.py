@@ -2,12 +2,12 @@
 
 A structure is a channel of an MLP, a head, or a group of query heads with the head of keys and values that they share.
 It owns rows of the matrices that make it, and columns of those that read it. With these columns zero it is silenced:
-the model in which it is cut out gives the same.
+the model in which it is cut out gives the same. An expert is one as well, silenced by a router that never chooses it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -17,20 +17,8 @@ from ...model.architecture import Architecture, Weight
 from ...model.walk import WalkedBlock, walk_blocks
 from ...model.wiring import Wiring
 from .slicing import trouble
-from .structure import Cut, Structures
-
-
-@dataclass(frozen=True)
-class Found:
-    """What there is to cut.
-
-    Attributes:
-        structures (`Mapping[str, Structures]`): by unit, first block first.
-        left (`Mapping[str, str]`): weights that no structure owns a part of -> why.
-    """
-
-    structures: Mapping[str, Structures]
-    left: Mapping[str, str]
+from .structure import Cut, Found, Structures
+from .wholes.experts import expert_structures
 
 
 def find_structures(model: nn.Module, architecture: Architecture, batch: Mapping[str, Tensor]) -> Found:
@@ -43,6 +31,7 @@ def find_structures(model: nn.Module, architecture: Architecture, batch: Mapping
     structures: dict[str, Structures] = {}
     left: dict[str, str] = dict(architecture.dense)
     known: dict[tuple, tuple[list[_Shape], dict[str, str]]] = {}
+    tried: dict[tuple, str | None] = {}
     for walked in walk_blocks(model, architecture, [batch], sequential=False):
         if walked.run is None:
             left |= {weight.name: "outside the blocks" for weight in walked.weights}
@@ -53,13 +42,29 @@ def find_structures(model: nn.Module, architecture: Architecture, batch: Mapping
         shapes, troubles = known.get(alike, ([], {}))
         if not shapes or not all(shape.of(name).holds(wiring) for shape in shapes):
             shapes, troubles = known[alike] = _looked_at(walked, wiring)
-        for shape in shapes:
-            found = shape.of(name).structures(walked, wiring.weights)
+        every = [shape.of(name).structures(walked, wiring.weights) for shape in shapes]
+        left |= {name + relative: why for relative, why in troubles.items()}
+        for found in expert_structures(walked, architecture.dense):
+            owned = _owned(walked, found, left)
+            if (key := (*alike, len(every))) not in tried:
+                tried[key] = trouble(walked, found)
+            if tried[key] is None:
+                left = {weight: why for weight, why in left.items() if weight not in owned}
+                every.append(found)
+            else:
+                left |= dict.fromkeys(owned, f"experts: {tried[key]}")
+        for found in every:
             if found.unit in structures:  # a block with two of a kind (a cross-attention) has one unit of each
                 found = replace(found, unit=f"{found.unit}.{sum(unit.startswith(found.unit) for unit in structures)}")
             structures[found.unit] = found
-        left |= {name + relative: why for relative, why in troubles.items()}
     return Found(structures, left)
+
+
+def _owned(walked: WalkedBlock, structures: Structures, names: Iterable[str]) -> set[str]:
+    """Which weights experts own: whole ones, and their rows of the router."""
+    cuts, wholes = {cut.tensor for cut in structures.cuts}, tuple(f"{whole}." for whole in structures.wholes)
+    weights = (name for name in names if name.startswith(walked.name))
+    return {name for name in weights if name.partition("[")[0] in cuts or (wholes and name.startswith(wholes))}
 
 
 @dataclass(frozen=True)
@@ -107,8 +112,18 @@ class _Shape:
             for other, value in walked.model.get_submodule(weight.module).named_parameters(recurse=False):
                 if value.shape == (weight.shape[0],):
                     makes.append(Cut(f"{weight.module}.{other}", 0, rows))
+        makes += self._by_head(walked, {weights[name].module.rpartition(".")[0] for name in self.makers})
         reads = [Cut(name, 0 if weights[name].transposed else 1, self.columns) for name in self.readers]
         return Structures(f"{walked.name}:{self.kind}", self.kind, tuple(makes), tuple(reads), self.heads)
+
+    def _by_head(self, walked: WalkedBlock, owners: set[str]) -> Iterator[Cut]:
+        """Vectors with a number for each query head, such as sinks of attention, that these modules own."""
+        number, queries = len(self.columns), self.heads[0]
+        for owner in sorted(owners) if queries else ():
+            for name, value in walked.model.get_submodule(owner).named_parameters(recurse=False):
+                if value.shape == (number * queries,):
+                    size = self.columns.shape[1] // queries
+                    yield Cut(f"{owner}.{name}", 0, self.columns[:, ::size] // size)
 
 
 def _looked_at(walked: WalkedBlock, wiring: Wiring) -> tuple[list[_Shape], dict[str, str]]:

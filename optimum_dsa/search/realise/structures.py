@@ -146,8 +146,10 @@ class StructureWidths:
         dense = self.dense
         reads = dense.reads | ({"inputs", "gram"} if self.config.update == "refit" else set())
 
+        products = dense.products  # before the walk that they are looked at in
+
         look: Look = lambda structures, parts, walked: (  # noqa: E731 - three words and no name to find
-            dense.importance(parts).argsort(stable=True),
+            dense.importance(parts, structures, products).argsort(stable=True),
             parts.statistics if self.config.update == "refit" else None,
         )
         if self.anchor is None:

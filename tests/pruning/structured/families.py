@@ -4,9 +4,13 @@ import torch
 import transformers
 
 
+# What configurations call the number of blocks.
+DEPTHS = ("num_hidden_layers", "n_layer", "num_layers")
+
+
 def _causal(kind, **changes):
     sizes = {"vocab_size": 97, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
-    return lambda: _made(kind, "ForCausalLM", **{**sizes, **changes})
+    return lambda **others: _made(kind, "ForCausalLM", **{**sizes, **changes, **others})
 
 
 def _made(kind, head, **settings):
@@ -21,7 +25,7 @@ def _made(kind, head, **settings):
 
 
 def _other(kind, head, **settings):
-    return lambda: _made(kind, head, **settings)
+    return lambda **others: _made(kind, head, **{**settings, **others})
 
 
 GROUPED = {"num_key_value_heads": 2, "intermediate_size": 48}
@@ -45,13 +49,27 @@ FAMILIES = {
     "GPT2": (_other("GPT2", "LMHeadModel", vocab_size=97, n_embd=32, n_layer=2, n_head=4, n_inner=48), HEADS),
     "GPTNeoX": (_causal("GPTNeoX", intermediate_size=48), HEADS),
     "Falcon": (_causal("Falcon", multi_query=True, new_decoder_architecture=False), {"head": 4, "ffn": 128}),
-    "Mixtral": (_causal("Mixtral", num_local_experts=4, **GROUPED), {"kv_group": 2}),
+    "Mixtral": (_causal("Mixtral", num_local_experts=4, **GROUPED), {"kv_group": 2, "expert": 4}),
+    "Qwen3Moe": (
+        _causal("Qwen3Moe", num_experts=6, num_experts_per_tok=2, moe_intermediate_size=24, head_dim=8, **GROUPED),
+        {"kv_group": 2, "expert": 6},
+    ),
+    "GptOss": (
+        _causal("GptOss", num_local_experts=4, num_experts_per_tok=2, head_dim=8, **GROUPED),
+        {"kv_group": 2, "expert": 4},
+    ),
     "Bert": (_other("Bert", "ForMaskedLM", vocab_size=97, **WIDE), HEADS),
     "ViT": (_other("ViT", "ForImageClassification", image_size=16, patch_size=4, **WIDE), HEADS),
     # Slopes, and a bias of positions, that come from outside the block are of all its heads.
     "Bloom": (_other("Bloom", "ForCausalLM", vocab_size=97, hidden_size=32, n_layer=2, n_head=4), {"ffn": 128}),
     "T5": (_other("T5", "ForConditionalGeneration", vocab_size=97, **T5), {"ffn": 48}),
 }
+
+
+def deeper(family, depth):
+    """A model of a family with `depth` blocks in each stack."""
+    config = FAMILIES[family][0]().config
+    return FAMILIES[family][0](**{name: depth for name in DEPTHS if name in vars(config)})
 
 
 def batch_of(family, samples=1, length=12):

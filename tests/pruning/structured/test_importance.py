@@ -1,10 +1,13 @@
 """One number a structure: laws of every row, and what each row is."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from optimum_dsa.model.statistics import LayerStatistics
-from optimum_dsa.pruning.structured.importance import IMPORTANCES, Parts
+from optimum_dsa.pruning.structured.gradients import Products
+from optimum_dsa.pruning.structured.importance import CHANNELS, IMPORTANCES, Parts
 from optimum_dsa.pruning.structured.refit import refit_columns
 
 
@@ -25,14 +28,30 @@ def statistics(inputs):
 
 def parts(reader, maker, inputs, columns, damping=1e-6):
     makes, reads = [maker[columns]], [reader.t()[columns]]
-    return Parts(makes, reads, columns, statistics(inputs), damping)
+    return Parts(makes, reads, columns, statistics(inputs), damping, products(makes + reads, columns))
+
+
+def products(owned, columns):
+    """Of the gradients of three samples that are the same for the same column."""
+    found = []
+    for number, each in enumerate(owned):
+        generator = torch.Generator().manual_seed(number)
+        p = each * torch.randn(3, SIZE, each.shape[-1], generator=generator)[:, columns]
+        mean, squares = p.mean(0), p.square().mean(0)
+        sums = (mean.sum(-1), p.sum(-1).square().mean(0), squares.sum(-1))
+        found.append(Products(*sums, mean.abs().sum(-1), (mean - squares / 2).abs().sum(-1)))
+    return found
 
 
 def heads():
     return torch.arange(SIZE).reshape(HEADS, -1)
 
 
-@pytest.mark.parametrize("name", sorted(IMPORTANCES))
+# Rows that are a formula of what structures own, and those of which there is no order.
+OWNED = sorted(name for name in IMPORTANCES if name != "random" and "ffn" in IMPORTANCES.fact(name, "kinds", CHANNELS))
+
+
+@pytest.mark.parametrize("name", OWNED)
 def test_the_order_of_structures_changes_nothing(name):
     reader, maker, inputs = numbers()
     order = torch.randperm(HEADS, generator=torch.Generator().manual_seed(1))
@@ -41,13 +60,23 @@ def test_the_order_of_structures_changes_nothing(name):
     torch.testing.assert_close(IMPORTANCES[name](parts(reader, maker, inputs, heads()[order])), found[order])
 
 
-@pytest.mark.parametrize("name", sorted(IMPORTANCES))
+@pytest.mark.parametrize("name", OWNED)
 def test_what_nothing_reads_and_nothing_makes_is_least_important(name):
     reader, maker, inputs = numbers()
     reader[:, heads()[2]] = 0
     maker[heads()[2]] = 0
     found = IMPORTANCES[name](parts(reader, maker, inputs, heads()))
     assert found[2] == 0 and (found[[0, 1, 3]] > 0).all()
+
+
+def test_chance_is_the_same_for_the_same_name_and_takes_none_for_sure():
+    reader, maker, inputs = numbers()
+    first, again, other = (
+        IMPORTANCES["random"](replace(parts(reader, maker, inputs, torch.arange(SIZE)[:, None]), name=name))
+        for name in ("0:layers.0:ffn", "0:layers.0:ffn", "1:layers.0:ffn")
+    )
+    assert torch.equal(first, again) and not torch.equal(first, other)
+    assert first.shape == (SIZE,) and (first > 0).all() and first.unique().numel() == SIZE
 
 
 @pytest.mark.parametrize("name", ["wanda_sp", "flap", "obs"])

@@ -20,7 +20,7 @@ from .families import FAMILIES, batch_of
 
 
 # Of two blocks, what goes of each kind: of its 2 groups or 4 heads, and of its 48 channels (or 128).
-GONE = {"kv_group": (1, 0), "head": (1, 2), "ffn": (20, 9)}
+GONE = {"kv_group": (1, 0), "head": (1, 2), "ffn": (20, 9), "expert": (1, 2)}
 AUTO = {"Bert": "AutoModelForMaskedLM", "ViT": "AutoModelForImageClassification", "T5": "AutoModelForSeq2SeqLM"}
 # Where the size of a head is not derived of their number; a Llama with three heads of 8 in 32 is a Mistral.
 SAYS_HEADS = ("Llama without groups", "Llama with one head of keys", "Phi", "ViT")
@@ -41,7 +41,11 @@ def counts_of(family, layout):
     if layout == "uniform":
         stay = () if family in SAYS_HEADS else ("head",)
         return {unit: 0 if each.kind in stay else GONE[each.kind][0] for unit, each in units.items()}
-    return {unit: GONE[each.kind][blocks.index(each.block) % 2] for unit, each in units.items()}
+    alike = ("expert",) if layout == "padded" else ()  # what is whole leaves no zeros
+    return {
+        unit: GONE[each.kind][0 if each.kind in alike else blocks.index(each.block) % 2]
+        for unit, each in units.items()
+    }
 
 
 def made_smaller(family, layout):

@@ -12,9 +12,11 @@ from optimum_dsa import DSAConfig, DSAPruner, DSAStructuredConfig, prune_structu
 from optimum_dsa.checkpoint import save
 from optimum_dsa.checkpoint.load import load_model
 from optimum_dsa.model.modeling_per_layer import class_named
+from optimum_dsa.pruning.structured.layout import LAYOUTS
 
 from ...tiny import LOADS_COMPRESSED, same_state, state, tiny_llama, tokens
 from .families import FAMILIES, batch_of
+from .test_layout import units_of
 
 
 BOTH = ("ffn", "kv_group")
@@ -103,6 +105,13 @@ def test_padded_is_a_plain_model_with_zeros_for_what_went(tmp_path):
     assert zeros == report.padding // 96
     plain.save_pretrained(tmp_path)
     assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path)), logits(plain))
+
+
+def test_experts_leave_no_zeros():
+    units = {unit: each for unit, each in units_of("Mixtral").items() if each.kind == "expert"}
+    counts = dict(zip(units, (1, 2)))
+    with pytest.raises(ValueError, match="layers.1:expert comes to lose 2, .* use layout='uniform' or 'per_layer'"):
+        LAYOUTS["padded"](FAMILIES["Mixtral"][0](), units, counts)
 
 
 def changed(folder, target, **changes):

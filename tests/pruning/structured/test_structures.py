@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
 
 from optimum_dsa import find_architecture
 from optimum_dsa.model.parameters import count_parameters
@@ -70,10 +71,17 @@ def test_heads_that_something_outside_counts_are_left_by_name(family):
     assert why and all("cannot be cut" in reason for reason in why)
 
 
-def test_experts_and_their_router_are_left_by_name():
-    left = found_in(FAMILIES["Mixtral"][0](), "Mixtral").left
-    assert left["model.layers.0.mlp.gate.weight"] == "router of experts"
-    assert left["model.layers.0.mlp.experts.down_proj[0]"] == "an expert"
+def test_experts_of_groups_are_left_by_name():
+    """DeepSeek chooses groups of experts first, which have to be of one size."""
+    sizes = {"vocab_size": 97, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "v_head_dim": 8}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 4, "qk_rope_head_dim": 4, "qk_nope_head_dim": 8}
+    routed = {"n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 2, "topk_group": 1}
+    ranks = {"q_lora_rank": 16, "kv_lora_rank": 16, "first_k_dense_replace": 1, "moe_intermediate_size": 24}
+    model = DeepseekV3ForCausalLM(DeepseekV3Config(**sizes, **heads, **ranks, **routed)).eval()
+    found = found_in(model)
+    assert not any(each.kind == "expert" for each in found.structures.values())
+    for name in ("experts.down_proj[0]", "gate.weight"):
+        assert found.left[f"model.layers.1.mlp.{name}"].startswith("experts: cannot be cut: ")
 
 
 def test_a_matrix_that_is_left_dense_keeps_what_it_shares_structures_with():

@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 
 from torch import nn
 
-from ....model.architecture import Architecture
 from ....model.examples import check_causal
 from ....model.inputs import KINDS, kind_of
 from ...calibration import Calibration
-from ..configuration import DSAStructuredConfig
-from ..scores import dense_scores
-from ..structure import Structures
+from ..widths.dense import Dense
 from .budget import Projection
 from .gates import Gates
 from .learner import LEARNERS, Choice, Problem, learn
@@ -32,28 +28,16 @@ def check_learnable(model: nn.Module, calibration: Calibration, learner: str) ->
     check_causal(model, calibration.inputs["input_ids"])
 
 
-def learned(
-    model: nn.Module,
-    architecture: Architecture,
-    calibration: Calibration,
-    config: DSAStructuredConfig,
-    units: Mapping[str, Structures],
-    projection: Projection,
-    folder: str | Path | None = None,
-    resume: bool = False,
-) -> Choice:
+def learned(dense: Dense, projection: Projection, folder: str | Path | None = None, resume: bool = False) -> Choice:
     """Which structures go, and what the rest is multiplied by; adapters learned beside are in the weights."""
+    model, config = dense.model, dense.config
     rate = LEARNERS.fact(config.learner, "rate") if config.learn_rate is None else config.learn_rate
-    scores = {
-        unit: each.to(model.device)
-        for unit, each in dense_scores(model, architecture, calibration, config, units).items()
-    }
     problem = Problem(
         model,
-        Gates(model, units),
+        Gates(model, dense.units),
         projection,
-        scores,
-        calibration.inputs["input_ids"],
+        {unit: each.to(model.device) for unit, each in dense.importances.items()},
+        dense.calibration.inputs["input_ids"],
         steps=config.learn_steps,
         rate=rate,
         batch_size=config.batch_size,

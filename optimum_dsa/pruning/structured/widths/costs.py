@@ -31,8 +31,13 @@ Counts = Callable[[nn.Module, Architecture, Mapping[str, Structures], int], Cost
 
 
 def parameters(model: nn.Module, architecture: Architecture, units: Mapping[str, Structures], length: int) -> Cost:
-    """Parameters: of one structure all that it owns, biases too; in all those of the blocks' matrices."""
+    """Parameters: of one structure all that it owns, biases too; in all those of the blocks' matrices.
+
+    Of whole blocks those of norms, too, so that half of it are half of the blocks.
+    """
     each = {unit: structures.cost(model) for unit, structures in units.items()}
+    if blocks := [unit for unit, structures in units.items() if structures.kind == "block"]:
+        return Cost(each, sum(each[unit] * len(units[unit]) for unit in blocks), "parameters")
     return Cost(each, sum(weight.size for weight in architecture.weights), "parameters")
 
 

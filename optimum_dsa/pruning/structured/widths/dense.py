@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -17,11 +17,12 @@ from ...calibration import Calibration
 from ...source import progress
 from ..budget import Available
 from ..configuration import DSAStructuredConfig
+from ..gradients import Products
 from ..importance import IMPORTANCES, Parts
 from ..instead import computing_with, matrices_without
-from ..remove import parts_of
-from ..structure import Structures
-from ..structures import Found
+from ..remove import parts_of, scores_from
+from ..scores import products_of
+from ..structure import WHOLE, Found, Structures
 from .costs import COSTS, Cost
 from .curves import error_curve
 from .felt import PROBE, Felt
@@ -87,17 +88,35 @@ class Dense:
     @property
     def importances(self) -> dict[str, Tensor]:
         """Unit -> the importances of its structures, (structures,) float32."""
-        return self._once("importances", lambda: self.looked(_importance_of(self), self.reads))
+        return self._once("importances", self._importances)
 
     @property
     def importances_by_part(self) -> dict[str, Tensor]:
         """Unit -> the importances of its structures by each part of the calibration data, (parts, structures)."""
 
         def find() -> dict[str, Tensor]:
-            each = [self.looked(_importance_of(self), self.reads, part) for part in self._parts()]
+            each = [self._importances(part) for part in self._parts()]
             return {unit: torch.stack([scores[unit] for scores in each]) for unit in self.units}
 
         return self._once("importances by part", find)
+
+    def _importances(self, batches: Sequence[Mapping[str, Tensor]] | None = None) -> dict[str, Tensor]:
+        if batches is None:
+            products = self.products
+        else:
+            given = [one for batch in batches for one in _each_of(batch)]
+            products = products_of(self.model, self.units, given, self.config)
+
+        def importance(structures: Structures, parts: Parts, walked: WalkedBlock) -> Tensor:
+            return self.importance(parts, structures, products)
+
+        return self.looked(importance, self.reads, batches)
+
+    @property
+    def products(self) -> dict[str, list[Products]]:
+        """Unit -> weights times gradients, where importances read them."""
+        batches = self.calibration.batches(1)
+        return self._once("products", lambda: products_of(self.model, self.units, batches, self.config))
 
     @property
     def curves(self) -> dict[str, Tensor]:
@@ -111,10 +130,12 @@ class Dense:
     def _curves(self) -> dict[str, Tensor]:
         update = self.config.update
         needed = self.reads | {"inputs", "gram"} | ({"mean"} if update == "bias" else set())
+        products = self.products  # before the walk that they are looked at in
         felt = Felt(self.model, self.architecture, self.calibration.batches(PROBE)[0])
 
         def curve(structures: Structures, parts: Parts, walked: WalkedBlock) -> Tensor:
-            order, size = self.importance(parts).argsort(stable=True), self.sizes[structures.unit]
+            order = self.importance(parts, structures, products).argsort(stable=True)
+            size = self.sizes[structures.unit]
             found = error_curve(parts, order, update)
             number = max(size.allowed(self.share * size.count), min(size.most, 1))
             statistics = parts.statistics if update == "refit" else None
@@ -152,9 +173,9 @@ class Dense:
         """What importances need of calibration."""
         return reads_of(IMPORTANCES.fact(self.config.importance, "reads", "inputs"))
 
-    def importance(self, parts: Parts) -> Tensor:
+    def importance(self, parts: Parts, structures: Structures, products: Mapping[str, Sequence[Products]]) -> Tensor:
         """The importances of a unit's structures, (structures,) float32."""
-        return IMPORTANCES[self.config.importance](parts).cpu()
+        return scores_from(parts, structures, self.config, products).float().cpu()
 
     def _parts(self) -> list[list[Mapping[str, Tensor]]]:
         """The calibration data's batches in at most `PARTS` parts, of some sequences each."""
@@ -183,7 +204,7 @@ class Dense:
             progress=progress("Allocating"),
         ):
             for unit, structures in self.units.items():
-                if structures.block == walked.name:
+                if structures.block == walked.name and structures.kind not in WHOLE:
                     statistics = _statistics_of(walked, structures)
                     parts = parts_of(walked, structures, statistics, self.config.damping)
                     found[unit] = look(structures, parts, walked)
@@ -192,8 +213,10 @@ class Dense:
         return found
 
 
-def _importance_of(dense: Dense) -> Look:
-    return lambda structures, parts, walked: dense.importance(parts)
+def _each_of(batch: Mapping[str, Tensor]) -> list[dict[str, Tensor]]:
+    """The samples of a batch, each as a batch of one, (1, length, ...)."""
+    samples = len(next(iter(batch.values())))
+    return [{name: value[number : number + 1] for name, value in batch.items()} for number in range(samples)]
 
 
 def readers(block: Block, structures: Structures) -> list:
@@ -219,15 +242,21 @@ def dense_model(
 ) -> Dense:
     """The dense model of which `config` takes a share of its cost, and all the structures `found` in it."""
     length = calibration.facts()["length"] or 0
-    costs = {name: count(model, architecture, found.structures, length) for name, count in COSTS.items()}
-    units = {unit: each for unit, each in found.structures.items() if each.kind in config.structures}
-    cost, whole = costs[config.cost], _whole(architecture, config)
+    whole = _whole(architecture, config)
+    units = {unit: _without(each, whole) for unit, each in found.structures.items() if each.kind in config.structures}
+    # What experts and blocks take of the others, nobody counts.
+    counted = ["parameters"] if any(each.kind in WHOLE for each in units.values()) else COSTS
+    structures = {
+        unit: each for unit, each in found.structures.items() if each.kind not in WHOLE or "flops" not in counted
+    }
+    costs = {name: COSTS[name](model, architecture, structures, length) for name in counted}
+    cost = costs[config.cost]
     sizes = {
         unit: Available(
             len(each),
             cost.each[unit],
             config.round_to if each.kind == "ffn" else 1,
-            0 if each.block in whole else None,
+            0 if each.block in whole else len(each) - each.least,
         )
         for unit, each in units.items()
     }
@@ -239,6 +268,12 @@ def allocation_of(units: Mapping[str, Structures], counts: Mapping[str, int], na
     """The share of the structures of every unit that goes; its sizes are numbers of structures."""
     sizes = {unit: len(each) for unit, each in units.items()}
     return Allocation({unit: counts[unit] / size for unit, size in sizes.items()}, sizes, name)
+
+
+def _without(structures: Structures, whole: Collection[str]) -> Structures:
+    """Structures of which those that are blocks named in `whole` have to stay."""
+    fixed = {*structures.fixed, *(number for number, name in enumerate(structures.wholes) if name in whole)}
+    return replace(structures, fixed=tuple(sorted(fixed)), least=max(structures.least, len(fixed)))
 
 
 def _whole(architecture: Architecture, config: DSAStructuredConfig) -> set[str]:

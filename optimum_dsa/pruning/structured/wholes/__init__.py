@@ -1,0 +1,1 @@
+"""Structures that go as wholes, before the blocks are walked: experts, and whole blocks."""

@@ -1,0 +1,63 @@
+"""Structures that go before the blocks are walked: nothing that stays can be fitted to what they gave."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import nn
+
+from ...calibration import Calibration
+from ..configuration import DSAStructuredConfig
+from ..gradients import Products
+from ..importance import IMPORTANCES, Parts, importance_of
+from ..layout import uniform
+from ..slicing import cut_out
+from ..structure import WHOLE, Structures, tensor_named
+from .usage import Usage, collect_usage
+
+
+@torch.no_grad()
+def remove_wholes(
+    model: nn.Module,
+    units: Mapping[str, Structures],
+    counts: Mapping[str, int],
+    calibration: Calibration,
+    config: DSAStructuredConfig,
+    products: Mapping[str, Sequence[Products]],
+) -> dict[str, list[int]]:
+    """Cut the least important experts or blocks out of a model, in place: unit -> the numbers of those that went.
+
+    Raises:
+        ValueError: with a plain class for layout, no configuration says what is left without just these blocks.
+    """
+    units = {unit: each for unit, each in units.items() if each.kind in WHOLE and counts[unit]}
+    row = {unit: importance_of(each.kind, config.importance) for unit, each in units.items()}
+    watched = {unit: each for unit, each in units.items() if IMPORTANCES.fact(row[unit], "observes") == "usage"}
+    usage = collect_usage(model, watched, calibration.batches(config.batch_size)) if watched else {}
+    chosen = {}
+    for unit, each in units.items():
+        name = f"{config.data.seed}:{unit}"
+        parts = _parts_of(model, each, products.get(unit, ()), name, usage.get(unit))
+        scores = IMPORTANCES[row[unit]](parts)
+        scores[list(each.fixed)] = float("inf")
+        # Stable, so that of equals the first go, on every machine.
+        chosen[unit] = scores.argsort(stable=True)[: counts[unit]].sort().values.cpu()
+    if config.layout != "per_layer" and any(each.kind == "block" for each in units.values()):
+        uniform(model, units, counts, {unit: gone.tolist() for unit, gone in chosen.items()})
+    for unit, gone in chosen.items():
+        cut_out(model, units[unit], gone)
+    return {unit: gone.tolist() for unit, gone in chosen.items()}
+
+
+def _parts_of(
+    model: nn.Module, structures: Structures, products: Sequence[Products], name: str, usage: Usage | None
+) -> Parts:
+    number = len(structures)
+    tensors = [tensor_named(model, cut.tensor) for cut in structures.cuts]
+    makes = [tensor.view(number, -1, tensor.shape[-1]) for tensor in tensors if tensor.dim() > 1]
+    modules = [dict(model.get_submodule(whole).named_parameters()) for whole in structures.wholes]
+    for own in modules[0] if structures.kind == "expert" and modules else ():
+        if modules[0][own].dim() > 1:
+            makes.append(torch.stack([each[own].data for each in modules]))
+    return Parts(makes, (), torch.arange(number), None, products=products, name=name, usage=usage)
