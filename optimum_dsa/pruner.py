@@ -12,19 +12,18 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from .checkpoint.adapter_base import check_base
 from .checkpoint.base_files import BaseFiles
 from .checkpoint.beside import find_beside
 from .checkpoint.description import Description, after
 from .checkpoint.forms import check_model
-from .checkpoint.load import find_description
 from .checkpoint.opened import open_checkpoint
-from .checkpoint.origin import base_of, described_report, report_of, training_of
-from .checkpoint.save import base_model, save_checkpoint
+from .checkpoint.origin import base_of, described_report, known_of, report_of, training_of
+from .checkpoint.save import base_model, save_checkpoint, writes_adapters
+from .checkpoint.smaller import check_run, report_of_cut
 from .checkpoint.verify import Verification, verify
 from .common.escaping import one_line
 from .common.output import OutputFolder
-from .model.adapters import has_adapters, inner_model, plain_name, saves_adapters, without_adapters
+from .model.adapters import has_adapters, inner_model, plain_name, without_adapters
 from .model.walk import walk_blocks
 from .pruning.allocate import allocate, architecture_for, check_dense
 from .pruning.allocation import Allocation
@@ -32,12 +31,13 @@ from .pruning.calibration import Calibration, load_calibration
 from .pruning.configuration import AUTO, DSAConfig
 from .pruning.prune import prune
 from .pruning.report import PruningReport
+from .pruning.structured.configuration import DSAStructuredConfig
+from .pruning.structured.prune import StructuredReport, prune_structures
 from .pruning.zeros import counted
 
 
 if TYPE_CHECKING:
     from .evaluation.measurement import Measurement
-    from .pruning.structured.configuration import DSAStructuredConfig
     from .recovery.adapters.merge import Merged
     from .recovery.configuration import RecoveryConfig
     from .recovery.result import RecoveryResult
@@ -105,41 +105,53 @@ class DSAPruner:
     def prune(
         self,
         calibration: Any,
-        config: DSAConfig,
+        config: DSAConfig | DSAStructuredConfig,
         checkpoints: str | Path | None = None,
         resume: bool = False,
-    ) -> PruningReport:
-        """Prune the model in place.
+    ) -> PruningReport | StructuredReport:
+        """Prune the model in place: weights become zero, or with a `DSAStructuredConfig` structures are cut out.
+
+        Both compose: cut structures first, and prune the weights of what is left then.
 
         Args:
             calibration (`Any`): texts, a .txt / .jsonl / .parquet path, a dataset or its name, a LongTensor (samples,
                 length), or a mapping of the model's inputs; `None` where method and allocation need no data.
-            config (`DSAConfig`): with `allocation="auto"`, every row of `ALLOCATIONS` is tried for real before, on
-                windows of the text that do not calibrate: as many prunes. The report says what was compared.
+            config (`DSAConfig` or `DSAStructuredConfig`): of a `DSAConfig` with `allocation="auto"`, every row of
+                `ALLOCATIONS` is tried for real before, on windows of the text that do not calibrate: as many prunes.
+                The report says what was compared.
             checkpoints (`str`, *optional*): folder for the blocks that are finished, from which a run goes on that was
-                interrupted. It stays, and takes as much room as the blocks.
+                interrupted. It stays, and takes as much room as the blocks. Of a cut it has a learner's state.
             resume (`bool`, defaults to `False`): go on from those in it, with the model as it was at the beginning:
                 load it again. The end is that of an uninterrupted run.
+
+        Returns:
+            The report; of structures a [`StructuredReport`], which `report.structured` is from then on.
         """
         check_model(self.model)
         self._look_beside()
-        before = self._trained_before()
-        needed, compared = config.resolved.reads | config.resolved.allocation_reads, {}
-        if config.allocation == AUTO:
+        known, before = known_of(self.model, self.report, self._training)
+        cuts, compared = isinstance(config, DSAStructuredConfig), {}
+        if cuts:
+            check_run(self.model, config, checkpoints, resume)
+            data = load_calibration(calibration, self.model, self.tokenizer, config.data)
+        elif config.allocation == AUTO:
             from .search.ready_made import settle
 
             with without_adapters(self.model):
                 settled = settle(inner_model(self.model), calibration, config, self.tokenizer)
-            data, config = settled.calibration, settled.config
-            compared = {"compared": settled.compared, "compared_on": settled.compared_on}
+            data, config, compared = settled.calibration, settled.config, settled.facts()
         else:
-            data = self._load(calibration, config, needed)
-        self._stored = None
-        self._under_adapters = has_adapters(self.model)
-        report = prune(self.model, data, config, checkpoints, resume)
+            data = self._load(calibration, config, config.resolved.reads | config.resolved.allocation_reads)
+        self._stored, self._under_adapters = None, has_adapters(self.model)
+        if cuts:
+            cut = prune_structures(self.model, data, config, checkpoints, resume)
+            report = report_of_cut(self.model, cut, known)
+        else:
+            report = prune(self.model, data, config, checkpoints, resume)
+            compared["structured"] = known and known.structured
         self.report = replace(report, **compared, trained_before=before)
         self.recovery = self._training = None
-        return self.report
+        return self.report.structured if cuts else self.report
 
     def allocate(self, calibration: Any, config: DSAConfig) -> Allocation:
         """The allocation that `prune` would use; nothing is changed."""
@@ -316,15 +328,7 @@ class DSAPruner:
         if report is self._restored and not (found := self.verify()).holds:
             logger.warning("The model is not what its report says any more: %s.", one_line(found.problems[0]))
         place = directory.path if isinstance(directory, OutputFolder) else Path(directory)
-        adapters = saves_adapters(self.model) and not (self._under_adapters and self._stored is None)
-        if has_adapters(self.model) and not adapters:
-            more = "; saved once more, to another folder, it is they that are written" * saves_adapters(self.model)
-            logger.warning("%s gets the pruned model without its adapters, which are as they were%s.", place, more)
-        if adapters:
-            if encoding != "dense":
-                raise ValueError("An adapter has no zeros to leave out; save it without compressed=True, or merge it.")
-            described = None if self._stored is None else find_description(self._stored)
-            check_base(self.model, self._stored, place, report, described)
+        adapters = writes_adapters(self.model, report, place, self._stored, self._under_adapters, encoding)
         trained, beside = self._training, None if adapters else self._look_beside()
         made = (report, self._base, directory, encoding, trained, beside, adapters)
         save_checkpoint(self.model, self.tokenizer, *made, **save_kwargs)
@@ -337,12 +341,6 @@ class DSAPruner:
         if self._beside is None and source:
             self._beside = find_beside(self.model, str(source), **self._options)
         return self._beside
-
-    def _trained_before(self) -> tuple[dict[str, Any], ...]:
-        """What is known to have trained the model as it is now, first to last, before its earlier prunes too."""
-        known = self.report or described_report(self.model)
-        last = training_of(self.model) if self.report is None else self._training
-        return (*(known.trained_before if known else ()), *after(last, {}).get("earlier", ()))
 
     def _pruned(self) -> PruningReport:
         if self.report is None and (found := described_report(self.model)) is not None:

@@ -153,7 +153,7 @@ def test_a_base_that_was_pruned_again_is_no_base(tmp_path):
     pruner.recover(regular(), small(merge=False, steps=1))
     other = pruned_llama(0.3)
     other.save_pretrained(tmp_path / "pruned")
-    with pytest.raises(ValueError, match="does not hold the zeros that the model under the adapter has"):
+    with pytest.raises(ValueError, match="does not hold the zeros and widths that the model under the adapter has"):
         pruner.save_pretrained(tmp_path / "adapter")
 
 

@@ -20,6 +20,7 @@ from optimum_dsa import (
     UPDATES,
     DSAConfig,
     DSAPruner,
+    DSAStructuredConfig,
     RecoveryConfig,
     demo_model,
     environment,
@@ -99,7 +100,14 @@ def test_no_option_went_away_and_every_command_can_be_quiet(info):
 
 
 @pytest.mark.parametrize(
-    "name,config", [("prune", DSAConfig), ("plan", DSAConfig), ("search", DSAConfig), ("recover", RecoveryConfig)]
+    "name,config",
+    [
+        ("prune", DSAConfig),
+        ("prune", DSAStructuredConfig),
+        ("plan", DSAConfig),
+        ("search", DSAConfig),
+        ("recover", RecoveryConfig),
+    ],
 )
 def test_every_setting_is_an_option_with_a_help(name, config):
     parser = ArgumentParser()

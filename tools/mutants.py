@@ -47,11 +47,8 @@ TESTS = {
     },
     "pruning/structured/remove.py": ["pruning/structured/test_remove.py", "pruning/structured/test_prune.py"],
     "pruning/structured/trial.py": ["pruning/structured/test_tolerance.py"],
-    "pruning/structured/instead.py": ["search/realise/test_structures.py"],
-    **{
-        f"pruning/structured/widths/{name}.py": ["pruning/structured/widths/test_shares.py"]
-        for name in ("dense", "felt")
-    },
+    "pruning/structured/widths/dense.py": ["pruning/structured/widths/test_shares.py"],
+    "pruning/structured/widths/felt.py": ["pruning/structured/test_instead.py"],
     "search/prepared.py": ["search/test_structures.py"],
     "pruning/structured/scores.py": ["pruning/structured/learners/test_learner.py"],
     **{

@@ -58,6 +58,16 @@ def with_adapter(model: nn.Module, folder: str | Path) -> nn.Module:
         return PeftModel.from_pretrained(model, str(folder)).eval()
 
 
+def is_same_model(described: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    """Whether two contents of `dsa_config.json` tell of the same zeros and the same structures."""
+
+    def cut(data: Mapping[str, Any]) -> dict[str, Any]:
+        units = (data.get("structured") or {}).get("units", {})
+        return {unit: (one["kept"], one["gone"]) for unit, one in units.items()}
+
+    return described["achieved"]["units"] == other["achieved"]["units"] and cut(described) == cut(other)
+
+
 def check_base(
     model: nn.Module, stored: str | None, directory: Path, report: PruningReport, described: Mapping[str, Any] | None
 ) -> None:
@@ -77,7 +87,9 @@ def check_base(
     if Path(stored).is_dir() and directory.is_dir() and Path(stored).samefile(directory):
         raise ValueError(f"{directory} holds the pruned model under the adapter; save the adapter to another folder.")
     # The folder may have been pruned anew since: its zeros, not its name, make it the base.
-    if described is None or described["achieved"]["units"] != dict(report.achieved):
-        raise ValueError(f"{stored} does not hold the zeros that the model under the adapter has; {way_out}.")
+    if described is None or not is_same_model(described, report.to_dict()):
+        raise ValueError(
+            f"{stored} does not hold the zeros and widths that the model under the adapter has; {way_out}."
+        )
     for config in model.peft_config.values():
         config.base_model_name_or_path = stored

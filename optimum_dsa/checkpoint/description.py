@@ -18,6 +18,8 @@ from ..common.versions import versions
 from ..pruning.allocation import ALLOCATIONS, AllocationFunction
 from ..pruning.configuration import CONFIG_NAME, FORMAT_VERSION, DSAConfig
 from ..pruning.report import PruningReport
+from ..pruning.structured.configuration import DSAStructuredConfig
+from ..pruning.structured.described import disagreements
 
 
 class DescriptionError(ValueError):
@@ -43,6 +45,10 @@ def schema() -> dict[str, Any]:
     allocation = {"anyOf": [{"type": "string"}, {"$ref": "#/$defs/allocation"}]}
     note = {"description": "The DSAConfig; which names exist is checked against the tables."}
     found["properties"]["config"] = note | settings_schema(DSAConfig, {"allocation": allocation})
+    note = {"description": "The DSAStructuredConfig; which names exist is checked against the tables."}
+    found["$defs"]["cut"]["properties"]["config"] = note | settings_schema(
+        DSAStructuredConfig, {"allocation": allocation}
+    )
     return found
 
 
@@ -169,6 +175,8 @@ def contradictions(data: Mapping[str, Any]) -> Iterator[str]:
     for name, value in expected.items():
         if not math.isclose(achieved[name], value, rel_tol=1e-9, abs_tol=1e-12):
             yield f"achieved.{name} is {achieved[name]:,}, and its units make {value:,}"
+    if cut := data.get("structured"):
+        yield from disagreements(cut)
 
 
 def report_from(data: dict[str, Any]) -> PruningReport:

@@ -11,13 +11,12 @@ from torch import nn
 
 from ..common.files import read_json
 from ..model.adapters import inner_model
-from ..model.architecture import find_architecture
 from ..model.parameters import count_parameters
-from ..pruning.configuration import CONFIG_NAME, DSAConfig
+from ..pruning.configuration import CONFIG_NAME
 from ..pruning.other_head import is_other_head, report_for
 from ..pruning.report import PruningReport
-from ..pruning.zeros import counted, measured_allocation
-from .description import read_description, report_from
+from ..pruning.zeros import counted, found_report
+from .description import after, read_description, report_from
 from .save import base_model
 
 
@@ -30,19 +29,7 @@ def report_of(model: nn.Module) -> PruningReport:
     described = described_report(model)
     if described is not None:
         return counted(described, model)
-    inner = inner_model(model)
-    architecture = find_architecture(inner, skip_unprunable=True)
-    allocation = measured_allocation(inner, architecture)
-    # A config takes no sparsity of 1, which a model of nothing but zeros has.
-    config = DSAConfig(min(allocation.overall, 0.9999), "magnitude", allocation, max_sparsity=1.0)
-    return PruningReport(
-        config,
-        allocation,
-        allocation.sparsity,
-        count_parameters(inner),
-        dense=architecture.dense,
-        dense_sizes=architecture.dense_sizes,
-    )
+    return found_report(model)
 
 
 def described_report(model: nn.Module) -> PruningReport | None:
@@ -87,6 +74,19 @@ def base_of(model: nn.Module, known: dict[str, str | None] | None = None) -> dic
 def training_of(model: nn.Module) -> dict[str, Any] | None:
     """What trained `model` since it was pruned, or meanwhile, as far as it says so."""
     return _described(inner_model(model)).get("recovery")
+
+
+def known_of(
+    model: nn.Module, report: PruningReport | None, training: Mapping[str, Any] | None
+) -> tuple[PruningReport | None, tuple[Mapping[str, Any], ...]]:
+    """What made `model` so far, before it is pruned: its report, and what trained it, first to last.
+
+    Args:
+        report, training: of a model that was pruned, trained or loaded here; else its folder tells.
+    """
+    known = report or described_report(model)
+    last = training_of(model) if report is None else training
+    return known, (*(known.trained_before if known else ()), *after(last, {}).get("earlier", ()))
 
 
 def _described(model: nn.Module) -> dict[str, Any]:

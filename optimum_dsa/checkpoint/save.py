@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import warnings
 from pathlib import Path
@@ -13,17 +14,45 @@ from ..common.fences import saved_by_shards, saved_without_adapters, tied_names
 from ..common.hub_file import snapshot_of
 from ..common.output import OutputFolder
 from ..common.schema import violations
-from ..model.adapters import has_adapters, inner_model, state_without_adapters
+from ..model.adapters import has_adapters, inner_model, saves_adapters, state_without_adapters
 from ..model.offload import is_offloaded
 from ..model.own_code import make_own_code_local
 from ..model.parameters import weight_bytes
 from ..pruning.report import PruningReport
+from .adapter_base import check_base
 from .base_files import BaseFiles
 from .convert import encode_in_place
 from .description import describe, schema, write_description
 from .encodings import encoding_named
+from .load import find_description
 from .shard_size import check_shard_size
 from .unknown_tensors import add_tensors
+
+
+logger = logging.getLogger(__name__)
+
+
+def writes_adapters(
+    model: nn.Module, report: PruningReport, place: Path, stored: str | None, under_adapters: bool, encoding: str
+) -> bool:
+    """Whether saving `model` to `place` writes its adapters, and not the model under them; what stays behind is said.
+
+    Args:
+        stored (`str`, *optional*): where the weights under the adapters are.
+        under_adapters (`bool`): whether it was pruned while it had them, and so is nowhere without them.
+
+    Raises:
+        ValueError: nothing holds what the adapters belong to, or they are to be encoded.
+    """
+    adapters = saves_adapters(model) and not (under_adapters and stored is None)
+    if has_adapters(model) and not adapters:
+        more = "; saved once more, to another folder, it is they that are written" * saves_adapters(model)
+        logger.warning("%s gets the pruned model without its adapters, which are as they were%s.", place, more)
+    if adapters:
+        if encoding != "dense":
+            raise ValueError("An adapter has no zeros to leave out; save it without compressed=True, or merge it.")
+        check_base(model, stored, place, report, None if stored is None else find_description(stored))
+    return adapters
 
 
 def save_checkpoint(
@@ -120,6 +149,8 @@ def base_model(model: nn.Module, revision: str | None = None) -> dict[str, str |
     Args:
         revision (`str`, *optional*): the commit, where it is known; a loaded model does not keep it.
     """
+    if getattr(model, "config", None) is None:
+        raise ValueError(f"A pruner is for transformers models, and {type(model).__name__} is none: it has no config.")
     name = model.config.name_or_path or None
     if name and os.path.exists(name) and (cached := snapshot_of(name)):
         return {"name": cached[0], "revision": cached[1]}

@@ -17,6 +17,8 @@ from ..pruning.allocate import architecture_for
 from ..pruning.allocation import split_count
 from ..pruning.other_head import is_other_head, report_for
 from ..pruning.report import PruningReport
+from ..pruning.structured.described import stay_of, widths
+from ..pruning.structured.structure import Place
 from ..pruning.unstructured.floors import could_stand
 from ..pruning.zeros import MEASURED, count_zeros
 from .description import contradictions, seal_of
@@ -44,6 +46,8 @@ class Verification:
         parameters (`int`): all parameters, counted.
         zeros (`Mapping[str, int]`): zeros counted in every unit; empty where units could not be counted.
         sizes (`Mapping[str, int]`): weights counted in every unit.
+        widths (`Mapping[str, tuple[int, int]]`): structures counted in every unit that some were cut out of, and how
+            many it had; empty where none were.
     """
 
     problems: tuple[str, ...]
@@ -54,6 +58,7 @@ class Verification:
     parameters: int = 0
     zeros: Mapping[str, int] = field(default_factory=dict)
     sizes: Mapping[str, int] = field(default_factory=dict)
+    widths: Mapping[str, tuple[int, int]] = field(default_factory=dict)
 
     @property
     def holds(self) -> bool:
@@ -65,6 +70,8 @@ class Verification:
         counted = (
             f"{self.removed:,} of {self.prunable:,} prunable weights are zero ({share:.4f}), pattern {self.pattern}"
         )
+        if self.widths:
+            counted = f"{stay_of(self.widths)}; {counted}"
         lines = [f"holds: {counted}"]
         if not self.holds:
             lines = [*(f"wrong: {problem}" for problem in self.problems), f"counted: {counted}"]
@@ -75,13 +82,15 @@ class Verification:
 def verify(model: nn.Module, report: PruningReport, description: Mapping[str, Any] | None = None) -> Verification:
     """Count the zeros of `model`, block by block, and hold them against `report`.
 
+    Of a smaller model also the structures of every unit, in the widths of its matrices.
+
     Checked are: that the report agrees with itself (every unit's share is a whole number of weights, their sum is the
     sparsity asked for, as near as the pattern lets it be); that the model has the units, sizes and parameters; that
     every unit has exactly the zeros that were counted when it was pruned; and that every matrix has its share of them
     in the pattern. Of a `description`, the content of `dsa_config.json` that the report is from, also its totals and
     its checksum.
     """
-    checked = _Checked(list(_disagreements(report)), [_recipe(report)])
+    checked = _Checked(list(_disagreements(report)), _recipes(report))
     if description is not None:
         checked.problems += [problem for problem in contradictions(description) if problem not in checked.problems]
         seal = seal_of(description)
@@ -90,6 +99,8 @@ def verify(model: nn.Module, report: PruningReport, description: Mapping[str, An
         checked.unproven += [TRAINING] if "recovery" in description else []
     model, report = inner_model(model), report_for(model, report)
     pattern, parameters = _pattern(report), count_parameters(model)
+    if report.structured is not None:
+        checked.count_structures(model, widths(report.structured))
     try:
         architecture = architecture_for(model, report.config)
     # A finding, not an error: a model that cannot be pruned as described is not the one described.
@@ -128,9 +139,39 @@ def verify(model: nn.Module, report: PruningReport, description: Mapping[str, An
 class _Checked:
     problems: list[str]
     unproven: list[str]
+    widths: dict[str, tuple[int, int]] = field(default_factory=dict)
 
-    def result(self, removed: int, prunable: int, pattern: str, *counted) -> Verification:
-        return Verification(tuple(self.problems), removed, prunable, pattern, tuple(self.unproven), *counted)
+    def result(self, removed: int, prunable: int, pattern: str, parameters: int, *counted) -> Verification:
+        found = tuple(self.problems), removed, prunable, pattern, tuple(self.unproven), parameters
+        return Verification(*found, *counted, **({"widths": self.widths} if self.widths else {}))
+
+    def count_structures(self, model: nn.Module, described: Mapping[str, tuple[int, int, Place | None]]) -> None:
+        """Hold the widths of `model` against how many structures are `described` to stay of how many."""
+        for unit, (stay, were, place) in described.items():
+            try:
+                found = None if place is None else place.count(model)
+            except (AttributeError, IndexError):  # no such matrix
+                found = None
+            if found is None:
+                self.problems.append(f"{unit}: its structures cannot be counted, as the model has no such matrix")
+                continue
+            self.widths[unit] = int(found), were
+            if found != stay:
+                shown = f"{found:g}" if found == int(found) else f"no whole number ({found:.2f})"
+                self.problems.append(f"{unit} has {shown} of its {were:,} structures, described are {stay:,}")
+
+
+def _recipes(report: PruningReport) -> list[str]:
+    """What made the model, as far as weights cannot tell it."""
+    cut = report.structured
+    if cut is None:
+        return [_recipe(report)]
+    data = (cut.calibration or {}).get("source") or "none"
+    told = (
+        f"which structures went, by importance {cut.config.importance}, update {cut.config.update}, calibration data "
+        f"({data}), base model and versions: weights do not tell them"
+    )
+    return [told] if report.allocation.name == MEASURED and not report.removed else [told, _recipe(report)]
 
 
 def _recipe(report: PruningReport) -> str:

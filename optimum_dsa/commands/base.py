@@ -94,7 +94,9 @@ class LeafCommand(BaseOptimumCLICommand):
         as_json, quiet = asked.get("json", False), asked.get("quiet", False)
         try:
             if asked.get("print_config"):
-                settings = getattr(self.parser, "settings_class", lambda: None)() if self.has_settings() else None
+                given = {name for name, value in asked.items() if value is not None}
+                choose = getattr(self.parser, "settings_class", lambda given: None)
+                settings = choose(given) if self.has_settings() else None
                 say(config_text(self.parser, self.args, settings).rstrip())
                 return
             with stoppable(self.is_whole):

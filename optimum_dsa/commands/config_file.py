@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from argparse import Action, ArgumentParser, BooleanOptionalAction
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,17 +27,21 @@ def add_config_options(parser: ArgumentParser) -> None:
     )
 
 
-def take_config(parser: ArgumentParser, path: str, settings: type | None, words: Sequence[str] = ()) -> None:
+def take_config(
+    parser: ArgumentParser, path: str, choose: Callable[[Collection[str]], type | None], words: Sequence[str] = ()
+) -> None:
     """Make what a file says the defaults of a parser's options, of the required ones as well.
 
     Args:
-        settings: the class of the command's configuration, whose sections the file may have.
+        choose: the class of the command's configuration, whose sections the file may have, by the names that are
+            given: of options on the command line or in the file.
         words: of the command line: an option there wins over those of the file that exclude it.
 
     Raises:
         ValueError: the file says what is no option, or not as it may be.
     """
-    given, described = _read(Path(path), settings)
+    options = {word.split("=")[0].lstrip("-").replace("-", "_") for word in words if word.startswith("--")}
+    given, described, settings = _read(Path(path), choose, options)
     actions = {action.dest: action for action in actions_of(parser) if action.dest not in WITHOUT}
     given = {name: value for name, value in given.items() if not _is_excluded(name, given, parser, path, words)}
     for name, value in given.items():
@@ -49,7 +53,11 @@ def take_config(parser: ArgumentParser, path: str, settings: type | None, words:
 
             raise ValueError(f"{path}: {parser.prog} has no option {name!r}.{near(name.replace('-', '_'), actions)}")
         elif value is not None:
-            _make_default(action, _checked(action, value, f"{path}: {name}"))
+            checked = _checked(action, value, f"{path}: {name}")
+            # A switch may have an option that turns it on and another that turns it off.
+            for each in actions_of(parser):
+                if each.dest == action.dest:
+                    _make_default(each, checked)
     if described:
         parser.set_defaults(described_config=True)
 
@@ -69,16 +77,31 @@ def _dashed(action: Action) -> str:
     return action.dest.replace("_", "-")
 
 
-def _read(path: Path, settings: type | None) -> tuple[dict[str, Any], bool]:
-    """What a file says by the options' names, and whether it is that of a pruned model or a saved configuration."""
+def _read(
+    path: Path, choose: Callable[[Collection[str]], type | None], options: Collection[str]
+) -> tuple[dict[str, Any], bool, type | None]:
+    """What a file says by the options' names, whether it is that of a pruned model or a saved configuration, and
+    the class of the configuration that it is of.
+    """
     from ..common.settings import flattened
     from ..common.settings_file import read_settings
+    from ..pruning.zeros import MEASURED  # the name of an allocation that nobody asked for
 
     if path.is_dir():
         path = path / "dsa_config.json"
     given = read_settings(path)
     described = isinstance(given.get("config"), Mapping)
-    if described and hasattr(settings, "from_pretrained"):
+    cut = given.get("structured") if described else None
+    alone = isinstance(cut, Mapping) and (given.get("allocation") or {}).get("name") == MEASURED
+    names = {"structures"} if alone else () if described else given
+    settings, otherwise = choose({*options, *names}), choose(())
+    if described and settings is not otherwise:
+        if not isinstance(cut, Mapping) or not isinstance(cut.get("config"), Mapping):
+            raise ValueError(f"{path} is that of a model out of which no structures were cut.")
+        given = settings.from_dict(dict(cut["config"])).to_dict()
+    elif described and hasattr(settings, "from_pretrained"):
+        if alone:
+            raise ValueError(f"{path} is that of a model whose structures were cut, and says nothing of weights.")
         given = settings.from_pretrained(path).to_dict()
     elif described:
         trained = given.get("recovery")
@@ -88,10 +111,11 @@ def _read(path: Path, settings: type | None) -> tuple[dict[str, Any], bool]:
     elif settings is not None and path.suffix.lower() == ".json":
         given.pop("format_version", None)  # of a configuration in its first form
     if settings is None:
-        return given, described
+        return given, described, settings
     # a section may be an object, or be given by what it is short for
     objects = {name: value for name, value in given.items() if isinstance(value, Mapping)}
-    return {name: given[name] for name in given if name not in objects} | flattened(settings, objects), described
+    flat = {name: given[name] for name in given if name not in objects} | flattened(settings, objects)
+    return flat, described, settings
 
 
 def _say_left_out(parser: ArgumentParser, name: str, value: Any, settings: type) -> None:
@@ -115,7 +139,8 @@ def _checked(action: Action, value: Any, what: str) -> Any:
         return value
     if action.nargs in ("+", "*") or hasattr(action, "replaces"):
         values = value if isinstance(value, list) else [value]
-        return [_one(action, part, what) for part in values]
+        found = [_one(action, part, what) for part in values]
+        return [name for one in found for name in one.split(",")] if hasattr(action, "splits") else found
     # an allocation may stand in a file as an object
     return value if isinstance(value, Mapping) and action.dest == "allocation" else _one(action, value, what)
 
@@ -164,7 +189,8 @@ def config_text(parser: ArgumentParser, args: Any, settings: type | None) -> str
     values["dataset"] = values.get("dataset") or (None if default is None else [default])
     if settings is not None:
         values |= _whole_settings(settings, asked_settings(args, settings), args)
-    has = {action.dest for action in actions_of(parser)} - {*WITHOUT}
+    others = parser.foreign(settings) if hasattr(parser, "foreign") and settings is not None else ()
+    has = {action.dest for action in actions_of(parser)} - {*WITHOUT, *others}
     shown = {name: _plain(value) for name, value in values.items() if name in has}
     return f"# {parser.prog} --config FILE\n" + settings_text(shown)
 

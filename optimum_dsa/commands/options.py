@@ -8,7 +8,7 @@ import re
 import sys
 import textwrap
 from argparse import SUPPRESS, Action, ArgumentParser, BooleanOptionalAction
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import MISSING, Field, fields
 from shlex import quote
 from typing import Any, Protocol
@@ -34,17 +34,18 @@ TYPES = {"int": int, "float": float}
 class CommandParser(ArgumentParser):
     """A parser of which a part is filled in when it is first used: reading a configuration's fields imports torch."""
 
-    _later: Callable[[], None] | None = None
+    _later: tuple[Callable[[], None], ...] = ()
     configs: tuple[type, ...] = ()  # the configurations that its options are made from
+    alternatives: Mapping[str, type] = {}  # those that are meant where an option of theirs is given -> by that option
 
     def later(self, fill: Callable[[], None]) -> None:
         """Have `fill` called before anything is parsed or help is shown."""
-        self._later = fill
+        self._later = (*self._later, fill)
 
     def complete(self) -> CommandParser:
         """The parser with all its options."""
-        fill, self._later = self._later, None
-        if fill is not None:
+        fills, self._later = self._later, ()
+        for fill in fills:
             fill()
         return self
 
@@ -63,16 +64,24 @@ class CommandParser(ArgumentParser):
         found, _ = look.parse_known_args(args)
         try:
             if found.config is not None:
-                take_config(self, found.config, self.settings_class(), args)
+                take_config(self, found.config, self.settings_class, args)
         except (ValueError, OSError, UnknownNameError) as error:
             self.exit(2, f"{self.prog}: error: {one_line(' '.join(str(error).split()))}\n")
         if found.print_config:
             without_required(self)
 
-    def settings_class(self) -> type | None:
-        """The class of the command's configuration."""
+    def settings_class(self, given: Collection[str] = ()) -> type | None:
+        """The class of the command's configuration; of several the one that an option that is `given` belongs to."""
         configs = self.complete().configs
-        return configs[-1] if configs else None
+        chosen = next((config for key, config in self.alternatives.items() if key in given), None)
+        return chosen or (configs[-1] if configs else None)
+
+    def foreign(self, config: type | None) -> set[str]:
+        """The settings of the command's other configurations that `config` does not have."""
+        from ..common.settings import options_of
+
+        others = {name for other in (*self.configs, *self.alternatives.values()) for name in options_of(other)}
+        return others - (options_of(config).keys() if config else set())
 
     def format_help(self) -> str:
         self.complete()
@@ -117,12 +126,59 @@ def add_settings(
     parser.later(fill) if isinstance(parser, CommandParser) else fill()
 
 
+def add_alternative(parser: ArgumentParser, key: str, config: str, rest: Group) -> None:
+    """Add the options of another configuration, meant where its setting `key` is given; settings of both share one.
+
+    To be called after [`add_settings`].
+
+    Args:
+        config: module and name of the class.
+        rest: the group of the settings that are its alone.
+    """
+
+    def fill() -> None:
+        from ..common.settings import flag_of, options_of
+
+        cls = _class(config)
+        if isinstance(parser, CommandParser):
+            parser.alternatives = {**parser.alternatives, key: cls}
+        texts, actions = _texts(cls), {action.dest: action for action in actions_of(parser)}
+        for name, field in options_of(cls).items():
+            if name not in actions:
+                _add(rest, name, field, texts.get(name, ""))
+                continue
+            text = f"{texts.get(name, '')}".replace("%", "%%")
+            if text not in (actions[name].help or ""):
+                actions[name].help = f"{actions[name].help}. With {flag_of(key)}: {text}"
+            if isinstance(field.default, bool) and field.default and actions[name].const is True:
+                # What is off for the one is on for the other.
+                rest.add_argument(flag_of(name, off=True), dest=name, action="store_false", default=None, help=text)
+
+    parser.later(fill) if isinstance(parser, CommandParser) else fill()
+
+
+class Names(Action):
+    """An option that takes names, with spaces or commas between them."""
+
+    splits = True
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        setattr(namespace, self.dest, names_in(values))
+
+
+def names_in(values: Iterable[str]) -> list[str]:
+    """The names in texts of which each may hold several, with commas between them."""
+    return [name.strip() for value in values for name in value.split(",") if name.strip()]
+
+
 def _with_names(text: str) -> str:
     """A description with the rows of the tables in the place of their names in braces."""
     if "{methods}" not in text:
         return text
     from ..pruning.allocation import ALLOCATIONS
     from ..pruning.presets import QUALITIES
+    from ..pruning.structured.importance import IMPORTANCES
+    from ..pruning.structured.structure import KINDS
     from ..pruning.unstructured.methods import METHODS
     from ..pruning.unstructured.permutations import PERMUTATIONS
     from ..pruning.unstructured.updates import UPDATES
@@ -135,6 +191,10 @@ def _with_names(text: str) -> str:
     indent = " " * 14
     allocations = textwrap.fill(", ".join(ALLOCATIONS) + ";", 100, initial_indent=indent, subsequent_indent=indent)
     listed = {"methods": "\n".join(indent + line for line in methods), "allocations": allocations}
+    listed["structures"] = "\n".join(f"{indent}{name:<14} {what}" for name, what in KINDS.items())
+    listed["importances"] = textwrap.fill(
+        ", ".join(IMPORTANCES), 100, initial_indent=indent, subsequent_indent=indent
+    ).strip()
     listed["qualities"] = "\n".join(indent + line for line in qualities)
     return text.format(**listed, permutations=", ".join(PERMUTATIONS), updates=", ".join(UPDATES))
 
@@ -250,7 +310,7 @@ def _add(group: Group, name: str, field: Field, text: str) -> None:
     elif rule.kind == "bool":
         options["action"] = "store_true"
     elif rule.kind == "tuple[str, ...]":
-        options |= {"nargs": "+", "metavar": "NAME"}
+        options |= {"nargs": "+", "metavar": "NAME", "action": Names}
     else:
         options |= {"type": TYPES.get(rule.kind, str), "choices": None}
     group.add_argument(*flags, **options)

@@ -15,7 +15,7 @@ from .base import (
     loading_options,
     say,
 )
-from .options import add_settings, asked_settings, evaluate_options
+from .options import add_alternative, add_settings, as_given, asked_settings, evaluate_options
 
 
 logger = logging.getLogger(__name__)
@@ -24,10 +24,11 @@ CALIBRATION = ("data", "batch_size", "sequential")  # settings and sections of t
 
 
 class PruneCommand(LeafCommand):
-    """A model in, an ordinary checkpoint with zeros out."""
+    """A model in, an ordinary checkpoint with zeros out, or a smaller one."""
 
     DESCRIPTION = """\
-Prune a transformers model to an exact budget, in one shot, and save it as an ordinary checkpoint.
+Prune a transformers model to an exact budget, in one shot, and save it as an ordinary checkpoint: weights become zero,
+or with --structures whole structures are cut out, and the model that is left is smaller, and faster everywhere.
 
 quality     how good it is to be, in one word; it chooses the method, and fills in what is not said
 {qualities}
@@ -41,6 +42,12 @@ allocation  how much to remove from each block (default: dsa)
 pattern     row, matrix, group:128, 2:4 (any N:M), mixed:8 (N:8, N from the allocation)
 permute     with N:M, in which order channels are put first: {permutations}
 update      what becomes of the weights that stay: {updates}
+
+structures  instead of weights, what may be cut out; the least important go
+{structures}
+importance  of a structure: {importances}
+update      what makes up for them: none, bias, refit (default)
+Both compose: cut structures first, and prune the weights of what is left then.
 """
     EXAMPLES = """\
   optimum-cli dsa prune Qwen/Qwen3-0.6B -o out --sparsity 0.6 --quality good
@@ -48,6 +55,8 @@ update      what becomes of the weights that stay: {updates}
   optimum-cli dsa prune ./model -o out -s 0.5 --pattern 2:4 --allocation uniform
   optimum-cli dsa prune ./model -o out -s 0.5 --method magnitude --allocation uniform --device-map disk
   optimum-cli dsa prune Qwen/Qwen3-0.6B -o out --sparsity 0.6 --resume
+  optimum-cli dsa prune Qwen/Qwen3-0.6B -o smaller -s 0.2 --structures ffn,kv_group
+  optimum-cli dsa prune smaller -o smaller-sparse -s 0.5
 """
 
     @staticmethod
@@ -61,6 +70,8 @@ update      what becomes of the weights that stay: {updates}
         add_quality_option(what)
         data = add_calibration_options(parser)
         add_settings(parser, [(data, CALIBRATION)], "pruning.configuration.DSAConfig", what)
+        cut = parser.add_argument_group("structures instead of weights (--structures)")
+        add_alternative(parser, "structures", "pruning.structured.configuration.DSAStructuredConfig", cut)
         run = parser.add_argument_group("stopping and going on")
         place = run.add_mutually_exclusive_group()
         place.add_argument(
@@ -101,10 +112,12 @@ update      what becomes of the weights that stay: {updates}
         from ..model.adapters import has_adapters
         from ..model.parameters import weight_bytes
         from ..pruner import DSAPruner
-        from ..pruning.configuration import AUTO
         from ..pruning.finished import check_folder
+        from ..pruning.structured.described import structured_to
 
-        config = asked_config(self.args)
+        config = asked_structures(self.args, self.parser)
+        cuts = config is not None
+        config = config if cuts else asked_config(self.args)
         options, loading = {}, loading_options(self.args)  # wrong ones end it here, before any work
         config.reconstruct.check_place(self.args.device_map == "disk")
         if self.args.max_shard_size is not None:
@@ -117,15 +130,16 @@ update      what becomes of the weights that stay: {updates}
             )
         if self.args.no_checkpoints and self.args.resume:
             raise ValueError("--resume goes on from checkpoints, and --no-checkpoints keeps none; leave one out.")
-        if config.resolved.reads | config.resolved.allocation_reads or config.allocation == AUTO:
+        if cuts or _reads_text(config):
             check_texts(self.args, config.data)
         check_weights(self.args, loading)
         with OutputFolder(self.args.output, resume=self.args.resume) as output:
             self.place = output
-            if not self.args.no_checkpoints:
+            if not (cuts or self.args.no_checkpoints):
                 self._checkpoints = Path(self.args.checkpoints or output.scratch("blocks"))
                 check_folder(self._checkpoints, self.args.resume)
-            self._say_plan(config, loading)
+            if not cuts:
+                self._say_plan(config, loading)
             pruner = DSAPruner.from_pretrained(self.args.model, **loading)
             if has_adapters(pruner.model):
                 raise ValueError(
@@ -133,12 +147,20 @@ update      what becomes of the weights that stay: {updates}
                     "(model.merge_and_unload()), or prune the model under it."
                 )
             self._check_room(output, weight_bytes(pruner.model))
-            report = pruner.prune(asked_source(self.args), config, self._checkpoints, self.args.resume)
+            kept = self.args.checkpoints if cuts else self._checkpoints
+            report = pruner.prune(asked_source(self.args), config, kept, self.args.resume)
             say(str(report))
             pruner.save_pretrained(output, self.args.compressed, **options)
         options = evaluate_options(self.args, self.parser)
-        print(f"saved to {self.args.output}; next: optimum-cli dsa evaluate {quote(self.args.output)}{options}")
-        return {"output": self.args.output, **report.to_dict(), **base_files_in(self.args.output)}
+        line = f"saved to {self.args.output}; next: optimum-cli dsa evaluate {quote(self.args.output)}{options}"
+        print(line if not cuts else f"{line}, or optimum-cli dsa bench {self._beside(quote)}")
+        facts = structured_to(report) if cuts else report.to_dict()
+        return {"output": self.args.output, **facts, **base_files_in(self.args.output)}
+
+    def _beside(self, quote) -> str:
+        """The arguments of `bench` for what was written, beside what it was made of."""
+        own = as_given(self.args, self.parser, ("device", "trust_remote_code"))
+        return f"{quote(self.args.output)} --against {quote(self.args.model)}{own}"
 
     def _say_plan(self, config, loading: dict) -> None:
         """What was chosen, and what it will need: arithmetic on the model's configuration, before it is loaded."""
@@ -169,6 +191,12 @@ update      what becomes of the weights that stay: {updates}
                 self.args.output,
             )
             self._checkpoints = None
+
+
+def _reads_text(config) -> bool:
+    from ..pruning.configuration import AUTO
+
+    return bool(config.resolved.reads | config.resolved.allocation_reads) or config.allocation == AUTO
 
 
 def _within(folder: str, output: str) -> bool:
@@ -205,3 +233,34 @@ def asked_config(args, **given):
     if "sparsity" not in given | asked:
         raise ValueError("say how much to remove, for example --sparsity 0.6")
     return DSAConfig.from_dict(nested(DSAConfig, given | asked))
+
+
+def asked_structures(args, parser):
+    """The `DSAStructuredConfig` that the options ask for; `None` where they ask for pruned weights.
+
+    Raises:
+        ValueError: options of both are given, or what cannot be saved or is none of this.
+    """
+    from ..checkpoint.smaller import check_resumable
+    from ..common.settings import flag_of, nested
+    from ..pruning.structured.configuration import DSAStructuredConfig
+
+    foreign = parser.foreign(parser.settings_class(() if args.structures is None else ("structures",)))
+    others = [name for name in sorted(foreign) if getattr(args, name, None) is not None]
+    if args.structures is None:
+        if others:
+            raise ValueError(f"{flag_of(others[0])} is for --structures, which was not given; leave it out.")
+        return None
+    others += [name for name in ("quality", "compressed") if getattr(args, name)]
+    if others:
+        raise ValueError(
+            f"{flag_of(others[0])} is of pruned weights, and --structures cuts structures out; leave out one of both."
+        )
+    asked = asked_settings(args, DSAStructuredConfig)
+    if "sparsity" not in asked:
+        raise ValueError("say how much to cut out, for example --sparsity 0.2")
+    if args.device_map == "disk":
+        raise ValueError("--structures cuts a model in memory, and --device-map disk has it elsewhere; leave it out.")
+    config = DSAStructuredConfig.from_dict(nested(DSAStructuredConfig, asked))
+    check_resumable(config, args.checkpoints, args.resume)
+    return config

@@ -119,8 +119,11 @@ mode    what the adapters add to a weight W, with small factors A and B
             say(str(result))
             pruner.save_pretrained(place)
         as_before = "" if config.sparsity is not None else " as before"
+        kept = f"sparsity {pruner.report.sparsity:.4f}{as_before}"
+        if pruner.report.structured is not None and not pruner.report.removed:
+            kept = f"{pruner.report.parameters:,} parameters as before"
         print(
-            f"saved to {args.output}, sparsity {pruner.report.sparsity:.4f}{as_before}; "
+            f"saved to {args.output}, {kept}; "
             f"next: optimum-cli dsa evaluate {quote(args.output)}{evaluate_options(args, self.parser)}"
         )
         return {

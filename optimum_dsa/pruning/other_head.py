@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 from torch import nn
 
@@ -12,6 +13,10 @@ from ..model.architecture import GRANULARITIES, Architecture, is_named
 from .allocation import Allocation
 from .allocation.layout import place
 from .report import PruningReport
+
+
+if TYPE_CHECKING:
+    from .structured.prune import StructuredReport
 
 
 def is_other_head(model: nn.Module, architectures: Iterable[str] | None = None) -> bool:
@@ -70,7 +75,16 @@ def report_for(model: nn.Module, report: PruningReport) -> PruningReport:
         unseen=tuple(map(renamed, report.unseen)),
         zeros_before=own(report.zeros_before),
         dense_sizes={name: size for name, size in own(report.dense_sizes).items() if name in dense},
+        structured=_renamed_structures(report, renamed),
     )
+
+
+def _renamed_structures(report: PruningReport, name: Callable[[str], str]) -> StructuredReport | None:
+    if report.structured is None:
+        return None
+    from .structured.described import renamed  # which prunes with steps that are reported under names of here
+
+    return renamed(report.structured, name)
 
 
 def allocation_for(architecture: Architecture, given: Allocation) -> Allocation:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..common.columns import columns
 from ..common.escaping import one_line
@@ -14,6 +14,10 @@ from .allocation import Allocation
 from .comparison import compared_lines
 from .configuration import DSAConfig
 from .training import Reconstruction, told
+
+
+if TYPE_CHECKING:
+    from .structured.prune import StructuredReport
 
 
 @dataclass(frozen=True)
@@ -42,6 +46,7 @@ class PruningReport:
         dense_sizes (`Mapping[str, int]`): how many weights each matrix of `dense` has.
         trained_before (`tuple[Mapping[str, Any], ...]`): what trained the model before this prune, first to last, as
             far as it is known.
+        structured (`StructuredReport`, *optional*): what was cut out of the model, before weights were pruned.
     """
 
     config: DSAConfig
@@ -62,6 +67,7 @@ class PruningReport:
     zeros_before: Mapping[str, int] = field(default_factory=dict)
     dense_sizes: Mapping[str, int] = field(default_factory=dict)
     trained_before: tuple[Mapping[str, Any], ...] = ()
+    structured: StructuredReport | None = None
 
     @property
     def removed(self) -> int:
@@ -95,6 +101,10 @@ class PruningReport:
             "reconstruction": {block: asdict(found) for block, found in self.reconstruction.items()},
             "seconds": round(self.seconds, 3),
         }
+        if self.structured is not None:
+            from .structured.described import structured_to  # which prunes with steps that are reported here
+
+            data["structured"] = structured_to(self.structured)
         more = {
             "compared": dict(self.compared),
             "compared_on": dict(self.compared_on),
@@ -108,6 +118,11 @@ class PruningReport:
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> PruningReport:
         """The report in `to_dict`'s form, such as the content of `dsa_config.json`."""
+        structured = data.get("structured")
+        if structured is not None:
+            from .structured.described import structured_from
+
+            structured = structured_from(structured)
         return cls(
             config=DSAConfig.from_dict(data["config"]),
             allocation=Allocation.from_dict(data["allocation"]),
@@ -128,12 +143,15 @@ class PruningReport:
             zeros_before=dict(data.get("zeros_before") or {}),
             dense_sizes=dict(data.get("dense_sizes") or {}),
             trained_before=tuple(data.get("trained_before") or ()),
+            structured=structured,
         )
 
     @property
     def notes(self) -> list[str]:
         """What there is to say beside the table, a line each."""
         notes = []
+        if self.structured is not None:
+            notes.append(f"structures were cut out before: {self.structured}")
         if "bos" in (self.calibration or {}):
             notes.append(f"calibrated on sequences {'that start with' if self.calibration['bos'] else 'without'} BOS")
         if self.chosen_by:

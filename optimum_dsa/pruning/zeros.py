@@ -13,7 +13,7 @@ from ..model.architecture import GRANULARITIES, Architecture, Weight, find_archi
 from ..model.parameters import count_parameters
 from ..model.walk import walk_blocks
 from .allocation import Allocation
-from .configuration import CONFIG_NAME
+from .configuration import CONFIG_NAME, DSAConfig
 from .other_head import report_for
 from .report import PruningReport
 
@@ -50,6 +50,17 @@ def count_zeros(
 def measured_allocation(model: nn.Module, architecture: Architecture, granularity: str = "block") -> Allocation:
     """The share of zeros in every unit, under plain names."""
     return _shares(count_zeros(model, architecture), architecture, granularity)
+
+
+def found_report(model: nn.Module) -> PruningReport:
+    """The zeros of a model of which nothing says how they came about, or that has none; under plain names."""
+    inner = inner_model(model)
+    architecture = find_architecture(inner, skip_unprunable=True)
+    allocation = measured_allocation(inner, architecture)
+    # A config takes no sparsity of 1, which a model of nothing but zeros has.
+    config = DSAConfig(min(allocation.overall, 0.9999), "magnitude", allocation, max_sparsity=1.0)
+    left = {"dense": architecture.dense, "dense_sizes": architecture.dense_sizes}
+    return PruningReport(config, allocation, allocation.sparsity, count_parameters(inner), **left)
 
 
 def counted(report: PruningReport, model: nn.Module) -> PruningReport:

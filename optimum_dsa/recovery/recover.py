@@ -53,7 +53,7 @@ def recover(
         resume (`bool`, defaults to `False`): go on from the last of them.
 
     Raises:
-        ValueError: nothing was removed from the model, or it cannot be trained as asked.
+        ValueError: no weights and no structures went from the model, or it cannot be trained as asked.
         DivergedError: the loss or a weight is no number any more. With adapters the model is as it was before; with
             `method="full"` it has to be loaded again.
     """
@@ -121,7 +121,7 @@ def check_trainable(offloaded: bool) -> None:
 def _check(
     model: nn.Module, config: RecoveryConfig, report: PruningReport, teacher: Any, checkpoints: Any, resume: bool
 ) -> None:
-    if is_dense(report):
+    if is_dense(report) and report.structured is None:
         raise ValueError(
             f"{type(model).__name__} was not pruned: no dsa_config.json says so, and {report.sparsity:.2%} of its "
             "prunable weights are zero. Prune it first, or train it under a budget with method='elsa'; a dense "

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import singledispatch
+from importlib.util import find_spec
 from typing import Any
 
 from torch import nn
@@ -14,10 +15,13 @@ from ..pruning.allocation import ALLOCATIONS
 from ..pruning.calibration import Calibration
 from ..pruning.configuration import AUTO, DSAConfig
 from ..pruning.structured.configuration import DSAStructuredConfig
+from ..pruning.structured.trial import check_tried
+from ..pruning.structured.widths.shares import SHARES
 from .problem import STRATEGIES
 from .realise import Realisation, check_searchable, realise, suited
 from .realise.structures import StructureWidths
 from .resolver import Resolver
+from .result import Finalist, rank_correlation
 from .structures import StructureResolver
 
 
@@ -36,6 +40,7 @@ def _(config: DSAConfig, model: nn.Module | None = None) -> None:
 
 @check_search.register
 def _(config: DSAStructuredConfig, model: nn.Module | None = None) -> None:
+    check_tried(config, "A search")
     if config.layout == "uniform":
         raise ValueError(
             "A search gives blocks widths of their own, and layout='uniform' has one for all; use layout='per_layer'."
@@ -97,8 +102,34 @@ def _(
     return realised, Resolver(model, realised, calibration, config, named, standing)
 
 
-def names_for(strategy: str, named: Sequence[str] | None) -> tuple[str, ...]:
-    """Rows of `ALLOCATIONS` that a strategy tries besides uniform, which is always tried, and counted once."""
-    if named is None:
-        named = ALLOCATIONS if STRATEGIES.fact(strategy, "named", True) else ()
-    return tuple(name for name in named if name != "uniform")
+@singledispatch
+def names_for(config: Any, strategy: str, named: Sequence[str] | None) -> tuple[str, ...]:
+    """Allocations that a strategy tries by name besides uniform, which is always tried, and counted once.
+
+    Of structures those of their own as well, but for one that needs what is not installed.
+    """
+    known = dict.fromkeys([*SHARES, *ALLOCATIONS])
+    if find_spec("scipy") is None:
+        known.pop("milp")
+    return _named(strategy, known if named is None else named)
+
+
+@names_for.register
+def _(config: DSAConfig, strategy: str, named: Sequence[str] | None) -> tuple[str, ...]:
+    return _named(strategy, ALLOCATIONS if named is None else named)
+
+
+def _named(strategy: str, named: Iterable[str]) -> tuple[str, ...]:
+    tries = STRATEGIES.fact(strategy, "named", True)
+    return tuple(name for name in named if name != "uniform") if tries else ()
+
+
+def remarks(resolver: Resolver | StructureResolver, table: Sequence[Finalist]) -> list[str]:
+    """What is to be said of the finalists: how well error curves, where they were read, tell their losses."""
+    predicted = (
+        [resolver.predicted(row.allocation) for row in table] if isinstance(resolver, StructureResolver) else []
+    )
+    if len(predicted) < 3 or None in predicted:
+        return []
+    found = rank_correlation(predicted, [row.loss for row in table])
+    return [f"rank correlation of error curves with the prune: {found:.2f} (Spearman), over {len(table)} finalists"]

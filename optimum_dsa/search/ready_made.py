@@ -39,6 +39,10 @@ class Settled:
     compared: Mapping[str, float]
     compared_on: Mapping[str, int]
 
+    def facts(self) -> dict[str, Mapping]:
+        """Fields of a [`PruningReport`]."""
+        return {"compared": self.compared, "compared_on": self.compared_on}
+
 
 def settle(model: nn.Module, source: Any, config: DSAConfig, tokenizer: Any = None) -> Settled:
     """The best of all rows of `ALLOCATIONS` for `config`, each pruned with and judged on windows of its own.

@@ -25,7 +25,7 @@ from .conductor import Conductor, TrialLogger
 from .evaluator import Evaluator
 from .finals import FinalRound, rank
 from .objective import Objective
-from .prepared import check_search, names_for, prepared, realisation_of, without_allocation
+from .prepared import check_search, names_for, prepared, realisation_of, remarks, without_allocation
 from .problem import Budget, Problem, parse_budget
 from .realise import REALISATIONS
 from .resolver import Resolver
@@ -91,7 +91,7 @@ def search(
     levels = {"offsets": offsets} if offsets and kind == "database" else {}
     REALISATIONS[kind]
     settings = _settings(strategy, budget, finalists, config, calibration, validation, kind)
-    named = names_for(strategy, named)
+    named = names_for(config, strategy, named)
     with ExitStack() as stack:
         output = None
         if folder is not None and process_state().is_main_process:
@@ -108,7 +108,8 @@ def search(
         conductor = Conductor(evaluator, trace, budget, list(replayed), reports)
         ranking = conductor.conduct(run(problem), problem.until)
         table = rank(conductor.serve, problem, ranking, final)
-        result = SearchResult(config, table, trace, budget, tuple(problem.notes), _baselines(resolver))
+        notes = (*problem.notes, *remarks(resolver, table))
+        result = SearchResult(config, table, trace, budget, notes, _baselines(resolver))
         if output is not None:
             result.save(output, pictures)
         return result

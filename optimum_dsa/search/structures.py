@@ -59,6 +59,12 @@ class StructureResolver:
         numbers = dict.fromkeys(self.dense.units, 0) | self.realised.numbers(whole)
         return allocation_of(self.dense.units, numbers, name)
 
+    def predicted(self, allocation: Allocation) -> float | None:
+        """What is lost by the units' error curves together; `None` where nobody has asked for these."""
+        if "curves" not in self.dense.known:
+            return None
+        return sum(float(self.dense.curves[unit][number]) for unit, number in allocation.counts().items())
+
     def _removed(self, counts: tuple[int, ...]) -> tuple[int, ...]:
         if not any(counts):
             return counts  # the dense model, from which scores are taken first

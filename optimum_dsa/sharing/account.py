@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 from ..common.settings import flattened, sections_of
 from ..pruning.configuration import DSAConfig
+from ..pruning.structured.configuration import DSAStructuredConfig
 from ..pruning.unstructured.updates import UPDATES
 from ..recovery.configuration import OF_ADAPTERS, OF_ZEROS, RecoveryConfig
 from ..recovery.recoveries import RECOVERIES
 from .outcome import Outcome
-from .tables import Table, percent
+from .tables import Table, percent, width_table
 
 
 NAMED = 4  # matrices of a row that are named, where more stayed dense for one reason
@@ -26,13 +28,33 @@ def account(outcome: Outcome) -> list[str]:
     if not outcome.achieved:
         return []
     before = outcome.report.trained_before if outcome.report else ()
-    told = [*map(_trained_before, before), *_pruned(outcome), *map(_trained, outcome.trainings)]
-    trained = (
-        before or outcome.trainings or outcome.is_found or outcome.report is None or outcome.report.reconstruction
-    )
-    if not trained:
+    cuts = (*outcome.structured.get("earlier", ()), outcome.structured) if outcome.structured else ()
+    told = [
+        *map(_cut, cuts),
+        *map(_trained_before, before),
+        *(() if outcome.is_only_cut else _pruned(outcome)),
+        *map(_trained, outcome.trainings),
+    ]
+    found = outcome.is_found and not outcome.is_only_cut
+    trained = before or outcome.trainings or found or outcome.report is None or outcome.report.reconstruction
+    if not trained and not any(one["reconstruction"] for one in cuts):
         told.append("It was not trained.")
     return told
+
+
+def _cut(cut: Mapping[str, Any]) -> str:
+    """A sentence of what was cut out at one time, and what made up for it."""
+    config, removed, parameters = cut["config"], cut["removed"], cut["parameters"]
+    made_up = {
+        "refit": "what read them was fitted anew, by least squares on the calibration text",
+        "bias": "the mean of what they gave was added to biases",
+        "none": "the weights that stay were left as they were",
+    }
+    trained = ", and blocks were trained towards the output of the dense one" if cut["reconstruction"] else ""
+    return (
+        f"{removed:,} of {parameters:,} parameters were cut out, the least important by {config['importance']} first; "
+        f"{made_up.get(config.get('update', 'refit'), '')}{trained}."
+    )
 
 
 def _pruned(outcome: Outcome) -> Iterator[str]:
@@ -52,7 +74,7 @@ def _pruned(outcome: Outcome) -> Iterator[str]:
         any(found.steps for found in report.reconstruction.values())
         or any(training.get("schedule") for training in outcome.trainings)
     ):
-        whose = "as they were" if report.trained_before else "as the base model has them"
+        whose = "as they were" if report.trained_before or report.structured else "as the base model has them"
         yield f"Pruning chose what goes and left the weights that stay {whose}.{moved}"
     elif moved:
         yield moved.strip()
@@ -82,13 +104,18 @@ def _trained_before(training: Mapping[str, Any]) -> str:
 
 def notes(outcome: Outcome) -> list[str]:
     """What pruning noted beside the shares of each block: damping, order of channels, losses of training, ..."""
-    return outcome.report.notes if outcome.report and outcome.achieved else []
+    if not outcome.report or not outcome.achieved:
+        return []
+    return replace(outcome.report, structured=None).notes  # which the account tells
 
 
 def details(outcome: Outcome) -> list[tuple[str, str, Table]]:
     """Heading, caption and table of what is long, and only of what there is something to say of."""
     found = []
-    if trained := outcome.facts.get("reconstruction"):
+    if outcome.structured:
+        caption = "Structures that stay in every block, of those that the dense model has."
+        found.append(("Widths", caption, width_table(outcome)))
+    if trained := outcome.facts.get("reconstruction") or outcome.structured.get("reconstruction"):
         rows = [
             [
                 block,
@@ -124,7 +151,12 @@ def details(outcome: Outcome) -> list[tuple[str, str, Table]]:
 
 
 def settings(outcome: Outcome) -> dict[str, Any]:
-    """Every setting that had a say, those of sections by their own names; what the method has where none was given."""
+    """Every setting that had a say, those of sections by their own names; what the method has where none was given.
+
+    Of a model out of which structures were cut and nothing else, those of the cut.
+    """
+    if outcome.is_only_cut:
+        return cut_settings(outcome)
     if outcome.is_found:
         return {}
     found = flattened(DSAConfig, outcome.config)
@@ -135,6 +167,13 @@ def settings(outcome: Outcome) -> dict[str, Any]:
         found |= {"metric": recipe.metric, "update": recipe.update, "pattern": recipe.pattern}
     idle = {part for name, parts in IDLE.items() if not found.get(name) for part in parts}
     idle |= set() if outcome.facts.get("calibration") else set(sections_of(DSAConfig)["data"])
+    return {name: value for name, value in found.items() if name not in idle and value not in (None, "", [])}
+
+
+def cut_settings(outcome: Outcome) -> dict[str, Any]:
+    """Every setting of the last cut that had a say, those of sections by their own names; empty where none was."""
+    found = flattened(DSAStructuredConfig, (outcome.structured.get("config") or {}))
+    idle = IDLE["reconstruct"] if not found.get("reconstruct") else ()
     return {name: value for name, value in found.items() if name not in idle and value not in (None, "", [])}
 
 

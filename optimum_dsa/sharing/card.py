@@ -19,11 +19,13 @@ from ..evaluation.comparison import main_metric
 from ..evaluation.measurement import Measurement, with_error
 from ..pruning.allocation import Allocation
 from ..pruning.configuration import DSAConfig
-from .account import account, details, notes, settings, training_settings
+from ..pruning.structured.described import parameters_before, stay_of
+from .account import account, cut_settings, details, notes, settings, training_settings
 from .outcome import Outcome
 from .provenance import (
     calibration_source,
     command,
+    commands,
     dataset_id,
     is_repository,
     last_part,
@@ -81,17 +83,7 @@ def model_card(
     shown = replace(
         outcome, name=name, evaluations=_portable(outcome.evaluations, name), parent=_portable(outcome.parent)
     )
-    data = ModelCardData(
-        model_name=name,
-        library_name="peft" if adapter_base else "transformers",
-        pipeline_tag=used.task,
-        base_model=adapter_base or base_id,
-        base_model_relation="adapter" if adapter_base else _relation(outcome) if base_id else None,
-        tags=["optimum-dsa", "pruned", "sparse", *_tags(outcome)],
-        datasets=[found] if (found := dataset_id(calibration_source(facts))) else None,
-        eval_results=_eval_results(shown.evaluations) or None,
-        **_plain_metadata(base or {}),
-    )
+    data = _metadata(shown, facts, name, used.task, base or {}, adapter_base)
     base_name = (facts.get("base_model") or {}).get("name")
     made = _made(outcome, facts, base_name)
     made = f"{made} --trust-remote-code" if made and used.trusted else made
@@ -105,6 +97,8 @@ def model_card(
         base_link=f"[{inline_markdown(base_id)}](https://huggingface.co/{base_id})" if base_id else None,
         base_name=code_span(base_name) if base_name else None,
         counted=_counted(outcome),
+        cut=_cut(outcome),
+        only_cut=outcome.is_only_cut,
         uncounted=inline_markdown(uncounted),
         found=outcome.is_found,
         method=outcome.config["method"],
@@ -117,7 +111,7 @@ def model_card(
         results=_results(shown),
         account=prose_markdown(" ".join(account(told))),
         training=_training(outcome),
-        limits=" ".join(filter(None, [limits(outcome), inline_markdown(of_the_base(outcome, shared=True))])),
+        limits=_limits(outcome),
         command=made and code_block(made, "bash"),
         note=_note(facts, made, revision),
         notes=[prose_markdown(note) for note in notes(told)],
@@ -131,9 +125,58 @@ def model_card(
     )
 
 
+def _metadata(
+    shown: Outcome,
+    facts: Mapping[str, Any],
+    name: str,
+    task: str | None,
+    base: Mapping[str, Any],
+    adapter_base: str | None,
+) -> ModelCardData:
+    """What the Hub reads of a card."""
+    base_id, _ = base_repository(facts)
+    kinds = ["structured"] * bool(shown.structured) + ["sparse"] * (not shown.is_only_cut)
+    return ModelCardData(
+        model_name=name,
+        library_name="peft" if adapter_base else "transformers",
+        pipeline_tag=task,
+        base_model=adapter_base or base_id,
+        base_model_relation="adapter" if adapter_base else _relation(shown) if base_id else None,
+        tags=["optimum-dsa", "pruned", *kinds, *_tags(shown)],
+        datasets=[found] if (found := dataset_id(calibration_source(_calibrated(facts)))) else None,
+        eval_results=_eval_results(shown.evaluations) or None,
+        **_plain_metadata(base),
+    )
+
+
+def _calibrated(facts: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The part of a description that says what calibrated: of weights, or where none were pruned of the cut."""
+    return facts if facts.get("calibration") else facts.get("structured") or facts
+
+
+def _cut(outcome: Outcome) -> dict[str, str]:
+    """What was cut out, as the file says, which holds of the widths that were counted; empty where nothing was."""
+    if not outcome.structured:
+        return {}
+    before, now = parameters_before(outcome.structured), outcome.achieved["parameters"]
+    return {
+        "removed": f"{before - now:,}",
+        "before": f"{before:,}",
+        "share": percent(1 - now / before),
+        "stay": code_span(stay_of(outcome.widths)),
+    }
+
+
+def _limits(outcome: Outcome) -> str:
+    base = of_the_base(outcome, shared=True)
+    return f"{limits(outcome)} {inline_markdown(base)}" if base else limits(outcome)
+
+
 def _papers(outcome: Outcome) -> dict[str, str]:
     # Of zeros that were found a config has what it must have, and nobody asked for it.
-    return papers({} if outcome.is_found else outcome.facts["config"], outcome.trainings)
+    cut = outcome.structured
+    cuts = [one["config"] for one in (*cut.get("earlier", ()), cut)] if cut else []
+    return papers({} if outcome.is_found else outcome.facts["config"], outcome.trainings, cuts)
 
 
 def _relation(outcome: Outcome) -> str:
@@ -142,6 +185,9 @@ def _relation(outcome: Outcome) -> str:
 
 def _made(outcome: Outcome, facts: Mapping[str, Any], base: str | None) -> str:
     """The command that makes the zeros; empty where nothing says how they came about."""
+    if outcome.structured:
+        trained = f"\n{recover_command(outcome.trainings[0], 'OUT')}" if outcome.was_trained_sparse else ""
+        return commands(facts, outcome.is_found or bool(trained)) + trained
     if outcome.is_found:
         return ""
     # A dense model that was trained sparse was never pruned before: its first command is that of its training.
@@ -267,6 +313,7 @@ def _note(facts: Mapping[str, Any], made: str, revision: str | None) -> str:
     parts = ["Run it beside `dsa_config.json`." if "dsa_config.json" in made else ""]
     if not made:
         parts.append("How the zeros came about is not known.")
+    facts = _calibrated(facts)
     source = calibration_source(facts)
     if several := mixture(source):
         local = ", ".join(code_span(one) for one in several if dataset_id(one) is None)
@@ -283,8 +330,10 @@ def _note(facts: Mapping[str, Any], made: str, revision: str | None) -> str:
 
 def _settings(outcome: Outcome) -> str:
     """Every setting that had a say, and what calibration read, as a table; empty where nothing says."""
-    data = [(f"calibration {name}", value) for name, value in (outcome.facts.get("calibration") or {}).items()]
-    rows = [*settings(outcome).items(), *data]
+    known = _calibrated(outcome.facts).get("calibration") or {}
+    data = [(f"calibration {name}", value) for name, value in known.items()]
+    cut = {} if outcome.is_only_cut else cut_settings(outcome)
+    rows = [*settings(outcome).items(), *data, *((f"cut: {name}", value) for name, value in cut.items())]
     return _facts_table(rows) if rows else ""
 
 

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from ..pruning.allocation import Allocation
 from ..pruning.allocation.layout import by_block, grid, short_names
 from .drawing import (
+    FIRST,
     INK,
     MARKERS,
     MUTED,
@@ -121,6 +122,24 @@ def heat_map(allocation: Allocation, title: str | None = None, bounds: tuple[flo
                     ink = "#fefefe" if value > middle + 0.1 * half else "#14213d"
                     number = f"{100 * value:.0f}"
                     axes.text(column + 0.5, row + 0.5, number, color=ink, ha="center", va="center", fontsize=8)
+    return figure
+
+
+def width_chart(kinds: Mapping[str, Mapping[str, tuple[int, int]]], title: str | None = None) -> Figure:
+    """How many structures stay in every block, of how many: bars in the outline of what there was, a panel per kind.
+
+    Args:
+        kinds (`Mapping[str, Mapping[str, tuple[int, int]]]`): kind -> block -> how many stay, and how many there were.
+        title (`str`, *optional*): above the chart.
+    """
+    figure, _ = new_figure(WIDTH * max(1, 0.75 * len(kinds)), 2.6, title, len(kinds))
+    for axes, (kind, blocks) in zip(figure.axes, kinds.items()):
+        places, (stay, were) = range(len(blocks)), zip(*blocks.values())
+        axes.bar(places, were, width=0.8, color=RULE)
+        axes.bar(places, stay, width=0.8, color=FIRST)
+        block_axis(axes, list(blocks))
+        axes.yaxis.set_major_locator(few_ticks(whole=True))
+        axes.set_title(plain(kind), fontsize=9.5, color=MUTED, loc="left")
     return figure
 
 

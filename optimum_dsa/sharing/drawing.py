@@ -128,10 +128,10 @@ def percent(axis) -> None:
     axis.set_major_formatter(FuncFormatter(lambda share, _: f"{round(100 * share, 2):g}%"))
 
 
-def few_ticks(number: int = 5):
+def few_ticks(number: int = 5, whole: bool = False):
     from matplotlib.ticker import MaxNLocator
 
-    return MaxNLocator(number, steps=[1, 2, 2.5, 5, 10])
+    return MaxNLocator(number, steps=[1, 2, 5, 10] if whole else [1, 2, 2.5, 5, 10], integer=whole)
 
 
 def legend(axes: Axes, number: int) -> None:

@@ -23,7 +23,8 @@ from ..evaluation.results import results_from
 from ..pruning.allocation import Allocation
 from ..pruning.configuration import CONFIG_NAME
 from ..pruning.report import PruningReport
-from ..pruning.zeros import MEASURED
+from ..pruning.structured.described import widths_in
+from ..pruning.zeros import FEWEST_ZEROS, MEASURED
 from ..recovery.recoveries import RECOVERIES
 from ..search.trace import SearchTrace
 
@@ -42,7 +43,7 @@ class Outcome:
     Attributes:
         name (`str`): the folder's.
         allocation (`Allocation`, *optional*): of the model, or of the search's winner; `None` while a search runs, and
-            of a dense model.
+            of a model without zeros.
         baselines (`Mapping[str, Allocation]`): others on the same model, such as "uniform" and "owl".
         facts (`Mapping[str, Any]`): the content of `dsa_config.json` or `search.json`.
         trace (`SearchTrace`, *optional*): of a search.
@@ -120,6 +121,21 @@ class Outcome:
         return self.facts.get("chosen_by") or (last and last["config"]["method"])
 
     @property
+    def structured(self) -> Mapping[str, Any]:
+        """What was cut out of the model, as its file says; empty where nothing was."""
+        return self.facts.get("structured") or {}
+
+    @property
+    def widths(self) -> dict[str, tuple[int, int]]:
+        """Unit -> how many of its structures stay of how many; empty where nothing was cut out."""
+        return widths_in(self.structured) if self.structured else {}
+
+    @property
+    def is_only_cut(self) -> bool:
+        """Whether structures were cut out, and no zeros were made."""
+        return bool(self.structured) and self.is_found and self.achieved["sparsity"] < FEWEST_ZEROS
+
+    @property
     def is_found(self) -> bool:
         """Whether nothing says how the zeros came about."""
         return (self.facts.get("allocation") or {}).get("name") == MEASURED and self.chosen_by is None
@@ -190,7 +206,7 @@ def _model(path: Path, name: str) -> Outcome:
         raise ValueError(f"{path / CONFIG_NAME} contradicts itself: {problem}. It was changed after it was written.")
     stems = [encoding.stem for encoding in ENCODINGS.values() if not encoding.is_plain]
     compressed = any(any(path.glob(f"{stem}*.safetensors")) for stem in stems)
-    return Outcome(
+    found = Outcome(
         name,
         allocation,
         {"uniform": uniform_like(allocation)},
@@ -200,6 +216,8 @@ def _model(path: Path, name: str) -> Outcome:
         bytes=_bytes(path),
         compressed=compressed,
     )
+    # Of a model without zeros there are no shares to be shown.
+    return replace(found, allocation=None, baselines={}) if found.is_only_cut else found
 
 
 def _dense(path: Path, name: str) -> Outcome:

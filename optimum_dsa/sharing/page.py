@@ -16,8 +16,9 @@ from ..evaluation.measurement import with_error
 from ..pruning.allocation import ALLOCATIONS
 from ..pruning.allocation.layout import grid, place
 from ..pruning.comparison import compared_lines
+from ..pruning.structured.described import by_kind, parameters_before
 from ..recovery.configuration import RecoveryConfig
-from .account import account, details, notes, settings, training_settings
+from .account import account, cut_settings, details, notes, settings, training_settings
 from .charts import (
     Measured,
     allocation_chart,
@@ -27,6 +28,7 @@ from .charts import (
     search_curves,
     short_number,
     training_curves,
+    width_chart,
 )
 from .outcome import Outcome, read_all
 from .svg import inline_svg
@@ -88,6 +90,10 @@ def figures(outcomes: Sequence[Outcome]) -> dict[str, tuple[Figure, str, str]]:
         caption += f", beside {_listed(others)}. All have the same total." if same else "."
         drawn["allocation"] = allocation_chart(allocations), "Where weights were removed", caption
     drawn |= _heat_maps(outcomes)
+    for number, outcome in enumerate([one for one in outcomes if one.structured]):
+        heading = f"What stays: {outcome.name}" if len(outcomes) > 1 else "What stays"
+        caption = "Structures in each block, first to last, in the outline of those that the dense model has."
+        drawn[f"widths-{number + 1}" if number else "widths"] = width_chart(by_kind(outcome.widths)), heading, caption
     traces = {outcome.name: outcome.trace for outcome in outcomes if outcome.trace and outcome.trace.trials}
     if traces:
         caption = (
@@ -173,6 +179,10 @@ def title(outcomes: Sequence[Outcome]) -> str:
     if not first.achieved:
         return f"A search for where to remove {rounded}"
     base = first.base or first.name
+    if first.structured:
+        smaller = 1 - first.achieved["parameters"] / parameters_before(first.structured)
+        cut = f"{base} with {100 * smaller:.3g} % of its parameters cut out"
+        return (cut if first.is_only_cut else f"{cut}, and {rounded} of what is left removed") + _since(first)
     models = [outcome for outcome in outcomes if outcome.achieved and outcome.allocation is not None]
     told = [name if (name := model.allocation.name) in ALLOCATIONS else "discovered" for model in models]
     if len(set(told)) > 1:
@@ -216,6 +226,9 @@ def _lead(outcome: Outcome) -> list[tuple[str, bool]]:
     method = str(config.get("method"))
     if not outcome.achieved:
         return [("Weights are removed by ", False), (method, True), ("; searched is how many from each block.", False)]
+    if outcome.is_only_cut:
+        cut = outcome.structured["config"]
+        return [("Structures were chosen by ", False), (str(cut.get("importance")), True), (".", False)]
     parts = [("Weights were chosen by ", False), (method, True), (", and how many from each block by ", False)]
     return [*parts, (str(outcome.allocation.name), True), (".", False)]
 
@@ -229,13 +242,15 @@ def _tiles(outcome: Outcome) -> list[tuple[str, str, str]]:
         )
         return [("Removed", percent(0.0), "as far as its files tell"), *_perplexity_tile(outcome), *sizes]
     if achieved:
-        tiles = [
+        zeros = [
             ("Removed", percent(achieved["sparsity"]), f"{achieved['removed']:,} of {achieved['prunable']:,} weights"),
             ("Of all parameters", percent(achieved["sparsity_of_all_parameters"]), "embeddings and norms stay dense"),
         ]
+        tiles = [*_parameters_tile(outcome), *([] if outcome.is_only_cut else zeros)]
         tiles += _perplexity_tile(outcome)
         if outcome.bytes is not None:
             note = "without the zeros" if outcome.compressed else "zeros are stored like other numbers"
+            note = "" if outcome.is_only_cut else note
             tiles.append(("Weight files", readable_bytes(outcome.bytes), note))
         return tiles
     tiles = []
@@ -250,6 +265,14 @@ def _tiles(outcome: Outcome) -> list[tuple[str, str, str]]:
     spent = sum(trial.tokens for trial in trials) or facts.get("tokens", 0)
     tiles.append(("Text", short_number(spent), "validation tokens"))
     return tiles
+
+
+def _parameters_tile(outcome: Outcome) -> list[tuple[str, str, str]]:
+    """How many parameters are left of a model out of which structures were cut."""
+    if not outcome.structured:
+        return []
+    before, now = parameters_before(outcome.structured), outcome.achieved["parameters"]
+    return [("Parameters", short_number(now), f"{percent(1 - now / before)} of {before:,} were cut out")]
 
 
 def _perplexity_tile(outcome: Outcome) -> list[tuple[str, str, str]]:
@@ -271,6 +294,9 @@ def _lists(outcome: Outcome) -> list[tuple[str, list[tuple[str, str]]]]:
     data, made = (
         [(name, _shown(value)) for name, value in of.get(part, {}).items()] for part in ("calibration", "versions")
     )
+    if outcome.is_only_cut:
+        data = [(name, _shown(value)) for name, value in (outcome.structured.get("calibration") or {}).items()]
+    cut = {} if outcome.is_only_cut else cut_settings(outcome)
     tried = [*compared_lines(*(of.get(name, {}) for name in ("compared", "compared_on"))).items()]
     plain = training_settings({"config": RecoveryConfig().to_dict()})
     trained = [
@@ -281,6 +307,7 @@ def _lists(outcome: Outcome) -> list[tuple[str, list[tuple[str, str]]]]:
     parts = [
         ("Allocations compared", tried),
         ("Configuration", config),
+        ("Configuration of the cut", [(name, _shown(value)) for name, value in cut.items()]),
         ("Calibration", data),
         ("Training", _training(outcome)),
         ("Settings of the training", trained),

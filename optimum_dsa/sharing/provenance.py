@@ -15,6 +15,8 @@ from ..data import DATASETS
 from ..pruning.allocation import ALLOCATIONS, POST_PROCESS, PRE_PROCESS, REDUCTION, TRANSFORM, AllocationFunction
 from ..pruning.configuration import CONFIG_NAME, DSAConfig
 from ..pruning.reconstruct import REFERENCE as RECONSTRUCTION
+from ..pruning.structured.configuration import DSAStructuredConfig
+from ..pruning.structured.importance import IMPORTANCES
 from ..pruning.unstructured.methods import METHODS
 from ..pruning.unstructured.metrics import METRICS
 from ..pruning.unstructured.permutations import PERMUTATIONS
@@ -28,6 +30,39 @@ from ..search.strategies import STRATEGIES
 
 _ADDRESS = re.compile(r"https?://[^\s<>()\[\]\"]+")
 _PATH = re.compile(r"~|\.{0,2}/|[A-Za-z]:[\\/]|\\\\|file:")
+
+
+def commands(facts: Mapping[str, Any], found: bool) -> str:
+    """The command lines that make the model once more out of its base, a line each; of zeros that were `found`, none.
+
+    Structures are cut first, each cut out of what the one before it wrote.
+    """
+    base, lines = facts.get("base_model") or {}, []
+    cut = facts.get("structured") or {}
+    cuts = (*cut.get("earlier", ()), cut) if cut else ()
+    for number, one in enumerate(cuts):
+        output = "OUT" if found and number == len(cuts) - 1 else f"SMALLER{number + 1 if number else ''}"
+        lines.append(_cut_command(one, base, output))
+        base = {"name": output}
+    return "\n".join(lines if found else [*lines, command({**facts, "base_model": base})])
+
+
+def _cut_command(cut: Mapping[str, Any], base: Mapping[str, Any], output: str) -> str:
+    config = flattened(DSAStructuredConfig, cut["config"])
+    defaults = flattened(DSAStructuredConfig, DSAStructuredConfig(config["sparsity"]).to_dict())
+    words = ["optimum-cli", "dsa", "prune", _word(base.get("name")) or "BASE_MODEL", "-o", output]
+    words += ["--sparsity", f"{config['sparsity']}", "--structures", ",".join(config.get("structures", ("ffn",)))]
+    for name, value in config.items():
+        if name in ("sparsity", "structures") or name not in defaults or value in (None, defaults[name]):
+            continue
+        if isinstance(value, bool):
+            words.append(flag_of(name, off=not value))
+            continue
+        words += [
+            flag_of(name),
+            *(_word(str(part)) or "VALUE" for part in (value if isinstance(value, list) else [value])),
+        ]
+    return shlex.join([*words, *_data_and_place(cut, base)])
 
 
 def command(facts: Mapping[str, Any]) -> str:
@@ -53,6 +88,12 @@ def command(facts: Mapping[str, Any]) -> str:
         words += [] if None in values else [flag, *values]
     words += ["--allocation", _word(config.get("allocation")) or CONFIG_NAME]
     words += [flag_of(name, off=not changed[name]) for name in switches]
+    return shlex.join([*words, *_data_and_place(facts, base)])
+
+
+def _data_and_place(facts: Mapping[str, Any], base: Mapping[str, Any]) -> list[str]:
+    """The options that say which text calibrated, and which file and revision of the base was taken."""
+    words: list[str] = []
     if facts.get("calibration"):
         source = calibration_source(facts)
         sources = mixture(source) or {(names_data(source) and _word(source)) or "YOUR_TEXT": ""}
@@ -63,7 +104,7 @@ def command(facts: Mapping[str, Any]) -> str:
         words += ["--gguf-file", _word(base["gguf_file"]) or "FILE"]
     if base.get("revision"):
         words += ["--revision", _word(base["revision"]) or "REVISION"]
-    return shlex.join(words)
+    return words
 
 
 def recover_command(recovery: Mapping[str, Any], base: str | None = None) -> str:
@@ -126,8 +167,10 @@ def is_repository(name: Any, alone: bool = False) -> bool:
     return isinstance(name, str) and bool(re.fullmatch(rf"({part}/){'?' if alone else ''}{part}", name))
 
 
-def papers(config: Mapping[str, Any], trainings: Sequence[Mapping[str, Any]] = ()) -> dict[str, str]:
-    """Part -> address of its publication, of every part that had a say, in the trainings after pruning as well."""
+def papers(
+    config: Mapping[str, Any], trainings: Sequence[Mapping[str, Any]] = (), cuts: Sequence[Mapping[str, Any]] = ()
+) -> dict[str, str]:
+    """Part -> address of its publication, of every part that had a say, in cuts before and trainings after as well."""
     asked = [one.get("config") or {} for one in trainings]
     if any(one.get("sparsity") is not None for one in asked):  # trained sparse from dense: no method pruned it
         config = {name: value for name, value in config.items() if name == "allocation"}
@@ -137,6 +180,10 @@ def papers(config: Mapping[str, Any], trainings: Sequence[Mapping[str, Any]] = (
         if isinstance(name, str) and name in table:
             found[f"{table.kind} {name}"] = table.references[name]
 
+    for cut in cuts:
+        cite(IMPORTANCES, cut.get("importance"))
+        if (cut.get("reconstruct") or {}).get("steps"):
+            found["reconstruct"] = RECONSTRUCTION
     cite(METHODS, config.get("method"))
     cite(METRICS, config.get("metric"))
     cite(UPDATES, (config.get("update") or {}).get("name"))

@@ -13,6 +13,7 @@ from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalEntryNotFoundError
 from huggingface_hub.utils import validate_repo_id
 
+from ..checkpoint.adapter_base import is_same_model
 from ..checkpoint.description import read_description
 from ..common.escaping import one_line
 from ..common.fences import transport_error
@@ -20,6 +21,7 @@ from ..common.files import read_json
 from ..common.folder_files import WEIGHTS
 from ..common.version import VERSION
 from ..pruning.configuration import CONFIG_NAME
+from ..pruning.structured.described import parameters_before
 from .allocation_alone import allocation_alone, files_of
 from .card import base_repository, model_card
 from .upload import Upload, collect, count, pictures
@@ -159,7 +161,7 @@ def _on_its_base(upload: Upload, api: HfApi) -> Upload:
         raise
     except EntryNotFoundError:
         found = None
-    if found is None or found["achieved"]["units"] != upload.outcome.facts["achieved"]["units"]:
+    if found is None or not is_same_model(found, upload.outcome.facts):
         raise ValueError(
             f"{upload.base} is not the pruned model that the adapter belongs to: its {CONFIG_NAME} tells of other "
             "zeros, or there is none. Push that model there first."
@@ -198,7 +200,14 @@ def _is_stale(name: str, contents: Mapping[str, Path | bytes]) -> bool:
 
 def _message(upload: Upload) -> str:
     found, outcome = upload.outcome.counted, upload.outcome
+    cut = ""
+    if outcome.structured:
+        share = 1 - outcome.achieved["parameters"] / parameters_before(outcome.structured)
+        cut = f"{share:.2%} of the parameters cut out with {outcome.structured['config']['importance']}"
+    if outcome.is_only_cut:
+        return cut
+    cut = cut and f"{cut}, "
     by = "" if outcome.is_found else f" with {outcome.config['method']}"
     if found is None:
-        return f"Pruned{by}"
-    return f"{found.removed / max(found.prunable, 1):.2%} of the prunable weights removed{by}"
+        return f"{cut}pruned{by}" if cut else f"Pruned{by}"
+    return f"{cut}{found.removed / max(found.prunable, 1):.2%} of the prunable weights removed{by}"

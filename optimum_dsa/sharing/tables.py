@@ -14,6 +14,7 @@ from ..evaluation.comparison import main_metric, paired_difference
 from ..evaluation.measurement import Measurement, Protocol, TaskProtocol, with_error
 from ..pruning.allocation import Allocation
 from ..pruning.allocation.layout import by_block, place
+from ..pruning.structured.described import by_kind, parameters_before
 from .charts import Measured, readable_bytes
 from .outcome import Outcome, last_part
 
@@ -24,6 +25,15 @@ LIMITS = (
     "memory than before. Speed needs kernels for sparse weights, which are few. "
 )
 DENSE_FILES = "Its files are as large as the dense model's; they can be compressed."
+SMALLER = (
+    "It is a smaller model of its class: fewer multiplications, smaller files and less memory, without any kernel. "
+    "How much faster it is depends on machine and sizes, which optimum-cli dsa bench measures. "
+)
+ITS_ZEROS = (
+    "The zeros in what is left make it neither faster nor smaller in memory by themselves: that needs kernels for "
+    "sparse weights, which are few. "
+)
+SMALLER_FILES = "Its files hold them like other numbers; they can be compressed."
 COMPRESSED_FILES = "Its files leave the zeros out; they come back when it is loaded."
 
 
@@ -31,8 +41,11 @@ _NAMED = 12  # files or parts of a model in a sentence
 
 
 def limits(outcome: Outcome) -> str:
-    """What sparsity does and does not give, in a paragraph."""
-    return LIMITS + (COMPRESSED_FILES if outcome.compressed else DENSE_FILES)
+    """What sparsity and smaller matrices give and do not give, in a paragraph."""
+    if outcome.is_only_cut:
+        return SMALLER.strip()
+    zeros, files = (SMALLER + ITS_ZEROS, SMALLER_FILES) if outcome.structured else (LIMITS, DENSE_FILES)
+    return zeros + (COMPRESSED_FILES if outcome.compressed else files)
 
 
 def of_the_base(outcome: Outcome, shared: bool = False) -> str:
@@ -144,8 +157,12 @@ def quality_table(outcomes: Sequence[Outcome]) -> Table:
     if not rows:
         return Table([], [])
     columns = {"model": [row.name for row in rows]}
-    columns["removed"] = [percent(_achieved(row, "sparsity")) for row in rows]
-    columns["of all parameters"] = [percent(_achieved(row, "sparsity_of_all_parameters")) for row in rows]
+    if any(row.outcome is not None and row.outcome.structured for row in rows):
+        columns["parameters"] = [_parameters(row, outcomes) for row in rows]
+    pruned = [row.outcome for row in rows if row.outcome is not None and not row.outcome.is_dense]
+    if not pruned or not all(outcome.is_only_cut for outcome in pruned):
+        columns["removed"] = [percent(_achieved(row, "sparsity")) for row in rows]
+        columns["of all parameters"] = [percent(_achieved(row, "sparsity_of_all_parameters")) for row in rows]
     if len(found := protocols(rows)) == 1:
         columns |= _perplexities(rows, found[0])
     sizes = [row.outcome and row.outcome.bytes for row in rows]
@@ -182,6 +199,26 @@ def task_tables(outcomes: Sequence[Outcome]) -> list[tuple[TaskProtocol | None, 
             columns[f"{task} ({metric})"] = [with_error(one["value"], one["error"], 4) or "–" for one in values]
         tables.append((protocol, _from_columns(columns)))
     return tables
+
+
+def _parameters(row: Row, outcomes: Sequence[Outcome]) -> str:
+    """How many a model has; a dense one as many as what was cut out of it had before."""
+    if row.outcome is not None and row.outcome.achieved:
+        return f"{row.outcome.achieved['parameters']:,}"
+    cut = [one for one in outcomes if one.structured]
+    of = [one for one in cut if row.name in ((one.base, f"{one.base} (dense)") if one.base else ("dense",))]
+    return f"{parameters_before(of[0].structured):,}" if of else "–"
+
+
+def width_table(outcome: Outcome) -> Table:
+    """A row per block: how many structures of every kind stay, of how many."""
+    kinds = by_kind(outcome.widths)
+    blocks = list(dict.fromkeys(block for one in kinds.values() for block in one))
+    rows = [
+        [block, *(f"{one[block][0]:,} of {one[block][1]:,}" if block in one else "–" for one in kinds.values())]
+        for block in blocks
+    ]
+    return Table(["block", *kinds], rows)
 
 
 def _achieved(row: Row, name: str) -> float | None:
@@ -319,6 +356,7 @@ def terminal(outcomes: Sequence[Outcome]) -> str:
     parts = [
         f"{one_line(heading)}. {one_line(caption)}\n{table}" for heading, caption, table in result_tables(outcomes)
     ]
+    parts += [f"What stays of {one_line(one.name)}\n{width_table(one)}" for one in outcomes if one.structured]
     if allocations := compared(outcomes):
         parts.append(block_bars(allocations, bars=0))
     elif outcomes[0].trace:

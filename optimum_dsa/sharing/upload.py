@@ -146,25 +146,31 @@ def count(upload: Upload, folder: str | Path) -> tuple[Upload, str]:
             f"'optimum-cli dsa verify {folder}', and save the model again with save_pretrained."
         )
     shares = {unit: found.zeros[unit] / max(size, 1) for unit, size in found.sizes.items()}
-    allocation = replace(upload.outcome.allocation, sparsity=shares, sizes=dict(found.sizes))
+    allocation = upload.outcome.allocation and replace(
+        upload.outcome.allocation, sparsity=shares, sizes=dict(found.sizes)
+    )
     return replace(upload, outcome=replace(upload.outcome, counted=found, allocation=allocation)), ""
 
 
 def pictures(outcome: Outcome, name: str) -> dict[str, bytes]:
-    """Path in the repository -> PNG: "plots/allocation.png", "plots/heatmap.png".
+    """Path in the repository -> PNG: "plots/allocation.png", "plots/heatmap.png", "plots/widths.png".
 
     None without matplotlib, and none of shares that were not counted.
     """
-    from .charts import allocation_chart, heat_map
+    from ..pruning.structured.described import by_kind
+    from .charts import allocation_chart, heat_map, width_chart
     from .tables import compared
 
     if outcome.counted is None:
         return {}
     try:
-        figures = {
-            "allocation": allocation_chart(compared([replace(outcome, name=name)]), "Weights removed per block"),
-            "heatmap": heat_map(outcome.allocation, "Weights removed per matrix"),
-        }
+        figures = {}
+        if outcome.structured:
+            figures["widths"] = width_chart(by_kind(outcome.widths), "Structures that stay in every block")
+        if outcome.allocation is not None:
+            shown = compared([replace(outcome, name=name)])
+            figures["allocation"] = allocation_chart(shown, "Weights removed per block")
+            figures["heatmap"] = heat_map(outcome.allocation, "Weights removed per matrix")
     except ImportError as error:
         logger.info("No pictures in the card: %s", error)
         return {}

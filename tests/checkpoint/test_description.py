@@ -5,7 +5,7 @@ from dataclasses import fields
 
 import pytest
 
-from optimum_dsa import Allocation, DSAConfig, PruningReport, Reconstruction
+from optimum_dsa import Allocation, DSAConfig, DSAStructuredConfig, PruningReport, Reconstruction
 from optimum_dsa.checkpoint.description import (
     MIGRATIONS,
     DescriptionError,
@@ -64,7 +64,9 @@ def test_reports_without_the_optional_parts_round_trip(tmp_path):
 def test_the_schema_has_every_field_and_uses_no_keyword_that_is_not_checked():
     properties = schema()["properties"]
     assert properties["config"]["properties"].keys() == {field.name for field in fields(DSAConfig)}
-    more = {"base_files", "checksum", "zeros_before", "dense_sizes", "trained_before"}
+    cut = schema()["$defs"]["cut"]["properties"]["config"]["properties"]
+    assert cut.keys() == {field.name for field in fields(DSAStructuredConfig)}
+    more = {"base_files", "checksum", "zeros_before", "dense_sizes", "trained_before", "structured"}
     assert properties.keys() == {*describe(report(), BASE, {}), *more}
     assert properties["format_version"]["const"] == FORMAT_VERSION
 

@@ -35,7 +35,7 @@ def run(strategy="level_switch", budget="6k tokens", model=None, config=BOTH, **
     )
 
 
-@pytest.mark.parametrize("strategy", ["named", "random", "evolution", "level_switch", "descent", "ramp", "auto"])
+@pytest.mark.parametrize("strategy", ["random", "evolution", "level_switch", "descent", "ramp", "auto"])
 def test_what_is_found_is_no_worse_than_uniform_and_is_pruned(strategy):
     model = llama()
     before = state(model)
@@ -48,6 +48,15 @@ def test_what_is_found_is_no_worse_than_uniform_and_is_pruned(strategy):
     report = prune_structures(model, CALIBRATION, replace(BOTH, allocation=result.best))
     assert report.allocation.counts() == result.best.counts()
     assert 0.3 * report.prunable - max(report.costs.values()) < report.removed <= 0.3 * report.prunable
+
+
+def test_names_of_structures_are_tried_and_error_curves_held_against_the_prune():
+    pytest.importorskip("scipy")
+    result = run("named", config=replace(BOTH, importance="taylor"))
+    tried = {trial.request.candidate.function for trial in result.trace.trials}
+    assert {"uniform", "stability", "milp", "global", "owl"} <= tried
+    assert any(note.startswith("rank correlation of error curves with the prune: ") for note in result.notes)
+    assert not run("random").notes
 
 
 def test_more_tokens_find_less_loss_than_all_names():
@@ -99,6 +108,8 @@ def test_counts_between_structures_become_whole_ones_within_the_budget():
     "changes, options, said",
     [
         ({"layout": "uniform"}, {}, "A search gives blocks widths of their own, and layout='uniform' has one for all"),
+        ({"structures": ("expert",)}, {}, "A search is of channels and heads .*, and 'expert' is to go; leave it out"),
+        ({"learner": "projected_gates"}, {}, "and learner='projected_gates'; leave it out"),
         ({}, {"strategy": "curves"}, "strategy 'curves' is of single weights; for structures use"),
         ({}, {"strategy": "exhaustive"}, "strategy 'exhaustive' is of single weights"),
         ({}, {"realisation": "masks"}, "realisation='masks' is of single weights"),

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from ...common.registry import Registry
+from ...common.registry import Registry, near
 from ...common.settings import check_settings, section, setting, settings_from, settings_to
 from ...data import DataConfig
 from ...model.statistics import DAMPING
@@ -138,8 +138,8 @@ class DSAStructuredConfig:
     def _check_structures(self) -> None:
         unknown = [kind for kind in self.structures if kind not in KINDS]
         if unknown or not self.structures:
-            said = f"{unknown[0]!r} is none" if unknown else "none was given"
-            raise ValueError(f"Structures are of {', '.join(map(repr, KINDS))}; {said}.")
+            said = f"{unknown[0]!r} is none.{near(unknown[0], KINDS)}" if unknown else "none was given."
+            raise ValueError(f"Structures are of {', '.join(map(repr, KINDS))}; {said}")
         for kind in self.structures:
             importance_of(kind, self.importance)
         if "block" in self.structures and len(self.structures) > 1:

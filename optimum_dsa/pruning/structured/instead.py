@@ -53,3 +53,16 @@ def computing_with(model: nn.Module, values: Mapping[str, Tensor]) -> Iterator[N
     finally:
         for name, value in own.items():
             model.get_parameter(name).data = value
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """The model without dropout while the context is open, and then each of its modules as it was."""
+    # Module by module: parts of a model may be frozen in eval mode on purpose.
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True

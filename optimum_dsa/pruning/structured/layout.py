@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ...model.inputs import text_part
 from ...model.modeling_per_layer import EXPERT_COUNTS, KEY_HEADS, QUERY_HEADS
-from .per_layer import MLP_WIDTHS, going, known, per_layer, why_not
+from .per_layer import going, known, per_layer, why_not, width
 from .slicing import cut_out, silence
 from .structure import WHOLE, Structures
 from .wholes.blocks import shorter
@@ -86,19 +86,22 @@ def padded(model: nn.Module, units: Mapping[str, Structures], counts: Mapping[st
     """A plain model of its class, everywhere as wide as its widest block; in the others zeros stand for what went."""
     if getattr(model.config, "is_heterogeneous", False):
         uniform(model, units, counts)  # which says why not
-    least: dict[str, int] = {}
+    least: dict[tuple[str, int], int] = {}
     for unit, each in units.items():
-        least[each.kind] = min(counts[unit], least.get(each.kind, counts[unit]))
+        like = (each.kind, len(each))
+        least[like] = min(counts[unit], least.get(like, counts[unit]))
     # What no configuration says stays as wide as it was: heads first, of which many classes derive a size.
     # Experts that went are no zeros: whatever number of zeros there is, a router sends tokens there.
-    always = {kind for kind in least if kind in WHOLE}
-    if differing := [unit for unit, each in units.items() if each.kind in always and counts[unit] != least[each.kind]]:
+    always = {kind for kind, _ in least if kind in WHOLE}
+    if differing := [
+        unit for unit, each in units.items() if each.kind in always and counts[unit] != least[each.kind, len(each)]
+    ]:
         raise ValueError(
             f"{differing[0]} comes to lose {counts[differing[0]]}, and another fewer: what is whole leaves no zeros; "
             "use layout='uniform' or 'per_layer'."
         )
-    for kinds in (set(least), {"ffn"} | always):
-        cut = {unit: least[each.kind] if each.kind in kinds else 0 for unit, each in units.items()}
+    for kinds in ({kind for kind, _ in least}, {"ffn"} | always):
+        cut = {unit: least[each.kind, len(each)] if each.kind in kinds else 0 for unit, each in units.items()}
         try:
             return Layout(uniform(model, units, cut).settle, cut)
         except ValueError:
@@ -125,6 +128,14 @@ def differing(model: nn.Module, units: Mapping[str, Structures], counts: Mapping
 
 # What a smaller model is -> what makes sure of it before any work: model, units, how many go of each -> layout.
 LAYOUTS = {"uniform": uniform, "per_layer": differing, "padded": padded}
+
+
+def unsaid(model: nn.Module, units: Mapping[str, Structures]) -> set[str]:
+    """The units of channels whose number no setting of the model's configuration has."""
+    part = text_part(model.config)
+    if getattr(part, "is_heterogeneous", False):
+        return set()
+    return {unit for unit, each in units.items() if each.kind == "ffn" and not width(part, len(each), len(each) - 1)}
 
 
 def _settle(model: nn.Module, made: type, become: Callable[[Any], None]) -> None:
@@ -162,19 +173,19 @@ def _changes(
     model: nn.Module, units: Mapping[str, Structures], counts: Mapping[str, int], gone: Mapping[str, Sequence[int]]
 ) -> dict[str, Any]:
     """What the configuration says once `counts` structures of every unit are cut out: setting -> value."""
-    alike: dict[str, set[tuple[int, int]]] = {}
+    alike: dict[tuple[str, int], set[int]] = {}
     for unit, each in units.items():
-        alike.setdefault(each.kind, set()).add((len(each), counts[unit]))
+        alike.setdefault((each.kind, len(each)), set()).add(counts[unit])
     if any(len(numbers) > 1 for numbers in alike.values()):
-        kind = next(kind for kind, numbers in alike.items() if len(numbers) > 1)
+        kind = next(kind for (kind, _), numbers in alike.items() if len(numbers) > 1)
         raise ValueError(f"Blocks come to differ in their {kind}, and layout='uniform' has one for all.")
     changes: dict[str, Any] = {}
     part = text_part(model.config)
-    for each in {each.kind: each for each in units.values()}.values():
+    for each in {(each.kind, len(each)): each for each in units.values()}.values():
         count, less = len(each), counts[each.unit]
         queries, keys = (per * (count - less) for per in each.heads)
         if each.kind == "ffn":
-            changes |= dict.fromkeys(known(part, MLP_WIDTHS, count), count - less)
+            changes |= width(part, count, count - less)
         elif each.kind == "expert":
             changes |= {name: count - less for name in EXPERT_COUNTS if getattr(part, name, None) == count}
         elif each.kind == "block":

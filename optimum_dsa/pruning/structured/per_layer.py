@@ -18,7 +18,12 @@ from .structure import Structures, tensor_named
 
 
 # What configurations call the width of an MLP.
-MLP_WIDTHS = ("intermediate_size", "ffn_dim", "n_inner", "d_ff", "ffn_hidden_size")
+MLP_WIDTHS = (
+    *("intermediate_size", "ffn_dim", "n_inner", "d_ff", "ffn_hidden_size", "encoder_ffn_dim", "decoder_ffn_dim"),
+    *("shared_expert_intermediate_size", "intermediate_size_mlp"),
+)
+# Where it is true, the width is derived of the setting (LFM2).
+_DERIVED = "block_auto_adjust_ff_dim"
 
 
 class _Unsayable(ValueError):
@@ -58,6 +63,13 @@ def known(config: Any, names: tuple[str, ...], number: int) -> list[str]:
     alias = getattr(config, "attribute_map", {})
     stored = dict.fromkeys(alias.get(name, name) for name in names if hasattr(config, name))
     return [name for name in stored if getattr(config, name) in (number, None)]
+
+
+def width(config: Any, before: int, after: int) -> dict[str, Any]:
+    """The settings that say the width of an MLP, with what they become."""
+    if getattr(config, _DERIVED, False):
+        return {MLP_WIDTHS[0]: after, _DERIVED: False}
+    return dict.fromkeys(known(config, MLP_WIDTHS, before), after)
 
 
 def why_not(

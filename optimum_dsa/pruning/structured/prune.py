@@ -21,14 +21,15 @@ from ..source import Source, as_calibration, check_finite_outputs
 from ..steps import Step
 from ..training import Reconstruction
 from .budget import Available, even_counts, fitted_counts
+from .checks import check_cuttable, check_excluded, check_zeros
 from .configuration import DSAStructuredConfig
-from .layout import LAYOUTS, Layout
+from .layout import LAYOUTS, Layout, unsaid
 from .learners.budget import Projection
 from .learners.gates import Gates
 from .learners.learned import check_learnable, learned
-from .remove import RemoveStructures, looked_at
+from .remove import RemoveStructures
 from .scores import products_of
-from .structure import WHOLE, Structures
+from .structure import WHOLE, Place, Structures
 from .structures import find_structures
 from .wholes.blocks import find_blocks
 from .wholes.remove import remove_wholes
@@ -60,6 +61,8 @@ class StructuredReport:
         allocation (`Allocation`, *optional*): the share of the structures of every unit that went, which another prune
             takes; its sizes are numbers of structures.
         shares (`Mapping[str, float]`): by name, the share of every row of `COSTS` that went.
+        places (`Mapping[str, Place]`): unit -> where its structures can be counted.
+        earlier (`tuple[StructuredReport, ...]`): what was cut out before, first to last.
         padding (`int`): those of `removed` that stay as zeros, so that blocks are alike: with `layout="padded"`.
     """
 
@@ -76,6 +79,8 @@ class StructuredReport:
     seconds: float = 0.0
     allocation: Allocation | None = None
     shares: Mapping[str, float] = field(default_factory=dict)
+    places: Mapping[str, Place] = field(default_factory=dict)
+    earlier: tuple[StructuredReport, ...] = ()
     padding: int = 0
 
     @property
@@ -89,7 +94,7 @@ class StructuredReport:
             # "layers.3:ffn", or "layers.3:head.1" of the second of a kind in a block
             kind = unit.partition(":")[2].partition(".")[0]
             kinds.setdefault(kind, []).append((stay, stay + len(self.gone[unit])))
-        left = [f"{kind}: {_range(*zip(*numbers))}" for kind, numbers in kinds.items()]
+        left = [f"{kind}: {stays_in(numbers)}" for kind, numbers in kinds.items()]
         left += [f"{self.padding:,} of them are zeros that stay"] if self.padding else []
         return (
             f"{self.removed:,} of {self.parameters:,} parameters went, {self.sparsity:.4f} of the blocks' matrices "
@@ -97,11 +102,11 @@ class StructuredReport:
         )
 
 
-def _range(stay: Sequence[int], before: Sequence[int]) -> str:
-    """Such as "34 of 48 stay", or "30 to 36 of 48", by block."""
+def stays_in(blocks: Sequence[tuple[int, int]]) -> str:
+    """Such as "34 of 48 stay", or "30 to 36 of 48 stay", of how many stay in each block of how many."""
     stays, were = (
         f"{min(numbers)}" if min(numbers) == max(numbers) else f"{min(numbers)} to {max(numbers)}"
-        for numbers in (stay, before)
+        for numbers in zip(*blocks)
     )
     return f"{stays} of {were} stay"
 
@@ -131,6 +136,7 @@ def prune_structures(
     units, prunable = dense.units, dense.costs["parameters"].total
     parameters, chosen = count_parameters(model), None
     counts, layout = choose_counts(dense)
+    places = {unit: each.place(model) for unit, each in units.items()}
     if config.learner is not None:
         # With widths that are given, which structures go is learned, and not how many from where.
         widths = None if config.layout != "uniform" and config.allocation == "uniform" else counts
@@ -140,8 +146,11 @@ def prune_structures(
         layout = LAYOUTS[config.layout](model, units, counts)
         if config.folds:
             Gates(model, units).fold(choice.scales)
-    went, padding, reconstruction = _removed(dense, layout, counts, chosen)
+    went, zeros, reconstruction = _removed(dense, layout, counts, chosen)
     layout.settle(model)
+    padding = sum(dense.costs["parameters"].each[unit] * number for unit, number in zeros.items())
+    for unit, number in zeros.items():  # which lie among those that stay
+        places[unit] = replace(places[unit], others=places[unit].others + number * places[unit].size)
     return StructuredReport(
         config=config,
         kept={unit: len(each) - len(went.get(unit, ())) for unit, each in units.items()},
@@ -159,6 +168,7 @@ def prune_structures(
             name: sum(cost.each[unit] * counts[unit] for unit in units) / max(cost.total, 1)
             for name, cost in dense.costs.items()
         },
+        places=places,
         padding=padding,
     )
 
@@ -169,6 +179,7 @@ def dense_of(model: nn.Module, calibration: Source | None, config: DSAStructured
     Raises:
         ValueError: there is nothing that can be cut out, or no calibration data to find it by.
     """
+    check_cuttable(model)
     calibration = as_calibration(calibration, model)
     if not isinstance(calibration, Calibration):
         raise ValueError("What can be cut out of a model is found by running it; give calibration data.")
@@ -180,6 +191,7 @@ def dense_of(model: nn.Module, calibration: Source | None, config: DSAStructured
     found = find(model, architecture, _short(calibration.batches(1)[0]))
     dense = dense_model(model, architecture, calibration, config, found)
     _check(model, dense.units, found.left, config)
+    check_zeros(model, dense.units, config)
     return dense
 
 
@@ -187,7 +199,11 @@ def choose_counts(dense: Dense) -> tuple[dict[str, int], Layout]:
     """How many go of every unit, and the layout that says what is left."""
     config, sizes, cost = dense.config, dense.sizes, dense.costs[dense.config.cost]
     if config.layout == "uniform":
-        counts, layout = _said_counts(dense.model, dense.units, sizes, dense.asked, cost.what)
+        try:
+            counts, layout = _said_counts(dense.model, dense.units, sizes, dense.asked, cost.what)
+        except ValueError:
+            check_excluded(dense.architecture, dense.units, config)  # which may be why
+            raise
     else:
         proposed = shares(dense) if dense.asked else None
         counts = fitted_counts(sizes, dense.asked, proposed, cost.what)
@@ -206,26 +222,25 @@ def choose_counts(dense: Dense) -> tuple[dict[str, int], Layout]:
 
 def _removed(
     dense: Dense, layout: Layout, counts: Mapping[str, int], chosen: Mapping[str, Sequence[int]] | None
-) -> tuple[dict[str, list[int]], int, Mapping[str, Reconstruction]]:
+) -> tuple[dict[str, list[int]], dict[str, int], Mapping[str, Reconstruction]]:
     """Take `counts` structures of every unit out, in place: the numbers of those that went, and what training did.
 
-    Between the two, the parameters of those that stay as zeros.
+    Between the two, how many of a unit stay as zeros.
 
     Wholes go first, and the blocks are walked without them. `chosen` tells which go, where that is settled already.
     """
     model, config, units, calibration = dense.model, dense.config, dense.units, dense.calibration
     products = products_of(model, units, calibration.batches(1), config) if chosen is None else {}
     wholes = remove_wholes(model, units, counts, calibration, config, products)
-    parts = {unit: each for unit, each in looked_at(config, units, dense.found).items() if each.kind not in WHOLE}
+    parts = {unit: each for unit, each in units.items() if each.kind not in WHOLE}
     remove = RemoveStructures(config, parts, counts, chosen, products)
     reconstruct = Reconstruct(config.reconstruct, config.data.seed)
     steps: list[Step] = [remove, *([reconstruct] if config.reconstruct.steps else [])]
     if any(each.kind not in WHOLE for each in units.values()):
         architecture = find_architecture(model, exclude=config.exclude) if wholes else dense.architecture
         run_steps(model, architecture, calibration, config, steps, lambda walked: None)
-    costs = dense.costs["parameters"].each
-    padding = sum(costs[unit] * layout.take(model, units[unit], gone) for unit, gone in remove.gone.items())
-    return wholes | remove.notes, padding, reconstruct.found
+    zeros = {unit: layout.take(model, units[unit], gone) for unit, gone in remove.gone.items()}
+    return wholes | remove.notes, zeros, reconstruct.found
 
 
 def _said_counts(
@@ -236,6 +251,10 @@ def _said_counts(
     Where it cannot say so many heads, fewer go, and more of the rest.
     """
     kinds, refused = {unit: (each.kind, len(each)) for unit, each in units.items()}, None
+    silent = unsaid(model, units)
+    if silent and len(silent) < len(units):
+        logger.warning("No setting says how many channels %s have (%d in all); they stay.", min(silent), len(silent))
+        sizes = {unit: replace(size, limit=0) if unit in silent else size for unit, size in sizes.items()}
     while True:
         counts: dict[str, int] = {}
         try:

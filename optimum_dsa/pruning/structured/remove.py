@@ -73,7 +73,7 @@ class RemoveStructures:
     def _remove(self, walked: WalkedBlock, structures: Structures, group: Group) -> None:
         readers = {cut.tensor for cut in structures.reads}
         weights = [weight for weight in walked.weights if f"{weight.module}.{weight.attribute}" in readers]
-        statistics, count = group.statistics.get(weights[0].name), self.counts.get(structures.unit, 0)
+        statistics, count = group.statistics.get(weights[0].name), self.counts[structures.unit]
         wanted = {weight.name: self._wanted(walked, weight, group) for weight in weights}
         gone = torch.zeros(weights[0].shape[1], dtype=torch.bool, device=walked.tensor(weights[0]).device)
         columns, left = structures.reads[0].index.to(gone.device), statistics
@@ -122,16 +122,6 @@ class RemoveStructures:
             bias.add_((tensor[:, gone].float() @ statistics.mean[gone]).to(bias))
             walked.changed(f"{weight.module}.bias")
         tensor.masked_fill_(gone, 0)
-
-
-def looked_at(
-    config: DSAStructuredConfig, units: Mapping[str, Structures], found: Mapping[str, Structures]
-) -> Mapping[str, Structures]:
-    """What the step is given: the `units` that may lose something, and of all that were `found` what can make up.
-
-    With dense targets matrices that lose nothing are fitted, too.
-    """
-    return found if config.targets == "dense" else units
 
 
 def _rounds(count: int, rounds: int) -> list[int]:

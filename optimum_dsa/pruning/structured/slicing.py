@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +14,9 @@ from ...model.walk import WalkedBlock
 from .structure import Structures, tensor_named
 from .wholes.blocks import apply, pass_by, without_blocks
 from .wholes.experts import unrouted
+
+
+logger = logging.getLogger(__name__)
 
 
 @torch.no_grad()
@@ -97,7 +101,8 @@ def trouble(walked: WalkedBlock, structures: Structures) -> str | None:
             change(walked.model, structures, gone)
             given.append(walked.run()[0].float())
         except Exception as error:  # noqa: BLE001 - code that was written for other sizes may fail in any way
-            return f"cannot be cut: {one_line(str(error))}"
+            logger.debug("%s without a part of it: %s", structures.unit, one_line(str(error)))
+            return "cannot be cut: its block does not run without a part of it, having sizes of its own"
         finally:
             block.__dict__ = whole
     silenced, cut = given

@@ -36,6 +36,26 @@ class Cut:
 
 
 @dataclass(frozen=True)
+class Place:
+    """Where the structures of a unit can be counted: each is `size` wide along `axis` of a tensor, as it is stored.
+
+    Attributes:
+        matrix (`str`): full name of the parameter or buffer, or of a list of modules, of which each is one.
+        others (`int`): what of that axis belongs to no structure.
+    """
+
+    matrix: str
+    axis: int = 0
+    size: int = 1
+    others: int = 0
+
+    def count(self, model: nn.Module) -> float:
+        """How many there are in a model now; no whole number where it is another model."""
+        found = tensor_named(model, self.matrix)
+        return ((found.shape[self.axis] if isinstance(found, Tensor) else len(found)) - self.others) / self.size
+
+
+@dataclass(frozen=True)
 class Structures:
     """All structures of one kind in one block.
 
@@ -86,6 +106,14 @@ class Structures:
     @property
     def cuts(self) -> tuple[Cut, ...]:
         return self.makes + self.reads
+
+    def place(self, model: nn.Module) -> Place:
+        """Where they can be counted, now and when some are cut out."""
+        if not self.cuts:
+            return Place(self.wholes[0].rpartition(".")[0])
+        cut = (self.reads or self.makes)[0]
+        whole = tensor_named(model, cut.tensor).shape[cut.axis]
+        return Place(cut.tensor, cut.axis, cut.index.shape[1], whole - cut.index.numel())
 
     def cost(self, model: nn.Module) -> int:
         """Parameters of one structure; all of a kind in a block have as many, and of blocks it is the largest."""

@@ -15,8 +15,9 @@ from ...model.inputs import KINDS, kind_of
 from ..calibration import Calibration
 from ..source import Source
 from .configuration import DSAStructuredConfig
+from .instead import evaluating
 from .prune import choose_counts, dense_of
-from .trial import as_pruned
+from .trial import as_pruned, check_tried
 from .widths.dense import Dense
 
 
@@ -58,7 +59,7 @@ def find_share(
     Costs the walk of a prune for each trial.
 
     Args:
-        calibration: as `prune_structures`; two windows at least.
+        calibration (`Any`): as of `prune_structures`; two windows at least.
         config (`DSAStructuredConfig`): its `sparsity` is the most that is tried; 0 stands for all that can go.
         max_loss (`float` or `str`): share by which the perplexity may rise, such as 0.05 or `"5%"`.
         trials (`int`, defaults to 7): how often the range is halved.
@@ -67,6 +68,7 @@ def find_share(
         ValueError: the tolerance is none, the model predicts no next tokens, or there are too few windows.
     """
     tolerance = _share(max_loss)
+    check_tried(config, "max_loss")
     if (kind := kind_of(model)) != "causal":
         raise ValueError(f"{type(model).__name__} {KINDS[kind]}, and a perplexity is of next tokens; name a sparsity.")
     dense, held_out = _apart(dense_of(model, calibration, replace(config, sparsity=0.0)))
@@ -132,14 +134,12 @@ def _most(dense: Dense) -> float:
 def _perplexity(model: nn.Module, batches: Sequence[Mapping[str, Tensor]]) -> float:
     """exp of the mean surprise by the next token in batches of the model's inputs, (samples, length, ...) each."""
     total, number = 0.0, 0
-    training = [module for module in model.modules() if module.training]
     for batch in batches:
-        logits = feed(model.eval(), batch).logits[:, :-1].float()
+        with evaluating(model):
+            logits = feed(model, batch).logits[:, :-1].float()
         following = batch["input_ids"][:, 1:].to(logits.device)
         if (mask := batch.get("attention_mask")) is not None:
             following = following.masked_fill(mask[:, 1:].to(logits.device) == 0, -100)
         total += cross_entropy(logits.flatten(0, 1), following.flatten(), reduction="sum").item()
         number += int((following != -100).sum())
-    for module in training:
-        module.training = True
     return math.exp(min(total / max(number, 1), 700.0))

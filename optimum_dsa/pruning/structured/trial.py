@@ -9,8 +9,20 @@ import torch
 from torch import Tensor
 
 from ..prune import run_steps
-from .remove import RemoveStructures, looked_at
+from .configuration import DSAStructuredConfig
+from .remove import RemoveStructures
+from .structure import WHOLE
 from .widths.dense import Dense
+
+
+def check_tried(config: DSAStructuredConfig, who: str) -> None:
+    """Raise `ValueError` where what goes cannot be put back: `who` tries it."""
+    whole = [kind for kind in config.structures if kind in WHOLE]
+    if whole or config.learner:
+        given = f"learner={config.learner!r}" if config.learner else f"{whole[0]!r} is to go"
+        raise ValueError(
+            f"{who} is of channels and heads that the least importance chooses, and {given}; leave it out."
+        )
 
 
 @contextmanager
@@ -22,10 +34,9 @@ def as_pruned(dense: Dense, counts: Mapping[str, int]) -> Iterator[dict[str, Ten
 
     Yields unit -> the structures that went, (n,) int64.
     """
-    units = looked_at(dense.config, dense.units, dense.found)
-    remove = RemoveStructures(dense.config, units, counts)
+    remove = RemoveStructures(dense.config, dense.units, counts, products=dense.products)
     known = dict(dense.model.named_parameters())
-    names = {cut.tensor for each in units.values() for cut in each.reads}
+    names = {cut.tensor for each in dense.units.values() for cut in each.reads}
     # Of an update "bias", too.
     names |= {f"{name.rpartition('.')[0]}.bias" for name in names} & known.keys()
     kept = {name: known[name].detach().clone() for name in names}

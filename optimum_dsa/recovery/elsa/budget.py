@@ -56,7 +56,7 @@ def with_budget(model: nn.Module, report: PruningReport, config: RecoveryConfig)
         )
     architecture = architecture_for(model, asked)
     allocation = allocate(model, None, asked, architecture)
-    left = {"dense": architecture.dense, "dense_sizes": architecture.dense_sizes}
+    left = {"dense": architecture.dense, "dense_sizes": architecture.dense_sizes, "structured": report.structured}
     return _with_zeros(PruningReport(asked, allocation, {}, count_parameters(model), **left))
 
 

@@ -38,7 +38,13 @@ def parameters(model: nn.Module, architecture: Architecture, units: Mapping[str,
     each = {unit: structures.cost(model) for unit, structures in units.items()}
     if blocks := [unit for unit, structures in units.items() if structures.kind == "block"]:
         return Cost(each, sum(each[unit] * len(units[unit]) for unit in blocks), "parameters")
-    return Cost(each, sum(weight.size for weight in architecture.weights), "parameters")
+    return Cost(each, sum(weight.size for weight in architecture.weights) + excluded(architecture), "parameters")
+
+
+def excluded(architecture: Architecture) -> int:
+    """Weights that `exclude` names: they stay, and are a part of what a share is of all the same."""
+    names = [name for name, why in architecture.dense.items() if why == "excluded"]
+    return sum(architecture.dense_sizes[name] for name in names)
 
 
 def flops(model: nn.Module, architecture: Architecture, units: Mapping[str, Structures], length: int) -> Cost:
@@ -65,7 +71,7 @@ def flops(model: nn.Module, architecture: Architecture, units: Mapping[str, Stru
     for weight in architecture.weights:
         beside = experts.get((weight.module, weight.attribute))
         total += 2 * weight.size * (min(met / beside, 1.0) if beside and met else 1.0)
-    return Cost(each, round(total), "operations for a token")
+    return Cost(each, round(total) + 2 * excluded(architecture), "operations for a token")
 
 
 def kv(model: nn.Module, architecture: Architecture, units: Mapping[str, Structures], length: int) -> Cost:

@@ -42,7 +42,6 @@ class Dense:
         sizes: unit -> how many there are, what one costs, how many can go at most.
         asked: what goes of the cost.
         costs: by name, what else of the model could be counted.
-        found: as `units`, of all kinds.
         left: weights that no structure owns a part of -> why.
         known: what was found once, whatever the allocation.
     """
@@ -55,7 +54,6 @@ class Dense:
     sizes: Mapping[str, Available]
     asked: int
     costs: Mapping[str, Cost]
-    found: Mapping[str, Structures]
     left: Mapping[str, str]
     known: dict[str, dict] = field(default_factory=dict, repr=False)
 
@@ -261,7 +259,7 @@ def dense_model(
         for unit, each in units.items()
     }
     asked = int(config.sparsity * cost.total)
-    return Dense(model, architecture, calibration, config, units, sizes, asked, costs, found.structures, found.left)
+    return Dense(model, architecture, calibration, config, units, sizes, asked, costs, found.left)
 
 
 def allocation_of(units: Mapping[str, Structures], counts: Mapping[str, int], name: str) -> Allocation:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from ....model.architecture import Architecture
 from ....model.calls import feed
+from ..instead import evaluating
 
 
 PROBE = 4  # calibration sequences that are run for each unit
@@ -39,7 +40,8 @@ class Felt:
             lambda module, args, output: given.append(output if isinstance(output, Tensor) else output[0])
         )
         try:
-            feed(self.model, self.batch)
+            with evaluating(self.model):
+                feed(self.model, self.batch)
         finally:
             handle.remove()
         return given[-1].float()

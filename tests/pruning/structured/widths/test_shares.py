@@ -118,6 +118,18 @@ def test_what_costs_nothing_stays(found):
     assert {unit.partition(":")[2]: number for unit, number in counts.items()} == {"ffn": 0, "kv_group": 1}
 
 
+@pytest.mark.parametrize("layout", ["uniform", "per_layer"])
+@pytest.mark.parametrize("cost, least", [("flops", 0.28), ("kv", 0.5)])
+def test_a_share_of_another_cost_is_met(cost, least, layout):
+    config = DSAStructuredConfig(
+        0.5 if cost == "kv" else 0.3, BOTH, "magnitude", "none", cost=cost, layout=layout, round_to=2
+    )
+    report = prune_structures(tiny_llama(), tokens(), config)
+    assert least <= report.shares[cost] <= config.sparsity
+    with pytest.raises(ValueError, match="bytes of a token in the cache are to go, and of the structures that may"):
+        prune_structures(tiny_llama(), tokens(), replace(config, cost="kv", sparsity=0.9))
+
+
 def test_first_and_last_blocks_stay_whole():
     report = prune_structures(
         tiny_llama(), tokens(), DSAStructuredConfig(0.1, update="none", layout="per_layer", keep_first=1, keep_last=1)

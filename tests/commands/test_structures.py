@@ -1,0 +1,131 @@
+"""`optimum-cli dsa prune --structures`: a smaller model from the command line, and what other commands make of it."""
+
+import json
+import shutil
+
+import pytest
+from transformers import AutoModelForCausalLM
+
+from optimum_dsa import DSAPruner, DSAStructuredConfig, demo_model
+from optimum_dsa.common.settings import options_of
+
+from ..test_commands import command, run
+
+
+SHORT = ["--num-samples", "4", "--sequence-length", "32"]
+
+
+@pytest.fixture(scope="module")
+def smaller(tmp_path_factory, text):
+    """A folder that the command wrote in a process of its own."""
+    out = tmp_path_factory.mktemp("cli") / "smaller"
+    options = ["-s", "0.2", "--structures", "ffn,kv_group", "--dataset", text, *SHORT]
+    code, output, errors = command("prune", str(demo_model()), "-o", str(out), *options)
+    assert (code, errors) == (0, "")
+    went, saved = output.splitlines()
+    assert went.endswith("kv_group: 4 of 4 stay, ffn: 256 of 352 stay")
+    assert f"next: optimum-cli dsa evaluate {out} --dataset FILE, or optimum-cli dsa bench {out} --against " in saved
+    return out
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    from optimum_dsa import demo_texts
+
+    path = tmp_path_factory.mktemp("text") / "calibration.txt"
+    path.write_text("\n".join(demo_texts("calibration")))
+    return str(path)
+
+
+def test_what_is_written_is_a_plain_model_that_verifies(monkeypatch, capsys, smaller):
+    assert AutoModelForCausalLM.from_pretrained(smaller).config.intermediate_size == 256
+    code, output, _ = run(monkeypatch, capsys, "verify", str(smaller))
+    assert code == 0 and output.startswith("holds: kv_group: 4 of 4 stay, ffn: 256 of 352 stay; 0 of ")
+    code, output, _ = run(monkeypatch, capsys, "verify", str(smaller), "--json")
+    assert code == 0 and json.loads(output)["widths"]["model.layers.9:ffn"] == [256, 352]
+
+
+def test_the_other_commands_take_it(monkeypatch, capsys, smaller, text, tmp_path):
+    """Trained towards the dense model, measured, timed, and shown; it stays as small as it is."""
+    better = str(tmp_path / "better")
+    options = ["--dataset", text, "--steps", "2", "--sequence-length", "32", "--validation-windows", "2"]
+    code, _, errors = run(
+        monkeypatch, capsys, "recover", str(smaller), "-o", better, *options, "--teacher", str(demo_model())
+    )
+    assert code == 0, errors
+    assert DSAPruner.from_pretrained(better).verify().widths["model.layers.0:ffn"] == (256, 352)
+    code, output, _ = run(monkeypatch, capsys, "evaluate", better, "--dataset", text, *SHORT, "--json")
+    assert code == 0 and json.loads(output)["models"][0]["sparsity"] == 0
+    options = ["--prompt", "8", "--new-tokens", "2", "--rounds", "1", "--json"]
+    code, output, _ = run(monkeypatch, capsys, "bench", better, "--against", str(demo_model()), *options)
+    assert code == 0 and "1739392" in output and "2108032" in output
+    code, output, errors = run(monkeypatch, capsys, "report", better, "-o", str(tmp_path / "page"))
+    assert code == 0, errors
+    assert "256 of 352" in output and (tmp_path / "page" / "widths.png").is_file()
+
+
+def test_weights_are_pruned_then(monkeypatch, capsys, smaller, text, tmp_path):
+    out = str(tmp_path / "both")
+    options = ["-s", "0.5", "--method", "magnitude", "--allocation", "uniform"]
+    code, output, errors = run(monkeypatch, capsys, "prune", str(smaller), "-o", out, *options)
+    assert code == 0, errors
+    assert "structures were cut out before: 368,640 of 2,108,032 parameters went" in output
+    code, output, _ = run(monkeypatch, capsys, "verify", out)
+    assert code == 0 and "ffn: 256 of 352 stay; 737,280 of 1,474,560 prunable weights are zero" in output
+    code, _, errors = run(
+        monkeypatch, capsys, "prune", out, "-o", str(tmp_path / "no"), "-s", "0.1", "--structures", "ffn",
+        "--dataset", text, *SHORT
+    )  # fmt: skip
+    assert code == 2 and "are zero, and it would fill them; cut first and prune weights then" in errors
+
+
+def test_a_description_that_says_other_widths_is_named(monkeypatch, capsys, smaller, tmp_path):
+    folder = shutil.copytree(smaller, tmp_path / "edited")
+    described = json.loads((folder / "dsa_config.json").read_text())
+    unit = described["structured"]["units"]["model.layers.3:ffn"]
+    unit["kept"] += 1
+    (folder / "dsa_config.json").write_text(json.dumps(described))
+    code, output, _ = run(monkeypatch, capsys, "verify", str(folder))
+    assert code == 1
+    assert "model.layers.3:ffn has 256 of its 353 structures, described are 257" in output
+    assert "model.layers.3:ffn keeps 257 of 352 structures, and other ones are said to be gone" in output
+
+
+@pytest.mark.parametrize(
+    "options,message",
+    [
+        ("-s 0.1 --structures ffn --method wanda", "--method is of pruned weights, and --structures cuts"),
+        ("-s 0.1 --structures ffn --quality good", "--quality is of pruned weights"),
+        ("-s 0.1 --structures ffn --compressed", "--compressed is of pruned weights"),
+        ("-s 0.1 --structures ffn --resume", "Cutting structures keeps no finished blocks, and --resume asks"),
+        ("-s 0.1 --structures ffn --device-map disk", "leave it out"),
+        ("-s 0.1 --structures fnn", "'fnn' is none. Did you mean 'ffn'?"),
+        ("-s 0.1 --structures ffn --importance flapp", "Did you mean 'flap'"),
+        ("--structures ffn", "say how much to cut out, for example --sparsity 0.2"),
+        ("-s 0.1 --importance flap", "--importance is for --structures, which was not given"),
+    ],
+)
+def test_what_does_not_go_together_is_one_line_before_work(monkeypatch, capsys, tmp_path, options, message):
+    arguments = ["prune", "nowhere", "-o", str(tmp_path / "out"), *options.split()]
+    code, output, errors = run(monkeypatch, capsys, *arguments)
+    assert code == 2 and output == "" and message in errors and len(errors.splitlines()) == 1, errors
+
+
+def test_a_printed_file_says_the_same(monkeypatch, capsys, tmp_path):
+    """With every setting of a cut, and none of pruned weights."""
+    options = ["-s", "0.1", "--structures", "ffn", "kv_group", "--no-true-sequential", "--exclude", "a,b"]
+    code, printed, _ = run(monkeypatch, capsys, "prune", "model", "-o", "out", *options, "--print-config")
+    assert code == 0 and "true_sequential: false" in printed and "structures:" in printed
+    names = {line.split(":")[0] for line in printed.splitlines()}
+    assert options_of(DSAStructuredConfig).keys() <= names and "method" not in names
+    (tmp_path / "options.yaml").write_text(printed)
+    arguments = ["prune", "--config", str(tmp_path / "options.yaml"), "--print-config"]
+    assert run(monkeypatch, capsys, *arguments) == (0, printed, "")
+
+
+def test_a_smaller_model_is_a_file_of_options(monkeypatch, capsys, smaller, tmp_path):
+    arguments = ["prune", "model", "-o", "out", "--config", str(smaller), "--print-config"]
+    code, printed, errors = run(monkeypatch, capsys, *arguments)
+    assert (code, errors) == (0, "") and "num_samples: 4" in printed and "importance: wanda_sp" in printed
+    code, _, errors = run(monkeypatch, capsys, "plan", "model", "--config", str(smaller))
+    assert code == 2 and "that of a model whose structures were cut, and says nothing of weights" in errors
