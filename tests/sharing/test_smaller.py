@@ -40,6 +40,14 @@ def test_the_terminal_has_parameters_and_widths(smaller):
     assert {path.name for path in (smaller / "pages").glob("widths*.png")} == {"widths.png", "widths-2.png"}
 
 
+def test_zeros_that_fill_blocks_up_are_no_pruned_weights(tmp_path):
+    pruner = DSAPruner(tiny_llama())
+    pruner.prune(tokens(), DSAStructuredConfig(0.3, layout="padded", allocation="global"))
+    pruner.save_pretrained(tmp_path / "padded")
+    assert pruner.report.removed and Outcome.read(tmp_path / "padded").is_only_cut
+    assert not any("zeros" in part for part in pruner.verify().unproven)
+
+
 @pytest.mark.parametrize("name", ["cut", "both"])
 def test_the_page_says_what_went(smaller, name):
     outcome = Outcome.read(smaller / name)
