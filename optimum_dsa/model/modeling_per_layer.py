@@ -143,10 +143,7 @@ def list_of_layers(model: nn.Module, path: str) -> nn.ModuleList:
 def _cut(block: nn.Module, tensors: Mapping[str, Any], fewer: Mapping[str, int], called: str) -> None:
     for name, (setting, each, axis) in tensors.items():
         path, _, last = name.rpartition(".")
-        try:
-            module = block.get_submodule(path)
-        except AttributeError:
-            continue  # layers of other kinds lack it
+        module = _part(block, path)
         value, gone = getattr(module, last, None), fewer.get(setting, 0) * each
         if value is None or not gone:
             continue
@@ -159,11 +156,16 @@ def _cut(block: nn.Module, tensors: Mapping[str, Any], fewer: Mapping[str, int],
 
 def _reads(block: nn.Module, name: str, axis: int) -> bool:
     """Whether `axis` of a tensor is what its module reads."""
+    module = _part(block, name.rpartition(".")[0])
+    return module is not None and name.endswith(".weight") and axis == (0 if isinstance(module, Conv1D) else 1)
+
+
+def _part(block: nn.Module, path: str) -> nn.Module | None:
+    """A part of a block by name; `None` where it is of another kind, and lacks it."""
     try:
-        module = block.get_submodule(name.rpartition(".")[0])
+        return block.get_submodule(path)
     except AttributeError:
-        return False
-    return name.endswith(".weight") and axis == (0 if isinstance(module, Conv1D) else 1)
+        return None
 
 
 def count_anew(module: nn.Module) -> None:
@@ -181,8 +183,7 @@ def count_heads(block: nn.Module, tensors: Iterable[str], queries: int, keys: in
         changes["num_key_value_groups"] = queries
     around = {name.rpartition(".")[0].rpartition(".")[0] for name in tensors}
     around |= {".".join(path[:end]) for path in (name.split(".") for name in around) for end in range(1, len(path))}
-    for path in around - {""}:
-        module = block.get_submodule(path)
+    for module in filter(None, (_part(block, path) for path in around - {""})):
         if (config := vars(module).get("config")) is not None:
             module.config = _own(config)
             _lower(module.config, changes)
@@ -192,8 +193,8 @@ def count_heads(block: nn.Module, tensors: Iterable[str], queries: int, keys: in
 def count_experts(block: nn.Module, tensors: Iterable[str], gone: int) -> None:
     """Have the modules that hold a block's `tensors`, and those around, say how many experts there are."""
     around = {".".join(name.split(".")[:end]) for name in tensors for end in range(1, name.count(".") + 1)}
-    for path in around:
-        _lower(block.get_submodule(path), dict.fromkeys(EXPERT_COUNTS, gone))
+    for module in filter(None, (_part(block, path) for path in around)):
+        _lower(module, dict.fromkeys(EXPERT_COUNTS, gone))
 
 
 def own_settings(model: nn.Module, config: Any) -> None:

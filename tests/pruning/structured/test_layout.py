@@ -21,7 +21,11 @@ from .families import FAMILIES, batch_of
 
 # Of two blocks, what goes of each kind: of its 2 groups or 4 heads, and of its 48 channels (or 128).
 GONE = {"kv_group": (1, 0), "head": (1, 2), "ffn": (20, 9), "expert": (1, 2)}
-AUTO = {"Bert": "AutoModelForMaskedLM", "ViT": "AutoModelForImageClassification", "T5": "AutoModelForSeq2SeqLM"}
+AUTO = {"Bert": "AutoModelForMaskedLM", "ViT": "AutoModelForImageClassification"}
+AUTO |= dict.fromkeys(["T5", "Bart"], "AutoModelForSeq2SeqLM")
+AUTO |= dict.fromkeys(["Llava", "Qwen2_5_VL"], "AutoModelForImageTextToText")
+# Made of several models: an encoder and a decoder, or a tower that sees and one that writes.
+SEVERAL = ("T5", "Bart", "Llava", "Qwen2_5_VL")
 # Where the size of a head is not derived of their number; a Llama with three heads of 8 in 32 is a Mistral.
 SAYS_HEADS = ("Llama without groups", "Llama with one head of keys", "Phi", "ViT")
 
@@ -65,8 +69,8 @@ ROWS = [
     (family, layout)
     for family in FAMILIES
     for layout in LAYOUTS
-    # an encoder and a decoder are two lists of blocks; that others stay plain is tried where they are pruned
-    if (family, layout) != ("T5", "per_layer") and (layout != "uniform" or family in SAYS_HEADS)
+    # that others stay plain is tried where they are pruned
+    if not (layout == "per_layer" and family in SEVERAL) and (layout != "uniform" or family in SAYS_HEADS)
 ]
 # One of each way to be made: the others differ in nothing that this package's being there changes.
 IMPORTED = ("Llama", "Phi3", "GPT2", "Falcon", "Bert")
