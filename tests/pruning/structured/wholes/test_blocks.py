@@ -145,6 +145,11 @@ def test_settings_that_mean_nothing_for_blocks_are_refused(structures, importanc
         DSAStructuredConfig(0.2, structures, importance)
 
 
+def test_blocks_of_which_every_one_is_of_another_make_stay():
+    with pytest.raises(ValueError, match="has no block that could be cut out .model.layers: one block of every make"):
+        prune_structures(FAMILIES["Lfm2"][0](), batch_of("Lfm2", 2), DSAStructuredConfig(0.5, ("block",)))
+
+
 def test_more_blocks_than_can_go_with_the_first_ones_kept_are_refused():
     """One with attention has to stay, and neither of the kept ones has it."""
     model = FAMILIES["Lfm2"][0](num_hidden_layers=4, full_attn_idxs=[3])
