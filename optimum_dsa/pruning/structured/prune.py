@@ -20,6 +20,7 @@ from ..reconstruct import Reconstruct
 from ..source import Source, as_calibration, check_finite_outputs
 from ..steps import Step
 from ..training import Reconstruction
+from .biases import biases_for, given
 from .budget import Available, even_counts, fitted_counts
 from .checks import check_cuttable, check_excluded, check_zeros
 from .configuration import DSAStructuredConfig
@@ -133,6 +134,15 @@ def prune_structures(
     """
     start = time.perf_counter()
     dense = dense_of(model, calibration, config)
+    if config.update != "bias" or not (biases := biases_for(model, dense.units)).switches:
+        return _pruned(dense, start, learning, resume)
+    with given(model, biases):
+        return _pruned(dense_of(model, calibration, config), start, learning, resume)
+
+
+def _pruned(dense: Dense, start: float, learning: str | Path | None, resume: bool) -> StructuredReport:
+    """Make a model smaller, in place, whose structures are known."""
+    model, config = dense.model, dense.config
     units, prunable = dense.units, dense.costs["parameters"].total
     parameters, chosen = count_parameters(model), None
     counts, layout = choose_counts(dense)
@@ -278,7 +288,7 @@ def _short(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def _check(
     model: nn.Module, units: Mapping[str, Structures], left: Mapping[str, str], config: DSAStructuredConfig
 ) -> None:
-    """Raise `ValueError` where there is nothing to be cut out, or no bias to add to."""
+    """Raise `ValueError` where there is nothing to be cut out."""
     if not units:
         why = "; ".join(f"{name}: {reason}" for name, reason in list(left.items())[:3])
         raise ValueError(
@@ -287,11 +297,3 @@ def _check(
         )
     if missing := [kind for kind in config.structures if all(each.kind != kind for each in units.values())]:
         logger.warning("%s has no %s that could be cut out.", type(model).__name__, " or ".join(missing))
-    if config.update == "bias":
-        readers = {cut.tensor.rpartition(".")[0] for each in units.values() for cut in each.reads}
-        without = sorted(name for name in readers if getattr(model.get_submodule(name), "bias", None) is None)
-        if without:
-            raise ValueError(
-                f"update='bias' adds to the bias of what reads a structure, and {without[0]} has none (nor have "
-                f"{len(without) - 1} others); use update='refit'."
-            )
