@@ -81,6 +81,15 @@ FAMILIES = {
     ),
     "Bert": (_other("Bert", "ForMaskedLM", vocab_size=97, **WIDE), HEADS),
     "ViT": (_other("ViT", "ForImageClassification", image_size=16, patch_size=4, **WIDE), HEADS),
+    # Slopes, and a bias of positions, that come from outside the block are of all its heads.
+    "Bloom": (_other("Bloom", "ForCausalLM", vocab_size=97, hidden_size=32, n_layer=2, n_head=4), {"ffn": 128}),
+    "T5": (_other("T5", "ForConditionalGeneration", vocab_size=97, **T5), {"ffn": 48}),
+}
+
+
+# Of these, too: how a layout without a plain class has them is tried with those above.
+EVERY = {
+    **FAMILIES,
     "Lfm2": (
         # Its first block mixes by a convolution, which stays.
         _causal("Lfm2", full_attn_idxs=[1, 3], num_key_value_heads=2, intermediate_size=96, block_multiple_of=16),
@@ -92,16 +101,13 @@ FAMILIES = {
         GROUPS,
     ),
     "Qwen2_5_VL": (_tower("Qwen2_5_VL", text={"rope_parameters": SECTIONS}, vision=PATCHES, rest={}), GROUPS),
-    # Slopes, and a bias of positions, that come from outside the block are of all its heads.
-    "Bloom": (_other("Bloom", "ForCausalLM", vocab_size=97, hidden_size=32, n_layer=2, n_head=4), {"ffn": 128}),
-    "T5": (_other("T5", "ForConditionalGeneration", vocab_size=97, **T5), {"ffn": 48}),
 }
 
 
 def deeper(family, depth):
     """A model of a family with `depth` blocks in each stack."""
-    config = text_part(FAMILIES[family][0]().config)
-    return FAMILIES[family][0](**{name: depth for name in DEPTHS if name in vars(config)})
+    config = text_part(EVERY[family][0]().config)
+    return EVERY[family][0](**{name: depth for name in DEPTHS if name in vars(config)})
 
 
 def batch_of(family, samples=1, length=12):

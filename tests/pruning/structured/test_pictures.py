@@ -7,7 +7,7 @@ from transformers import LlavaForConditionalGeneration
 from optimum_dsa.pruning.structured.configuration import DSAStructuredConfig
 from optimum_dsa.pruning.structured.prune import prune_structures
 
-from .families import FAMILIES
+from .families import EVERY
 
 
 def pictures(samples=4):
@@ -21,7 +21,7 @@ def pictures(samples=4):
     ("structures", "importance"), [(("ffn", "kv_group"), "saap"), (("ffn",), "obs"), (("block",), "wanda_sp")]
 )
 def test_a_model_of_pictures_is_cut_on_them(structures, importance, tmp_path):
-    model, batch = FAMILIES["Llava"][0](), pictures()
+    model, batch = EVERY["Llava"][0](), pictures()
     tower = {name: value.clone() for name, value in model.model.vision_tower.state_dict().items()}
     report = prune_structures(model, batch, DSAStructuredConfig(0.5, structures, importance))
     assert report.sparsity > 0.35 and all("language_model" in unit for unit in report.gone)

@@ -16,7 +16,7 @@ from optimum_dsa.pruning.structured.slicing import silence
 from optimum_dsa.pruning.structured.structures import find_structures
 
 from ...tiny import same_state, state, tiny_llama, tokens
-from .families import FAMILIES, batch_of
+from .families import EVERY, FAMILIES, batch_of
 
 
 @pytest.fixture(scope="module")
@@ -113,9 +113,9 @@ def test_every_family_is_cut(family):
     assert 0 < report.sparsity <= 0.05 and model(**batch_of(family)).logits.isfinite().all()
 
 
-@pytest.mark.parametrize("family", [name for name in FAMILIES if name not in ("ViT", "T5", "GPT2", "Bloom")])
+@pytest.mark.parametrize("family", [name for name in EVERY if name not in ("ViT", "T5", "GPT2", "Bloom")])
 def test_what_is_left_is_a_plain_model_that_transformers_loads(family, tmp_path):
-    make, kinds = FAMILIES[family]
+    make, kinds = EVERY[family]
     model, batch = make(), batch_of(family)
     calibration = {name: value.repeat(4, 1) for name, value in batch.items()}
     # Where a head's size is derived of their number, heads have to stay.

@@ -12,7 +12,7 @@ from optimum_dsa.pruning.structured.slicing import cut_out, silence
 from optimum_dsa.pruning.structured.structures import find_structures
 
 from ...tiny import same_state, state, tiny_llama, tokens
-from .families import FAMILIES, batch_of
+from .families import EVERY, FAMILIES, batch_of
 
 
 def found_in(model, family="Llama"):
@@ -24,9 +24,9 @@ def logits(model, batch):
         return model(**batch).logits
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", EVERY)
 def test_the_model_cut_gives_what_the_model_silenced_gives(family):
-    make, kinds = FAMILIES[family]
+    make, kinds = EVERY[family]
     dense = make()
     before = state(dense)
     found = found_in(dense, family)

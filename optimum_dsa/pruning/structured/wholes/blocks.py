@@ -57,6 +57,8 @@ def find_blocks(model: nn.Module, architecture: Architecture, batch: Mapping[str
         least = len(fixed) + len({*makes} - {makes[number] for number in fixed})
         if least < len(names):
             units[unit.unit] = replace(unit, least=least, fixed=fixed)
+        else:  # first of all, as errors name the first
+            left = {stack.name: "one block of every make stays, and there are no others"} | left
     return Found(units, left)
 
 

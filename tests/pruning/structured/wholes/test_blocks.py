@@ -15,7 +15,7 @@ from optimum_dsa.pruning.structured.wholes.blocks import find_blocks
 from optimum_dsa.pruning.structured.wholes.usage import collect_usage
 
 from ....tiny import same_state, state
-from ..families import FAMILIES, batch_of, deeper
+from ..families import EVERY, batch_of, deeper
 
 
 DEPTH = 4
@@ -30,7 +30,7 @@ def logits(model, batch):
         return model(**batch).logits
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", EVERY)
 def test_the_model_without_blocks_gives_what_it_gives_when_they_hand_their_input_on(family, tmp_path):
     model = deeper(family, DEPTH)
     before, config = state(model), model.config.to_dict()
@@ -145,9 +145,14 @@ def test_settings_that_mean_nothing_for_blocks_are_refused(structures, importanc
         DSAStructuredConfig(0.2, structures, importance)
 
 
+def test_blocks_of_which_every_one_is_of_another_make_stay():
+    with pytest.raises(ValueError, match="has no block that could be cut out .model.layers: one block of every make"):
+        prune_structures(EVERY["Lfm2"][0](), batch_of("Lfm2", 2), DSAStructuredConfig(0.5, ("block",)))
+
+
 def test_more_blocks_than_can_go_with_the_first_ones_kept_are_refused():
     """One with attention has to stay, and neither of the kept ones has it."""
-    model = FAMILIES["Lfm2"][0](num_hidden_layers=4, full_attn_idxs=[3])
+    model = EVERY["Lfm2"][0](num_hidden_layers=4, full_attn_idxs=[3])
     before, config = state(model), DSAStructuredConfig(0.5, ("block",), keep_first=2)
     assert prune_structures(copy.deepcopy(model), batch_of("Lfm2", 2), replace(config, sparsity=0.25)).removed > 0
     with pytest.raises(ValueError, match="2 are to go, and only 1 of 4 can"):
