@@ -15,6 +15,11 @@ from .tiny import tiny_llama, tokens
 FOLDER = Path(__file__).parents[1] / "examples" / "benchmarks"
 
 
+@pytest.fixture(autouse=True)
+def beside_each_other(monkeypatch):
+    monkeypatch.syspath_prepend(FOLDER)
+
+
 def script(name):
     spec = importlib.util.spec_from_file_location(name, FOLDER / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
@@ -72,3 +77,31 @@ def test_gpu(monkeypatch, capsys, tmp_path):
     monkeypatch.setattr("sys.argv", ["gpu.py", "--minutes", "0"])
     module.main()
     assert "left out" in capsys.readouterr().out
+
+
+def test_smaller_models_stand_in_rows_beside_flap(monkeypatch, capsys, tmp_path):
+    module = script("structured")
+    tiny_llama(max_position_embeddings=512).save_pretrained(tmp_path / "model")
+    parts = {"calibration": tokens(), "validation": tokens(8, 16, seed=5), "test": tokens(8, 16, seed=6)}
+    save_file(parts, tmp_path / "tokens.safetensors")
+    rows = tmp_path / "rows.jsonl"
+    asked = ["--shares", "0.4", "--steps", "1", "--learn-steps", "2", "--budget", "2k tokens", "--device", "cpu"]
+    asked += ["--rows", "obs, refit, searched", "flap", "blocks", "projected_gates, all"]
+    places = [str(tmp_path / "model"), "--tokens", str(tmp_path / "tokens.safetensors"), "--output", str(rows)]
+    monkeypatch.setattr("sys.argv", ["structured.py", *places, *asked])
+    module.main()
+    names = [line.split("  ")[0] for line in capsys.readouterr().out.splitlines()[2:]]
+    assert names == ["0.4 flap", "0.4 obs, refit, searched", "0.4 blocks", "0.4 projected_gates, all"]
+    found = [json.loads(line)["row"] for line in rows.read_text().splitlines()[1:]]
+    assert all(0 < row["share"] <= 0.4 for row in found)
+    assert all(row["prefill"] > 0 and row["decode"] > 0 for row in found) and found[1]["allocation"]["sparsity"]
+    written = rows.read_text()
+    module.main()  # nothing is run again
+    assert rows.read_text() == written
+
+
+def test_every_row_of_smaller_models_can_be_asked_for(monkeypatch):
+    module = script("structured")
+    monkeypatch.setattr("sys.argv", ["structured.py"])
+    args = module.parse()
+    assert all(module.config_of(row, 0.2, args).sparsity == 0.2 for row in module.ROWS)

@@ -20,9 +20,9 @@ import json
 import re
 import time
 from dataclasses import replace
-from pathlib import Path
 
 import torch
+from rows import Rows
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -146,23 +146,6 @@ def dense(tokens: dict[str, torch.Tensor], args: argparse.Namespace) -> dict:
         for name in MEASURED
         if name in tokens
     }
-
-
-class Rows:
-    """Finished rows by what they depend on, kept in a file where there is one."""
-
-    def __init__(self, path: str | None):
-        self.path = Path(path) if path else None
-        lines = self.path.read_text().splitlines() if self.path and self.path.exists() else []
-        self.known = {line["key"]: line["row"] for line in map(json.loads, lines)}
-
-    def row(self, key: str, make) -> dict:
-        if key not in self.known:
-            self.known[key] = make()
-            if self.path:
-                with self.path.open("a") as file:
-                    file.write(json.dumps({"key": key, "row": self.known[key]}) + "\n")
-        return self.known[key]
 
 
 def line(name: str, row: dict, base: dict | None, whole: dict) -> str:

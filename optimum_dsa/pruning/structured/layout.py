@@ -16,7 +16,12 @@ from .wholes.blocks import shorter
 
 
 # What configurations call the width of an MLP.
-MLP_WIDTHS = ("intermediate_size", "ffn_dim", "n_inner", "d_ff", "ffn_hidden_size")
+MLP_WIDTHS = (
+    *("intermediate_size", "ffn_dim", "n_inner", "d_ff", "ffn_hidden_size", "encoder_ffn_dim", "decoder_ffn_dim"),
+    *("shared_expert_intermediate_size", "intermediate_size_mlp"),
+)
+# Where it is true, the width is derived of the setting (LFM2).
+_DERIVED = "block_auto_adjust_ff_dim"
 
 
 def smaller_config(
@@ -33,19 +38,19 @@ def smaller_config(
     Raises:
         ValueError: no configuration of its class says it: blocks differ, or the class derives a width from others.
     """
-    alike: dict[str, set[tuple[int, int]]] = {}
+    alike: dict[tuple[str, int], set[int]] = {}
     for unit, each in units.items():
-        alike.setdefault(each.kind, set()).add((len(each), counts[unit]))
+        alike.setdefault((each.kind, len(each)), set()).add(counts[unit])
     if any(len(numbers) > 1 for numbers in alike.values()):
-        kind = next(kind for kind, numbers in alike.items() if len(numbers) > 1)
+        kind = next(kind for (kind, _), numbers in alike.items() if len(numbers) > 1)
         raise ValueError(f"Blocks come to differ in their {kind}, and layout='uniform' has one for all.")
     changes: dict[str, Any] = {}
     part, gone = text_part(model.config), gone or {}
-    for each in {each.kind: each for each in units.values()}.values():
+    for each in {(each.kind, len(each)): each for each in units.values()}.values():
         count, less = len(each), counts[each.unit]
         queries, keys = (per * (count - less) for per in each.heads)
         if each.kind == "ffn":
-            changes |= _known(part, MLP_WIDTHS, count, count - less)
+            changes |= _width(part, count, count - less)
         elif each.kind == "expert":
             changes |= {name: count - less for name in EXPERT_COUNTS if getattr(part, name, None) == count}
         elif each.kind == "block":
@@ -76,6 +81,19 @@ def settle(model: nn.Module, changes: Mapping[str, Any]) -> None:
             if vars(module).get("num_experts") == getattr(part, name) and getattr(module, "config", None) is part:
                 module.num_experts = value
         setattr(part, name, value)
+
+
+def unsaid(model: nn.Module, units: Mapping[str, Structures]) -> set[str]:
+    """The units of channels whose number no setting of the model's configuration has."""
+    part = text_part(model.config)
+    return {unit for unit, each in units.items() if each.kind == "ffn" and not _width(part, len(each), len(each) - 1)}
+
+
+def _width(config: Any, before: int, after: int) -> dict[str, Any]:
+    """The settings that say the width of an MLP, with what they become."""
+    if getattr(config, _DERIVED, False):
+        return {MLP_WIDTHS[0]: after, _DERIVED: False}
+    return _known(config, MLP_WIDTHS, before, after)
 
 
 def _known(config: Any, names: tuple[str, ...], before: int, after: int) -> dict[str, int]:

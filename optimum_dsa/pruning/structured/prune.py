@@ -23,7 +23,7 @@ from ..training import Reconstruction
 from .budget import Available, even_counts, fitted_counts
 from .checks import check_cuttable, check_excluded, check_zeros
 from .configuration import DSAStructuredConfig
-from .layout import settle, smaller_config
+from .layout import settle, smaller_config, unsaid
 from .learners.budget import Projection
 from .learners.gates import Gates
 from .learners.learned import check_learnable, learned
@@ -243,6 +243,10 @@ def _said_counts(
     Where it cannot say so many heads, fewer go, and more of the rest.
     """
     kinds, refused = {unit: (each.kind, len(each)) for unit, each in units.items()}, None
+    silent = unsaid(model, units)
+    if silent and len(silent) < len(units):
+        logger.warning("No setting says how many channels %s have (%d in all); they stay.", min(silent), len(silent))
+        sizes = {unit: replace(size, limit=0) if unit in silent else size for unit, size in sizes.items()}
     while True:
         counts: dict[str, int] = {}
         try:

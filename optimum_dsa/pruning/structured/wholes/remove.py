@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ...calibration import Calibration
 from ..configuration import DSAStructuredConfig
@@ -14,6 +14,7 @@ from ..importance import IMPORTANCES, Parts, importance_of
 from ..layout import smaller_config
 from ..slicing import cut_out
 from ..structure import WHOLE, Structures, tensor_named
+from .blocks import makes_of
 from .usage import Usage, collect_usage
 
 
@@ -41,6 +42,10 @@ def remove_wholes(
         parts = _parts_of(model, each, products.get(unit, ()), name, usage.get(unit))
         scores = IMPORTANCES[row[unit]](parts)
         scores[list(each.fixed)] = float("inf")
+        if each.kind == "block":
+            _keep_one_of_each(scores, makes_of(model, each))
+        if (able := int(scores.isfinite().sum())) < counts[unit]:
+            raise ValueError(f"{unit}: {counts[unit]} are to go, and only {able} of {len(each)} can; ask for less.")
         # Stable, so that of equals the first go, on every machine.
         chosen[unit] = scores.argsort(stable=True)[: counts[unit]].sort().values.cpu()
     if config.layout == "uniform" and any(each.kind == "block" for each in units.values()):
@@ -48,6 +53,13 @@ def remove_wholes(
     for unit, gone in chosen.items():
         cut_out(model, units[unit], gone)
     return {unit: gone.tolist() for unit, gone in chosen.items()}
+
+
+def _keep_one_of_each(scores: Tensor, makes: Sequence[tuple[type, ...]]) -> None:
+    """Make the most important block of every make infinitely important, (blocks,) in place."""
+    for make in dict.fromkeys(makes):
+        own = [number for number, other in enumerate(makes) if other == make]
+        scores[own[int(scores[own].argmax())]] = float("inf")
 
 
 def _parts_of(
