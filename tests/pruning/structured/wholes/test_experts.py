@@ -9,6 +9,7 @@ from transformers import AutoModelForCausalLM
 
 from optimum_dsa import find_architecture
 from optimum_dsa.pruning.structured.configuration import DSAStructuredConfig
+from optimum_dsa.pruning.structured.layout import LAYOUTS
 from optimum_dsa.pruning.structured.prune import prune_structures
 from optimum_dsa.pruning.structured.slicing import cut_out, silence
 from optimum_dsa.pruning.structured.structures import find_structures
@@ -202,7 +203,8 @@ def test_settings_that_mean_nothing_for_experts_are_refused(structures, changes,
         DSAStructuredConfig(0.2, structures, **changes)
 
 
-def test_gradients_of_experts_that_are_modules_are_refused():
+def test_gradients_of_experts_that_are_modules_are_refused(monkeypatch):
+    monkeypatch.setitem(LAYOUTS, "per_layer", lambda *given: None)  # no configuration says what is left of them
     config = DSAStructuredConfig(0.2, ("expert",), "saap", layout="per_layer")
     with pytest.raises(ValueError, match="are modules each; use importance='reap'"):
         prune_structures(of_modules(), batch_of("Llama", 2), config)
