@@ -28,6 +28,7 @@ from .encodings import DENSE, Encoding, encoding_in
 from .forms import GGUF, dequantising, located
 from .layouts import layout_of
 from .limits import Contents, check_counts, read_contents, within
+from .missing import check_loaded
 from .shards import find_shards, index_files, index_name
 
 
@@ -75,7 +76,10 @@ def load_model(path: str, adapter: bool = True, **kwargs) -> nn.Module:
         loader = transformers.AutoModelForSeq2SeqLM  # a GGUF names no class
     kwargs = {**dequantising(config, kwargs), **kwargs}
     with within(contents, path), explained(f"The checkpoint at {path} cannot be loaded"), _as_asked(kwargs):
-        return loader.from_pretrained(path, config=config, **kwargs).eval()
+        found = loader.from_pretrained(path, config=config, output_loading_info=True, **kwargs)
+    model, info = found if isinstance(found, tuple) else (found, {})  # a class of its own may not tell
+    check_loaded(model, info, "/".join(filter(None, (path, kwargs.get("gguf_file")))))
+    return model.eval()
 
 
 def weights_of(path: str) -> str:
