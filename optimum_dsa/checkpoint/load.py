@@ -21,7 +21,8 @@ from ..common.folder_files import TOKENIZER, check_read_files, is_part
 from ..common.hub_file import hub_commit, hub_file
 from ..model.own_code import check_trusted
 from ..pruning.configuration import CONFIG_NAME
-from .adapter_base import ADAPTER_CONFIG, ADAPTER_WEIGHTS, base_under, is_adapter, with_adapter
+from .adapter_base import ADAPTER_CONFIG, ADAPTER_WEIGHTS, base_under, is_adapter, task_under, with_adapter
+from .adapter_task import AdapterTask
 from .base_files import find_base_files
 from .description import Description, read_description
 from .encodings import DENSE, Encoding, encoding_in
@@ -43,10 +44,13 @@ _OTHER_WEIGHTS = ("variant", "gguf_file", "state_dict", "use_safetensors")
 _NO_WEIGHTS = ["*.bin", "*.pt", "*.pth", "*.h5", "*.msgpack", "*.gguf", "*.onnx"]
 
 
-def load_model(path: str, adapter: bool = True, **kwargs) -> nn.Module:
+def load_model(path: str, adapter: bool = True, task: AdapterTask | None = None, **kwargs) -> nn.Module:
     """The model at `path` in its own architecture (language model, encoder, vision model, ...), for inference.
 
     Of an adapter, the model that it names as its base, with the adapter on it, or with `adapter=False` without.
+
+    Args:
+        task (`AdapterTask`, *optional*): of an adapter that the model is the base of, whose head it then has.
 
     Raises:
         ValueError: its `config.json` cannot be a model's, names no model class, or asks for more than the checkpoint
@@ -61,7 +65,7 @@ def load_model(path: str, adapter: bool = True, **kwargs) -> nn.Module:
     if not kwargs.get("gguf_file") and (found := _adapter_at(path, folder, shared)) is not None:
         # They say where the adapter is, not its base.
         others = {name: value for name, value in kwargs.items() if name not in ("revision", "subfolder")}
-        base = load_model(base_under(found), **others)
+        base = _load_base(path, found, others)
         return with_adapter(base, found) if adapter else base
     stated = {} if kwargs.get("gguf_file") else stated_in(path, folder, shared)
     contents = None if kwargs.keys() & set(_OTHER_WEIGHTS) else contents_of(path, folder, stated, shared)
@@ -74,12 +78,27 @@ def load_model(path: str, adapter: bool = True, **kwargs) -> nn.Module:
     loader = layout_of(stated).model_class(config, path, shared)
     if kwargs.get("gguf_file") and config.is_encoder_decoder:
         loader = transformers.AutoModelForSeq2SeqLM  # a GGUF names no class
+    if task is not None:
+        loader = task.model_class(loader, config)
     kwargs = {**dequantising(config, kwargs), **kwargs}
     with within(contents, path), explained(f"The checkpoint at {path} cannot be loaded"), _as_asked(kwargs):
         found = loader.from_pretrained(path, config=config, output_loading_info=True, **kwargs)
     model, info = found if isinstance(found, tuple) else (found, {})  # a class of its own may not tell
-    check_loaded(model, info, "/".join(filter(None, (path, kwargs.get("gguf_file")))))
+    brought = () if task is None else task.modules
+    check_loaded(model, info, "/".join(filter(None, (path, kwargs.get("gguf_file")))), brought)
     return model.eval()
+
+
+def _load_base(path: str, folder: Path, options: Mapping[str, Any]) -> nn.Module:
+    """The model under the adapter at `path`, in `folder`, with the head that it was trained with."""
+    base = base_under(folder)
+    try:
+        return load_model(base, task=task_under(folder), **options)
+    except OSError as error:
+        raise OSError(
+            f"{path} holds an adapter on {base}, which cannot be had; name where its base is as "
+            f"base_model_name_or_path in its {ADAPTER_CONFIG} ({error})"
+        ) from error
 
 
 def weights_of(path: str) -> str:
