@@ -141,7 +141,7 @@ def check_base(
         )
     for config in model.peft_config.values():
         # in full, as whoever loads it works elsewhere
-        config.base_model_name_or_path = str(Path(stored).resolve()) if Path(stored).is_dir() else stored
+        config.base_model_name_or_path = str(Path(stored).absolute()) if Path(stored).is_dir() else stored
         if isinstance(getattr(config, "init_lora_weights", None), str):
             # PiSSA and its like begin by taking from the base what the adapter holds, and that is done: the base of
             # here is the rest already
