@@ -22,7 +22,9 @@ from transformers import (
 from optimum_dsa import DSAConfig, DSAPruner
 from optimum_dsa.checkpoint.load import load_model
 from optimum_dsa.checkpoint.plan import plan
+from optimum_dsa.model.adapters import has_adapters
 
+from ..test_commands import run
 from ..tiny import tiny_llama, tokens
 
 
@@ -194,3 +196,12 @@ def test_the_plan_for_an_adapter_is_that_for_its_base(base, tmp_path):
     saved_adapter(base(tiny_llama(), type(tiny_llama())), tmp_path / "adapter", LoraConfig(**TARGETS))
     found, expected = (plan(tmp_path / name, CONFIG, run_block=False) for name in ("adapter", "base"))
     assert found.phases["loading"]["weights"] == expected.phases["loading"]["weights"]
+
+
+def test_the_command_prunes_the_dense_model_under_an_adapter(base, tmp_path, monkeypatch, capsys):
+    saved_adapter(base(tiny_llama(), type(tiny_llama())), tmp_path / "adapter", LoraConfig(**TARGETS))
+    options = ["-s", "0.5", "--method", "magnitude", "--allocation", "uniform", "-o", str(tmp_path / "out")]
+    code, _, errors = run(monkeypatch, capsys, "prune", str(tmp_path / "adapter"), *options)
+    assert code == 0, errors
+    pruner = DSAPruner.from_pretrained(tmp_path / "out")
+    assert pruner.verify().holds and not has_adapters(pruner.model)
