@@ -241,7 +241,7 @@ def asked_structures(args, parser):
     Raises:
         ValueError: options of both are given, or what cannot be saved or is none of this.
     """
-    from ..checkpoint.smaller import check_layout, check_resumable
+    from ..checkpoint.smaller import check_resumable
     from ..common.settings import flag_of, nested
     from ..pruning.structured.configuration import DSAStructuredConfig
 
@@ -262,6 +262,5 @@ def asked_structures(args, parser):
     if args.device_map == "disk":
         raise ValueError("--structures cuts a model in memory, and --device-map disk has it elsewhere; leave it out.")
     config = DSAStructuredConfig.from_dict(nested(DSAStructuredConfig, asked))
-    check_layout(config)
     check_resumable(config, args.checkpoints, args.resume)
     return config

@@ -98,7 +98,6 @@ def test_a_description_that_says_other_widths_is_named(monkeypatch, capsys, smal
         ("-s 0.1 --structures ffn --quality good", "--quality is of pruned weights"),
         ("-s 0.1 --structures ffn --compressed", "--compressed is of pruned weights"),
         ("-s 0.1 --structures ffn --resume", "Cutting structures keeps no finished blocks, and --resume asks"),
-        ("-s 0.1 --structures ffn --layout per_layer", "--layout per_layer is of models in memory"),
         ("-s 0.1 --structures ffn --device-map disk", "leave it out"),
         ("-s 0.1 --structures fnn", "'fnn' is none. Did you mean 'ffn'?"),
         ("-s 0.1 --structures ffn --importance flapp", "Did you mean 'flap'"),
