@@ -27,6 +27,7 @@ _PUBLIC = {
     "DSAPruner": "pruner",
     "DSAStructuredConfig": "pruning.structured.configuration",
     "ENCODINGS": "checkpoint.encodings",
+    "EXPORTS": "checkpoint.exports",
     "Encoding": "checkpoint.encodings",
     "DataConfig": "data",
     "Heuristic": "pruning.allocation",
@@ -87,6 +88,7 @@ _PUBLIC = {
     "demo_texts": "commands.embedded",
     "environment": "common.environment",
     "evaluate_tasks": "evaluation.tasks",
+    "export": "checkpoint.exports",
     "find_architecture": "model.architecture",
     "fit_to_budget": "pruning.allocation",
     "load_calibration": "pruning.calibration",
@@ -123,6 +125,7 @@ def _following(module: str) -> Callable[[], None]:
 
 
 after_import("transformers.quantizers.auto", _following(".checkpoint.transformers_loader"))  # compressed ones load
+after_import("transformers.models.auto.configuration_auto", _following(".model.per_layer"))  # so do per-layer ones
 after_import("peft", _following(".recovery.adapters.peft_method"))  # sparse adapters load
 
 

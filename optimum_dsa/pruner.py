@@ -19,7 +19,7 @@ from .checkpoint.forms import check_model
 from .checkpoint.opened import open_checkpoint
 from .checkpoint.origin import base_of, described_report, known_of, report_of, training_of
 from .checkpoint.save import base_model, save_checkpoint, writes_adapters
-from .checkpoint.smaller import check_layout, check_run, report_of_cut
+from .checkpoint.smaller import check_run, report_of_cut
 from .checkpoint.verify import Verification, verify
 from .common.escaping import one_line
 from .common.output import OutputFolder
@@ -325,7 +325,6 @@ class DSAPruner:
             raise ValueError(f"compressed=True and encoding={encoding!r} do not fit; give one of them.")
         encoding = "bitmask" if compressed else encoding
         report = self._pruned()
-        check_layout(report)
         if report is self._restored and not (found := self.verify()).holds:
             logger.warning("The model is not what its report says any more: %s.", one_line(found.problems[0]))
         place = directory.path if isinstance(directory, OutputFolder) else Path(directory)

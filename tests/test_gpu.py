@@ -5,11 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 
-from optimum_dsa import DSAConfig, DSAPruner
+from optimum_dsa import DSAConfig, DSAPruner, DSAStructuredConfig, prune_structures
 from optimum_dsa.model.statistics import LayerStatistics
 from optimum_dsa.pruning.unstructured.elimination import eliminate, elimination_on
 from optimum_dsa.pruning.unstructured.patterns import Pattern
 
+from .pruning.structured.families import FAMILIES, batch_of
 from .pruning.unstructured.test_elimination import CASES, check_equal
 from .tiny import tiny_llama, tokens
 
@@ -66,3 +67,21 @@ def test_patterns_choose_the_same_of_the_same_scores(text):
     scores = (torch.rand(300, 256, generator=torch.Generator().manual_seed(0)) * 99).round()
     pattern = Pattern.parse(text)
     assert torch.equal(pattern.keep(scores.cuda(), 38_400).cpu(), pattern.keep(scores, 38_400))
+
+
+@needs_gpu
+@pytest.mark.parametrize(
+    ("family", "share", "structures", "importance"),
+    [
+        ("Llama", 0.5, ("ffn", "kv_group"), "saap"),
+        ("Mixtral", 0.4, ("expert",), "reap"),
+        ("Llama", 0.5, ("block",), "wanda_sp"),
+    ],
+)
+def test_structures_are_chosen_there_as_many_as_here(family, share, structures, importance):
+    went = []
+    for device in ("cuda", "cpu"):
+        model = FAMILIES[family][0]().to(device)
+        report = prune_structures(model, batch_of(family, 4), DSAStructuredConfig(share, structures, importance))
+        went.append({unit: len(gone) for unit, gone in report.gone.items()})
+    assert went[0] == went[1] and any(went[0].values())

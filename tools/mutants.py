@@ -41,6 +41,10 @@ TESTS = {
     "pruning/allocation/histogram.py": ["pruning/allocation/test_allocators.py", "search/test_summary.py"],
     **{f"search/{name}.py": ["search/test_search.py"] for name in ("conductor", "counts")},
     "common/apart.py": ["search/test_apart.py", "recovery/test_recover.py"],
+    **{
+        f"model/{name}.py": ["pruning/structured/test_per_layer.py", "pruning/structured/test_layout.py"]
+        for name in ("modeling_per_layer", "per_layer")
+    },
     "pruning/structured/remove.py": ["pruning/structured/test_remove.py", "pruning/structured/test_prune.py"],
     "pruning/structured/trial.py": ["pruning/structured/test_tolerance.py"],
     "pruning/structured/widths/dense.py": ["pruning/structured/widths/test_shares.py"],
@@ -52,7 +56,6 @@ TESTS = {
         for name in ("learned", "projected_gates", "hard_concrete")
     },
     "pruning/structured/learners/policy_gradient.py": ["pruning/structured/learners"],
-    "pruning/structured/layout.py": ["pruning/structured/test_prune.py"],
     **{
         f"pruning/structured/wholes/{name}.py": ["pruning/structured/wholes/test_experts.py"]
         for name in ("remove", "usage")
@@ -70,6 +73,7 @@ TESTS = {
     "pruning/unstructured/assignment.py": ["pruning/unstructured/test_permutations.py"],
     "pruning/unstructured/elimination_kernel.py": ["test_gpu.py"],
     "checkpoint/beside.py": ["checkpoint/test_base_files.py", "checkpoint/test_unknown_tensors.py"],
+    "checkpoint/gguf_file.py": ["checkpoint/test_exports.py"],
     "checkpoint/pickles.py": ["checkpoint/test_unknown_tensors.py"],
     "checkpoint/unpacking.py": ["checkpoint/test_transformers_loader.py"],
     "checkpoint/shards.py": ["checkpoint/test_shards.py", "checkpoint/test_convert.py", "test_untrusted.py"],

@@ -44,6 +44,7 @@ ROWS = {
     "magnitude_l1": {"importance": "magnitude_l1"},
     "wanda_sp": {},
     "flap": {"importance": "flap"},
+    "flap, bias": {"importance": "flap", "update": "bias"},
     "taylor": {"importance": "taylor"},
     "taylor, heads too": {"importance": "taylor", "structures": ("ffn", "kv_group"), **FREE},
     "saap": {"importance": "saap"},

@@ -9,6 +9,7 @@ from typing import Any
 
 from ..common.registry import Registry
 from ..model.model_class import model_class
+from ..model.per_layer import is_per_layer, per_layer_class
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,10 @@ LAYOUTS = Registry("layout")
 
 # Every shape is the one that transformers makes of the configuration; whatever no other row fits is this.
 LAYOUTS.add("plain", Layout(lambda stated: True, model_class))
+
+# Layers have widths of their own: the class is this package's, whether the file of it beside the weights is trusted or
+# not, and what else that names is not run.
+LAYOUTS.add("per_layer", Layout(is_per_layer, per_layer_class))
 
 
 def layout_of(stated: Any) -> Layout:

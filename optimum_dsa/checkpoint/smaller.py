@@ -1,4 +1,4 @@
-"""A smaller model as a checkpoint: what is known of it, and whether its layout can be saved."""
+"""A smaller model as a checkpoint: what is known of it, and whether a run of it can be as asked."""
 
 from __future__ import annotations
 
@@ -38,15 +38,3 @@ def check_resumable(config: DSAStructuredConfig, checkpoints: str | Path | None,
         )
     if resume and checkpoints is None:
         raise ValueError("Resuming needs the folder of checkpoints in which the learner kept its state; name it.")
-
-
-def check_layout(made: PruningReport | DSAStructuredConfig) -> None:
-    """Raise `ValueError` where a smaller model is of a layout that no class of transformers loads."""
-    configs = [made] if isinstance(made, DSAStructuredConfig) else []
-    if isinstance(made, PruningReport) and made.structured is not None:
-        configs = [one.config for one in (*made.structured.earlier, made.structured)]
-    if other := next((config.layout for config in configs if config.layout != "uniform"), None):
-        raise ValueError(
-            f"layout={other!r} is of models in memory: blocks differ, and no class loads what would be saved; "
-            "use layout='uniform'."
-        )

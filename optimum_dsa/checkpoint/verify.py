@@ -171,7 +171,9 @@ def _recipes(report: PruningReport) -> list[str]:
         f"which structures went, by importance {cut.config.importance}, update {cut.config.update}, calibration data "
         f"({data}), base model and versions: weights do not tell them"
     )
-    return [told] if report.allocation.name == MEASURED and not report.removed else [told, _recipe(report)]
+    # Zeros that fill blocks up to the widest one are told by the layout.
+    no_zeros = report.allocation.name == MEASURED and (not report.removed or cut.config.layout == "padded")
+    return [told] if no_zeros else [told, _recipe(report)]
 
 
 def _recipe(report: PruningReport) -> str:

@@ -135,7 +135,7 @@ def add_settings(
     parser.later(fill) if isinstance(parser, CommandParser) else fill()
 
 
-def add_alternative(parser: ArgumentParser, key: str, config: str, rest: Group) -> None:
+def add_alternative(parser: ArgumentParser, key: str, config: str, rest: Group, without: Collection[str] = ()) -> None:
     """Add the options of another configuration, meant where its setting `key` is given; settings of both share one.
 
     To be called after [`add_settings`].
@@ -143,6 +143,7 @@ def add_alternative(parser: ArgumentParser, key: str, config: str, rest: Group) 
     Args:
         config: module and name of the class.
         rest: the group of the settings that are its alone.
+        without: settings that have no option.
     """
 
     def fill() -> None:
@@ -153,6 +154,8 @@ def add_alternative(parser: ArgumentParser, key: str, config: str, rest: Group) 
             parser.alternatives = {**parser.alternatives, key: cls}
         texts, actions = _texts(cls), {action.dest: action for action in actions_of(parser)}
         for name, field in options_of(cls).items():
+            if name in without:
+                continue
             if name not in actions:
                 _add(rest, name, field, texts.get(name, ""))
                 continue

@@ -247,13 +247,13 @@ def asked_config(args, **given):
     return DSAConfig.from_dict(nested(DSAConfig, given | asked))
 
 
-def asked_structures(args, parser):
-    """The `DSAStructuredConfig` that the options ask for; `None` where they ask for pruned weights.
+def asked_structures(args, parser, **given):
+    """The `DSAStructuredConfig` that the options ask for, on top of `given`; `None` where they ask for pruned weights.
 
     Raises:
         ValueError: options of both are given, or what cannot be saved or is none of this.
     """
-    from ..checkpoint.smaller import check_layout, check_resumable
+    from ..checkpoint.smaller import check_resumable
     from ..common.settings import flag_of, nested
     from ..pruning.structured.configuration import DSAStructuredConfig
 
@@ -263,17 +263,17 @@ def asked_structures(args, parser):
         if others:
             raise ValueError(f"{flag_of(others[0])} is for --structures, which was not given; leave it out.")
         return None
-    others += [name for name in ("quality", "compressed") if getattr(args, name)]
+    others += [name for name in ("quality", "compressed") if getattr(args, name, None)]
     if others:
         raise ValueError(
             f"{flag_of(others[0])} is of pruned weights, and --structures cuts structures out; leave out one of both."
         )
-    asked = asked_settings(args, DSAStructuredConfig)
+    asked = given | asked_settings(args, DSAStructuredConfig)
     if "sparsity" not in asked:
         raise ValueError("say how much to cut out, for example --sparsity 0.2")
     if args.device_map == "disk":
         raise ValueError("--structures cuts a model in memory, and --device-map disk has it elsewhere; leave it out.")
     config = DSAStructuredConfig.from_dict(nested(DSAStructuredConfig, asked))
-    check_layout(config)
-    check_resumable(config, args.checkpoints, args.resume)
+    if hasattr(args, "checkpoints"):
+        check_resumable(config, args.checkpoints, args.resume)
     return config

@@ -132,8 +132,10 @@ class Outcome:
 
     @property
     def is_only_cut(self) -> bool:
-        """Whether structures were cut out, and no zeros were made."""
-        return bool(self.structured) and self.is_found and self.achieved["sparsity"] < FEWEST_ZEROS
+        """Whether structures were cut out, and no zeros were made, but those that fill blocks up to the widest one."""
+        if not self.structured or not self.is_found:
+            return False
+        return self.achieved["sparsity"] < FEWEST_ZEROS or self.structured["config"].get("layout") == "padded"
 
     @property
     def is_found(self) -> bool:

@@ -17,6 +17,8 @@ from ..pruning.configuration import CONFIG_NAME, DSAConfig
 from ..pruning.reconstruct import REFERENCE as RECONSTRUCTION
 from ..pruning.structured.configuration import DSAStructuredConfig
 from ..pruning.structured.importance import IMPORTANCES
+from ..pruning.structured.learners import LEARNERS
+from ..pruning.structured.widths.shares import SHARES
 from ..pruning.unstructured.methods import METHODS
 from ..pruning.unstructured.metrics import METRICS
 from ..pruning.unstructured.permutations import PERMUTATIONS
@@ -57,6 +59,9 @@ def _cut_command(cut: Mapping[str, Any], base: Mapping[str, Any], output: str) -
             continue
         if isinstance(value, bool):
             words.append(flag_of(name, off=not value))
+            continue
+        if isinstance(value, Mapping):  # an allocation that is written out in the file
+            words += ["--config", CONFIG_NAME]
             continue
         words += [
             flag_of(name),
@@ -182,6 +187,9 @@ def papers(
 
     for cut in cuts:
         cite(IMPORTANCES, cut.get("importance"))
+        cite(LEARNERS, cut.get("learner"))
+        cite(SHARES, cut.get("allocation"))
+        cite(ALLOCATIONS, cut.get("allocation"))
         if (cut.get("reconstruct") or {}).get("steps"):
             found["reconstruct"] = RECONSTRUCTION
     cite(METHODS, config.get("method"))

@@ -136,13 +136,16 @@ def test_a_run_that_cannot_be_is_refused_before_text_is_read(config, options, me
         DSAPruner(tiny_llama()).prune("no-such-file.txt", config, **options)
 
 
-def test_a_layout_that_nothing_loads_is_not_saved(tmp_path):
+@pytest.mark.parametrize("layout", ["per_layer", "padded"])
+def test_models_whose_blocks_differ_are_saved_and_verified(layout, tmp_path):
     pruner = DSAPruner(tiny_llama())
-    pruner.prune(tokens(), DSAStructuredConfig(0.3, layout="per_layer"))
-    assert pruner.verify().holds
-    with pytest.raises(ValueError, match="layout='per_layer' is of models in memory"):
-        pruner.save_pretrained(tmp_path / "model")
-    assert not (tmp_path / "model").exists()
+    pruner.prune(tokens(), DSAStructuredConfig(0.31, layout=layout))
+    assert pruner.verify().holds and bool(pruner.report.structured.padding) == (layout == "padded")
+    pruner.save_pretrained(tmp_path / "model")
+    loaded = DSAPruner.from_pretrained(tmp_path / "model")
+    assert type(loaded.model) is type(pruner.model) and loaded.verify().holds
+    assert torch.equal(loaded.model(tokens()).logits, pruner.model(tokens()).logits)
+    assert loaded.report.structured.padding == pruner.report.structured.padding
 
 
 @pytest.mark.parametrize(

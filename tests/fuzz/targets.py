@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 
-from optimum_dsa import Allocation, AllocationFunction, Calibration, DSAConfig, DSAPruner, convert
+from optimum_dsa import Allocation, AllocationFunction, Calibration, DSAConfig, DSAPruner, DSAStructuredConfig, convert
 from optimum_dsa.checkpoint.convert import converted_config
 from optimum_dsa.checkpoint.description import contradictions, read_description, report_from, seal_of
 from optimum_dsa.checkpoint.encodings import encoding_named
@@ -74,6 +74,17 @@ def pruned(compressed: bool = False) -> Path:
     pruner = DSAPruner(model.bfloat16())
     pruner.prune(tokens(vocabulary=16), DSAConfig(0.9, allocation="owl", exclude=("layers.0.mlp",)))
     pruner.save_pretrained(folder, compressed, max_shard_size="1KB")
+    return folder
+
+
+@cache
+def smaller() -> Path:
+    """The folder of a model out of which structures were cut twice, and whose weights were pruned then."""
+    folder = Path(mkdtemp(prefix="optimum-dsa-fuzz-")) / "model"
+    pruner = DSAPruner(tiny_llama(num_hidden_layers=2, hidden_size=8, intermediate_size=16, vocab_size=16))
+    for config in (DSAStructuredConfig(0.2), DSAStructuredConfig(0.5, ("block",)), DSAConfig(0.5)):
+        pruner.prune(tokens(vocabulary=16), config)
+    pruner.save_pretrained(folder)
     return folder
 
 
@@ -295,6 +306,10 @@ TARGETS = {
     ),
     "dsa_config.json": Target(contents(pruned, CONFIG_NAME), mutations.mutate_json, read_dsa_config),
     "dsa_config.json, shown": Target(contents(pruned, CONFIG_NAME), mutations.mutate_json, read_model_folder, 4),
+    "dsa_config.json, smaller": Target(contents(smaller, CONFIG_NAME), mutations.mutate_json, read_dsa_config, 4),
+    "dsa_config.json, smaller, shown": Target(
+        contents(smaller, CONFIG_NAME), mutations.mutate_json, read_model_folder, 4
+    ),
     "evaluation": Target(lambda: [json.dumps(EVALUATION).encode()], mutations.mutate_json, read_evaluation, 4),
     "allocation.json": Target(
         allocations, mutations.mutate_json, read_allocation

@@ -5,12 +5,12 @@ import shlex
 
 import pytest
 
-from optimum_dsa import DataConfig, DSAConfig, DSAPruner, DSAStructuredConfig, write_report
+from optimum_dsa import Allocation, DataConfig, DSAConfig, DSAPruner, DSAStructuredConfig, write_report
 from optimum_dsa.commands.options import CommandParser
 from optimum_dsa.commands.prune import PruneCommand, asked_structures
 from optimum_dsa.sharing.outcome import Outcome
 from optimum_dsa.sharing.page import figures, page
-from optimum_dsa.sharing.provenance import commands
+from optimum_dsa.sharing.provenance import commands, papers
 
 from ..tiny import masking_tokenizer, tiny_llama, tokens
 from .common import card, change, push
@@ -38,6 +38,14 @@ def test_the_terminal_has_parameters_and_widths(smaller):
     output = write_report(smaller / "both", compare=[smaller / "cut"], output=smaller / "pages")
     assert "50.00%" in output and output.count("24 of 48") == 6
     assert {path.name for path in (smaller / "pages").glob("widths*.png")} == {"widths.png", "widths-2.png"}
+
+
+def test_zeros_that_fill_blocks_up_are_no_pruned_weights(tmp_path):
+    pruner = DSAPruner(tiny_llama())
+    pruner.prune(tokens(), DSAStructuredConfig(0.3, layout="padded", allocation="global"))
+    pruner.save_pretrained(tmp_path / "padded")
+    assert pruner.report.removed and Outcome.read(tmp_path / "padded").is_only_cut
+    assert not any("zeros" in part for part in pruner.verify().unproven)
 
 
 @pytest.mark.parametrize("name", ["cut", "both"])
@@ -91,6 +99,22 @@ def test_the_commands_in_a_card_make_it_again(smaller, monkeypatch):
     first, second = commands(both, found=False).splitlines()
     assert first.startswith("optimum-cli dsa prune BASE_MODEL -o SMALLER ")
     assert second.startswith("optimum-cli dsa prune SMALLER -o OUT --sparsity 0.5 --allocation uniform")
+
+
+def test_an_allocation_that_was_given_is_taken_from_the_file():
+    """Of the last cut, that is; parts that had a say are cited."""
+    config = DSAStructuredConfig(0.2, layout="per_layer", allocation=Allocation({"a:ffn": 0.2}, {"a:ffn": 48}))
+    cut = {"config": config.to_dict(), "calibration": None}
+    line = commands({"structured": cut, "base_model": {"name": "me/model"}}, found=True)
+    assert shlex.split(line)[3:] == shlex.split(
+        "me/model -o OUT --sparsity 0.2 --structures ffn --layout per_layer --config dsa_config.json"
+    )
+    named = {"importance": "flap", "allocation": "stability", "learner": "hard_concrete"}
+    assert papers({}, cuts=[named]).keys() == {
+        "importance flap",
+        "allocation of structures stability",
+        "learner hard_concrete",
+    }
 
 
 def test_text_has_its_name(tmp_path):

@@ -21,8 +21,8 @@ from .widths.shares import SHARES, allocator_of
 
 
 UPDATES = ("none", "bias", "refit")  # what makes up for structures that go
-# Whether all blocks stay alike, which the model's own class can say and transformers alone loads, or may differ.
-LAYOUTS = ("uniform", "per_layer")
+# Whether all blocks stay alike, may differ, or may differ and are filled up with zeros: the rows of layout.LAYOUTS.
+LAYOUTS = ("uniform", "per_layer", "padded")
 
 
 def learners() -> Registry:
@@ -49,7 +49,8 @@ class DSAStructuredConfig:
         damping (`float`, defaults to 0.01): Share of mean diag(X·Xᵀ) added to it before it is inverted.
         reconstruct ([`ReconstructConfig`] or `int`): Steps of training for every block then, 0 by default.
         layout (`str`, defaults to `"uniform"`): Whether all blocks stay alike ("uniform"), so that what is left is a
-            plain model of its class, or may differ ("per_layer"), which is nearer to what was asked for.
+            plain model of its class, or may differ: in a class of this package ("per_layer"), or in a plain one with
+            zeros up to the widest block ("padded").
         round_to (`int`, defaults to 1): Channels of an MLP that stay are a multiple of it, in every block.
         sequential (`bool`, defaults to `True`): Whether a block is calibrated on what the cut ones before it give.
         true_sequential (`bool`, defaults to `True`): Whether the MLP of a block is calibrated on its cut attention.
@@ -63,20 +64,21 @@ class DSAStructuredConfig:
         allocation (`str` or [`Allocation`], defaults to `"uniform"`): How the share differs from block to block and
             kind to kind: a row of `SHARES` ("uniform", "stability", "global", "milp") or of `ALLOCATIONS`, an
             allocation function, an [`Allocation`] of units such as "model.layers.3:ffn", or where one is. All but
-            "uniform" ask for `layout="per_layer"`.
+            "uniform" ask for a layout whose blocks may differ.
         spread (`float`, *optional*): Half the distance between the most and the least cut unit. Defaults to the
             allocation's own.
         unstable (`str`, defaults to `"less"`): With the allocation "stability", whether units whose importances vary
             from text to text are cut "less" or "more".
         cost (`str`, defaults to `"parameters"`): What `sparsity` is a share of: "parameters" of the blocks' matrices,
-            "flops" for a token at the end of a calibration window, or "kv", the bytes of a token in the cache.
+            "flops" for a token at the end of a calibration window, "kv", the bytes of a token in the cache, or
+            "latency", the time that this machine takes for a calibration window.
         budgets (`tuple[str, ...]`): With the allocation "milp", shares of other costs that go at least, such as
             "kv=0.5".
         keep_first (`int`, defaults to 0): Blocks at the beginning that stay whole.
         keep_last (`int`, defaults to 0): Blocks at the end that stay whole.
         rounds (`int`, defaults to 1): In how many rounds a block's structures go; importances are taken anew in each,
             of what the update has made of the rest.
-        targets (`str`, defaults to `"sparse"`): What is fitted by `update="refit"`: "sparse", what the whole matrix
+        targets (`str`, defaults to `"sparse"`): What a refit comes near to: "sparse", what the whole matrix
             makes of the inputs that it gets, or "dense", what the dense model has in that place.
         residual (`bool`, defaults to `False`): With dense targets, whether what the residual stream lacks is part of
             the target of matrices whose outputs are added to it, such as what attention lost.

@@ -1,31 +1,52 @@
-"""The configuration of a model that was made smaller alike in all blocks: a plain, smaller model of its class."""
+"""What a smaller model is: a plain one of its class, with zeros where blocks differ, or one whose layers differ."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
-import torch
-from torch import nn
+import transformers
+from torch import Tensor, nn
 
 from ...model.inputs import text_part
-from .slicing import EXPERT_COUNTS, KEY_HEADS, QUERY_HEADS
-from .structure import Structures, tensor_named
+from ...model.modeling_per_layer import EXPERT_COUNTS, KEY_HEADS, QUERY_HEADS
+from .per_layer import going, known, per_layer, why_not, width
+from .slicing import cut_out, silence
+from .structure import WHOLE, Structures
 from .wholes.blocks import shorter
 
 
-# What configurations call the width of an MLP.
-MLP_WIDTHS = ("intermediate_size", "ffn_dim", "n_inner", "d_ff", "ffn_hidden_size")
+@dataclass(frozen=True)
+class Layout:
+    """How the structures that go leave a model.
+
+    Attributes:
+        settle (`Callable`): has the model, once it is cut, say what it is: model -> nothing.
+        cut (`Mapping[str, int]`, *optional*): unit -> how many are cut out, where others stay as zeros.
+    """
+
+    settle: Callable[[nn.Module], Any]
+    cut: Mapping[str, int] | None = None
+
+    def take(self, model: nn.Module, structures: Structures, gone: Tensor) -> int:
+        """Take the structures `gone`, (n,) int64, out of the model, in place; how many of them are zeros now."""
+        count = len(gone) if self.cut is None else self.cut[structures.unit]
+        if count < len(gone):
+            silence(model, structures, gone[count:], whole=True)
+        cut_out(model, structures, gone[:count])
+        return len(gone) - count
 
 
-def smaller_config(
+def uniform(
     model: nn.Module,
     units: Mapping[str, Structures],
     counts: Mapping[str, int],
     gone: Mapping[str, Sequence[int]] | None = None,
-) -> dict[str, Any]:
-    """What the model's configuration says once `counts` structures of every unit are cut out: setting -> value.
+) -> Layout:
+    """A plain, smaller model: all blocks lose as many of a kind. `counts`: unit -> how many go.
 
     Args:
         gone (`Mapping[str, Sequence[int]]`, *optional*): of units of blocks, which; by default the last.
@@ -33,102 +54,147 @@ def smaller_config(
     Raises:
         ValueError: no configuration of its class says it: blocks differ, or the class derives a width from others.
     """
-    alike: dict[str, set[tuple[int, int]]] = {}
-    for unit, each in units.items():
-        alike.setdefault(each.kind, set()).add((len(each), counts[unit]))
-    if any(len(numbers) > 1 for numbers in alike.values()):
-        kind = next(kind for kind, numbers in alike.items() if len(numbers) > 1)
-        raise ValueError(f"Blocks come to differ in their {kind}, and layout='uniform' has one for all.")
-    changes: dict[str, Any] = {}
-    part, gone = text_part(model.config), gone or {}
-    for each in {each.kind: each for each in units.values()}.values():
-        count, less = len(each), counts[each.unit]
-        queries, keys = (per * (count - less) for per in each.heads)
-        if each.kind == "ffn":
-            changes |= _known(part, MLP_WIDTHS, count, count - less)
-        elif each.kind == "expert":
-            changes |= {name: count - less for name in EXPERT_COUNTS if getattr(part, name, None) == count}
-        elif each.kind == "block":
-            changes |= shorter(part, count, set(_going(each, less, gone)))
-        elif less:
-            changes |= _known(part, QUERY_HEADS, each.heads[0] * count, queries)
-            changes |= _known(part, KEY_HEADS, each.heads[1] * count, keys)
-            size = each.reads[0].index.shape[1] // each.heads[0]
-            # Derived of the hidden size and the heads where it is not said; some call another size by that name.
-            if "head_dim" in part.to_dict() and part.head_dim in (None, size):
-                changes["head_dim"] = size
-    _check(model, units, counts, changes, gone)
-    return changes
+    if getattr(model.config, "is_heterogeneous", False):
+        raise ValueError(
+            f"The layers of this {type(model).__name__} differ already, and a plain class has one width for all; use "
+            "layout='per_layer'."
+        )
+    changes = _changes(model, units, counts, gone or {})
 
+    def say(config: Any) -> None:
+        for name, value in changes.items():
+            setattr(text_part(config), name, value)
 
-def _going(structures: Structures, count: int, gone: Mapping[str, Sequence[int]]) -> list[int]:
-    """Which modules of a unit go: those that are told, or the last that may."""
-    able = [number for number in range(len(structures)) if number not in structures.fixed]
-    return list(gone.get(structures.unit, able[len(able) - count :]))
-
-
-def settle(model: nn.Module, changes: Mapping[str, Any]) -> None:
-    """Have the model's configuration say what `smaller_config` gave."""
-    part = text_part(model.config)
-    for name, value in changes.items():
-        # The model itself may have noted how many experts there are.
-        for module in model.modules() if name in EXPERT_COUNTS else ():
-            if vars(module).get("num_experts") == getattr(part, name) and getattr(module, "config", None) is part:
-                module.num_experts = value
-        setattr(part, name, value)
-
-
-def _known(config: Any, names: tuple[str, ...], before: int, after: int) -> dict[str, int]:
-    """The settings of these `names` that are what they were, or `None` and then derived, with what they become."""
-    values = {name: getattr(config, name, before + 1) for name in names if hasattr(config, name)}
-    return {name: after for name, value in values.items() if value in (before, None)}
-
-
-def _check(
-    model: nn.Module,
-    units: Mapping[str, Structures],
-    counts: Mapping[str, int],
-    changes: Mapping[str, Any],
-    gone: Mapping[str, Sequence[int]],
-) -> None:
-    """Raise `ValueError` unless a model of the changed configuration has the shapes that will be left."""
-    shapes = {name: list(parameter.shape) for name, parameter in model.named_parameters()}
-    for unit, each in units.items():
-        for cut in each.cuts:
-            shapes.setdefault(cut.tensor, list(tensor_named(model, cut.tensor).shape))
-            shapes[cut.tensor][cut.axis] -= counts[unit] * cut.index.shape[1]
-        if each.wholes:
-            shapes = _without(shapes, each.wholes, _going(each, counts[unit], gone))
-    config = copy.deepcopy(model.config)
-    for name, value in changes.items():
-        setattr(text_part(config), name, value)
-    why = "a model of that configuration has other widths"
-    try:
-        config = type(config).from_dict(config.to_dict())  # as it is loaded, which may check more
-        with torch.device("meta"):
-            made = type(model)(config)
-        tensors = dict(made.named_parameters())
-        tensors |= {name: tensor for name, tensor in made.named_buffers() if name in shapes}
-        if {name: list(tensor.shape) for name, tensor in tensors.items()} == shapes:
-            return
-    except Exception as error:  # noqa: BLE001 - a class may refuse numbers in any way
-        why = str(error)
+    said = ", ".join(f"{name}={value}" for name, value in changes.items())
+    troubles = []
+    for made, become in ((type(model), say), *_as_mistral(model, say)):
+        config = copy.deepcopy(model.config)
+        become(config)
+        if (trouble := why_not(made, config, model, units, counts, gone)) is None:
+            # Which blocks went, the configuration knows as soon as they are gone.
+            alone = {each.kind for each in units.values()} == {"block"}
+            return Layout(partial(_settle, made=made, become=(lambda config: None) if alone else become))
+        troubles.append(trouble)
     raise ValueError(
-        f"{type(model.config).__name__} cannot say what is left ({', '.join(f'{k}={v}' for k, v in changes.items())}: "
-        f"{' '.join(why.split())}); cut other structures, or another share; or use layout='per_layer', which "
-        "transformers alone does not load."
+        f"{type(model.config).__name__} cannot say what is left ({said}: {troubles[0]}); cut other structures, or "
+        "another share; or use layout='per_layer', which needs this package or trust_remote_code=True to load, or "
+        "layout='padded', which fills up with zeros."
     )
 
 
-def _without(shapes: Mapping[str, list[int]], wholes: Sequence[str], gone: Sequence[int]) -> dict[str, list[int]]:
-    """Shapes by name, with the modules `gone` out of a list, and the others with new numbers."""
-    kept = [number for number in range(len(wholes)) if number not in gone]
-    anew = {number: wholes[place] for place, number in enumerate(kept)}
-    found = {}
-    for name, shape in shapes.items():
-        number = next((number for number, whole in enumerate(wholes) if name.startswith(f"{whole}.")), None)
-        if number is None:
-            found[name] = shape
-        elif number in anew:
-            found[anew[number] + name.removeprefix(wholes[number])] = shape
-    return found
+def padded(model: nn.Module, units: Mapping[str, Structures], counts: Mapping[str, int]) -> Layout:
+    """A plain model of its class, everywhere as wide as its widest block; in the others zeros stand for what went."""
+    if getattr(model.config, "is_heterogeneous", False):
+        uniform(model, units, counts)  # which says why not
+    least: dict[tuple[str, int], int] = {}
+    for unit, each in units.items():
+        like = (each.kind, len(each))
+        least[like] = min(counts[unit], least.get(like, counts[unit]))
+    # What no configuration says stays as wide as it was: heads first, of which many classes derive a size.
+    # Experts that went are no zeros: whatever number of zeros there is, a router sends tokens there.
+    always = {kind for kind, _ in least if kind in WHOLE}
+    if differing := [
+        unit for unit, each in units.items() if each.kind in always and counts[unit] != least[each.kind, len(each)]
+    ]:
+        raise ValueError(
+            f"{differing[0]} comes to lose {counts[differing[0]]}, and another fewer: what is whole leaves no zeros; "
+            "use layout='uniform' or 'per_layer'."
+        )
+    for kinds in ({kind for kind, _ in least}, {"ffn"} | always):
+        cut = {unit: least[each.kind, len(each)] if each.kind in kinds else 0 for unit, each in units.items()}
+        try:
+            return Layout(uniform(model, units, cut).settle, cut)
+        except ValueError:
+            continue
+    cut = {unit: counts[unit] if each.kind in always else 0 for unit, each in units.items()}
+    return Layout(uniform(model, units, cut).settle if always else lambda model: None, cut)
+
+
+def differing(model: nn.Module, units: Mapping[str, Structures], counts: Mapping[str, int]) -> Layout:
+    """A model whose layers may differ, of a class of this package; without some blocks it is one of its own class.
+
+    Raises:
+        ValueError: there is no such class for its family, or none that says what is left.
+    """
+    if {each.kind for each in units.values()} != {"block"}:
+        return Layout(per_layer(model, units, counts))
+    if getattr(model.config, "is_heterogeneous", False):
+        raise ValueError(
+            f"The layers of this {type(model).__name__} differ already, and their settings are told by number; take "
+            "blocks out first, and others out of what is left."
+        )
+    return Layout(lambda model: None)
+
+
+# What a smaller model is -> what makes sure of it before any work: model, units, how many go of each -> layout.
+LAYOUTS = {"uniform": uniform, "per_layer": differing, "padded": padded}
+
+
+def unsaid(model: nn.Module, units: Mapping[str, Structures]) -> set[str]:
+    """The units of channels whose number no setting of the model's configuration has."""
+    part = text_part(model.config)
+    if getattr(part, "is_heterogeneous", False):
+        return set()
+    return {unit for unit, each in units.items() if each.kind == "ffn" and not width(part, len(each), len(each) - 1)}
+
+
+def _settle(model: nn.Module, made: type, become: Callable[[Any], None]) -> None:
+    part = text_part(model.config)
+    before = {name: vars(part)[name] for name in EXPERT_COUNTS if name in vars(part)}
+    become(model.config)
+    # The model itself may have noted how many experts there are.
+    after = {value: vars(part)[name] for name, value in before.items() if vars(part)[name] != value}
+    for module in model.modules() if after else ():
+        if getattr(module, "config", None) is part and (number := vars(module).get("num_experts")) in after:
+            module.num_experts = after[number]
+    model.__class__ = made
+
+
+def _as_mistral(model: nn.Module, say: Callable[[Any], None]) -> list[tuple[type, Callable[[Any], None]]]:
+    """The class that computes what a Llama's does, with its configuration, whose heads need not divide a width."""
+    made = getattr(transformers, type(model).__name__.replace("Llama", "Mistral", 1), None)
+    config = model.config
+    if getattr(transformers, type(model).__name__, None) is not type(model) or config.model_type != "llama":
+        return []
+    if made is None or config.attention_bias or config.mlp_bias or config.pretraining_tp not in (None, 1):
+        return []
+
+    def become(config: Any) -> None:
+        config.__class__ = transformers.MistralConfig
+        for name in ("attention_bias", "mlp_bias", "pretraining_tp"):
+            vars(config).pop(name, None)
+        config.sliding_window = None
+        say(config)
+
+    return [(made, become)]
+
+
+def _changes(
+    model: nn.Module, units: Mapping[str, Structures], counts: Mapping[str, int], gone: Mapping[str, Sequence[int]]
+) -> dict[str, Any]:
+    """What the configuration says once `counts` structures of every unit are cut out: setting -> value."""
+    alike: dict[tuple[str, int], set[int]] = {}
+    for unit, each in units.items():
+        alike.setdefault((each.kind, len(each)), set()).add(counts[unit])
+    if any(len(numbers) > 1 for numbers in alike.values()):
+        kind = next(kind for (kind, _), numbers in alike.items() if len(numbers) > 1)
+        raise ValueError(f"Blocks come to differ in their {kind}, and layout='uniform' has one for all.")
+    changes: dict[str, Any] = {}
+    part = text_part(model.config)
+    for each in {(each.kind, len(each)): each for each in units.values()}.values():
+        count, less = len(each), counts[each.unit]
+        queries, keys = (per * (count - less) for per in each.heads)
+        if each.kind == "ffn":
+            changes |= width(part, count, count - less)
+        elif each.kind == "expert":
+            changes |= {name: count - less for name in EXPERT_COUNTS if getattr(part, name, None) == count}
+        elif each.kind == "block":
+            changes |= shorter(part, count, set(going(each, less, gone)))
+        elif less:
+            changes |= dict.fromkeys(known(part, QUERY_HEADS, each.heads[0] * count), queries)
+            changes |= dict.fromkeys(known(part, KEY_HEADS, each.heads[1] * count), keys)
+            # Derived of the hidden size and the heads where it is not said; some call another size by that name.
+            derived = isinstance(getattr(type(part), "head_dim", None), property)
+            if not derived and getattr(part, "head_dim", None) in (None, each.head_size):
+                changes["head_dim"] = each.head_size
+    return changes

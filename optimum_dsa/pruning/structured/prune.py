@@ -20,16 +20,16 @@ from ..reconstruct import Reconstruct
 from ..source import Source, as_calibration, check_finite_outputs
 from ..steps import Step
 from ..training import Reconstruction
+from .biases import biases_for, given
 from .budget import Available, even_counts, fitted_counts
 from .checks import check_cuttable, check_excluded, check_zeros
 from .configuration import DSAStructuredConfig
-from .layout import settle, smaller_config
+from .layout import LAYOUTS, Layout, unsaid
 from .learners.budget import Projection
 from .learners.gates import Gates
 from .learners.learned import check_learnable, learned
 from .remove import RemoveStructures
 from .scores import products_of
-from .slicing import cut_out
 from .structure import WHOLE, Place, Structures
 from .structures import find_structures
 from .wholes.blocks import find_blocks
@@ -64,6 +64,7 @@ class StructuredReport:
         shares (`Mapping[str, float]`): by name, the share of every row of `COSTS` that went.
         places (`Mapping[str, Place]`): unit -> where its structures can be counted.
         earlier (`tuple[StructuredReport, ...]`): what was cut out before, first to last.
+        padding (`int`): those of `removed` that stay as zeros, so that blocks are alike: with `layout="padded"`.
     """
 
     config: DSAStructuredConfig
@@ -81,6 +82,7 @@ class StructuredReport:
     shares: Mapping[str, float] = field(default_factory=dict)
     places: Mapping[str, Place] = field(default_factory=dict)
     earlier: tuple[StructuredReport, ...] = ()
+    padding: int = 0
 
     @property
     def sparsity(self) -> float:
@@ -94,6 +96,7 @@ class StructuredReport:
             kind = unit.partition(":")[2].partition(".")[0]
             kinds.setdefault(kind, []).append((stay, stay + len(self.gone[unit])))
         left = [f"{kind}: {stays_in(numbers)}" for kind, numbers in kinds.items()]
+        left += [f"{self.padding:,} of them are zeros that stay"] if self.padding else []
         return (
             f"{self.removed:,} of {self.parameters:,} parameters went, {self.sparsity:.4f} of the blocks' matrices "
             f"(asked {self.config.sparsity:g}); {', '.join(left)}"
@@ -131,21 +134,33 @@ def prune_structures(
     """
     start = time.perf_counter()
     dense = dense_of(model, calibration, config)
+    if config.update != "bias" or not (biases := biases_for(model, dense.units)).switches:
+        return _pruned(dense, start, learning, resume)
+    with given(model, biases):
+        return _pruned(dense_of(model, calibration, config), start, learning, resume)
+
+
+def _pruned(dense: Dense, start: float, learning: str | Path | None, resume: bool) -> StructuredReport:
+    """Make a model smaller, in place, whose structures are known."""
+    model, config = dense.model, dense.config
     units, prunable = dense.units, dense.costs["parameters"].total
     parameters, chosen = count_parameters(model), None
-    counts, smaller = choose_counts(dense)
+    counts, layout = choose_counts(dense)
     places = {unit: each.place(model) for unit, each in units.items()}
     if config.learner is not None:
         # With widths that are given, which structures go is learned, and not how many from where.
-        widths = None if config.layout == "per_layer" and config.allocation == "uniform" else counts
+        widths = None if config.layout != "uniform" and config.allocation == "uniform" else counts
         projection = Projection(dense.sizes, dense.asked, widths)
         choice = learned(dense, projection, learning, resume)
         chosen, counts = choice.gone, {unit: len(gone) for unit, gone in choice.gone.items()}
+        layout = LAYOUTS[config.layout](model, units, counts)
         if config.folds:
             Gates(model, units).fold(choice.scales)
-    went, reconstruction = _removed(dense, counts, chosen)
-    if config.structures != ("block",):  # which of them went, a configuration knows by now
-        settle(model, smaller)
+    went, zeros, reconstruction = _removed(dense, layout, counts, chosen)
+    layout.settle(model)
+    padding = sum(dense.costs["parameters"].each[unit] * number for unit, number in zeros.items())
+    for unit, number in zeros.items():  # which lie among those that stay
+        places[unit] = replace(places[unit], others=places[unit].others + number * places[unit].size)
     return StructuredReport(
         config=config,
         kept={unit: len(each) - len(went.get(unit, ())) for unit, each in units.items()},
@@ -153,7 +168,7 @@ def prune_structures(
         costs={unit: dense.costs["parameters"].each[unit] for unit in units},
         prunable=prunable,
         parameters=parameters,
-        removed=parameters - count_parameters(model),
+        removed=parameters - count_parameters(model) + padding,
         left=dense.left,
         calibration=dense.calibration.facts(),
         reconstruction=reconstruction,
@@ -164,6 +179,7 @@ def prune_structures(
             for name, cost in dense.costs.items()
         },
         places=places,
+        padding=padding,
     )
 
 
@@ -189,18 +205,19 @@ def dense_of(model: nn.Module, calibration: Source | None, config: DSAStructured
     return dense
 
 
-def choose_counts(dense: Dense) -> tuple[dict[str, int], dict[str, int]]:
-    """How many go of every unit, and what the model's configuration says then, where blocks stay alike."""
+def choose_counts(dense: Dense) -> tuple[dict[str, int], Layout]:
+    """How many go of every unit, and the layout that says what is left."""
     config, sizes, cost = dense.config, dense.sizes, dense.costs[dense.config.cost]
     if config.layout == "uniform":
         try:
-            counts, smaller = _said_counts(dense.model, dense.units, sizes, dense.asked, cost.what)
+            counts, layout = _said_counts(dense.model, dense.units, sizes, dense.asked, cost.what)
         except ValueError:
             check_excluded(dense.architecture, dense.units, config)  # which may be why
             raise
     else:
         proposed = shares(dense) if dense.asked else None
-        counts, smaller = fitted_counts(sizes, dense.asked, proposed, cost.what), {}
+        counts = fitted_counts(sizes, dense.asked, proposed, cost.what)
+        layout = LAYOUTS[config.layout](dense.model, dense.units, counts)
     if dense.asked and not any(counts.values()):
         each = {unit: size.cost * size.round_to for unit, size in sizes.items() if size.most}
         if config.layout == "uniform":
@@ -210,13 +227,15 @@ def choose_counts(dense: Dense) -> tuple[dict[str, int], dict[str, int]]:
             f"A sparsity of {config.sparsity:g} takes nothing: the least that can go is "
             f"{min(each.values()) / cost.total:.4f} of the blocks; ask for more, or for smaller structures."
         )
-    return counts, smaller
+    return counts, layout
 
 
 def _removed(
-    dense: Dense, counts: Mapping[str, int], chosen: Mapping[str, Sequence[int]] | None
-) -> tuple[dict[str, list[int]], Mapping[str, Reconstruction]]:
-    """Cut `counts` structures of every unit out, in place: the numbers of those that went, and what training did.
+    dense: Dense, layout: Layout, counts: Mapping[str, int], chosen: Mapping[str, Sequence[int]] | None
+) -> tuple[dict[str, list[int]], dict[str, int], Mapping[str, Reconstruction]]:
+    """Take `counts` structures of every unit out, in place: the numbers of those that went, and what training did.
+
+    Between the two, how many of a unit stay as zeros.
 
     Wholes go first, and the blocks are walked without them. `chosen` tells which go, where that is settled already.
     """
@@ -230,24 +249,27 @@ def _removed(
     if any(each.kind not in WHOLE for each in units.values()):
         architecture = find_architecture(model, exclude=config.exclude) if wholes else dense.architecture
         run_steps(model, architecture, calibration, config, steps, lambda walked: None)
-    for unit, gone in remove.gone.items():
-        cut_out(model, units[unit], gone)
-    return wholes | remove.notes, reconstruct.found
+    zeros = {unit: layout.take(model, units[unit], gone) for unit, gone in remove.gone.items()}
+    return wholes | remove.notes, zeros, reconstruct.found
 
 
 def _said_counts(
     model: nn.Module, units: Mapping[str, Structures], sizes: Mapping[str, Available], asked: int, what: str
-) -> tuple[dict[str, int], dict[str, int]]:
-    """How many go of every unit, alike in all blocks, and what the model's configuration says then.
+) -> tuple[dict[str, int], Layout]:
+    """How many go of every unit, alike in all blocks, and the layout that says what is left.
 
     Where it cannot say so many heads, fewer go, and more of the rest.
     """
     kinds, refused = {unit: (each.kind, len(each)) for unit, each in units.items()}, None
+    silent = unsaid(model, units)
+    if silent and len(silent) < len(units):
+        logger.warning("No setting says how many channels %s have (%d in all); they stay.", min(silent), len(silent))
+        sizes = {unit: replace(size, limit=0) if unit in silent else size for unit, size in sizes.items()}
     while True:
         counts: dict[str, int] = {}
         try:
             counts = even_counts(kinds, sizes, asked, what)
-            return counts, smaller_config(model, units, counts)
+            return counts, LAYOUTS["uniform"](model, units, counts)
         except ValueError as error:
             refused = refused or error
         heads = {unit: counts[unit] for unit, each in units.items() if each.kind != "ffn" and counts.get(unit)}
@@ -266,7 +288,7 @@ def _short(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def _check(
     model: nn.Module, units: Mapping[str, Structures], left: Mapping[str, str], config: DSAStructuredConfig
 ) -> None:
-    """Raise `ValueError` where there is nothing to be cut out, or no bias to add to."""
+    """Raise `ValueError` where there is nothing to be cut out."""
     if not units:
         why = "; ".join(f"{name}: {reason}" for name, reason in list(left.items())[:3])
         raise ValueError(
@@ -275,11 +297,3 @@ def _check(
         )
     if missing := [kind for kind in config.structures if all(each.kind != kind for each in units.values())]:
         logger.warning("%s has no %s that could be cut out.", type(model).__name__, " or ".join(missing))
-    if config.update == "bias":
-        readers = {cut.tensor.rpartition(".")[0] for each in units.values() for cut in each.reads}
-        without = sorted(name for name in readers if getattr(model.get_submodule(name), "bias", None) is None)
-        if without:
-            raise ValueError(
-                f"update='bias' adds to the bias of what reads a structure, and {without[0]} has none (nor have "
-                f"{len(without) - 1} others); use update='refit'."
-            )

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
 from ...common.escaping import one_line
+from ...model.modeling_per_layer import EXPERT_COUNTS, count_anew, count_heads
 from ...model.walk import WalkedBlock
 from .structure import Structures, tensor_named
 from .wholes.blocks import apply, pass_by, without_blocks
@@ -19,28 +18,19 @@ from .wholes.experts import unrouted
 
 logger = logging.getLogger(__name__)
 
-# Attributes of modules that count what is cut: query heads, heads of keys and values, and the width of all heads.
-QUERY_HEADS = ("num_heads", "num_attention_heads", "n_heads", "n_head")
-KEY_HEADS = ("num_key_value_heads", "num_kv_heads")
-WIDTHS = ("all_head_size", "split_size", "inner_dim")
-# What modules and configurations call the number of experts.
-EXPERT_COUNTS = (
-    *("num_experts", "num_local_experts", "n_routed_experts", "num_routed_experts", "moe_num_experts"),
-    "n_experts",
-)
-
 
 @torch.no_grad()
-def silence(model: nn.Module, structures: Structures, gone: Tensor) -> None:
+def silence(model: nn.Module, structures: Structures, gone: Tensor, whole: bool = False) -> None:
     """Make zero, in place, the columns through which what the structures `gone`, (n,) int64, give leaves.
 
-    Of experts the router's logit becomes -inf, before any are chosen; blocks hand on what they are given.
+    With `whole`, everything that they own. Of experts the router's logit becomes -inf, before any are chosen; blocks
+    hand on what they are given.
     """
     if structures.kind == "expert":
         unrouted(model, structures, gone)
     if structures.kind == "block":
         pass_by(model, structures, gone)
-    for cut in structures.reads:
+    for cut in structures.cuts if whole else structures.reads:
         parameter = model.get_parameter(cut.tensor)
         parameter.index_fill_(cut.axis, cut.index[gone].flatten().to(parameter.device), 0)
 
@@ -71,43 +61,16 @@ def cut_out(model: nn.Module, structures: Structures, gone: Tensor) -> None:
         if isinstance(tensor, nn.Parameter):
             value = nn.Parameter(value, requires_grad=tensor.requires_grad)
         setattr(module, name, value)
-        _count_anew(module)
+        count_anew(module)
     if structures.kind == "block":
         apply(without_blocks(model, structures, set(gone.tolist())))
     elif structures.kind == "expert":
         _count_experts(model, structures, set(gone.tolist()))
     elif structures.kind != "ffn":
-        _count_heads(model, structures, len(gone.unique()))
-
-
-def _count_anew(module: nn.Module) -> None:
-    """Have a module that was cut say how large its matrix is."""
-    if isinstance(module, nn.Linear):
-        module.out_features, module.in_features = module.weight.shape
-    elif isinstance(module, Conv1D):
-        module.nx, module.nf = module.weight.shape
-
-
-def _count_heads(model: nn.Module, structures: Structures, gone: int) -> None:
-    """Have the modules around the matrices say how many heads there are, after `gone` structures went."""
-    queries, keys = (per * gone for per in structures.heads)
-    width = structures.reads[0].index.shape[1] * gone
-    changes = dict.fromkeys(QUERY_HEADS, queries) | dict.fromkeys(KEY_HEADS, keys) | dict.fromkeys(WIDTHS, width)
-    block = structures.block
-    path = structures.reads[0].tensor.rpartition(".")[0]
-    around = set()
-    while path != block and path:
-        path = path.rpartition(".")[0]
-        around.add(path)
-    # Beside the matrices as well as above them: BERT keeps its output's matrix apart from its attention's.
-    around |= {cut.tensor.rsplit(".", 2)[0] for cut in structures.makes}
-    for name in around:
-        module = model.get_submodule(name)
-        if (config := vars(module).get("config")) is not None:
-            # Its own from here on: other blocks may have other numbers of heads.
-            module.config = copy.copy(config)
-            _lower(module.config, changes)
-        _lower(module, changes)
+        number = len(gone.unique())
+        queries, keys = (per * number for per in structures.heads)
+        width = structures.reads[0].index.shape[1] * number
+        count_heads(model.get_submodule(structures.block), structures.relative, queries, keys, width)
 
 
 def _count_experts(model: nn.Module, structures: Structures, gone: set[int]) -> None:
@@ -121,14 +84,6 @@ def _count_experts(model: nn.Module, structures: Structures, gone: set[int]) -> 
         for attribute in EXPERT_COUNTS:
             if holder.get(attribute) == len(structures):
                 setattr(model.get_submodule(name), attribute, len(structures) - len(gone))
-
-
-def _lower(holder: object, changes: Mapping[str, int]) -> None:
-    """Lower the whole numbers among the attributes of a module or a configuration, each by its change."""
-    for attribute, fewer in changes.items():
-        value = vars(holder).get(attribute)
-        if isinstance(value, int) and not isinstance(value, bool):
-            setattr(holder, attribute, value - fewer)
 
 
 @torch.no_grad()

@@ -90,6 +90,20 @@ class Structures:
         return self.unit.partition(":")[0]
 
     @property
+    def head_size(self) -> int:
+        """Channels of one head."""
+        return self.reads[0].index.shape[1] // max(self.heads[0], 1)
+
+    @property
+    def relative(self) -> list[str]:
+        """The tensors that are cut, by their names in the block."""
+        return [self.within(cut.tensor) for cut in self.cuts]
+
+    def within(self, tensor: str) -> str:
+        """A tensor's name in the block."""
+        return tensor.removeprefix(f"{self.block}.")
+
+    @property
     def cuts(self) -> tuple[Cut, ...]:
         return self.makes + self.reads
 

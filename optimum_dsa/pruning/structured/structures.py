@@ -132,12 +132,24 @@ def _looked_at(walked: WalkedBlock, wiring: Wiring) -> tuple[list[_Shape], dict[
     for shape in _shapes(wiring):
         names = (*shape.makers, *shape.readers)
         if (found := trouble(walked, shape.structures(walked, wiring.weights))) is not None:
-            why |= dict.fromkeys(names, found)
+            why |= dict.fromkeys(names, _counted_outside(walked, shape) or found)
             continue
         shapes.append(shape.of("", walked.name))
         for name in names:
             why.pop(name, None)
     return shapes, {name.removeprefix(walked.name): reason for name, reason in why.items()}
+
+
+def _counted_outside(walked: WalkedBlock, shape: _Shape) -> str | None:
+    """Why no head can go from one block alone, where the blocks share a tensor with a row for each; else `None`."""
+    number = len(shape.columns) * shape.heads[0]
+    # What a block was given stands behind what it gives.
+    if number and any(tensor.dim() > 2 and number in tensor.shape[:2] for tensor in walked.run()[1:]):
+        return (
+            f"cannot be cut: blocks share a tensor with a row for each of {number} heads (slopes, biases of "
+            "positions), which would go to other heads than those that stay"
+        )
+    return None
 
 
 def _shapes(wiring: Wiring) -> Iterator[_Shape]:

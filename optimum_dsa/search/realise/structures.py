@@ -10,13 +10,15 @@ from torch import Tensor, nn
 
 from ...model.architecture import Architecture
 from ...model.statistics import LayerStatistics
+from ...model.walk import WalkedBlock
 from ...pruning.allocation import Allocation
 from ...pruning.calibration import Calibration
 from ...pruning.structured.configuration import DSAStructuredConfig
+from ...pruning.structured.importance import Parts
 from ...pruning.structured.instead import computing_with, matrices_without
 from ...pruning.structured.prune import dense_of
+from ...pruning.structured.structure import Structures
 from ...pruning.structured.trial import as_pruned
-from ...pruning.structured.widths.dense import Look
 from .realisation import REALISATIONS
 
 
@@ -143,22 +145,22 @@ class StructureWidths:
         """Have the orders and statistics at the anchor."""
         if self._known:
             return
-        dense = self.dense
-        reads = dense.reads | ({"inputs", "gram"} if self.config.update == "refit" else set())
+        self._known = self._looked()
+        if self.anchor is not None:
+            with computing_with(self.model, self._matrices(self.numbers(self.anchor))):
+                # What is gone there gives nothing, and goes first.
+                self._known = self._looked()
 
+    def _looked(self) -> dict[str, tuple[Tensor, LayerStatistics | None]]:
+        """Unit -> its structures, what goes first first, and statistics of their readers, in the model as it is."""
+        dense, refits = self.dense, self.config.update == "refit"
         products = dense.products  # before the walk that they are looked at in
 
-        look: Look = lambda structures, parts, walked: (  # noqa: E731 - three words and no name to find
-            dense.importance(parts, structures, products).argsort(stable=True),
-            parts.statistics if self.config.update == "refit" else None,
-        )
-        if self.anchor is None:
-            self._known = dense.looked(look, reads)
-            return
-        anchor, self._known = self.anchor, dense.looked(look, reads)
-        with computing_with(self.model, self._matrices(self.numbers(anchor))):
-            # What is gone there gives nothing, and goes first.
-            self._known = dense.looked(look, reads)
+        def look(structures: Structures, parts: Parts, walked: WalkedBlock) -> tuple[Tensor, LayerStatistics | None]:
+            order = dense.importance(parts, structures, products).argsort(stable=True)
+            return order, parts.statistics if refits else None
+
+        return dense.looked(look, dense.reads | ({"inputs", "gram"} if refits else set()))
 
 
 REALISATIONS.add("structures", StructureWidths, proxy="matrices solved at once, from the dense model's statistics")

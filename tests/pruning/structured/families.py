@@ -3,9 +3,11 @@
 import torch
 import transformers
 
+from optimum_dsa.model.inputs import text_part
+
 
 # What configurations call the number of blocks.
-DEPTHS = ("num_hidden_layers", "n_layer", "num_layers")
+DEPTHS = ("num_hidden_layers", "n_layer", "num_layers", "encoder_layers", "decoder_layers")
 
 
 def _causal(kind, **changes):
@@ -24,10 +26,29 @@ def _made(kind, head, **settings):
     return model
 
 
+def _tower(kind, **settings):
+    """A model that reads pictures as well, whose language tower is a Llama or like one."""
+    sizes = {"vocab_size": 97, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, **GROUPED}
+    return lambda **others: _made(
+        kind,
+        "ForConditionalGeneration",
+        text_config={**sizes, **settings["text"], **others},
+        vision_config=settings["vision"],
+        **settings["rest"],
+    )
+
+
 def _other(kind, head, **settings):
     return lambda **others: _made(kind, head, **{**settings, **others})
 
 
+SEQ2SEQ = {"encoder_layers": 2, "decoder_layers": 2, "encoder_attention_heads": 4, "decoder_attention_heads": 4}
+SEQ2SEQ |= {"d_model": 32, "encoder_ffn_dim": 48, "decoder_ffn_dim": 48, "pad_token_id": 1, "eos_token_id": 2}
+CLIP = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+CLIP |= {"image_size": 16, "patch_size": 8}
+PATCHES = {"hidden_size": 32, "intermediate_size": 48, "depth": 2, "num_heads": 4, "patch_size": 4}
+PATCHES |= {"out_hidden_size": 32, "fullatt_block_indexes": [0]}
+SECTIONS = {"rope_type": "default", "mrope_section": [2, 1, 1], "rope_theta": 1e4}
 GROUPED = {"num_key_value_heads": 2, "intermediate_size": 48}
 WIDE = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
 T5 = {"d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4, "decoder_start_token_id": 0}
@@ -66,10 +87,27 @@ FAMILIES = {
 }
 
 
+# Of these, too: how a layout without a plain class has them is tried with those above.
+EVERY = {
+    **FAMILIES,
+    "Lfm2": (
+        # Its first block mixes by a convolution, which stays.
+        _causal("Lfm2", full_attn_idxs=[1, 3], num_key_value_heads=2, intermediate_size=96, block_multiple_of=16),
+        {"kv_group": 2, "ffn": 64},
+    ),
+    "Bart": (_other("Bart", "ForConditionalGeneration", vocab_size=97, **SEQ2SEQ), HEADS),
+    "Llava": (
+        _tower("Llava", text={"model_type": "llama"}, vision=CLIP, rest={"image_token_index": 96}),
+        GROUPS,
+    ),
+    "Qwen2_5_VL": (_tower("Qwen2_5_VL", text={"rope_parameters": SECTIONS}, vision=PATCHES, rest={}), GROUPS),
+}
+
+
 def deeper(family, depth):
     """A model of a family with `depth` blocks in each stack."""
-    config = FAMILIES[family][0]().config
-    return FAMILIES[family][0](**{name: depth for name in DEPTHS if name in vars(config)})
+    config = text_part(EVERY[family][0]().config)
+    return EVERY[family][0](**{name: depth for name in DEPTHS if name in vars(config)})
 
 
 def batch_of(family, samples=1, length=12):
@@ -77,4 +115,4 @@ def batch_of(family, samples=1, length=12):
     if family == "ViT":
         return {"pixel_values": torch.randn(samples, 3, 16, 16, generator=torch.Generator().manual_seed(0))}
     ids = torch.randint(97, (samples, length), generator=torch.Generator().manual_seed(0))
-    return {"input_ids": ids, "decoder_input_ids": ids.flip(1)} if family == "T5" else {"input_ids": ids}
+    return {"input_ids": ids, "decoder_input_ids": ids.flip(1)} if family in ("T5", "Bart") else {"input_ids": ids}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -21,6 +22,10 @@ DEPTHS = (
     "num_decoder_layers",
 )
 _PLACES = ("layer_idx", "layer_id", "layer_number", "layer_index")
+
+# Settings that are a number of first blocks, and lists of the numbers of some.
+_FIRST = ("first_k_dense_replace", "num_dense_layers")
+_NUMBERED = ("mlp_only_layers", "moe_layers")
 
 # holder, attribute, value
 _Change = tuple[Any, str, Any]
@@ -48,11 +53,18 @@ def find_blocks(model: nn.Module, architecture: Architecture, batch: Mapping[str
             left |= {
                 weight.name: f"its block cannot go: {troubles[number]}" for weight in stack.blocks[number].weights
             }
-        if len(fixed) < len(names):
-            units[unit.unit] = Structures(
-                unit.unit, "block", (), (), wholes=names, least=max(len(fixed), 1), fixed=fixed
-            )
+        makes = makes_of(model, unit)
+        least = len(fixed) + len({*makes} - {makes[number] for number in fixed})
+        if least < len(names):
+            units[unit.unit] = replace(unit, least=least, fixed=fixed)
+        else:  # first of all, as errors name the first
+            left = {stack.name: "one block of every make stays, and there are no others"} | left
     return Found(units, left)
+
+
+def makes_of(model: nn.Module, structures: Structures) -> list[tuple[type, ...]]:
+    """Of what modules each block is made: one of every make stays, such as one with attention, for the cache."""
+    return [tuple(type(part) for part in model.get_submodule(name).modules()) for name in structures.wholes]
 
 
 def _excluded(architecture: Architecture, block: str) -> bool:
@@ -133,7 +145,14 @@ def apply(changes: Sequence[_Change]) -> None:
 def shorter(holder: Any, count: int, gone: Collection[int]) -> dict[str, Any]:
     """What a configuration or module says of `count` blocks once some are gone: its numbers, and lists by block."""
     found: dict[str, Any] = {}
+    places = {number: place for place, number in enumerate(n for n in range(count) if n not in gone)}
     for name, value in vars(holder).items():
+        if name in _FIRST and isinstance(value, int):
+            found[name] = value - sum(number < value for number in gone)
+            continue
+        if name in _NUMBERED and isinstance(value, (list, tuple)):
+            found[name] = type(value)(places[number] for number in value if number in places)
+            continue
         by_block = "layer" in name or "block" in name
         if by_block and isinstance(value, (list, tuple)) and len(value) == count:
             found[name] = type(value)(each for number, each in enumerate(value) if number not in gone)

@@ -5,15 +5,16 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ...calibration import Calibration
 from ..configuration import DSAStructuredConfig
 from ..gradients import Products
 from ..importance import IMPORTANCES, Parts, importance_of
-from ..layout import smaller_config
+from ..layout import uniform
 from ..slicing import cut_out
 from ..structure import WHOLE, Structures, tensor_named
+from .blocks import makes_of
 from .usage import Usage, collect_usage
 
 
@@ -29,7 +30,7 @@ def remove_wholes(
     """Cut the least important experts or blocks out of a model, in place: unit -> the numbers of those that went.
 
     Raises:
-        ValueError: with layout="uniform", no configuration says what is left without just these.
+        ValueError: with a plain class for layout, no configuration says what is left without just these blocks.
     """
     units = {unit: each for unit, each in units.items() if each.kind in WHOLE and counts[unit]}
     row = {unit: importance_of(each.kind, config.importance) for unit, each in units.items()}
@@ -41,13 +42,24 @@ def remove_wholes(
         parts = _parts_of(model, each, products.get(unit, ()), name, usage.get(unit))
         scores = IMPORTANCES[row[unit]](parts)
         scores[list(each.fixed)] = float("inf")
+        if each.kind == "block":
+            _keep_one_of_each(scores, makes_of(model, each))
+        if (able := int(scores.isfinite().sum())) < counts[unit]:
+            raise ValueError(f"{unit}: {counts[unit]} are to go, and only {able} of {len(each)} can; ask for less.")
         # Stable, so that of equals the first go, on every machine.
         chosen[unit] = scores.argsort(stable=True)[: counts[unit]].sort().values.cpu()
-    if config.layout == "uniform" and any(each.kind == "block" for each in units.values()):
-        smaller_config(model, units, counts, {unit: gone.tolist() for unit, gone in chosen.items()})
+    if config.layout != "per_layer" and any(each.kind == "block" for each in units.values()):
+        uniform(model, units, counts, {unit: gone.tolist() for unit, gone in chosen.items()})
     for unit, gone in chosen.items():
         cut_out(model, units[unit], gone)
     return {unit: gone.tolist() for unit, gone in chosen.items()}
+
+
+def _keep_one_of_each(scores: Tensor, makes: Sequence[tuple[type, ...]]) -> None:
+    """Make the most important block of every make infinitely important, (blocks,) in place."""
+    for make in dict.fromkeys(makes):
+        own = [number for number, other in enumerate(makes) if other == make]
+        scores[own[int(scores[own].argmax())]] = float("inf")
 
 
 def _parts_of(

@@ -127,7 +127,8 @@ def _of_fused(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Iterato
         return
 
     def only(value: Any, number: int) -> Any:
-        return value[:, number : number + 1] if value is index or value is weights else value
+        # Kernels that group tokens by expert take no strides.
+        return value[:, number : number + 1].contiguous() if value is index or value is weights else value
 
     for number in range(index.shape[1]):
         part = module.forward(*(only(v, number) for v in args), **{k: only(v, number) for k, v in kwargs.items()})

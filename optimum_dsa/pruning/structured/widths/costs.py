@@ -67,7 +67,7 @@ def flops(model: nn.Module, architecture: Architecture, units: Mapping[str, Stru
     for weight in architecture.weights:
         if weight.expert is not None:
             experts[weight.module, weight.attribute] = experts.get((weight.module, weight.attribute), 0) + 1
-    met = _experts_met(model)
+    met = experts_met(model)
     for weight in architecture.weights:
         beside = experts.get((weight.module, weight.attribute))
         total += 2 * weight.size * (min(met / beside, 1.0) if beside and met else 1.0)
@@ -93,10 +93,19 @@ def kv(model: nn.Module, architecture: Architecture, units: Mapping[str, Structu
     return Cost(each, total, "bytes of a token in the cache")
 
 
-COSTS: Mapping[str, Counts] = {"parameters": parameters, "flops": flops, "kv": kv}
+def latency(model: nn.Module, architecture: Architecture, units: Mapping[str, Structures], length: int) -> Cost:
+    """Nanoseconds of this machine for a window of `length` tokens; see `latency.py`."""
+    from .latency import latency as timed
+
+    return timed(model, architecture, units, length)
 
 
-def _experts_met(model: nn.Module) -> int | None:
+COSTS: Mapping[str, Counts] = {"parameters": parameters, "flops": flops, "kv": kv, "latency": latency}
+# What is no fact of the model, but of the machine, is looked at where it is asked for.
+TIMED = ("latency",)
+
+
+def experts_met(model: nn.Module) -> int | None:
     """How many experts a token is given to, as the configuration says; `None` where it says nothing."""
     config = model.config.get_text_config() if hasattr(model.config, "get_text_config") else model.config
     names = ("num_experts_per_tok", "moe_k", "moe_topk", "top_k_experts")

@@ -23,7 +23,7 @@ from ..instead import computing_with, matrices_without
 from ..remove import parts_of, scores_from
 from ..scores import products_of
 from ..structure import WHOLE, Found, Structures
-from .costs import COSTS, Cost
+from .costs import COSTS, TIMED, Cost
 from .curves import error_curve
 from .felt import PROBE, Felt
 
@@ -243,7 +243,9 @@ def dense_model(
     whole = _whole(architecture, config)
     units = {unit: _without(each, whole) for unit, each in found.structures.items() if each.kind in config.structures}
     # What experts and blocks take of the others, nobody counts.
-    counted = ["parameters"] if any(each.kind in WHOLE for each in units.values()) else COSTS
+    whole_ones = any(each.kind in WHOLE for each in units.values())
+    asked_for = {config.cost, *config.least}
+    counted = ["parameters"] if whole_ones else [name for name in COSTS if name not in TIMED or name in asked_for]
     structures = {
         unit: each for unit, each in found.structures.items() if each.kind not in WHOLE or "flops" not in counted
     }

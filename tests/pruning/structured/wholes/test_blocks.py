@@ -1,6 +1,7 @@
 """Whole blocks that go: the model without them is the one in which they hand their input on, and a plain model."""
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from optimum_dsa.pruning.structured.wholes.blocks import find_blocks
 from optimum_dsa.pruning.structured.wholes.usage import collect_usage
 
 from ....tiny import same_state, state
-from ..families import FAMILIES, batch_of, deeper
+from ..families import EVERY, batch_of, deeper
 
 
 DEPTH = 4
@@ -29,7 +30,7 @@ def logits(model, batch):
         return model(**batch).logits
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", EVERY)
 def test_the_model_without_blocks_gives_what_it_gives_when_they_hand_their_input_on(family, tmp_path):
     model = deeper(family, DEPTH)
     before, config = state(model), model.config.to_dict()
@@ -40,7 +41,7 @@ def test_the_model_without_blocks_gives_what_it_gives_when_they_hand_their_input
         assert len(each) == DEPTH and each.kind == "block"
         # Of T5 the first has the bias of positions of all.
         assert each.fixed == ((0,) if family == "T5" else ())
-        gone = torch.tensor([1, 3])
+        gone = torch.tensor([1, 2])
         silence(silenced, each, gone)
         cut_out(cut, each, gone)
         assert count_parameters(cut) < count_parameters(model)
@@ -106,6 +107,17 @@ def test_blocks_that_have_to_stay_do():
     assert model.config.num_layers == model.config.num_decoder_layers == 2
 
 
+def test_one_of_every_make_stays():
+    """Of a hybrid a block with attention, without which no cache can tell how long it is."""
+    model = deeper("Lfm2", DEPTH)
+    report = prune_structures(model, batch_of("Lfm2", 2), DSAStructuredConfig(0.5, ("block",), "random"))
+    assert len(report.gone["model.layers:block"]) == 2 and sorted(model.config.layer_types) == [
+        "conv",
+        "full_attention",
+    ]
+    assert model.generate(batch_of("Lfm2")["input_ids"], max_new_tokens=2, pad_token_id=0).shape == (1, 14)
+
+
 def test_a_block_of_each_stack_stays():
     model = deeper("Llama", DEPTH)
     before = state(model)
@@ -131,3 +143,18 @@ def test_a_learner_has_no_gate_for_what_goes_whole():
 def test_settings_that_mean_nothing_for_blocks_are_refused(structures, importance, message):
     with pytest.raises(ValueError, match=message):
         DSAStructuredConfig(0.2, structures, importance)
+
+
+def test_blocks_of_which_every_one_is_of_another_make_stay():
+    with pytest.raises(ValueError, match="has no block that could be cut out .model.layers: one block of every make"):
+        prune_structures(EVERY["Lfm2"][0](), batch_of("Lfm2", 2), DSAStructuredConfig(0.5, ("block",)))
+
+
+def test_more_blocks_than_can_go_with_the_first_ones_kept_are_refused():
+    """One with attention has to stay, and neither of the kept ones has it."""
+    model = EVERY["Lfm2"][0](num_hidden_layers=4, full_attn_idxs=[3])
+    before, config = state(model), DSAStructuredConfig(0.5, ("block",), keep_first=2)
+    assert prune_structures(copy.deepcopy(model), batch_of("Lfm2", 2), replace(config, sparsity=0.25)).removed > 0
+    with pytest.raises(ValueError, match="2 are to go, and only 1 of 4 can"):
+        prune_structures(model, batch_of("Lfm2", 2), config)
+    assert same_state(model, before)

@@ -5,10 +5,11 @@ import copy
 import pytest
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, DeepseekV3Config, DeepseekV3ForCausalLM
 
 from optimum_dsa import find_architecture
 from optimum_dsa.pruning.structured.configuration import DSAStructuredConfig
+from optimum_dsa.pruning.structured.layout import LAYOUTS
 from optimum_dsa.pruning.structured.prune import prune_structures
 from optimum_dsa.pruning.structured.slicing import cut_out, silence
 from optimum_dsa.pruning.structured.structures import find_structures
@@ -202,10 +203,53 @@ def test_settings_that_mean_nothing_for_experts_are_refused(structures, changes,
         DSAStructuredConfig(0.2, structures, **changes)
 
 
-def test_gradients_of_experts_that_are_modules_are_refused():
+def test_gradients_of_experts_that_are_modules_are_refused(monkeypatch):
+    monkeypatch.setitem(LAYOUTS, "per_layer", lambda *given: None)  # no configuration says what is left of them
     config = DSAStructuredConfig(0.2, ("expert",), "saap", layout="per_layer")
     with pytest.raises(ValueError, match="are modules each; use importance='reap'"):
         prune_structures(of_modules(), batch_of("Llama", 2), config)
+
+
+def deepseek(**changes):
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 97, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "v_head_dim": 8}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 4, "qk_rope_head_dim": 4, "qk_nope_head_dim": 8}
+    routed = {"n_routed_experts": 6, "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1}
+    ranks = {"q_lora_rank": 16, "kv_lora_rank": 16, "first_k_dense_replace": 1, "moe_intermediate_size": 24}
+    model = DeepseekV3ForCausalLM(DeepseekV3Config(**sizes, **heads, **ranks, **routed, **changes)).eval()
+    for layer in model.model.layers[1:]:
+        # What corrects the choice, and no weight: an expert that is gone is not chosen by it.
+        layer.mlp.gate.e_score_correction_bias.copy_(torch.randn(6))
+    return model
+
+
+def test_numbers_that_correct_the_choice_go_with_their_experts(tmp_path):
+    dense, batch = deepseek(), batch_of("Llama", samples=3)
+    silenced, cut = copy.deepcopy(dense), copy.deepcopy(dense)
+    units = experts_of(dense, batch)
+    assert list(units) == ["model.layers.1:expert", "model.layers.2:expert"]
+    for each in units.values():
+        gone = dense.model.layers[1].mlp.gate.e_score_correction_bias.topk(3).indices
+        silence(silenced, each, gone)
+        cut_out(cut, each, gone)
+    with torch.no_grad():
+        torch.testing.assert_close(cut(**batch).logits, silenced(**batch).logits, rtol=1e-4, atol=1e-5)
+        assert (cut(**batch).logits - dense(**batch).logits).abs().max() > 1e-3
+    report = prune_structures(dense, batch, DSAStructuredConfig(0.3, ("expert",)))
+    assert all(report.gone.values())
+    dense.save_pretrained(tmp_path)
+    with torch.no_grad():
+        loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+        torch.testing.assert_close(loaded(**batch).logits, dense(**batch).logits)
+
+
+def test_a_dense_first_block_and_experts_are_cut_as_far_as_settings_say(caplog):
+    """The channels of experts that all tokens meet are counted by no setting of their own."""
+    model = deepseek(n_shared_experts=1)
+    report = prune_structures(model, batch_of("Llama", 2), DSAStructuredConfig(0.1, ("ffn", "expert")))
+    assert report.gone["model.layers.0:ffn"] and not report.gone["model.layers.1:ffn"]
+    assert "No setting says how many channels model.layers.1:ffn have (2 in all); they stay." in caplog.messages
+    assert model.config.intermediate_size == report.kept["model.layers.0:ffn"] < 48
 
 
 def test_excluded_experts_stay():

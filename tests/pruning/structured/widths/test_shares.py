@@ -175,10 +175,10 @@ def test_an_allocation_that_does_not_fit_is_refused(found, given, said):
         ({"budgets": ("kv=0.5",)}, "budgets=\\['kv=0.5'\\] are met by allocation='milp' alone"),
         (
             {"allocation": "milp", "layout": "per_layer", "budgets": ("parameters=0.5",)},
-            "budgets are of 'flops' or 'kv' besides cost='parameters', got 'parameters'",
+            "budgets are of 'flops' or 'kv' or 'latency' besides cost='parameters', got 'parameters'",
         ),
         ({"allocation": "milp", "layout": "per_layer", "budgets": ("kv",)}, "budgets: cannot read 'kv'"),
-        ({"cost": "time"}, "cost is 'parameters' or 'flops' or 'kv', got 'time'"),
+        ({"cost": "time"}, "cost is 'parameters' or 'flops' or 'kv' or 'latency', got 'time'"),
         ({"allocation": 3}, "allocation is a name, an allocation function, a path or an Allocation, got 3"),
         ({"allocation": "auto"}, "allocation='auto' compares allocations of single weights"),
         ({"targets": "dense", "update": "none"}, "targets='dense' is what update='refit' fits to"),

@@ -1,0 +1,167 @@
+"""Files for other programs: what a GGUF holds, and what llama.cpp makes of it."""
+
+import copy
+import json
+import sys
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
+
+from optimum_dsa import demo_model, demo_texts, find_architecture
+from optimum_dsa.checkpoint.exports import EXPORTS, export
+from optimum_dsa.pruning.structured.layout import LAYOUTS
+from optimum_dsa.pruning.structured.structures import find_structures
+
+from ..test_commands import run
+from ..tiny import tiny_llama
+
+
+@pytest.fixture(scope="module")
+def models():
+    """The embedded model, and one cut out of it whose layers differ in heads and channels."""
+    plain = AutoModelForCausalLM.from_pretrained(demo_model(), dtype=torch.float32).eval()
+    model = copy.deepcopy(plain)
+    found = find_structures(model, find_architecture(model), {"input_ids": torch.arange(16)[None]}).structures
+    gone = {"kv_group": [0, 2, 1, 0, 3], "ffn": [8, 0, 100, 40, 16]}
+    counts = {unit: gone[each.kind][number // 2 % 5] for number, (unit, each) in enumerate(found.items())}
+    layout = LAYOUTS["per_layer"](model, found, counts)
+    for unit, each in found.items():
+        layout.take(model, each, torch.arange(counts[unit]))
+    layout.settle(model)
+    return {"plain": plain, "per_layer": model}
+
+
+def saved(model, folder):
+    model.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(demo_model()).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(params=["plain", "per_layer"])
+def folder(request, models, tmp_path):
+    return models[request.param], saved(models[request.param], tmp_path / request.param)
+
+
+@pytest.mark.parametrize("kind", EXPORTS["gguf"].kinds)
+def test_a_gguf_holds_the_model(folder, kind, tmp_path, monkeypatch, capsys):
+    gguf = pytest.importorskip("gguf")
+    model, source = folder
+    path = tmp_path / "out.gguf"
+    code, output, _ = run(monkeypatch, capsys, "convert", str(source), str(path), "--to", "gguf", "--type", kind)
+    assert code == 0 and f"{path.stat().st_size:,} bytes" in output
+    assert [file.name for file in tmp_path.glob("*gguf*")] == ["out.gguf"]
+    reader = gguf.GGUFReader(path)
+
+    def said(name):
+        return reader.get_field(name).contents()
+
+    differ = source.name == "per_layer"
+    arch, layers = "deci" if differ else "llama", model.config.per_layer_config
+    assert said("general.architecture") == arch
+    for name, setting in (
+        ("feed_forward_length", "intermediate_size"),
+        ("attention.head_count", "num_attention_heads"),
+        ("attention.head_count_kv", "num_key_value_heads"),
+    ):
+        numbers = [getattr(layer, setting) for layer in layers]
+        assert said(f"{arch}.{name}") == (numbers if differ else numbers[0]) and (len(set(numbers)) > 2) == differ
+    tokenizer = AutoTokenizer.from_pretrained(source)
+    assert said("tokenizer.ggml.tokens") == tokenizer.convert_ids_to_tokens(range(model.config.vocab_size))
+    assert said("tokenizer.ggml.pre") == "gpt-2" and said("tokenizer.ggml.eos_token_id") == tokenizer.eos_token_id
+    tensors = {one.name: torch.tensor(one.data).float().view(*reversed(one.shape.tolist())) for one in reader.tensors}
+    own = {id(parameter): parameter for parameter in model.parameters()}
+    assert len(tensors) == len(own)
+    rounded = torch.float16 if kind == "f16" else torch.float32
+    for number, layer in enumerate(model.model.layers):
+        down, values = layer.mlp.down_proj.weight, layer.self_attn.v_proj.weight
+        assert torch.equal(tensors[f"blk.{number}.ffn_down.weight"], down.to(rounded).float())
+        assert torch.equal(tensors[f"blk.{number}.attn_v.weight"], values.to(rounded).float())
+        # Halves of a head that turn together stand beside each other: row 1 is the head's ninth of 16.
+        queries = tensors[f"blk.{number}.attn_q.weight"], layer.self_attn.q_proj.weight.to(rounded).float()
+        assert torch.equal(queries[0][1], queries[1][8]) and torch.equal(queries[0][-1], queries[1][-1])
+
+
+def test_transformers_reads_a_plain_one_back(models, tmp_path):
+    pytest.importorskip("gguf")
+    export(saved(models["plain"], tmp_path / "model"), tmp_path / "out.gguf", "gguf", "f32")
+    loaded = LlamaForCausalLM.from_pretrained(tmp_path, gguf_file="out.gguf", dtype=torch.float32).eval()
+    given = torch.arange(20)[None]
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(given).logits, models["plain"](given).logits)
+
+
+def test_the_real_engine_says_what_the_model_says(folder, tmp_path):
+    engine = pytest.importorskip("xllamacpp")
+    model, source = folder
+    export(source, tmp_path / "out.gguf", "gguf")
+    settings = engine.CommonParams()
+    settings.model.path, settings.n_ctx, settings.port, settings.warmup = str(tmp_path / "out.gguf"), 256, 0, False
+    settings.cpuparams.n_threads = settings.cpuparams_batch.n_threads = 1
+    prompt, tokenizer = demo_texts("validation")[0][:200], AutoTokenizer.from_pretrained(source)
+    asked = {"prompt": prompt, "temperature": 0, "max_tokens": 8, "n_probs": 5}
+    answer = engine.Server(settings).handle_completions(asked)
+    (choice,) = (answer if isinstance(answer, dict) else json.loads(answer))["choices"]
+    given = tokenizer(prompt, return_tensors="pt").input_ids
+    with torch.no_grad():
+        expected = model(given).logits[0, -1].log_softmax(-1)
+        written = model.generate(given, max_new_tokens=8, do_sample=False)
+    best = choice["logprobs"]["content"][0]["top_logprobs"]
+    assert len(best) == 5 and all(
+        row["logprob"] == pytest.approx(expected[row["id"]].item(), abs=0.01) for row in best
+    )
+    assert choice["text"] == tokenizer.decode(written[0, given.shape[1] :], skip_special_tokens=True)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model_type": "gpt2"}, "is a gpt2; written as GGUF here are llama and mistral"),
+        ({"attention_bias": True}, "has attention_bias=True, which is not written as GGUF here"),
+        ({"hidden_act": "gelu"}, "has hidden_act='gelu'"),
+        (
+            {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}},
+            "turns positions by 'linear'",
+        ),
+    ],
+)
+def test_what_would_be_computed_otherwise_is_refused_and_leaves_no_file(changes, message, tmp_path):
+    pytest.importorskip("gguf")
+    folder = saved(tiny_llama(), tmp_path / "model")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, **changes}))
+    with pytest.raises(ValueError, match=message):
+        export(folder, tmp_path / "out.gguf", "gguf")
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_what_cannot_be_asked_is_refused(tmp_path, monkeypatch, capsys):
+    folder = tmp_path / "model"
+    tiny_llama().save_pretrained(folder)
+    for target, kind, message in (
+        (folder, None, "is a folder; name a file"),
+        (tmp_path / "no" / "out.gguf", None, "is in no folder"),
+        (tmp_path / "out.gguf", "q4_0", "f16 or f32, got 'q4_0'"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            export(folder, target, "gguf", kind)
+    with pytest.raises(FileNotFoundError, match="No folder"):
+        export(tmp_path / "nothing", tmp_path / "out.gguf", "gguf")
+    code, _, errors = run(monkeypatch, capsys, "convert", str(folder), "out", "--to", "compressed", "--type", "f16")
+    assert code and "--type is of --to gguf" in errors
+    if "gguf" in sys.modules:
+        with pytest.raises(ValueError, match="has no tokenizer.json, and a GGUF holds its tokenizer"):
+            export(folder, tmp_path / "out.gguf", "gguf")
+    monkeypatch.setitem(sys.modules, "gguf", None)
+    with pytest.raises(ValueError, match="package gguf, which is not installed: .*gguf"):
+        export(folder, tmp_path / "out.gguf", "gguf")
+
+
+def test_a_tokenizer_that_has_no_name_there_is_refused(tmp_path):
+    pytest.importorskip("gguf")
+    folder = saved(tiny_llama(), tmp_path / "model")
+    stated = json.loads((folder / "tokenizer.json").read_text())
+    stated["pre_tokenizer"] = {"type": "Whitespace"}
+    (folder / "tokenizer.json").write_text(json.dumps(stated))
+    with pytest.raises(ValueError, match="as GPT-2's, .* it is a BPE after Whitespace"):
+        export(folder, tmp_path / "out.gguf", "gguf")
