@@ -120,7 +120,7 @@ def test_every_setting_is_an_option_with_a_help(name, config):
     without |= of_one.get(config, set()) if name == "search" else set()
     if (name, config) == ("search", DSAStructuredConfig):
         without |= {"learner", "learn_steps", "learn_rate"}
-    without |= {"image_column"} if name != "prune" else set()
+    without |= {"image_column"} if name not in ("prune", "plan") else set()
     without |= {"packing"} if name in ("search", "recover") else set()
     assert options_of(config).keys() - helps.keys() == without
     for setting in options_of(config).keys() - without:

@@ -111,6 +111,7 @@ Both compose: cut structures first, and prune the weights of what is left then.
         from ..common.output import OutputFolder
         from ..model.adapters import has_adapters
         from ..model.parameters import weight_bytes
+        from ..model.stacks import UnprunableError
         from ..pruner import DSAPruner
         from ..pruning.finished import check_folder
         from ..pruning.structured.described import structured_to
@@ -148,7 +149,11 @@ Both compose: cut structures first, and prune the weights of what is left then.
                 )
             self._check_room(output, weight_bytes(pruner.model))
             kept = self.args.checkpoints if cuts else self._checkpoints
-            report = pruner.prune(asked_source(self.args), config, kept, self.args.resume)
+            try:
+                report = pruner.prune(asked_source(self.args), config, kept, self.args.resume)
+            except UnprunableError:
+                self._drop_blocks()
+                raise
             say(str(report))
             pruner.save_pretrained(output, self.args.compressed, **options)
         options = evaluate_options(self.args, self.parser)
@@ -156,6 +161,13 @@ Both compose: cut structures first, and prune the weights of what is left then.
         print(line if not cuts else f"{line}, or optimum-cli dsa bench {self._beside(quote)}")
         facts = structured_to(report) if cuts else report.to_dict()
         return {"output": self.args.output, **facts, **base_files_in(self.args.output)}
+
+    def _drop_blocks(self) -> None:
+        """Remove what a run that was refused has finished: going on, it would be refused again, and hinder others."""
+        from shutil import rmtree
+
+        if self._checkpoints is not None and not (self.args.checkpoints or self.args.resume):
+            rmtree(self._checkpoints, ignore_errors=True)
 
     def _beside(self, quote) -> str:
         """The arguments of `bench` for what was written, beside what it was made of."""
