@@ -106,6 +106,7 @@ def test_no_option_went_away_and_every_command_can_be_quiet(info):
         ("prune", DSAStructuredConfig),
         ("plan", DSAConfig),
         ("search", DSAConfig),
+        ("search", DSAStructuredConfig),
         ("recover", RecoveryConfig),
     ],
 )
@@ -114,8 +115,12 @@ def test_every_setting_is_an_option_with_a_help(name, config):
     info = next(info for info in DSACommand.SUBCOMMANDS if info.name == name)
     info.subcommand_class.parse_args(parser)
     helps = {action.dest: action.help for action in parser._actions}
-    without = {"search": {"allocation", "spread", "granularity", "overrides"}}.get(name, set())
-    without |= {"image_column"} if name != "prune" else set()
+    without = {"search": {"allocation", "spread"}}.get(name, set())
+    of_one = {DSAConfig: {"granularity", "overrides"}, DSAStructuredConfig: {"unstable", "budgets"}}
+    without |= of_one.get(config, set()) if name == "search" else set()
+    if (name, config) == ("search", DSAStructuredConfig):
+        without |= {"learner", "learn_steps", "learn_rate"}
+    without |= {"image_column"} if name not in ("prune", "plan") else set()
     without |= {"packing"} if name in ("search", "recover") else set()
     assert options_of(config).keys() - helps.keys() == without
     for setting in options_of(config).keys() - without:

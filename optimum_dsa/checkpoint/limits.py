@@ -8,6 +8,7 @@ the weights, and the making of the model is stopped where it goes beyond them.
 from __future__ import annotations
 
 import math
+import re
 import threading
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -27,6 +28,10 @@ UNKNOWN_LAYERS = 2**14  # where the weights cannot be counted
 LABELS = 2**16
 COPIES = 5  # weights that are shared are stored once, and stand in a new model up to four times until they are tied
 SPARE = 2**20  # parameters that a checkpoint may lack
+# What a model's blocks are counted by: num_hidden_layers, n_layer, depths, num_layers_per_stack. Other names speak of
+# layers and are as large as they like: vocab_size_per_layer_input, num_depth_bins.
+COUNTS_LAYERS = re.compile(r"(?:.*_)?(?:layers|depths?)(?:_per_\w+)?|n_layer")
+NAMED_BY_USERS = ("label2id", "task_specific_params")  # sections whose keys are words, not settings of a model
 BUFFER_BYTES = 2**30  # tables and masks, which no checkpoint holds
 
 
@@ -72,7 +77,8 @@ def check_counts(config: Any, contents: Contents | None, where: str | Path) -> N
     most_layers = UNKNOWN_LAYERS if contents is None else max(LAYERS, contents.tensors)
     most_labels = LABELS if contents is None else max(LABELS, contents.widest)
     for name, value in _integers(config):
-        most = most_layers if "layer" in name or "depth" in name else most_labels if "num_labels" in name else math.inf
+        counts_layers = COUNTS_LAYERS.fullmatch(name)
+        most = most_layers if counts_layers else most_labels if "num_labels" in name else math.inf
         if value > most:
             has = "" if contents is None else f", and the checkpoint has {contents.tensors:,} tensors"
             raise ValueError(
@@ -86,6 +92,8 @@ def _integers(config: Any) -> Iterator[tuple[str, int]]:
     waiting = [("", config)]
     while waiting:
         name, value = waiting.pop()
+        if name in NAMED_BY_USERS:
+            continue
         if isinstance(value, Mapping):
             waiting += [(str(key).lower(), part) for key, part in value.items()]
         elif isinstance(value, list):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -53,13 +54,23 @@ def sample_model(path: str | Path, dtype: torch.dtype, device: str, blocks: int 
             if isinstance(getattr(part, name, None), int):
                 setattr(part, name, min(blocks, getattr(part, name)))
         if isinstance(getattr(part, "layer_types", None), list):
-            part.layer_types = part.layer_types[:blocks]
-        part.vocab_size = min(part.vocab_size, _VOCABULARY)
+            _set(part, "layer_types", part.layer_types[:blocks])
+        if isinstance(getattr(part, "vocab_size", None), int):
+            _set(part, "vocab_size", min(part.vocab_size, _VOCABULARY))
         for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
-            setattr(part, name, None)
+            _set(part, name, None, 0)
     with explained(f"A block of {path} cannot be made alone"):
         model = _made(made, config, options).to(device=device, dtype=dtype)
     return model.eval()
+
+
+def _set(part: Any, name: str, *values: Any) -> None:
+    """Set a setting to the first of `values` that its class takes; as it is where that finds it by itself."""
+    for value in values:
+        # A property without a setter, or a class that checks: their errors have no common class.
+        with suppress(Exception):
+            setattr(part, name, value)
+            return
 
 
 def _read(path: str, options: dict[str, Any]) -> tuple[type, Any, Any]:

@@ -8,13 +8,14 @@ import logging
 import os
 import sys
 import warnings
-from argparse import Action, ArgumentParser, BooleanOptionalAction, RawDescriptionHelpFormatter
+from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, redirect_stdout
 from typing import TYPE_CHECKING, Any
 
 from optimum.commands.base import BaseOptimumCLICommand
 
+from .actions import OnOff, Several
 from .config_file import add_config_options, config_text
 from .options import in_options
 from .stopping import Terminated, stoppable
@@ -205,7 +206,7 @@ def add_bos_option(parser) -> None:
     """`--bos` and `--no-bos`; where neither is given, `None`: as the tokenizer does."""
     parser.add_argument(
         "--bos",
-        action=BooleanOptionalAction,
+        action=OnOff,
         help="whether windows start with the beginning-of-sequence token (default: where the tokenizer adds it)",
     )
 
@@ -231,17 +232,6 @@ def check_texts(args, data, otherwise: str | None = None) -> None:
                 f"--validation {validation} is the text of --dataset, of which it would tell what is known already; "
                 "give another text, or leave --validation out."
             )
-
-
-class Several(Action):
-    """An option that can be given several times; what is given replaces the default, as elsewhere."""
-
-    replaces = True
-
-    def __call__(self, parser, namespace, values, option_string=None):
-        begun = getattr(namespace, f"{self.dest}_given", False)
-        setattr(namespace, self.dest, [*(getattr(namespace, self.dest) if begun else []), values])
-        setattr(namespace, f"{self.dest}_given", True)
 
 
 def add_source_options(group, default: str | None = None, required: bool = False) -> None:

@@ -10,8 +10,9 @@ from typing import Any
 from .fences import actions_of, exclusive_of
 
 
-# What a file says nothing of, or a run decides anew.
-WITHOUT = ("help", "config", "print_config", "json", "quiet", "verbose")
+NOT_READ = ("help", "config", "print_config")
+# What a printed file says nothing of: a run decides it anew, or it is a secret.
+WITHOUT = (*NOT_READ, "json", "quiet", "verbose", "token")
 
 
 def add_config_options(parser: ArgumentParser) -> None:
@@ -42,16 +43,17 @@ def take_config(
     """
     options = {word.split("=")[0].lstrip("-").replace("-", "_") for word in words if word.startswith("--")}
     given, described, settings = _read(Path(path), choose, options)
-    actions = {action.dest: action for action in actions_of(parser) if action.dest not in WITHOUT}
+    given = _by_options(parser, given, settings, path)
+    actions = {action.dest: action for action in actions_of(parser) if action.dest not in NOT_READ}
     given = {name: value for name, value in given.items() if not _is_excluded(name, given, parser, path, words)}
     for name, value in given.items():
-        action = actions.get(name.replace("-", "_"))
+        action = actions.get(name)
         if action is None and described:
             _say_left_out(parser, name, value, settings)
         elif action is None:
             from ..common.registry import near
 
-            raise ValueError(f"{path}: {parser.prog} has no option {name!r}.{near(name.replace('-', '_'), actions)}")
+            raise ValueError(f"{path}: {parser.prog} has no option {name!r}.{near(name, actions)}")
         elif value is not None:
             checked = _checked(action, value, f"{path}: {name}")
             # A switch may have an option that turns it on and another that turns it off.
@@ -62,28 +64,56 @@ def take_config(
         parser.set_defaults(described_config=True)
 
 
+def _by_options(parser: ArgumentParser, given: Mapping[str, Any], settings: type | None, path: str) -> dict[str, Any]:
+    """A file's values by what their options are called inside, those of sections as well.
+
+    Raises:
+        ValueError: two of them say the same thing: `num_samples` and `num-samples`, or `data: {num_samples: ...}`.
+    """
+    from ..common.settings import flattened
+
+    found: dict[str, Any] = {}
+    for name, value in given.items():
+        # A section may be an object, or be given by what it is short for.
+        parts = flattened(settings, {name: value}) if settings and isinstance(value, Mapping) else {name: value}
+        if name == "dataset" and isinstance(value, Mapping):  # each with its share
+            parts = {"dataset": [*value], "weights": [*value.values()]}
+        for inner, part in parts.items():
+            dest, part = _meant(parser, inner, part)
+            if dest in found:
+                raise ValueError(f"{path}: {dest!r} stands there twice, in {name!r} again; write it once.")
+            found[dest] = part
+    return found
+
+
+def _meant(parser: ArgumentParser, name: str, value: Any) -> tuple[str, Any]:
+    """What the option `name` is called inside, and its value there: `one_pass: true` is `sequential: false`."""
+    name = name.replace("-", "_")
+    actions, flag = actions_of(parser), f"--{name.replace('_', '-')}"
+    action = next((each for each in actions if flag in each.option_strings), None)
+    if action is None or any(each.dest == name for each in actions):
+        return name, value
+    off = flag.startswith("--no-") if isinstance(action, BooleanOptionalAction) else action.const is False
+    return action.dest, not value if off and isinstance(value, bool) else value
+
+
 def _is_excluded(name: str, given: Mapping[str, Any], parser: ArgumentParser, path: str, words: Sequence[str]) -> bool:
     """Whether an option that goes without `name` is on the command line; raises where the file gives both."""
-    group = next((each for each in exclusive_of(parser) if name.replace("-", "_") in {one.dest for one in each}), [])
-    others = [action for action in group if action.dest != name.replace("-", "_")]
-    both = [other.dest for other in others if given.get(name) and (given.get(other.dest) or given.get(_dashed(other)))]
+    group = next((each for each in exclusive_of(parser) if name in {one.dest for one in each}), [])
+    others = [action for action in group if action.dest != name]
+    both = [other.dest for other in others if given.get(name) and given.get(other.dest)]
     if both:
         raise ValueError(f"{path}: {name} and {both[0]} do not go together; leave out one of both.")
     flags = {flag for action in others for flag in action.option_strings}
     return any(word.split("=")[0] in flags for word in words)
 
 
-def _dashed(action: Action) -> str:
-    return action.dest.replace("_", "-")
-
-
 def _read(
     path: Path, choose: Callable[[Collection[str]], type | None], options: Collection[str]
 ) -> tuple[dict[str, Any], bool, type | None]:
-    """What a file says by the options' names, whether it is that of a pruned model or a saved configuration, and
+    """What a file says by its names, whether it is that of a pruned model or a saved configuration, and
     the class of the configuration that it is of.
     """
-    from ..common.settings import flattened
     from ..common.settings_file import read_settings
     from ..pruning.zeros import MEASURED  # the name of an allocation that nobody asked for
 
@@ -110,12 +140,7 @@ def _read(
         given = dict(trained["config"])
     elif settings is not None and path.suffix.lower() == ".json":
         given.pop("format_version", None)  # of a configuration in its first form
-    if settings is None:
-        return given, described, settings
-    # a section may be an object, or be given by what it is short for
-    objects = {name: value for name, value in given.items() if isinstance(value, Mapping)}
-    flat = {name: given[name] for name in given if name not in objects} | flattened(settings, objects)
-    return flat, described, settings
+    return given, described, settings
 
 
 def _say_left_out(parser: ArgumentParser, name: str, value: Any, settings: type) -> None:
@@ -138,6 +163,8 @@ def _checked(action: Action, value: Any, what: str) -> Any:
             raise ValueError(f"{what} is true or false, got {value!r}.")
         return value
     if action.nargs in ("+", "*") or hasattr(action, "replaces"):
+        if isinstance(value, Mapping) and action.dest == "overrides":
+            value = [f"{name}={_one(action, share, what)}" for name, share in value.items()]
         values = value if isinstance(value, list) else [value]
         found = [_one(action, part, what) for part in values]
         return [name for one in found for name in one.split(",")] if hasattr(action, "splits") else found

@@ -11,10 +11,11 @@ from argparse import SUPPRESS, Action, ArgumentParser, BooleanOptionalAction
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import MISSING, Field, fields
 from shlex import quote
-from typing import Any, Protocol
+from typing import Any, NoReturn, Protocol
 
 from ..common.escaping import one_line
 from ..common.registry import UnknownNameError
+from .actions import Names, OnOff, drop_nothing
 from .config_file import default_without_file, take_config, without_required
 from .fences import actions_of
 
@@ -37,6 +38,14 @@ class CommandParser(ArgumentParser):
     _later: tuple[Callable[[], None], ...] = ()
     configs: tuple[type, ...] = ()  # the configurations that its options are made from
     alternatives: Mapping[str, type] = {}  # those that are meant where an option of theirs is given -> by that option
+
+    def __init__(self, *args: Any, **options: Any):
+        super().__init__(*args, **options)
+        drop_nothing(self)
+
+    def error(self, message: str) -> NoReturn:
+        """End the process with one line; argparse's own way prints all options first."""
+        self.exit(2, f"{self.prog}: error: {one_line(' '.join(message.split()))} (see {self.prog} --help)\n")
 
     def later(self, fill: Callable[[], None]) -> None:
         """Have `fill` called before anything is parsed or help is shown."""
@@ -126,7 +135,7 @@ def add_settings(
     parser.later(fill) if isinstance(parser, CommandParser) else fill()
 
 
-def add_alternative(parser: ArgumentParser, key: str, config: str, rest: Group) -> None:
+def add_alternative(parser: ArgumentParser, key: str, config: str, rest: Group, without: Collection[str] = ()) -> None:
     """Add the options of another configuration, meant where its setting `key` is given; settings of both share one.
 
     To be called after [`add_settings`].
@@ -134,6 +143,7 @@ def add_alternative(parser: ArgumentParser, key: str, config: str, rest: Group) 
     Args:
         config: module and name of the class.
         rest: the group of the settings that are its alone.
+        without: settings that have no option.
     """
 
     def fill() -> None:
@@ -144,6 +154,8 @@ def add_alternative(parser: ArgumentParser, key: str, config: str, rest: Group) 
             parser.alternatives = {**parser.alternatives, key: cls}
         texts, actions = _texts(cls), {action.dest: action for action in actions_of(parser)}
         for name, field in options_of(cls).items():
+            if name in without:
+                continue
             if name not in actions:
                 _add(rest, name, field, texts.get(name, ""))
                 continue
@@ -155,20 +167,6 @@ def add_alternative(parser: ArgumentParser, key: str, config: str, rest: Group) 
                 rest.add_argument(flag_of(name, off=True), dest=name, action="store_false", default=None, help=text)
 
     parser.later(fill) if isinstance(parser, CommandParser) else fill()
-
-
-class Names(Action):
-    """An option that takes names, with spaces or commas between them."""
-
-    splits = True
-
-    def __call__(self, parser, namespace, values, option_string=None):
-        setattr(namespace, self.dest, names_in(values))
-
-
-def names_in(values: Iterable[str]) -> list[str]:
-    """The names in texts of which each may hold several, with commas between them."""
-    return [name.strip() for value in values for name in value.split(",") if name.strip()]
 
 
 def _with_names(text: str) -> str:
@@ -303,7 +301,7 @@ def _add(group: Group, name: str, field: Field, text: str) -> None:
         text += f" (default: {default})"
     options: dict[str, Any] = {"dest": name, "default": None, "help": text.replace("%", "%%")}
     if rule.kind == "bool" and rule.optional:
-        options["action"] = BooleanOptionalAction
+        options["action"] = OnOff
     elif rule.kind == "bool" and default:
         flags, options["action"] = [*OFF.get(name, ()), flag_of(name, off=True)], "store_false"
         options["help"] = f"not so: {text.removeprefix('whether ')}".replace("%", "%%")

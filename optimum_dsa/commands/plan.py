@@ -34,8 +34,7 @@ model's config.json, and the time from one block of such sizes, with random weig
         what = parser.add_argument_group("what to remove")
         add_quality_option(what)
         data = add_calibration_options(parser)
-        pictures = ("image_column",)  # a plan is arithmetic on numbers of tokens
-        add_settings(parser, [(data, CALIBRATION)], "pruning.configuration.DSAConfig", what, without=pictures)
+        add_settings(parser, [(data, CALIBRATION)], "pruning.configuration.DSAConfig", what)
         add_loading_options(parser)
 
     def execute(self) -> dict:

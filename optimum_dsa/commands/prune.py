@@ -111,6 +111,7 @@ Both compose: cut structures first, and prune the weights of what is left then.
         from ..common.output import OutputFolder
         from ..model.adapters import has_adapters, taken_out_of_base
         from ..model.parameters import weight_bytes
+        from ..model.stacks import UnprunableError
         from ..pruner import DSAPruner
         from ..pruning.finished import check_folder
         from ..pruning.structured.described import structured_to
@@ -153,7 +154,11 @@ Both compose: cut structures first, and prune the weights of what is left then.
                 )
             self._check_room(output, weight_bytes(pruner.model))
             kept = self.args.checkpoints if cuts else self._checkpoints
-            report = pruner.prune(asked_source(self.args), config, kept, self.args.resume)
+            try:
+                report = pruner.prune(asked_source(self.args), config, kept, self.args.resume)
+            except UnprunableError:
+                self._drop_blocks()
+                raise
             say(str(report))
             pruner.save_pretrained(output, self.args.compressed, **options)
         options = evaluate_options(self.args, self.parser)
@@ -161,6 +166,13 @@ Both compose: cut structures first, and prune the weights of what is left then.
         print(line if not cuts else f"{line}, or optimum-cli dsa bench {self._beside(quote)}")
         facts = structured_to(report) if cuts else report.to_dict()
         return {"output": self.args.output, **facts, **base_files_in(self.args.output)}
+
+    def _drop_blocks(self) -> None:
+        """Remove what a run that was refused has finished: going on, it would be refused again, and hinder others."""
+        from shutil import rmtree
+
+        if self._checkpoints is not None and not (self.args.checkpoints or self.args.resume):
+            rmtree(self._checkpoints, ignore_errors=True)
 
     def _beside(self, quote) -> str:
         """The arguments of `bench` for what was written, beside what it was made of."""
@@ -240,8 +252,8 @@ def asked_config(args, **given):
     return DSAConfig.from_dict(nested(DSAConfig, given | asked))
 
 
-def asked_structures(args, parser):
-    """The `DSAStructuredConfig` that the options ask for; `None` where they ask for pruned weights.
+def asked_structures(args, parser, **given):
+    """The `DSAStructuredConfig` that the options ask for, on top of `given`; `None` where they ask for pruned weights.
 
     Raises:
         ValueError: options of both are given, or what cannot be saved or is none of this.
@@ -256,16 +268,17 @@ def asked_structures(args, parser):
         if others:
             raise ValueError(f"{flag_of(others[0])} is for --structures, which was not given; leave it out.")
         return None
-    others += [name for name in ("quality", "compressed") if getattr(args, name)]
+    others += [name for name in ("quality", "compressed") if getattr(args, name, None)]
     if others:
         raise ValueError(
             f"{flag_of(others[0])} is of pruned weights, and --structures cuts structures out; leave out one of both."
         )
-    asked = asked_settings(args, DSAStructuredConfig)
+    asked = given | asked_settings(args, DSAStructuredConfig)
     if "sparsity" not in asked:
         raise ValueError("say how much to cut out, for example --sparsity 0.2")
     if args.device_map == "disk":
         raise ValueError("--structures cuts a model in memory, and --device-map disk has it elsewhere; leave it out.")
     config = DSAStructuredConfig.from_dict(nested(DSAStructuredConfig, asked))
-    check_resumable(config, args.checkpoints, args.resume)
+    if hasattr(args, "checkpoints"):
+        check_resumable(config, args.checkpoints, args.resume)
     return config

@@ -11,8 +11,15 @@ from .base import (
     loading_options,
     say,
 )
-from .options import CommandParser, add_settings, as_given, taken
-from .prune import CALIBRATION, PruneCommand, add_calibration_options, add_quality_option, asked_config
+from .options import CommandParser, add_alternative, add_settings, as_given, taken
+from .prune import (
+    CALIBRATION,
+    PruneCommand,
+    add_calibration_options,
+    add_quality_option,
+    asked_config,
+    asked_structures,
+)
 
 
 # of one run, or what was found
@@ -35,6 +42,8 @@ strategy    named         uniform and every named allocator
             descent       budget moved between matrices along the loss's slope
             curves        budget moved by the loss's slope and each matrix's error curve
             auto          named, ramp, evolution, then descent (default)
+
+With --structures it finds how many structures each block keeps (all strategies but exhaustive and curves).
 """
     EXAMPLES = """\
   optimum-cli dsa search Qwen/Qwen3-0.6B -o found --sparsity 0.7
@@ -42,6 +51,7 @@ strategy    named         uniform and every named allocator
   optimum-cli dsa search ./model -o found -s 0.7 --dataset cal.txt --validation val.txt --budget "10 min" --resume
   optimum-cli dsa search ./model -o found -s 0.7 --method alps --targets dense --true-sequential --residual
   optimum-cli dsa prune ./model -o out -s 0.7 --allocation found
+  optimum-cli dsa search ./model -o widths -s 0.2 --structures ffn,kv_group --importance obs
 """
 
     @staticmethod
@@ -70,6 +80,9 @@ strategy    named         uniform and every named allocator
         found = ("allocation", "spread", "granularity", "overrides")  # is what is searched
         found += ("image_column", "packing")  # candidates are compared on windows of text
         add_settings(parser, [(data, CALIBRATION)], "pruning.configuration.DSAConfig", what, without=found)
+        cut = parser.add_argument_group("structures instead of weights (--structures)")
+        found += ("unstable", "budgets", "learner", "learn_steps", "learn_rate")  # says, or learns, it otherwise
+        add_alternative(parser, "structures", "pruning.structured.configuration.DSAStructuredConfig", cut, found)
         parser.add_argument(
             "--validation", help="text to compare candidates on (default: other windows of the calibration data)"
         )
@@ -84,18 +97,18 @@ strategy    named         uniform and every named allocator
         from ..common.devices import process_state
         from ..common.output import OutputFolder
         from ..pruner import DSAPruner
+        from ..search.prepared import check_search, realisation_of
         from ..search.problem import parse_budget
-        from ..search.realise import check_searchable
         from ..search.result import RESULT_FILES, robustness_table
-        from ..search.strategies import STRATEGIES
         from ..sharing.pictures import plot_search
 
         args = self.args
-        config = asked_config(args, allocation="uniform")  # it is what is searched for
-        check_searchable(config)
+        # Blocks differ, and how is what is searched for.
+        config = asked_structures(args, self.parser, layout="per_layer") or asked_config(args, allocation="uniform")
+        check_search(config)
+        realisation_of(config, args.strategy, None)
         config.reconstruct.check_place(args.device_map == "disk")  # of the prune that it searches for
         parse_budget(args.budget)
-        STRATEGIES[args.strategy]
         loading = loading_options(args)
         check_texts(args, config.data)
         check_weights(args, loading)
@@ -135,6 +148,8 @@ strategy    named         uniform and every named allocator
         if several:
             args.seed = best.config.data.seed
         # The allocation was found under all these, and is for them.
+        if args.structures:
+            args.layout = config.layout
         parser = CommandParser()
         PruneCommand.parse_args(parser)
         options = as_given(args, parser, taken(parser, without=NOT_HANDED_ON))

@@ -15,26 +15,27 @@ DEEPEST_JSON = 64  # levels: what walks through JSON calls itself, and so must e
 LARGEST_JSON = 32 * 2**20  # bytes: several times what a model of 60 blocks and 400 experts needs
 
 
-def read_json(path: str | Path) -> Any:
+def read_json(path: str | Path, unique: bool = False) -> Any:
     """The content of a JSON file.
 
     Raises:
-        ValueError: it is no JSON, larger than 32 MB, or nested too deep.
+        ValueError: it is no JSON, larger than 32 MB, or nested too deep; with `unique`, also where an object has a
+            name twice.
     """
     path = Path(path)
     size = path.stat().st_size
     if size > LARGEST_JSON:
         raise ValueError(f"{path} has {size:,} bytes; no file of this kind needs more than {LARGEST_JSON:,}.")
     try:
-        return parse_json(path.read_text(encoding="utf-8"))
+        return parse_json(path.read_text(encoding="utf-8"), unique)
     except ValueError as error:  # also of bytes that are no text
         raise ValueError(f"{path} is not JSON: {error}.") from None
 
 
-def parse_json(text: str) -> Any:
+def parse_json(text: str, unique: bool = False) -> Any:
     """The content of a JSON text; `ValueError` where it is none, or nested deeper than `DEEPEST_JSON`."""
     try:
-        value = json.loads(text)
+        value = json.loads(text, object_pairs_hook=_of_unique_names if unique else None)
     except RecursionError:
         raise ValueError("it is nested too deep") from None
     level = [value]
@@ -43,6 +44,15 @@ def parse_json(text: str) -> Any:
         if not level:
             return value
     raise ValueError("it is nested too deep")
+
+
+def _of_unique_names(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for name, value in pairs:
+        if name in found:
+            raise ValueError(f"{name!r} stands there twice")
+        found[name] = value
+    return found
 
 
 def _parts(value: Any) -> Iterable[Any]:

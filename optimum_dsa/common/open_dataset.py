@@ -12,6 +12,11 @@ from typing import Any
 from .row_files import SUFFIXES
 
 
+# What `datasets` reads a file as, by its ending, and names of files that are no data.
+_KINDS = {".txt": "text", ".json": "json", ".jsonl": "json", ".parquet": "parquet", ".csv": "csv", ".tsv": "csv"}
+_ASIDE = ("metadata.jsonl", "metadata.csv", "dataset_info.json", "dataset_infos.json", "README", "LICENSE", "NOTICE")
+
+
 def open_dataset(
     name: str, repository: str, subset: str | None, split: str, named: str | None, stack: ExitStack
 ) -> Any:
@@ -38,7 +43,7 @@ def open_dataset(
         # `datasets` takes the folder's own name for a pattern, and would read its neighbours
         if path.is_dir() and glob.escape(str(path.resolve())) != str(path.resolve()):
             repository = _linked(path, Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="optimum-dsa-"))))
-        return datasets.load_dataset(repository, subset, split=split, streaming=True)
+        return datasets.load_dataset(repository, subset, split=split, streaming=True, **_whole_texts(path))
     except Exception as error:  # noqa: BLE001 - a dataset's loader may raise anything
         raise ValueError(f"Cannot load the dataset {name!r}: {_why(error)}") from error
 
@@ -53,6 +58,27 @@ def _check_name(name: str) -> None:
         raise FileNotFoundError(f"No such file or folder: {name!r}.")
     if path.is_file():
         raise ValueError(f"Cannot read {name!r}: expected {', '.join(SUFFIXES[:-1])} or {SUFFIXES[-1]}, or a dataset.")
+
+
+def _whole_texts(folder: Path) -> dict[str, str]:
+    """Options by which a folder of .txt files is read as its files are: each is one text, and no line is.
+
+    Raises:
+        ValueError: the folder has files of several kinds, of which `datasets` would read one without a word.
+    """
+    if not folder.is_dir() or (folder / "README.md").is_file():  # a card may say which files are meant
+        return {}
+    found: dict[str, str] = {}
+    for file in sorted(folder.rglob("*")):
+        kind = _KINDS.get(file.suffix.lower())
+        if kind and file.name not in _ASIDE and file.stem.upper() not in _ASIDE and not file.name.startswith("."):
+            found.setdefault(kind, file.name)
+    if len(found) > 1:
+        raise ValueError(
+            f"it has files of {len(found)} kinds, such as {' and '.join(found.values())}, of which one would be read "
+            "alone; put each kind into a folder of its own, or name the files"
+        )
+    return {"sample_by": "document", "encoding": "utf-8-sig"} if "text" in found else {}
 
 
 def _linked(folder: Path, place: Path) -> str:
@@ -118,4 +144,5 @@ def _why(error: Exception) -> str:
     """An error in one line; of a chain that wraps the cause, the cause."""
     text = " ".join(str(error.__cause__ or error).split()) or " ".join(str(error).split()) or "it is empty"
     hint = "; name one with subset (--subset)" if "onfig name is missing" in text else ""
+    hint = "; name one that it has with split (--split)" if "Bad split" in text else hint
     return (text if len(text) <= 400 else f"{text[:400]}…") + hint

@@ -62,11 +62,12 @@ def _lines(path: Path) -> Iterator[Row]:
                 continue
             where = f"{path}, line {number}"
             try:
-                yield where, json.loads(line.decode("utf-8-sig"))
+                value = json.loads(line.decode("utf-8-sig"))
             except UnicodeDecodeError:
                 raise ValueError(f"{where}: not text in UTF-8; convert the file.") from None
             except (ValueError, RecursionError) as error:
                 raise ValueError(f"{where}: not JSON ({error}); each line is an object.") from None
+            yield where, value
 
 
 def _values(path: Path) -> Iterator[Row]:

@@ -29,7 +29,7 @@ def read_settings(path: str | Path) -> dict[str, Any]:
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"No such file of settings: {str(path)!r}.")
-    data = read_json(path) if path.suffix.lower() == ".json" else _read_yaml(path)
+    data = read_json(path, unique=True) if path.suffix.lower() == ".json" else _read_yaml(path)
     if data is None:
         return {}
     if not isinstance(data, Mapping) or not all(isinstance(name, str) for name in data):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
@@ -159,7 +160,9 @@ def read_items(source: Any, reading: Reading) -> Iterator[Item]:
                 reading.passed.null += item is None
                 reading.passed.empty += item is not None
                 continue
-            reading.passed.conversations += isinstance(item, Chat)
+            if isinstance(item, Chat):
+                _check_letters(json.dumps(item.messages, ensure_ascii=False, default=str), where)
+                reading.passed.conversations += 1
             yield item
 
 
@@ -182,7 +185,20 @@ def item_of(row: Any, where: str, column: str) -> Item | None:
         return token_row(row)
     if not isinstance(row, str):
         raise ValueError(f"{where}: expected a text, got {type(row).__name__}: {str(row)[:60]!r}.")
+    _check_letters(row, where)
     return row
+
+
+def _check_letters(text: str, where: str) -> None:
+    """Raise where JSON has spelled half of a letter, which no tokenizer takes; a text in UTF-8 has none."""
+    if not text.isascii():
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(
+                f"{where}: the text has half a letter, {text[error.start]!r}, a surrogate without its other; write "
+                "the letter whole, or leave the row out."
+            ) from None
 
 
 def needed_columns(columns: Sequence[str], column: str) -> list[str] | None:

@@ -59,6 +59,11 @@ def find_tasks(tasks: Sequence[str], include: str | Path | None = None) -> Tasks
     asked = [_described(task, files[task], manager) if task in files else task for task in tasks]
     if not all(manager.match_tasks([name]) for name in [*asked, *_members(manager, asked)]):
         manager = known.TaskManager(include_path=[*folders] or None)
+    for name in sorted(_members(manager, asked, inline=False)):
+        if not manager.match_tasks([name]):
+            raise UnknownNameError(
+                f"lm-eval has no task {name!r}, which a group names.{near(name, manager.all_tasks)}"
+            )
     names: dict[str, None] = {}
     for name in asked:
         found = manager.match_tasks([name])  # a pattern, as in "arc_*", stands for several
@@ -86,25 +91,28 @@ def _described(task: str, path: Path, manager: Any) -> str:
     raise ValueError(f"{task} describes {found.name!r}, and so does another file, which lm-eval takes; rename one.")
 
 
-def _members(manager: Any, names: Sequence[str]) -> set[str]:
-    """The tasks and groups that groups among `names` consist of, by name, those of groups in them as well."""
+def _members(manager: Any, names: Sequence[str], inline: bool = True) -> set[str]:
+    """The tasks and groups that groups among `names` consist of, by name, those of groups in them as well.
+
+    With `inline` also those of objects, which may be described there and nowhere else.
+    """
     found: set[str] = set()
     waiting = list(names)
     while waiting:
         entry = manager.task_index.get(waiting.pop())
-        new = set(_named((entry.cfg or {}).get("task"))) - found if entry is not None and entry.cfg else set()
+        new = set(_named((entry.cfg or {}).get("task"), inline)) - found if entry is not None and entry.cfg else set()
         found |= new
         waiting += new
     return found
 
 
-def _named(value: Any) -> Iterator[str]:
+def _named(value: Any, inline: bool = True) -> Iterator[str]:
     """Names in what stands under a group's "task": a list of names, or of objects with names of their own."""
-    if isinstance(value, list):
-        for item in value:
-            yield from [item] if isinstance(item, str) else _named(item.get("task")) if isinstance(item, dict) else ()
-            if isinstance(item, dict) and isinstance(item.get("task"), str):
-                yield item["task"]
+    for item in value if isinstance(value, list) else ():
+        inner = item.get("task") if isinstance(item, dict) else None
+        if isinstance(item, str) or inline and isinstance(inner, str):
+            yield item if isinstance(item, str) else inner
+        yield from _named(inner, inline)
 
 
 def evaluate_tasks(

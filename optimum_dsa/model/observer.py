@@ -103,6 +103,8 @@ class Observer:
 
     def observe(self, weight: Weight, inputs: Tensor) -> None:
         """Note that `weight` multiplies `inputs`, (..., in_features)."""
+        if self._is_a_table(weight.name, inputs):
+            return
         # The version too: a tensor that was changed in place is another input under the same id.
         name, key = weight.name, (id(inputs), tensor_version(inputs))
         source = self._source_of(name, key, inputs)
@@ -116,6 +118,16 @@ class Observer:
         dense = self._dense_of(name, inputs)
         if dense is not None:
             self.statistics[name].pair_(self._counted(name, inputs), self._counted(name, dense))
+
+    def _is_a_table(self, name: str, inputs: Tensor) -> bool:
+        """Whether `inputs` are the same for all sequences, as relative positions that the keys' matrix reads as well.
+
+        They come once in a batch, however many sequences that has: counted, the batch size would change the result.
+        """
+        given = self._given.get(name)
+        if not given or inputs.dim() != 3 or len(inputs) != 1:
+            return False
+        return inputs.shape[:-1] != self._inputs[given[0]][1].shape[:-1]
 
     def add_residual(self, before: Mapping[str, Tensor], dense: Mapping[str, Tensor]) -> None:
         """Note what the residual stream lacks in the batch that was run last.
@@ -134,9 +146,9 @@ class Observer:
             inputs = self._inputs[given[0]][1]
             self.statistics[name].lack_(self._counted(name, inputs), self._counted(name, missing))
 
-    def _dense_of(self, name: str, inputs: Tensor) -> Tensor | None:
+    def _dense_of(self, name: str, inputs: Tensor, number: int = -1) -> Tensor | None:
         """What the dense model gives in the place of `inputs`, (..., in_features); `None` where that is not known."""
-        dense, number = self._dense.get(name, ()), len(self._given[name]) - 1
+        dense, number = self._dense.get(name, ()), len(self._given[name]) - 1 if number < 0 else number
         if number >= len(dense) or dense[number].shape != inputs.shape:
             return None
         # As many tokens of a routed expert need not be the same ones; where all tokens come, they come in order.
@@ -149,7 +161,7 @@ class Observer:
         `inputs` is (..., in_features).
 
         Raises:
-            UnprunableError: the two were given the same inputs before, and only some of them in this batch.
+            UnprunableError: the two were given the same inputs in earlier batches, and only some of them in this one.
         """
         first, _ = self._inputs.setdefault(key, (name, inputs))
         given = self._given.setdefault(name, [])
@@ -163,7 +175,8 @@ class Observer:
         if source == name or theirs[len(given) : len(given) + 1] == [key]:
             return source
         if theirs != given:
-            raise self._parted(name, source)
+            self._part(name, source)
+            return name
         # The same inputs until now: what was counted for both is where its own count begins.
         self.statistics[name] = copy.deepcopy(self.statistics[source])
         self._source[name] = name
@@ -205,19 +218,34 @@ class Observer:
         )
 
     def _end_batch(self) -> None:
-        for name, source in self._source.items():
+        for name, source in [*self._source.items()]:
             if len(self._given.get(name, ())) != len(self._given.get(source, ())):
-                raise self._parted(name, source)
+                self._part(name, source)
         # Held until here: an id is free for another tensor as soon as its own is gone.
         self._inputs.clear()
         self._given.clear()
 
-    @staticmethod
-    def _parted(name: str, source: str) -> UnprunableError:
-        return UnprunableError(
-            f"{name} and {source} are given the same input at first and different ones later; "
-            f"leave one of them dense with exclude=['{name}']."
-        )
+    def _part(self, name: str, source: str) -> None:
+        """Give `name` statistics of its own, of what it was given in the first batch, which is held.
+
+        Raises:
+            UnprunableError: it is a later batch, whose beginning was counted with `source`; or an input is gone.
+        """
+        inputs = [self._inputs[key][1] for key in self._given.get(name, ())]
+        kept = all(tensor_version(each) == key[1] for each, key in zip(inputs, self._given.get(name, ())))
+        if not self._first or not kept:
+            raise UnprunableError(
+                f"{name} and {source} are given the same input at first and different ones later; "
+                f"leave one of them dense with exclude=['{name}']."
+            )
+        self._source[name] = name
+        shared = self.statistics[source]
+        own = self.statistics[name] = LayerStatistics(shared.in_features, shared.device, self.gram, with_sum=self.mean)
+        for number, each in enumerate(inputs):
+            own.update_(self._counted(name, each))
+            dense = self._dense_of(name, each, number)
+            if dense is not None:
+                own.pair_(self._counted(name, each), self._counted(name, dense))
 
 
 def _lend(block: Block, statistics: dict[str, LayerStatistics]) -> None:

@@ -218,6 +218,7 @@ def _given(config: DSAConfig, architecture: Architecture, standing: Mapping[str,
             f"The allocation's mean sparsity is {mean:.4f}, but the config asks for {config.sparsity}; "
             f"use sparsity={mean:.4f}."
         )
+    _check_given(config, given, granularity, sizes)
     low = min(config.min_sparsity, *given.sparsity.values())
     high = max(config.max_sparsity, *given.sparsity.values())
     floors = floors_of(units, config, standing)
@@ -235,6 +236,28 @@ def _given(config: DSAConfig, architecture: Architecture, standing: Mapping[str,
     return fit_to_pattern(
         fit_to_budget(given.sparsity, sizes, config.sparsity, low, high, given.name, granularity, floors), config
     )
+
+
+def _check_given(config: DSAConfig, given: Allocation, granularity: str, sizes: Mapping[str, int]) -> None:
+    """Raise `ValueError` where a user's own allocation is of other weights, or of other units than he asks for."""
+    # Sizes are none where they were not written.
+    odd = next((unit for unit, size in sizes.items() if given.sizes[unit] not in (0, size)), None)
+    if odd is not None:
+        raise ValueError(
+            f"The allocation does not fit the model: it is for {given.sizes[odd]:,} weights of {odd}, and "
+            f"{sizes[odd]:,} are pruned here; it is of another model, or of other exclude, include or blocks: "
+            "give the same, or an allocation without sizes."
+        )
+    if config.spread is not None:
+        raise ValueError(
+            f"spread={config.spread:g} is for an allocation that is computed; one that is given has every unit's "
+            "sparsity. Leave it out, or name an allocation, such as 'owl'."
+        )
+    if config.granularity not in (type(config).granularity, granularity):
+        raise ValueError(
+            f"granularity={config.granularity!r} is for an allocation that is computed; the one that is given is per "
+            f"{granularity}. Leave it out."
+        )
 
 
 def floors_of(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
@@ -30,7 +31,15 @@ def check_overrides(config: DSAConfig) -> None:
             f"Pattern {pattern} removes {pattern.sparsity:.4g} of every matrix, whatever overrides say; use "
             f"pattern='mixed:{pattern.width}', or exclude what shall stay dense."
         )
+    # The defaults are bounds of what is computed; who gives bounds of his own means all units.
+    low = config.min_sparsity if config.min_sparsity != type(config).min_sparsity else 0.0
+    high = config.max_sparsity if config.max_sparsity != type(config).max_sparsity else 1.0
     for name, share in shares.items():
+        if not low <= share <= high:
+            raise ValueError(
+                f"overrides: {name}={share:g} is not in [{low:g}, {high:g}], as min_sparsity and max_sparsity ask of "
+                "every unit; change one of both."
+            )
         if pattern.kind == "mixed" and abs(share * pattern.width - round(share * pattern.width)) > 1e-6:
             raise ValueError(
                 f"overrides: {name}={share:g} is no whole number of {pattern.width} weights, as pattern {pattern} "
@@ -94,8 +103,11 @@ def sparsity_of_rest(
     """The sparsity at which the matrices that have none in `shares` make the mean the config's; `None` without such.
 
     Raises:
-        ValueError: there is none within the config's bounds, or a matrix has more zeros than it is given.
+        ValueError: there is none within the config's bounds, a matrix has more zeros than it is given, or the others
+            have more than is left for them.
     """
+    from .zeros import FEWEST_ZEROS  # which needs the configuration, whose check is here
+
     sizes = {weight.name: weight.size for weight in architecture.weights}
     goal, given = round(config.sparsity * sum(sizes.values())), 0
     for name, share in shares.items():
@@ -114,6 +126,13 @@ def sparsity_of_rest(
         raise ValueError(
             f"overrides give {given:,} of the {goal:,} zeros that a sparsity of {config.sparsity:g} is, and {where}, "
             f"which is not in [{low:g}, {high:g}]; change them or the sparsity."
+        )
+    zeros = sum(number for name, number in standing.items() if name not in shares)
+    if zeros - (goal - given) > FEWEST_ZEROS * left:  # zeros keep, so that the mean would be another
+        raise ValueError(
+            f"overrides leave a sparsity of {needed:.4f} to the other {left:,} weights, and {zeros / left:.4f} of "
+            f"these is zero already; give less to what they name, or ask for a sparsity of "
+            f"{math.ceil(1e4 * (given + zeros) / sum(sizes.values())) / 1e4:g} or more."
         )
     return needed if left else None
 

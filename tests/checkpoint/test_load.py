@@ -237,6 +237,32 @@ def test_numbers_that_are_no_counts_may_be_large():
     check_counts({"num_hidden_layers": True}, Contents(9, 9, 9), "x")
 
 
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"vocab_size_per_layer_input": 262_144, "hidden_size_per_layer_input": 256},
+        {"text_config": {"vocab_size_per_layer_input": 262_144}},
+        {"label2id": {"bricklayer": 1400, "layers": 1401}},
+        {"num_depth_bins": 10_000, "layer_scale": 5000},
+    ],
+)
+def test_what_only_speaks_of_layers_counts_none(config):
+    check_counts(config, Contents(9, 9, 9), "x")
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        *({name: 10**6} for name in ("num_hidden_layers", "n_layer", "encoder_layers", "depth", "layers")),
+        {"vision_config": {"depths": [2, 10**6]}},
+        {"encoder": {"num_layers_per_stack": 10**6}},
+    ],
+)
+def test_what_counts_layers_is_bounded_at_any_level(config):
+    with pytest.raises(ValueError, match="at most 1,000 are read"):
+        check_counts(config, Contents(9, 9, 9), "x")
+
+
 def test_weights_that_cannot_be_counted_still_bound_the_lists(tmp_path):
     tiny_llama().save_pretrained(tmp_path)
     torch.save(load_file(tmp_path / "model.safetensors"), tmp_path / "pytorch_model.bin")

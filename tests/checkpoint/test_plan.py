@@ -9,7 +9,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, T5Config
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    MambaConfig,
+    MixtralConfig,
+    ModernBertDecoderConfig,
+    T5Config,
+    ViTConfig,
+)
 
 from optimum_dsa import ALLOCATIONS, DSAConfig, UpdateConfig, demo_model, plan
 from optimum_dsa.checkpoint.skeleton import open_skeleton, sample_model
@@ -17,6 +25,10 @@ from optimum_dsa.model.parameters import count_parameters
 from optimum_dsa.pruning.planning.work import Seconds
 
 from ..test_commands import run
+
+
+SMALL = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2}
+SPECIAL = {f"{name}_token_id": 63 for name in ("pad", "bos", "eos", "cls", "sep")}
 
 
 def folder(path: Path, config, name: str, dtype: str = "bfloat16") -> str:
@@ -99,14 +111,31 @@ def test_blocks_that_are_trained_together_are_not_planned_for_on_the_disk(tmp_pa
     assert not found.fits and found.parts["weights"] > 16e9  # in memory, or not at all
 
 
-@pytest.mark.parametrize("error", [ValueError, RuntimeError])
+@pytest.mark.parametrize("error", [ValueError, RuntimeError, AttributeError, KeyError])
 def test_a_block_that_cannot_be_run_alone_leaves_arithmetic(monkeypatch, caplog, error):
     def broken(*args):
-        raise error("no such block")
+        raise error("no such\nblock")
 
     monkeypatch.setattr("optimum_dsa.checkpoint.plan.time_block", broken)
     found = plan(demo_model(), DSAConfig(0.5, data={"num_samples": 2, "sequence_length": 32}))
-    assert found.seconds > 0 and not found.timed and "no such block" in caplog.text
+    assert found.seconds > 0 and not found.timed
+    assert "no such" in caplog.text and "\n" not in caplog.messages[-1]
+
+
+@pytest.mark.parametrize(
+    "name,config,timed",
+    [
+        ("ViTForImageClassification", ViTConfig(image_size=16, patch_size=4, **SMALL), False),
+        ("MambaForCausalLM", MambaConfig(vocab_size=64, hidden_size=16, state_size=4, num_hidden_layers=3), True),
+        ("ModernBertDecoderForCausalLM", ModernBertDecoderConfig(vocab_size=64, **SPECIAL, **SMALL), True),
+    ],
+)
+def test_whatever_a_configuration_lets_be_changed_there_is_a_plan(tmp_path, caplog, name, config, timed):
+    """Settings that a class finds by itself, checks or does not have: a block is run, or one line says why not."""
+    found = plan(folder(tmp_path, config, name, "float32"), DSAConfig(0.5, data={"num_samples": 2}))
+    assert found.seconds > 0 and found.timed is timed
+    assert len(caplog.messages) == (0 if timed else 1) and not any("\n" in line for line in caplog.messages)
+    assert found.text.length == (17 if "ViT" in name else found.text.length)
 
 
 def test_what_does_not_fit_the_model_is_said(tmp_path):

@@ -83,7 +83,7 @@ def values_of(parser, number=3):
     for action in parser._actions:
         if action.dest in (*WITHOUT, "func", "no_checkpoints"):  # the last goes without --checkpoints
             continue
-        if action.nargs == 0 or type(action).__name__ == "BooleanOptionalAction":
+        if action.nargs == 0 or type(action).__name__ == "OnOff":
             given[action.dest] = not action.default
         elif action.choices:
             given[action.dest] = list(action.choices)[-1 if number == 3 else 0]
@@ -113,7 +113,7 @@ def test_every_option_on_the_command_line_wins_over_the_file(tmp_path, name, for
         dest = action.dest
         if dest not in wanted:
             continue
-        if type(action).__name__ == "BooleanOptionalAction":
+        if type(action).__name__ == "OnOff":
             wanted[dest], in_file[dest] = False, True
             options.append(next(flag for flag in action.option_strings if flag.startswith("--no-")))
         elif action.nargs == 0:
@@ -229,3 +229,48 @@ def test_a_printed_file_has_what_a_quality_chose_and_all_settings(monkeypatch, c
     code, printed, _ = run(monkeypatch, capsys, "recover", "--print-config", "--method", "full", "--keep-adapter")
     settings = read_settings(write(tmp_path, printed))
     assert settings["steps"] == RecoveryConfig().steps and settings["merge"] is False
+
+
+@pytest.mark.parametrize(
+    "text,message",
+    [
+        ("num_samples: 4\nnum-samples: 5", "'num_samples' stands there twice"),
+        ("data: {num_samples: 4}\nnum_samples: 5", "'num_samples' stands there twice"),
+        ("update: {damping: 0.1}\ndamping: 0.2", "'damping' stands there twice"),
+        ("sequential: false\none_pass: true", "'sequential' stands there twice"),
+        ("dataset: {a: 1}\nweights: [1]", "'weights' stands there twice"),
+        ('{"sparsity": 0.5, "sparsity": 0.6}', "'sparsity' stands there twice"),
+        ('{"data": {"seed": 1, "seed": 2}}', "'seed' stands there twice"),
+    ],
+)
+def test_nothing_is_said_twice_in_any_form(tmp_path, capsys, text, message):
+    form = "json" if text.startswith("{") else "yaml"
+    with pytest.raises(SystemExit) as ended:
+        parse("prune", "m", "-o", "o", "--config", write(tmp_path, text, f"run.{form}"))
+    errors = capsys.readouterr().err
+    assert ended.value.code == 2 and message in errors and errors.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "text,found",
+    [
+        ("one_pass: true", {"sequential": False}),
+        ("one-pass: false", {"sequential": True}),
+        ("no_sequential: true", {"sequential": False}),
+        ("no_bos: true", {"bos": False}),
+        ("quiet: true", {"quiet": True}),
+        ("json: true", {"json": True}),
+        ("overrides: {mlp: 0.6, q_proj: 0.4}", {"overrides": ["mlp=0.6", "q_proj=0.4"]}),
+        ("dataset: {a: 3, b: 1}", {"dataset": ["a", "b"], "weights": [3.0, 1.0]}),
+    ],
+)
+def test_a_file_has_every_name_of_an_option_and_pairs_as_objects(tmp_path, text, found):
+    args = parse("prune", "m", "-o", "o", "--config", write(tmp_path, text))
+    assert {name: getattr(args, name) for name in found} == found
+
+
+def test_a_printed_file_has_no_secret(monkeypatch, capsys, tmp_path):
+    code, output, _ = run(
+        monkeypatch, capsys, "push", str(tmp_path), "me/model", "--token", "hf_secret", "--print-config"
+    )
+    assert code == 0 and "hf_secret" not in output and "token" not in output

@@ -1,12 +1,13 @@
 """`optimum-cli dsa prune --structures`: a smaller model from the command line, and what other commands make of it."""
 
 import json
+import shlex
 import shutil
 
 import pytest
 from transformers import AutoModelForCausalLM
 
-from optimum_dsa import DSAPruner, DSAStructuredConfig, demo_model
+from optimum_dsa import Allocation, DSAPruner, DSAStructuredConfig, demo_model
 from optimum_dsa.common.settings import options_of
 
 from ..test_commands import command, run
@@ -129,3 +130,37 @@ def test_a_smaller_model_is_a_file_of_options(monkeypatch, capsys, smaller, tmp_
     assert (code, errors) == (0, "") and "num_samples: 4" in printed and "importance: wanda_sp" in printed
     code, _, errors = run(monkeypatch, capsys, "plan", "model", "--config", str(smaller))
     assert code == 2 and "that of a model whose structures were cut, and says nothing of weights" in errors
+
+
+def test_widths_are_searched_for_and_pruned_with(monkeypatch, capsys, text, tmp_path):
+    """The line that a search ends with makes the model that it found."""
+    found, out = tmp_path / "found", tmp_path / "out"
+    asked = ["-s", "0.2", "--structures", "ffn", "--importance", "obs", "--dataset", text, *SHORT]
+    code, output, errors = run(
+        monkeypatch, capsys, "search", str(demo_model()), "-o", str(found), *asked,
+        "--strategy", "level_switch", "--budget", "3k tokens",
+    )  # fmt: skip
+    assert code == 0, errors
+    line = next(line for line in output.splitlines() if "next:" in line)
+    command = shlex.split(line.partition("dsa ")[2].replace("-o OUT", f"-o {out}"))
+    assert "--layout" in command and "per_layer" in command
+    code, _, errors = run(monkeypatch, capsys, *command)
+    assert code == 0, errors
+    verified = DSAPruner.from_pretrained(out).verify()
+    goes = {unit: 1 - stay / before for unit, (stay, before) in verified.widths.items()}
+    assert verified.holds and goes == pytest.approx(Allocation.load(found).sparsity, abs=1 / 352)
+    assert len(set(goes.values())) > 1
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--layout", "uniform"], "A search gives blocks widths of their own"),
+        (["--strategy", "curves"], "is of single weights; for structures use"),
+        (["--method", "wanda"], "--method is of pruned weights"),
+    ],
+)
+def test_searches_of_structures_that_cannot_be_are_one_line(monkeypatch, capsys, tmp_path, options, message):
+    asked = ["-o", str(tmp_path / "found"), "-s", "0.2", "--structures", "ffn", *options]
+    code, _, errors = run(monkeypatch, capsys, "search", str(demo_model()), *asked)
+    assert code == 2 and message in errors and not (tmp_path / "found").exists()

@@ -11,7 +11,7 @@ import pytest
 from optimum_dsa import load_tokens
 from optimum_dsa.common import row_files
 from optimum_dsa.common.slices import parse_split
-from optimum_dsa.common.texts import Reading, check_source, read_items
+from optimum_dsa.common.texts import Reading, check_source, iterate_texts, read_items
 
 
 ROWS = [{"text": f"row {number}", "id": number} for number in range(10)]
@@ -288,3 +288,23 @@ def test_the_check_reads_the_start_and_counts_nothing(tmp_path):
     assert (reading.passed.rows, reading.passed.null) == (0, 0)
     with pytest.raises(FileNotFoundError):
         check_source({str(tmp_path / "a.jsonl"): 1.0, str(tmp_path / "b.jsonl"): 2.0}, reading)
+
+
+def test_a_folder_of_text_is_what_its_files_are(tmp_path):
+    for name in "ab":
+        (tmp_path / f"{name}.txt").write_text(f"{name} begins\n\nand ends\n")
+    assert [*iterate_texts(tmp_path)] == [text for name in "ab" for text in iterate_texts(tmp_path / f"{name}.txt")]
+    with pytest.raises(ValueError, match=r"Bad split: test.*name one that it has with split \(--split\)"):
+        next(iterate_texts(tmp_path, split="test"))
+    (tmp_path / "c.jsonl").write_text('{"text": "other"}\n')
+    with pytest.raises(ValueError, match="files of 2 kinds, such as a.txt and c.jsonl"):
+        next(iterate_texts(tmp_path))
+
+
+@pytest.mark.parametrize(
+    "row", ['{"text": "\\ud800 hello"}', '{"messages": [{"role": "user", "content": "\\udfff"}]}']
+)
+def test_half_a_letter_is_named_by_its_place(tmp_path, row):
+    (tmp_path / "a.jsonl").write_text(f'{{"text": "\\ud83d\\ude00 é"}}\n{row}\n')
+    with pytest.raises(ValueError, match="line 2: the text has half a letter"):
+        [*read_items(tmp_path / "a.jsonl", Reading())]

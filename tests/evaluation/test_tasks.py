@@ -203,6 +203,15 @@ def test_a_file_that_lm_eval_would_pass_over_is_refused(folder, name, message):
     assert "\n" not in str(raised.value)
 
 
+@pytest.mark.parametrize(
+    "tasks", ["[one, nowhere]", "[{group: part, task: [nowhere]}]", "[{group: part, task: [one, nowhere]}]"]
+)
+def test_what_a_group_names_is_there_before_a_model_is_loaded(folder, tmp_path, tasks):
+    (tmp_path / "group.yaml").write_text(f"group: mine_too\ntask: {tasks}\n")
+    with pytest.raises(UnknownNameError, match="no task 'nowhere', which a group names"):
+        find_tasks([str(tmp_path / "group.yaml")], folder)
+
+
 def test_a_group_is_measured_and_a_model_on_the_disk_as_one_in_memory(folder, pruned, tmp_path):
     loaded = [DSAPruner.from_pretrained(pruned, dtype="float32"),
               DSAPruner.from_pretrained(pruned, dtype="float32", device_map={"": "disk"},

@@ -82,6 +82,8 @@ def test_experts_are_named_like_others(tiny):
         ({"overrides": ("mlp=0.5",), "pattern": "2:4", "allocation": "uniform"}, "whatever overrides say"),
         ({"overrides": ("mlp=0.6",), "pattern": "mixed:8"}, "use 0.625"),
         ({"overrides": ("mlp=0.6",), "allocation": "auto"}, "that is computed"),
+        ({"overrides": ("mlp=0.8",), "max_sparsity": 0.7}, r"mlp=0.8 is not in \[0, 0.7\]"),
+        ({"overrides": ("mlp=0.1",), "min_sparsity": 0.2}, r"mlp=0.1 is not in \[0.2, 1\]"),
     ],
 )
 def test_what_cannot_be_read_or_followed_is_refused(settings, said):
@@ -105,6 +107,23 @@ def test_what_does_not_fit_the_model_is_refused_before_anything_is_changed():
     prune(model, None, DSAConfig(0.5, "magnitude", "uniform"))
     with pytest.raises(ValueError, match="of it is zero already"):
         prune(model, tokens(), DSAConfig(0.6, overrides=("mlp=0.3",)))
+
+
+@pytest.mark.parametrize(
+    "overrides,exclude", [(("layers.0=0.8",), ()), (("mlp=0.7",), ()), (("q_proj=0.9",), ("mlp",))]
+)
+def test_what_leaves_less_than_is_zero_already_is_refused(overrides, exclude):
+    """Zeros keep, so that the mean would be more than was asked for."""
+    model = tiny_llama()
+    prune(model, None, DSAConfig(0.5, "magnitude", "uniform"))
+    before = {name: tensor.clone() for name, tensor in weights(model).items()}
+    settings = {"overrides": overrides, "exclude": exclude}
+    with pytest.raises(ValueError, match="is zero already; give less") as refused:
+        prune(model, None, DSAConfig(0.55, "magnitude", "uniform", **settings))
+    assert all(torch.equal(tensor, before[name]) for name, tensor in weights(model).items())
+    least = float(str(refused.value).split("a sparsity of ")[-1].split()[0])
+    report = prune(model, None, DSAConfig(least, "magnitude", "uniform", **settings))
+    assert report.allocation.overall == pytest.approx(least, abs=2e-4)
 
 
 def test_they_are_saved_and_an_option(monkeypatch, capsys, tmp_path):

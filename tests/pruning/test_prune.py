@@ -273,6 +273,19 @@ def test_an_allocation_that_does_not_tell_units_apart_is_told(allocation, change
     assert (len(set(found.sparsity.values())) == 1) is (allocation != "abs/var/atan")
 
 
+def test_a_given_allocation_is_of_the_weights_that_are_pruned_and_of_no_other_units():
+    model = tiny_llama()
+    found = allocate(model, None, DSAConfig(0.5, "magnitude", "uniform"))
+    with pytest.raises(ValueError, match="are pruned here; it is of another model, or of other exclude"):
+        prune(model, None, DSAConfig(0.5, "magnitude", found, exclude=("down_proj",)))
+    with pytest.raises(ValueError, match="granularity='matrix' is for an allocation that is computed"):
+        prune(model, None, DSAConfig(0.5, "magnitude", found, granularity="matrix"))
+    with pytest.raises(ValueError, match=r"spread=0.1 is for an allocation that is computed"):
+        prune(model, None, DSAConfig(0.5, "magnitude", found, spread=0.1))
+    plain = Allocation.from_dict(found.sparsity)
+    assert prune(model, None, DSAConfig(0.5, "magnitude", plain, exclude=("down_proj",))).allocation.overall == 0.5
+
+
 def test_a_given_allocation_may_leave_the_bounds_and_is_fitted_to_the_exact_total():
     model = tiny_llama()
     per_block = size(model.model.layers[0])

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ...model.architecture import Architecture, Block, Stack, Weight
 from ...model.calls import BlockCalls, capture_calls
-from ...model.inputs import default_length
+from ...model.inputs import default_length, inputs_of
 from ...model.observer import observing
 
 
@@ -95,8 +95,16 @@ def shape_of(model: nn.Module, architecture: Architecture, dtype: torch.dtype) -
     within = sum(block.parameters for block in blocks)
     outside = sum(parameter.numel() for parameter in own.values()) - within
     vocabulary = getattr(model.config.get_text_config(), "vocab_size", None) or 0
-    stacks, length = len(architecture.stacks), default_length(model)
+    stacks, length = len(architecture.stacks), _length(model)
     return ModelShape(tuple(blocks), outside, stacks, dtype.itemsize, length, vocabulary)
+
+
+def _length(model: nn.Module) -> int:
+    """Tokens of a sequence where nobody says; of a model that reads pictures alone, the patches of one and a class."""
+    image, patch = (getattr(model.config, name, None) for name in ("image_size", "patch_size"))
+    if inputs_of(model).takes_text or not isinstance(image, int) or not isinstance(patch, int):
+        return default_length(model)
+    return (image // patch) ** 2 + 1
 
 
 class _Inputs:

@@ -64,7 +64,7 @@ class DSAStructuredConfig:
         allocation (`str` or [`Allocation`], defaults to `"uniform"`): How the share differs from block to block and
             kind to kind: a row of `SHARES` ("uniform", "stability", "global", "milp") or of `ALLOCATIONS`, an
             allocation function, an [`Allocation`] of units such as "model.layers.3:ffn", or where one is. All but
-            "uniform" ask for `layout="per_layer"`.
+            "uniform" ask for a layout whose blocks may differ.
         spread (`float`, *optional*): Half the distance between the most and the least cut unit. Defaults to the
             allocation's own.
         unstable (`str`, defaults to `"less"`): With the allocation "stability", whether units whose importances vary
@@ -78,7 +78,7 @@ class DSAStructuredConfig:
         keep_last (`int`, defaults to 0): Blocks at the end that stay whole.
         rounds (`int`, defaults to 1): In how many rounds a block's structures go; importances are taken anew in each,
             of what the update has made of the rest.
-        targets (`str`, defaults to `"sparse"`): What is fitted by `update="refit"`: "sparse", what the whole matrix
+        targets (`str`, defaults to `"sparse"`): What a refit comes near to: "sparse", what the whole matrix
             makes of the inputs that it gets, or "dense", what the dense model has in that place.
         residual (`bool`, defaults to `False`): With dense targets, whether what the residual stream lacks is part of
             the target of matrices whose outputs are added to it, such as what attention lost.
