@@ -109,7 +109,7 @@ Both compose: cut structures first, and prune the weights of what is left then.
         from ..checkpoint.description import base_files_in
         from ..checkpoint.shard_size import check_shard_size
         from ..common.output import OutputFolder
-        from ..model.adapters import has_adapters
+        from ..model.adapters import has_adapters, taken_out_of_base
         from ..model.parameters import weight_bytes
         from ..model.stacks import UnprunableError
         from ..pruner import DSAPruner
@@ -146,6 +146,11 @@ Both compose: cut structures first, and prune the weights of what is left then.
                 raise ValueError(
                     f"{self.args.model} holds an adapter on a pruned model, which would be lost; merge it "
                     "(model.merge_and_unload()), or prune the model under it."
+                )
+            if start := taken_out_of_base(pruner.model):
+                raise ValueError(
+                    f"{self.args.model} holds an adapter that was taken out of its base ({start}), and the rest alone "
+                    "would be saved; merge it (model.merge_and_unload()), and prune what that gives."
                 )
             self._check_room(output, weight_bytes(pruner.model))
             kept = self.args.checkpoints if cuts else self._checkpoints

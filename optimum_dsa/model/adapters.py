@@ -11,6 +11,10 @@ from torch import Tensor, nn
 from ..common.fences import has_attached_adapters
 
 
+# what PEFT calls ways to begin that change the base
+_TAKING = ("pissa", "olora", "corda", "loftq")
+
+
 def inner_model(model: nn.Module) -> nn.Module:
     """The transformers model inside a PEFT model, or `model` itself."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
@@ -24,6 +28,13 @@ def has_adapters(model: nn.Module) -> bool:
 def saves_adapters(model: nn.Module) -> bool:
     """Whether saving `model` writes its adapters; those that somebody put into its layers, he has to save himself."""
     return has_adapters(model) and (hasattr(model, "get_base_model") or has_attached_adapters(model))
+
+
+def taken_out_of_base(model: nn.Module) -> str | None:
+    """How adapters of `model` began, such as "pissa", where they took what they hold from the base's own weights."""
+    configs = getattr(model, "peft_config", None) or {}
+    starts = [getattr(config, "init_lora_weights", None) for config in configs.values()]
+    return next((start for start in starts if isinstance(start, str) and start.lower().startswith(_TAKING)), None)
 
 
 @contextmanager

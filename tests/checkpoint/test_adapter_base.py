@@ -205,3 +205,11 @@ def test_the_command_prunes_the_dense_model_under_an_adapter(base, tmp_path, mon
     assert code == 0, errors
     pruner = DSAPruner.from_pretrained(tmp_path / "out")
     assert pruner.verify().holds and not has_adapters(pruner.model)
+
+
+def test_the_command_refuses_an_adapter_without_which_its_base_is_nothing(base, tmp_path, monkeypatch, capsys):
+    start = LoraConfig(**TARGETS, init_lora_weights="pissa")
+    saved_adapter(base(tiny_llama(), type(tiny_llama())), tmp_path / "adapter", start)
+    options = ["-s", "0.5", "--method", "magnitude", "--allocation", "uniform", "-o", str(tmp_path / "out")]
+    code, _, errors = run(monkeypatch, capsys, "prune", str(tmp_path / "adapter"), *options)
+    assert code == 2 and "taken out of its base (pissa)" in errors and not (tmp_path / "out").exists()
