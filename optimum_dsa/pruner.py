@@ -33,7 +33,7 @@ from .pruning.prune import prune
 from .pruning.report import PruningReport
 from .pruning.structured.configuration import DSAStructuredConfig
 from .pruning.structured.prune import StructuredReport, prune_structures
-from .pruning.zeros import counted
+from .pruning.zeros import counted, recounted
 
 
 if TYPE_CHECKING:
@@ -296,7 +296,7 @@ class DSAPruner:
         self.model, found = merge_adapters(self.model, fill)
         self._stored, self._under_adapters = None, False
         if self.report is not None:
-            self.report = counted(self.report, self.model)
+            self.report = (recounted if fill and found.filled else counted)(self.report, self.model)
         return found
 
     def save_pretrained(

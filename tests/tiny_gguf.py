@@ -11,8 +11,13 @@ HIDDEN, HEADS, GROUPS, BLOCKS = 32, 4, 2, 2
 TOKENS = [*map(chr, range(33, 127)), "Ġ", "ab", "<s>", "</s>"]
 
 
-def write_gguf(path: Path, ffn: int = 48, kind: str | None = None) -> dict[str, np.ndarray]:
-    """Write it, its matrices quantised as `kind`, such as "Q8_0"; the tensors as they were before, by name."""
+def write_gguf(
+    path: Path, ffn: int = 48, kind: str | None = None, lacks: tuple[str, ...] = ()
+) -> dict[str, np.ndarray]:
+    """Write it, its matrices quantised as `kind`, such as "Q8_0"; the tensors as they were before, by name.
+
+    Those that it `lacks` would be in another part of a GGUF in several files.
+    """
     import gguf
 
     writer = gguf.GGUFWriter(str(path), "llama")
@@ -42,7 +47,9 @@ def write_gguf(path: Path, ffn: int = 48, kind: str | None = None) -> dict[str, 
     block |= dict.fromkeys(["attn_k", "attn_v"], (HIDDEN // HEADS * GROUPS, HIDDEN))
     shapes |= {f"blk.{number}.{name}": shape for number in range(BLOCKS) for name, shape in block.items()}
     random = np.random.default_rng(0)
-    tensors = {name: random.normal(size=shape).astype(np.float32) for name, shape in shapes.items()}
+    tensors = {
+        name: random.normal(size=shape).astype(np.float32) for name, shape in shapes.items() if name not in lacks
+    }
     quantised = kind and gguf.GGMLQuantizationType[kind]
     if kind:
         writer.add_file_type(gguf.LlamaFileType[f"MOSTLY_{kind}"])

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import re
 import shutil
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatch
 from pathlib import Path, PurePosixPath
@@ -44,14 +44,17 @@ _OWN_WEIGHTS = (
     rf"(dsa_)?model{_PARTS}\.safetensors(\.index\.json)?",
     rf"pytorch_model{_PARTS}\.bin(\.index\.json)?",
 )
+_WHOLE = ("model.safetensors", "pytorch_model.bin")
 WRITTEN = ("config.json", "README.md", CONFIG_NAME, MANIFEST)  # by us; a push writes the card
 _PICTURES = "plots/"  # of a card that a push wrote
+ADAPTER = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")
 QUANTISED = ("quantize_config.json", "quant_config.json", "hf_quant_config.json")  # what is pruned is dense
 REPLACED = ("added_tokens.json", "special_tokens_map.json")  # both are in what a tokenizer writes today
 
 WEIGHTS = "weights in another form"
 PACKED = "of weights that were quantised"
 TRACE = "of a training run"
+ADAPTERS = "of an adapter"  # beside a model they are attached to it whenever it is loaded
 ANOTHER = "another model's"
 LARGE = "too large"
 LINK = "a link out of its folder"
@@ -209,7 +212,7 @@ def _sorted(sizes: Mapping[str, int], read: Callable[[str], Any], gguf: str | No
     names = [name for name in sizes if not any(part.startswith(".") for part in PurePosixPath(name).parts)]
     modules = module_folders(read(MODULES)) if MODULES in names else ()
     others = _models_in(names, modules)
-    weights = {gguf} if gguf else _own_weights(names)
+    weights = {gguf} if gguf else _own_weights(names, read)
     kept, left = [], {}
     for name in names:
         folder, _, last = name.rpartition("/")
@@ -217,9 +220,11 @@ def _sorted(sizes: Mapping[str, int], read: Callable[[str], Any], gguf: str | No
             continue
         if any(folder == other or folder.startswith(f"{other}/") for other in others):
             left[f"{next(other for other in others if f'{folder}/'.startswith(f'{other}/'))}/"] = ANOTHER
+        elif name in ADAPTER:
+            left[name] = ADAPTERS
         elif any(fnmatch(last, pattern) for pattern in RUN) or folder.split("/")[0] == "runs":
             left[name] = TRACE
-        elif folder.split("/")[0] not in modules and any(fnmatch(last, pattern) for pattern in OTHER_WEIGHTS):
+        elif folder.split("/")[0] not in modules and _is_weights(last):
             left[name] = WEIGHTS
         elif name in QUANTISED:
             left[name] = PACKED
@@ -230,10 +235,23 @@ def _sorted(sizes: Mapping[str, int], read: Callable[[str], Any], gguf: str | No
     return _Sorted(tuple(kept), left)
 
 
-def _own_weights(names: Iterable[str]) -> set[str]:
-    """The files that hold the weights of the model itself, and their index: what transformers reads first."""
+def _is_weights(name: str) -> bool:
+    return any(fnmatch(name.lower(), pattern) for pattern in OTHER_WEIGHTS)
+
+
+def _own_weights(names: Collection[str], read: Callable[[str], Any]) -> set[str]:
+    """The files that hold the weights of the model itself, and their index: what transformers reads first.
+
+    An index may name others, such as a shard of heads that were added.
+    """
     for pattern in _OWN_WEIGHTS:
-        if found := {name for name in names if re.fullmatch(pattern, name)}:
+        found = {name for name in names if re.fullmatch(pattern, name)}
+        indices = [name for name in found if name.endswith(".index.json")]
+        for index in indices if found.isdisjoint(_WHOLE) else ():  # one file is read before an index
+            content = read(index)
+            named = content.get("weight_map") if isinstance(content, Mapping) else None
+            found = found | {name for name in (named or {}).values() if isinstance(name, str) and name in names}
+        if found:
             return found
     return set()
 
@@ -247,11 +265,7 @@ def module_folders(content: Any) -> tuple[str, ...]:
 
 def _models_in(names: Iterable[str], modules: Iterable[str]) -> list[str]:
     """The folders that hold a model of their own, with its configuration and weights, such as a run's checkpoints."""
-    weighed = {
-        name.rpartition("/")[0]
-        for name in names
-        if any(fnmatch(name.rpartition("/")[2], pattern) for pattern in OTHER_WEIGHTS)
-    }
+    weighed = {name.rpartition("/")[0] for name in names if _is_weights(name.rpartition("/")[2])}
     described = {name.rpartition("/")[0] for name in names if name.endswith(("/config.json", "/adapter_config.json"))}
     return sorted(folder for folder in weighed & described if folder and folder.split("/")[0] not in modules)
 

@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import transformers
 from torch import nn
 
 from ..common.escaping import one_line
@@ -73,9 +74,10 @@ def _tensors(
         if options.get("gguf_file"):
             return {}, _said(model, path, lost=unknown_in_gguf(inner_model(model), place / options["gguf_file"]))
         stated = stated_in(path, folder, options)
-        names = stated.get("architectures") if isinstance(stated, Mapping) else None
-        # Another class than the checkpoint's own was chosen by whoever loaded it, and with it what to leave out.
-        if names and type(inner_model(model)).__name__ not in names:
+        names = (stated.get("architectures") if isinstance(stated, Mapping) else None) or []
+        # Another class than the checkpoint's own, if that exists, was chosen by whoever loaded it, and with it what to
+        # leave out.
+        if type(inner_model(model)).__name__ not in names and any(hasattr(transformers, name) for name in names):
             return {}, {}
         quantised = encoding_in(stated) is None
         found = unknown_tensors(model, weight_files(path, folder, stated, options) or pickled_files(place), quantised)

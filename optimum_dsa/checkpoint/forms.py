@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Mapping
+import struct
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -29,22 +31,71 @@ def located(path: str, options: Mapping[str, Any]) -> tuple[str, dict[str, Any]]
     A GGUF on the Hub is named likewise, as in "user/name/model-q4.gguf".
 
     Raises:
-        ValueError: a file that is no GGUF, or a GGUF that is named twice.
+        ValueError: a file that is no GGUF, or a GGUF that is named twice, or has another ending.
+        FileNotFoundError: a folder that has no such GGUF, or a model in another place than beside a config.json.
     """
     options = dict(options)
     is_file = Path(path).is_file()
-    if not path.endswith(GGUF) or Path(path).is_dir():
+    if not is_gguf(path) or Path(path).is_dir():
         if is_file:
             raise ValueError(f"{path} is a file; a model is a folder, a .gguf or a Hub id.")
+        _check_there(Path(path), options.get("gguf_file"), options.get("subfolder") or "")
         return path, options
     if options.get("gguf_file"):
         raise ValueError(f"{path} names a GGUF, and gguf_file={options['gguf_file']!r} another; leave out the one.")
     parts = path.split("/")
+    if not path.endswith(GGUF):
+        raise ValueError(
+            f"{path} ends in {path[-5:]}, and transformers takes what ends in {GGUF} for a GGUF; rename it."
+        )
     if is_file:
         return str(Path(path).parent), {**options, "gguf_file": Path(path).name}
     if len(parts) > 2 and not Path(path).is_absolute():
         return "/".join(parts[:2]), {**options, "gguf_file": "/".join(parts[2:])}
     raise FileNotFoundError(f"No file {path}.")
+
+
+def is_gguf(path: str | Path) -> bool:
+    """Whether a path or a Hub id with a file ends as a GGUF does, in letters of either kind."""
+    return str(path).lower().endswith(GGUF)
+
+
+def _check_there(folder: Path, gguf: str | None, inner: str) -> None:
+    """Raise `FileNotFoundError` where a folder has no such GGUF, or its model is in a folder or a form of its own."""
+    if not folder.is_dir():
+        return
+    place = folder / inner
+    if gguf:
+        if not str(gguf).endswith(GGUF):
+            raise ValueError(f"gguf_file={str(gguf)!r} does not end in {GGUF}, as transformers needs it; rename it.")
+        if not (folder / gguf).is_file() and not (place / gguf).is_file():
+            raise FileNotFoundError(f"{folder} has no {gguf}.")
+        return
+    if (place / "config.json").is_file() or (place / "adapter_config.json").is_file():
+        return
+    files = sorted(path.name for path in place.glob("*") if is_gguf(path))
+    inside = sorted(path.parent for name in ("config", "adapter_config") for path in place.glob(f"*/{name}.json"))
+    if files:
+        raise FileNotFoundError(f"{place} has no config.json, and the GGUF {files[0]}; name it with gguf_file.")
+    # The modules of a sentence-transformers model may all have folders, and so may adapters.
+    models = [path for path in inside if (path / "adapter_config.json").is_file() or any(path.glob("*.safetensors"))]
+    if models:
+        raise FileNotFoundError(f"{place} has no config.json, and {models[0]} holds a model or an adapter; name that.")
+
+
+@contextmanager
+def reading_gguf(path: str, options: Mapping[str, Any]) -> Iterator[None]:
+    """Names the GGUF, where one is read, in whatever a file that is damaged ends in."""
+    try:
+        yield
+    except (ValueError, KeyError, IndexError, TypeError, AttributeError, OverflowError, struct.error) as error:
+        file = options.get("gguf_file")
+        if not file or file in str(error):
+            raise
+        said = " ".join(str(error).split())
+        raise ValueError(
+            f"The GGUF {file} of {path} cannot be read ({type(error).__name__}: {said:.300}); download it again."
+        ) from error
 
 
 def dequantising(config: Any, options: Mapping[str, Any]) -> dict[str, Any]:

@@ -44,23 +44,29 @@ class Contents:
         weights (`int`, *optional*): numbers in them, zeros included; `None` where they are quantised, and stand for
             more than they are.
         widest (`int`): the largest dimension of any.
+        whole (`str`, *optional*): a matrix of whole numbers, of which only a quantiser's scales make weights.
     """
 
     tensors: int
     weights: int | None
     widest: int
+    whole: str | None = None
 
 
 def read_contents(paths: Iterable[str | Path]) -> Contents:
     """The contents of safetensors files, dense or compressed; nothing but headers is read."""
-    shapes = []
+    shapes, whole = [], None
     for path in paths:
         packed = packed_headers(path)
         shapes += [header.shape for header in packed.values()]
         with open_shard(path, "np") as file:
-            shapes += [tuple(file.get_slice(name).get_shape()) for name in file.keys() if name not in packed]  # noqa: SIM118
+            for name in (name for name in file.keys() if name not in packed):  # noqa: SIM118
+                part = file.get_slice(name)
+                shapes.append(tuple(part.get_shape()))
+                if name.endswith("weight") and len(shapes[-1]) > 1 and part.get_dtype()[0] in "IU":
+                    whole = whole or f"{name} ({part.get_dtype()})"
     widest = max((max(shape) for shape in shapes if shape), default=0)
-    return Contents(len(shapes), sum(math.prod(shape) for shape in shapes), widest)
+    return Contents(len(shapes), sum(math.prod(shape) for shape in shapes), widest, whole)
 
 
 def check_counts(config: Any, contents: Contents | None, where: str | Path) -> None:

@@ -19,15 +19,18 @@ from ..common.fence_rows import DependencyError
 from ..common.files import read_json
 from ..common.folder_files import TOKENIZER, check_read_files, is_part
 from ..common.hub_file import hub_commit, hub_file
+from ..model.adapters import has_adapters
 from ..model.own_code import check_trusted
 from ..pruning.configuration import CONFIG_NAME
-from .adapter_base import ADAPTER_CONFIG, ADAPTER_WEIGHTS, base_under, is_adapter, with_adapter
+from .adapter_base import ADAPTER_CONFIG, ADAPTER_WEIGHTS, base_under, is_adapter, task_under, with_adapter
+from .adapter_task import AdapterTask
 from .base_files import find_base_files
 from .description import Description, read_description
 from .encodings import DENSE, Encoding, encoding_in
-from .forms import GGUF, dequantising, located
+from .forms import dequantising, is_gguf, located, reading_gguf
 from .layouts import layout_of
 from .limits import Contents, check_counts, read_contents, within
+from .missing import check_loaded
 from .shards import find_shards, index_files, index_name
 
 
@@ -42,10 +45,13 @@ _OTHER_WEIGHTS = ("variant", "gguf_file", "state_dict", "use_safetensors")
 _NO_WEIGHTS = ["*.bin", "*.pt", "*.pth", "*.h5", "*.msgpack", "*.gguf", "*.onnx"]
 
 
-def load_model(path: str, adapter: bool = True, **kwargs) -> nn.Module:
+def load_model(path: str, adapter: bool = True, task: AdapterTask | None = None, **kwargs) -> nn.Module:
     """The model at `path` in its own architecture (language model, encoder, vision model, ...), for inference.
 
     Of an adapter, the model that it names as its base, with the adapter on it, or with `adapter=False` without.
+
+    Args:
+        task (`AdapterTask`, *optional*): of an adapter that the model is the base of, whose head it then has.
 
     Raises:
         ValueError: its `config.json` cannot be a model's, names no model class, or asks for more than the checkpoint
@@ -60,7 +66,7 @@ def load_model(path: str, adapter: bool = True, **kwargs) -> nn.Module:
     if not kwargs.get("gguf_file") and (found := _adapter_at(path, folder, shared)) is not None:
         # They say where the adapter is, not its base.
         others = {name: value for name, value in kwargs.items() if name not in ("revision", "subfolder")}
-        base = load_model(base_under(found), **others)
+        base = _load_base(path, found, others)
         return with_adapter(base, found) if adapter else base
     stated = {} if kwargs.get("gguf_file") else stated_in(path, folder, shared)
     contents = None if kwargs.keys() & set(_OTHER_WEIGHTS) else contents_of(path, folder, stated, shared)
@@ -73,9 +79,30 @@ def load_model(path: str, adapter: bool = True, **kwargs) -> nn.Module:
     loader = layout_of(stated).model_class(config, path, shared)
     if kwargs.get("gguf_file") and config.is_encoder_decoder:
         loader = transformers.AutoModelForSeq2SeqLM  # a GGUF names no class
+    if task is not None:
+        loader = task.model_class(loader, config)
     kwargs = {**dequantising(config, kwargs), **kwargs}
-    with within(contents, path), explained(f"The checkpoint at {path} cannot be loaded"), _as_asked(kwargs):
-        return loader.from_pretrained(path, config=config, **kwargs).eval()
+    told = explained(f"The checkpoint at {path} cannot be loaded")
+    with within(contents, path), told, reading_gguf(path, kwargs), _as_asked(kwargs):
+        found = loader.from_pretrained(path, config=config, output_loading_info=True, **kwargs)
+    model, info = found if isinstance(found, tuple) else (found, {})  # a class of its own may not tell
+    brought = () if task is None else task.modules
+    if has_adapters(model):
+        logger.warning("%s holds a model and an adapter beside it, which transformers attaches to it.", path)
+    check_loaded(model, info, "/".join(filter(None, (path, kwargs.get("gguf_file")))), brought)
+    return model.eval()
+
+
+def _load_base(path: str, folder: Path, options: Mapping[str, Any]) -> nn.Module:
+    """The model under the adapter at `path`, in `folder`, with the head that it was trained with."""
+    base = base_under(folder)
+    try:
+        return load_model(base, task=task_under(folder), **options)
+    except OSError as error:
+        raise OSError(
+            f"{path} holds an adapter on {base}, which cannot be had; name where its base is as "
+            f"base_model_name_or_path in its {ADAPTER_CONFIG} ({error})"
+        ) from error
 
 
 def weights_of(path: str) -> str:
@@ -109,8 +136,14 @@ def read_configuration(path: str, options: Mapping[str, Any]) -> Any:
     options = {"trust_remote_code": False} | {
         name: options[name] for name in (*_HUB_OPTIONS, "gguf_file") if options.get(name) is not None
     }
-    with explained(f"The config.json of {path} is none that transformers reads"):
-        return transformers.AutoConfig.from_pretrained(path, **options)
+    try:
+        with explained(f"The config.json of {path} is none that transformers reads"), reading_gguf(path, options):
+            return transformers.AutoConfig.from_pretrained(path, **options)
+    except OSError as error:
+        if str(path) in str(error):
+            raise
+        said = " ".join(str(error).split())  # of the network alone, and not which model was asked for
+        raise OSError(f"{path} is no folder, and the Hub does not give it: {said}") from error
 
 
 @contextmanager
@@ -151,12 +184,23 @@ def _as_asked(options: Mapping[str, Any]) -> Iterator[None]:
 
 
 def contents_of(path: str, folder: Path, stated: Any, options: Mapping[str, Any]) -> Contents | None:
-    """What the weights at `path` hold; `None` where they are not in safetensors, and so not counted."""
+    """What the weights at `path` hold; `None` where they are not in safetensors, and so not counted.
+
+    Raises:
+        ValueError: they are quantised, and nothing says how.
+    """
     files = weight_files(path, folder, stated, options)
     if not files:
         return None
     contents = read_contents(files)
-    return contents if encoding_in(stated) is not None else replace(contents, weights=None)
+    if encoding_in(stated) is None:
+        return replace(contents, weights=None)
+    if contents.whole is not None:
+        raise ValueError(
+            f"{path} holds whole numbers for {contents.whole}, and its config.json has no quantization_config that "
+            "says what they stand for; prune the model that it was made from."
+        )
+    return contents
 
 
 def weight_files(path: str, folder: Path, stated: Any, options: Mapping[str, Any]) -> list[Path]:
@@ -206,7 +250,7 @@ def load_tokenizer(source: Any, required: bool = False, **kwargs) -> Any:
     if source is None or not isinstance(source, (str, Path)):
         return source
     source = str(source)
-    if source.endswith(GGUF):
+    if is_gguf(source):
         source, kwargs = located(source, kwargs)
     shared = {name: kwargs[name] for name in _HUB_OPTIONS if name in kwargs}
     folder = Path(source, kwargs.get("subfolder") or "")

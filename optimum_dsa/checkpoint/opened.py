@@ -12,7 +12,7 @@ from torch import nn
 from ..model.adapters import has_adapters, inner_model
 from ..pruning.report import PruningReport
 from .description import Description, is_unchanged, report_from
-from .forms import form_of, located
+from .forms import form_of, is_gguf, located
 from .load import find_commit, find_description, load_model, load_tokenizer, stated_in, weights_of
 from .save import base_model
 
@@ -82,7 +82,7 @@ def open_checkpoint(source: str | Path | nn.Module, tokenizer: Any = None, **opt
         base = base_model(model, find_commit(path, **options)) | form
         if "gguf_file" in form and Path(path).is_dir():
             base["name"] = form["gguf_file"]  # the folder may hold any number of them
-            if str(source).endswith(".gguf"):
+            if is_gguf(source):
                 options = {**options, "alone": True}
         return Opened(model, tokenizer, base, options=options)
     # an adapter names its base by this alone

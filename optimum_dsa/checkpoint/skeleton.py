@@ -14,7 +14,7 @@ from ..model.own_code import check_trusted
 from .forms import located
 from .layouts import layout_of
 from .limits import check_counts, within
-from .load import contents_of, explained, read_configuration, stated_in
+from .load import contents_of, explained, read_configuration, stated_in, weights_of
 
 
 # Settings of a configuration that count blocks, in one stack or in the two of an encoder-decoder.
@@ -34,7 +34,7 @@ def open_skeleton(path: str | Path, dtype: str = "auto", **options) -> tuple[nn.
         ValueError: its `config.json` cannot be a model's, or asks for more than the checkpoint holds.
         OSError: there is none.
     """
-    path, options = located(str(path), options)
+    path, options = located(weights_of(str(path)), options)
     made, config, contents = _read(path, options)
     with within(contents, path), explained(f"The model at {path} cannot be made"), torch.device("meta"):
         model = _made(made, config, options)
@@ -45,7 +45,7 @@ def open_skeleton(path: str | Path, dtype: str = "auto", **options) -> tuple[nn.
 
 def sample_model(path: str | Path, dtype: torch.dtype, device: str, blocks: int = 2, **options) -> nn.Module:
     """A model of so many blocks of the sizes of those at `path`, with random weights and few words, to be timed."""
-    path, options = located(str(path), options)
+    path, options = located(weights_of(str(path)), options)
     made, config, _ = _read(path, options)
     config = copy.deepcopy(config)
     text = config.get_text_config()

@@ -142,7 +142,7 @@ Both compose: cut structures first, and prune the weights of what is left then.
             if not cuts:
                 self._say_plan(config, loading)
             pruner = DSAPruner.from_pretrained(self.args.model, **loading)
-            if has_adapters(pruner.model):
+            if has_adapters(pruner.model) and pruner.report is not None:
                 raise ValueError(
                     f"{self.args.model} holds an adapter on a pruned model, which would be lost; merge it "
                     "(model.merge_and_unload()), or prune the model under it."

@@ -21,6 +21,10 @@ TOKENIZER = (
     "vocab.json",
     "vocab.txt",
     "merges.txt",
+    "*.bpe",
+    "bpe.codes",
+    "encoder.json",
+    "vocab-*.json",
     "*.model",
     "*.tiktoken",
     "chat_template.jinja",
@@ -33,7 +37,8 @@ OTHERS = (
     "*processor_config.json",
     "*.py",
     "README.md",
-    *("LICENSE*", "LICENCE*", "COPYING*", "NOTICE*"),
+    *("LICENSE*", "LICENCE*", "COPYING*", "NOTICE*", "USE_POLICY*"),
+    "requirements.txt",
     *("modules.json", "config_sentence_transformers.json", "sentence_bert_config.json"),
 )
 

@@ -66,18 +66,20 @@ def _tuners(model: nn.Module) -> Iterator[nn.Module]:
 
 def plain_name(name: str) -> str:
     """A weight's name without what PEFT puts into it."""
-    return name.replace(".base_layer.", ".").replace(".original_module.", ".")
+    for part in (".token_adapter.base_layer.", ".base_layer.", ".original_module."):
+        name = name.replace(part, ".")
+    return name
 
 
 def adapter_parameters(model: nn.Module) -> set[int]:
-    """The `id` of every parameter that an adapter brought."""
+    """The `id` of every parameter and buffer that an adapter brought."""
     brought: set[int] = set()
     own: set[int] = set()
     for module in _tuners(model):
         # of a module that is trained as a whole, a copy is
         base = module.get_base_layer() if hasattr(module, "get_base_layer") else module.original_module
-        own |= {id(parameter) for parameter in base.parameters()}
-        brought |= {id(parameter) for parameter in module.parameters()}
+        own |= {id(tensor) for tensor in (*base.parameters(), *base.buffers())}
+        brought |= {id(tensor) for tensor in (*module.parameters(), *module.buffers())}
     # A tuner layer holds its base layer as a part, so that both are among its parameters.
     return brought - own
 

@@ -72,7 +72,7 @@ def _of_transformers(config: Any, names: list[str] | tuple[str, ...], where: str
             _check(found, name, config, where)
             return found
     found = _by_type(config)
-    if found is not transformers.AutoModelForCausalLM:  # which is what most are
+    if names or found is not transformers.AutoModelForCausalLM:  # which is what most are
         said = f"architectures={list(names)!r:.80}, none of which transformers has" if names else "no architectures"
         logger.warning("The config.json of %s has %s: it is loaded with %s.", where, said, found.__name__)
     return found

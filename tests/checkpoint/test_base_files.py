@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import save_file
 
 from optimum_dsa import DSAConfig, DSAPruner, RecoveryConfig, convert, demo_model
@@ -15,6 +16,7 @@ from optimum_dsa.checkpoint.base_files import find_base_files
 from optimum_dsa.checkpoint.description import read_description
 from optimum_dsa.checkpoint.load import local_folder
 from optimum_dsa.common.manifest import read_manifest
+from optimum_dsa.model.adapters import has_adapters
 
 from ..sharing.conftest import hub  # noqa: F401 - a fixture
 from ..test_commands import run
@@ -261,3 +263,38 @@ def test_convert_takes_the_modules_behind_a_model_along(base, tmp_path):
     pruned(base).save_pretrained(tmp_path / "out")
     convert(tmp_path / "out", tmp_path / "small", "compressed")
     check_kept(tmp_path / "small")
+
+
+def test_a_shard_of_another_name_in_the_index_is_no_other_form(tmp_path, caplog):
+    model = tiny_llama()
+    model.save_pretrained(tmp_path / "base")
+    weights, extra = model.state_dict(), {"model.layers.3.mtp.weight": torch.ones(4, 4)}
+    (tmp_path / "base" / "model.safetensors").unlink()
+    files = {"model-00001-of-00001.safetensors": weights, "model-extra.safetensors": extra}
+    for name, tensors in files.items():
+        save_file(tensors, tmp_path / "base" / name, {"format": "pt"})
+    index = {"metadata": {}, "weight_map": {key: name for name, tensors in files.items() for key in tensors}}
+    (tmp_path / "base" / "model.safetensors.index.json").write_text(json.dumps(index))
+    for source, target in (("base", "one"), ("one", "two")):
+        pruner = DSAPruner.from_pretrained(tmp_path / source)
+        pruner.prune(None, DSAConfig(0.5 if target == "one" else 0.6, "magnitude", "uniform"))
+        pruner.save_pretrained(tmp_path / target)
+        assert files_of(tmp_path / target)["left"] == {}
+        assert files_of(tmp_path / target)["not_pruned"] == {"model.layers.3": 16}
+    assert "stay behind" not in caplog.text
+
+
+def test_an_adapter_beside_a_model_is_attached_and_not_left_beside_the_result(tmp_path, caplog):
+    model = tiny_llama()
+    model.save_pretrained(tmp_path / "both")
+    get_peft_model(model, LoraConfig(target_modules=["q_proj"])).save_pretrained(tmp_path / "both")
+    pruner = DSAPruner.from_pretrained(tmp_path / "both")
+    assert has_adapters(pruner.model) and "a model and an adapter beside it" in caplog.text
+    pruner.prune(None, DSAConfig(0.5, "magnitude", "uniform"))
+    pruner.save_pretrained(tmp_path / "out")
+    assert not list((tmp_path / "out").glob("adapter*"))
+    assert set(files_of(tmp_path / "out")["left"]) == {"adapter_config.json", "adapter_model.safetensors"}
+
+
+def files_of(folder):
+    return json.loads((folder / "dsa_config.json").read_text())["base_files"]

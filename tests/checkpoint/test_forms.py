@@ -113,6 +113,41 @@ def test_what_a_path_means(tmp_path):
         located(str(tmp_path / "none.gguf"), {})
 
 
+def test_a_gguf_is_found_by_its_ending_alone(tmp_path):
+    with pytest.raises(FileNotFoundError, match="no config.json, and the GGUF .*; name it with gguf_file"):
+        DSAPruner.from_pretrained(str(only_gguf(tmp_path / "a", "m.gguf").parent))
+    with pytest.raises(ValueError, match="ends in .GGUF, and transformers takes what ends in .gguf"):
+        DSAPruner.from_pretrained(str(only_gguf(tmp_path / "b", "m.GGUF")))
+
+
+def test_a_gguf_that_is_not_there_is_not_made_dense(tmp_path, caplog):
+    with pytest.raises(FileNotFoundError, match="has no x.gguf"):
+        DSAPruner.from_pretrained(str(tmp_path), gguf_file="x.gguf")
+    assert "made dense" not in caplog.text
+
+
+@pytest.mark.parametrize("share", [0.02, 0.5, 0.9])
+def test_a_gguf_that_ends_too_soon_is_named_in_one_line(tmp_path, share):
+    file = only_gguf(tmp_path / "a", "short.gguf")
+    file.write_bytes(file.read_bytes()[: int(file.stat().st_size * share)])
+    with pytest.raises(ValueError, match="short.gguf .*cannot be read"):
+        DSAPruner.from_pretrained(str(file))
+
+
+def only_gguf(folder, name):
+    """A GGUF with nothing beside it."""
+    folder.mkdir()
+    write_gguf(folder / name)
+    return folder / name
+
+
+@pytest.mark.parametrize("inside", ["0_Transformer", "checkpoint-10"])
+def test_a_model_in_a_folder_of_the_folder_is_named(tmp_path, inside):
+    tiny_llama().save_pretrained(tmp_path / inside)
+    with pytest.raises(FileNotFoundError, match=f"no config.json, and .*{inside} holds a model"):
+        DSAPruner.from_pretrained(str(tmp_path))
+
+
 def test_a_gguf_that_is_none_ends_in_one_line(tmp_path):
     (tmp_path / "a.gguf").write_bytes(b"GGUF and nothing else")
     with pytest.raises((ValueError, OSError)) as error:

@@ -10,7 +10,7 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
-from optimum_dsa import DSAConfig, DSAPruner
+from optimum_dsa import DSAConfig, DSAPruner, plan
 from optimum_dsa.checkpoint.limits import LAYERS, Contents, check_counts, read_contents, within
 from optimum_dsa.checkpoint.load import load_model, load_tokenizer
 from optimum_dsa.commands.embedded import demo_model
@@ -118,6 +118,29 @@ def test_a_model_whose_class_nobody_names_is_loaded_whole(family, names, tiny, t
     change(tmp_path, architectures=names)
     assert type(load_model(str(tmp_path))).__name__ == WHOLE[family]
     assert ("has no architectures: it is" if names is None else "none of which transformers has") in caplog.text
+
+
+@pytest.mark.parametrize("name", ["Foo", "LlamaForRewardModel"])
+def test_a_class_that_transformers_does_not_have_is_said(folder, name, caplog):
+    change(folder, architectures=[name])
+    load_model(str(folder))
+    assert f"architectures=['{name}'], none of which transformers has" in caplog.text
+
+
+def test_a_model_that_is_nowhere_is_named(monkeypatch, tmp_path):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("transformers.utils.hub.is_offline_mode", lambda: True)
+    for open_ in (load_model, lambda path: plan(path, DSAConfig(0.5), run_block=False)):
+        with pytest.raises(OSError, match="no-such-model"):
+            open_("no-such-model")
+
+
+def test_whole_numbers_that_nothing_explains_are_refused_by_name(folder):
+    weights = load_file(folder / "model.safetensors")
+    weights["model.layers.1.mlp.up_proj.weight"] = weights["model.layers.1.mlp.up_proj.weight"].to(torch.int8)
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ValueError, match=r"model.layers.1.mlp.up_proj.weight \(I8\).* no quantization_config"):
+        load_model(str(folder))
 
 
 def test_what_it_has_and_its_class_does_not_know_is_kept_and_said(tiny, tmp_path, caplog):

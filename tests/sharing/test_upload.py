@@ -194,6 +194,7 @@ def embedder(folder):
         "preprocessor_config.json": "{}",
         "LICENSE": "x",
         "NOTICE.txt": "x",
+        **dict.fromkeys(("USE_POLICY.md", "requirements.txt", "vocab.bpe"), "x"),
     }
     for name, content in {**own, "notes.txt": "of mine", "voices/one.npz": "x"}.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)

@@ -53,9 +53,9 @@ def prune_to(
     sizes = {weight.name: weight.size for weight in architecture.weights}
     shares = {name: counts[name] / size for name, size in sizes.items()}
     given = Allocation(shares, sizes, str(config.allocation), "matrix")
-    step = replace(
-        config, sparsity=given.overall, allocation=given, granularity="matrix", min_sparsity=0.0, max_sparsity=1.0
-    )
+    # the overrides are in what was proposed
+    whole = {"granularity": "matrix", "min_sparsity": 0.0, "max_sparsity": 1.0, "overrides": ()}
+    step = replace(config, sparsity=given.overall, allocation=given, **whole)
     return replace(prune(model, calibration, step), config=config), dict(proposed)
 
 

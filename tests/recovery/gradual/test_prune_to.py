@@ -45,3 +45,16 @@ def test_zeros_that_lie_unevenly_over_matrices_count():
     model.model.layers[0].mlp.up_proj.weight.data.zero_()
     report, _ = prune_to(model, None, DSAConfig(0.2, "magnitude", "uniform"), 0.2)
     assert report.sparsity == pytest.approx(0.2, abs=1e-4) and not model.model.layers[0].mlp.up_proj.weight.any()
+
+
+@pytest.mark.parametrize("granularity", ["block", "matrix"])
+def test_overrides_hold_at_the_end_and_on_the_way(granularity):
+    model = tiny_llama()
+    config = DSAConfig(0.6, "magnitude", "uniform", granularity=granularity, overrides=("up_proj=0.8", "q_proj=0.2"))
+    _, proposed = prune_to(model, None, config, 0.3)
+    report, _ = prune_to(model, None, config, 0.6, proposed)
+    assert report.config == config and report.sparsity == pytest.approx(0.6, abs=1e-3)
+    for weight in find_architecture(model).weights:
+        share = (weight.tensor(model) == 0).float().mean().item()
+        for name, expected in {"up_proj": 0.8, "q_proj": 0.2}.items():
+            assert name not in weight.name or share == pytest.approx(expected, abs=0.01)
