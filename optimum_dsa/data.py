@@ -23,6 +23,7 @@ from .common.texts import (  # noqa: F401 - the door of reading
     check_source,
     describe,
     is_mixture,
+    is_text_file,
     iterate_texts,
     names_dataset,
     read_items,
@@ -86,7 +87,8 @@ class DataConfig:
 
     def beside(self, source: Any) -> DataConfig:
         """The settings by which a second source, such as validation text, is read: a file of its own, whole."""
-        return self if names_dataset(source) else replace(self, split=None, subset=None)
+        column = DataConfig.text_column if is_text_file(source) else self.text_column
+        return self if names_dataset(source) else replace(self, split=None, subset=None, text_column=column)
 
 
 DEFAULT = DataConfig()

@@ -321,6 +321,12 @@ def loading_options(args) -> dict:
     if getattr(args, "tokenizer", None):
         options["tokenizer"] = args.tokenizer
     if args.revision:
+        models = getattr(args, "model", None) or []
+        models = models if isinstance(models, list) else [models]
+        if models and all(os.path.isdir(model) for model in models):
+            raise ValueError(
+                f"--revision {args.revision} is of a Hub model, and {models[0]} is a folder; leave it out."
+            )
         options["revision"] = args.revision
     if args.gguf_file:
         options["gguf_file"] = args.gguf_file

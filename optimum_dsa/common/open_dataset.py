@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import glob
+import mimetypes
 import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
@@ -70,6 +71,8 @@ def _whole_texts(folder: Path) -> dict[str, str]:
         return {}
     found: dict[str, str] = {}
     for file in sorted(folder.rglob("*")):
+        if (mimetypes.guess_type(file.name)[0] or "").startswith(("image", "audio", "video")):
+            return {}  # what is beside it describes it
         kind = _KINDS.get(file.suffix.lower())
         if kind and file.name not in _ASIDE and file.stem.upper() not in _ASIDE and not file.name.startswith("."):
             found.setdefault(kind, file.name)

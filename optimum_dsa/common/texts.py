@@ -11,7 +11,7 @@ from itertools import dropwhile, islice
 from pathlib import Path
 from typing import Any
 
-from .chats import Chat, chat_columns, chat_from, is_conversation, messages_of
+from .chats import EXTRA, Chat, chat_columns, chat_from, is_conversation, messages_of
 from .open_dataset import guarded, open_dataset, row_count
 from .row_files import SUFFIXES, Row, read_blocks, read_rows
 from .slices import Slice, parse_split
@@ -100,8 +100,9 @@ class Reading:
         return None if self.split is None else parse_split(self.split)
 
     def of(self, source: Any) -> Reading:
-        """How one of several sources is read: a subset is one of a named dataset."""
-        return self if names_dataset(source) else replace(self, subset=None)
+        """How one of several sources is read: a subset is one of a named dataset, and a .txt has no column."""
+        own = self if names_dataset(source) else replace(self, subset=None)
+        return replace(own, text_column=TEXT) if is_text_file(source) else own
 
 
 def names_dataset(source: Any) -> bool:
@@ -109,6 +110,11 @@ def names_dataset(source: Any) -> bool:
     if not isinstance(source, (str, Path)):
         return False
     return Path(source).suffix.lower() not in SUFFIXES or Path(source).is_dir()
+
+
+def is_text_file(source: Any) -> bool:
+    """Whether a source is a file that is one text."""
+    return isinstance(source, (str, Path)) and Path(source).suffix.lower() == ".txt" and not Path(source).is_dir()
 
 
 def check_source(source: Any, reading: Reading | None = None) -> None:
@@ -151,6 +157,8 @@ def read_items(source: Any, reading: Reading) -> Iterator[Item]:
         if isinstance(source, (str, Path)) and Path(source).suffix.lower() == ".txt":
             if reading.split is not None or reading.subset is not None:
                 raise ValueError(f"{source} is one text, so that it has no split, rows or subset; leave them out.")
+            if reading.text_column != TEXT:
+                raise ValueError(f"{source} is one text, and has no column {reading.text_column!r}; leave it out.")
             yield dropwhile(lambda block: not block.strip(), read_blocks(Path(source)))
             return
         for where, row in _rows(source, reading, stack):
@@ -206,7 +214,7 @@ def needed_columns(columns: Sequence[str], column: str) -> list[str] | None:
     if column in columns:
         return [column]
     names = (chat_columns(columns) or (("input_ids",) if "input_ids" in columns else None)) if column == TEXT else None
-    return names and [*names, *(extra for extra in ("tools", "attention_mask") if extra in columns)]
+    return names and [*names, *(extra for extra in (*EXTRA, "attention_mask") if extra in columns)]
 
 
 def _rows(source: Any, reading: Reading, stack: ExitStack) -> Iterator[Row]:

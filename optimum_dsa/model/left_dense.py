@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable, Mapping
 
 from torch import nn
@@ -40,9 +40,11 @@ def share_of(sizes: Mapping[str, int], prunable: int) -> float:
 
 def told(sizes: Mapping[str, int], prunable: int) -> str:
     """Such as "12.3% of the blocks' weights: layers.*.mlp.experts.w1 12.0%, layers.*.router 0.3%", largest first."""
+    alike = Counter(map(kind_of, sizes))
     kinds: dict[str, int] = defaultdict(int)
     for name, size in sizes.items():
-        kinds[kind_of(name)] += size
+        # Of a kind that is there once, its own name: with "*" it would seem to be of all blocks.
+        kinds[kind_of(name) if alike[kind_of(name)] > 1 else name] += size
     order = sorted(kinds, key=lambda kind: (-kinds[kind], kind))
     total = max(sum(sizes.values()) + prunable, 1)
     named = [f"{kind} {kinds[kind] / total:.1%}" for kind in order[:_NAMED]]

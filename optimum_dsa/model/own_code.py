@@ -47,8 +47,7 @@ def check_trusted(stated: Any, where: str | Path, trusted: bool) -> None:
         return
     raise ValueError(
         f"{where} brings its own code ({', '.join(sorted(set(code.values())))}), and transformers has none for "
-        f"model_type {stated.get('model_type')!r}; read that code, and run it with trust_remote_code=True "
-        "(--trust-remote-code)."
+        f"model_type {stated.get('model_type')!r}; read that code, and run it with trust_remote_code=True."
     )
 
 

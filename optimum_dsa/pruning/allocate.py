@@ -51,13 +51,15 @@ def say_dense(model: nn.Module, architecture: Architecture, chosen: bool) -> Non
 
     So do the blocks of other towers, unless the user has `chosen` which are pruned.
     """
-    prunable, sizes = sum(weight.size for weight in architecture.weights), architecture.dense_sizes
+    # A head that is pruned as well is none of the blocks, of which the shares are told.
+    within = (weight for stack in architecture.stacks for block in stack.blocks for weight in block.weights)
+    prunable, sizes = sum(weight.size for weight in within), architecture.dense_sizes
     if share_of(sizes, prunable) >= LARGE:
         why = ", ".join(sorted(set(architecture.dense.values())))
         _warn_once(f"Stays dense ({why}): {told(sizes, prunable)}; the sparsity is that of the rest.")
     others = {} if chosen else other_stacks(model, [stack.name for stack in architecture.stacks])
     if share_of(others, prunable) >= LARGE:
-        _warn_once(f"Other blocks stay dense: {told(others, prunable)}; name those to prune with blocks=[...].")
+        _warn_once(f"Other blocks stay dense: {told(others, prunable)}; name those to prune with blocks (--blocks).")
 
 
 @cache

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import inspect
+import logging
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -11,9 +15,14 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoProcessor
 
-from ..data import POOL, SAMPLES, DataConfig
-from ..model.inputs import inputs_of
+from ..common.open_dataset import open_dataset, row_count
+from ..common.slices import Slice, parse_split
+from ..data import POOL, SAMPLES, DataConfig, is_mixture
+from ..model.adapters import inner_model
+from ..model.inputs import default_length, inputs_of
 
+
+logger = logging.getLogger(__name__)
 
 FEW = 1 << 20  # rows of a folder that are looked at: their pictures stay on the disk until one is drawn
 
@@ -36,26 +45,67 @@ def picture_inputs(
     """
     import datasets
 
+    if is_mixture(source):
+        raise ValueError("Pictures are read from one dataset; leave the others out, or image_column.")
+    if "pixel_values" not in inspect.signature(inner_model(model).forward).parameters:
+        raise ValueError(f"{type(model).__name__} reads no pictures; leave image_column out, to calibrate it on text.")
     processor = processor or processor_of(model)
-    wanted, column, data = config.num_samples or SAMPLES, config.image_column, source
-    local = isinstance(source, (str, Path)) and Path(source).is_dir()
-    if isinstance(source, (str, Path)):
-        try:
-            data = datasets.load_dataset(str(source), split=config.split or "train", streaming=True)
-        except Exception as error:  # noqa: BLE001 - a dataset's loader may raise anything
-            raise ValueError(f"Cannot load the dataset {str(source)!r}: {' '.join(str(error).split())}") from error
-    columns = getattr(data, "column_names", None) or []
-    if column not in columns:
-        raise ValueError(f"The dataset has no column {column!r} of pictures; it has {', '.join(columns)}.")
-    decoder = datasets.Image()
-    rows = list(islice(data.cast_column(column, datasets.Image(decode=False)), FEW if local else wanted * POOL))
+    wanted, column = config.num_samples or SAMPLES, config.image_column
+    decoder, rows = datasets.Image(), []
+    with ExitStack() as stack:
+        for data, part, count in _datasets(source, config, stack):
+            columns = getattr(data, "column_names", None) or []
+            if columns and column not in columns:
+                raise ValueError(f"The dataset has no column {column!r} of pictures; it has {', '.join(columns)}.")
+            data = data.cast_column(column, datasets.Image(decode=False))
+            rows += islice(part.of(data, count), FEW if _is_local(source) else wanted * POOL)
     if len(rows) < wanted:
         raise ValueError(
             f"{source} holds {len(rows)} pictures, and {wanted} are needed; give more, or a smaller num_samples."
         )
     order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(config.seed))[:wanted].tolist()
-    chosen = ((decoder.decode_example(rows[n][column]).convert("RGB"), rows[n].get(config.text_column)) for n in order)
-    return [_inputs(model, processor, picture, text) for picture, text in chosen]
+    chosen = [rows[number] for number in order]
+    room = config.sequence_length or default_length(model)
+    found, cut = [], 0
+    for row in chosen:
+        picture = decoder.decode_example(_placed(row[column], source)).convert("RGB")
+        inputs, was_cut = _inputs(model, processor, picture, row.get(config.text_column), room)
+        found, cut = [*found, inputs], cut + was_cut
+    if cut:
+        logger.warning("%d of %d texts beside pictures are longer than %d tokens and were cut.", cut, wanted, room)
+    return found
+
+
+def _is_local(source: Any) -> bool:
+    return isinstance(source, (str, Path)) and Path(source).exists()
+
+
+def _datasets(source: Any, config: DataConfig, stack: ExitStack) -> Iterator[tuple[Any, Slice, Callable[[], int]]]:
+    """Datasets to take rows from: what to take of each, and what counts its rows."""
+    import datasets
+
+    if not isinstance(source, (str, Path)):
+        yield source, Slice("train"), lambda: len(source)
+        return
+    name, path = str(source), Path(source)
+    kind = {".parquet": "parquet", ".jsonl": "json", ".json": "json"}.get(path.suffix.lower())
+    for part in parse_split(config.split or "train"):
+        if path.is_file() and kind:
+            try:
+                data = datasets.load_dataset(kind, data_files=str(path), split=part.name, streaming=True)
+            except Exception as error:  # noqa: BLE001 - a dataset's loader may raise anything
+                raise ValueError(f"Cannot load the dataset {name!r}: {' '.join(str(error).split())}") from error
+        else:
+            data = open_dataset(name, name, config.subset, part.name, part.name if config.split else None, stack)
+        yield data, part, partial(row_count, data, part.name, path.exists())
+
+
+def _placed(picture: dict[str, Any], source: Any) -> dict[str, Any]:
+    """A picture that is a path, from the working folder or else from that of the file in which it stands."""
+    path = picture.get("path")
+    if picture.get("bytes") is None and path and not Path(path).exists() and _is_local(source):
+        return {**picture, "path": str(Path(source).parent / path)}
+    return picture
 
 
 def processor_of(model: nn.Module) -> Any:
@@ -71,8 +121,11 @@ def processor_of(model: nn.Module) -> Any:
         ) from None
 
 
-def _inputs(model: nn.Module, processor: Any, picture: Any, text: str | None) -> dict[str, Tensor]:
-    """What the processor makes of one picture, and of a text where the model reads one."""
+def _inputs(
+    model: nn.Module, processor: Any, picture: Any, text: str | None, room: int
+) -> tuple[dict[str, Tensor], bool]:
+    """What the processor makes of one picture, and of a text where the model reads one; whether that was cut."""
+    cut = False
     if inputs_of(model).main == "pixel_values" and not hasattr(processor, "tokenizer"):
         found = processor(images=[picture], return_tensors="pt")
     elif getattr(processor, "chat_template", None):
@@ -84,5 +137,15 @@ def _inputs(model: nn.Module, processor: Any, picture: Any, text: str | None) ->
         mark = getattr(processor, "image_token", None)
         text = text or ""
         text = text if mark is None or mark in text else f"{mark}\n{text}"
-        found = processor(images=[picture], text=[text], return_tensors="pt")
-    return {name: value for name, value in found.items() if isinstance(value, Tensor)}
+        options = {}
+        if mark is None:  # a mark stands for many tokens, of which none may be missing
+            cut = len(processor.tokenizer(text, verbose=False)["input_ids"]) > room
+            options = {"truncation": True, "max_length": room} if cut else {}
+        found = processor(images=[picture], text=[text], return_tensors="pt", **options)
+    ids = found.get("input_ids")
+    if isinstance(ids, Tensor) and not ids.numel() or isinstance(ids, list) and not any(ids):
+        raise ValueError(
+            f"{type(model).__name__} reads a text beside each picture, and a row has none; name the column of texts "
+            "with text_column."
+        )
+    return {name: value for name, value in found.items() if isinstance(value, Tensor)}, cut

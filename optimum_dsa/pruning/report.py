@@ -11,6 +11,7 @@ from ..common.escaping import one_line
 from ..model.adapters import plain_name
 from ..model.left_dense import told as told_dense
 from .allocation import Allocation
+from .allocation.layout import place
 from .comparison import compared_lines
 from .configuration import DSAConfig
 from .training import Reconstruction, told
@@ -158,7 +159,8 @@ class PruningReport:
             notes.append(f"the zeros were chosen by {self.chosen_by}, while the model was trained (recover)")
         if self.dense:
             left = f"left dense: {len(self.dense)} matrices ({', '.join(sorted(set(self.dense.values())))})"
-            prunable = sum(self.allocation.sizes.values())
+            # what is pruned outside the blocks is none of their weights
+            prunable = sum(size for unit, size in self.allocation.sizes.items() if place(unit).index is not None)
             notes.append(f"{left}, {told_dense(self.dense_sizes, prunable)}" if self.dense_sizes else left)
         if self.damping:
             notes.append(f"damping raised for {len(self.damping)} weights, to {max(self.damping.values()):g} at most")

@@ -2,6 +2,7 @@
 
 import pytest
 
+from ..test_commands import run
 from ..test_docs import command_parsers
 
 
@@ -68,3 +69,8 @@ def test_what_is_missing_is_one_line(capsys):
         COMMANDS["prune"].parse_args([])
     errors = capsys.readouterr().err
     assert "required: model, -o/--output (see optimum-cli dsa prune --help)" in errors and errors.count("\n") == 1
+
+
+def test_a_revision_of_a_folder_is_refused(monkeypatch, capsys, tmp_path):
+    code, _, errors = run(monkeypatch, capsys, "verify", str(tmp_path), "--revision", "v9")
+    assert code == 2 and "--revision v9 is of a Hub model" in errors and errors.count("\n") == 1

@@ -108,11 +108,12 @@ def test_a_file_gives_every_option_of_every_command(tmp_path, name, form):
 @pytest.mark.parametrize("name", NAMES)
 def test_every_option_on_the_command_line_wins_over_the_file(tmp_path, name, form):
     parser = command_parsers()[name]
-    in_file, wanted, front, options = values_of(parser), values_of(parser, 5), [], []
+    in_file, wanted, front, options, said = values_of(parser), values_of(parser, 5), [], [], set()
     for action in parser._actions:
         dest = action.dest
-        if dest not in wanted:
+        if dest not in wanted or dest in said:  # what one option turns on another turns off, and one is given
             continue
+        said.add(dest)
         if type(action).__name__ == "OnOff":
             wanted[dest], in_file[dest] = False, True
             options.append(next(flag for flag in action.option_strings if flag.startswith("--no-")))

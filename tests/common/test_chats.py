@@ -6,7 +6,7 @@ import datasets
 import pytest
 
 from optimum_dsa import DataConfig, DSAConfig, DSAPruner, RecoveryConfig, load_calibration, load_tokens
-from optimum_dsa.common.texts import Reading
+from optimum_dsa.common.texts import Reading, item_of, needed_columns
 
 from ..tiny import bos_tokenizer, tiny_llama
 
@@ -207,3 +207,43 @@ def test_padding_is_for_calibration():
         RecoveryConfig(data=PADDED)
     with pytest.raises(ValueError, match="leave packing=False out"):
         DSAPruner(tiny_llama()).search(["1"], DSAConfig(0.5, data=PADDED))
+
+
+class Tells:
+    """Stands for a tokenizer: gives back what its template is told."""
+
+    chat_template = "x"
+
+    def apply_chat_template(self, messages, tokenize, **options):
+        return messages, options
+
+
+def told(row):
+    return item_of(row, "row 1", "text").text(Tells())
+
+
+def test_what_stands_beside_a_conversation_belongs_to_it():
+    talk = [{"role": "user", "content": "hi"}]
+    said, options = told({"messages": talk, "system": "be kind", "chat_template_kwargs": {"enable_thinking": False}})
+    assert said == [{"role": "system", "content": "be kind"}, *talk] and options == {"enable_thinking": False}
+    own = [{"role": "system", "content": "mine"}, *talk]
+    assert told({"messages": own, "system": "be kind"})[0] == own
+    assert needed_columns(["messages", "system", "score", "chat_template_kwargs"], "text") == [
+        "messages", "system", "chat_template_kwargs",
+    ]  # fmt: skip
+
+
+def test_arguments_of_a_tool_may_be_json_in_a_text():
+    def call(arguments):
+        return {
+            "messages": [{"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": arguments}}]}]
+        }
+
+    assert told(call('{"a": 1}')) == told(call({"a": 1}))
+    assert told(call("no json"))[0][0]["tool_calls"][0]["function"]["arguments"] == "no json"
+
+
+def test_who_speaks_is_known_or_refused():
+    assert told({"conversations": [{"from": "chatgpt", "value": "hi"}]})[0][0]["role"] == "assistant"
+    with pytest.raises(ValueError, match="row 1: a message is from 'narrator', and nobody is known by that"):
+        told({"conversations": [{"from": "narrator", "value": "hi"}]})

@@ -8,7 +8,7 @@ import numpy
 import pandas
 import pytest
 
-from optimum_dsa import load_tokens
+from optimum_dsa import DataConfig, load_tokens
 from optimum_dsa.common import row_files
 from optimum_dsa.common.slices import parse_split
 from optimum_dsa.common.texts import Reading, check_source, iterate_texts, read_items
@@ -308,3 +308,13 @@ def test_half_a_letter_is_named_by_its_place(tmp_path, row):
     (tmp_path / "a.jsonl").write_text(f'{{"text": "\\ud83d\\ude00 é"}}\n{row}\n')
     with pytest.raises(ValueError, match="line 2: the text has half a letter"):
         [*read_items(tmp_path / "a.jsonl", Reading())]
+
+
+def test_a_text_has_no_column_and_beside_rows_that_have_one_needs_none(tmp_path):
+    (tmp_path / "a.txt").write_text("hello")
+    write(tmp_path / "b.jsonl", [{"said": "hello"}])
+    config = DataConfig(text_column="said")
+    with pytest.raises(ValueError, match="is one text, and has no column 'said'; leave it out"):
+        check_source(tmp_path / "a.txt", config.reading())
+    check_source({str(tmp_path / name): 1.0 for name in ("a.txt", "b.jsonl")}, config.reading())
+    check_source(tmp_path / "a.txt", config.beside(tmp_path / "a.txt").reading())

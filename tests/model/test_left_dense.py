@@ -7,7 +7,7 @@ from transformers import CLIPConfig, CLIPModel
 
 from optimum_dsa import DSAConfig
 from optimum_dsa.model.left_dense import excluding, kind_of, share_of, sizes_of, told
-from optimum_dsa.pruning.allocate import _warn_once, architecture_for
+from optimum_dsa.pruning.allocate import _warn_once, architecture_for, say_dense
 from optimum_dsa.pruning.prune import prune
 
 from ..tiny import tiny_llama, tokens
@@ -28,7 +28,7 @@ def test_blocks_and_experts_of_a_kind_have_one_name_and_other_numbers_stay():
 def test_shares_are_of_what_is_left_and_what_is_pruned_together_largest_first():
     sizes = {"h.0.a": 10, "h.1.a": 10, "h.0.b": 30}
     assert share_of(sizes, 50) == 0.5 and share_of({}, 0) == 0
-    assert told(sizes, 50) == "50.0% of the blocks' weights: h.*.b 30.0%, h.*.a 20.0%"
+    assert told(sizes, 50) == "50.0% of the blocks' weights: h.0.b 30.0%, h.*.a 20.0%"
     many = {f"part{letter}": 10 for letter in "abcdef"}
     assert told(many, 40).endswith("partd 10.0%, 2 more 20.0%")
 
@@ -41,6 +41,16 @@ def test_a_shared_matrix_is_counted_once_and_an_expert_for_itself():
     model.experts = nn.Parameter(torch.zeros(5, 2, 3))
     names = ["one.weight", "other.weight", "experts[3]", "experts[4]"]
     assert sizes_of(model, names) == dict(zip(names, [12, 0, 6, 6]))
+
+
+def test_a_head_that_is_pruned_as_well_is_none_of_the_blocks(caplog):
+    model = tiny_llama()
+    with caplog.at_level(logging.WARNING):
+        config = DSAConfig(0.5, "magnitude", "uniform", exclude=("layers.0",), include=("lm_head",))
+        say_dense(model, architecture_for(model, config), False)
+    assert "Stays dense (excluded): 33.3% of the blocks' weights: model.layers.0." in caplog.text
+    assert "layers.*" not in caplog.text
+    assert "33.3% of the blocks' weights" in str(prune(model, None, config))
 
 
 @pytest.mark.parametrize("exclude,said", [("mlp", True), ("layers.0.self_attn.k_proj", False)])

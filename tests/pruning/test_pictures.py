@@ -12,6 +12,7 @@ from optimum_dsa import DataConfig, DSAConfig, DSAPruner, RecoveryConfig, load_c
 from optimum_dsa.pruning.pictures import picture_inputs
 
 from ..conftest import IMAGE_TOKEN
+from ..model.test_inputs import clip
 from ..test_commands import run
 from ..tiny import masking_tokenizer
 
@@ -69,6 +70,40 @@ def test_pictures_from_the_command_line(vit, folder, monkeypatch, capsys, tmp_pa
     assert said["config"]["data"]["image_column"] == "image" and said["calibration"]["samples"] == 2
 
 
+@pytest.mark.parametrize("form", ["parquet", "paths", "saved", "slice"])
+def test_pictures_are_read_from_whatever_text_is_read_from(form, vit, folder, tmp_path):
+    model = DSAPruner.from_pretrained(vit).model
+    memory = datasets.Dataset.from_dict({"image": pixels()}).cast_column("image", datasets.Image())
+    source, config = tmp_path / "rows", ASKED
+    if form == "parquet":
+        memory.to_parquet(str(source := tmp_path / "rows.parquet"))
+    elif form == "paths":
+        for number, picture in enumerate(pixels()):
+            picture.save(tmp_path / f"{number}.png")
+        source = tmp_path / "rows.jsonl"  # names of files beside it
+        source.write_text("".join(f'{{"image": "{number}.png"}}\n' for number in range(6)))
+    elif form == "saved":
+        memory.save_to_disk(str(source))
+    else:
+        source, config = folder, DataConfig(4, image_column="image", split="train[:4]")
+    found = load_calibration(str(source), model, None, config).inputs["pixel_values"]
+    processor = tf.ViTImageProcessor(size=SIZE)
+    every = [processor(images=[picture], return_tensors="pt")["pixel_values"][0] for picture in pixels()]
+    drawn = [next(n for n, one in enumerate(every) if torch.equal(one, row)) for row in found]
+    assert len(set(drawn)) == 4 and (form != "slice" or max(drawn) == 3)
+
+
+def test_texts_that_are_too_long_are_cut_and_counted(tiny, folder, caplog):
+    processor = tf.CLIPProcessor(tf.CLIPImageProcessor(size=SIZE, crop_size=SIZE), masking_tokenizer())
+    model = clip()
+    asked = DataConfig(4, 4, image_column="image")
+    found = picture_inputs(str(folder), model, asked, processor)
+    assert all(row["input_ids"].shape == (1, 4) for row in found)
+    assert "4 of 4 texts beside pictures are longer than 4 tokens and were cut" in caplog.text
+    with pytest.raises(ValueError, match="reads no pictures; leave image_column out"):
+        picture_inputs(str(folder), tiny("llama"), ASKED, processor)
+
+
 def llava_processor(template=None):
     tokenizer = masking_tokenizer()
     tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]})
@@ -104,9 +139,10 @@ def test_what_cannot_be_read_is_refused_in_one_line(tiny, vit, folder):
     for source, config, said in (
         (str(folder), DataConfig(image_column="picture"), "no column 'picture' of pictures; it has image, text"),
         (str(folder), DataConfig(7, image_column="image"), "holds 6 pictures, and 7 are needed"),
-        (str(folder / "none"), ASKED, "Cannot load the dataset"),
+        (str(folder / "none"), ASKED, "No such file or folder"),
+        ({str(folder): 1.0, "other": 1.0}, ASKED, "Pictures are read from one dataset"),
     ):
-        with pytest.raises(ValueError, match=said) as error:
+        with pytest.raises((ValueError, FileNotFoundError), match=said) as error:
             load_calibration(source, model, None, config)
         assert "\n" not in str(error.value)
     with pytest.raises(ValueError, match="needs the processor beside it"):
