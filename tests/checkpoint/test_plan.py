@@ -169,7 +169,8 @@ def test_the_command_says_it_and_prints_it_as_json(monkeypatch, capsys, tmp_path
 )
 def test_a_contradiction_is_refused_before_anything_is_loaded(monkeypatch, capsys, command, options, named):
     place = ["-o", "/dev/null/out"] if command != "plan" else []
-    arguments = [command, "/nowhere", *place, "-s", "0.5", "--quality", "good", *options]
+    quality = [] if "--quality" in options else ["--quality", "good"]
+    arguments = [command, "/nowhere", *place, "-s", "0.5", *quality, *options]
     code, output, errors = run(monkeypatch, capsys, *arguments)
     assert code == 2 and output == "" and all(text in errors for text in named), errors
 
