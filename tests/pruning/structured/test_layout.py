@@ -16,7 +16,7 @@ from optimum_dsa.pruning.structured.slicing import silence
 from optimum_dsa.pruning.structured.structures import find_structures
 
 from . import loads
-from .families import FAMILIES, batch_of
+from .families import EVERY, FAMILIES, batch_of
 
 
 # Of two blocks, what goes of each kind: of its 2 groups or 4 heads, and of its 48 channels (or 128).
@@ -32,7 +32,7 @@ SAYS_HEADS = ("Llama without groups", "Llama with one head of keys", "Phi", "ViT
 
 @cache
 def units_of(family):
-    make, kinds = FAMILIES[family]
+    make, kinds = EVERY[family]
     model = make()
     found = find_structures(model, find_architecture(model), batch_of(family)).structures
     return {unit: each for unit, each in found.items() if each.kind in kinds}

@@ -15,7 +15,7 @@ from optimum_dsa.model.modeling_per_layer import class_named
 from optimum_dsa.pruning.structured.layout import LAYOUTS
 
 from ...tiny import LOADS_COMPRESSED, same_state, state, tiny_llama, tokens
-from .families import FAMILIES, batch_of
+from .families import EVERY, FAMILIES, batch_of
 from .test_layout import SEVERAL, counts_of, units_of
 
 
@@ -78,7 +78,7 @@ def test_its_weights_can_be_pruned_and_stored_in_every_encoding(compressed, tmp_
 @pytest.mark.parametrize("family", SEVERAL)
 def test_a_model_made_of_several_has_no_such_class(family):
     with pytest.raises(ValueError, match="it is made of several models.*use layout='padded'"):
-        LAYOUTS["per_layer"](FAMILIES[family][0](), units_of(family), counts_of(family, "per_layer"))
+        LAYOUTS["per_layer"](EVERY[family][0](), units_of(family), counts_of(family, "per_layer"))
 
 
 def test_a_family_without_such_a_class_is_refused_before_work_and_padded_is_offered(tmp_path):

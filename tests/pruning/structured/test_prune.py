@@ -186,7 +186,6 @@ def test_settings_that_cannot_be_are_refused(changes, message):
         ({"sparsity": 0.9}, "of the structures that may only .* can; lower the sparsity"),
         ({"sparsity": 0.001}, "takes nothing: the least that can go is 0.0"),
         ({"structures": ("head",)}, "LlamaForCausalLM has no head that could be cut out"),
-        ({"update": "bias"}, "down_proj has none .*use update='refit'"),
     ],
 )
 def test_what_cannot_be_cut_is_refused_before_work(changes, message):
