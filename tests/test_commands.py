@@ -270,7 +270,7 @@ def test_a_search_under_an_update_hands_it_on_to_prune(monkeypatch, capsys, tmp_
     found, out = str(tmp_path / "found"), str(tmp_path / "out")
     data = ["--dataset", text, "--num-samples", "4", "--sequence-length", "32"]
     how = ["--method", "alps", "--targets", "dense", "--true-sequential", "--residual"]
-    work = ["search", small, "-o", found, "-s", "0.5", *data, *how, "--budget", "200 tokens", "--num-samples", "2"]
+    work = ["search", small, "-o", found, "-s", "0.5", *data, *how, "--budget", "200 tokens"]
     for resumed in ([], ["--resume"]):
         code, output, errors = run(monkeypatch, capsys, *work, "--strategy", "curves", *resumed)
         assert code == 0 and "--method alps --true-sequential --targets dense --residual " in output, errors
