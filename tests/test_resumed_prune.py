@@ -122,7 +122,9 @@ def test_an_interrupted_command_says_how_to_go_on_and_is_not_replaced_unasked(co
         assert code == 130 and f"2 finished blocks are in {blocks}; the same command with --resume goes on" in errors
     code, _, errors = run(monkeypatch, capsys, *prune)
     assert code == 2 and f"An interrupted run left blocks in {blocks.parent}; resume it, or remove" in errors
-    code, _, errors = run(monkeypatch, capsys, *prune, "--resume", "--method", "wanda")
+    code, _, errors = run(
+        monkeypatch, capsys, *("wanda" if word == "sparsegpt" else word for word in prune), "--resume"
+    )
     assert code == 2 and "was made with --method sparsegpt, not 'wanda'; resume it with the same settings" in errors
     code, _, errors = run(monkeypatch, capsys, *prune, "--resume", "--batch-size", "2")
     assert code == 0, errors

@@ -22,7 +22,7 @@ if not (ROOT / "setup.cfg").is_file():
 SETUP = configparser.ConfigParser()
 SETUP.read(ROOT / "setup.cfg")
 # what users install, and what only whoever works on it does
-RUNTIME = ("peft", "evaluate", "plots", "eval")
+RUNTIME = ("peft", "evaluate", "plots", "eval", "milp")
 # name of an import -> name of the distribution, where they differ
 DISTRIBUTIONS = {
     "lm_eval": "lm-eval",

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from ....common.installation import how_to_install
 from ..budget import Available
 
 
@@ -53,7 +54,7 @@ def least_error(
         from scipy.sparse import csr_array
     except ImportError as error:
         raise ImportError(
-            "allocation='milp' is solved by scipy (pip install scipy); install it, or use another allocation, such as "
+            f"allocation='milp' is solved by scipy: {how_to_install('milp')}; or use another allocation, such as "
             "'global'."
         ) from error
     levels = {name: _levels(unit) for name, unit in units.items()}
