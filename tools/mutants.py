@@ -32,39 +32,26 @@ from pathlib import Path
 
 
 PACKAGE = "optimum_dsa"
+CUT, ZEROS = "pruning/structured", "pruning/unstructured"
+LEARNERS = ("learned", "projected_gates", "hard_concrete", "policy_gradient")
 # module -> the files that test it; for others the one that mirrors it
 TESTS = {
-    **{
-        f"pruning/unstructured/{name}.py": ["pruning/unstructured/test_objective.py"]
-        for name in ("admm", "refit", "swap")
-    },
+    **{f"{ZEROS}/{name}.py": [f"{ZEROS}/test_objective.py"] for name in ("admm", "refit", "swap")},
     "pruning/allocation/histogram.py": ["pruning/allocation/test_allocators.py", "search/test_summary.py"],
     **{f"search/{name}.py": ["search/test_search.py"] for name in ("conductor", "counts")},
     "common/apart.py": ["search/test_apart.py", "recovery/test_recover.py"],
-    **{
-        f"model/{name}.py": ["pruning/structured/test_per_layer.py", "pruning/structured/test_layout.py"]
-        for name in ("modeling_per_layer", "per_layer")
-    },
+    **dict.fromkeys(("model/modeling_per_layer.py", "model/per_layer.py"), [f"{CUT}/test_per_layer.py"]),
     "pruning/structured/remove.py": ["pruning/structured/test_remove.py", "pruning/structured/test_prune.py"],
     "pruning/structured/trial.py": ["pruning/structured/test_tolerance.py"],
     "pruning/structured/widths/dense.py": ["pruning/structured/widths/test_shares.py"],
     "pruning/structured/widths/felt.py": ["pruning/structured/test_instead.py"],
     "search/prepared.py": ["search/test_structures.py"],
     "pruning/structured/scores.py": ["pruning/structured/learners/test_learner.py"],
-    **{
-        f"pruning/structured/learners/{name}.py": ["pruning/structured/learners/test_learner.py"]
-        for name in ("learned", "projected_gates", "hard_concrete")
-    },
-    "pruning/structured/learners/policy_gradient.py": ["pruning/structured/learners"],
-    **{
-        f"pruning/structured/wholes/{name}.py": ["pruning/structured/wholes/test_experts.py"]
-        for name in ("remove", "usage")
-    },
+    **{f"{CUT}/learners/{name}.py": [f"{CUT}/learners/test_learner.py"] for name in LEARNERS},
+    **{f"{CUT}/wholes/{name}.py": [f"{CUT}/wholes/test_experts.py"] for name in ("remove", "usage")},
     "pruning/structured/configuration.py": ["pruning/structured/test_prune.py"],
     "pruning/structured/refit.py": ["pruning/structured/test_importance.py"],
-    **{
-        f"pruning/structured/{name}.py": ["pruning/structured/test_structures.py"] for name in ("slicing", "structure")
-    },
+    **{f"{CUT}/{name}.py": [f"{CUT}/test_structures.py"] for name in ("slicing", "structure")},
     "pruning/sections.py": ["pruning/test_configuration.py"],
     "pruning/allocation/levels.py": ["pruning/allocation/test_budget.py"],
     **{f"pruning/{name}.py": ["pruning/test_prune.py"] for name in ("allocate", "report", "resolved_method", "sink")},
@@ -80,7 +67,7 @@ TESTS = {
     "checkpoint/convert.py": ["checkpoint/test_convert.py", "test_untrusted.py"],
     "model/walk.py": ["model/test_walk.py"],
     "pruning/allocation/unit.py": ["pruning/allocation/test_unit.py", "pruning/allocation/test_function.py"],
-    "search/objective.py": ["search/test_objective.py", "search/test_masking.py"],
+    "search/objective.py": ["search/test_objective.py", "search/realise/test_masking.py"],
     "search/resolver.py": ["search/test_resolver.py", "search/test_search.py"],
     **{
         f"search/{name}.py": [f"search/test_{name}.py", "search/test_search.py"]

@@ -22,9 +22,7 @@ import time
 from dataclasses import replace
 
 import torch
-from rows import Rows
-from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from rows import MEASURED, Rows, loaded, measured, windows_of
 
 from optimum_dsa import (
     DSAConfig,
@@ -32,10 +30,7 @@ from optimum_dsa import (
     ReconstructConfig,
     UpdateConfig,
     demo_model,
-    demo_texts,
-    load_tokens,
     own_device,
-    perplexity,
 )
 
 
@@ -54,7 +49,6 @@ ROWS = {
     "all, searched": {"method": "alps", "update": FULL, "reconstruct": True, "allocation": "searched"},
     "all, permuted": {"method": "alps", "update": FULL, "reconstruct": True, "permute": True},
 }
-MEASURED = ("validation", "test", "wikitext2_test")
 
 
 def parse() -> argparse.Namespace:
@@ -83,15 +77,6 @@ def parse() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def windows_of(args: argparse.Namespace) -> dict[str, torch.Tensor]:
-    """Part -> token ids, (windows, length)."""
-    if args.tokens:
-        return {name: value.long() for name, value in load_file(args.tokens).items()}
-    tokenizer = AutoTokenizer.from_pretrained(args.model)
-    sizes = {"num_samples": 32, "sequence_length": 128}
-    return {part: load_tokens(demo_texts(part), tokenizer, **sizes) for part in ("calibration", "validation", "test")}
-
-
 def config_of(row: str, sparsity: str, args: argparse.Namespace) -> DSAConfig | None:
     """What a row asks for; `None` where it says nothing about this sparsity."""
     settings = dict(ROWS[row])
@@ -109,7 +94,7 @@ def config_of(row: str, sparsity: str, args: argparse.Namespace) -> DSAConfig | 
 
 def run(row: str, config: DSAConfig, tokens: dict[str, torch.Tensor], args: argparse.Namespace) -> dict:
     """Perplexities, and the seconds of pruning, of a model that is loaded anew."""
-    model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32).to(args.device).eval()
+    model = loaded(args)
     pruner, calibration = DSAPruner(model), tokens["calibration"][: args.samples, : args.length]
     found = {}
     if ROWS[row].get("allocation") == "searched" and args.allocation:
@@ -128,36 +113,27 @@ def run(row: str, config: DSAConfig, tokens: dict[str, torch.Tensor], args: argp
     start, processor = time.perf_counter(), time.process_time()
     report = pruner.prune(calibration, config)
     wall, processor = time.perf_counter() - start, time.process_time() - processor
-    measured = {
-        name: round(perplexity(model, tokens[name][: args.windows], args.batch_size), 3)
-        for name in MEASURED
-        if name in tokens
-    }
     trained = [[block.before, block.after, block.rate, block.steps] for block in report.reconstruction.values()]
     seconds = {"seconds": round(wall, 1), "processor_seconds": round(processor, 1)}
-    return {"sparsity": report.sparsity, **measured, **seconds, "reconstruction": trained, **found}
-
-
-def dense(tokens: dict[str, torch.Tensor], args: argparse.Namespace) -> dict:
-    """Perplexities of the model as it is."""
-    model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32).to(args.device).eval()
     return {
-        name: round(perplexity(model, tokens[name][: args.windows], args.batch_size), 3)
-        for name in MEASURED
-        if name in tokens
+        "sparsity": report.sparsity,
+        **measured(model, tokens, args),
+        **seconds,
+        "reconstruction": trained,
+        **found,
     }
 
 
 def line(name: str, row: dict, base: dict | None, whole: dict) -> str:
     """A row as text; `base` is sparsegpt's, `whole` the dense model's."""
-    measured = [key for key in MEASURED if key in whole]
-    text = f"{name:<28}" + "".join(f"{row[key]:>16.2f}" for key in measured)
+    parts = [key for key in MEASURED if key in whole]
+    text = f"{name:<28}" + "".join(f"{row[key]:>16.2f}" for key in parts)
     if "processor_seconds" not in row:
         return text
     text += f"{row['seconds']:>9.0f} s"
     if base is None:
         return text
-    key = measured[-1]
+    key = parts[-1]
     lost = base[key] - whole[key]
     closed = f"{(base[key] - row[key]) / lost:>9.0%}" if lost > 0 else f"{'':>9}"
     return text + f"{row['processor_seconds'] / max(base['processor_seconds'], 0.1):>7.1f}{closed}"
@@ -171,7 +147,7 @@ def main() -> None:
         raise SystemExit(f"no row {unknown[0]!r}; there are {', '.join(ROWS)}")
     shapes = {name: list(value.shape) for name, value in tokens.items()}
     common = [str(args.model), shapes, args.samples, args.length, args.windows]
-    whole = rows.row(json.dumps(["dense", *common]), lambda: dense(tokens, args))
+    whole = rows.row(json.dumps(["dense", *common]), lambda: measured(loaded(args), tokens, args))
     calibration = tokens["calibration"][: args.samples, : args.length]
     print(f"{args.model}: {' x '.join(map(str, calibration.shape))} calibration tokens, {args.device}")
     heads = "".join(f"{name:>16}" for name in MEASURED if name in whole)

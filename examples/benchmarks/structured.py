@@ -18,19 +18,14 @@ import json
 import time
 
 import torch
-from rows import Rows
-from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from rows import Rows, loaded, measured, windows_of
 
 from optimum_dsa import (
     DSAPruner,
     DSAStructuredConfig,
     demo_model,
-    demo_texts,
-    load_tokens,
     measure_speed,
     own_device,
-    perplexity,
 )
 
 
@@ -75,7 +70,6 @@ ROWS = {
     "projected_gates, all": {"learner": "projected_gates", **FULL, "reconstruct": True, **FREE},
 }
 BASE = "flap"
-MEASURED = ("validation", "test", "wikitext2_test")
 
 
 def parse() -> argparse.Namespace:
@@ -98,27 +92,6 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--device", default=str(own_device()))
     return parser.parse_args()
-
-
-def windows_of(args: argparse.Namespace) -> dict[str, torch.Tensor]:
-    """Part -> token ids, (windows, length)."""
-    if args.tokens:
-        return {name: value.long() for name, value in load_file(args.tokens).items()}
-    tokenizer = AutoTokenizer.from_pretrained(args.model)
-    sizes = {"num_samples": 32, "sequence_length": 128}
-    return {part: load_tokens(demo_texts(part), tokenizer, **sizes) for part in ("calibration", "validation", "test")}
-
-
-def loaded(args: argparse.Namespace) -> torch.nn.Module:
-    return AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32).to(args.device).eval()
-
-
-def measured(model: torch.nn.Module, tokens: dict[str, torch.Tensor], args: argparse.Namespace) -> dict[str, float]:
-    return {
-        name: round(perplexity(model, tokens[name][: args.windows], args.batch_size), 3)
-        for name in MEASURED
-        if name in tokens
-    }
 
 
 def config_of(row: str, share: float, args: argparse.Namespace) -> DSAStructuredConfig:

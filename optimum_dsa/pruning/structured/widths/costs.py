@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
@@ -63,14 +64,8 @@ def flops(model: nn.Module, architecture: Architecture, units: Mapping[str, Stru
         attended = 4 * length * structures.reads[0].index.shape[1] if structures.heads[0] else 0
         each[unit] = 2 * matrices + attended
         total += attended * len(structures)
-    experts: dict[tuple[str, str], int] = {}
-    for weight in architecture.weights:
-        if weight.expert is not None:
-            experts[weight.module, weight.attribute] = experts.get((weight.module, weight.attribute), 0) + 1
-    met = experts_met(model)
-    for weight in architecture.weights:
-        beside = experts.get((weight.module, weight.attribute))
-        total += 2 * weight.size * (min(met / beside, 1.0) if beside and met else 1.0)
+    met = shares_met(model, architecture)
+    total += sum(2 * weight.size * met.get((weight.module, weight.attribute), 1.0) for weight in architecture.weights)
     return Cost(each, round(total) + 2 * excluded(architecture), "operations for a token")
 
 
@@ -103,6 +98,13 @@ def latency(model: nn.Module, architecture: Architecture, units: Mapping[str, St
 COSTS: Mapping[str, Counts] = {"parameters": parameters, "flops": flops, "kv": kv, "latency": latency}
 # What is no fact of the model, but of the machine, is looked at where it is asked for.
 TIMED = ("latency",)
+
+
+def shares_met(model: nn.Module, architecture: Architecture) -> dict[tuple[str, str], float]:
+    """(module, attribute) of experts that are stacked -> the share of them that a token is given to."""
+    beside = Counter((weight.module, weight.attribute) for weight in architecture.weights if weight.expert is not None)
+    met = experts_met(model)
+    return {place: min(met / number, 1.0) if met else 1.0 for place, number in beside.items()}
 
 
 def experts_met(model: nn.Module) -> int | None:

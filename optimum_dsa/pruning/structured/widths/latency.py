@@ -12,7 +12,7 @@ from torch.nn.functional import linear, scaled_dot_product_attention
 
 from ....model.architecture import Architecture
 from ..structure import Structures
-from .costs import Cost, experts_met
+from .costs import Cost, shares_met
 
 
 SHARES_KEPT = (1.0, 0.75, 0.5, 0.25)  # of a unit's structures, at which its products are timed
@@ -36,16 +36,10 @@ def latency(model: nn.Module, architecture: Architecture, units: Mapping[str, St
         each[unit] = max(round(1e9 * per), 0)
         total += whole
         seen |= {cut.tensor for cut in structures.cuts}
-    beside: dict[tuple[str, str], int] = {}
+    met = shares_met(model, architecture)
     for weight in architecture.weights:
-        if weight.expert is not None:
-            beside[weight.module, weight.attribute] = beside.get((weight.module, weight.attribute), 0) + 1
-    met = experts_met(model)
-    for weight in architecture.weights:
-        if f"{weight.module}.{weight.attribute}" in seen:
-            continue
-        others = beside.get((weight.module, weight.attribute))
-        total += stop.product(*weight.shape) * (min(met / others, 1.0) if others and met else 1.0)
+        if f"{weight.module}.{weight.attribute}" not in seen:
+            total += stop.product(*weight.shape) * met.get((weight.module, weight.attribute), 1.0)
     return Cost(each, round(1e9 * total), "nanoseconds for a window")
 
 
