@@ -67,7 +67,7 @@ TESTS = {
     "checkpoint/convert.py": ["checkpoint/test_convert.py", "test_untrusted.py"],
     "model/walk.py": ["model/test_walk.py"],
     "pruning/allocation/unit.py": ["pruning/allocation/test_unit.py", "pruning/allocation/test_function.py"],
-    "search/objective.py": ["search/test_objective.py", "search/realise/test_masking.py"],
+    "search/objective.py": ["search/test_objective.py", "search/realise/test_masks.py"],
     "search/resolver.py": ["search/test_resolver.py", "search/test_search.py"],
     **{
         f"search/{name}.py": [f"search/test_{name}.py", "search/test_search.py"]
