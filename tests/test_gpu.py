@@ -34,10 +34,10 @@ def test_masks_are_those_of_the_cpu_bit_for_bit(method):
 @needs_gpu
 @pytest.mark.parametrize("method", ["sparsegpt", "alps"])
 def test_updates_differ_by_the_rounding_of_their_inverse(method):
-    """0.18 % of sparsegpt's bits did where it was measured first; as many are kept."""
+    """On an H200 0.18 % of sparsegpt's bits did, of alps's 0.6 %; as many are kept."""
     there, here = kept(method, "cuda"), kept(method, "cpu")
     assert there.sum() == here.sum()
-    assert (there != here).float().mean() < 0.01
+    assert (there != here).float().mean() < (0.01 if method == "sparsegpt" else 0.03)
 
 
 @needs_gpu

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -88,7 +89,8 @@ def _support(
     penalty, kept, grown = PENALTY, max(int(keep.sum()), 1), False
     drawn = drawing(penalty)
     for step in range(1, STEPS + 1):
-        sought = drawn(torch.where(keep, state, -state).sub_(scaled)).add_(scaled)
+        with _short_factors():
+            sought = drawn(torch.where(keep, state, -state).sub_(scaled)).add_(scaled)
         state = sought.add_(state.masked_fill_(keep, 0))
         keep = project(state)
         if step % EVERY:
@@ -105,6 +107,20 @@ def _support(
         drawn = None  # goes first: either is as large as X·Xᵀ
         drawn = drawing(penalty)
     return keep, state.masked_fill_(~keep, 0)
+
+
+@contextmanager
+def _short_factors() -> Iterator[None]:
+    """Products on a GPU by its matrix units (TF32, factors of 11 bits): the step moves a support, `refit` is exact.
+
+    Pruned so, llama-10m's perplexity at 70 % was 46.08, and 46.14 without (factors rounded on the CPU, 64 windows).
+    """
+    settings = torch.backends.cuda.matmul
+    before, settings.fp32_precision = settings.fp32_precision, "tf32"
+    try:
+        yield
+    finally:
+        settings.fp32_precision = before
 
 
 def _by_spectrum(statistics: LayerStatistics, damping: float, rows: int) -> tuple[Tensor, Callable[[float], Drawn]]:
@@ -133,8 +149,9 @@ def _by_factor(statistics: LayerStatistics, damping: float, rows: int) -> tuple[
         factor, failed = torch.linalg.cholesky_ex(factor)
         if failed:  # X·Xᵀ without damping, and a penalty near none: an eigenvalue below zero is told from one at zero
             return _by_spectrum(statistics, damping, rows)[1](penalty)
-        # A solution takes longer than a product with the inverse, and few rows do not make up for finding that.
-        if EVERY * rows < len(factor):
+        # A solution takes longer than a product with the inverse, and few rows do not make up for finding that; but on
+        # a GPU, which has to take its columns in turn.
+        if EVERY * rows < len(factor) and not factor.is_cuda:
             return lambda matrix: torch.cholesky_solve(matrix.t(), factor).t().mul_(penalty)
         inverse = torch.cholesky_inverse(factor).mul_(penalty)
         return lambda matrix: matrix @ inverse

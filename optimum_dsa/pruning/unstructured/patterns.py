@@ -141,29 +141,21 @@ def _lowest(scores: Tensor, count: int) -> Tensor:
     if count >= scores.numel():
         return torch.ones_like(scores, dtype=torch.bool)
     # One threshold instead of a sort of the whole matrix; what equals it is told apart by position.
-    # A GPU's kthvalue works on a vector with one of its hundred processors.
-    halving = scores.is_cuda and scores.dtype == torch.float32 and scores.min() >= 0
-    threshold = kth_by_halving(scores, count) if halving else scores.kthvalue(count).values
-    lowest = scores < threshold
-    ties = (scores == threshold).nonzero().squeeze(1)
-    lowest[ties[: count - int(lowest.sum())]] = True
-    return lowest
+    threshold = kth_by_extremes(scores, count) if scores.is_cuda else scores.kthvalue(count).values
+    lowest, ties = scores < threshold, scores == threshold
+    # Without waiting for a number, which a GPU would stand still for.
+    return lowest.logical_or_(ties.logical_and_(ties.cumsum(0, dtype=torch.int32) <= count - lowest.sum()))
 
 
-def kth_by_halving(scores: Tensor, count: int) -> Tensor:
-    """The `count`-th lowest, from 1, of a vector of numbers that are not negative, (n,) -> () float32.
+def kth_by_extremes(scores: Tensor, count: int) -> Tensor:
+    """The `count`-th lowest, from 1, of a vector, (n,) -> (): the last of those that lie on its side of the middle.
 
-    31 passes, of all processors that there are and without waiting for any: each halves the bits that it can have.
+    A GPU's kthvalue works on a vector with one of its hundred processors; its topk works with all.
     """
-    # Read as integers, such numbers keep their order.
-    bits = scores.float().view(torch.int32)
-    low = torch.zeros((), dtype=torch.int32, device=scores.device)
-    high = torch.full_like(low, 0x7F800000)  # infinity
-    for _ in range(31):
-        middle = low + (high - low) // 2
-        enough = (bits <= middle).sum() >= count
-        low, high = torch.where(enough, low, middle + 1), torch.where(enough, middle, high)
-    return high.view(torch.float32)
+    above = scores.numel() - count + 1
+    if count <= above:
+        return scores.topk(count, largest=False, sorted=False).values.max()
+    return scores.topk(above, sorted=False).values.min()
 
 
 def _lowest_per_row(scores: Tensor, count: int) -> Tensor:

@@ -3,7 +3,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from optimum_dsa.pruning.unstructured.patterns import Pattern, count_in_columns, kth_by_halving, removal_order
+from optimum_dsa.pruning.unstructured.patterns import Pattern, count_in_columns, kth_by_extremes, removal_order
 
 
 COUNTED = ("row", "matrix", "group:4", "group:128")
@@ -167,7 +167,7 @@ def test_which_patterns_have_one_sparsity():
 
 
 @pytest.mark.parametrize("kind", ["spread", "equal", "tiny", "zeros"])
-def test_the_kth_lowest_by_halving_is_the_kth_lowest(kind):
+def test_the_kth_lowest_by_extremes_is_the_kth_lowest(kind):
     """What a GPU does in the place of kthvalue."""
     scores = torch.rand(501, generator=torch.Generator().manual_seed(0))
     scores = {
@@ -177,4 +177,4 @@ def test_the_kth_lowest_by_halving_is_the_kth_lowest(kind):
         "zeros": torch.tensor([0.0, -0.0, 0.0, torch.inf]),
     }[kind]
     for count in {1, 2, len(scores) // 2, len(scores)}:
-        assert kth_by_halving(scores, count) == scores.kthvalue(count).values
+        assert kth_by_extremes(scores, count) == scores.kthvalue(count).values
