@@ -1,0 +1,122 @@
+"""Products with packed matrices: the operators, and what they are in PyTorch. Faster kernels register elsewhere.
+
+A matrix of (rows, columns) is four tensors, see [`~packed.matrix.PackedMatrix`]:
+
+* `mask`, (⌈rows · columns ÷ 8⌉,) uint8: one bit per weight, row by row, lowest bit first.
+* `values`, (kept,): the kept weights in their order; int8; or uint8, two numbers of 4 bits a byte, the first one low.
+* `starts`, (rows + 1,) int64: at which value each row begins; of 4 bits, every row begins at a byte.
+* `scales`, (rows, groups) float32: what whole numbers are multiplied with, per `group` columns (0: a row); or `None`.
+
+Operators trust what they are given, as they run for every token: [`~packed.matrix.PackedMatrix`] has checked it.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+TILE = 256  # rows that are dense at once
+_LIBRARY = torch.library.Library("optimum_dsa", "DEF")
+_PACKED = "Tensor mask, Tensor values, Tensor starts, Tensor? scales, int group"
+_LIBRARY.define(f"linear(Tensor input, {_PACKED}) -> Tensor")
+_LIBRARY.define(f"dense_rows({_PACKED}, int columns, int first, int last, ScalarType dtype) -> Tensor")
+
+
+def linear(
+    input: Tensor, mask: Tensor, values: Tensor, starts: Tensor, scales: Tensor | None = None, group: int = 0
+) -> Tensor:
+    """input · Wᵀ, (..., columns) -> (..., rows) in the input's dtype: by a kernel, where one is there."""
+    return torch.ops.optimum_dsa.linear(input, mask, values, starts, scales, group)
+
+
+def dense_rows(
+    mask: Tensor,
+    values: Tensor,
+    starts: Tensor,
+    scales: Tensor | None,
+    group: int,
+    columns: int,
+    first: int,
+    last: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    """The rows from `first` to before `last` with their zeros, (last - first, columns) of `dtype`."""
+    return torch.ops.optimum_dsa.dense_rows(mask, values, starts, scales, group, columns, first, last, dtype)
+
+
+def whole_numbers(values: Tensor) -> Tensor:
+    """The values of a matrix as numbers of one element each: 4 bits, two a byte, become int8, from -8 to 7."""
+    if values.dtype != torch.uint8:
+        return values
+    both = torch.stack((values & 15, values >> 4), dim=-1).flatten().view(torch.int8)
+    return both - ((both & 8) << 1)
+
+
+def _dense_rows(mask, values, starts, scales, group, columns, first, last, dtype):
+    # Cut at whole bytes, of which the first bits may belong to the row before.
+    begin, end = first * columns, last * columns
+    part = mask[begin // 8 : -(-end // 8)]
+    bits = (part[:, None] >> torch.arange(8, dtype=torch.uint8, device=mask.device)) & 1
+    kept = bits.flatten()[begin % 8 : begin % 8 + end - begin].bool().view(last - first, columns)
+    if values.dtype == torch.uint8:
+        # Of 4 bits, rows of an odd number have one place more than values.
+        ends = starts[first : last + 1].tolist()
+        some = whole_numbers(values[ends[0] // 2 : -(-ends[-1] // 2)])
+        counts = kept.sum(1)
+        places = torch.arange(columns, device=mask.device) < counts[:, None]
+        wide = torch.zeros(last - first, columns, dtype=torch.int8, device=mask.device)
+        index = (starts[first:last] - starts[first])[:, None] + torch.arange(columns, device=mask.device)
+        wide[places] = some[index[places]]
+        some = wide[places]
+    else:
+        some = values[int(starts[first]) : int(starts[last])]
+    if scales is None:
+        return torch.zeros(kept.shape, dtype=dtype, device=mask.device).masked_scatter_(kept, some.to(dtype))
+    dense = torch.zeros(kept.shape, dtype=torch.float32, device=mask.device).masked_scatter_(kept, some.float())
+    each = scales[first:last].repeat_interleave(group or columns, dim=1)[:, :columns]
+    return dense.mul_(each).to(dtype)
+
+
+def _linear(input, mask, values, starts, scales, group):
+    rows, columns = len(starts) - 1, input.shape[-1]
+    output = input.new_empty(*input.shape[:-1], rows)
+    for first in range(0, rows, TILE):
+        last = min(first + TILE, rows)
+        tile = dense_rows(mask, values, starts, scales, group, columns, first, last, input.dtype)
+        output[..., first:last] = torch.nn.functional.linear(input, tile)
+    return output
+
+
+_LIBRARY.impl("dense_rows", _dense_rows, "CompositeExplicitAutograd")
+_LIBRARY.impl("linear", _linear, "CompositeExplicitAutograd")
+
+
+@torch.library.register_fake("optimum_dsa::linear")
+def _(input, mask, values, starts, scales, group):
+    return input.new_empty(*input.shape[:-1], starts.shape[0] - 1)
+
+
+@torch.library.register_fake("optimum_dsa::dense_rows")
+def _(mask, values, starts, scales, group, columns, first, last, dtype):
+    return mask.new_empty(last - first, columns, dtype=dtype)
+
+
+def _remember(ctx, inputs, output) -> None:
+    input, mask, values, starts, scales, group = inputs
+    ctx.save_for_backward(mask, values, starts, scales)
+    ctx.group, ctx.columns = group, input.shape[-1]
+
+
+def _backward(ctx, gradient):
+    """The gradient of the input, (..., columns), a tile of rows at a time; the matrix has none."""
+    mask, values, starts, scales = ctx.saved_tensors
+    rows, found = gradient.shape[-1], gradient.new_zeros(*gradient.shape[:-1], ctx.columns)
+    for first in range(0, rows, TILE):
+        last = min(first + TILE, rows)
+        tile = dense_rows(mask, values, starts, scales, ctx.group, ctx.columns, first, last, gradient.dtype)
+        found += gradient[..., first:last] @ tile
+    return found, None, None, None, None, None
+
+
+torch.library.register_autograd("optimum_dsa::linear", _backward, setup_context=_remember)
