@@ -25,6 +25,7 @@ _PUBLIC = {
     "DSACallback": "recovery.gradual.callback",
     "DSAConfig": "pruning.configuration",
     "DSAPruner": "pruner",
+    "DSAQuantizationConfig": "checkpoint.transformers_loader",
     "DSAStructuredConfig": "pruning.structured.configuration",
     "ENCODINGS": "checkpoint.encodings",
     "EXPORTS": "checkpoint.exports",
