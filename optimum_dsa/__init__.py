@@ -99,6 +99,7 @@ _PUBLIC = {
     "own_device": "common.devices",
     "perplexity": "evaluation.perplexity",
     "perplexity_with_error": "evaluation.perplexity",
+    "lora_on_packed": "recovery.adapters.packed",
     "plan": "checkpoint.plan",
     "plot_search": "sharing.pictures",
     "plot_sensitivity": "sharing.pictures",

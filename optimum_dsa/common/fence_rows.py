@@ -190,6 +190,13 @@ FENCES = {
         "recovery.adapters.layer, recovery.adapters.peft_method",
         _PEFT,
     ),
+    "custom layers": Fence(
+        "peft",
+        "LoraConfig._register_custom_module, LoraLayer._get_in_out_features",
+        "a LoRA stands beside a packed layer, which PEFT does not know",
+        "recovery.adapters.packed",
+        "tests/recovery/adapters/test_packed.py",
+    ),
     # huggingface_hub
     "transport": Fence(
         "huggingface_hub",

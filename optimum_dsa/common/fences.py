@@ -248,6 +248,11 @@ def add_peft_type(name: str) -> None:
         raise FENCES["methods"].missing() from None
 
 
+def use_lora_layer(config: Any, kind: type[nn.Module], layer: type[nn.Module]) -> None:
+    """Have PEFT put `layer` around modules of a `kind` that it does not know, where a LoRA of `config` is put on."""
+    _get(config, "_register_custom_module", "custom layers")({kind: layer})
+
+
 def check_adapter_arguments(layer: Any, x: Tensor, *args, **kwargs) -> None:
     """What PEFT asks of the arguments of a LoRA layer, x (..., in_features) first."""
     _get(layer, "_check_forward_args", "layer")(x, *args, **kwargs)
