@@ -53,6 +53,7 @@ FIRST = {
     "--num-fewshot --limit --batch-size --output --json --device --dtype --device-map --offload-folder --revision "
     "--trust-remote-code",
     "report": "--compare -o --output",
+    "generate": "--prompt --max-new-tokens --temperature --top-p --seed --chat --no-chat --tokenizer --device --dtype",
     "bench": "--against --prompt --new-tokens --batch-size --rounds --threads --seed --device --dtype",
     "verify": "--device --dtype --device-map --offload-folder --revision --trust-remote-code",
     "convert": "--to --revision",
