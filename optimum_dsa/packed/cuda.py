@@ -24,6 +24,7 @@ from pathlib import Path
 from statistics import median
 
 import torch
+from huggingface_hub import constants
 from torch import Tensor
 
 from .two_of_four import BYTES, dense_rows, linear_24
@@ -214,7 +215,7 @@ def allowed() -> bool:
 
 def cache_folder() -> Path:
     """Where compiled libraries and tables are."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "optimum_dsa" / "cuda"
+    return Path(constants.HF_HOME) / "optimum-dsa" / "cuda"
 
 
 def compiler() -> Path | None:

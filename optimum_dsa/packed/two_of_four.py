@@ -20,7 +20,7 @@ from .ops import TILE, whole_numbers
 
 
 ROWS, COLUMNS = 16, 256  # of a group
-BYTES = {16: 4608, 8: 2560, 4: 1664}  # of a group, by bits of a value
+BYTES = {16: 4608, 8: 2560, 4: 1600}  # of a group, by bits of a value
 _BITS = {bytes: bits for bits, bytes in BYTES.items()}
 _VALUES = {torch.bfloat16: 16, torch.int8: 8, torch.uint8: 4}
 # For each mask of four neighbours, lowest first: two places in order that hold what it keeps, and which of them do.
@@ -40,8 +40,8 @@ class TwoOfFour:
     """A matrix of `shape` (rows, columns) with at most two of every four neighbours of a row kept.
 
     Attributes:
-        groups (`Tensor`): (⌈rows ÷ 16⌉, ⌈columns ÷ 256⌉, bytes) uint8; 4608 bytes of bfloat16, 2560 of 8 bits and 1664
-            of 4 bits, whose scales lie among them.
+        groups (`Tensor`): (⌈rows ÷ 16⌉, ⌈columns ÷ 256⌉, bytes) uint8; 4608 bytes of bfloat16, 2560 of 8 bits and 1600
+            of 4 bits, whose scales lie among them as bfloat16.
         shape (`tuple[int, int]`): rows and columns; columns are a multiple of four.
         scales (`Tensor`, *optional*): (rows, 1) float32, of 8 bits.
         group (`int`): columns that share a scale in the matrix that it was made of; 0 for all of a row.
@@ -60,16 +60,18 @@ class TwoOfFour:
 
         Raises:
             ValueError: it keeps three of some four, its columns are no multiple of four, or the kernels do not take
-                its values (bfloat16; int8 with a scale a row; 4 bits with one a row or a multiple of 128 columns).
+                its values (bfloat16; int8 with a scale a row; 4 bits with one a row or a multiple of 128 columns, of
+                bfloat16's precision).
         """
         rows, columns = matrix.shape
         bits = _VALUES.get(matrix.values.dtype)
-        if columns % 4 or bits is None or (matrix.group and (bits != 4 or matrix.group % 128)):
+        exact = bits != 4 or torch.equal(matrix.scales.bfloat16().float(), matrix.scales)
+        if columns % 4 or bits is None or (matrix.group and (bits != 4 or matrix.group % 128)) or not exact:
             raise ValueError(
                 f"{rows} x {columns} weights of {matrix.values.dtype} with a scale per {matrix.group or columns} "
                 f"columns have no form of two of four; it is for a multiple of 4 columns, and for values of bfloat16, "
-                f"int8 with a scale a row, or 4 bits with one a row or a multiple of 128 columns: keep the packed "
-                f"matrix as it is."
+                f"int8 with a scale a row, or 4 bits with one of bfloat16 a row or a multiple of 128 columns: keep "
+                f"the packed matrix as it is."
             )
         parts, full = [], True
         for first in range(0, rows, TILE):
@@ -295,7 +297,7 @@ def _scale_bytes(scales: Tensor, group: int, columns: int) -> Tensor:
     """Scales, (rows, groups), one for each 128 columns, as lanes load them: [8 g][2 halves][rows g, g + 8]."""
     each = scales.repeat_interleave(group // 128 if group else -(-columns // 128), 1)[:, : -(-columns // 128)]
     each = torch.nn.functional.pad(each, (0, each.shape[1] % 2, 0, -len(each) % ROWS))
-    return _bytes(each.view(-1, 2, 8, each.shape[1] // 2, 2).permute(0, 3, 2, 4, 1))
+    return _bytes(each.bfloat16().view(-1, 2, 8, each.shape[1] // 2, 2).permute(0, 3, 2, 4, 1))
 
 
 _VALUE_BYTES = {16: _bytes, 8: _value_bytes_8, 4: _value_bytes_4}
@@ -314,7 +316,7 @@ def _parts(groups: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         values = values.unflatten(5, (2, 2, 2))
         return (_unfragments(values.contiguous()).int() - 128).to(torch.int8), places, None
     values = (_unfragments(_values_4(part).contiguous()) - 8).to(torch.int8)
-    scales = groups[..., end + 512 :].contiguous().view(torch.float32).unflatten(2, (8, 2, 2))
+    scales = groups[..., end + 512 :].contiguous().view(torch.bfloat16).float().unflatten(2, (8, 2, 2))
     return values, places, scales.permute(0, 4, 2, 1, 3).reshape(len(values), -1)
 
 

@@ -13,6 +13,9 @@
 #define __global__
 #define __launch_bounds__(...)
 
+struct uint2 {
+  uint32_t x, y;
+};
 struct uint4 {
   uint32_t x, y, z, w;
 };
@@ -194,13 +197,15 @@ inline void multiply_sparse(float (&sums)[4], const uint32_t (&a)[4], uint4 b, u
   emulator::wait(warp.barrier);
 }
 
-inline void load_weights(uint4& found, const uint8_t* from, bool wanted) {
+template <class Words> inline void load_weights(Words& found, const uint8_t* from, bool wanted) {
   if (!wanted) return;
-  const bool beyond = from < emulator::weights_begin || from + 16 > emulator::weights_end;
+  const size_t bytes = sizeof(Words);
+  const bool beyond = from < emulator::weights_begin || from + bytes > emulator::weights_end;
   if (emulator::weights_end && beyond) emulator::fail("read beyond the weights");
-  if ((uintptr_t)from % 16) emulator::fail("weights are not aligned");
-  memcpy(&found, from, 16);
-  emulator::weights_read += 16;
+  if ((uintptr_t)from % bytes) emulator::fail("weights are not aligned");
+  memcpy(&found, from, bytes);
+  // The four lanes of a row read the same scales.
+  emulator::weights_read += bytes == 16 ? 16 : threadIdx.x % 4 ? 0 : 8;
 }
 inline uint4 load_input(const void* from) {
   if ((uintptr_t)from % 16) emulator::fail("the input is not aligned");

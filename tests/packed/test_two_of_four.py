@@ -28,7 +28,7 @@ def whole_numbers(rows, columns, bits, group, seed=0, share=1.0):
     limit = 1 << bits - 1
     numbers = torch.randint(-limit, limit, (rows, columns), generator=generator, dtype=torch.int8)
     numbers[numbers == 0] = 1
-    scales = torch.rand(rows, -(-columns // group) if group else 1, generator=generator) + 0.1
+    scales = (torch.rand(rows, -(-columns // group) if group else 1, generator=generator) + 0.1).bfloat16().float()
     mask, values = packed_bits(keep), numbers[keep]
     starts = row_starts(mask, (rows, columns), even=bits == 4)
     if bits == 4:
@@ -89,7 +89,7 @@ def test_a_weight_lies_where_the_instruction_takes_it():
         assert values[places.index(column % 4)] == 3.0 and values.float().sum() == 3.0
 
 
-@pytest.mark.parametrize("bits, per_weight", [(16, 1.125), (8, 0.625), (4, 0.40625)])
+@pytest.mark.parametrize("bits, per_weight", [(16, 1.125), (8, 0.625), (4, 0.390625)])
 def test_bytes_of_a_weight(bits, per_weight):
     packed = PackedMatrix.of(two_of_four(32, 512)) if bits == 16 else whole_numbers(32, 512, bits, 0)
     assert TwoOfFour.of(packed).groups.nbytes == per_weight * 32 * 512
@@ -112,6 +112,10 @@ def test_what_has_no_such_form_is_told():
             TwoOfFour.of(PackedMatrix.of(other))
     with pytest.raises(ValueError, match="no form of two of four"):
         TwoOfFour.of(whole_numbers(4, 128, 8, 64))
+    fine = whole_numbers(4, 128, 4, 0)
+    fine.scales[1] = 1.0001
+    with pytest.raises(ValueError, match="one of bfloat16"):
+        TwoOfFour.of(fine)
     assert not is_two_of_four(PackedMatrix.of(torch.ones(2, 6)))
 
 

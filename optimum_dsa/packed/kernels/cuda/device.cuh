@@ -24,7 +24,6 @@ DEVICE int anew(int value) {
   return value;
 }
 
-DEVICE float as_float(uint32_t bits) { return __uint_as_float(bits); }
 DEVICE float from_bfloat16(uint16_t half) { return __uint_as_float((uint32_t)half << 16); }
 DEVICE uint16_t to_bfloat16(float value) { return __bfloat16_as_ushort(__float2bfloat16_rn(value)); }
 // Numbers beyond what float16 holds become the greatest that it does.
@@ -78,6 +77,12 @@ DEVICE void load_weights(uint4& found, const uint8_t* from, bool wanted) {
       "{\n.reg .pred q;\nsetp.ne.b32 q, %5, 0;\n"
       "@q ld.global.nc.L1::no_allocate.L2::256B.v4.u32 {%0,%1,%2,%3}, [%4];\n}"
       : "+r"(found.x), "+r"(found.y), "+r"(found.z), "+r"(found.w)
+      : "l"(from), "r"((int)wanted));
+}
+DEVICE void load_weights(uint2& found, const uint8_t* from, bool wanted) {
+  asm volatile(
+      "{\n.reg .pred q;\nsetp.ne.b32 q, %3, 0;\n@q ld.global.nc.L1::no_allocate.v2.u32 {%0,%1}, [%2];\n}"
+      : "+r"(found.x), "+r"(found.y)
       : "l"(from), "r"((int)wanted));
 }
 DEVICE uint4 load_input(const void* from) {

@@ -5,7 +5,7 @@
 // instructions, contiguous:
 //   bfloat16  [8 instructions][32 lanes][16 bytes] | [32][16] places                                      4608 bytes
 //   8 bits    [4 pairs of instructions][32][16]    | places; one scale a row, apart                       2560 bytes
-//   4 bits    [2 fours of instructions][32][16]    | places | [8 rows][2 halves][rows r, r + 8] scales    1664 bytes
+//   4 bits    [2 fours of instructions][32][16]    | places | [8 rows][2 halves][rows r, r + 8] scales    1600 bytes
 // Of places, lanes 4g and 4g + 1 hold those of the even instructions, 4g + 2 and 4g + 3 those of the odd ones. Columns are
 // permuted within 32, by whole fours, so that a lane's four registers of x are 16 neighbouring bytes of shared memory.
 //
@@ -37,10 +37,11 @@ constexpr int SUMS = 20;        // floats from one vector's 16 sums to the next:
 template <int BITS> struct Format {
   static constexpr int loads = BITS / 2;  // of 16 bytes, a lane and group
   static constexpr bool scaled = BITS == 4;
-  static constexpr uint32_t bytes = 512 * (loads + 1) + (scaled ? 128 : 0);
+  static constexpr uint32_t bytes = 512 * (loads + 1) + (scaled ? 64 : 0);
 };
 template <int BITS> struct Group {
-  uint4 values[Format<BITS>::loads], places, scales;
+  uint4 values[Format<BITS>::loads], places;
+  uint2 scales;  // bfloat16: of rows g and g + 8 for the first 128 columns, then for the others
 };
 
 DEVICE uint32_t word(uint4 four, int index) {
@@ -85,10 +86,10 @@ DEVICE void multiply(float (&chains)[2][4], float (&total)[4], const Group<BITS>
   }
   refill(loads);
   if (scaled) {
-    const uint4 s = group.scales;
+    const uint2 s = group.scales;
 #pragma unroll
     for (int i = 0; i < 4; i += ONE ? 2 : 1)  // of one vector, the second column is nothing
-      total[i] += as_float(i < 2 ? s.x : s.y) * chains[0][i] + as_float(i < 2 ? s.z : s.w) * chains[1][i];
+      total[i] += from_bfloat16(s.x >> 8 * (i & 2)) * chains[0][i] + from_bfloat16(s.y >> 8 * (i & 2)) * chains[1][i];
     refill(loads + 1);
   }
 }
@@ -200,7 +201,7 @@ __global__ void __launch_bounds__(WARPS * 32, BLOCKS) two_of_four(const Work wor
     if (which >= work.tiles) which = work.tiles - 1;  // the last unit may have fewer tiles: read one twice, write none
     return work.weights + ((size_t)which * work.groups + first + way) * bytes + 16 * lane;
   };
-  const int to_scales = 512 * (loads + 1) + 16 * g - 16 * lane;
+  const int to_scales = 512 * (loads + 1) + 8 * g - 16 * lane;
   const uint8_t* next = start_of(loading);
   auto advance = [&] {
     left--;
