@@ -3,7 +3,8 @@
 Importing this registers them. Each call asks the table of this card: milliseconds of every way to cut a kernel's
 work, of unpacking a tile of rows after the other, and of a dense weight, by shape and batch. What is not in the table
 is measured at its first call, which takes some hundredths of a second; and a kernel whose product is not that of
-PyTorch is never used. Without a compiler, a GPU or leave ([`allowed`]) everything is as if this file were not there.
+PyTorch is never used. Without a GPU, or without a library and leave to compile one ([`allowed`]), everything is as if
+this file were not there.
 """
 
 from __future__ import annotations
@@ -172,7 +173,7 @@ class Kernels:
             input = input.clone()
         parts = self.parts(way, rows, columns, batch)
         stream = torch.cuda.current_stream(input.device).cuda_stream if input.is_cuda else 0
-        sums, arrived = self.room(input.device, stream, parts * batch * rows, len(groups))
+        sums, arrived = (None, None) if parts == 1 else self.room(input, stream, parts * batch * rows, len(groups))
         tensors = (groups, scales, input, output, sums, arrived)
         pointers = [None if tensor is None else tensor.data_ptr() for tensor in tensors]
         said = self.function(*pointers, *self.cut(way, rows, columns, batch, bits, parts), stream)
@@ -182,9 +183,14 @@ class Kernels:
                 f"{f' (CUDA {said - 1000})' if said >= 1000 else ''}; unset OPTIMUM_DSA_JIT to do without it."
             )
 
-    def room(self, device: torch.device, stream: int, floats: int, counters: int) -> tuple[Tensor, Tensor]:
+    def room(self, input: Tensor, stream: int, floats: int, counters: int) -> tuple[Tensor, Tensor]:
         """Sums of parts, and counters, which are zero between two kernels; of a stream, whose kernels take turns."""
+        device = input.device
         sums, arrived = self.rooms.get((device, stream), (None, None))
+        if input.is_cuda and torch.cuda.is_current_stream_capturing():
+            # Of its own, which the graph makes zero: nobody knows which graph will run first.
+            sums = torch.empty(floats, dtype=torch.float32, device=device)
+            return sums, torch.zeros(counters, dtype=torch.int32, device=device)
         if sums is None or len(sums) < floats or len(arrived) < counters:
             sums = torch.empty(max(floats, 2**20), dtype=torch.float32, device=device)
             arrived = torch.zeros(max(counters, 2**12), dtype=torch.int32, device=device)
@@ -227,15 +233,34 @@ def compiler() -> Path | None:
     return next((place for place in places if place.is_file()), None)
 
 
+def file_name(architecture: str) -> str:
+    """The name of a library, which tells the sources that it was made of."""
+    digest = hashlib.sha256(b"".join(path.read_bytes() for path in sorted(SOURCES.iterdir()))).hexdigest()[:16]
+    return f"two_of_four-{digest}-sm{architecture}.so"
+
+
+def library_for(architecture: str) -> Path | None:
+    """The library that was carried along, else that of the cache, compiled where it is allowed and needed.
+
+    Raises:
+        RuntimeError: it is to be compiled, and cannot be.
+    """
+    carried = Path(os.environ.get("OPTIMUM_DSA_KERNELS_PATH") or cache_folder()) / file_name(architecture)
+    if carried.is_file():
+        return carried
+    return build(architecture) if allowed() else None
+
+
 def build(architecture: str, folder: Path | None = None) -> Path:
-    """The library for cards of `architecture` ("80", "90"), compiled if `folder` has none of these sources.
+    """The library for cards of `architecture` ("80", "90"), compiled if `folder` (the cache) has none of them.
+
+    A folder that is carried to another machine is named there by OPTIMUM_DSA_KERNELS_PATH.
 
     Raises:
         RuntimeError: there is no compiler, or it failed; its own words are in the message.
     """
     folder = folder or cache_folder()
-    digest = hashlib.sha256(b"".join(path.read_bytes() for path in sorted(SOURCES.iterdir()))).hexdigest()[:16]
-    library = folder / f"two_of_four-{digest}-sm{architecture}.so"
+    library = folder / file_name(architecture)
     if library.is_file():
         return library
     if (nvcc := compiler()) is None:
@@ -257,16 +282,18 @@ def build(architecture: str, folder: Path | None = None) -> Path:
 
 @cache
 def kernels(device: torch.device) -> Kernels | None:
-    """The kernels for a card; `None` where they are not allowed, do not compile, or the card is older than sm_80."""
-    if not allowed() or device.type != "cuda":
+    """The kernels for a card; `None` where none are there and may be compiled, or the card is older than sm_80."""
+    if device.type != "cuda" or not torch.cuda.is_available():
         return None
     card = torch.cuda.get_device_properties(device)
     if (card.major, card.minor) < (8, 0):
         return None
     try:
-        library = build(f"{card.major}{card.minor}")
+        library = library_for(f"{card.major}{card.minor}")
     except (RuntimeError, OSError) as error:
         logger.warning("Packed matrices are multiplied without kernels on %s: %s", card.name, error)
+        return None
+    if library is None:
         return None
     shared = (card.shared_memory_per_multiprocessor, card.shared_memory_per_block_optin)
     name = "".join(letter if letter.isalnum() else "-" for letter in card.name)
