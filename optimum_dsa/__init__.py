@@ -92,6 +92,7 @@ _PUBLIC = {
     "export": "checkpoint.exports",
     "find_architecture": "model.architecture",
     "fit_to_budget": "pruning.allocation",
+    **dict.fromkeys(("GeneratedText", "answers_chats", "generate_text"), "evaluation.generate"),
     "load_calibration": "pruning.calibration",
     "load_tokens": "data",
     "measure": "evaluation.measure",
