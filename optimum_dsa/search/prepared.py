@@ -17,11 +17,11 @@ from ..pruning.configuration import AUTO, DSAConfig
 from ..pruning.structured.configuration import DSAStructuredConfig
 from ..pruning.structured.trial import check_tried
 from ..pruning.structured.widths.shares import SHARES
-from .problem import STRATEGIES
 from .realise import Realisation, check_searchable, realise, suited
 from .realise.structures import StructureWidths
 from .resolver import Resolver
 from .result import Finalist, rank_correlation
+from .strategies import STRATEGIES
 from .structures import StructureResolver
 
 

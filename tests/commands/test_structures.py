@@ -132,6 +132,20 @@ def test_a_smaller_model_is_a_file_of_options(monkeypatch, capsys, smaller, tmp_
     assert code == 2 and "that of a model whose structures were cut, and says nothing of weights" in errors
 
 
+def test_a_smaller_model_s_widths_are_another_s(monkeypatch, capsys, smaller, text, tmp_path):
+    """Whether or not weights of what was left were pruned, whose zeros have an allocation of their own."""
+    sparse, out = str(tmp_path / "sparse"), str(tmp_path / "out")
+    weights = ["-s", "0.5", "--method", "magnitude", "--allocation", "uniform"]
+    assert run(monkeypatch, capsys, "prune", str(smaller), "-o", sparse, *weights)[0] == 0
+    for folder in (str(smaller), sparse):
+        asked = ["-s", "0.2", "--structures", "ffn,kv_group", "--layout", "per_layer", "--allocation", folder]
+        code, _, errors = run(
+            monkeypatch, capsys, "prune", str(demo_model()), "-o", out, *asked, "--dataset", text, *SHORT
+        )
+        assert code == 0, errors
+        assert DSAPruner.from_pretrained(out).verify().widths == DSAPruner.from_pretrained(smaller).verify().widths
+
+
 def test_widths_are_searched_for_and_pruned_with(monkeypatch, capsys, text, tmp_path):
     """The line that a search ends with makes the model that it found."""
     found, out = tmp_path / "found", tmp_path / "out"
