@@ -54,7 +54,7 @@ FIRST = {
     "--trust-remote-code",
     "report": "--compare -o --output",
     "generate": "--prompt --max-new-tokens --temperature --top-p --seed --chat --no-chat --tokenizer --device --dtype",
-    "bench": "--against --prompt --new-tokens --batch-size --rounds --threads --seed --device --dtype",
+    "bench": "--against --prompt --new-tokens --batch-size --rounds --threads --seed --output --device --dtype",
     "verify": "--device --dtype --device-map --offload-folder --revision --trust-remote-code",
     "convert": "--to --revision",
     "push": "--private --revision --create-pr --commit-message --token",
