@@ -42,6 +42,21 @@ def hooks_of(module: nn.Module) -> list[Any]:
     return found
 
 
+def move_hooks(module: nn.Module, other: nn.Module) -> None:
+    """Put accelerate's hooks on `module` on `other`, which takes its place."""
+    from accelerate.hooks import add_hook_to_module
+
+    for hook in hooks_of(module):
+        add_hook_to_module(other, hook, append=True)
+
+
+def weights_from(module: nn.Module, weights: Mapping[str, Tensor], device: Any) -> None:
+    """Have accelerate take the module's own weights, of any shape, from a map to `device` whenever they are needed."""
+    from accelerate.hooks import AlignDevicesHook, add_hook_to_module
+
+    add_hook_to_module(module, AlignDevicesHook(device, offload=True, weights_map=weights))
+
+
 def weights_behind(hook: Any, key: str) -> Any:
     """The map from which a hook on a module loads its parameter `key`, `None` if it does not."""
     return hook.weights_map if hook.place_submodules or "." not in key else None

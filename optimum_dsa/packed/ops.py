@@ -15,12 +15,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .loading import load
+
 
 TILE = 256  # rows that are dense at once
 _LIBRARY = torch.library.Library("optimum_dsa", "DEF")
 _PACKED = "Tensor mask, Tensor values, Tensor starts, Tensor? scales, int group"
-_LIBRARY.define(f"linear(Tensor input, {_PACKED}) -> Tensor")
-_LIBRARY.define(f"dense_rows({_PACKED}, int columns, int first, int last, ScalarType dtype) -> Tensor")
+# Under a second name, by which kernels find the reference once they stand where it stood.
+for _name in ("", "_reference"):
+    _LIBRARY.define(f"linear{_name}(Tensor input, {_PACKED}) -> Tensor")
+    _LIBRARY.define(f"dense_rows{_name}({_PACKED}, int columns, int first, int last, ScalarType dtype) -> Tensor")
 
 
 def linear(
@@ -88,8 +92,21 @@ def _linear(input, mask, values, starts, scales, group):
     return output
 
 
-_LIBRARY.impl("dense_rows", _dense_rows, "CompositeExplicitAutograd")
-_LIBRARY.impl("linear", _linear, "CompositeExplicitAutograd")
+def _first(name: str, reference):
+    """The reference, until kernels are found: looked for at the first product on a CPU, once."""
+
+    def operator(*arguments):
+        if arguments[0].device.type == "cpu" and load().path is not None:
+            return getattr(torch.ops.optimum_dsa, name)(*arguments)
+        return reference(*arguments)
+
+    return operator
+
+
+_LIBRARY.impl("dense_rows_reference", _dense_rows, "CompositeExplicitAutograd")
+_LIBRARY.impl("linear_reference", _linear, "CompositeExplicitAutograd")
+_LIBRARY.impl("dense_rows", _first("dense_rows", _dense_rows), "CompositeExplicitAutograd")
+_LIBRARY.impl("linear", _first("linear", _linear), "CompositeExplicitAutograd")
 
 
 @torch.library.register_fake("optimum_dsa::linear")
