@@ -116,6 +116,7 @@ _PUBLIC = {
     "verify": "checkpoint.verify",
     "walk_blocks": "model.walk",
     "write_report": "sharing.page",
+    **dict.fromkeys(("from_tensor_cores", "to_tensor_cores"), "packed.tensor_cores"),
 }
 
 __all__ = sorted(_PUBLIC)
