@@ -105,17 +105,16 @@ class Layer:
 
 def sampled(products: dict, copies: int, calls: int, rounds: int) -> dict[str, list[float]]:
     """Name -> processor seconds of one call, of every round; names take turns, each on copies that are cold."""
-    times, turn = {name: [] for name in products}, 0
-    for _ in range(rounds):
-        for name, product in products.items():
+    times = {name: [] for name in products}
+    for turn in range(rounds):
+        # Each begins at another place: none finds in the cache what another has read.
+        for place, (name, product) in enumerate(products.items()):
             if hasattr(product, "instructions"):
                 use(product.instructions)
-            turn += 1
             start = time.process_time()
             for call in range(calls):
-                product((turn + call) % copies)
+                product(((turn + place) * calls + call) % copies)
             times[name].append((time.process_time() - start) / calls)
-            turn += calls
     return times
 
 

@@ -64,7 +64,7 @@ Tensor empty(const std::vector<int64_t>& sizes, ScalarType dtype) {  // not thro
   return Tensor(handle);
 }
 
-template <class... Arguments> Tensor reference(const char* name, const Arguments&... arguments) {
+template <class... Arguments> Tensor called(const char* name, const Arguments&... arguments) {
   std::array<StableIValue, sizeof...(Arguments)> stack{torch::stable::detail::from(arguments)...};
   STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher(name, "", stack.data(), TORCH_ABI_VERSION));
   return torch::stable::detail::to<Tensor>(stack[0]);
@@ -86,6 +86,29 @@ template <class F> void over_rows(const packed::Matrix& m, int64_t first, int64_
   });
 }
 
+void unpack(const packed::Kernels& kernels, const packed::Matrix& m, packed::Type type, const Tensor& into,
+            int64_t first, int64_t last) {
+  auto* data = static_cast<uint8_t*>(into.mutable_data_ptr());
+  const int64_t row = m.columns * (type == packed::Type::float32 ? 4 : 2);
+  over_rows(m, first, last, [&](int64_t begin, int64_t end) {
+    kernels.unpack(m, data + (begin - first) * row, type, begin, end);
+  });
+}
+
+// The product by dense tiles, one after the other in the same memory: so large that threads are worth their waking, so
+// small that a tile is still in the cache when it is multiplied with.
+void in_tiles(const packed::Kernels& kernels, const packed::Matrix& m, packed::Type type, const Tensor& input,
+              Tensor& output) {
+  const int64_t rows = std::min(std::max<int64_t>((int64_t(1) << 21) / m.columns, 64), m.rows);
+  Tensor tile = empty({rows, m.columns}, input.scalar_type());
+  for (int64_t first = 0; first < m.rows; first += rows) {
+    const int64_t count = std::min(rows, m.rows - first);
+    unpack(kernels, m, type, tile, first, first + count);
+    Tensor some = torch::stable::narrow(tile, 0, 0, count), part = torch::stable::narrow(output, -1, first, count);
+    torch::stable::copy_(part, called("aten::linear", input, some, std::optional<Tensor>()));
+  }
+}
+
 }  // namespace
 
 Tensor linear(Tensor input, Tensor mask, Tensor values, Tensor starts, std::optional<Tensor> scales, int64_t group) {
@@ -96,12 +119,15 @@ Tensor linear(Tensor input, Tensor mask, Tensor values, Tensor starts, std::opti
   const auto m = kernels && floating(type) && input.is_contiguous()
                      ? matrix_of(mask, values, starts, scales, group, columns) : std::nullopt;
   const int64_t batch = m ? input.numel() / columns : 0;
-  if (!m || batch > kernels->most(*m))
-    return reference("optimum_dsa::linear_reference", input, mask, values, starts, scales, group);
+  if (!m) return called("optimum_dsa::linear_reference", input, mask, values, starts, scales, group);
   std::vector<int64_t> shape(sizes.begin(), sizes.end());
   shape.back() = m->rows;
   Tensor output = empty(shape, input.scalar_type());
   if (batch == 0 || m->rows == 0) return output;
+  if (batch > kernels->most(*m)) {
+    in_tiles(*kernels, *m, *type, input, output);
+    return output;
+  }
   const packed::Layout layout = kernels->layout(*m, *type);
   const packed::Inputs inputs =
       packed::prepare(input.const_data_ptr(), *type, batch, columns, layout, packed::block_of(*m));
@@ -116,15 +142,11 @@ Tensor dense_rows(Tensor mask, Tensor values, Tensor starts, std::optional<Tenso
   const auto type = type_of(dtype);
   const auto m = kernels && floating(type) ? matrix_of(mask, values, starts, scales, group, columns) : std::nullopt;
   if (!m || first < 0 || last > m->rows || first > last)
-    return reference("optimum_dsa::dense_rows_reference", mask, values, starts, scales, group, columns, first, last,
+    return called("optimum_dsa::dense_rows_reference", mask, values, starts, scales, group, columns, first, last,
                      dtype);
   Tensor output = empty({last - first, columns}, dtype);
   if (first == last) return output;
-  auto* data = static_cast<uint8_t*>(output.mutable_data_ptr());
-  const int64_t row = columns * (*type == packed::Type::float32 ? 4 : 2);
-  over_rows(*m, first, last, [&](int64_t begin, int64_t end) {
-    kernels->unpack(*m, data + (begin - first) * row, *type, begin, end);
-  });
+  unpack(*kernels, *m, *type, output, first, last);
   return output;
 }
 
