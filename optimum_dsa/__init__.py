@@ -70,8 +70,7 @@ _PUBLIC = {
     "SearchTrace": "search.trace",
     "Sensitivity": "search.sensitivity",
     "SparseLoraConfig": "recovery.adapters.peft_method",
-    "Speed": "evaluation.speed",
-    "SpeedComparison": "evaluation.speed",
+    **dict.fromkeys(("Speed", "SpeedComparison", "read_speed", "save_speed"), "evaluation.speed_result"),
     "StructuredReport": "pruning.structured.prune",
     "TRANSFORM": "pruning.allocation",
     "Trial": "search.trace",
@@ -117,6 +116,7 @@ _PUBLIC = {
     "verify": "checkpoint.verify",
     "walk_blocks": "model.walk",
     "write_report": "sharing.page",
+    **dict.fromkeys(("from_tensor_cores", "to_tensor_cores"), "packed.tensor_cores"),
 }
 
 __all__ = sorted(_PUBLIC)

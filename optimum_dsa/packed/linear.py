@@ -65,12 +65,15 @@ class PackedLinear(nn.Module):
 
     def shell(self) -> nn.Linear | Conv1D:
         """The layer that it stands for, on the device "meta": its shape and dtype, and no weights."""
+        return self._shell(self.values.dtype if self.scales is None else torch.float32)
+
+    def _shell(self, dtype: torch.dtype) -> nn.Linear | Conv1D:
         if self.transposed:
             with torch.device("meta"):
                 made = Conv1D(self.out_features, self.in_features)
         else:
             made = nn.Linear(self.in_features, self.out_features, bias=self.bias is not None, device="meta")
-        return made.to(self.values.dtype if self.scales is None else torch.float32).train(self.training)
+        return made.to(dtype).train(self.training)
 
     def layer(self) -> nn.Linear | Conv1D:
         """The layer that it stands for, with its zeros; the bias is shared."""

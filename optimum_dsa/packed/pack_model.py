@@ -134,7 +134,7 @@ def seen_dense(model: nn.Module) -> Iterator[None]:
     try:
         for name, layer in packed.items():
             shell = layer.shell()
-            weights_from(shell, _Unpacked(layer), layer.mask.device)
+            weights_from(shell, _Unpacked(layer), next(layer.buffers()).device)
             model.set_submodule(name, shell)
         yield
     finally:

@@ -65,8 +65,7 @@ class TwoOfFour:
         """
         rows, columns = matrix.shape
         bits = _VALUES.get(matrix.values.dtype)
-        exact = bits != 4 or torch.equal(matrix.scales.bfloat16().float(), matrix.scales)
-        if columns % 4 or bits is None or (matrix.group and (bits != 4 or matrix.group % 128)) or not exact:
+        if not _is_taken(matrix):
             raise ValueError(
                 f"{rows} x {columns} weights of {matrix.values.dtype} with a scale per {matrix.group or columns} "
                 f"columns have no form of two of four; it is for a multiple of 4 columns, and for values of bfloat16, "
@@ -91,7 +90,7 @@ class TwoOfFour:
     def matrix(self) -> PackedMatrix:
         """The packed matrix that it was made of."""
         rows, columns = self.shape
-        bits, masks, kept, scales = _BITS[self.groups.shape[-1]], [], [], []
+        bits, masks, kept, scales = self.bits, [], [], []
         for first in range(0, len(self.groups), TILE // ROWS):
             values, places, each = _parts(self.groups[first : first + TILE // ROWS])
             number = min(rows - first * ROWS, TILE)
@@ -108,6 +107,11 @@ class TwoOfFour:
         if bits == 4:
             scales = torch.cat(scales)[:, : -(-columns // self.group) if self.group else 1].contiguous()
         return PackedMatrix(mask, values, starts, self.shape, self.scales if bits != 4 else scales, self.group)
+
+    @property
+    def bits(self) -> int:
+        """Of a value."""
+        return _BITS[self.groups.shape[-1]]
 
     @property
     def nbytes(self) -> int:
@@ -128,9 +132,9 @@ class TwoOfFour:
         return torch.ops.optimum_dsa.linear_24(input, self.groups, self.scales, self.shape[0])
 
 
-def is_two_of_four(matrix: PackedMatrix) -> bool:
-    """Whether at most two of every four neighbours of a row are kept."""
-    if matrix.shape[1] % 4:
+def has_form(matrix: PackedMatrix) -> bool:
+    """Whether [`TwoOfFour.of`] takes a matrix: at most two of every four neighbours of a row kept, and its values."""
+    if not _is_taken(matrix):
         return False
     most = torch.tensor([len(_KEPT[byte & 15]) > 2 or len(_KEPT[byte >> 4]) > 2 for byte in range(256)])
     most = most.to(matrix.mask.device)
@@ -198,6 +202,13 @@ def _backward(ctx, gradient):
 
 
 torch.library.register_autograd("optimum_dsa::linear_24", _backward, setup_context=_remember)
+
+
+def _is_taken(matrix: PackedMatrix) -> bool:
+    bits = _VALUES.get(matrix.values.dtype)
+    if bits is None or matrix.shape[1] % 4 or (matrix.group and (bits != 4 or matrix.group % 128)):
+        return False
+    return bits != 4 or torch.equal(matrix.scales.bfloat16().float(), matrix.scales)
 
 
 def _kept(matrix: PackedMatrix, first: int, last: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from optimum_dsa.packed.matrix import PackedMatrix, packed_bits, row_starts
-from optimum_dsa.packed.two_of_four import TwoOfFour, is_two_of_four
+from optimum_dsa.packed.two_of_four import TwoOfFour, has_form
 
 
 def two_of_four(rows, columns, seed=0, share=1.0):
@@ -45,7 +45,7 @@ def whole_numbers(rows, columns, bits, group, seed=0, share=1.0):
 def test_it_is_the_packed_matrix_bit_for_bit(rows, fours, seed, share):
     dense = two_of_four(rows, 4 * fours, seed, share)
     packed = PackedMatrix.of(dense)
-    assert is_two_of_four(packed)
+    assert has_form(packed)
     made = TwoOfFour.of(packed)
     assert made.full == (share == 1.0) or rows == 1
     assert torch.equal(made.dense(), dense)
@@ -104,7 +104,7 @@ def test_a_kept_zero_stays_where_every_four_keeps_two():
 def test_what_has_no_such_form_is_told():
     three = torch.zeros(4, 8, dtype=torch.bfloat16)
     three[2, 4:7] = 1
-    assert not is_two_of_four(PackedMatrix.of(three))
+    assert not has_form(PackedMatrix.of(three))
     with pytest.raises(ValueError, match="more than two weights"):
         TwoOfFour.of(PackedMatrix.of(three))
     for other in (torch.ones(2, 6).bfloat16(), two_of_four(4, 8).float()):
@@ -116,7 +116,7 @@ def test_what_has_no_such_form_is_told():
     fine.scales[1] = 1.0001
     with pytest.raises(ValueError, match="one of bfloat16"):
         TwoOfFour.of(fine)
-    assert not is_two_of_four(PackedMatrix.of(torch.ones(2, 6)))
+    assert not has_form(PackedMatrix.of(torch.ones(2, 6)))
 
 
 def test_the_operator_is_what_tracing_expects_and_has_the_gradient_of_the_dense_matrix():
