@@ -14,13 +14,20 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from ..common.machine import machine_name, settled_memory
+from ..common.machine import lying_in_files, machine_name, settled_memory
 from ..model.adapters import inner_model
 from ..model.inputs import check_length, kind_of, word_embeddings
+from ..packed import ops  # noqa: F401 - which registers the operator
 from .reading import Memory, held, packed_bytes, weights_in, weights_read
 from .speed_result import Speed, SpeedComparison
 
 
+def _multiplied(input: torch.Size, mask: torch.Size, values: torch.Size, starts: torch.Size, *_, **__) -> int:
+    """As for the matrix with its zeros: (..., columns) times (columns, rows), of which `starts` has one more."""
+    return 2 * input.numel() * (starts[0] - 1)
+
+
+_COUNTED = {torch.ops.optimum_dsa.linear: _multiplied}
 _CACHES = ("cache", "past_key_values")  # what a model's cache is called in newer releases, and in older ones
 
 
@@ -63,9 +70,10 @@ def measure_speed(
             before, model = settled_memory(), model()
         _check(name, model, prompt + new_tokens)
         runs[name] = _Run(model, prompt, new_tokens, batch_size, seed)
-        runs[name].once()  # warms up; and what is read of a file where it lies is in memory then
+        runs[name].once()  # warms up
         if before is not None and model.device.type == "cpu":
-            runs[name].resident = max(settled_memory() - before, 0)
+            own = max(settled_memory() - before, 0)
+            runs[name].resident = own + lying_in_files(held(model).values())
     first = next(iter(runs.values())).model
     memory = Memory(first.device)
     times: dict[str, list[tuple[float, float]]] = {name: [] for name in runs}
@@ -159,7 +167,7 @@ class _Run:
     def speed(self, name: str, prefill: float, decode: float) -> Speed:
         # The fused kernels of attention are not counted everywhere; the plain products are.
         plain = sdpa_kernel(SDPBackend.MATH)
-        with torch.inference_mode(), plain, FlopCounterMode(display=False) as counter:
+        with torch.inference_mode(), plain, FlopCounterMode(display=False, custom_mapping=_COUNTED) as counter:
             self.model(self.tokens, use_cache=False, **self.options)
         batch, length = self.tokens.shape
         # A cache grows while it is read: on average to half of what is written.
