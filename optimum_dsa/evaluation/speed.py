@@ -17,17 +17,10 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from ..common.machine import lying_in_files, machine_name, settled_memory
 from ..model.adapters import inner_model
 from ..model.inputs import check_length, kind_of, word_embeddings
-from ..packed import ops  # noqa: F401 - which registers the operator
 from .reading import Memory, held, packed_bytes, weights_in, weights_read
 from .speed_result import Speed, SpeedComparison
 
 
-def _multiplied(input: torch.Size, mask: torch.Size, values: torch.Size, starts: torch.Size, *_, **__) -> int:
-    """As for the matrix with its zeros: (..., columns) times (columns, rows), of which `starts` has one more."""
-    return 2 * input.numel() * (starts[0] - 1)
-
-
-_COUNTED = {torch.ops.optimum_dsa.linear: _multiplied}
 _CACHES = ("cache", "past_key_values")  # what a model's cache is called in newer releases, and in older ones
 
 
@@ -167,7 +160,7 @@ class _Run:
     def speed(self, name: str, prefill: float, decode: float) -> Speed:
         # The fused kernels of attention are not counted everywhere; the plain products are.
         plain = sdpa_kernel(SDPBackend.MATH)
-        with torch.inference_mode(), plain, FlopCounterMode(display=False, custom_mapping=_COUNTED) as counter:
+        with torch.inference_mode(), plain, FlopCounterMode(display=False) as counter:
             self.model(self.tokens, use_cache=False, **self.options)
         batch, length = self.tokens.shape
         # A cache grows while it is read: on average to half of what is written.

@@ -27,7 +27,7 @@ class Speed:
         parameters (`int`): without what is tied counted twice, zeros included.
         weight_bytes (`int`): what parameters and buffers take in memory.
         flops (`int`): floating point operations for a token of the prompt, as PyTorch counts them: products of zeros
-            are counted as well, packed ones among them.
+            are counted as well, but for those of packed matrices, which are not made.
         cache_bytes (`int`, *optional*): what the cache of keys and values takes for a token; `None` where it is not
             made of them.
         peak_bytes (`int`, *optional*): the most that it took on a GPU; `None` on a CPU, which does not tell.

@@ -57,14 +57,13 @@ def test_a_smaller_model_takes_less():
         assert getattr(found["smaller"], part) < getattr(found["dense"], part)
 
 
-def test_a_product_of_a_packed_matrix_counts_as_that_of_the_matrix():
+def test_a_packed_model_reads_and_multiplies_less():
     dense, model = tiny_llama(), tiny_llama()
     prune(model, None, DSAConfig(0.5, "magnitude", "uniform"))
     pack_model(model)
     found = measure_speed({"packed": model, "dense": dense}, **SMALL).speeds
     packed = found["packed"]
-    for part in ("parameters", "flops", "cache_bytes"):
-        assert getattr(packed, part) == getattr(found["dense"], part)
+    assert packed.parameters == found["dense"].parameters and packed.flops < found["dense"].flops
     assert packed.packed_bytes < packed.weight_bytes < found["dense"].weight_bytes
     assert packed.read_bytes < found["dense"].read_bytes
 
