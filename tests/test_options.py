@@ -54,7 +54,7 @@ FIRST = {
     "--trust-remote-code",
     "report": "--compare -o --output",
     "generate": "--prompt --max-new-tokens --temperature --top-p --seed --chat --no-chat --tokenizer --device --dtype",
-    "bench": "--against --prompt --new-tokens --batch-size --rounds --threads --seed --device --dtype",
+    "bench": "--against --prompt --new-tokens --batch-size --rounds --threads --seed --output --device --dtype",
     "verify": "--device --dtype --device-map --offload-folder --revision --trust-remote-code",
     "convert": "--to --revision",
     "push": "--private --revision --create-pr --commit-message --token",
@@ -120,7 +120,7 @@ def test_every_setting_is_an_option_with_a_help(name, config):
     of_one = {DSAConfig: {"granularity", "overrides"}, DSAStructuredConfig: {"unstable", "budgets"}}
     without |= of_one.get(config, set()) if name == "search" else set()
     if (name, config) == ("search", DSAStructuredConfig):
-        without |= {"learner", "learn_steps", "learn_rate"}
+        without |= {"learner", "learn_steps", "learn_rate", "max_loss"}
     without |= {"image_column"} if name not in ("prune", "plan") else set()
     without |= {"packing"} if name in ("search", "recover") else set()
     assert options_of(config).keys() - helps.keys() == without

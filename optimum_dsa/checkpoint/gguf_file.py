@@ -17,6 +17,7 @@ from ..model.per_layer import TYPE
 from .encodings import decoded
 from .load import load_tokenizer, read_configuration
 from .shards import find_shards, open_shard
+from .skeleton import open_skeleton
 
 
 FAMILIES = ("llama", "mistral")  # what llama.cpp computes alike
@@ -57,7 +58,13 @@ def write_gguf(folder: Path, path: Path, kind: str) -> int:
     writer.add_file_type(gguf.LlamaFileType.MOSTLY_F16 if kind == "f16" else gguf.LlamaFileType.ALL_F32)
     _write_tokenizer(writer, folder, config)
     names, total = gguf.get_tensor_name_map(arch, len(widths)), 0
+    said = {name: tuple(tensor.shape) for name, tensor in open_skeleton(folder)[0].state_dict().items()}
     for name, tensor in _tensors(folder, config):
+        if (shape := tuple(tensor.shape)) != said.get(name, shape):
+            raise ValueError(
+                f"{name} is {shape} in {folder}, and by its config.json it is {said[name]}: they do not belong "
+                "together."
+            )
         called, array = _array(name, tensor, names, widths, kind)
         total += array.nbytes
         writer.add_tensor_info(called, array.shape, array.dtype, array.nbytes)

@@ -133,6 +133,13 @@ FENCES = {
         "checkpoint.transformers_loader, checkpoint.unpacking",
         _QUANTIZER,
     ),
+    "loading options": Fence(
+        "transformers",
+        "quantizers.auto.LOADING_ATTRIBUTES_CONFIG_TYPES",
+        "run_packed=True is asked for when a model is loaded; a checkpoint that says it needs no list",
+        "checkpoint.transformers_loader",
+        "tests/checkpoint/test_run_packed.py",
+    ),
     "names": Fence(
         "transformers",
         "core_model_loading.rename_source_key and conversion_mapping.get_model_conversion_mapping",
@@ -182,6 +189,13 @@ FENCES = {
         "a sparse adapter is a LoRA with another product",
         "recovery.adapters.layer, recovery.adapters.peft_method",
         _PEFT,
+    ),
+    "custom layers": Fence(
+        "peft",
+        "LoraConfig._register_custom_module, LoraLayer._get_in_out_features",
+        "a LoRA stands beside a packed layer, which PEFT does not know",
+        "recovery.adapters.packed",
+        "tests/recovery/adapters/test_packed.py",
     ),
     # huggingface_hub
     "transport": Fence(

@@ -26,6 +26,8 @@ class PackedLinear(nn.Module):
         transposed (`bool`): whether the layer that it stands for holds Wᵀ, as `Conv1D` does.
     """
 
+    is_packed = True  # what walks through models asks this of every module
+
     def __init__(self, matrix: PackedMatrix, bias: nn.Parameter | None = None, transposed: bool = False):
         super().__init__()
         self.out_features, self.in_features = matrix.shape

@@ -75,7 +75,7 @@ def pack_model(model: nn.Module, least_zeros: float = LEAST_ZEROS) -> Packing:
 
 @torch.no_grad()
 def unpack_model(model: nn.Module) -> tuple[str, ...]:
-    """Give the packed matrices of `model` their zeros back, in place, one by one; names of what was packed."""
+    """Give the packed matrices of `model` their zeros back, in place, one after the other; names of those layers."""
     names = packed_layers(model)
     for name in names:
         replace_layer(model, name, model.get_submodule(name).layer())

@@ -17,11 +17,11 @@ from ..pruning.configuration import AUTO, DSAConfig
 from ..pruning.structured.configuration import DSAStructuredConfig
 from ..pruning.structured.trial import check_tried
 from ..pruning.structured.widths.shares import SHARES
-from .problem import STRATEGIES
 from .realise import Realisation, check_searchable, realise, suited
 from .realise.structures import StructureWidths
 from .resolver import Resolver
 from .result import Finalist, rank_correlation
+from .strategies import STRATEGIES
 from .structures import StructureResolver
 
 
@@ -41,6 +41,11 @@ def _(config: DSAConfig, model: nn.Module | None = None) -> None:
 @check_search.register
 def _(config: DSAStructuredConfig, model: nn.Module | None = None) -> None:
     check_tried(config, "A search")
+    if config.max_loss is not None:
+        raise ValueError(
+            f"A search divides a share that is known, and max_loss={config.max_loss!r} is to find one; use find_share "
+            "first, and give what it finds as sparsity."
+        )
     if config.layout == "uniform":
         raise ValueError(
             "A search gives blocks widths of their own, and layout='uniform' has one for all; use layout='per_layer'."

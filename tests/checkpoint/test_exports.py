@@ -43,6 +43,17 @@ def folder(request, models, tmp_path):
     return models[request.param], saved(models[request.param], tmp_path / request.param)
 
 
+def test_weights_of_another_configuration_are_refused(folder, tmp_path):
+    pytest.importorskip("gguf")
+    file = folder[1] / "config.json"
+    said = json.loads(file.read_text())
+    (said["per_layer_config"]["0"] if "per_layer_config" in said else said)["intermediate_size"] = 7
+    file.write_text(json.dumps(said))
+    with pytest.raises(ValueError, match="and by its config.json it is .*7.*: they do not belong together"):
+        export(folder[1], tmp_path / "out.gguf", "gguf")
+    assert not list(tmp_path.glob("*gguf*"))
+
+
 @pytest.mark.parametrize("kind", EXPORTS["gguf"].kinds)
 def test_a_gguf_holds_the_model(folder, kind, tmp_path, monkeypatch, capsys):
     gguf = pytest.importorskip("gguf")

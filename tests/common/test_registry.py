@@ -1,5 +1,9 @@
+import re
+from pathlib import Path
+
 import pytest
 
+import optimum_dsa
 from optimum_dsa.common.registry import Registry, UnknownNameError
 
 
@@ -35,3 +39,27 @@ def test_a_name_is_taken_once_and_free_again_after_deletion(registry):
     del registry["mean"]
     registry.add("mean", min)
     assert registry["mean"] is min
+
+
+def test_who_asks_a_table_has_its_rows():
+    """A table made in one module and filled in others is imported from where it is full, but by who adds rows.
+
+    In a process that imported nothing else, it would be empty.
+    """
+    sources = {path: path.read_text() for path in Path(optimum_dsa.__file__).parent.rglob("*.py")}
+    made = {
+        name: path
+        for path, source in sources.items()
+        for name in re.findall(r"^([A-Z_]+) = Registry\(", source, re.MULTILINE)
+    }
+    elsewhere = 0
+    for name, home in made.items():
+        adds = re.compile(rf"\b{name}\.(register|add)\(")
+        if adds.search(sources[home]) or name in sources[home.parent / "__init__.py"]:
+            continue  # full where it is made, or by its package, which is imported first
+        for path, source in sources.items():
+            found = re.search(rf"^from \.\S*\b{home.stem} import [^(\n]*\b{name}\b", source, re.MULTILINE)
+            if found and path.name != "__init__.py":
+                elsewhere += 1
+                assert adds.search(source), f"{path} takes {name} from where it is empty"
+    assert elsewhere

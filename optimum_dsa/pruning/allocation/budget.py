@@ -103,11 +103,13 @@ class Allocation:
         write_text(Path(path), json.dumps(self.to_dict(), indent=2) + "\n")
 
     @classmethod
-    def load(cls, path: str | Path) -> Allocation:
+    def load(cls, path: str | Path, section: str | None = None) -> Allocation:
         """The allocation in a JSON file, or in the folder of a search or of a pruned model, here or on the Hub.
 
         Args:
             path (`str | Path`): of the file or folder; or a repository, such as "me/found" or "me/found@revision".
+            section (`str`, *optional*): where the file has a section of that name, the allocation is its own:
+                "structured" of a smaller model, whose `allocation` is of the zeros in what is left.
 
         Raises:
             OSError: there is none.
@@ -120,6 +122,8 @@ class Allocation:
         data = read_json(path)
         if not isinstance(data, Mapping):
             raise ValueError(f"{path} holds no allocation: expected {{unit: sparsity}}.")
+        if isinstance(own := data.get(section), Mapping) and own.get("allocation"):
+            data = own
         return cls.from_dict(data.get("allocation", data))
 
 

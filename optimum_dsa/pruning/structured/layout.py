@@ -65,7 +65,7 @@ def uniform(
         for name, value in changes.items():
             setattr(text_part(config), name, value)
 
-    said = ", ".join(f"{name}={value}" for name, value in changes.items())
+    said = ", ".join(f"{name}={value}" for name, value in changes.items()) or "no setting has the number"
     troubles = []
     for made, become in ((type(model), say), *_as_mistral(model, say)):
         config = copy.deepcopy(model.config)

@@ -104,7 +104,7 @@ def shares(dense: Dense) -> dict[str, float]:
         return {unit: proposed[unit] for unit in dense.units}
     found = allocator_of(allocation)
     if found is None:
-        given = allocation if isinstance(allocation, Allocation) else Allocation.load(allocation)
+        given = allocation if isinstance(allocation, Allocation) else Allocation.load(allocation, "structured")
         return _given(dense, given)
     measured, proposed = dense.measured(found), {}
     # Kinds have importances of their own, that tell nothing beside those of another.
