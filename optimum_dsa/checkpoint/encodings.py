@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..common.registry import Registry
-from ..packed import bitmask
+from ..packed import bitmask, quantised
 from ..packed.matrix import PackedMatrix
 
 
@@ -98,6 +98,15 @@ BITMASK = ENCODINGS.add(
         bitmask.LARGEST,
         PackedMatrix.from_bytes,
         alias="compressed",
+    ),
+)
+BITMASK_WHOLE = ENCODINGS.add(
+    "bitmask_whole",
+    Encoding(
+        *("bitmask_whole", "dsa_quantised_model"),
+        *(quantised.pack, quantised.unpack, quantised.read_header, quantised.LARGEST),
+        PackedMatrix.from_bytes,
+        alias="quantised",
     ),
 )
 
