@@ -25,6 +25,7 @@ _PUBLIC = {
     "DSACallback": "recovery.gradual.callback",
     "DSAConfig": "pruning.configuration",
     "DSAPruner": "pruner",
+    "DSAQuantizationConfig": "checkpoint.transformers_loader",
     "DSAStructuredConfig": "pruning.structured.configuration",
     "ENCODINGS": "checkpoint.encodings",
     "EXPORTS": "checkpoint.exports",
@@ -69,8 +70,7 @@ _PUBLIC = {
     "SearchTrace": "search.trace",
     "Sensitivity": "search.sensitivity",
     "SparseLoraConfig": "recovery.adapters.peft_method",
-    "Speed": "evaluation.speed",
-    "SpeedComparison": "evaluation.speed",
+    **dict.fromkeys(("Speed", "SpeedComparison", "read_speed", "save_speed"), "evaluation.speed_result"),
     "StructuredReport": "pruning.structured.prune",
     "TRANSFORM": "pruning.allocation",
     "Trial": "search.trace",
@@ -91,6 +91,7 @@ _PUBLIC = {
     "export": "checkpoint.exports",
     "find_architecture": "model.architecture",
     "fit_to_budget": "pruning.allocation",
+    **dict.fromkeys(("GeneratedText", "answers_chats", "generate_text"), "evaluation.generate"),
     "load_calibration": "pruning.calibration",
     "load_tokens": "data",
     "measure": "evaluation.measure",
@@ -98,6 +99,7 @@ _PUBLIC = {
     "own_device": "common.devices",
     "perplexity": "evaluation.perplexity",
     "perplexity_with_error": "evaluation.perplexity",
+    "lora_on_packed": "recovery.adapters.packed",
     "plan": "checkpoint.plan",
     "plot_search": "sharing.pictures",
     "plot_sensitivity": "sharing.pictures",
@@ -114,6 +116,7 @@ _PUBLIC = {
     "verify": "checkpoint.verify",
     "walk_blocks": "model.walk",
     "write_report": "sharing.page",
+    **dict.fromkeys(("from_tensor_cores", "to_tensor_cores"), "packed.tensor_cores"),
 }
 
 __all__ = sorted(_PUBLIC)

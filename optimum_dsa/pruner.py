@@ -6,7 +6,6 @@ import logging
 from collections.abc import Collection, Iterator
 from dataclasses import replace
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,9 +14,9 @@ from torch import Tensor, nn
 from .checkpoint.base_files import BaseFiles
 from .checkpoint.beside import find_beside
 from .checkpoint.description import Description, after
-from .checkpoint.forms import check_model
 from .checkpoint.opened import open_checkpoint
 from .checkpoint.origin import base_of, described_report, known_of, report_of, training_of
+from .checkpoint.packing import is_packed, make_ready, pack, unpack
 from .checkpoint.save import base_model, save_checkpoint, writes_adapters
 from .checkpoint.smaller import check_run, report_of_cut
 from .checkpoint.verify import Verification, verify
@@ -25,6 +24,7 @@ from .common.escaping import one_line
 from .common.output import OutputFolder
 from .model.adapters import has_adapters, inner_model, plain_name, without_adapters
 from .model.walk import walk_blocks
+from .packed.pack_model import LEAST_ZEROS, Packing, seen_dense
 from .pruning.allocate import allocate, architecture_for, check_dense
 from .pruning.allocation import Allocation
 from .pruning.calibration import Calibration, load_calibration
@@ -98,8 +98,7 @@ class DSAPruner:
         pruner = cls(found.model, found.tokenizer)
         pruner.report = pruner._restored = found.report
         pruner._description, pruner._base, pruner._stored = found.description, found.base, found.stored
-        pruner._options = found.options
-        pruner._training = (found.description or {}).get("recovery")
+        pruner._options, pruner._training = found.options, (found.description or {}).get("recovery")
         return pruner
 
     def prune(
@@ -127,7 +126,7 @@ class DSAPruner:
         Returns:
             The report; of structures a [`StructuredReport`], which `report.structured` is from then on.
         """
-        check_model(self.model)
+        make_ready(self.model, "Pruning")
         self._look_beside()
         known, before = known_of(self.model, self.report, self._training)
         cuts, compared = isinstance(config, DSAStructuredConfig), {}
@@ -214,10 +213,11 @@ class DSAPruner:
 
         One at a time, in the model's order; `dict(pruner.masks())` holds them all, a byte per weight.
         """
-        model = inner_model(self.model)
-        for walked in walk_blocks(model, architecture_for(model, self._pruned().config), None):
-            for weight in walked.weights:
-                yield plain_name(weight.name), walked.tensor(weight) != 0
+        model, config = inner_model(self.model), self._pruned().config
+        with seen_dense(model):
+            for walked in walk_blocks(model, architecture_for(model, config), None):
+                for weight in walked.weights:
+                    yield plain_name(weight.name), walked.tensor(weight) != 0
 
     def verify(self) -> Verification:
         """Whether zeros, pattern and budget are those of the report, counted in the weights as they are now.
@@ -268,7 +268,7 @@ class DSAPruner:
         from .recovery.elsa.budget import with_budget
         from .recovery.recover import recover
 
-        check_model(self.model)
+        make_ready(self.model, "Training")
         self._look_beside()
         report = self.report or report_of(self.model)
         if self.report is None:
@@ -285,6 +285,17 @@ class DSAPruner:
         self.report = counted(report, self.model)
         self._training = after(self._training, self.recovery.to_dict())
         return self.recovery
+
+    def pack(self, least_zeros: float = LEAST_ZEROS) -> Packing:
+        """Leave the zeros of matrices with a share of `least_zeros` or more out of memory, in place; what is packed.
+
+        The model multiplies with them as they are; `unpack()` is the way back, bit for bit.
+        """
+        return pack(self.model, least_zeros)
+
+    def unpack(self) -> tuple[str, ...]:
+        """Give packed matrices their zeros back, in place; names of their layers."""
+        return unpack(self.model)
 
     def merge(self, fill: bool = False) -> Merged:
         """Make the adapters of the model, a PEFT model, part of its weights; how many zeros they have a value for.
@@ -303,7 +314,7 @@ class DSAPruner:
         self,
         directory: str | Path | OutputFolder,
         compressed: bool = False,
-        encoding: str = "dense",
+        encoding: str | None = None,
         **save_kwargs,
     ) -> None:
         """Write an ordinary checkpoint, the tokenizer and `dsa_config.json`; whole or not at all.
@@ -317,13 +328,13 @@ class DSAPruner:
             directory (`str | Path | OutputFolder`): the folder to write, or one that was begun before the work.
             compressed (`bool`, defaults to `False`): store a bit per weight and the kept weights instead of the zeros.
                 Such a checkpoint is smaller, and loads after `import optimum_dsa` only.
-            encoding (`str`, defaults to `"dense"`): a row of `ENCODINGS`: how tensors are stored. `compressed=True` is
-                `encoding="bitmask"`.
+            encoding (`str`, *optional*): a row of `ENCODINGS` (`compressed=True` is "bitmask"), or "packed": stored
+                likewise, and loaded packed. By default "dense", or "packed" if the model is.
             save_kwargs (`dict`): go to the model's `save_pretrained` (`max_shard_size`, ...).
         """
-        if compressed and encoding not in ("dense", "bitmask"):
+        if compressed and encoding not in (None, "bitmask"):
             raise ValueError(f"compressed=True and encoding={encoding!r} do not fit; give one of them.")
-        encoding = "bitmask" if compressed else encoding
+        encoding = encoding or ("bitmask" if compressed else "packed" if is_packed(self.model) else "dense")
         report = self._pruned()
         if report is self._restored and not (found := self.verify()).holds:
             logger.warning("The model is not what its report says any more: %s.", one_line(found.problems[0]))
@@ -372,22 +383,14 @@ class DSAPruner:
         Raises:
             OSError: the Hub refused or the network failed; the model is as it was, and the same call goes on.
         """
-        from .sharing.push import push_folder
+        from .sharing.push import push_saved
 
-        with TemporaryDirectory() as folder:
-            stored = self._stored
-            self.save_pretrained(Path(folder) / "model")
-            self._stored = stored
-            return push_folder(
-                Path(folder) / "model",
-                repo_id,
-                private=private,
-                revision=revision,
-                create_pr=create_pr,
-                commit_message=commit_message,
-                token=token,
-                kept="The model is as it was; save_pretrained keeps it, and the same call goes on.",
-            )
+        stored = self._stored
+        options = {"private": private, "revision": revision, "create_pr": create_pr, "token": token}
+        try:
+            return push_saved(self.save_pretrained, repo_id, commit_message=commit_message, **options)
+        finally:
+            self._stored = stored  # the folder is gone
 
     def _load(self, calibration: Any, config: DSAConfig, needed: Collection[str]) -> Calibration | None:
         if calibration is None or not needed:

@@ -6,10 +6,14 @@
              sparsegpt and alps, over wanda's and over the forward's, and the peak memory beyond what was there, less
              the activations, in MB and in X·Xᵀs of the widest matrix
     search   the 1b shape again: a search of a few candidates, seconds and peak memory
+    layers   packed matrices, 2:4 and of 50 to 80 %: every kernel against float64, then microseconds beside torch's
+    decode   a random model of a billion weights, dense and packed: tokens a second and memory
     model    with --model and --tokens: that model at 70 %, perplexity on `test` (or `wikitext2_test`) of the file
 
 Aims on a GPU: sparsegpt at most twice wanda's time and three X·Xᵀs, alps at most four times wanda's. Where there is
-none the shapes are small, and the figures say only that the script works. When the time is up no row is begun.
+none the shapes are small, and the figures say only that the script works. When the time is up no row is begun. Kernels
+of packed matrices are compiled at first use with OPTIMUM_DSA_JIT=1, where nvcc is, or carried along in a folder that
+OPTIMUM_DSA_KERNELS_PATH names.
 
     python gpu.py
     python gpu.py --model MODEL --tokens tokens.safetensors
@@ -23,6 +27,7 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
+import decoding
 import torch
 from safetensors import safe_open
 from torch import Tensor
@@ -33,11 +38,12 @@ from optimum_dsa.pruning.unstructured.elimination import eliminate, elimination_
 from optimum_dsa.search.search import search
 
 
-PARTS = ("equal", "kernel", "1b", "8b", "search", "model")
+PARTS = ("equal", "kernel", "layers", "decode", "1b", "8b", "search", "model")
 VOCABULARY = 1024
 # hidden size, intermediate size, blocks, heads, heads of keys and values; samples, length
 SHAPES = {"1b": (2048, 8192, 16, 32, 8, 128, 2048), "8b": (4096, 14336, 4, 32, 8, 128, 2048)}
 SMALL = {"1b": (64, 192, 2, 4, 2, 8, 16), "8b": (96, 256, 1, 4, 2, 8, 32)}
+DECODED = {"cuda": (2048, 8192, 18, 32, 8), "cpu": (64, 256, 2, 4, 2)}  # 1.1 B weights, as 1b with two blocks more
 METHODS = ("wanda", "sparsegpt", "alps")
 MB = 2**20
 
@@ -221,6 +227,12 @@ def real(args: argparse.Namespace, device: torch.device) -> Iterator[str]:
         yield f"{name:<32} {perplexity(model, sealed):9.3f} {seconds:8.1f} s {taken / MB:8.0f} MB beyond the model"
 
 
+def decoded(device: torch.device) -> Iterator[str]:
+    """A random model decodes, dense and packed."""
+    anew = partial(llama, DECODED[device.type], device, torch.bfloat16)
+    yield from decoding.decode(anew, device, windows(1, 16))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--part", nargs="+", choices=PARTS, default=PARTS)
@@ -239,6 +251,8 @@ def main() -> None:
     work: dict[str, Callable[[], Iterator[str]]] = {
         "equal": lambda: equal(device),
         "kernel": lambda: kernel(device),
+        "layers": lambda: decoding.layers(device),
+        "decode": lambda: decoded(device),
         "1b": lambda: Shape("1b", device).rows(),
         "8b": lambda: Shape("8b", device).rows(),
         "search": lambda: searched(device),

@@ -14,6 +14,7 @@ from torch import nn
 from ..common.escaping import one_line
 from ..model.adapters import inner_model
 from ..model.parameters import count_parameters
+from ..packed.pack_model import seen_dense
 from .base_files import BaseFiles, find_base_files
 from .encodings import encoding_in
 from .forms import unknown_in_gguf
@@ -43,7 +44,8 @@ def find_beside(model: nn.Module, path: str, tensors: bool = True, **options) ->
     if alone and not tensors:
         return None
     if alone:
-        kept, lost = _tensors(model, path, Path(path), options)
+        with seen_dense(model):
+            kept, lost = _tensors(model, path, Path(path), options)
         return BaseFiles(Path(path), path, tensors=kept, lost=lost) if kept or lost else None
     try:
         described = None if options.get("gguf_file") else find_description(path, **options)
@@ -57,7 +59,8 @@ def find_beside(model: nn.Module, path: str, tensors: bool = True, **options) ->
         logger.warning("Of %s, these files stay behind: %s.", path, one_line(said))
     if not tensors:
         return found
-    kept, lost = _tensors(model, path, found.folder, options)
+    with seen_dense(model):
+        kept, lost = _tensors(model, path, found.folder, options)
     return replace(found, tensors=kept, lost=lost)
 
 

@@ -16,7 +16,7 @@ from ..common.installation import how_to_install
 from ..common.manifest import MANIFEST, files_in
 from ..common.output import OutputFolder
 from .base_files import MODULES, module_folders
-from .encodings import ENCODINGS, QUANT_METHOD, Encoding, Header, decoded, encoding_named
+from .encodings import BITMASK, ENCODINGS, QUANT_METHOD, Encoding, Header, decoded, encoding_named
 from .shards import Shards, ShardWriter, find_shards, index_name, open_shard, packed_headers, width
 
 
@@ -29,6 +29,7 @@ HOW_TO_LOAD = (
 # Weights in other formats, which would be another copy of the same ones: they stay where they are.
 OTHER_WEIGHTS = ("pytorch_model*.bin*", "tf_model*.h5", "flax_model*.msgpack*", "*.gguf", "*.onnx*", "*.pt", "*.pth")
 
+PACKED = "packed"  # what `to` and `encoding` call weights that are compressed, and stay so when they are loaded
 LEAST_SAVED = 0.01  # share of the bytes: below it a checkpoint would load less widely for nothing
 
 logger = logging.getLogger(__name__)
@@ -44,7 +45,8 @@ def convert(source: str | Path, directory: str | Path, to: str) -> tuple[int, in
     weights; then every other file stays.
 
     Args:
-        to (`str`): "dense", or "compressed" (the encoding "bitmask").
+        to (`str`): "dense", "compressed" (the encoding "bitmask"), or "packed": compressed, and a note that matrices
+            stay packed when it is loaded, unless a caller asks for something else.
 
     Raises:
         FileNotFoundError: `source` holds no weights in safetensors.
@@ -52,16 +54,18 @@ def convert(source: str | Path, directory: str | Path, to: str) -> tuple[int, in
         OutputError: it cannot be written.
         ValueError: the checkpoint is in that form already, quantised, damaged, or has too few zeros to become smaller.
     """
-    source, target = Path(source), encoding_named(to)
+    run_packed = to == PACKED
+    source, target = Path(source), BITMASK if run_packed else encoding_named(to)
     if not source.is_dir():
         raise FileNotFoundError(f"No folder {source}.")
     shards = find_shards(source)
     # Before anything is read: a link may lead to a file of somebody else.
     for name in ("config.json", *shards.files, *([] if shards.index is None else [index_name(shards.encoding.stem)])):
         own_file(source / name, source)
-    if shards.encoding is target:
-        raise ValueError(f"{source} is {target.shown} already; nothing was written.")
-    config = converted_config(read_json(source / "config.json"), target, source)
+    stated = read_json(source / "config.json")
+    if shards.encoding is target and runs_packed(stated) == run_packed:
+        raise ValueError(f"{source} is {to} already; nothing was written.")
+    config = converted_config(stated, target, source, run_packed)
     in_place = Path(directory).is_dir() and source.samefile(directory)
     others, left = _other_files(shards)
     if in_place:
@@ -88,13 +92,13 @@ def convert(source: str | Path, directory: str | Path, to: str) -> tuple[int, in
     return sizes
 
 
-def encode_in_place(folder: Path, encoding: Encoding) -> None:
+def encode_in_place(folder: Path, encoding: Encoding, run_packed: bool = False) -> None:
     """Replace the dense weights in `folder`, which transformers wrote, by encoded ones, shard after shard.
 
     Weights that do not become smaller are encoded all the same, with a warning: that was asked for, and takes no work
     from anybody.
     """
-    config = converted_config(read_json(folder / "config.json"), encoding, folder)
+    config = converted_config(read_json(folder / "config.json"), encoding, folder, run_packed)
     write_text(folder / "config.json", json.dumps(config, indent=2) + "\n")
     shards = find_shards(folder)
     before, after = convert_weights(shards, folder, encoding, remove=True)
@@ -108,7 +112,13 @@ def encode_in_place(folder: Path, encoding: Encoding) -> None:
         (folder / index_name(shards.encoding.stem)).unlink()
 
 
-def converted_config(config: Any, to: Encoding, folder: Path) -> dict[str, Any]:
+def runs_packed(config: Any) -> bool:
+    """Whether the content of a `config.json` says that matrices stay packed."""
+    section = config.get("quantization_config") if isinstance(config, dict) else None
+    return isinstance(section, dict) and section.get("run_packed") is True
+
+
+def converted_config(config: Any, to: Encoding, folder: Path, run_packed: bool = False) -> dict[str, Any]:
     """The content of a `config.json` after conversion; `ValueError` where weights are quantised by another method."""
     if not isinstance(config, dict):
         raise ValueError(f"{folder / 'config.json'} is no configuration of a model.")
@@ -118,7 +128,7 @@ def converted_config(config: Any, to: Encoding, folder: Path) -> dict[str, Any]:
         raise ValueError(f"{folder} is quantised ({method}); only checkpoints that are not can be converted.")
     config = {name: value for name, value in config.items() if name not in ("quantization_config", MARK)}
     if to.entry is not None:
-        config["quantization_config"] = to.entry
+        config["quantization_config"] = to.entry | ({"run_packed": True} if run_packed else {})
         config[MARK] = HOW_TO_LOAD
     return config
 

@@ -219,6 +219,16 @@ def weight_files(path: str, folder: Path, stated: Any, options: Mapping[str, Any
         return []
 
 
+def file_bytes(path: str, options: Mapping[str, Any]) -> int | None:
+    """Bytes of the files that the weights at `path` are in; `None` where they are not safetensors, or another file."""
+    path, options = located(path, dict(options))
+    folder = Path(path, options.get("subfolder") or "")
+    if options.keys() & set(_OTHER_WEIGHTS) or (folder.is_dir() and is_adapter(folder)):
+        return None
+    files = weight_files(path, folder, stated_in(path, folder, options), options)
+    return sum(file.stat().st_size for file in files) or None
+
+
 def _cached_weights(path: str, encoding: Encoding, options: Mapping[str, Any]) -> list[Path]:
     """The weights of a Hub model, in the cache; what is not there yet is downloaded, as for loading it."""
     single = _cached(path, f"{encoding.stem}.safetensors", options)

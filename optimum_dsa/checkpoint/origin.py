@@ -12,6 +12,7 @@ from torch import nn
 from ..common.files import read_json
 from ..model.adapters import inner_model
 from ..model.parameters import count_parameters
+from ..packed.pack_model import seen_dense
 from ..pruning.configuration import CONFIG_NAME
 from ..pruning.other_head import is_other_head, report_for
 from ..pruning.report import PruningReport
@@ -42,12 +43,13 @@ def described_report(model: nn.Module) -> PruningReport | None:
     described = _described(inner)
     if not described:
         return None
-    report = report_for(inner, report_from(described))
+    with seen_dense(inner):
+        report, parameters = report_for(inner, report_from(described)), count_parameters(inner)
     folder = Path(inner.config.name_or_path)
     stated = read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
     stated = stated if isinstance(stated, dict) else {}
     other = is_other_head(inner, stated.get("architectures") or ()) or _is_resized(inner.config, stated)
-    return replace(report, parameters=count_parameters(inner)) if other else report
+    return replace(report, parameters=parameters) if other else report
 
 
 def _is_resized(config: Any, stated: Mapping[str, Any]) -> bool:

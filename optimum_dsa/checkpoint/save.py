@@ -21,10 +21,11 @@ from ..model.parameters import weight_bytes
 from ..pruning.report import PruningReport
 from .adapter_base import check_base
 from .base_files import BaseFiles
-from .convert import encode_in_place
+from .convert import PACKED, encode_in_place
 from .description import describe, schema, write_description
-from .encodings import encoding_named
+from .encodings import BITMASK, encoding_named
 from .load import find_description
+from .packing import as_dense
 from .shard_size import check_shard_size
 from .unknown_tensors import add_tensors
 
@@ -71,8 +72,8 @@ def save_checkpoint(
 
     Of a model with adapters these are written, or without `adapters` the model under them.
 
-    In any `encoding` but "dense", a row of `ENCODINGS`, weights are encoded shard by shard after transformers has
-    written them, so that names and ties are its own; on the way the disk holds the dense weights too.
+    In any `encoding` but "dense", a row of `ENCODINGS` or "packed", weights are encoded shard by shard after
+    transformers has written them, so that names and ties are its own; on the way the disk holds the dense weights too.
 
     With `beside`, what belongs to the model and its class does not write goes along.
 
@@ -85,7 +86,7 @@ def save_checkpoint(
     """
     if "max_shard_size" in save_kwargs:
         check_shard_size(save_kwargs["max_shard_size"])
-    row = encoding_named(encoding)
+    row = BITMASK if encoding == PACKED else encoding_named(encoding)
     if not row.is_plain:
         # Encoded shard after shard: one shard of everything would have to be on the disk twice.
         save_kwargs = {"max_shard_size": "5GB", **save_kwargs}
@@ -109,7 +110,7 @@ def save_checkpoint(
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
         if not row.is_plain:
-            encode_in_place(folder, row)
+            encode_in_place(folder, row, encoding == PACKED)
         facts = {}
         if beside is not None:
             facts = {"base_files": beside.described(beside.copy_to(folder, tokenizer))}
@@ -118,9 +119,10 @@ def save_checkpoint(
         write_description(folder, {**description, **facts})
 
     if isinstance(directory, OutputFolder):
-        directory.write(fill)
+        with as_dense(model):
+            directory.write(fill)
     else:
-        with OutputFolder(directory) as output:
+        with as_dense(model), OutputFolder(directory) as output:
             output.require(weight_bytes(model) + (beside.bytes if beside is not None else 0))
             output.write(fill, rescue=False)  # the model is still there
 

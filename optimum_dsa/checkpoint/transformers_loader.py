@@ -1,9 +1,13 @@
-"""How transformers loads compressed checkpoints: a quantizer that unpacks each tensor and leaves an ordinary model."""
+"""How transformers loads compressed checkpoints: a quantizer that unpacks each tensor and leaves an ordinary model.
+
+Or, where that is asked for, one whose matrices stay packed.
+"""
 
 from __future__ import annotations
 
 import copy
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,18 +20,27 @@ from transformers.quantizers.auto import (
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from ..common.fences import check_compressed_loading
+from ..common.fences import add_loading_options, check_compressed_loading
 from ..common.files import read_json
 from ..common.installation import how_to_upgrade
+from ..packed.pack_model import unpack_model
 from .convert import MARK
 from .encodings import BITMASK, ENCODINGS, QUANT_METHOD
+from .run_packed import check_places, make_waiting, pack_waiting, refuse_saving
 from .shards import check_index, check_size, count_weights, index_name, packed_headers
 
 
 class DSAQuantizationConfig(QuantizationConfigMixin):
-    """What `config.json` of an encoded checkpoint says: the encoding, and the version of its format."""
+    """What `config.json` of an encoded checkpoint says: the encoding, and the version of its format.
 
-    def __init__(self, format_version: int = 1, encoding: str = BITMASK.name, **ignored):
+    Given to `from_pretrained`, it says how such a checkpoint is loaded.
+
+    Args:
+        run_packed (`bool`, defaults to `False`): keep matrices packed and multiply with them as they are; without it
+            they are unpacked while they are loaded.
+    """
+
+    def __init__(self, format_version: int = 1, encoding: str = BITMASK.name, run_packed: bool = False, **ignored):
         if not isinstance(encoding, str) or encoding not in ENCODINGS:
             raise ValueError(
                 f"The weights are stored as {encoding!r}, which this optimum-dsa does not know; upgrade it with "
@@ -42,16 +55,35 @@ class DSAQuantizationConfig(QuantizationConfigMixin):
         self.quant_method = QUANT_METHOD
         self.format_version = format_version
         self.encoding = encoding
-        self.dequantize = True  # transformers then forgets the quantizer when the weights are loaded
+        if not isinstance(run_packed, bool):
+            raise ValueError(f"run_packed is true or false, got {run_packed!r}; correct the checkpoint's config.json.")
+        self.run_packed = run_packed
+
+    @property
+    def dequantize(self) -> bool:
+        """Whether transformers forgets the quantizer when the weights are loaded."""
+        return not self.run_packed
+
+    def get_loading_attributes(self) -> dict[str, Any]:
+        """What a caller's decides, whatever the checkpoint's says."""
+        return {"run_packed": self.run_packed}
 
 
 class DSAQuantizer(HfQuantizer):
-    """Unpacks tensors while transformers loads them; the model is as if its checkpoint had been dense."""
+    """Unpacks tensors while transformers loads them; the model is as if its checkpoint had been dense.
+
+    With `run_packed`, matrices stay packed, and it stays with the model.
+    """
 
     requires_calibration = True  # there is nothing to do for a checkpoint that is not compressed
 
     def __init__(self, quantization_config, **kwargs):
         check_compressed_loading()
+        if not kwargs.get("pre_quantized", True):
+            raise ValueError(
+                "run_packed is for compressed checkpoints, and this one is dense: convert it with `optimum-cli dsa "
+                "convert FOLDER PACKED --to packed`, or load it with DSAPruner.from_pretrained and call pack()."
+            )
         super().__init__(quantization_config, **kwargs)
         self._index_name = index_name(ENCODINGS[quantization_config.encoding].stem)
 
@@ -65,7 +97,7 @@ class DSAQuantizer(HfQuantizer):
 
     def _process_model_before_weight_loading(self, model, checkpoint_files=None, **kwargs):
         """Reads the headers of all packed tensors, and refuses what is damaged before memory is taken for it."""
-        self._packed, weights = set(), 0
+        self._packed, weights = {}, 0
         paths = [Path(path) for path in checkpoint_files or ()]
         # again, for an index in a subfolder or of the Hub: what it names lies beside it
         indexes = {path.parent: path.parent / self._index_name for path in paths}
@@ -76,7 +108,7 @@ class DSAQuantizer(HfQuantizer):
         for path in paths:
             if path.name not in named[path.parent]:
                 raise ValueError(f"{path} is no shard of the compressed checkpoint that names it.")
-            self._packed |= packed_headers(path).keys()
+            self._packed |= packed_headers(path)
             weights += count_weights(path)
         check_size(model, weights, model.config.name_or_path)
         return model
@@ -98,7 +130,12 @@ class DSAQuantizer(HfQuantizer):
                 conversion.force_cpu = True
             updated.append(conversion)
         renamings = [conversion for conversion in updated if isinstance(conversion, WeightRenaming)]
-        leaves = {_renamed(name, renamings).rpartition(".")[2] for name in self._packed}
+        renamed = {_renamed(name, renamings): header for name, header in self._packed.items()}
+        if self.quantization_config.run_packed:
+            converters = [conversion for conversion in updated if isinstance(conversion, WeightConverter)]
+            plain = {name: header for name, header in renamed.items() if not _is_converted(name, converters)}
+            make_waiting(model, plain)
+        leaves = {name.rpartition(".")[2] for name in renamed}
         # By the last part of a name: transformers matches patterns, and one per tensor would be thousands.
         own = [UnpackOnly(rf"(?<![^.]){re.escape(leaf)}$", leaf) for leaf in sorted(leaves)]
         return [*updated, *own]
@@ -115,10 +152,22 @@ class DSAQuantizer(HfQuantizer):
         return None
 
     def _process_model_after_weight_loading(self, model, **kwargs):
-        """Leaves no trace: what is saved from here on is dense, under the model's own names."""
+        """Leaves no trace: what is saved from here on is dense, under the model's own names.
+
+        With `run_packed`, makes packed layers of what was loaded.
+        """
         if hasattr(model.config, MARK):
             delattr(model.config, MARK)
+        if self.quantization_config.run_packed:
+            check_places(model)
+            if not pack_waiting(model):
+                self.remove_quantization_config(model)
         return model
+
+    def validate_environment(self, *args, device_map=None, **kwargs):
+        """Refuses a place for packed matrices where they cannot be, before anything is loaded."""
+        if self.quantization_config.run_packed and isinstance(device_map, Mapping):
+            check_places(device_map)
 
     def remove_quantization_config(self, model):
         """Takes off a loaded model what marks it as quantized, and no more.
@@ -137,6 +186,19 @@ class DSAQuantizer(HfQuantizer):
     def is_serializable(self, *args, **kwargs) -> bool:
         return True
 
+    def get_state_dict_and_metadata(self, model):
+        """Never comes to that: transformers would write parts under names that no loader knows."""
+        return refuse_saving(model)
+
+    def _dequantize(self, model, dtype=None):
+        """What `model.dequantize()` does: its matrices have their zeros again."""
+        unpack_model(model)
+        return model
+
+    @property
+    def is_compileable(self) -> bool:
+        return True
+
     @property
     def is_trainable(self) -> bool:
         return True
@@ -148,11 +210,17 @@ def _renamed(name: str, renamings: list[Any]) -> str:
     return name
 
 
+def _is_converted(name: str, converters: list[Any]) -> bool:
+    """Whether transformers makes other tensors of the one called `name` while it loads it."""
+    return any(converter.rename_source_key(name)[1] is not None for converter in converters)
+
+
 def register() -> None:
     """Make transformers load compressed checkpoints; a second call changes nothing."""
     if QUANT_METHOD not in AUTO_QUANTIZER_MAPPING:
         register_quantization_config(QUANT_METHOD)(DSAQuantizationConfig)
         register_quantizer(QUANT_METHOD)(DSAQuantizer)
+        add_loading_options(DSAQuantizationConfig)
 
 
 register()

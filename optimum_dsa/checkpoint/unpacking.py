@@ -7,6 +7,7 @@ from torch import Tensor
 from transformers.core_model_loading import ConversionOps, WeightConverter
 
 from .encodings import decoded
+from .run_packed import waiting_at
 
 
 class Unpack(ConversionOps):
@@ -25,8 +26,13 @@ class Unpack(ConversionOps):
         self.alone = alone
         self.dtype: torch.dtype | None = None
 
-    def convert(self, input_dict: dict[str, list[Tensor]], full_layer_name="tensor", **kwargs):
+    def convert(self, input_dict: dict[str, list[Tensor]], full_layer_name="tensor", model=None, **kwargs):
         """Every tensor of a pattern, packed as (bytes,) uint8 or of any shape, as the model has it."""
+        waiting = waiting_at(model, full_layer_name) if self.alone else None
+        if waiting is not None:
+            waiting.told(self.dtype)
+            ((tensor,),) = input_dict.values()
+            return {full_layer_name: tensor}
 
         def dense(tensor: Tensor) -> Tensor:
             """A tensor of any shape: unpacked from (bytes,) in the asked dtype, or as it is."""

@@ -13,6 +13,7 @@ from ..common.escaping import one_line
 from ..model.adapters import inner_model, plain_name
 from ..model.architecture import GRANULARITIES, Architecture, Weight
 from ..model.parameters import count_parameters
+from ..packed.pack_model import seen_dense
 from ..pruning.allocate import architecture_for
 from ..pruning.allocation import split_count
 from ..pruning.other_head import is_other_head, report_for
@@ -97,7 +98,12 @@ def verify(model: nn.Module, report: PruningReport, description: Mapping[str, An
         checked.problems += [SEALS[seal]] if seal in SEALS else []
         checked.unproven += [NO_SEAL] if seal == "none" else []
         checked.unproven += [TRAINING] if "recovery" in description else []
-    model, report = inner_model(model), report_for(model, report)
+    with seen_dense(model):
+        return _counted(inner_model(model), report_for(model, report), checked)
+
+
+def _counted(model: nn.Module, report: PruningReport, checked: _Checked) -> Verification:
+    """What is `checked` so far, and the weights of `model` held against `report`."""
     pattern, parameters = _pattern(report), count_parameters(model)
     if report.structured is not None:
         checked.count_structures(model, widths(report.structured))

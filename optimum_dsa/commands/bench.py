@@ -9,13 +9,15 @@ class BenchCommand(LeafCommand):
     """How fast a model is, alone or beside another."""
 
     DESCRIPTION = """\
-Measure how many tokens a second a causal model reads and writes, and say what its weights and its cache take. With
---against another model is measured in turn with it, in one process, and the ratios are of the fastest rounds: what
-pruning, storing or cutting has brought. Zeros that are multiplied as any other number make nothing faster.
+Measure how many tokens a second a causal model reads and writes, and say what it takes: memory, files, and how much is
+read for a token beside what this machine's memory gives, which is measured in the same run. With --against another
+model is measured in turn with it, in one process, and the ratios are of the fastest rounds: what pruning, storing or
+cutting has brought. Zeros that are multiplied as any other number make nothing faster.
 """
     EXAMPLES = """\
   optimum-cli dsa bench smaller --against ./model
   optimum-cli dsa bench smaller --against ./model --dtype bfloat16 --threads 1 --prompt 128 --json
+  optimum-cli dsa bench smaller --against ./model --output smaller/speed.json
 """
 
     @staticmethod
@@ -29,15 +31,18 @@ pruning, storing or cutting has brought. Zeros that are multiplied as any other 
         parser.add_argument("--rounds", type=int, default=5, help="of which the fastest counts (default: 5)")
         parser.add_argument("--threads", type=int, help="of PyTorch, on a CPU (default: as many as it takes)")
         parser.add_argument("--seed", type=int, default=0, help="of the tokens that are read (default: 0)")
+        parser.add_argument("--output", help="JSON file to write to; in the model's folder, report and card show it")
         add_loading_options(parser, reads_text=False)
 
     def execute(self) -> dict:
-        from dataclasses import asdict
+        from dataclasses import replace
+        from functools import partial
 
         import torch
 
-        from ..checkpoint.load import load_model
+        from ..checkpoint.load import file_bytes, load_model
         from ..evaluation.speed import measure_speed
+        from ..evaluation.speed_result import check_speed_file, save_speed
 
         args = self.args
         if args.threads is not None:
@@ -46,10 +51,17 @@ pruning, storing or cutting has brought. Zeros that are multiplied as any other 
             torch.set_num_threads(args.threads)
         if args.against == args.model:
             raise ValueError(f"--against {args.against} is the model itself; name another, or leave it out.")
+        if args.output:
+            check_speed_file(args.output)
         options = loading_options(args)
         names = [args.model, *([args.against] if args.against else [])]
-        models = {name: load_model(name, **options) for name in names}
+        models = {name: partial(load_model, name, **options) for name in names}
         numbers = ("prompt", "new_tokens", "batch_size", "rounds", "seed")
         found = measure_speed(models, **{name: getattr(args, name) for name in numbers})
+        speeds = {name: replace(speed, file_bytes=file_bytes(name, options)) for name, speed in found.speeds.items()}
+        found = replace(found, speeds=speeds)
         say(str(found))
-        return asdict(found)
+        if args.output:
+            save_speed(args.output, found)
+            self.saved = True
+        return found.to_dict()

@@ -7,6 +7,7 @@ from .convert import ConvertCommand
 from .demo import DemoCommand
 from .env import EnvCommand
 from .evaluate import EvaluateCommand
+from .generate import GenerateCommand
 from .options import CommandParser
 from .plan import PlanCommand
 from .prune import PruneCommand
@@ -27,6 +28,7 @@ class DSACommand(BaseOptimumCLICommand):
         CommandInfo("search", "Find the allocation that hurts a model least.", SearchCommand),
         CommandInfo("recover", "Train a pruned model and keep its zeros.", RecoverCommand),
         CommandInfo("evaluate", "Measure a model's perplexity and its sparsity.", EvaluateCommand),
+        CommandInfo("generate", "Try a model: print what it writes after a prompt.", GenerateCommand),
         CommandInfo("bench", "Measure how fast a model reads and writes.", BenchCommand),
         CommandInfo("report", "Show a pruned model or a search as a page with pictures.", ReportCommand),
         CommandInfo("verify", "Check that a pruned model is what it says.", VerifyCommand),

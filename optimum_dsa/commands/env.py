@@ -16,8 +16,10 @@ class EnvCommand(LeafCommand):
 
     def execute(self) -> dict[str, str]:
         from ..common.environment import environment
+        from ..packed.loading import load
 
-        facts = environment()
+        kernels = load(warn=False)
+        facts = {**environment(), "packed products": f"{kernels.name} ({kernels.reason})"}
         for name, value in facts.items():
             print(f"- {name}: {value}")
         return facts

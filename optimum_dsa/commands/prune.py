@@ -56,6 +56,7 @@ Both compose: cut structures first, and prune the weights of what is left then.
   optimum-cli dsa prune ./model -o out -s 0.5 --method magnitude --allocation uniform --device-map disk
   optimum-cli dsa prune Qwen/Qwen3-0.6B -o out --sparsity 0.6 --resume
   optimum-cli dsa prune Qwen/Qwen3-0.6B -o smaller -s 0.2 --structures ffn,kv_group
+  optimum-cli dsa prune ./model -o smaller --structures ffn --max-loss 5% --dataset calibration.txt
   optimum-cli dsa prune smaller -o smaller-sparse -s 0.5
 """
 
@@ -274,8 +275,13 @@ def asked_structures(args, parser, **given):
             f"{flag_of(others[0])} is of pruned weights, and --structures cuts structures out; leave out one of both."
         )
     asked = given | asked_settings(args, DSAStructuredConfig)
+    if "max_loss" in asked:
+        if "sparsity" in asked:
+            raise ValueError(f"-s says how much goes, and --max-loss {asked['max_loss']} finds it; give one of both.")
+        asked["sparsity"] = 0.0
     if "sparsity" not in asked:
-        raise ValueError("say how much to cut out, for example --sparsity 0.2")
+        found = ", or by how much perplexity may rise: --max-loss 5%" if hasattr(args, "max_loss") else ""
+        raise ValueError(f"say how much to cut out, for example --sparsity 0.2{found}")
     if args.device_map == "disk":
         raise ValueError("--structures cuts a model in memory, and --device-map disk has it elsewhere; leave it out.")
     config = DSAStructuredConfig.from_dict(nested(DSAStructuredConfig, asked))

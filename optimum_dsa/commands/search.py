@@ -82,6 +82,7 @@ With --structures it finds how many structures each block keeps (all strategies 
         add_settings(parser, [(data, CALIBRATION)], "pruning.configuration.DSAConfig", what, without=found)
         cut = parser.add_argument_group("structures instead of weights (--structures)")
         found += ("unstable", "budgets", "learner", "learn_steps", "learn_rate")  # says, or learns, it otherwise
+        found += ("max_loss",)  # finds how much goes, and a search from where
         add_alternative(parser, "structures", "pruning.structured.configuration.DSAStructuredConfig", cut, found)
         parser.add_argument(
             "--validation", help="text to compare candidates on (default: other windows of the calibration data)"

@@ -78,7 +78,7 @@ FENCES = {
         "accelerate",
         "AlignDevicesHook.offload, .weights_map and .place_submodules",
         "the weights of one block are brought in once, and written back",
-        "model.offload",
+        "model.offload, packed.pack_model",
         _OFFLOAD,
     ),
     "hooked forward": Fence(
@@ -107,7 +107,7 @@ FENCES = {
         "transformers",
         "PreTrainedModel.all_tied_weights_keys",
         "tied weights are pruned once and written back under all their names",
-        "model.architecture, checkpoint.save, model.offload",
+        "model.architecture, checkpoint.save, model.offload, packed.pack_model",
         "tests/model/test_architecture.py",
     ),
     "experts": Fence(
@@ -132,6 +132,13 @@ FENCES = {
         "packed tensors are unpacked before the model's own conversions",
         "checkpoint.transformers_loader, checkpoint.unpacking",
         _QUANTIZER,
+    ),
+    "loading options": Fence(
+        "transformers",
+        "quantizers.auto.LOADING_ATTRIBUTES_CONFIG_TYPES",
+        "run_packed=True is asked for when a model is loaded; a checkpoint that says it needs no list",
+        "checkpoint.transformers_loader",
+        "tests/checkpoint/test_run_packed.py",
     ),
     "names": Fence(
         "transformers",
@@ -182,6 +189,13 @@ FENCES = {
         "a sparse adapter is a LoRA with another product",
         "recovery.adapters.layer, recovery.adapters.peft_method",
         _PEFT,
+    ),
+    "custom layers": Fence(
+        "peft",
+        "LoraConfig._register_custom_module, LoraLayer._get_in_out_features",
+        "a LoRA stands beside a packed layer, which PEFT does not know",
+        "recovery.adapters.packed",
+        "tests/recovery/adapters/test_packed.py",
     ),
     # huggingface_hub
     "transport": Fence(

@@ -8,6 +8,7 @@ oldest and the newest releases.
 from __future__ import annotations
 
 import tempfile
+import warnings
 import weakref
 from collections.abc import Callable, Collection, Iterator, Mapping, MutableMapping
 from contextlib import contextmanager
@@ -40,6 +41,21 @@ def hooks_of(module: nn.Module) -> list[Any]:
         for name in ("offload", "weights_map", "place_submodules"):
             _get(hook, name, "hook state")
     return found
+
+
+def move_hooks(module: nn.Module, other: nn.Module) -> None:
+    """Put accelerate's hooks on `module` on `other`, which takes its place."""
+    from accelerate.hooks import add_hook_to_module
+
+    for hook in hooks_of(module):
+        add_hook_to_module(other, hook, append=True)
+
+
+def weights_from(module: nn.Module, weights: Mapping[str, Tensor], device: Any) -> None:
+    """Have accelerate take the module's own weights, of any shape, from a map to `device` whenever they are needed."""
+    from accelerate.hooks import AlignDevicesHook, add_hook_to_module
+
+    add_hook_to_module(module, AlignDevicesHook(device, offload=True, weights_map=weights))
 
 
 def weights_behind(hook: Any, key: str) -> Any:
@@ -232,6 +248,11 @@ def add_peft_type(name: str) -> None:
         raise FENCES["methods"].missing() from None
 
 
+def use_lora_layer(config: Any, kind: type[nn.Module], layer: type[nn.Module]) -> None:
+    """Have PEFT put `layer` around modules of a `kind` that it does not know, where a LoRA of `config` is put on."""
+    _get(config, "_register_custom_module", "custom layers")({kind: layer})
+
+
 def check_adapter_arguments(layer: Any, x: Tensor, *args, **kwargs) -> None:
     """What PEFT asks of the arguments of a LoRA layer, x (..., in_features) first."""
     _get(layer, "_check_forward_args", "layer")(x, *args, **kwargs)
@@ -257,6 +278,20 @@ def check_compressed_loading() -> None:
             f"this is {__version__}, without {', '.join(absent)}; install another, or store the folder dense with "
             "`optimum-cli dsa convert FOLDER DENSE --to dense`."
         )
+
+
+def add_loading_options(config: type) -> None:
+    """Have transformers take over loading options of a `quantization_config` of this class that a caller passes.
+
+    On releases that keep no such list, the checkpoint's own says what is loaded, and transformers warns of it.
+    """
+    from transformers.quantizers import auto
+
+    known = getattr(auto, "LOADING_ATTRIBUTES_CONFIG_TYPES", None)
+    if isinstance(known, tuple) and config not in known:
+        auto.LOADING_ATTRIBUTES_CONFIG_TYPES = (*known, config)
+        # It says that the checkpoint's own is used, and means the rest of it.
+        warnings.filterwarnings("ignore", r"(?s)You passed `quantization_config`.*\['run_packed'\]")
 
 
 def _get(owner: Any, name: str, row: str) -> Any:

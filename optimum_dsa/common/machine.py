@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import ctypes
+import gc
 import os
+import platform
 import shutil
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -19,6 +23,30 @@ def own_memory() -> int:
         return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
     except (OSError, ValueError):  # not Linux
         return TYPICAL
+
+
+def settled_memory() -> int | None:
+    """Bytes of memory that this process has once nothing unused is left in it; `None` where the system does not say.
+
+    Weights that are read where they lie in their file count as far as they were read.
+    """
+    gc.collect()
+    with suppress(AttributeError, OSError):  # of glibc; elsewhere what is free may be kept for later
+        ctypes.CDLL(None).malloc_trim(0)
+    return own_memory() if Path("/proc/self/statm").is_file() else None
+
+
+def machine_name(device: str | torch.device = "cpu") -> str:
+    """What products on a device are made by: "AMD EPYC 9R14, 2 cores", "NVIDIA H100"; nothing of whose it is."""
+    if torch.device(device).type == "cuda":
+        return torch.cuda.get_device_name(device)
+    try:
+        lines = (line.partition(":") for line in Path("/proc/cpuinfo").read_text().splitlines())
+        name = next(value.strip() for key, _, value in lines if key.strip() == "model name")
+    except (OSError, StopIteration):  # not Linux, or of a kind of processor that does not tell
+        name = platform.processor() or platform.machine()
+    cores = os.cpu_count() or 1
+    return f"{name}, {cores} core{'s' if cores > 1 else ''}"
 
 
 def memory_available(device: str = "cpu") -> int:

@@ -18,6 +18,7 @@ from ..model.adapters import inner_model
 from ..model.architecture import find_architecture
 from ..model.examples import PREDICTS, check_predicts_tokens
 from ..model.inputs import check_length, default_length, kind_of
+from ..packed.pack_model import seen_dense
 from ..pruning.report import PruningReport
 from ..pruning.zeros import count_zeros
 from .measurement import Measurement, Protocol, TaskProtocol
@@ -169,11 +170,11 @@ def _dtype(model: nn.Module) -> str:
 
 def _count(model: nn.Module, report: PruningReport | None) -> tuple[int, int]:
     """Zeros in the prunable weights, and how many these are: of a pruned model what was pruned, else all of blocks."""
-    model = inner_model(model)
-    if report is None:
-        architecture = find_architecture(model, skip_unprunable=True)
-    else:
+    model, named = inner_model(model), {}
+    if report is not None:
         asked = report.config
-        architecture = find_architecture(model, asked.blocks, asked.exclude, asked.include, skip_unprunable=True)
-    zeros = count_zeros(model, architecture)
+        named = {"blocks": asked.blocks, "exclude": asked.exclude, "include": asked.include}
+    with seen_dense(model):
+        architecture = find_architecture(model, **named, skip_unprunable=True)
+        zeros = count_zeros(model, architecture)
     return sum(zeros.values()), sum(weight.size for weight in architecture.weights)

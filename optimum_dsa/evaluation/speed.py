@@ -5,106 +5,27 @@ from __future__ import annotations
 import inspect
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from datetime import datetime, timezone
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
+from transformers import LlamaConfig, LlamaForCausalLM
 
-from ..common.columns import columns
-from ..common.machine import shown_bytes
+from ..common.machine import machine_name, settled_memory
 from ..model.adapters import inner_model
 from ..model.inputs import check_length, kind_of, word_embeddings
-from ..model.parameters import count_parameters
+from .reading import Memory, held, packed_bytes, weights_in, weights_read
+from .speed_result import Speed, SpeedComparison
 
 
 _CACHES = ("cache", "past_key_values")  # what a model's cache is called in newer releases, and in older ones
 
 
-@dataclass(frozen=True)
-class Speed:
-    """What one model took. Rates are of the fastest of some rounds.
-
-    Attributes:
-        model (`str`): how it is called.
-        prefill (`float`): tokens of a prompt read in a second.
-        decode (`float`): tokens written in a second, one after the other.
-        parameters (`int`): without what is tied counted twice.
-        weight_bytes (`int`): what parameters and buffers take in memory.
-        flops (`int`): floating point operations for a token of the prompt, as PyTorch counts them: products of zeros
-            are counted as well.
-        cache_bytes (`int`, *optional*): what the cache of keys and values takes for a token; `None` where it is not
-            made of them.
-        peak_bytes (`int`, *optional*): the most that was taken on a GPU; `None` on a CPU, which does not tell.
-    """
-
-    model: str
-    prefill: float
-    decode: float
-    parameters: int
-    weight_bytes: int
-    flops: int
-    cache_bytes: int | None = None
-    peak_bytes: int | None = None
-
-
-@dataclass(frozen=True)
-class SpeedComparison:
-    """Models measured in turn, in one process, so that whatever else the machine does slows all of them.
-
-    Attributes:
-        speeds (`Mapping[str, Speed]`): by name; others are held against the first.
-        prompt, new_tokens, batch_size, rounds: how it was measured.
-        threads (`int`): of PyTorch, on a CPU.
-        device, dtype (`str`): of the first.
-    """
-
-    speeds: Mapping[str, Speed]
-    prompt: int
-    new_tokens: int
-    batch_size: int
-    rounds: int
-    threads: int
-    device: str
-    dtype: str
-
-    def __str__(self) -> str:
-        first, *others = self.speeds.values()
-        lines = [("", *(speed.model for speed in self.speeds.values()), *(["ratio"] if len(others) == 1 else []))]
-        for label, value, show in _ROWS:
-            found = [value(speed) for speed in self.speeds.values()]
-            if any(each is None for each in found):
-                continue
-            ratio = [f"{found[0] / found[1]:.2f}"] if len(others) == 1 and found[1] else [""] * (len(others) == 1)
-            lines.append((label, *map(show, found), *ratio))
-        how = f"prompt {self.prompt}, {self.new_tokens} new tokens, batch {self.batch_size}, best of {self.rounds}"
-        where = f"{self.device}, {self.dtype}" + (f", {self.threads} threads" if self.device == "cpu" else "")
-        return "\n".join([*columns(lines), f"{how}; {where}"])
-
-
-def _whole(value: float) -> str:
-    return f"{value:,.0f}"
-
-
-def _rate(value: float) -> str:
-    return f"{value:,.1f}" if value < 100 else _whole(value)
-
-
-_ROWS: tuple[tuple[str, Callable[[Speed], Any], Callable[[Any], str]], ...] = (
-    ("prefill, tokens/s", lambda speed: speed.prefill, _rate),
-    ("decode, tokens/s", lambda speed: speed.decode, _rate),
-    ("parameters", lambda speed: speed.parameters, _whole),
-    ("weights", lambda speed: speed.weight_bytes, shown_bytes),
-    ("cache, bytes a token", lambda speed: speed.cache_bytes, _whole),
-    ("FLOPs a token", lambda speed: speed.flops, _whole),
-    ("peak memory", lambda speed: speed.peak_bytes, shown_bytes),
-)
-
-
 def measure_speed(
-    models: Mapping[str, nn.Module],
+    models: Mapping[str, nn.Module | Callable[[], nn.Module]],
     *,
     prompt: int = 512,
     new_tokens: int = 64,
@@ -115,12 +36,13 @@ def measure_speed(
     """Tokens a second of causal models, in reading a prompt and in writing with their caches.
 
     Args:
-        models (`Mapping[str, nn.Module]`): by the name that the result has; each is run once before it is timed, and
-            then all in turn.
+        models (`Mapping[str, nn.Module | Callable[[], nn.Module]]`): by the name that the result has; or what loads
+            one, so that the memory that it takes is measured as well. Each is run once before it is timed, and then
+            all in turn.
         prompt (`int`, defaults to 512): tokens that are read.
         new_tokens (`int`, defaults to 64): tokens that are written then, whichever they are.
         batch_size (`int`, defaults to 1): sequences at a time.
-        rounds (`int`, defaults to 5): of which the fastest counts.
+        rounds (`int`, defaults to 5): of which the fastest counts. In each the machine's memory is measured as well.
         seed (`int`, defaults to 0): of the tokens that are read.
 
     Raises:
@@ -132,22 +54,51 @@ def measure_speed(
             raise ValueError(f"{name} is a whole number of at least 1, got {value!r}.")
     if not models:
         raise ValueError("Name a model to measure.")
+    runs: dict[str, _Run] = {}
+    if any(not isinstance(model, nn.Module) for model in models.values()):
+        _import_all()
     for name, model in models.items():
+        before = None
+        if not isinstance(model, nn.Module):
+            before, model = settled_memory(), model()
         _check(name, model, prompt + new_tokens)
-    runs = {name: _Run(model, prompt, new_tokens, batch_size, seed) for name, model in models.items()}
-    times: dict[str, list[tuple[float, float]]] = {name: [] for name in models}
-    for number in range(rounds + 1):
+        runs[name] = _Run(model, prompt, new_tokens, batch_size, seed)
+        runs[name].once()  # warms up; and what is read of a file where it lies is in memory then
+        if before is not None and model.device.type == "cpu":
+            runs[name].resident = max(settled_memory() - before, 0)
+    first = next(iter(runs.values())).model
+    memory = Memory(first.device)
+    times: dict[str, list[tuple[float, float]]] = {name: [] for name in runs}
+    for _ in range(rounds):
+        memory.measure()
         for name, run in runs.items():
-            taken = run.once()
-            if number:  # the first warms up
-                times[name].append(taken)
-    first = next(iter(models.values()))
+            times[name].append(run.once())
     speeds = {}
     for name, run in runs.items():
         read, written = (min(each) for each in zip(*times[name]))
         speeds[name] = run.speed(name, batch_size * prompt / read, batch_size * new_tokens / written)
     device, dtype = first.device, str(first.dtype).removeprefix("torch.")
-    return SpeedComparison(speeds, prompt, new_tokens, batch_size, rounds, torch.get_num_threads(), device.type, dtype)
+    return SpeedComparison(
+        speeds,
+        prompt,
+        new_tokens,
+        batch_size,
+        rounds,
+        torch.get_num_threads(),
+        device.type,
+        dtype,
+        memory.bandwidth,
+        machine_name(device),
+        datetime.now(timezone.utc).date().isoformat(),
+    )
+
+
+def _import_all() -> None:
+    """Run a model of nothing, so that what is imported and set up then is in no model's memory."""
+    sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
+    with torch.random.fork_rng([]):  # it draws weights
+        model = LlamaForCausalLM(LlamaConfig(vocab_size=8, **sizes))
+    _Run(model, prompt=2, new_tokens=1, batch_size=1, seed=0).once()
 
 
 def _check(name: str, model: nn.Module, length: int) -> None:
@@ -168,7 +119,7 @@ class _Run:
         accepted = inspect.signature(inner_model(model).forward).parameters
         self.options = {"logits_to_keep": 1} if "logits_to_keep" in accepted else {}
         self.known = _CACHES[0] if _CACHES[0] in accepted else _CACHES[1]
-        self.peak, self.cache = None, None
+        self.peak, self.cache, self.resident = None, None, None
 
     @torch.inference_mode()
     def once(self) -> tuple[float, float]:
@@ -176,6 +127,7 @@ class _Run:
         gpu = self.model.device.type == "cuda"
         if gpu:
             torch.cuda.reset_peak_memory_stats(self.model.device)
+            others = torch.cuda.memory_allocated(self.model.device) - self._weight_bytes()
         start = self._now()
         output = self.model(self.tokens, use_cache=True, **self.options)
         read = self._now()
@@ -185,9 +137,12 @@ class _Run:
             output = self.model(latest, use_cache=True, **known, **self.options)
         written = self._now()
         self.cache = _cache_bytes(self._cache_of(output), self.tokens.shape[1] + self.new_tokens)
-        if gpu:
-            self.peak = torch.cuda.max_memory_allocated(self.model.device)
+        if gpu:  # what other models hold meanwhile is not its own
+            self.peak = torch.cuda.max_memory_allocated(self.model.device) - others
         return read - start, written - read
+
+    def _weight_bytes(self) -> int:
+        return sum(value.nbytes for value in held(self.model).values())
 
     def _cache_of(self, output: Any) -> Any:
         """What a model keeps of the tokens that it has seen."""
@@ -206,16 +161,21 @@ class _Run:
         plain = sdpa_kernel(SDPBackend.MATH)
         with torch.inference_mode(), plain, FlopCounterMode(display=False) as counter:
             self.model(self.tokens, use_cache=False, **self.options)
-        held = {id(value): value for value in (*self.model.parameters(), *self.model.buffers())}
+        batch, length = self.tokens.shape
+        # A cache grows while it is read: on average to half of what is written.
+        cache = (self.cache or 0) * (length + self.new_tokens / 2)
         return Speed(
             name,
             prefill,
             decode,
-            count_parameters(self.model),
-            sum(value.nbytes for value in held.values()),
+            weights_in(self.model),
+            self._weight_bytes(),
             counter.get_total_flops() // self.tokens.numel(),
             self.cache,
             self.peak,
+            round(weights_read(self.model, batch) / batch + cache),
+            packed_bytes(self.model),
+            self.resident,
         )
 
 

@@ -193,6 +193,12 @@ def find_architecture(
         UnprunableError: no blocks, or a matrix of a block that no rule can prune; it says what to exclude.
         ValueError: a name in `blocks`, `exclude` or `include` that matches nothing.
     """
+    packed = next((name for name, module in model.named_modules() if getattr(module, "is_packed", False)), None)
+    if packed is not None:
+        raise UnprunableError(
+            f"{packed} of this {type(model).__name__} is packed, and its weights are not there to be changed; unpack "
+            "the model first (DSAPruner.unpack())."
+        )
     names = _named_stacks(model, blocks) if blocks else find_stacks(model)
     tied, adapters = _tied_parameters(model, names), adapter_parameters(model)
     dense: dict[str, str] = {}

@@ -114,6 +114,13 @@ def packed_bits(bits: Tensor) -> Tensor:
     return (flat.to(torch.uint8) << torch.arange(8, dtype=torch.uint8, device=bits.device)).sum(1, dtype=torch.uint8)
 
 
+def ones(mask: Tensor) -> Tensor:
+    """How many bits are set in each byte, of any shape, uint8: pairs, then fours, then all, added side by side."""
+    pairs = mask - ((mask >> 1) & 0x55)
+    fours = (pairs & 0x33) + ((pairs >> 2) & 0x33)
+    return (fours + (fours >> 4)) & 0x0F
+
+
 def row_starts(mask: Tensor, shape: tuple[int, int], even: bool = False) -> Tensor:
     """At which value each row begins, and the last ends, of a mask, (⌈rows · columns ÷ 8⌉,): (rows + 1,) int64.
 
@@ -122,14 +129,16 @@ def row_starts(mask: Tensor, shape: tuple[int, int], even: bool = False) -> Tens
     """
     rows, columns = shape
     counts = torch.empty(rows, dtype=torch.int64, device=mask.device)
-    shifts = torch.arange(8, dtype=torch.uint8, device=mask.device)
-    # So many rows that they begin at a whole byte.
+    # So many rows that they begin at a whole byte, and little more memory than the mask.
     step = max(2**20 // max(columns, 1) // 8, 1) * 8
     for first in range(0, rows, step):
         last = min(first + step, rows)
         part = mask[first * columns // 8 : -(-last * columns // 8)]
-        bits = (part[:, None] >> shifts) & 1
-        counts[first:last] = bits.flatten()[: (last - first) * columns].view(last - first, columns).sum(1)
+        if columns % 8:
+            bits = (part[:, None] >> torch.arange(8, dtype=torch.uint8, device=mask.device)) & 1
+            counts[first:last] = bits.flatten()[: (last - first) * columns].view(last - first, columns).sum(1)
+        else:
+            counts[first:last] = ones(part).view(last - first, columns // 8).sum(1)
     if even:
         counts += counts % 2
     return torch.cat([counts.new_zeros(1), counts.cumsum(0)])

@@ -14,13 +14,18 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from .loading import load
 
 
 TILE = 256  # rows that are dense at once
 _LIBRARY = torch.library.Library("optimum_dsa", "DEF")
 _PACKED = "Tensor mask, Tensor values, Tensor starts, Tensor? scales, int group"
-_LIBRARY.define(f"linear(Tensor input, {_PACKED}) -> Tensor")
-_LIBRARY.define(f"dense_rows({_PACKED}, int columns, int first, int last, ScalarType dtype) -> Tensor")
+# Under a second name, by which kernels find the reference once they stand where it stood.
+for _name in ("", "_reference"):
+    _LIBRARY.define(f"linear{_name}(Tensor input, {_PACKED}) -> Tensor")
+    _LIBRARY.define(f"dense_rows{_name}({_PACKED}, int columns, int first, int last, ScalarType dtype) -> Tensor")
 
 
 def linear(
@@ -88,8 +93,21 @@ def _linear(input, mask, values, starts, scales, group):
     return output
 
 
-_LIBRARY.impl("dense_rows", _dense_rows, "CompositeExplicitAutograd")
-_LIBRARY.impl("linear", _linear, "CompositeExplicitAutograd")
+def _first(name: str, reference):
+    """The reference, until kernels are found: looked for at the first product on a CPU, once."""
+
+    def operator(*arguments):
+        if arguments[0].device.type == "cpu" and load().path is not None:
+            return getattr(torch.ops.optimum_dsa, name)(*arguments)
+        return reference(*arguments)
+
+    return operator
+
+
+_LIBRARY.impl("dense_rows_reference", _dense_rows, "CompositeExplicitAutograd")
+_LIBRARY.impl("linear_reference", _linear, "CompositeExplicitAutograd")
+_LIBRARY.impl("dense_rows", _first("dense_rows", _dense_rows), "CompositeExplicitAutograd")
+_LIBRARY.impl("linear", _first("linear", _linear), "CompositeExplicitAutograd")
 
 
 @torch.library.register_fake("optimum_dsa::linear")
@@ -120,3 +138,10 @@ def _backward(ctx, gradient):
 
 
 torch.library.register_autograd("optimum_dsa::linear", _backward, setup_context=_remember)
+
+
+@register_flop_formula(torch.ops.optimum_dsa.linear, get_raw=True)
+def _operations(input, mask, values, *others, out_val=None, **options) -> int:
+    """Floating point operations of a product: two for each kept weight and vector of the input."""
+    kept = values.numel() * (2 if values.dtype == torch.uint8 else 1)
+    return 2 * kept * (input.numel() // max(input.shape[-1], 1))

@@ -12,6 +12,7 @@ from ..model.adapters import inner_model, plain_name
 from ..model.architecture import GRANULARITIES, Architecture, Weight, find_architecture
 from ..model.parameters import count_parameters
 from ..model.walk import walk_blocks
+from ..packed.pack_model import seen_dense
 from .allocation import Allocation
 from .configuration import CONFIG_NAME, DSAConfig
 from .other_head import report_for
@@ -55,12 +56,13 @@ def measured_allocation(model: nn.Module, architecture: Architecture, granularit
 def found_report(model: nn.Module) -> PruningReport:
     """The zeros of a model of which nothing says how they came about, or that has none; under plain names."""
     inner = inner_model(model)
-    architecture = find_architecture(inner, skip_unprunable=True)
-    allocation = measured_allocation(inner, architecture)
+    with seen_dense(inner):
+        architecture = find_architecture(inner, skip_unprunable=True)
+        allocation, parameters = measured_allocation(inner, architecture), count_parameters(inner)
     # A config takes no sparsity of 1, which a model of nothing but zeros has.
     config = DSAConfig(min(allocation.overall, 0.9999), "magnitude", allocation, max_sparsity=1.0)
     left = {"dense": architecture.dense, "dense_sizes": architecture.dense_sizes}
-    return PruningReport(config, allocation, allocation.sparsity, count_parameters(inner), **left)
+    return PruningReport(config, allocation, allocation.sparsity, parameters, **left)
 
 
 def counted(report: PruningReport, model: nn.Module) -> PruningReport:
@@ -71,15 +73,17 @@ def counted(report: PruningReport, model: nn.Module) -> PruningReport:
     Raises:
         ValueError: the model has other units than the report.
     """
-    report = report_for(model, report)
-    inner, config = inner_model(model), report.config
-    architecture = find_architecture(inner, config.blocks, config.exclude, config.include, skip_unprunable=True)
-    zeros = count_zeros(inner, architecture)
+    inner = inner_model(model)
+    with seen_dense(inner):
+        report = report_for(model, report)
+        config = report.config
+        architecture = find_architecture(inner, config.blocks, config.exclude, config.include, skip_unprunable=True)
+        zeros, parameters = count_zeros(inner, architecture), count_parameters(inner)
     # Reports of earlier releases do not say it: then the units with these names tell.
     for granularity in (report.allocation.granularity,) if report.allocation.granularity else GRANULARITIES:
         found = _shares(zeros, architecture, granularity).sparsity
         if found.keys() == report.allocation.sizes.keys():
-            return replace(report, achieved=found, parameters=count_parameters(inner))
+            return replace(report, achieved=found, parameters=parameters)
     raise ValueError(
         f"{CONFIG_NAME} speaks of other weights than {type(inner).__name__} has; it belongs to another model."
     )

@@ -41,6 +41,11 @@ def _(config: DSAConfig, model: nn.Module | None = None) -> None:
 @check_search.register
 def _(config: DSAStructuredConfig, model: nn.Module | None = None) -> None:
     check_tried(config, "A search")
+    if config.max_loss is not None:
+        raise ValueError(
+            f"A search divides a share that is known, and max_loss={config.max_loss!r} is to find one; use find_share "
+            "first, and give what it finds as sparsity."
+        )
     if config.layout == "uniform":
         raise ValueError(
             "A search gives blocks widths of their own, and layout='uniform' has one for all; use layout='per_layer'."

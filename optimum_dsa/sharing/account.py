@@ -51,8 +51,11 @@ def _cut(cut: Mapping[str, Any]) -> str:
         "none": "the weights that stay were left as they were",
     }
     trained = ", and blocks were trained towards the output of the dense one" if cut["reconstruction"] else ""
+    found = cut.get("tolerance") or {}
+    rise = f", as many as a rise of perplexity by {found['max_loss']:.1%} allowed in trials" if found else ""
     return (
-        f"{removed:,} of {parameters:,} parameters were cut out, the least important by {config['importance']} first; "
+        f"{removed:,} of {parameters:,} parameters were cut out{rise}, the least important by {config['importance']} "
+        "first; "
         f"{made_up.get(config.get('update', 'refit'), '')}{trained}."
     )
 

@@ -21,6 +21,7 @@ from ..pruning.allocation import Allocation
 from ..pruning.configuration import DSAConfig
 from ..pruning.structured.described import parameters_before, stay_of
 from .account import account, cut_settings, details, notes, settings, training_settings
+from .benefit import benefits
 from .outcome import Outcome
 from .provenance import (
     calibration_source,
@@ -109,6 +110,7 @@ def model_card(
         usage=used,
         plots=plots,
         results=_results(shown),
+        benefit=_benefit(shown),
         account=prose_markdown(" ".join(account(told))),
         training=_training(outcome),
         limits=_limits(outcome),
@@ -306,6 +308,14 @@ def _results(outcome: Outcome) -> str:
     missing = f" The dense model, {code_span(outcome.base)}, was not measured." if dense else ""
     return "\n\n".join(
         [*parts, f"Perplexity is exp of the mean loss per token over windows that do not overlap.{missing} {RECORDED}"]
+    )
+
+
+def _benefit(outcome: Outcome) -> str:
+    """The table of what was measured of speed, memory and disk; empty where nothing was."""
+    return "\n\n".join(
+        f"{prose_markdown(caption)} {RECORDED}\n\n{Table(header, rows).markdown()}"
+        for _, caption, header, rows in benefits([outcome])
     )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -20,6 +20,7 @@ from ..common.hub_file import model_name
 from ..common.values import is_real, is_whole, short
 from ..evaluation.measurement import Measurement
 from ..evaluation.results import results_from
+from ..evaluation.speed_result import SpeedComparison
 from ..pruning.allocation import Allocation
 from ..pruning.configuration import CONFIG_NAME
 from ..pruning.report import PruningReport
@@ -53,6 +54,7 @@ class Outcome:
         compressed (`bool`): whether they hold values and masks instead of zeros.
         counted (`Verification`, *optional*): what was counted in the weights; `None` where the figures are those of
             the files, which agree with each other and may be wrong all the same.
+        speed (`SpeedComparison`, *optional*): the latest that `optimum-cli dsa bench` wrote into the folder.
     """
 
     name: str
@@ -65,6 +67,7 @@ class Outcome:
     bytes: int | None = None
     compressed: bool = False
     counted: Verification | None = None
+    speed: SpeedComparison | None = None
 
     @classmethod
     def read(cls, folder: str | Path) -> Outcome:
@@ -217,6 +220,7 @@ def _model(path: Path, name: str) -> Outcome:
         parent=parent,
         bytes=_bytes(path),
         compressed=compressed,
+        speed=_speed(path, facts),
     )
     # Of a model without zeros there are no shares to be shown.
     return replace(found, allocation=None, baselines={}) if found.is_only_cut else found
@@ -226,7 +230,7 @@ def _dense(path: Path, name: str) -> Outcome:
     """A model without `dsa_config.json`: its name, its files, and what was measured of it."""
     _object(own_file(path / "config.json", path))
     own, _ = _evaluations(path, {})
-    return Outcome(name, None, evaluations=own, bytes=_bytes(path))
+    return Outcome(name, None, evaluations=own, bytes=_bytes(path), speed=_speed(path, {}))
 
 
 def _bytes(path: Path) -> int | None:
@@ -275,18 +279,40 @@ def _object(path: Path) -> dict[str, Any]:
     return data
 
 
+def _speed(folder: Path, facts: Mapping[str, Any]) -> SpeedComparison | None:
+    """The latest of the JSON files in `folder` that `bench` wrote of a model with as many parameters as its own."""
+    parameters = (facts.get("achieved") or {}).get("parameters")
+    found = []
+    for path, data in _json_files(folder):
+        try:
+            speed = SpeedComparison.from_dict(data)
+        except ValueError as error:
+            logger.info("%s is not read for speeds: %s", path.name, one_line(str(error)))
+            continue
+        if parameters in (None, next(iter(speed.speeds.values())).parameters):
+            found.append(speed)
+    return max(found, key=lambda speed: speed.date, default=None)
+
+
+def _json_files(folder: Path) -> Iterator[tuple[Path, Any]]:
+    """The JSON files in `folder` that may hold a measurement, with what is in them."""
+    for path in sorted(folder.glob("*.json")):
+        # Other programs leave JSON here too, a tokenizer of many megabytes among it.
+        if path.is_file() and path.stat().st_size <= LARGEST_EVALUATION:
+            try:
+                yield path, read_json(own_file(path, folder))
+            except ValueError as error:
+                logger.info("Not read for a measurement: %s", one_line(str(error)))
+
+
 def _evaluations(folder: Path, facts: Mapping[str, Any]) -> tuple[tuple[Measurement, ...], tuple[Measurement, ...]]:
     """What the JSON files in `folder` that `evaluate` wrote say of its model, and of the dense model it is from."""
     own: list[Measurement] = []
     parent: list[Measurement] = []
     achieved = facts.get("achieved") or {}
     known = {"sparsity": achieved.get("sparsity", 0.0), "size": achieved.get("prunable", 0)}
-    for path in sorted(folder.glob("*.json")):
-        # Other programs leave JSON here too, a tokenizer of many megabytes among it.
-        if not path.is_file() or path.stat().st_size > LARGEST_EVALUATION:
-            continue
+    for _, data in _json_files(folder):
         try:
-            data = read_json(own_file(path, folder))
             rows = _measured(data, {"model": model_name(folder), **known})
         except ValueError as error:
             logger.info("Not read for an evaluation: %s", one_line(str(error)))

@@ -19,6 +19,7 @@ from ..pruning.comparison import compared_lines
 from ..pruning.structured.described import by_kind, parameters_before
 from ..recovery.configuration import RecoveryConfig
 from .account import account, cut_settings, details, notes, settings, training_settings
+from .benefit import benefit_tile
 from .charts import (
     Measured,
     allocation_chart,
@@ -247,7 +248,7 @@ def _tiles(outcome: Outcome) -> list[tuple[str, str, str]]:
             ("Of all parameters", percent(achieved["sparsity_of_all_parameters"]), "embeddings and norms stay dense"),
         ]
         tiles = [*_parameters_tile(outcome), *([] if outcome.is_only_cut else zeros)]
-        tiles += _perplexity_tile(outcome)
+        tiles += [*_perplexity_tile(outcome), *benefit_tile(outcome)]
         if outcome.bytes is not None:
             note = "without the zeros" if outcome.compressed else "zeros are stored like other numbers"
             note = "" if outcome.is_only_cut else note

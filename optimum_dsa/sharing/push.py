@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from fnmatch import fnmatch
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalEntryNotFoundError
@@ -124,6 +125,15 @@ def push_folder(
     with explained(repo_id, kept):
         done = api.create_commit(repo_id, operations, commit_message=message, revision=revision, create_pr=create_pr)
     return done.pr_url or str(done.repo_url)
+
+
+def push_saved(save: Callable[[Path], None], repo_id: str, **options) -> str:
+    """`save` a model to a folder and push that; returns the address. `options` go to `push_folder`."""
+    with TemporaryDirectory() as folder:
+        path = Path(folder, "model")
+        save(path)
+        kept = "The model is as it was; save_pretrained keeps it, and the same call goes on."
+        return push_folder(path, repo_id, kept=kept, **options)
 
 
 @contextmanager

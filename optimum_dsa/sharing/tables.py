@@ -15,6 +15,7 @@ from ..evaluation.measurement import Measurement, Protocol, TaskProtocol, with_e
 from ..pruning.allocation import Allocation
 from ..pruning.allocation.layout import by_block, place
 from ..pruning.structured.described import by_kind, parameters_before
+from .benefit import benefits
 from .charts import Measured, readable_bytes
 from .outcome import Outcome, last_part
 
@@ -328,6 +329,7 @@ def result_tables(outcomes: Sequence[Outcome]) -> list[tuple[str, str, Table]]:
         found.append(("Perplexity", f"On {protocol}: lower is better, and only comparable on one text.", table))
     for protocol, table in task_tables(outcomes):
         found.append(("Tasks", f"Of lm-eval: {protocol}. Higher is better." if protocol else "Of lm-eval.", table))
+    found += [(heading, caption, Table(header, rows)) for heading, caption, header, rows in benefits(outcomes)]
     for outcome in outcomes:
         finalists = finalists_table(outcome)
         if finalists.rows:

@@ -9,8 +9,11 @@ from transformers import AutoModelForCausalLM
 
 from optimum_dsa import Allocation, DSAPruner, DSAStructuredConfig, demo_model
 from optimum_dsa.common.settings import options_of
+from optimum_dsa.sharing.account import account
+from optimum_dsa.sharing.outcome import Outcome
 
 from ..test_commands import command, run
+from ..tiny import bos_tokenizer, tiny_llama
 
 
 SHORT = ["--num-samples", "4", "--sequence-length", "32"]
@@ -178,3 +181,35 @@ def test_searches_of_structures_that_cannot_be_are_one_line(monkeypatch, capsys,
     asked = ["-o", str(tmp_path / "found"), "-s", "0.2", "--structures", "ffn", *options]
     code, _, errors = run(monkeypatch, capsys, "search", str(demo_model()), *asked)
     assert code == 2 and message in errors and not (tmp_path / "found").exists()
+
+
+def test_a_tolerance_is_found_said_and_recorded(monkeypatch, capsys, tmp_path):
+    out, model, text = tmp_path / "out", tmp_path / "model", tmp_path / "numbers.txt"
+    tiny_llama().save_pretrained(model)
+    bos_tokenizer().save_pretrained(model)
+    text.write_text(" ".join(str(number % 89) for number in range(400)))
+    options = ["--structures", "ffn", "--max-loss", "40%", "--dataset", str(text), *SHORT]
+    code, output, errors = run(monkeypatch, capsys, "prune", str(model), "-o", str(out), *options)
+    assert code == 0, errors
+    assert "found for a perplexity at most 40.0% higher: " in output
+    facts = json.loads((out / "dsa_config.json").read_text())["structured"]
+    assert facts["tolerance"]["max_loss"] == 0.4 and facts["config"]["max_loss"] is None
+    assert facts["config"]["sparsity"] > 0 and facts["sparsity"] <= facts["config"]["sparsity"]
+    assert facts["tolerance"]["found"] <= 1.4 * facts["tolerance"]["dense"]
+    told = account(Outcome.read(out))[0]
+    assert "parameters were cut out, as many as a rise of perplexity by 40.0% allowed in trials" in told
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ("--structures ffn", "for example --sparsity 0.2, or by how much perplexity may rise: --max-loss 5%"),
+        ("--structures ffn -s 0.2 --max-loss 5%", "-s says how much goes, and --max-loss 5% finds it; give one"),
+        ("--structures ffn --max-loss much", "--max-loss is a share by which the perplexity may rise"),
+        ("-s 0.2 --max-loss 5%", "--max-loss is for --structures, which was not given"),
+    ],
+)
+def test_how_much_goes_is_said_in_one_way(monkeypatch, capsys, tmp_path, options, message):
+    arguments = ["prune", str(demo_model()), "-o", str(tmp_path / "out"), *options.split()]
+    code, _, errors = run(monkeypatch, capsys, *arguments)
+    assert code == 2 and message in errors

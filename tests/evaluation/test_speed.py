@@ -6,14 +6,19 @@ import pytest
 import torch
 from transformers import BertConfig, BertForMaskedLM, GPT2Config, GPT2LMHeadModel
 
-from optimum_dsa import DSAStructuredConfig, demo_model, measure_speed, prune_structures
-from optimum_dsa.evaluation.speed import Speed, SpeedComparison
+from optimum_dsa import DSAStructuredConfig, demo_model, measure_speed, prune_structures, read_speed
 
 from ..test_commands import run
 from ..tiny import tiny_llama, tokens
 
 
 SMALL = {"prompt": 16, "new_tokens": 4, "rounds": 2}
+
+
+@pytest.fixture(autouse=True)
+def _little_memory(monkeypatch):
+    monkeypatch.setattr("optimum_dsa.evaluation.reading.PROBE", 2**16)
+    monkeypatch.setattr("optimum_dsa.evaluation.reading._CACHE", 2**16)
 
 
 def test_what_is_counted_is_what_the_model_has():
@@ -55,14 +60,24 @@ def test_models_are_measured_in_turn_and_the_first_round_is_not_counted(monkeypa
     assert {(speed.prefill, speed.decode) for speed in found.speeds.values()} == {(16.0, 4.0)}
 
 
-def test_what_is_said_has_a_ratio_of_two():
-    one, other = Speed("a", 150.0, 30.0, 10, 40, 8), Speed("b", 100.0, 20.0, 20, 80, 16)
-    said = str(SpeedComparison({"a": one, "b": other}, 8, 2, 1, 3, 1, "cpu", "float32")).splitlines()
-    assert said[0].split() == ["a", "b", "ratio"]
-    assert said[1].split() == ["prefill,", "tokens/s", "150", "100", "1.50"]
-    assert said[2].split()[-3:] == ["30.0", "20.0", "1.50"] and said[3].split()[-3:] == ["10", "20", "0.50"]
-    assert not any("cache" in line or "peak" in line for line in said)
-    assert said[-1] == "prompt 8, 2 new tokens, batch 1, best of 3; cpu, float32, 1 threads"
+def test_what_is_read_for_a_token_is_every_matrix_and_half_of_what_the_cache_grows_by():
+    found = measure_speed({"tiny": tiny_llama()}, **SMALL, batch_size=2)
+    (speed,) = found.speeds.values()
+    rows_looked_up = 97 * 32 * 4
+    assert speed.read_bytes == (speed.weight_bytes - rows_looked_up) // 2 + speed.cache_bytes * (16 + 2)
+    assert speed.bandwidth == speed.read_bytes * speed.decode and found.bandwidth > 0
+    assert found.share_of_bandwidth("tiny") == speed.bandwidth / found.bandwidth
+    assert (speed.packed_bytes, speed.resident_bytes, speed.file_bytes) == (None, None, None)
+
+
+def test_the_memory_of_what_is_loaded_here_is_measured():
+    def loaded():
+        model = tiny_llama()
+        model.more = torch.nn.Buffer(torch.ones(2**24))  # 64 MB
+        return model
+
+    there, *others = measure_speed({"loaded": loaded, "there": tiny_llama()}, **SMALL).speeds.values()
+    assert 2**26 <= there.resident_bytes < 2**26 + 2**24 and others[0].resident_bytes is None
 
 
 @pytest.mark.parametrize(
@@ -96,15 +111,21 @@ def test_the_command_measures_two_models(monkeypatch, capsys, tmp_path):
     tiny_llama(vocab_size=97).save_pretrained(tmp_path / "tiny")
     threads = torch.get_num_threads()
     arguments = ["--prompt", "8", "--new-tokens", "2", "--rounds", "1", "--threads", "1"]
-    model = str(tmp_path / "tiny")
-    code, output, errors = run(
-        monkeypatch, capsys, "bench", model, "--against", str(demo_model()), *arguments, "--json"
-    )
+    model, file = str(tmp_path / "tiny"), str(tmp_path / "tiny" / "speed.json")
+    both = ["bench", model, "--against", str(demo_model()), *arguments]
+    code, output, errors = run(monkeypatch, capsys, *both, "--output", file, "--json")
     torch.set_num_threads(threads)
     found = json.loads(output)
     assert code == 0 and list(found["speeds"]) == [model, str(demo_model())] and found["threads"] == 1
+    assert read_speed(file).to_dict() == found
+    sizes = [speed["file_bytes"] for speed in found["speeds"].values()]
+    assert sizes == [(place / "model.safetensors").stat().st_size for place in (tmp_path / "tiny", demo_model())]
+    assert all(speed["resident_bytes"] is not None for speed in found["speeds"].values())
     code, output, errors = run(monkeypatch, capsys, "bench", model, "--against", model, *arguments)
     torch.set_num_threads(threads)
     assert code == 2 and "is the model itself" in errors
     code, output, errors = run(monkeypatch, capsys, "bench", model, "--threads", "0")
     assert code == 2 and "--threads is a whole number" in errors
+    code, output, errors = run(monkeypatch, capsys, *both, "--output", str(tmp_path / "tiny" / "config.json"))
+    torch.set_num_threads(threads)
+    assert code == 2 and "config.json exists and holds no speeds of optimum-dsa; choose another file" in errors

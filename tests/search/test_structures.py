@@ -110,6 +110,7 @@ def test_counts_between_structures_become_whole_ones_within_the_budget():
         ({"layout": "uniform"}, {}, "A search gives blocks widths of their own, and layout='uniform' has one for all"),
         ({"structures": ("expert",)}, {}, "A search is of channels and heads .*, and 'expert' is to go; leave it out"),
         ({"learner": "projected_gates"}, {}, "and learner='projected_gates'; leave it out"),
+        ({"sparsity": 0.0, "max_loss": "5%"}, {}, "A search divides a share that is known, and max_loss='5%'"),
         ({}, {"strategy": "curves"}, "strategy 'curves' is of single weights; for structures use"),
         ({}, {"strategy": "exhaustive"}, "strategy 'exhaustive' is of single weights"),
         ({}, {"realisation": "masks"}, "realisation='masks' is of single weights"),

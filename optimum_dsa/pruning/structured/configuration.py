@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -30,6 +31,20 @@ def learners() -> Registry:
     from .learners import LEARNERS
 
     return LEARNERS
+
+
+def rise_of(max_loss: float | str) -> float:
+    """The share that 0.05 or "5%" says; `ValueError` for what is none."""
+    text = str(max_loss).strip()
+    try:
+        found = float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
+    except ValueError:
+        found = math.nan
+    if not 0 <= found < math.inf:
+        raise ValueError(
+            f"max_loss is a share by which the perplexity may rise, such as 0.05 or '5%', got {max_loss!r}."
+        )
+    return found
 
 
 @dataclass(frozen=True)
@@ -84,6 +99,9 @@ class DSAStructuredConfig:
             the target of matrices whose outputs are added to it, such as what attention lost.
         blockwise (`bool`, defaults to `False`): Whether gradients, where the importance reads them, are taken of one
             block at a time: the same, in the memory of one block's, with a pass for each.
+        max_loss (`str` or `float`, *optional*): By what share the perplexity may rise, such as "5%" or 0.05: as much
+            goes as that allows, which is looked for by [`find_share`], at the cost of a prune for every trial. In the
+            place of `sparsity`, which is 0 then.
     """
 
     sparsity: float = setting(low=0, below=1)
@@ -113,9 +131,19 @@ class DSAStructuredConfig:
     targets: str = setting("sparse", choices=TARGETS)
     residual: bool = False
     blockwise: bool = False
+    max_loss: str | None = None
 
     def __post_init__(self):
+        if isinstance(self.max_loss, (int, float)) and not isinstance(self.max_loss, bool):
+            object.__setattr__(self, "max_loss", str(self.max_loss))
         check_settings(self)
+        if self.max_loss is not None:
+            rise_of(self.max_loss)
+            if self.sparsity:
+                raise ValueError(
+                    f"sparsity={self.sparsity:g} says how much goes, and max_loss={self.max_loss!r} finds it; give "
+                    "one of both."
+                )
         object.__setattr__(self, "structures", tuple(dict.fromkeys(self.structures)))
         IMPORTANCES[self.importance]
         if self.learner is not None:

@@ -66,6 +66,8 @@ class StructuredReport:
         places (`Mapping[str, Place]`): unit -> where its structures can be counted.
         earlier (`tuple[StructuredReport, ...]`): what was cut out before, first to last.
         padding (`int`): those of `removed` that stay as zeros, so that blocks are alike: with `layout="padded"`.
+        tolerance (`Mapping[str, float]`): where the share was found for a `max_loss`, that, the perplexities on
+            held-out windows "dense" and as "found" in a trial, and how many "trials" there were; else empty.
     """
 
     config: DSAStructuredConfig
@@ -84,11 +86,22 @@ class StructuredReport:
     places: Mapping[str, Place] = field(default_factory=dict)
     earlier: tuple[StructuredReport, ...] = ()
     padding: int = 0
+    tolerance: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def sparsity(self) -> float:
         """Share of the parameters of the blocks' matrices that went."""
         return self.removed / self.prunable
+
+    @property
+    def _asked(self) -> str:
+        if not self.tolerance:
+            return f"asked {self.config.sparsity:g}"
+        dense, found = self.tolerance["dense"], self.tolerance["found"]
+        return (
+            f"{self.config.sparsity:.4f} found for a perplexity at most {self.tolerance['max_loss']:.1%} higher: "
+            f"{found / dense - 1:+.1%} on held-out windows, dense {dense:.2f}"
+        )
 
     def __str__(self) -> str:
         kinds: dict[str, list[tuple[int, int]]] = {}
@@ -100,7 +113,7 @@ class StructuredReport:
         left += [f"{self.padding:,} of them are zeros that stay"] if self.padding else []
         return (
             f"{self.removed:,} of {self.parameters:,} parameters went, {self.sparsity:.4f} of the blocks' matrices "
-            f"(asked {self.config.sparsity:g}); {', '.join(left)}"
+            f"({self._asked}); {', '.join(left)}"
         )
 
 
@@ -134,6 +147,12 @@ def prune_structures(
         ValueError: there is nothing that can be cut out, or less than asked for; before anything is changed.
     """
     start = time.perf_counter()
+    if config.max_loss is not None:
+        from .tolerance import settled  # which prunes, to try
+
+        calibration = as_calibration(calibration, model)
+        config, tolerance = settled(model, calibration, config)
+        return replace(prune_structures(model, calibration, config), tolerance=tolerance)
     dense = dense_of(model, calibration, config)
     if config.update != "bias" or not (biases := biases_for(model, dense.units)).switches:
         return _pruned(dense, start, learning, resume)

@@ -14,7 +14,7 @@ from ...model.calls import feed
 from ...model.inputs import KINDS, kind_of
 from ..calibration import Calibration
 from ..source import Source
-from .configuration import DSAStructuredConfig
+from .configuration import DSAStructuredConfig, rise_of
 from .instead import evaluating
 from .prune import choose_counts, dense_of
 from .trial import as_pruned, check_tried
@@ -49,6 +49,25 @@ class Tolerated:
         )
 
 
+def settled(
+    model: nn.Module, calibration: Source | None, config: DSAStructuredConfig
+) -> tuple[DSAStructuredConfig, dict[str, float]]:
+    """A configuration with the share that its `max_loss` allows, and what was found: perplexities by name.
+
+    Raises:
+        ValueError: not even the least share that was tried is tolerated; and what [`find_share`] refuses.
+    """
+    found = find_share(model, calibration, config, config.max_loss)
+    if not found.sparsity:
+        least = min(found.tried, default=None)
+        tried = "" if least is None else f": {least:.4f} gave a rise by {found.tried[least] / found.dense - 1:.1%}"
+        raise ValueError(
+            f"No share was found for max_loss={config.max_loss!r}{tried}; tolerate more, or say a sparsity."
+        )
+    facts = {"max_loss": found.max_loss, "dense": found.dense, "found": found.tried[found.sparsity]}
+    return replace(config, sparsity=found.sparsity, max_loss=None), {**facts, "trials": len(found.tried)}
+
+
 def find_share(
     model: nn.Module, calibration: Source | None, config: DSAStructuredConfig, max_loss: float | str, trials: int = 7
 ) -> Tolerated:
@@ -67,7 +86,7 @@ def find_share(
     Raises:
         ValueError: the tolerance is none, the model predicts no next tokens, or there are too few windows.
     """
-    tolerance = _share(max_loss)
+    config, tolerance = replace(config, max_loss=None), rise_of(max_loss)
     check_tried(config, "max_loss")
     if (kind := kind_of(model)) != "causal":
         raise ValueError(f"{type(model).__name__} {KINDS[kind]}, and a perplexity is of next tokens; name a sparsity.")
@@ -93,19 +112,6 @@ def find_share(
         if low == high:
             break
     return Tolerated(low, tolerance, before, tried)
-
-
-def _share(max_loss: float | str) -> float:
-    text = str(max_loss).strip()
-    try:
-        found = float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
-    except ValueError:
-        found = math.nan
-    if not 0 <= found < math.inf:
-        raise ValueError(
-            f"max_loss is a share by which the perplexity may rise, such as 0.05 or '5%', got {max_loss!r}."
-        )
-    return found
 
 
 def _apart(dense: Dense) -> tuple[Dense, list[dict[str, Tensor]]]:

@@ -111,7 +111,7 @@ class SparseLoraModel(LoraModel):
             kind = f"{type(base).__name__} ({getattr(getattr(base, 'weight', None), 'dtype', 'no weight')})"
             raise ValueError(
                 f"{kwargs.get('target_name')}: a sparse adapter needs an nn.Linear or Conv1D in floating point, got "
-                f"{kind}; take it out of target_modules, or name it in exclude_modules."
+                f"{kind}; take it out of target_modules, name it in exclude_modules, or unpack a packed model."
             )
         return SparseLoraLinear(
             target, adapter_name, config=lora_config, r=kwargs["r"], lora_alpha=kwargs["lora_alpha"]

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from optimum_dsa import find_architecture, perplexity
-from optimum_dsa.pruning.structured.configuration import DSAStructuredConfig
+from optimum_dsa.pruning.structured.configuration import DSAStructuredConfig, rise_of
+from optimum_dsa.pruning.structured.described import structured_from, structured_to
 from optimum_dsa.pruning.structured.prune import choose_counts, dense_of, prune_structures
 from optimum_dsa.pruning.structured.tolerance import find_share
 from optimum_dsa.pruning.structured.trial import as_pruned
@@ -86,3 +87,46 @@ def test_no_tolerance_takes_nothing():
 def test_what_cannot_be_asked_is_refused(model, samples, loss, said):
     with pytest.raises(ValueError, match=said):
         find_share(FAMILIES[model][0](), tokens(samples), DSAStructuredConfig(0.0), loss)
+
+
+def test_a_tolerance_in_the_place_of_a_sparsity_is_that_of_the_share_found():
+    by_share, by_loss = tiny_llama(), tiny_llama()
+    found = find_share(tiny_llama(), tokens(), DSAStructuredConfig(0.0), "20%")
+    expected = prune_structures(by_share, tokens(), DSAStructuredConfig(found.sparsity))
+    report = prune_structures(by_loss, tokens(), DSAStructuredConfig(0.0, max_loss=0.2))
+    assert same_state(by_loss, state(by_share)) and report.config == expected.config and expected.tolerance == {}
+    assert report.tolerance == {
+        "max_loss": 0.2,
+        "dense": pytest.approx(found.dense),
+        "found": pytest.approx(found.tried[found.sparsity]),
+        "trials": len(found.tried),
+    }
+    assert f"{found.sparsity:.4f} found for a perplexity at most 20.0% higher: " in str(report)
+    assert structured_from(structured_to(report)).tolerance == report.tolerance
+
+
+def test_a_tolerance_that_nothing_meets_cuts_nothing(monkeypatch):
+    rising = iter(range(1, 99))
+    monkeypatch.setattr("optimum_dsa.pruning.structured.tolerance._perplexity", lambda *_: next(rising))
+    model = tiny_llama()
+    before = state(model)
+    with pytest.raises(ValueError, match="No share was found for max_loss='1%': 0.* gave a rise by .*; tolerate more"):
+        prune_structures(model, tokens(), DSAStructuredConfig(0.0, max_loss="1%"))
+    assert same_state(model, before)
+
+
+def test_a_rise_is_a_share_or_percent():
+    assert (rise_of("5%"), rise_of(0.05), rise_of(" 0.05 "), rise_of(0)) == (0.05, 0.05, 0.05, 0.0)
+
+
+@pytest.mark.parametrize(
+    "settings, said",
+    [
+        ({"sparsity": 0.2, "max_loss": "5%"}, "sparsity=0.2 says how much goes, and max_loss='5%' finds it"),
+        ({"sparsity": 0.0, "max_loss": "much"}, "max_loss is a share by which .*, got 'much'"),
+        ({"sparsity": 0.0, "max_loss": True}, "max_loss is a name, got True"),
+    ],
+)
+def test_a_tolerance_that_is_none_is_refused(settings, said):
+    with pytest.raises(ValueError, match=said):
+        DSAStructuredConfig(**settings)

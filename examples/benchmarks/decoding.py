@@ -1,0 +1,184 @@
+"""What packed matrices give in decoding on a GPU: the parts `layers` and `decode` of `gpu.py`, which runs them."""
+
+import inspect
+import time
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor, nn
+from transformers import LlamaForCausalLM, StaticCache
+
+from optimum_dsa.packed.cuda import BATCH, WAYS, kernels, milliseconds
+from optimum_dsa.packed.matrix import PackedMatrix, packed_bits, row_starts
+from optimum_dsa.packed.two_of_four import TwoOfFour
+
+
+LAYERS = ((4096, 4096), (14336, 4096), (4096, 14336))
+SMALL_LAYERS = ((64, 256),)
+KINDS = ("2:4", "2:4 int8", "2:4 int4", "50 %", "60 %", "70 %", "80 %")
+END_TO_END = ("dense", "2:4", "2:4 int8", "2:4 int4", "60 %")
+BATCHES = (1, 4, BATCH)
+WRONG = 2**-7  # of a product in bfloat16, relative to float64: an error of the kernel, and not of rounding
+MB = 2**20
+
+
+def pruned(weight: Tensor, kind: str) -> Tensor:
+    """The weight, (rows, columns), with zeros as `kind` says: the smallest two of four, or a share anywhere."""
+    if kind.startswith("2:4"):
+        fours = weight.view(len(weight), -1, 4)
+        return fours.scatter(2, fours.abs().topk(2, dim=2, largest=False).indices, 0).view_as(weight)
+    generator = torch.Generator(weight.device).manual_seed(0)
+    share = int(kind.removesuffix(" %")) / 100
+    return weight.masked_fill(torch.rand(weight.shape, generator=generator, device=weight.device) < share, 0)
+
+
+def whole(weight: Tensor, bits: int) -> PackedMatrix:
+    """A 2:4 weight, (rows, columns), on a grid with a scale a row; for times, as accuracy is no matter here."""
+    most, keep = 2 ** (bits - 1) - 1, weight != 0
+    scales = (weight.float().abs().amax(1, keepdim=True) / most).clamp_min(1e-20).bfloat16().float()
+    values = (weight.float() / scales).round().clamp(-most, most).to(torch.int8)[keep]
+    if bits == 4:  # every row keeps an even number
+        both = values.view(torch.uint8).view(-1, 2) & 15
+        values = both[:, 0] | both[:, 1] << 4
+    mask, shape = packed_bits(keep), tuple(weight.shape)
+    return PackedMatrix(mask, values, row_starts(mask, shape, even=bits == 4), shape, scales)
+
+
+def packed(weight: Tensor, kind: str) -> PackedMatrix | TwoOfFour:
+    """A pruned weight, (rows, columns), as it is multiplied with."""
+    if not kind.startswith("2:4"):
+        return PackedMatrix.of(weight)
+    return TwoOfFour.of(whole(weight, int(kind[-1])) if "int" in kind else PackedMatrix.of(weight))
+
+
+def apart(output: Tensor, input: Tensor, dense: Tensor) -> float:
+    """How far a product is from that in float64, relative to it.
+
+    Raises:
+        RuntimeError: further than bfloat16 rounds.
+    """
+    expected = input.double() @ dense.double().t()
+    found = float((output.double() - expected).norm() / expected.norm())
+    if not found < WRONG:
+        raise RuntimeError(
+            f"A product is {found:.1e} away from that in float64, so a kernel is wrong; tell us the card."
+        )
+    return found
+
+
+def layers(device: torch.device) -> Iterator[str]:
+    """Every kernel checked against float64 first, then the fastest way beside torch's product in bfloat16."""
+    found = kernels(device)
+    if found is None:
+        yield "no kernels (they need an NVIDIA GPU from sm_80, nvcc and OPTIMUM_DSA_JIT=1): matrices are unpacked"
+    for rows, columns in LAYERS if device.type == "cuda" else SMALL_LAYERS:
+        generator = torch.Generator(device).manual_seed(0)
+        weight = torch.randn(rows, columns, generator=generator, device=device).bfloat16()
+        inputs = torch.randn(max(BATCHES), columns, generator=generator, device=device).bfloat16()
+        for kind in KINDS:
+            matrix = packed(pruned(weight, kind), kind)
+            whole_numbers = torch.float32 if "int" in kind else torch.bfloat16
+            dense = matrix.dense(whole_numbers)
+            for batch in BATCHES if kind.startswith("2:4") and found is not None else (1,):
+                yield row(matrix, dense, inputs[:batch], found, f"{kind:<9} {rows} x {columns}  batch {batch}")
+
+
+def row(matrix, dense: Tensor, inputs: Tensor, found, name: str) -> str:
+    """One line: the error, microseconds of torch's product, and of the packed one, and how they compare."""
+    error, way, weight = apart(matrix.linear(inputs), inputs, dense), "unpacked", dense.bfloat16()
+    if found is not None and isinstance(matrix, TwoOfFour):
+        parts, output = (matrix.groups, matrix.scales), inputs.new_empty(len(inputs), matrix.shape[0])
+        for each in WAYS:
+            if found.fits(each, inputs, matrix.groups, matrix.shape[0]):
+                found.run(each, inputs, *parts, output.fill_(torch.nan))
+                error = max(error, apart(output, inputs, dense))
+        times = found.measure(inputs, *parts, matrix.shape[0])
+        before = times["dense"]
+        way, after = min(((key, value) for key, value in times.items() if key != "dense"), key=lambda pair: pair[1])
+    else:
+        before = milliseconds(lambda: nn.functional.linear(inputs, weight), inputs.device)
+        after = milliseconds(lambda: matrix.linear(inputs), inputs.device, 3)
+    return (
+        f"{name}  torch {1e3 * before:8.1f} us  packed {1e3 * after:8.1f} us ({way})  {before / after:5.2f} x  "
+        f"{matrix.nbytes / weight.nbytes:.3f} of the bytes  {error:.1e} from float64"
+    )
+
+
+class Product(nn.Module):
+    """A linear map without a bias whose matrix is packed."""
+
+    def __init__(self, matrix: PackedMatrix | TwoOfFour):
+        super().__init__()
+        self.matrix = matrix
+
+    def forward(self, input: Tensor) -> Tensor:
+        return self.matrix.linear(input)
+
+
+@torch.no_grad()
+def pack(model: LlamaForCausalLM, kind: str) -> int:
+    """Prune and pack the matrices of the blocks, in place, one after the other; bytes of all of them after it."""
+    taken = 0
+    for block in model.model.layers:
+        for name, layer in list(block.named_modules()):
+            if isinstance(layer, nn.Linear):
+                weight = layer.weight if kind == "dense" else pruned(layer.weight, kind)
+                matrix = None if kind == "dense" else packed(weight.bfloat16(), kind)
+                taken += weight.nbytes if matrix is None else matrix.nbytes
+                if matrix is not None:
+                    block.set_submodule(name, Product(matrix))
+    return taken
+
+
+@torch.no_grad()
+def tokens_per_second(model: LlamaForCausalLM, prompt: Tensor, tokens: int, graph: bool) -> tuple[float, Tensor]:
+    """Of greedy decoding with a cache, batch 1, and the tokens; replayed as one CUDA graph a token where `graph`."""
+    cache = StaticCache(config=model.config, max_cache_len=prompt.shape[1] + 2 * tokens + 8)
+    name = "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
+    last = model(prompt, **{name: cache}).logits[:, -1:].argmax(-1)
+
+    def step() -> None:
+        last.copy_(model(last, **{name: cache}).logits[:, -1:].argmax(-1))
+
+    for _ in range(3):  # what is measured at first use, is measured here
+        step()
+    run = step
+    if graph:
+        captured = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(captured):
+            step()
+        run = captured.replay
+    written = []
+    if prompt.is_cuda:
+        torch.cuda.synchronize()
+    start = time.perf_counter()
+    for _ in range(tokens):
+        run()
+        written.append(last.clone())
+    text = torch.cat(written, 1).cpu()  # waits for all of them
+    return tokens / (time.perf_counter() - start), text
+
+
+def decode(make: Callable[[], LlamaForCausalLM], device: torch.device, prompt: Tensor) -> Iterator[str]:
+    """Tokens a second and memory of a model that `make` makes, the same at every call: dense and packed."""
+    found, cuda, model, first = kernels(device), device.type == "cuda", None, None
+    for kind in END_TO_END:
+        model = None  # so that no two are there at once
+        if cuda:
+            torch.cuda.empty_cache()
+        model = make()
+        if first is None:
+            size = sum(parameter.numel() for parameter in model.parameters())
+            yield f"{size / 1e9:.2f} B random weights, {model.dtype}, batch 1, {prompt.shape[1]} tokens before"
+        taken = pack(model, kind)
+        # What unpacks asks for numbers on the way, which a graph cannot.
+        graph = cuda and (kind == "dense" or (kind.startswith("2:4") and found is not None))
+        if cuda:
+            torch.cuda.reset_peak_memory_stats(device)
+        speed, text = tokens_per_second(model, prompt.to(device), 64 if graph or not cuda else 8, graph)
+        first = first or speed
+        memory = f"{torch.cuda.max_memory_allocated(device) / MB:.0f} MB at most" if cuda else "a CPU"
+        yield (
+            f"{kind:<9} {speed:8.1f} tokens/s  {speed / first:5.2f} x dense  matrices {taken / MB:.1f} MB, {memory}"
+            f"{', one graph a token' if graph else ''}; wrote {text[0, :4].tolist()}"
+        )

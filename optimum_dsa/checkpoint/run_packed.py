@@ -1,0 +1,113 @@
+"""Compressed checkpoints straight into packed layers, with no dense copy of a matrix on the way.
+
+While transformers loads a model, a layer that will be packed waits with room for its bytes, which are taken as they
+are; then it becomes a packed layer, whose parts are views of them. A transposed one (`Conv1D`) is packed anew, as it
+is multiplied the other way round.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from ..common.fences import has_device_map
+from ..packed.linear import PackedLinear
+from ..packed.matrix import PackedMatrix
+from ..packed.pack_model import LEAST_ZEROS, TYPES_PACKED, dense_reasons, layers_of, replace_layer
+from .encodings import Header, matrix_in
+
+
+logger = logging.getLogger(__name__)
+
+
+class Waiting(nn.Module):
+    """Where a packed layer will be: room for the bytes of its matrix, as the checkpoint has them, and its bias.
+
+    Args:
+        layer (`nn.Linear | Conv1D`): the layer that the model has there, without data.
+        length (`int`): bytes of the encoded matrix.
+    """
+
+    def __init__(self, layer: nn.Linear | Conv1D, length: int):
+        super().__init__()
+        self.transposed, self.dtype = isinstance(layer, Conv1D), layer.weight.dtype
+        self.register_buffer("weight", torch.empty(length, dtype=torch.uint8, device="meta"))
+        self.register_parameter("bias", layer.bias)
+
+    def told(self, dtype: torch.dtype | None) -> None:
+        """In which type the weights are asked for, where it is another one than the model's."""
+        if dtype is not None and dtype.is_floating_point:
+            self.dtype = dtype
+
+    def packed(self, name: str) -> PackedLinear:
+        """The layer; `ValueError` where its bytes are damaged."""
+        matrix = matrix_in(self.weight, name)
+        if self.transposed:
+            matrix = PackedMatrix.of(matrix.dense().t())
+        if matrix.values.is_floating_point() and matrix.values.dtype != self.dtype:
+            matrix = replace(matrix, values=matrix.values.to(self.dtype))
+        return PackedLinear(matrix, self.bias, self.transposed).train(self.training)
+
+
+def make_waiting(model: nn.Module, headers: Mapping[str, Header]) -> None:
+    """Have the layers of `model`, which has no data yet, wait for packed matrices, where these are to stay so.
+
+    Args:
+        headers (`Mapping[str, Header]`): of the encoded tensors in a checkpoint, by the names that they are loaded as,
+            or would be without the model's prefix.
+    """
+    prefix = getattr(model, "base_model_prefix", "")
+    reasons, layers = dense_reasons(model), dict(layers_of(model))
+    for name, header in headers.items():
+        names = (name, f"{prefix}.{name}", name.removeprefix(f"{prefix}."))
+        found = next((each.removesuffix(".weight") for each in names if each.removesuffix(".weight") in layers), None)
+        if found is None or not name.endswith(".weight") or f"{found}.weight" in reasons:
+            continue
+        layer = layers[found]
+        fits = tuple(header.shape) == tuple(layer.weight.shape) and header.dtype in TYPES_PACKED
+        if fits and 1 - header.kept / max(header.size, 1) >= LEAST_ZEROS:
+            replace_layer(model, found, Waiting(layer, header.bytes))
+
+
+def waiting_at(model: nn.Module | None, name: str) -> Waiting | None:
+    """The layer of `model` that waits for the tensor called `name`; `None` where none does."""
+    if model is None or not name.endswith(".weight"):
+        return None
+    found = model.get_submodule(name.removesuffix(".weight"))
+    return found if isinstance(found, Waiting) else None
+
+
+@torch.no_grad()
+def pack_waiting(model: nn.Module) -> int:
+    """Make packed layers of those that waited and have their bytes now; how many."""
+    waiting = [(name, module) for name, module in model.named_modules() if isinstance(module, Waiting)]
+    for name, module in waiting:
+        replace_layer(model, name, module.packed(f"{name}.weight"))
+    if not waiting:
+        logger.warning("No matrix has %.0f%% zeros or more: the model is dense.", 100 * LEAST_ZEROS)
+    return len(waiting)
+
+
+def check_places(places: nn.Module | Mapping[str, Any]) -> None:
+    """Raise `ValueError` where a device map, or that of a loaded model, puts modules on a disk."""
+    if isinstance(places, nn.Module):
+        places = places.hf_device_map if has_device_map(places) else {}
+    if "disk" in places.values():
+        raise ValueError(
+            "Packed matrices are not kept on a disk, and device_map puts modules there; load the model without "
+            "run_packed, or give it more memory."
+        )
+
+
+def refuse_saving(model: nn.Module) -> Any:
+    """Raise `ValueError`: transformers itself does not save packed matrices."""
+    raise ValueError(
+        f"This {type(model).__name__} is packed, which transformers' own save_pretrained cannot write; save it with "
+        "DSAPruner.from_pretrained(model).save_pretrained(folder), or unpack it before."
+    )

@@ -1,0 +1,311 @@
+"""The products of packed matrices on an NVIDIA GPU: compiled where a compiler is, used where measured to be faster.
+
+Importing this registers them. Each call asks the table of this card: milliseconds of every way to cut a kernel's
+work, of unpacking a tile of rows after the other, and of a dense weight, by shape and batch. What is not in the table
+is measured at its first call, which takes some hundredths of a second; and a kernel whose product is not that of
+PyTorch is never used. Without a GPU, or without a library and leave to compile one ([`allowed`]), everything is as if
+this file were not there.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import json
+import logging
+import os
+import shutil
+import subprocess
+import sysconfig
+import tempfile
+import timeit
+from collections.abc import Callable
+from functools import cache, lru_cache
+from pathlib import Path
+from statistics import median
+
+import torch
+from huggingface_hub import constants
+from torch import Tensor
+
+from .two_of_four import BYTES, dense_rows, linear_24
+
+
+logger = logging.getLogger(__name__)
+SOURCES = Path(__file__).parent / "kernels" / "cuda"
+BATCH = 8  # rows of the input that a kernel takes at most
+# Ways to cut the work of two_of_four.cu: kind of kernel, tiles of 16 rows in a block, blocks that stay on a
+# multiprocessor. Each of them was the fastest of some shape on an H200.
+WAYS = {
+    "few ahead": (0, 1, 3),
+    "few ahead, a block for each": (0, 1, 0),
+    "more ahead": (1, 1, 2),
+    "more ahead, 2 tiles": (1, 2, 2),
+    "16 warps": (2, 1, 1),
+    "16 warps, 2 tiles": (2, 2, 1),
+    "16 warps, 4 tiles": (2, 4, 1),
+}
+PARTS = 8  # blocks that share the columns of a tile, at most
+TOLERANCE = 1e-2  # of a product, relative to that of PyTorch: bfloat16 rounds by 4e-3
+_BITS = {bytes: bits for bits, bytes in BYTES.items()}
+_INT, _POINTER = ctypes.c_int, ctypes.c_void_p
+
+
+class Kernels:
+    """A compiled library, the card (or what stands for it) that runs it, and what was measured there.
+
+    Args:
+        library: file that [`build`] made.
+        multiprocessors, shared: how many there are, and the bytes of shared memory of one and of one block.
+        early: whether a kernel may begin while the one before it ends (compute capability 9.0).
+        table: JSON file of what was measured on this card; `None`: nothing is measured, and the first way is taken.
+    """
+
+    def __init__(
+        self, library: Path, multiprocessors: int, shared: tuple[int, int], early: bool, table: Path | None = None
+    ):
+        self.function = ctypes.CDLL(str(library)).optimum_dsa_two_of_four
+        self.function.argtypes = [_POINTER] * 6 + [_INT] * 11 + [_POINTER]
+        self.multiprocessors, self.shared, self.early, self.table = multiprocessors, shared, early, table
+        self.rows: dict[str, dict[str, float]] = {}
+        if table is not None and table.is_file():
+            self.rows = json.loads(table.read_text())
+        self.rooms: dict[tuple[torch.device, int], tuple[Tensor, Tensor]] = {}
+
+    def linear(self, input: Tensor, groups: Tensor, scales: Tensor | None, rows: int) -> Tensor:
+        """input · Wᵀ, (..., columns) -> (..., rows), the fastest way that was measured."""
+        columns = input.shape[-1]
+        batch = input.numel() // columns if columns else 0
+        if input.dtype != torch.bfloat16 or not 1 <= batch <= BATCH or rows < 1:
+            return linear_24(input, groups, scales, rows)
+        if (way := self.way(input, groups, scales, rows)) is None:
+            return linear_24(input, groups, scales, rows)
+        output = input.new_empty(*input.shape[:-1], rows)
+        self.run(way, input, groups, scales, output)
+        return output
+
+    def way(self, input: Tensor, groups: Tensor, scales: Tensor | None, rows: int) -> str | None:
+        """The fastest way by the table, measured now if it is not there; `None` where unpacking is faster."""
+        key = self.key(groups, rows, input)
+        if key not in self.rows:
+            if self.table is None or (input.is_cuda and torch.cuda.is_current_stream_capturing()):
+                return next((name for name in WAYS if self.fits(name, input, groups, rows)), None)
+            self.measure(input, groups, scales, rows)
+        found = {name: time for name, time in self.rows[key].items() if name != "dense"}
+        best = min(found, key=found.get)
+        return None if best == "unpacked" else best
+
+    @staticmethod
+    def key(groups: Tensor, rows: int, input: Tensor) -> str:
+        """The row of the table: bits, shape, and the batch, of which 3 is measured as 4, and 5 to 7 as 8."""
+        batch = 1 << (input.numel() // input.shape[-1] - 1).bit_length()
+        return f"2:4, {_BITS[groups.shape[-1]]} bits, {rows} x {input.shape[-1]}, batch {batch}"
+
+    def measure(self, input: Tensor, groups: Tensor, scales: Tensor | None, rows: int) -> dict[str, float]:
+        """Milliseconds of every way, of unpacking and of a dense weight, at the batch of `input`, into the table."""
+        columns, key = input.shape[-1], self.key(groups, rows, input)
+        batch = 1 << (input.numel() // columns - 1).bit_length()
+        # Of its own: the first call's input may be anything, even zeros.
+        generator = torch.Generator().manual_seed(0)
+        x = torch.randn(batch, columns, generator=generator).to(input)
+        expected, output = linear_24(x, groups, scales, rows).float(), x.new_empty(batch, rows)
+        timed = {}
+        for name in WAYS:
+            if not self.fits(name, x, groups, rows):
+                continue
+            try:
+                self.run(name, x, groups, scales, output.fill_(torch.nan))
+                apart = float((output.float() - expected).norm() / expected.norm().clamp_min(1e-20))
+            except RuntimeError as error:
+                logger.warning("%s: %s", name, error)
+                continue
+            if not apart <= TOLERANCE:  # of NaN too
+                logger.warning("%s is left out for %s: its product is %.1e away from PyTorch's.", name, key, apart)
+                continue
+            timed[name] = milliseconds(lambda name=name: self.run(name, x, groups, scales, output), x.device)
+        timed["unpacked"] = milliseconds(lambda: linear_24(x, groups, scales, rows), x.device, 3)
+        weight = dense_rows(groups, scales, columns, 0, rows, x.dtype)
+        timed["dense"] = milliseconds(lambda: torch.nn.functional.linear(x, weight), x.device)
+        self.rows[key] = {name: round(time, 6) for name, time in timed.items()}
+        self.save()
+        return self.rows[key]
+
+    def save(self) -> None:
+        """The table into its file, beside what another process has written since."""
+        if self.table is None:
+            return
+        self.table.parent.mkdir(parents=True, exist_ok=True)
+        if self.table.is_file():
+            self.rows = json.loads(self.table.read_text()) | self.rows
+        with tempfile.NamedTemporaryFile("w", dir=self.table.parent, delete=False) as file:
+            json.dump(self.rows, file, indent=1)
+        os.replace(file.name, self.table)
+
+    def fits(self, way: str, input: Tensor, groups: Tensor, rows: int) -> bool:
+        """Whether the work can be cut so."""
+        return self.parts(way, rows, input.shape[-1], input.numel() // input.shape[-1]) is not None
+
+    @lru_cache(maxsize=4096)  # noqa: B019 - one object a card, for as long as the process lives
+    def parts(self, way: str, rows: int, columns: int, batch: int) -> int | None:
+        """Of how many blocks the columns of a tile have to be, so that the input fits into shared memory."""
+        for parts in range(1, PARTS + 1):
+            said = self.function(*[None] * 6, *self.cut(way, rows, columns, batch, 16, parts), None)
+            if said == 0:
+                return parts
+        return None
+
+    def cut(self, way: str, rows: int, columns: int, batch: int, bits: int, parts: int) -> tuple[int, ...]:
+        """The whole numbers that the library takes."""
+        kind, high, resident = WAYS[way]
+        whole, block = self.shared
+        # Of each block's memory the system takes 1024 bytes.
+        limit = min(block, whole // (resident or 3) - 1024)
+        numbers = (rows, columns, batch, bits, kind, high, parts, resident, self.multiprocessors, limit, self.early)
+        return tuple(map(int, numbers))
+
+    def run(self, way: str, input: Tensor, groups: Tensor, scales: Tensor | None, output: Tensor) -> None:
+        """One kernel, whose product is in `output` when the stream has come to it."""
+        columns, rows = input.shape[-1], output.shape[-1]
+        batch, bits = input.numel() // columns, _BITS[groups.shape[-1]]
+        # The kernel loads 16 bytes at once.
+        input = input.contiguous()
+        if input.data_ptr() % 16:
+            input = input.clone()
+        parts = self.parts(way, rows, columns, batch)
+        stream = torch.cuda.current_stream(input.device).cuda_stream if input.is_cuda else 0
+        sums, arrived = (None, None) if parts == 1 else self.room(input, stream, parts * batch * rows, len(groups))
+        tensors = (groups, scales, input, output, sums, arrived)
+        pointers = [None if tensor is None else tensor.data_ptr() for tensor in tensors]
+        said = self.function(*pointers, *self.cut(way, rows, columns, batch, bits, parts), stream)
+        if said:
+            raise RuntimeError(
+                f"The kernel of 2:4 ({way}) of {rows} x {columns}, batch {batch}, ended with error {said}"
+                f"{f' (CUDA {said - 1000})' if said >= 1000 else ''}; unset OPTIMUM_DSA_JIT to do without it."
+            )
+
+    def room(self, input: Tensor, stream: int, floats: int, counters: int) -> tuple[Tensor, Tensor]:
+        """Sums of parts, and counters, which are zero between two kernels; of a stream, whose kernels take turns."""
+        device = input.device
+        sums, arrived = self.rooms.get((device, stream), (None, None))
+        if input.is_cuda and torch.cuda.is_current_stream_capturing():
+            # Of its own, which the graph makes zero: nobody knows which graph will run first.
+            sums = torch.empty(floats, dtype=torch.float32, device=device)
+            return sums, torch.zeros(counters, dtype=torch.int32, device=device)
+        if sums is None or len(sums) < floats or len(arrived) < counters:
+            sums = torch.empty(max(floats, 2**20), dtype=torch.float32, device=device)
+            arrived = torch.zeros(max(counters, 2**12), dtype=torch.int32, device=device)
+            self.rooms[device, stream] = sums, arrived
+        return sums, arrived
+
+
+def milliseconds(work: Callable[[], object], device: torch.device, times: int = 10) -> float:
+    """Of `work`, the median: on a GPU with its second cache full of something else before each."""
+    if device.type != "cuda":
+        return 1e3 * median(timeit.repeat(work, number=1, repeat=times))
+    other = torch.empty(2 * torch.cuda.get_device_properties(device).L2_cache_size, dtype=torch.uint8, device=device)
+    events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(times)]
+    work()
+    for start, end in events:
+        other.zero_()
+        start.record()
+        work()
+        end.record()
+    torch.cuda.synchronize(device)
+    return median(start.elapsed_time(end) for start, end in events)
+
+
+def allowed() -> bool:
+    """Whether the user lets kernels be compiled at their first use, with OPTIMUM_DSA_JIT=1."""
+    return os.environ.get("OPTIMUM_DSA_JIT", "") == "1"
+
+
+def cache_folder() -> Path:
+    """Where compiled libraries and tables are."""
+    return Path(constants.HF_HOME) / "optimum-dsa" / "cuda"
+
+
+def compiler() -> Path | None:
+    """NVIDIA's compiler: in PATH, CUDA_HOME, /usr/local/cuda, or of the package nvidia-cuda-nvcc."""
+    places = [Path(found)] if (found := shutil.which("nvcc")) else []
+    homes = [Path(os.environ["CUDA_HOME"])] if os.environ.get("CUDA_HOME") else []
+    packages = sorted(Path(sysconfig.get_path("purelib")).glob("nvidia/cu*"), reverse=True)
+    places += [home / "bin" / "nvcc" for home in (*homes, Path("/usr/local/cuda"), *packages)]
+    return next((place for place in places if place.is_file()), None)
+
+
+def file_name(architecture: str) -> str:
+    """The name of a library, which tells the sources that it was made of."""
+    digest = hashlib.sha256(b"".join(path.read_bytes() for path in sorted(SOURCES.iterdir()))).hexdigest()[:16]
+    return f"two_of_four-{digest}-sm{architecture}.so"
+
+
+def library_for(architecture: str) -> Path | None:
+    """The library that was carried along, else that of the cache, compiled where it is allowed and needed.
+
+    Raises:
+        RuntimeError: it is to be compiled, and cannot be.
+    """
+    carried = Path(os.environ.get("OPTIMUM_DSA_KERNELS_PATH") or cache_folder()) / file_name(architecture)
+    if carried.is_file():
+        return carried
+    return build(architecture) if allowed() else None
+
+
+def build(architecture: str, folder: Path | None = None) -> Path:
+    """The library for cards of `architecture` ("80", "90"), compiled if `folder` (the cache) has none of them.
+
+    A folder that is carried to another machine is named there by OPTIMUM_DSA_KERNELS_PATH.
+
+    Raises:
+        RuntimeError: there is no compiler, or it failed; its own words are in the message.
+    """
+    folder = folder or cache_folder()
+    library = folder / file_name(architecture)
+    if library.is_file():
+        return library
+    if (nvcc := compiler()) is None:
+        raise RuntimeError(
+            "No nvcc was found in PATH, CUDA_HOME or /usr/local/cuda; install the CUDA toolkit, or `nvidia-cuda-nvcc` "
+            "and what it needs, or go without kernels: products are the same, and slower."
+        )
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder) as place:
+        made = Path(place) / library.name
+        target = f"arch=compute_{architecture},code=sm_{architecture}"
+        command = [nvcc, "-O3", "-std=c++17", "-gencode", target, "-Xcompiler", "-fPIC", "-shared"]
+        done = subprocess.run([*command, SOURCES / "two_of_four.cu", "-o", made], capture_output=True, text=True)
+        if done.returncode:
+            raise RuntimeError(f"{nvcc} ended with {done.returncode}: {(done.stderr or done.stdout)[-2000:]}")
+        os.replace(made, library)
+    return library
+
+
+@cache
+def kernels(device: torch.device) -> Kernels | None:
+    """The kernels for a card; `None` where none are there and may be compiled, or the card is older than sm_80."""
+    if device.type != "cuda" or not torch.cuda.is_available():
+        return None
+    card = torch.cuda.get_device_properties(device)
+    if (card.major, card.minor) < (8, 0):
+        return None
+    try:
+        library = library_for(f"{card.major}{card.minor}")
+    except (RuntimeError, OSError) as error:
+        logger.warning("Packed matrices are multiplied without kernels on %s: %s", card.name, error)
+        return None
+    if library is None:
+        return None
+    shared = (card.shared_memory_per_multiprocessor, card.shared_memory_per_block_optin)
+    name = "".join(letter if letter.isalnum() else "-" for letter in card.name)
+    digest = library.stem.split("-")[1]
+    table = cache_folder() / f"table-{name}-{digest}-torch{torch.__version__}.json"
+    return Kernels(library, card.multi_processor_count, shared, card.major >= 9, table)
+
+
+def _linear_24(input: Tensor, groups: Tensor, scales: Tensor | None, rows: int) -> Tensor:
+    found = kernels(input.device)
+    return (linear_24 if found is None else found.linear)(input, groups, scales, rows)
+
+
+_LIBRARY = torch.library.Library("optimum_dsa", "IMPL")
+_LIBRARY.impl("linear_24", _linear_24, "CUDA")

@@ -1,0 +1,1 @@
+"""Sources of the kernels, and how they are compiled."""

@@ -1,0 +1,124 @@
+"""A linear map that multiplies with its matrix as it is packed: what takes the place of `nn.Linear` and `Conv1D`."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from .matrix import PackedMatrix
+from .ops import linear
+
+
+PARTS = ("mask", "values", "starts", "scales")  # the buffers that are the matrix
+
+
+class PackedLinear(nn.Module):
+    """input · Wᵀ + bias, (..., in_features) -> (..., out_features), with W packed.
+
+    The parts of W are buffers: they move with the model and stand in its `state_dict`, and nothing trains them. A
+    model that is cast casts the values of a floating type, and no other part.
+
+    Args:
+        matrix (`PackedMatrix`): W, (out_features, in_features).
+        bias (`nn.Parameter`, *optional*): (out_features,).
+        transposed (`bool`): whether the layer that it stands for holds Wᵀ, as `Conv1D` does.
+    """
+
+    is_packed = True  # what walks through models asks this of every module
+
+    def __init__(self, matrix: PackedMatrix, bias: nn.Parameter | None = None, transposed: bool = False):
+        super().__init__()
+        self.out_features, self.in_features = matrix.shape
+        self.group, self.transposed = matrix.group, transposed
+        self.register_buffer("mask", matrix.mask)
+        self.register_buffer("values", matrix.values)
+        self.register_buffer("starts", matrix.starts)
+        # As whole numbers of the same bits: they stay float32, whatever a model is cast to.
+        self.register_buffer("scales", None if matrix.scales is None else matrix.scales.view(torch.int32))
+        self.register_parameter("bias", bias)
+        self.register_load_state_dict_pre_hook(_check_state)
+
+    @classmethod
+    def of(cls, layer: nn.Linear | Conv1D) -> PackedLinear:
+        """What multiplies as `layer` does; its bias is shared."""
+        transposed = isinstance(layer, Conv1D)
+        weight = layer.weight.detach()
+        packed = cls(PackedMatrix.of(weight.t() if transposed else weight), layer.bias, transposed)
+        return packed.train(layer.training)
+
+    @property
+    def matrix(self) -> PackedMatrix:
+        """W, of the same parts, which are checked once more."""
+        scales = None if self.scales is None else self.scales.view(torch.float32)
+        shape = (self.out_features, self.in_features)
+        return PackedMatrix(self.mask, self.values, self.starts, shape, scales, self.group)
+
+    @property
+    def weight(self) -> Tensor:
+        """W with its zeros, made anew each time, for code that reads weights: (out_features, in_features).
+
+        What is written to it is lost. Where `transposed`, (in_features, out_features).
+        """
+        dense = self.matrix.dense()
+        return dense.t() if self.transposed else dense
+
+    def shell(self) -> nn.Linear | Conv1D:
+        """The layer that it stands for, on the device "meta": its shape and dtype, and no weights."""
+        return self._shell(self.values.dtype if self.scales is None else torch.float32)
+
+    def _shell(self, dtype: torch.dtype) -> nn.Linear | Conv1D:
+        if self.transposed:
+            with torch.device("meta"):
+                made = Conv1D(self.out_features, self.in_features)
+        else:
+            made = nn.Linear(self.in_features, self.out_features, bias=self.bias is not None, device="meta")
+        return made.to(dtype).train(self.training)
+
+    def layer(self) -> nn.Linear | Conv1D:
+        """The layer that it stands for, with its zeros; the bias is shared."""
+        made = self.shell()
+        made.weight, made.bias = nn.Parameter(self.weight.contiguous()), self.bias
+        return made
+
+    def forward(self, input: Tensor) -> Tensor:
+        """(..., in_features) -> (..., out_features), in the input's dtype."""
+        scales = None if self.scales is None else self.scales.view(torch.float32)
+        output = linear(input, self.mask, self.values, self.starts, scales, self.group)
+        return output if self.bias is None else output + self.bias.to(output.dtype)
+
+    def extra_repr(self) -> str:
+        kept = self.values.numel() * (2 if self.values.dtype == torch.uint8 else 1)
+        share = kept / max(self.in_features * self.out_features, 1)
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
+            f"values={str(self.values.dtype).removeprefix('torch.')}, kept={share:.3f}"
+        )
+
+
+def _check_state(layer: PackedLinear, state: dict[str, Tensor], prefix: str, *others) -> None:
+    """Hold the parts in a state dict against each other before one is taken: operators read without looking.
+
+    A matrix of the same shape may keep other weights, and more or fewer of them.
+    """
+    parts = {name: state[prefix + name] for name in PARTS if prefix + name in state}
+    if not parts:
+        return
+    expected, where = {name for name in PARTS if getattr(layer, name) is not None}, prefix.removesuffix(".") or "layer"
+    if parts.keys() != expected:
+        raise ValueError(
+            f"A state dict has {', '.join(sorted(parts))} of the packed {where}, which has "
+            f"{', '.join(sorted(expected))}: a packed matrix is all of its parts; load those of the same model."
+        )
+    if not any(part.is_meta for part in parts.values()):
+        scales = parts["scales"].view(torch.float32) if "scales" in parts else None
+        shape = (layer.out_features, layer.in_features)
+        PackedMatrix(parts["mask"], parts["values"], parts["starts"], shape, scales, layer.group)
+    # Numbers of 8 bits and pairs of 4 have scales of one shape.
+    if parts["values"].dtype != layer.values.dtype and not layer.values.is_floating_point():
+        raise ValueError(
+            f"The packed {where} holds {layer.values.dtype}, and the state dict {parts['values'].dtype}; pack the "
+            "model as the other one is."
+        )
+    if parts["values"].shape != layer.values.shape:
+        layer.values = layer.values.new_empty(parts["values"].shape)

@@ -1,0 +1,81 @@
+"""A model that is packed in memory is the same model to everything that a pruner does, or is unpacked, or refused."""
+
+import pytest
+import torch
+
+from optimum_dsa import DSAConfig, DSAPruner, DSAStructuredConfig, RecoveryConfig, prune
+from optimum_dsa.packed.pack_model import packed_layers
+from optimum_dsa.pruning.zeros import counted
+from optimum_dsa.search.search import search
+
+from ..tiny import needs_compressed_loading, same_state, state, tiny_llama, tokens
+
+
+pytestmark = needs_compressed_loading
+CONFIG = DSAConfig(0.6, "magnitude", "uniform")
+
+
+def packed_pruner():
+    """A packed pruner and the state of its model before that."""
+    pruner = DSAPruner(tiny_llama())
+    pruner.prune(None, CONFIG)
+    before = state(pruner.model)
+    packing = pruner.pack()
+    assert len(packing.packed) == 21 and packing.bytes_packed < 0.5 * packing.bytes_before
+    return pruner, before
+
+
+def test_packed_and_unpacked_is_bit_for_bit_and_leaves_no_trace():
+    pruner, before = packed_pruner()
+    plain = DSAPruner(tiny_llama()).model
+    assert pruner.model.is_quantized and pruner.model.hf_quantizer is not None
+    assert pruner.pack().packed == ()  # a second time there is nothing left to do
+    assert pruner.unpack() and not packed_layers(pruner.model) and same_state(pruner.model, before)
+    assert pruner.unpack() == ()
+    for name in ("hf_quantizer", "quantization_method"):
+        assert hasattr(pruner.model, name) == hasattr(plain, name)
+    assert not pruner.model.is_quantized and not hasattr(pruner.model.config, "quantization_config")
+
+
+def test_what_reads_it_finds_what_was_there(tmp_path):
+    pruner, before = packed_pruner()
+    assert pruner.verify().holds and counted(pruner.report, pruner.model) == pruner.report
+    masks = dict(pruner.masks())
+    assert len(masks) == 21 and all(torch.equal(mask, before[name] != 0) for name, mask in masks.items())
+    measured = pruner.measure(tokens(2))
+    pruner.save_pretrained(tmp_path / "packed")
+    loaded = DSAPruner.from_pretrained(tmp_path / "packed")
+    assert len(packed_layers(loaded.model)) == 21 and loaded.verify().holds
+    assert loaded.measure(tokens(2)).perplexity == pytest.approx(measured.perplexity)
+    loaded.unpack()
+    assert same_state(loaded.model, before) and loaded.measure(tokens(2)).size == measured.size
+    loaded.save_pretrained(tmp_path / "dense")
+    assert same_state(DSAPruner.from_pretrained(tmp_path / "dense").model, before)
+
+
+def test_what_changes_weights_unpacks_them_and_says_so(caplog):
+    pruner, before = packed_pruner()
+    pruner.prune(None, DSAConfig(0.7, "magnitude", "uniform"))
+    assert "Pruning needs weights with their zeros: 21 packed matrices are unpacked" in caplog.text
+    assert not packed_layers(pruner.model) and pruner.verify().holds and pruner.verify().removed > 0.69 * 21 * 32 * 32
+    pruner, before = packed_pruner()
+    pruner.recover(tokens(8), RecoveryConfig(method="full", steps=1, batch_size=2), validation=tokens(2, seed=1))
+    assert "Training needs weights with their zeros" in caplog.text and not packed_layers(pruner.model)
+    assert not same_state(pruner.model, before)
+    assert all((pruner.model.get_parameter(name)[value == 0] == 0).all() for name, value in before.items())
+
+
+def test_what_needs_dense_weights_refuses_it_by_name():
+    pruner, before = packed_pruner()
+    for refused in (
+        lambda: prune(pruner.model, None, CONFIG),
+        lambda: pruner.allocate(None, CONFIG),
+        lambda: pruner.sensitivity(tokens(), CONFIG),
+        lambda: pruner.search(tokens(), CONFIG),
+        lambda: pruner.search(tokens(), DSAStructuredConfig(0.3, layout="per_layer")),
+        lambda: search(pruner.model, None, tokens(), CONFIG, strategy="random"),
+    ):
+        with pytest.raises(ValueError, match=r"is packed, and its weights .* unpack the model first"):
+            refused()
+    pruner.unpack()
+    assert same_state(pruner.model, before)

@@ -1,0 +1,165 @@
+"""The kernels of a GPU on a CPU: their source runs in an emulator, index for index, called as on a card."""
+
+import ctypes
+import json
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+
+from optimum_dsa.packed import cuda
+from optimum_dsa.packed.matrix import PackedMatrix
+from optimum_dsa.packed.two_of_four import TwoOfFour
+
+from .test_two_of_four import two_of_four, whole_numbers
+
+
+HERE = Path(__file__).parent
+
+
+@pytest.fixture(scope="module")
+def library(tmp_path_factory):
+    if (compiler := shutil.which("g++")) is None:
+        pytest.skip("no g++ to compile the emulator with")
+    made = tmp_path_factory.mktemp("emulator") / "emulated.so"
+    command = [compiler, "-O1", "-std=c++20", "-fPIC", "-shared", "-DEMULATED", f"-I{HERE}", "-x", "c++"]
+    done = subprocess.run([*command, cuda.SOURCES / "two_of_four.cu", "-o", made], capture_output=True, text=True)
+    assert not done.returncode, done.stderr
+    return made
+
+
+def emulated(library, **changes):
+    """A card of two multiprocessors, which may have 3 blocks of few kilobytes."""
+    settings = {"multiprocessors": 2, "shared": (3 * 60000, 58000), "early": False}
+    return cuda.Kernels(library, **settings | changes)
+
+
+class Counted:
+    """How often a byte of the weights is read within, while none beyond them may be."""
+
+    def __init__(self, library, groups):
+        self.check, self.groups = ctypes.CDLL(str(library)).optimum_dsa_emulated, groups
+        self.check.argtypes, self.check.restype = [ctypes.c_void_p] * 2, ctypes.c_long
+
+    def __enter__(self):
+        self.check(self.groups.data_ptr(), self.groups.data_ptr() + self.groups.nbytes)
+        return self
+
+    def __exit__(self, *error):
+        self.times = self.check(None, None) / self.groups.nbytes
+
+
+def matrix(bits, rows, columns, share):
+    if bits == 16:
+        return PackedMatrix.of(two_of_four(rows, columns, share=share))
+    return whole_numbers(rows, columns, bits, 128 if bits == 4 and columns > 128 else 0, share=share)
+
+
+@pytest.mark.parametrize("way", cuda.WAYS)
+@pytest.mark.parametrize("bits", [16, 8, 4])
+def test_a_product_is_that_of_the_matrix(library, bits, way):
+    """Off the tiles in both directions, of few and many rows, 1 to 8 vectors, columns in one part and in several."""
+    kernels = emulated(library)
+    for rows, columns, share, batch in ((37, 260, 0.6, 1), (70, 2304, 1.0, 5), (1, 4, 1.0, 2), (130, 1000, 0.9, 3)):
+        made = TwoOfFour.of(matrix(bits, rows, columns, share))
+        generator = torch.Generator().manual_seed(0)
+        inputs = torch.randn(batch, columns, generator=generator).bfloat16()
+        output = torch.full((batch, rows), torch.nan, dtype=torch.bfloat16)
+        with Counted(library, made.groups) as read:
+            kernels.run(way, inputs, made.groups, made.scales, output)
+        expected = inputs.double() @ made.dense(torch.float32).double().t()
+        torch.testing.assert_close(output.double(), expected, rtol=2**-8, atol=float(expected.abs().mean()) / 250)
+        tiles, high = len(made.groups), cuda.WAYS[way][1]
+        assert read.times == pytest.approx(-(-tiles // high) * high / tiles)
+
+
+def test_columns_are_shared_by_blocks_where_the_input_does_not_fit(library):
+    kernels = emulated(library, shared=(3 * 16000, 14000))
+    way = "more ahead, 2 tiles"
+    assert kernels.parts(way, 40, 4096, 1) == 1 and kernels.parts(way, 40, 4096, 4) > 1
+    made = TwoOfFour.of(matrix(16, 40, 4096, 0.9))
+    inputs = torch.randn(4, 4096, generator=torch.Generator().manual_seed(0)).bfloat16()
+    outputs = [torch.empty(4, 40, dtype=torch.bfloat16) for _ in range(2)]
+    for output in outputs:
+        kernels.run(way, inputs, made.groups, None, output)
+    torch.testing.assert_close(outputs[0].float(), inputs.float() @ made.dense().float().t(), rtol=2**-7, atol=0.3)
+    assert torch.equal(*outputs)  # parts are added in their order
+    sums, arrived = kernels.room(inputs, 0, 0, 0)
+    assert sums.any() and not arrived.any()
+    assert kernels.parts(way, 40, 2**20, 8) is None
+
+
+def test_the_table_is_measured_once_kept_and_obeyed(library, tmp_path):
+    made = TwoOfFour.of(matrix(8, 32, 512, 1.0))
+    inputs = torch.randn(1, 1, 512, generator=torch.Generator().manual_seed(0)).bfloat16()
+    kernels = emulated(library, table=tmp_path / "table.json")
+    expected = made.linear(inputs)
+    torch.testing.assert_close(kernels.linear(inputs, made.groups, made.scales, 32), expected, rtol=2**-7, atol=0.5)
+    (row,) = json.loads((tmp_path / "table.json").read_text()).values()
+    assert set(row) == {*cuda.WAYS, "unpacked", "dense"}
+    again = emulated(library, table=tmp_path / "table.json")
+    again.measure = None  # would fail: it is known
+    key = again.key(made.groups, 32, inputs)
+    for best in ("16 warps", "unpacked"):
+        again.rows[key] = {name: float(name != best) for name in row}
+        assert again.way(inputs.view(1, -1), made.groups, made.scales, 32) == (None if best == "unpacked" else best)
+        assert again.linear(inputs, made.groups, made.scales, 32).shape == (1, 1, 32)
+
+
+def test_a_kernel_whose_product_is_wrong_is_not_in_the_table(library, tmp_path, caplog):
+    kernels = emulated(library, table=tmp_path / "table.json")
+    made, right = TwoOfFour.of(matrix(16, 16, 256, 1.0)), kernels.run
+
+    def wrong(way, *others):
+        right(way, *others)
+        if way == "16 warps":
+            others[-1][0, 3] += 100
+        if way == "more ahead":
+            raise RuntimeError("error 1700")
+
+    kernels.run = wrong
+    row = kernels.measure(torch.ones(1, 256).bfloat16(), made.groups, None, 16)
+    assert set(cuda.WAYS) - set(row) == {"16 warps", "more ahead"}
+    assert "away from PyTorch's" in caplog.text and "1700" in caplog.text
+
+
+def test_what_a_kernel_does_not_take_is_unpacked(library):
+    kernels = emulated(library)
+    kernels.run = None  # would fail
+    made = TwoOfFour.of(matrix(16, 20, 64, 1.0))
+    for inputs in (torch.ones(1, 64), torch.ones(9, 64).bfloat16(), torch.ones(0, 64).bfloat16()):
+        found = kernels.linear(inputs, made.groups, None, 20)
+        torch.testing.assert_close(found, torch.nn.functional.linear(inputs, made.dense(inputs.dtype)))
+
+
+def test_without_leave_or_a_compiler_there_are_no_kernels(monkeypatch, tmp_path):
+    monkeypatch.delenv("OPTIMUM_DSA_JIT", raising=False)
+    monkeypatch.setenv("OPTIMUM_DSA_KERNELS_PATH", str(tmp_path))
+    assert cuda.library_for("80") is None and cuda.kernels(torch.device("cpu")) is None
+    (tmp_path / cuda.file_name("90")).touch()
+    assert cuda.library_for("90") == tmp_path / cuda.file_name("90")
+    monkeypatch.setenv("OPTIMUM_DSA_JIT", "1")
+    monkeypatch.setattr(cuda, "cache_folder", lambda: tmp_path / "cache")
+    monkeypatch.setattr(cuda, "build", lambda architecture: architecture)
+    assert cuda.library_for("80") == "80"
+    monkeypatch.undo()
+    monkeypatch.setattr(cuda, "compiler", lambda: None)
+    with pytest.raises(RuntimeError, match="No nvcc was found"):
+        cuda.build("80", tmp_path)
+    failing = tmp_path / "nvcc"
+    failing.write_text("#!/bin/sh\necho its own words >&2; exit 3\n")
+    failing.chmod(0o755)
+    monkeypatch.setattr(cuda, "compiler", lambda: failing)
+    with pytest.raises(RuntimeError, match="ended with 3: its own words"):
+        cuda.build("80", tmp_path)
+    assert [path.name for path in tmp_path.glob("*.so")] == [cuda.file_name("90")]
+
+
+@pytest.mark.skipif(not os.environ.get("OPTIMUM_DSA_NVCC"), reason="takes half a minute; a variable asks for it")
+@pytest.mark.parametrize("architecture", ["80", "90"])
+def test_nvcc_takes_the_sources(tmp_path, architecture):
+    built = cuda.build(architecture, tmp_path)
+    assert ctypes.CDLL(str(built)).optimum_dsa_two_of_four and cuda.build(architecture, tmp_path) == built

@@ -1,0 +1,68 @@
+"""A model whose 2:4 matrices lie as a tensor core takes them is the packed model, whoever reads it."""
+
+import copy
+
+import pytest
+import torch
+
+from optimum_dsa import DSAConfig, from_tensor_cores, prune, to_tensor_cores
+from optimum_dsa.packed.linear import PackedLinear
+from optimum_dsa.packed.pack_model import pack_model, packed_layers, seen_dense, unpack_model
+from optimum_dsa.packed.tensor_cores import TensorCoreLinear
+from optimum_dsa.pruning.zeros import found_report
+
+from ..tiny import same_state, state, tiny_llama, tokens
+from .test_two_of_four import whole_numbers
+
+
+def packed(pattern="2:4", dtype=torch.bfloat16, family=tiny_llama):
+    model = family().to(dtype)
+    prune(model, None, DSAConfig(0.5, "magnitude", "uniform", pattern=pattern))
+    return model, state(model), pack_model(model)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_it_is_the_packed_model_and_back_bit_for_bit(family, tiny):
+    model, before, packing = packed(family=lambda: tiny(family))
+    as_packed, expected = state(model), model(tokens(2)).logits
+    with seen_dense(model):
+        report = found_report(model)
+    assert to_tensor_cores(model) == packing.packed == packed_layers(model)
+    assert to_tensor_cores(model) == ()
+    torch.testing.assert_close(model(tokens(2)).logits, expected)
+    assert from_tensor_cores(model) == packing.packed and same_state(model, as_packed)
+    to_tensor_cores(model)
+    with seen_dense(model):
+        assert found_report(model) == report
+    assert unpack_model(model) == packing.packed and same_state(model, before)
+
+
+def test_a_layer_is_held_once_copied_cast_and_moved():
+    model, _, packing = packed()
+    size = sum(buffer.nbytes for buffer in model.buffers())
+    to_tensor_cores(model)
+    layer = model.get_submodule(packing.packed[0])
+    assert isinstance(layer, TensorCoreLinear) and "2:4, bits=16" in repr(layer) and not list(layer.parameters())
+    assert [name for name, _ in layer.named_buffers()] == ["groups"] and size
+    weight = layer.weight
+    again = copy.deepcopy(layer).half()
+    assert torch.equal(again.weight, weight) and again(torch.ones(1, layer.in_features).half()).dtype == torch.float16
+
+
+@pytest.mark.parametrize("pattern, dtype", [("row", torch.bfloat16), ("2:4", torch.float32)])
+def test_what_has_no_such_form_stays_packed(pattern, dtype):
+    model, _, packing = packed(pattern, dtype)
+    assert to_tensor_cores(model) == () and packed_layers(model) == packing.packed
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_whole_numbers_keep_their_scales_and_the_bias_stays(bits):
+    bias = torch.nn.Parameter(torch.randn(24).half().float())
+    layer = PackedLinear(whole_numbers(24, 128, bits, 0), bias)
+    model = torch.nn.Sequential(layer)
+    inputs = torch.randn(3, 128)
+    expected = model(inputs)
+    assert to_tensor_cores(model) == ("0",) and model[0].bias is bias
+    torch.testing.assert_close(model.half().float()(inputs), expected)
+    assert torch.equal(model[0].matrix.scales, layer.matrix.scales)
+    assert model[0].shell().weight.dtype == torch.float32
