@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..common.registry import Registry
-from ..packed import bitmask
+from ..packed import bitmask, quantised
 
 
 QUANT_METHOD = "optimum-dsa"  # in `config.json`; the name under which transformers finds our loader
@@ -87,6 +87,14 @@ BITMASK = ENCODINGS.add(
     "bitmask",
     Encoding(
         "bitmask", "dsa_model", bitmask.pack, bitmask.unpack, bitmask.read_header, bitmask.LARGEST, alias="compressed"
+    ),
+)
+BITMASK_WHOLE = ENCODINGS.add(
+    "bitmask_whole",
+    Encoding(
+        *("bitmask_whole", "dsa_quantised_model"),
+        *(quantised.pack, quantised.unpack, quantised.read_header, quantised.LARGEST),
+        alias="quantised",
     ),
 )
 

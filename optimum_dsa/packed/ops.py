@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
 
 from .loading import load
 
@@ -137,3 +138,10 @@ def _backward(ctx, gradient):
 
 
 torch.library.register_autograd("optimum_dsa::linear", _backward, setup_context=_remember)
+
+
+@register_flop_formula(torch.ops.optimum_dsa.linear, get_raw=True)
+def _operations(input, mask, values, *others, out_val=None, **options) -> int:
+    """Floating point operations of a product: two for each kept weight and vector of the input."""
+    kept = values.numel() * (2 if values.dtype == torch.uint8 else 1)
+    return 2 * kept * (input.numel() // max(input.shape[-1], 1))

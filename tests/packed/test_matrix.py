@@ -4,6 +4,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils.flop_counter import FlopCounterMode
 
 from optimum_dsa.packed.bitmask import pack
 from optimum_dsa.packed.matrix import PackedMatrix, packed_bits, row_starts
@@ -79,6 +80,13 @@ def test_the_operators_are_what_tracing_and_compiling_expect():
     inputs = torch.randn(2, 40, requires_grad=True)
     torch.library.opcheck(torch.ops.optimum_dsa.linear, (inputs, *packed.parts))
     torch.library.opcheck(torch.ops.optimum_dsa.dense_rows, (*packed.parts, 40, 3, 17, torch.float32))
+
+
+def test_operations_are_counted_for_the_weights_that_are_kept():
+    dense = sparse(20, 40, 1).abs()
+    with FlopCounterMode(display=False) as counter:
+        PackedMatrix.of(dense).linear(torch.randn(3, 7, 40))
+    assert counter.get_total_flops() == 2 * 21 * int(dense.count_nonzero())
 
 
 def test_an_empty_batch_has_an_empty_product():
