@@ -17,9 +17,11 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from ..common.fences import device_map_of
+from ..packed import bitmask
 from ..packed.linear import PackedLinear
 from ..packed.matrix import PackedMatrix
 from ..packed.pack_model import LEAST_ZEROS, TYPES_PACKED, dense_reasons, layers_of, replace_layer
+from ..packed.whole import WholeHeader
 from .encodings import Header
 
 
@@ -67,7 +69,9 @@ def make_waiting(model: nn.Module, headers: Mapping[str, Header]) -> None:
     for name, header in headers.items():
         names = (name, f"{prefix}.{name}", name.removeprefix(f"{prefix}."))
         found = next((each.removesuffix(".weight") for each in names if each.removesuffix(".weight") in layers), None)
-        if found is None or not name.endswith(".weight") or f"{found}.weight" in reasons:
+        # Of an encoding that somebody else has registered, nothing is known but what it is unpacked by.
+        known = isinstance(header, (bitmask.Header, WholeHeader)) and name.endswith(".weight")
+        if found is None or not known or f"{found}.weight" in reasons:
             continue
         layer = layers[found]
         fits = tuple(header.shape) == tuple(layer.weight.shape) and header.dtype in TYPES_PACKED
