@@ -67,8 +67,6 @@ def convert(source: str | Path, directory: str | Path, to: str) -> tuple[int, in
     # Before anything is read: a link may lead to a file of somebody else.
     for name in ("config.json", *shards.files, *([] if shards.index is None else [index_name(shards.encoding.stem)])):
         own_file(source / name, source)
-    if run_packed and not shards.encoding.is_plain:
-        target = shards.encoding
     stated = read_json(source / "config.json")
     if shards.encoding is target and runs_packed(stated) == run_packed:
         raise ValueError(f"{source} is {to} already; nothing was written.")

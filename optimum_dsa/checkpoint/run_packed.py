@@ -16,10 +16,12 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from ..common.fences import has_device_map
+from ..common.fences import device_map_of
+from ..packed import bitmask
 from ..packed.linear import PackedLinear
 from ..packed.matrix import PackedMatrix
 from ..packed.pack_model import LEAST_ZEROS, TYPES_PACKED, dense_reasons, layers_of, replace_layer
+from ..packed.whole import WholeHeader
 from .encodings import Header
 
 
@@ -67,7 +69,9 @@ def make_waiting(model: nn.Module, headers: Mapping[str, Header]) -> None:
     for name, header in headers.items():
         names = (name, f"{prefix}.{name}", name.removeprefix(f"{prefix}."))
         found = next((each.removesuffix(".weight") for each in names if each.removesuffix(".weight") in layers), None)
-        if found is None or not name.endswith(".weight") or f"{found}.weight" in reasons:
+        # Of an encoding that somebody else has registered, nothing is known but what it is unpacked by.
+        known = isinstance(header, (bitmask.Header, WholeHeader)) and name.endswith(".weight")
+        if found is None or not known or f"{found}.weight" in reasons:
             continue
         layer = layers[found]
         fits = tuple(header.shape) == tuple(layer.weight.shape) and header.dtype in TYPES_PACKED
@@ -94,14 +98,12 @@ def pack_waiting(model: nn.Module) -> int:
     return len(waiting)
 
 
-def check_places(places: nn.Module | Mapping[str, Any]) -> None:
-    """Raise `ValueError` where a device map, or that of a loaded model, puts modules on a disk."""
-    if isinstance(places, nn.Module):
-        places = places.hf_device_map if has_device_map(places) else {}
-    if "disk" in places.values():
+def check_places(model: nn.Module) -> None:
+    """Raise `ValueError` where the device map that a loaded model got, such as "auto", puts modules on a disk."""
+    if "disk" in device_map_of(model).values():
         raise ValueError(
-            "Packed matrices are not kept on a disk, and device_map puts modules there; load the model without "
-            "run_packed, or give it more memory."
+            "Packed matrices are not kept on a disk, and device_map puts modules there; load the model with "
+            "quantization_config=DSAQuantizationConfig(run_packed=False), or give it more memory."
         )
 
 

@@ -6,6 +6,7 @@ Or, where that is asked for, one whose matrices stay packed.
 from __future__ import annotations
 
 import copy
+import logging
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -28,6 +29,9 @@ from .convert import MARK
 from .encodings import BITMASK, ENCODINGS, QUANT_METHOD
 from .run_packed import check_places, make_waiting, pack_waiting, refuse_saving
 from .shards import check_index, check_size, count_weights, index_name, packed_headers
+
+
+logger = logging.getLogger(__name__)
 
 
 class DSAQuantizationConfig(QuantizationConfigMixin):
@@ -165,9 +169,11 @@ class DSAQuantizer(HfQuantizer):
         return model
 
     def validate_environment(self, *args, device_map=None, **kwargs):
-        """Refuses a place for packed matrices where they cannot be, before anything is loaded."""
-        if self.quantization_config.run_packed and isinstance(device_map, Mapping):
-            check_places(device_map)
+        """Has matrices unpacked where packed ones cannot be, which is known before anything is loaded."""
+        places = device_map.values() if isinstance(device_map, Mapping) else ()
+        if self.quantization_config.run_packed and "disk" in places:
+            logger.warning("Packed matrices are not kept on a disk, where device_map puts modules: they are unpacked.")
+            self.quantization_config.run_packed = False
 
     def remove_quantization_config(self, model):
         """Takes off a loaded model what marks it as quantized, and no more.

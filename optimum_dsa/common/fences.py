@@ -73,6 +73,11 @@ def has_device_map(model: nn.Module) -> bool:
     return hasattr(model, "hf_device_map")
 
 
+def device_map_of(model: nn.Module) -> Mapping[str, Any]:
+    """Which module of the model is where, by the device map that it was spread by; empty where there was none."""
+    return model.hf_device_map if has_device_map(model) else {}
+
+
 @contextmanager
 def saved_by_shards(model: nn.Module) -> Iterator[None]:
     """transformers saves the offloaded model a shard at a time, as it does where there is a device map."""

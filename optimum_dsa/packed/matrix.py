@@ -44,6 +44,8 @@ class PackedMatrix:
             raise ValueError(
                 f"A mask of {tuple(self.mask.shape)} {self.mask.dtype} is none of {rows} x {columns} weights."
             )
+        if rows * columns % 8 and int(self.mask[-1]) >> rows * columns % 8:
+            raise ValueError(f"A mask of {rows} x {columns} weights has bits behind its last; download it again.")
         halves = self.values.dtype == torch.uint8
         expected = row_starts(self.mask, self.shape, even=halves)
         places = int(expected[-1]) // (2 if halves else 1)

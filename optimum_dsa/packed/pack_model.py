@@ -37,7 +37,8 @@ class Packing:
 
     def __str__(self) -> str:
         share = self.bytes_packed / max(self.bytes_before, 1)
-        told = f"{len(self.packed):,} matrices are packed: {self.bytes_packed:,} bytes, {share:.1%} of dense"
+        told = f"{len(self.packed):,} matrices are packed"
+        told += f": {self.bytes_packed:,} bytes, {share:.1%} of dense" if self.packed else ""
         reasons: dict[str, list[str]] = {}
         for name, why in self.dense.items():
             reasons.setdefault(why, []).append(name)

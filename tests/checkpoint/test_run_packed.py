@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM
 from optimum_dsa import DSAConfig, DSAPruner, DSAQuantizationConfig, prune
 from optimum_dsa.checkpoint.convert import convert
 from optimum_dsa.checkpoint.encodings import ENCODINGS
+from optimum_dsa.checkpoint.run_packed import check_places
 from optimum_dsa.checkpoint.shards import find_shards, packed_headers
 from optimum_dsa.packed.pack_model import packed_layers, unpack_model
 
@@ -103,8 +104,15 @@ def test_device_maps(folders):
         loaded = AutoModelForCausalLM.from_pretrained(folders[1] / "packed", device_map=places)
         ids = tokens(2).to(loaded.device)
         torch.testing.assert_close(loaded(ids).logits.cpu(), folders[0](tokens(2)).logits, rtol=2e-2, atol=2e-2)
-    with pytest.raises(ValueError, match="not kept on a disk"):
-        AutoModelForCausalLM.from_pretrained(folders[1] / "packed", device_map={"": "disk"})
+
+
+def test_on_a_disk_it_is_unpacked_and_what_cannot_know_it_in_time_is_refused(folders, tmp_path, caplog):
+    disk = {"device_map": {"": "disk"}, "offload_folder": str(tmp_path)}
+    loaded = AutoModelForCausalLM.from_pretrained(folders[1] / "packed", **disk)
+    assert not packed_layers(loaded) and "not kept on a disk, where device_map puts modules" in caplog.text
+    loaded.hf_device_map = {"": "disk"}
+    with pytest.raises(ValueError, match="not kept on a disk, and device_map puts modules there"):
+        check_places(loaded)
 
 
 def test_what_reads_and_saves_a_model_does_so_with_a_packed_one(folders, tmp_path):

@@ -108,5 +108,9 @@ def test_parts_that_do_not_fit_are_refused():
     ):
         with pytest.raises(ValueError, match="6 x 24"):
             PackedMatrix(wrong[0], wrong[1], wrong[2], (6, 24), *wrong[3:])
+    odd = PackedMatrix.of(sparse(3, 5, 0))
+    odd.mask[-1] |= 128
+    with pytest.raises(ValueError, match="3 x 5 weights has bits behind its last"):
+        PackedMatrix(*odd.parts[:3], odd.shape)
     with pytest.raises(ValueError, match="is no packed matrix"):
         PackedMatrix.from_bytes(torch.zeros(100, dtype=torch.uint8))
