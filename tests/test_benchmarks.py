@@ -9,6 +9,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from optimum_dsa.packed import loading
+
 from .tiny import tiny_llama, tokens
 
 
@@ -125,3 +127,32 @@ def test_every_row_of_smaller_models_can_be_asked_for(monkeypatch):
     monkeypatch.setattr("sys.argv", ["structured.py"])
     args = module.parse()
     assert all(module.config_of(row, 0.2, args).sparsity == 0.2 for row in module.ROWS)
+
+
+def test_packed(monkeypatch, capsys):
+    module = script("packed")
+    monkeypatch.setenv("OPTIMUM_DSA_KERNELS", "reference")
+    monkeypatch.setattr(loading, "_found", None)
+    threads = torch.get_num_threads()
+    module.main(["--shapes", "64x128", "--sparsity", "0.5", "--threads", "1", "--batch", "1", "9", "--rounds", "2"])
+    output = capsys.readouterr().out
+    torch.set_num_threads(threads)
+    assert len(re.findall(r"^64x128, 50% zeros, 0\.\d+ of the bytes$", output, re.MULTILINE)) == 1
+    row = r"^  batch \d, threads 1: torch [\d.]+ ms; reference [\d.]+ \[.*\], reference int8 .*, reference int4 .*\]$"
+    assert len(re.findall(row, output, re.MULTILINE)) == 2
+
+
+def test_all_forms_of_a_model_run_beside_each_other(monkeypatch, capsys):
+    module = script("running")
+    monkeypatch.setattr(
+        "sys.argv", ["running.py", "--small", "--new-tokens", "4", "--rounds", "1", "--sparsities", "0.6"]
+    )
+    threads = torch.get_num_threads()
+    try:
+        module.main()
+    finally:
+        torch.set_num_threads(threads)
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])["speeds"]
+    held = {form: row["weight_bytes"] for form, row in found.items()}
+    assert held["packed int8"] < held["packed"] < held["dense bf16"] < held["dense f32"]
+    assert found["packed"]["flops"] < found["dense bf16"]["flops"]

@@ -58,7 +58,7 @@ def convert(source: str | Path, directory: str | Path, to: str) -> tuple[int, in
         ValueError: the checkpoint is in that form already, quantised, damaged, or has too few zeros to become smaller.
     """
     run_packed = to == PACKED
-    source, target = Path(source), BITMASK if run_packed else encoding_named(to)
+    source, target = Path(source), encoding_named(BITMASK.name if run_packed else to)
     if not source.is_dir():
         raise FileNotFoundError(f"No folder {source}.")
     shards = find_shards(source)
@@ -67,6 +67,8 @@ def convert(source: str | Path, directory: str | Path, to: str) -> tuple[int, in
     # Before anything is read: a link may lead to a file of somebody else.
     for name in ("config.json", *shards.files, *([] if shards.index is None else [index_name(shards.encoding.stem)])):
         own_file(source / name, source)
+    if run_packed and not shards.encoding.is_plain:
+        target = shards.encoding
     stated = read_json(source / "config.json")
     if shards.encoding is target and runs_packed(stated) == run_packed:
         raise ValueError(f"{source} is {to} already; nothing was written.")
