@@ -58,6 +58,21 @@ def test_the_frontier_prunes_with_what_its_search_finds(monkeypatch, tmp_path):
     assert json.loads(found.read_text()) == row["allocation"] and row["allocation"]["granularity"] == "matrix"
 
 
+def test_whole_numbers_are_measured_against_the_same_weights(monkeypatch, tmp_path):
+    module = script("quantised")
+    tiny_llama().save_pretrained(tmp_path / "model")
+    parts = {"calibration": tokens(), "validation": tokens(8, 16, seed=5)}
+    save_file(parts, tmp_path / "tokens.safetensors")
+    output = tmp_path / "rows.jsonl"
+    places = [str(tmp_path / "model"), "--tokens", str(tmp_path / "tokens.safetensors"), "--output", str(output)]
+    asked = ["--rows", "bf16", "int8 0 absmax", "int4 32 mse", "int4 32 feedback", "--device", "cpu"]
+    monkeypatch.setattr("sys.argv", ["quantised.py", *places, *asked])
+    module.main()
+    rows = {row["row"]: row for row in (json.loads(line)["row"] for line in output.read_text().splitlines())}
+    assert rows["int8 0 absmax"]["validation"] == pytest.approx(rows["bf16"]["validation"], rel=1e-2)
+    assert rows["int4 32 mse"]["bits"] == rows["int4 32 feedback"]["bits"] < rows["int8 0 absmax"]["bits"]
+
+
 def test_gpu(monkeypatch, capsys, tmp_path):
     module = script("gpu")
     model = module.llama((64, 96, 2, 4, 2), torch.device("cpu"), torch.float32)
