@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from transformers import LlamaForCausalLM, StaticCache
 
 from optimum_dsa.packed.cuda import BATCH, WAYS, kernels, milliseconds
-from optimum_dsa.packed.matrix import PackedMatrix, packed_bits, row_starts
+from optimum_dsa.packed.matrix import PackedMatrix
 from optimum_dsa.packed.two_of_four import TwoOfFour
 
 
@@ -32,23 +32,13 @@ def pruned(weight: Tensor, kind: str) -> Tensor:
     return weight.masked_fill(torch.rand(weight.shape, generator=generator, device=weight.device) < share, 0)
 
 
-def whole(weight: Tensor, bits: int) -> PackedMatrix:
-    """A 2:4 weight, (rows, columns), on a grid with a scale a row; for times, as accuracy is no matter here."""
-    most, keep = 2 ** (bits - 1) - 1, weight != 0
-    scales = (weight.float().abs().amax(1, keepdim=True) / most).clamp_min(1e-20).bfloat16().float()
-    values = (weight.float() / scales).round().clamp(-most, most).to(torch.int8)[keep]
-    if bits == 4:  # every row keeps an even number
-        both = values.view(torch.uint8).view(-1, 2) & 15
-        values = both[:, 0] | both[:, 1] << 4
-    mask, shape = packed_bits(keep), tuple(weight.shape)
-    return PackedMatrix(mask, values, row_starts(mask, shape, even=bits == 4), shape, scales)
-
-
 def packed(weight: Tensor, kind: str) -> PackedMatrix | TwoOfFour:
     """A pruned weight, (rows, columns), as it is multiplied with."""
     if not kind.startswith("2:4"):
         return PackedMatrix.of(weight)
-    return TwoOfFour.of(whole(weight, int(kind[-1])) if "int" in kind else PackedMatrix.of(weight))
+    return TwoOfFour.of(
+        PackedMatrix.quantised(weight, int(kind[-1]), scales="absmax") if "int" in kind else PackedMatrix.of(weight)
+    )
 
 
 def apart(output: Tensor, input: Tensor, dense: Tensor) -> float:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ..model.adapters import inner_model
 from ..model.experts import expert_counts
 from ..model.parameters import count_parameters
+from ..packed.linear import PackedLinear
 from ..pruning.structured.widths.costs import experts_met
 
 
@@ -38,7 +39,11 @@ def weights_in(model: nn.Module) -> int:
 
 
 def _packed(model: nn.Module) -> list[nn.Module]:
-    return [module for module in model.modules() if {*dict(module.named_buffers(recurse=False))} >= _PARTS]
+    return [
+        module
+        for module in model.modules()
+        if isinstance(module, PackedLinear) or {*dict(module.named_buffers(recurse=False))} >= _PARTS
+    ]
 
 
 def weights_read(model: nn.Module, batch_size: int = 1) -> int:

@@ -5,7 +5,8 @@ import copy
 import pytest
 import torch
 
-from optimum_dsa import DSAConfig, from_tensor_cores, prune, to_tensor_cores
+from optimum_dsa import DSAConfig, DSAPruner, from_tensor_cores, prune, to_tensor_cores
+from optimum_dsa.evaluation.reading import packed_bytes
 from optimum_dsa.packed.linear import PackedLinear
 from optimum_dsa.packed.pack_model import pack_model, packed_layers, seen_dense, unpack_model
 from optimum_dsa.packed.tensor_cores import TensorCoreLinear
@@ -66,3 +67,19 @@ def test_whole_numbers_keep_their_scales_and_the_bias_stays(bits):
     torch.testing.assert_close(model.half().float()(inputs), expected)
     assert torch.equal(model[0].matrix.scales, layer.matrix.scales)
     assert model[0].shell().weight.dtype == torch.float32
+
+
+def test_it_is_saved_and_its_bytes_are_counted_as_those_of_a_packed_model(tmp_path):
+    pruner = DSAPruner(tiny_llama().bfloat16())
+    pruner.prune(None, DSAConfig(0.5, "magnitude", "uniform", pattern="2:4"))
+    before = state(pruner.model)
+    pruner.pack()
+    pruner.save_pretrained(tmp_path / "packed")
+    assert to_tensor_cores(pruner.model)
+    layers = [layer for layer in pruner.model.modules() if isinstance(layer, TensorCoreLinear)]
+    assert packed_bytes(pruner.model) == sum(layer.two_of_four.nbytes for layer in layers)
+    pruner.save_pretrained(tmp_path / "cores")
+    files = [[path.read_bytes() for path in (tmp_path / name).glob("*.safetensors")] for name in ("packed", "cores")]
+    assert files[0] and files[0] == files[1]
+    pruner.unpack()
+    assert same_state(pruner.model, before)
