@@ -174,6 +174,8 @@ def count_anew(module: nn.Module) -> None:
         module.out_features, module.in_features = module.weight.shape
     elif isinstance(module, Conv1D):
         module.nx, module.nf = module.weight.shape
+    elif isinstance(module, nn.Embedding):
+        module.num_embeddings, module.embedding_dim = module.weight.shape
 
 
 def count_heads(block: nn.Module, tensors: Iterable[str], queries: int, keys: int, width: int) -> None:

@@ -134,6 +134,25 @@ def obs(parts: Parts) -> Tensor:
     return sum((part.float() * torch.linalg.solve(inner, part.float())).sum(dim=(1, 2)) for part in parts.reads)
 
 
+@IMPORTANCES.register(reference="https://arxiv.org/abs/2503.09657", reads="gram")
+def tyr(parts: Parts) -> Tensor:
+    """Σ W_S · (H·W)_S + ½ `obs`, (structures,): first and second order of what its columns S do, H being X·Xᵀ, damped.
+
+    Where columns cancel each other the first order is negative; all are raised then, so that the least is 0.
+
+    The local criterion of Li et al., 2025, "Týr-the-Pruner", https://arxiv.org/abs/2503.09657, whose code has it so.
+    With `rounds` and a refit H·W is, of what is left, what it was of the whole matrix, as there.
+    """
+    chosen, moment = parts.columns.flatten(), parts.statistics.second_moment
+    hessian = moment[chosen[:, None], chosen]
+    hessian.diagonal().add_(parts.damping * moment.diagonal().mean())
+    found = obs(parts) / 2
+    for part in parts.reads:
+        weight = part.float().flatten(0, 1)
+        found = found + (weight * (hessian @ weight)).view(*part.shape).sum(dim=(1, 2))
+    return found - found.min().clamp_max(0)
+
+
 @IMPORTANCES.register(reference="https://arxiv.org/abs/2305.11627", reads="nothing", kinds=OWNED, gradients="elements")
 def taylor(parts: Parts) -> Tensor:
     """Σ |w · g| over all that a structure owns, g being the gradient of the mean loss, (structures,).

@@ -32,6 +32,7 @@ from .remove import RemoveStructures
 from .scores import products_of
 from .structure import WHOLE, Place, Structures
 from .structures import find_structures
+from .tied import tied_gone
 from .wholes.blocks import find_blocks
 from .wholes.remove import remove_wholes
 from .widths.dense import Dense, allocation_of, dense_model
@@ -219,7 +220,7 @@ def dense_of(model: nn.Module, calibration: Source | None, config: DSAStructured
     find = find_blocks if config.structures == ("block",) else find_structures
     found = find(model, architecture, _short(calibration.batches(1)[0]))
     dense = dense_model(model, architecture, calibration, config, found)
-    _check(model, dense.units, found.left, config)
+    _check(model, dense.units, dense.left, config)
     check_zeros(model, dense.units, config)
     return dense
 
@@ -259,7 +260,9 @@ def _removed(
     Wholes go first, and the blocks are walked without them. `chosen` tells which go, where that is settled already.
     """
     model, config, units, calibration = dense.model, dense.config, dense.units, dense.calibration
-    products = products_of(model, units, calibration.batches(1), config) if chosen is None else {}
+    chosen = tied_gone(dense, counts) if chosen is None else chosen
+    unsettled = {unit: each for unit, each in units.items() if unit not in chosen}
+    products = products_of(model, unsettled, calibration.batches(1), config)
     wholes = remove_wholes(model, units, counts, calibration, config, products)
     parts = {unit: each for unit, each in units.items() if each.kind not in WHOLE}
     remove = RemoveStructures(config, parts, counts, chosen, products)

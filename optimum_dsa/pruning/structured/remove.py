@@ -43,11 +43,12 @@ class RemoveStructures:
         products: Mapping[str, Sequence[Products]] | None = None,
     ):
         self.config, self.structures, self.counts = config, structures, counts
-        self.chosen, self.products = chosen, products or {}
+        self.chosen, self.products = chosen or {}, products or {}
         self.true_sequential = config.true_sequential
         needed = {"refit": "gram", "bias": "mean", "none": "nothing"}[config.update]
-        chooses = reads_of(IMPORTANCES.fact(config.importance, "reads", "inputs")) if chosen is None else frozenset()
-        self.reads: Reads = reads_of(needed) | chooses
+        self.reads: Reads = reads_of(needed)
+        if {*structures} - {*self.chosen}:
+            self.reads |= reads_of(IMPORTANCES.fact(config.importance, "reads", "inputs"))
         if config.targets == "dense":
             self.reads |= {"cross_gram", "residual"} if config.residual else {"cross_gram"}
         self.notes: dict[str, Any] = {}  # unit -> the numbers of those that go
@@ -77,9 +78,10 @@ class RemoveStructures:
         wanted = {weight.name: self._wanted(walked, weight, group) for weight in weights}
         gone = torch.zeros(weights[0].shape[1], dtype=torch.bool, device=walked.tensor(weights[0]).device)
         columns, left = structures.reads[0].index.to(gone.device), statistics
-        for number in _rounds(count, self.config.rounds if self.chosen is None else 1):
-            if self.chosen is not None:
-                chosen = torch.tensor(self.chosen[structures.unit], dtype=torch.int64)
+        settled = self.chosen.get(structures.unit)
+        for number in _rounds(count, self.config.rounds if settled is None else 1):
+            if settled is not None:
+                chosen = torch.tensor(settled, dtype=torch.int64)
             else:
                 scores = scores_of(walked, structures, left, self.config, self.products)
                 # What went goes again.

@@ -70,6 +70,7 @@ class Structures:
         least (`int`): how many have to stay.
         fixed (`tuple[int, ...]`): numbers of those that have to stay themselves.
         around (`tuple[str, ...]`): modules that count them.
+        tied (`str`): the same of units that lose the same numbers, as their blocks share a tensor of them; else empty.
     """
 
     unit: str
@@ -81,6 +82,7 @@ class Structures:
     least: int = 1
     around: tuple[str, ...] = ()
     fixed: tuple[int, ...] = ()
+    tied: str = ""
 
     def __len__(self) -> int:
         return len(self.cuts[-1].index) if self.cuts else len(self.wholes)

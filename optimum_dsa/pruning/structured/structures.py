@@ -8,7 +8,7 @@ the model in which it is cut out gives the same. An expert is one as well, silen
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,7 @@ from ...model.walk import WalkedBlock, walk_blocks
 from ...model.wiring import Wiring
 from .slicing import trouble
 from .structure import Cut, Found, Structures
+from .tied import tied_structures, why_not_alone
 from .wholes.experts import expert_structures
 
 
@@ -30,8 +31,9 @@ def find_structures(model: nn.Module, architecture: Architecture, batch: Mapping
     """
     structures: dict[str, Structures] = {}
     left: dict[str, str] = dict(architecture.dense)
-    known: dict[tuple, tuple[list[_Shape], dict[str, str]]] = {}
+    known: dict[tuple, _Looked] = {}
     tried: dict[tuple, str | None] = {}
+    bound: set[str] = set()
     for walked in walk_blocks(model, architecture, [batch], sequential=False):
         if walked.run is None:
             left |= {weight.name: "outside the blocks" for weight in walked.weights}
@@ -39,11 +41,14 @@ def find_structures(model: nn.Module, architecture: Architecture, batch: Mapping
         wiring, name = Wiring(walked), walked.name
         alike = tuple((weight.name.removeprefix(name), weight.shape) for weight in walked.weights)
         # Blocks of one make are wired alike: what was found in one is tried in the next, which costs a run each.
-        shapes, troubles = known.get(alike, ([], {}))
-        if not shapes or not all(shape.of(name).holds(wiring) for shape in shapes):
-            shapes, troubles = known[alike] = _looked_at(walked, wiring)
-        every = [shape.of(name).structures(walked, wiring.weights) for shape in shapes]
-        left |= {name + relative: why for relative, why in troubles.items()}
+        looked = known.get(alike, _Looked())
+        if not looked.every or not all(shape.of(name).holds(wiring) for shape in looked.every):
+            looked = _looked_at(walked, wiring)
+            if looked.sure:
+                known[alike] = looked
+        every = [shape.of(name).structures(walked, wiring.weights) for shape in looked.every]
+        outside = [every[place] for place in looked.outside]
+        left |= {name + relative: why for relative, why in looked.troubles.items()}
         for found in expert_structures(walked, architecture.dense):
             owned = _owned(walked, found, left)
             if (key := (*alike, len(every))) not in tried:
@@ -55,9 +60,15 @@ def find_structures(model: nn.Module, architecture: Architecture, batch: Mapping
                 left |= dict.fromkeys(owned, f"experts: {tried[key]}")
         for found in every:
             if found.unit in structures:  # a block with two of a kind (a cross-attention) has one unit of each
-                found = replace(found, unit=f"{found.unit}.{sum(unit.startswith(found.unit) for unit in structures)}")
-            structures[found.unit] = found
-    return Found(structures, left)
+                number = sum(unit.startswith(found.unit) for unit in structures)
+                named = replace(found, unit=f"{found.unit}.{number}")
+            else:
+                named = found
+            structures[named.unit] = named
+            bound |= {named.unit} if any(found is each for each in outside) else set()
+    structures, troubles = tied_structures(model, architecture, structures, bound, batch)
+    owned = {cut.tensor for each in structures.values() for cut in each.cuts}
+    return Found(structures, {name: why for name, why in left.items() if name not in owned} | troubles)
 
 
 def _owned(walked: WalkedBlock, structures: Structures, names: Iterable[str]) -> set[str]:
@@ -117,39 +128,70 @@ class _Shape:
         return Structures(f"{walked.name}:{self.kind}", self.kind, tuple(makes), tuple(reads), self.heads)
 
     def _by_head(self, walked: WalkedBlock, owners: set[str]) -> Iterator[Cut]:
-        """Vectors with a number for each query head, such as sinks of attention, that these modules own."""
+        """Vectors and tables with a number for each query head, such as sinks of attention, that these modules own."""
         number, queries = len(self.columns), self.heads[0]
         for owner in sorted(owners) if queries else ():
             for name, value in walked.model.get_submodule(owner).named_parameters(recurse=False):
                 if value.shape == (number * queries,):
                     size = self.columns.shape[1] // queries
                     yield Cut(f"{owner}.{name}", 0, self.columns[:, ::size] // size)
+            for name, part in walked.model.get_submodule(owner).named_children():
+                if isinstance(part, nn.Embedding) and part.embedding_dim == number * queries:
+                    size = self.columns.shape[1] // queries
+                    yield Cut(f"{owner}.{name}.weight", 1, self.columns[:, ::size] // size)
 
 
-def _looked_at(walked: WalkedBlock, wiring: Wiring) -> tuple[list[_Shape], dict[str, str]]:
-    """What can be cut in a block, and the weights of which nothing can -> why; by names relative to the block's."""
-    shapes, why = [], {weight.name: _why(weight) for weight in walked.weights}
+@dataclass(frozen=True)
+class _Looked:
+    """What can be cut in a block, by names relative to its own.
+
+    Attributes:
+        every: what can go.
+        outside: places in it of what cannot go from this block alone, as something that blocks share counts it.
+        troubles: weights of which nothing can go from it alone -> why.
+        sure: whether what holds of one block holds of those that are wired alike.
+    """
+
+    every: Sequence[_Shape] = ()
+    outside: Sequence[int] = ()
+    troubles: Mapping[str, str] = field(default_factory=dict)
+    sure: bool = True
+
+
+def _looked_at(walked: WalkedBlock, wiring: Wiring) -> _Looked:
+    every, outside, why, sure = [], [], {weight.name: _why(weight) for weight in walked.weights}, True
     for shape in _shapes(wiring):
         names = (*shape.makers, *shape.readers)
-        if (found := trouble(walked, shape.structures(walked, wiring.weights))) is not None:
-            why |= dict.fromkeys(names, _counted_outside(walked, shape) or found)
+        structures = shape.structures(walked, wiring.weights)
+        found, counted = trouble(walked, structures), _counted_outside(walked, structures)
+        if (table := _has_table(walked, structures)) or (found and counted):
+            outside.append(len(every))
+            every.append(shape.of("", walked.name))
+        if found or table:
+            why |= dict.fromkeys(names, counted or found or why_not_alone(structures))
             continue
-        shapes.append(shape.of("", walked.name))
+        # Where this block makes what is shared (T5's first), the next ones tell.
+        sure = sure and counted is None
+        every.append(shape.of("", walked.name))
         for name in names:
             why.pop(name, None)
-    return shapes, {name.removeprefix(walked.name): reason for name, reason in why.items()}
+    troubles = {name.removeprefix(walked.name): reason for name, reason in why.items()}
+    return _Looked(every, outside, troubles, sure)
 
 
-def _counted_outside(walked: WalkedBlock, shape: _Shape) -> str | None:
+def _counted_outside(walked: WalkedBlock, structures: Structures) -> str | None:
     """Why no head can go from one block alone, where the blocks share a tensor with a row for each; else `None`."""
-    number = len(shape.columns) * shape.heads[0]
+    number = len(structures) * structures.heads[0]
     # What a block was given stands behind what it gives.
     if number and any(tensor.dim() > 2 and number in tensor.shape[:2] for tensor in walked.run()[1:]):
-        return (
-            f"cannot be cut: blocks share a tensor with a row for each of {number} heads (slopes, biases of "
-            "positions), which would go to other heads than those that stay"
-        )
+        return why_not_alone(structures)
     return None
+
+
+def _has_table(walked: WalkedBlock, structures: Structures) -> bool:
+    """Whether structures own columns of an embedding, which other blocks may have of this one (T5's first)."""
+    owners = (walked.model.get_submodule(cut.tensor.rpartition(".")[0]) for cut in structures.makes)
+    return any(isinstance(owner, nn.Embedding) for owner in owners)
 
 
 def _shapes(wiring: Wiring) -> Iterator[_Shape]:

@@ -12,6 +12,7 @@ from ..prune import run_steps
 from .configuration import DSAStructuredConfig
 from .remove import RemoveStructures
 from .structure import WHOLE
+from .tied import tied_gone
 from .widths.dense import Dense
 
 
@@ -34,7 +35,7 @@ def as_pruned(dense: Dense, counts: Mapping[str, int]) -> Iterator[dict[str, Ten
 
     Yields unit -> the structures that went, (n,) int64.
     """
-    remove = RemoveStructures(dense.config, dense.units, counts, products=dense.products)
+    remove = RemoveStructures(dense.config, dense.units, counts, tied_gone(dense, counts), dense.products)
     known = dict(dense.model.named_parameters())
     names = {cut.tensor for each in dense.units.values() for cut in each.reads}
     # Of an update "bias", too.

@@ -81,9 +81,9 @@ FAMILIES = {
     ),
     "Bert": (_other("Bert", "ForMaskedLM", vocab_size=97, **WIDE), HEADS),
     "ViT": (_other("ViT", "ForImageClassification", image_size=16, patch_size=4, **WIDE), HEADS),
-    # Slopes, and a bias of positions, that come from outside the block are of all its heads.
+    # Slopes that come from outside the block are of all its heads. T5's bias of positions is cut with them.
     "Bloom": (_other("Bloom", "ForCausalLM", vocab_size=97, hidden_size=32, n_layer=2, n_head=4), {"ffn": 128}),
-    "T5": (_other("T5", "ForConditionalGeneration", vocab_size=97, **T5), {"ffn": 48}),
+    "T5": (_other("T5", "ForConditionalGeneration", vocab_size=97, **T5), HEADS),
 }
 
 

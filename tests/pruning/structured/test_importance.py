@@ -105,6 +105,28 @@ def test_obs_is_the_error_that_a_refit_leaves():
         torch.testing.assert_close(found[number], error, rtol=1e-3, atol=0)
 
 
+def test_tyr_is_what_both_orders_lose():
+    """Its first order is the slope of ½‖W·X‖² as a structure fades, and half its second the refit's error."""
+    reader, maker, inputs = numbers()
+    given = parts(reader, maker, inputs, heads(), damping=0.0)
+    slopes = []
+    for columns in heads():
+        faded = torch.ones(SIZE, requires_grad=True)
+        (0.5 * (inputs @ (reader * faded).t()).square().sum()).backward()
+        slopes.append(faded.grad[columns].sum())
+    expected = torch.stack(slopes) + IMPORTANCES["obs"](given) / 2
+    expected = expected - expected.min().clamp_max(0)
+    torch.testing.assert_close(IMPORTANCES["tyr"](given), expected, rtol=1e-3, atol=1e-2)
+
+
+def test_tyr_of_columns_that_cancel_each_other_keeps_their_order():
+    reader, maker, inputs = numbers()
+    inputs[:, heads()[1]] = -0.9 * inputs[:, heads()[0]] + 0.1 * inputs[:, heads()[2]]
+    reader[:, heads()[1]] = reader[:, heads()[0]]
+    found = IMPORTANCES["tyr"](parts(reader, maker, inputs, heads(), damping=0.01))
+    assert found.min() == 0 and found.isfinite().all() and found.unique().numel() == HEADS
+
+
 def test_a_refit_is_the_least_squares_solution():
     reader, _, inputs = numbers()
     gone = torch.zeros(SIZE, dtype=torch.bool)

@@ -80,11 +80,11 @@ def _trouble(model: nn.Module, structures: Structures, number: int, batch: Mappi
     training = model.training
     try:
         model.eval()
-        expected = _output(model, batch)
+        expected = output_of(model, batch)
         for handle in handles:
             handle.remove()
         apply(changes)
-        given = _output(model, batch)
+        given = output_of(model, batch)
     except Exception as error:  # noqa: BLE001 - code that was written for other numbers may fail in any way
         return one_line(str(error))
     finally:
@@ -97,7 +97,8 @@ def _trouble(model: nn.Module, structures: Structures, number: int, batch: Mappi
     return None
 
 
-def _output(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
+def output_of(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
+    """What a model gives first, float32: logits, or the last hidden states."""
     return feed(model, batch)[0].float()
 
 

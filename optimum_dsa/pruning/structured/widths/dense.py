@@ -29,6 +29,7 @@ from .felt import PROBE, Felt
 
 
 PARTS = 8  # of the calibration data, over which an importance's variation is taken
+_TIED = "its heads go alike from all blocks, which share a tensor of them: with layout='uniform', without a learner"
 # (parts of a unit, the walked block, its statistics by weight) -> anything
 Look = Callable[[Structures, Parts, WalkedBlock], Any]
 
@@ -242,6 +243,11 @@ def dense_model(
     length = calibration.facts()["length"] or 0
     whole = _whole(architecture, config)
     units = {unit: _without(each, whole) for unit, each in found.structures.items() if each.kind in config.structures}
+    left = dict(found.left)
+    if config.layout != "uniform" or config.learner:
+        tied = {unit: each for unit, each in units.items() if each.tied}
+        left |= {cut.tensor: _TIED for each in tied.values() for cut in each.cuts}
+        units = {unit: each for unit, each in units.items() if unit not in tied}
     # What experts and blocks take of the others, nobody counts.
     whole_ones = any(each.kind in WHOLE for each in units.values())
     asked_for = {config.cost, *config.least}
@@ -261,7 +267,7 @@ def dense_model(
         for unit, each in units.items()
     }
     asked = int(config.sparsity * cost.total)
-    return Dense(model, architecture, calibration, config, units, sizes, asked, costs, found.left)
+    return Dense(model, architecture, calibration, config, units, sizes, asked, costs, left)
 
 
 def allocation_of(units: Mapping[str, Structures], counts: Mapping[str, int], name: str) -> Allocation:
