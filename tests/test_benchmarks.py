@@ -125,3 +125,19 @@ def test_packed(monkeypatch, capsys):
     assert len(re.findall(r"^64x128, 50% zeros, 0\.\d+ of the bytes$", output, re.MULTILINE)) == 1
     row = r"^  batch \d, threads 1: torch [\d.]+ ms; reference [\d.]+ \[.*\], reference int8 .*, reference int4 .*\]$"
     assert len(re.findall(row, output, re.MULTILINE)) == 2
+
+
+def test_all_forms_of_a_model_run_beside_each_other(monkeypatch, capsys):
+    module = script("running")
+    monkeypatch.setattr(
+        "sys.argv", ["running.py", "--small", "--new-tokens", "4", "--rounds", "1", "--sparsities", "0.6"]
+    )
+    threads = torch.get_num_threads()
+    try:
+        module.main()
+    finally:
+        torch.set_num_threads(threads)
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])["speeds"]
+    held = {form: row["weight_bytes"] for form, row in found.items()}
+    assert held["packed int8"] < held["packed"] < held["dense bf16"] < held["dense f32"]
+    assert found["packed"]["flops"] < found["dense bf16"]["flops"]
