@@ -29,6 +29,7 @@ _PUBLIC = {
     "DSAStructuredConfig": "pruning.structured.configuration",
     "ENCODINGS": "checkpoint.encodings",
     "EXPORTS": "checkpoint.exports",
+    **dict.fromkeys(("FORMS", "load_as"), "checkpoint.running"),
     "Encoding": "checkpoint.encodings",
     "DataConfig": "data",
     "Heuristic": "pruning.allocation",

@@ -9,7 +9,9 @@ from typing import Any
 from torch import nn
 
 from ..common.registry import Registry
-from ..packed.pack_model import LEAST_ZEROS, packed_layers
+from ..packed.linear import PackedLinear
+from ..packed.matrix import PackedMatrix
+from ..packed.pack_model import LEAST_ZEROS, packed_layers, replace_layer
 from .encodings import encoding_in
 from .forms import located
 from .load import load_model, stated_in
@@ -51,6 +53,17 @@ def packed(path: str, **options: Any) -> nn.Module:
             f"{path} has no matrix that can be packed: of one that is nobody else's, {LEAST_ZEROS:.0%} are zeros."
         )
     return model
+
+
+@FORMS.register("packed-int8")
+def packed_int8(path: str, **options: Any) -> nn.Module:
+    """As packed, with what is kept as numbers of 8 bits, each the nearest: smaller, and outputs differ a little."""
+    model = packed(path, **options)
+    for name in packed_layers(model):
+        layer = model.get_submodule(name)
+        matrix = PackedMatrix.quantised(layer.matrix.dense(), bits=8)
+        replace_layer(model, name, PackedLinear(matrix, layer.bias, layer.transposed))
+    return model.eval()
 
 
 def _packed_options(path: str, options: dict[str, Any]) -> dict[str, Any]:

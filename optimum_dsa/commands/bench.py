@@ -33,7 +33,7 @@ cutting has brought. Zeros that are multiplied as any other number make nothing 
             action=Names,
             default=[],
             metavar="FORM",
-            help="ways to hold the model's matrices, each measured: packed, dense (default: as it is stored)",
+            help="ways to hold its matrices, a row each: packed, packed-int8, dense (default: as it is stored)",
         )
         parser.add_argument("--prompt", type=int, default=512, help="tokens that are read (default: 512)")
         parser.add_argument("--new-tokens", type=int, default=64, help="tokens that are written then (default: 64)")

@@ -5,9 +5,8 @@ import json
 import pytest
 import torch
 
-from optimum_dsa import DSAConfig, DSAPruner, demo_model
+from optimum_dsa import FORMS, DSAConfig, DSAPruner, demo_model, load_as
 from optimum_dsa.checkpoint.convert import convert
-from optimum_dsa.checkpoint.running import FORMS, load_as
 from optimum_dsa.common.registry import UnknownNameError
 from optimum_dsa.packed.pack_model import packed_layers
 
