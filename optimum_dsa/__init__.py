@@ -78,6 +78,7 @@ _PUBLIC = {
     "Unit": "pruning.allocation",
     "UpdateConfig": "pruning.sections",
     "TaskProtocol": "evaluation.measurement",
+    "ValuesConfig": "pruning.sections",
     "Verification": "checkpoint.verify",
     "WalkedBlock": "model.walk",
     "allocate": "pruning.allocate",

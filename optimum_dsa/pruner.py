@@ -16,8 +16,8 @@ from .checkpoint.beside import find_beside
 from .checkpoint.description import Description, after
 from .checkpoint.opened import open_checkpoint
 from .checkpoint.origin import base_of, described_report, known_of, report_of, training_of
-from .checkpoint.packing import is_packed, make_ready, pack, unpack
-from .checkpoint.save import base_model, save_checkpoint, writes_adapters
+from .checkpoint.packing import make_ready, pack, unpack
+from .checkpoint.save import asked_encoding, base_model, save_checkpoint, writes_adapters
 from .checkpoint.smaller import check_run, report_of_cut
 from .checkpoint.verify import Verification, verify
 from .common.escaping import one_line
@@ -225,7 +225,8 @@ class DSAPruner:
         Of a model that was loaded, also whether its `dsa_config.json` agrees with itself and is as it was written.
         """
         report = self._pruned()
-        return verify(self.model, report, self._description if report is self._restored else None)
+        described, trained = self._description if report is self._restored else None, bool(self._training)
+        return verify(self.model, report, described, trained)
 
     def measure(self, text: Any = None, tasks: Any = (), **options) -> Measurement:
         """Perplexity on a text, results on tasks of lm-eval, and zeros, with the protocol of each.
@@ -328,14 +329,13 @@ class DSAPruner:
             directory (`str | Path | OutputFolder`): the folder to write, or one that was begun before the work.
             compressed (`bool`, defaults to `False`): store a bit per weight and the kept weights instead of the zeros.
                 Such a checkpoint is smaller, and loads after `import optimum_dsa` only.
-            encoding (`str`, *optional*): a row of `ENCODINGS` (`compressed=True` is "bitmask"), or "packed": stored
-                likewise, and loaded packed. By default "dense", or "packed" if the model is.
+            encoding (`str`, *optional*): a row of `ENCODINGS` (`compressed=True` is "bitmask", or "bitmask_whole" of a
+                model that was pruned with `values`), or "packed": stored likewise, and loaded packed. By default
+                "dense", or "packed" if the model is.
             save_kwargs (`dict`): go to the model's `save_pretrained` (`max_shard_size`, ...).
         """
-        if compressed and encoding not in (None, "bitmask"):
-            raise ValueError(f"compressed=True and encoding={encoding!r} do not fit; give one of them.")
-        encoding = encoding or ("bitmask" if compressed else "packed" if is_packed(self.model) else "dense")
         report = self._pruned()
+        encoding = asked_encoding(encoding, compressed, report, self.model)
         if report is self._restored and not (found := self.verify()).holds:
             logger.warning("The model is not what its report says any more: %s.", one_line(found.problems[0]))
         place = directory.path if isinstance(directory, OutputFolder) else Path(directory)

@@ -9,6 +9,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from optimum_dsa.packed import loading
+
 from .tiny import tiny_llama, tokens
 
 
@@ -110,3 +112,16 @@ def test_every_row_of_smaller_models_can_be_asked_for(monkeypatch):
     monkeypatch.setattr("sys.argv", ["structured.py"])
     args = module.parse()
     assert all(module.config_of(row, 0.2, args).sparsity == 0.2 for row in module.ROWS)
+
+
+def test_packed(monkeypatch, capsys):
+    module = script("packed")
+    monkeypatch.setenv("OPTIMUM_DSA_KERNELS", "reference")
+    monkeypatch.setattr(loading, "_found", None)
+    threads = torch.get_num_threads()
+    module.main(["--shapes", "64x128", "--sparsity", "0.5", "--threads", "1", "--batch", "1", "9", "--rounds", "2"])
+    output = capsys.readouterr().out
+    torch.set_num_threads(threads)
+    assert len(re.findall(r"^64x128, 50% zeros, 0\.\d+ of the bytes$", output, re.MULTILINE)) == 1
+    row = r"^  batch \d, threads 1: torch [\d.]+ ms; reference [\d.]+ \[.*\], reference int8 .*, reference int4 .*\]$"
+    assert len(re.findall(row, output, re.MULTILINE)) == 2

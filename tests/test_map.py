@@ -114,7 +114,7 @@ def test_a_setting_is_one_field(cls):
     assert {"seed", "sequence_length", "split"} <= names.keys()
     if cls is DSAConfig:
         config = schema()["properties"]["config"]["properties"]
-        sections = ("data", "update", "reconstruct")
+        sections = ("data", "update", "reconstruct", "values")
         inner = config | {k: v for name in sections for k, v in config[name]["properties"].items()}
         assert names.keys() <= inner.keys()
 

@@ -171,8 +171,8 @@ def decode(make: Callable[[], LlamaForCausalLM], device: torch.device, prompt: T
             size = sum(parameter.numel() for parameter in model.parameters())
             yield f"{size / 1e9:.2f} B random weights, {model.dtype}, batch 1, {prompt.shape[1]} tokens before"
         taken = pack(model, kind)
-        # What unpacks asks for numbers on the way, which a graph cannot.
-        graph = cuda and (kind == "dense" or (kind.startswith("2:4") and found is not None))
+        # Without kernels, unpacking asks for numbers on the way, which a graph cannot.
+        graph = cuda and (kind == "dense" or found is not None)
         if cuda:
             torch.cuda.reset_peak_memory_stats(device)
         speed, text = tokens_per_second(model, prompt.to(device), 64 if graph or not cuda else 8, graph)

@@ -15,8 +15,9 @@ from ..common.folder_files import own_file
 from ..common.installation import how_to_install
 from ..common.manifest import MANIFEST, files_in
 from ..common.output import OutputFolder
+from ..packed.whole import WholeHeader
 from .base_files import MODULES, module_folders
-from .encodings import BITMASK, ENCODINGS, QUANT_METHOD, Encoding, Header, decoded, encoding_named
+from .encodings import BITMASK, BITMASK_WHOLE, ENCODINGS, QUANT_METHOD, Encoding, Header, decoded, encoding_named
 from .shards import Shards, ShardWriter, find_shards, index_name, open_shard, packed_headers, width
 
 
@@ -45,8 +46,10 @@ def convert(source: str | Path, directory: str | Path, to: str) -> tuple[int, in
     weights; then every other file stays.
 
     Args:
-        to (`str`): "dense", "compressed" (the encoding "bitmask"), or "packed": compressed, and a note that matrices
-            stay packed when it is loaded, unless a caller asks for something else.
+        to (`str`): "dense", "compressed" (the encoding "bitmask"), "quantised" ("bitmask_whole"), for a model that was
+            pruned with `values="int8"` or `"int4"`, as nothing is rounded here, or "packed": compressed, or quantised
+            where it is so, and a note that matrices stay packed when it is loaded, unless a caller asks for something
+            else.
 
     Raises:
         FileNotFoundError: `source` holds no weights in safetensors.
@@ -55,13 +58,17 @@ def convert(source: str | Path, directory: str | Path, to: str) -> tuple[int, in
         ValueError: the checkpoint is in that form already, quantised, damaged, or has too few zeros to become smaller.
     """
     run_packed = to == PACKED
-    source, target = Path(source), BITMASK if run_packed else encoding_named(to)
+    source, target = Path(source), encoding_named(BITMASK.name if run_packed else to)
     if not source.is_dir():
         raise FileNotFoundError(f"No folder {source}.")
     shards = find_shards(source)
+    if run_packed and shards.encoding is BITMASK_WHOLE:
+        target = BITMASK_WHOLE
     # Before anything is read: a link may lead to a file of somebody else.
     for name in ("config.json", *shards.files, *([] if shards.index is None else [index_name(shards.encoding.stem)])):
         own_file(source / name, source)
+    if run_packed and not shards.encoding.is_plain:
+        target = shards.encoding
     stated = read_json(source / "config.json")
     if shards.encoding is target and runs_packed(stated) == run_packed:
         raise ValueError(f"{source} is {to} already; nothing was written.")
@@ -84,12 +91,24 @@ def convert(source: str | Path, directory: str | Path, to: str) -> tuple[int, in
                 "zeros, of which there are too few. Nothing was written."
             )
 
+        if target is BITMASK_WHOLE and not _has_numbers(folder):
+            raise ValueError(
+                f"No matrix of {source} lies on a grid of 8 or 4 bits, and what is stored is never rounded; prune it "
+                "with values='int8' or values='int4' first, or use to='compressed'. Nothing was written."
+            )
+
     with OutputFolder(directory, kept=others if in_place else ()) as output:
         output.require(_bytes_after(shards))
         output.write(fill, rescue=False)  # the source is still there
     if left:
         logger.warning("Not taken along from %s: %s.", source, ", ".join(left))
     return sizes
+
+
+def _has_numbers(folder: Path) -> bool:
+    """Whether any tensor in `folder`, of quantised weights, is held as whole numbers."""
+    files = find_shards(folder).files
+    return any(isinstance(header, WholeHeader) for file in files for header in packed_headers(folder / file).values())
 
 
 def encode_in_place(folder: Path, encoding: Encoding, run_packed: bool = False) -> None:
@@ -110,6 +129,8 @@ def encode_in_place(folder: Path, encoding: Encoding, run_packed: bool = False) 
         )
     if shards.index is not None:
         (folder / index_name(shards.encoding.stem)).unlink()
+    if encoding is BITMASK_WHOLE and not _has_numbers(folder):
+        logger.warning("No matrix lies on a grid of 8 or 4 bits, so that the %s weights hold none.", encoding.shown)
 
 
 def runs_packed(config: Any) -> bool:

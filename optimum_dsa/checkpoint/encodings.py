@@ -14,8 +14,7 @@ import torch
 from torch import Tensor
 
 from ..common.registry import Registry
-from ..packed import bitmask
-from ..packed.matrix import PackedMatrix
+from ..packed import bitmask, quantised
 
 
 QUANT_METHOD = "optimum-dsa"  # in `config.json`; the name under which transformers finds our loader
@@ -48,8 +47,6 @@ class Encoding:
         read_header (`Callable`): the first `header_bytes` bytes, the length of all, a name for errors -> the header;
             `None` where the bytes are something else. `ValueError` where they cannot be what they say.
         header_bytes (`int`): at most.
-        matrix (`Callable`): the bytes of a matrix, and a name for errors -> it, packed, of which the parts are views;
-            `None` where the bytes are not what a product can be made of.
         version (`int`): of its format.
         alias (`str`, *optional*): another name for users.
     """
@@ -60,7 +57,6 @@ class Encoding:
     decode: Callable[[Tensor, str], Tensor] | None = None
     read_header: Callable[[bytes, int, str], Header | None] | None = None
     header_bytes: int = 0
-    matrix: Callable[[Tensor, str], PackedMatrix] | None = None
     version: int = 1
     alias: str | None = None
 
@@ -90,14 +86,15 @@ DENSE = ENCODINGS.add("dense", Encoding("dense", "model"))
 BITMASK = ENCODINGS.add(
     "bitmask",
     Encoding(
-        "bitmask",
-        "dsa_model",
-        bitmask.pack,
-        bitmask.unpack,
-        bitmask.read_header,
-        bitmask.LARGEST,
-        PackedMatrix.from_bytes,
-        alias="compressed",
+        "bitmask", "dsa_model", bitmask.pack, bitmask.unpack, bitmask.read_header, bitmask.LARGEST, alias="compressed"
+    ),
+)
+BITMASK_WHOLE = ENCODINGS.add(
+    "bitmask_whole",
+    Encoding(
+        *("bitmask_whole", "dsa_quantised_model"),
+        *(quantised.pack, quantised.unpack, quantised.read_header, quantised.LARGEST),
+        alias="quantised",
     ),
 )
 
@@ -151,15 +148,3 @@ def decoded(tensor: Tensor, name: str = "tensor") -> Tensor | None:
         return None
     found = header_in(tensor[: header_bytes()].cpu().numpy().tobytes(), len(tensor), name)
     return None if found is None else found[0].decode(tensor, name)
-
-
-def matrix_in(tensor: Tensor, name: str = "tensor") -> PackedMatrix:
-    """What an encoded matrix, (bytes,) uint8, multiplies with as it is.
-
-    Raises:
-        ValueError: it is none, or damaged.
-    """
-    found = header_in(tensor[: header_bytes()].cpu().numpy().tobytes(), len(tensor), name)
-    if found is None or found[0].matrix is None:
-        raise ValueError(f"{name} is no packed matrix.")
-    return found[0].matrix(tensor, name)

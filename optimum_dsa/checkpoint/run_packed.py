@@ -20,7 +20,7 @@ from ..common.fences import has_device_map
 from ..packed.linear import PackedLinear
 from ..packed.matrix import PackedMatrix
 from ..packed.pack_model import LEAST_ZEROS, TYPES_PACKED, dense_reasons, layers_of, replace_layer
-from .encodings import Header, matrix_in
+from .encodings import Header
 
 
 logger = logging.getLogger(__name__)
@@ -47,7 +47,7 @@ class Waiting(nn.Module):
 
     def packed(self, name: str) -> PackedLinear:
         """The layer; `ValueError` where its bytes are damaged."""
-        matrix = matrix_in(self.weight, name)
+        matrix = PackedMatrix.from_bytes(self.weight, name)
         if self.transposed:
             matrix = PackedMatrix.of(matrix.dense().t())
         if matrix.values.is_floating_point() and matrix.values.dtype != self.dtype:

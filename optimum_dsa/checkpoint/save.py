@@ -23,14 +23,30 @@ from .adapter_base import check_base
 from .base_files import BaseFiles
 from .convert import PACKED, encode_in_place
 from .description import describe, schema, write_description
-from .encodings import BITMASK, encoding_named
+from .encodings import BITMASK, BITMASK_WHOLE, encoding_named
 from .load import find_description
-from .packing import as_dense
+from .packing import as_dense, is_packed
 from .shard_size import check_shard_size
 from .unknown_tensors import add_tensors
 
 
 logger = logging.getLogger(__name__)
+
+
+def asked_encoding(encoding: str | None, compressed: bool, report: PruningReport, model: nn.Module) -> str:
+    """The row of `ENCODINGS` that was asked for, by its name or as `compressed`, or "packed".
+
+    Raises:
+        ValueError: by both, and not the same.
+    """
+    if compressed and encoding not in (None, "bitmask"):
+        raise ValueError(f"compressed=True and encoding={encoding!r} do not fit; give one of them.")
+    if encoding is not None:
+        return encoding
+    if compressed:
+        # With whole numbers as values, it is they that make it small.
+        return "bitmask_whole" if report.config.values.bits else "bitmask"
+    return PACKED if is_packed(model) else "dense"
 
 
 def writes_adapters(
@@ -86,7 +102,8 @@ def save_checkpoint(
     """
     if "max_shard_size" in save_kwargs:
         check_shard_size(save_kwargs["max_shard_size"])
-    row = BITMASK if encoding == PACKED else encoding_named(encoding)
+    whole = report.config.values.bits is not None
+    row = (BITMASK_WHOLE if whole else BITMASK) if encoding == PACKED else encoding_named(encoding)
     if not row.is_plain:
         # Encoded shard after shard: one shard of everything would have to be on the disk twice.
         save_kwargs = {"max_shard_size": "5GB", **save_kwargs}

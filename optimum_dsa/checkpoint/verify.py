@@ -13,6 +13,7 @@ from ..common.escaping import one_line
 from ..model.adapters import inner_model, plain_name
 from ..model.architecture import GRANULARITIES, Architecture, Weight
 from ..model.parameters import count_parameters
+from ..packed.grid import grid_of
 from ..packed.pack_model import seen_dense
 from ..pruning.allocate import architecture_for
 from ..pruning.allocation import split_count
@@ -80,7 +81,9 @@ class Verification:
 
 
 @torch.no_grad()
-def verify(model: nn.Module, report: PruningReport, description: Mapping[str, Any] | None = None) -> Verification:
+def verify(
+    model: nn.Module, report: PruningReport, description: Mapping[str, Any] | None = None, trained: bool = False
+) -> Verification:
     """Count the zeros of `model`, block by block, and hold them against `report`.
 
     Of a smaller model also the structures of every unit, in the widths of its matrices.
@@ -88,10 +91,12 @@ def verify(model: nn.Module, report: PruningReport, description: Mapping[str, An
     Checked are: that the report agrees with itself (every unit's share is a whole number of weights, their sum is the
     sparsity asked for, as near as the pattern lets it be); that the model has the units, sizes and parameters; that
     every unit has exactly the zeros that were counted when it was pruned; and that every matrix has its share of them
-    in the pattern. Of a `description`, the content of `dsa_config.json` that the report is from, also its totals and
-    its checksum.
+    in the pattern; and that what is kept of it lies on a grid of whole numbers, where the config asked for that and
+    nothing `trained` it since. Of a `description`, the content of `dsa_config.json` that the report is from, also its
+    totals and its checksum.
     """
     checked = _Checked(list(_disagreements(report)), _recipes(report))
+    checked.trained = trained or "recovery" in (description or {})
     if description is not None:
         checked.problems += [problem for problem in contradictions(description) if problem not in checked.problems]
         seal = seal_of(description)
@@ -130,7 +135,7 @@ def _counted(model: nn.Module, report: PruningReport, checked: _Checked) -> Veri
         )
     elif parameters != report.parameters:
         checked.problems.append(f"the model has {parameters:,} parameters, described are {report.parameters:,}")
-    zeros, breaches = _count(model, architecture, report, granularity)
+    zeros, breaches = _count(model, architecture, report, granularity, not checked.trained)
     for unit, size in sizes.items():
         # Exactly: one zero more or less is another model.
         expected = round(report.achieved.get(unit, 0.0) * size)
@@ -146,6 +151,7 @@ class _Checked:
     problems: list[str]
     unproven: list[str]
     widths: dict[str, tuple[int, int]] = field(default_factory=dict)
+    trained: bool = False
 
     def result(self, removed: int, prunable: int, pattern: str, parameters: int, *counted) -> Verification:
         found = tuple(self.problems), removed, prunable, pattern, tuple(self.unproven), parameters
@@ -225,9 +231,12 @@ def _disagreements(report: PruningReport) -> Iterator[str]:
 
 
 def _count(
-    model: nn.Module, architecture: Architecture, report: PruningReport, granularity: str
+    model: nn.Module, architecture: Architecture, report: PruningReport, granularity: str, on_grid: bool
 ) -> tuple[dict[str, int], list[str]]:
-    """Zeros per unit, and the matrices that break the pattern or have lost zeros that they had before."""
+    """Zeros per unit, and the matrices that break the pattern or have lost zeros that they had before.
+
+    With `on_grid`, also those whose values are not the whole numbers times scales that the config asked for.
+    """
     pattern, counts = report.config.resolved.pattern, report.allocation.counts()
     units = _units(architecture, granularity)
     before = {weight.name: report.zeros_before.get(plain_name(weight.name), 0) for weight in architecture.weights}
@@ -235,11 +244,13 @@ def _count(
     shares: dict[str, int] = {}
     for unit, weights in units.items():
         shares |= split_count(counts[unit], {weight.name: weight.size for weight in weights}, floors)
-    breaches = []
+    breaches, bits = [], report.config.values.bits if on_grid else None
 
-    def look(weight: Weight, removed: Tensor) -> None:
-        """Note a weight whose zeros, `removed`, (out_features, in_features) bool, break the pattern."""
-        name, older = plain_name(weight.name), before[weight.name]
+    def look(weight: Weight, tensor: Tensor) -> None:
+        """Note a weight, (out_features, in_features), whose zeros break the pattern, or that lies on no grid."""
+        name, older, removed = plain_name(weight.name), before[weight.name], tensor == 0
+        if bits and grid_of(tensor, bits) is None:
+            breaches.append(f"{name} does not lie on a grid of {bits} bits")
         if int(removed.sum()) < older:
             breaches.append(f"{name} has {int(removed.sum()):,} zeros, and had {older:,} before it was pruned")
         # Of zeros that were only counted nobody has said by which pattern they went.

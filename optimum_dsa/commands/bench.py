@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from .actions import Names
 from .base import LeafCommand, add_loading_options, loading_options, say
 
 
@@ -16,6 +17,7 @@ cutting has brought. Zeros that are multiplied as any other number make nothing 
 """
     EXAMPLES = """\
   optimum-cli dsa bench smaller --against ./model
+  optimum-cli dsa bench out --forms packed,dense --dtype bfloat16
   optimum-cli dsa bench smaller --against ./model --dtype bfloat16 --threads 1 --prompt 128 --json
   optimum-cli dsa bench smaller --against ./model --output smaller/speed.json
 """
@@ -25,6 +27,14 @@ cutting has brought. Zeros that are multiplied as any other number make nothing 
         BenchCommand.describe(parser, "bench")
         parser.add_argument("model", help="folder or Hub id of the model")
         parser.add_argument("--against", metavar="MODEL", help="folder or Hub id of what it is held against")
+        parser.add_argument(
+            "--forms",
+            nargs="+",
+            action=Names,
+            default=[],
+            metavar="FORM",
+            help="ways to hold the model's matrices, each measured: packed, dense (default: as it is stored)",
+        )
         parser.add_argument("--prompt", type=int, default=512, help="tokens that are read (default: 512)")
         parser.add_argument("--new-tokens", type=int, default=64, help="tokens that are written then (default: 64)")
         parser.add_argument("--batch-size", type=int, default=1, help="sequences at a time (default: 1)")
@@ -41,6 +51,7 @@ cutting has brought. Zeros that are multiplied as any other number make nothing 
         import torch
 
         from ..checkpoint.load import file_bytes, load_model
+        from ..checkpoint.running import FORMS, load_as
         from ..evaluation.speed import measure_speed
         from ..evaluation.speed_result import check_speed_file, save_speed
 
@@ -55,10 +66,23 @@ cutting has brought. Zeros that are multiplied as any other number make nothing 
             check_speed_file(args.output)
         options = loading_options(args)
         names = [args.model, *([args.against] if args.against else [])]
-        models = {name: partial(load_model, name, **options) for name in names}
+        forms = list(dict.fromkeys(args.forms))
+        for form in forms:
+            FORMS[form]
+        rows = [(args.model, form) for form in forms or [""]] + [(name, "") for name in names[1:]]
+        models = {
+            f"{name} ({form})" if form else name: partial(load_as, name, form, **options)
+            if form
+            else partial(load_model, name, **options)
+            for name, form in rows
+        }
         numbers = ("prompt", "new_tokens", "batch_size", "rounds", "seed")
         found = measure_speed(models, **{name: getattr(args, name) for name in numbers})
-        speeds = {name: replace(speed, file_bytes=file_bytes(name, options)) for name, speed in found.speeds.items()}
+        sizes = {name: file_bytes(name, options) for name in names}
+        speeds = {
+            key: replace(speed, model=name, form=form, file_bytes=sizes[name])
+            for (key, speed), (name, form) in zip(found.speeds.items(), rows)
+        }
         found = replace(found, speeds=speeds)
         say(str(found))
         if args.output:

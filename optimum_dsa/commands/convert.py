@@ -14,6 +14,8 @@ weight stays bit for bit the same.
 
 dense       loads everywhere, with or without this package
 compressed  a bit per weight and the kept weights: smaller, loads with transformers after `import optimum_dsa`
+quantised   the same, of a model pruned with --values: its kept weights as the whole numbers that they are
+packed      compressed, and its matrices stay so in memory: the model multiplies with them as they are
 
 Or write it as one file for another program, one way:
 
@@ -22,6 +24,7 @@ gguf        for llama.cpp: Llama and Mistral, also where layers have widths of t
     EXAMPLES = """\
   optimum-cli dsa convert out out-compressed --to compressed
   optimum-cli dsa convert out-compressed out-dense --to dense
+  optimum-cli dsa convert out out-packed --to packed
   optimum-cli dsa convert smaller smaller.gguf --to gguf --type f16
 """
 
@@ -30,7 +33,7 @@ gguf        for llama.cpp: Llama and Mistral, also where layers have widths of t
         ConvertCommand.describe(parser, "convert")
         parser.add_argument("model", help="folder or Hub id of the checkpoint")
         parser.add_argument("output", help="folder or file to write; an earlier result there is replaced")
-        parser.add_argument("--to", required=True, help="what to write: dense or compressed, or gguf")
+        parser.add_argument("--to", required=True, help="what to write: dense, compressed, quantised, packed or gguf")
         parser.add_argument("--type", help="numbers in a file for another program: f16 (the default) or f32")
         parser.add_argument("--revision", help="branch, tag or commit of a Hub model")
 

@@ -120,8 +120,8 @@ FENCES = {
     "quantizer": Fence(
         "transformers",
         "HfQuantizer's `_process_model_before_weight_loading`, `_process_model_after_weight_loading`, "
-        "`update_attn_implementation`, `update_weight_conversions`, `get_new_dtype`, `remove_quantization_config`; "
-        "AUTO_QUANTIZER_MAPPING",
+        "`update_attn_implementation`, `update_weight_conversions`, `get_new_dtype`, `remove_quantization_config`, "
+        "`validate_environment`, `get_state_dict_and_metadata`, `_dequantize`; AUTO_QUANTIZER_MAPPING",
         "compressed checkpoints load with from_pretrained; the hooks are overridden, never called",
         "checkpoint.transformers_loader",
         _QUANTIZER,

@@ -7,10 +7,13 @@ import gc
 import os
 import platform
 import shutil
+from bisect import bisect_right
+from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 
 _GROUP = Path("/sys/fs/cgroup")  # where Linux says what the processes of a container may have, and have
@@ -26,14 +29,35 @@ def own_memory() -> int:
 
 
 def settled_memory() -> int | None:
-    """Bytes of memory that this process has once nothing unused is left in it; `None` where the system does not say.
+    """Bytes of memory that are this process's own, once nothing unused is left; `None` where the system does not say.
 
-    Weights that are read where they lie in their file count as far as they were read.
+    Files that are read where they lie are not among them, see [`lies_in_file`].
     """
     gc.collect()
     with suppress(AttributeError, OSError):  # of glibc; elsewhere what is free may be kept for later
         ctypes.CDLL(None).malloc_trim(0)
-    return own_memory() if Path("/proc/self/statm").is_file() else None
+    try:
+        lines = (line.split() for line in Path("/proc/self/status").read_text().splitlines())
+        return 1024 * next(int(words[1]) for words in lines if words[:1] == ["RssAnon:"])
+    except (OSError, StopIteration):  # not Linux
+        return None
+
+
+def lying_in_files(tensors: Iterable[Tensor]) -> int:
+    """Bytes of those tensors on the CPU that are read where they lie in a file, as weights of safetensors may be."""
+    try:
+        lines = [line.split() for line in Path("/proc/self/maps").read_text().splitlines()]
+    except OSError:  # not Linux
+        return 0
+    # begin-end, rights, offset, device, inode: 0 where there is no file
+    mapped = sorted(tuple(int(part, 16) for part in line[0].split("-")) for line in lines if line[4] != "0")
+    starts = [begin for begin, _ in mapped]
+
+    def lies(tensor: Tensor) -> bool:
+        place = bisect_right(starts, tensor.data_ptr()) - 1
+        return place >= 0 and tensor.data_ptr() < mapped[place][1]
+
+    return sum(tensor.nbytes for tensor in tensors if tensor.device.type == "cpu" and tensor.nbytes and lies(tensor))
 
 
 def machine_name(device: str | torch.device = "cpu") -> str:

@@ -14,7 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from ..common.machine import machine_name, settled_memory
+from ..common.machine import lying_in_files, machine_name, settled_memory
 from ..model.adapters import inner_model
 from ..model.inputs import check_length, kind_of, word_embeddings
 from .reading import Memory, held, packed_bytes, weights_in, weights_read
@@ -63,9 +63,10 @@ def measure_speed(
             before, model = settled_memory(), model()
         _check(name, model, prompt + new_tokens)
         runs[name] = _Run(model, prompt, new_tokens, batch_size, seed)
-        runs[name].once()  # warms up; and what is read of a file where it lies is in memory then
+        runs[name].once()  # warms up
         if before is not None and model.device.type == "cpu":
-            runs[name].resident = max(settled_memory() - before, 0)
+            own = max(settled_memory() - before, 0)
+            runs[name].resident = own + lying_in_files(held(model).values())
     first = next(iter(runs.values())).model
     memory = Memory(first.device)
     times: dict[str, list[tuple[float, float]]] = {name: [] for name in runs}

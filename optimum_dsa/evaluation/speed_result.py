@@ -27,7 +27,7 @@ class Speed:
         parameters (`int`): without what is tied counted twice, zeros included.
         weight_bytes (`int`): what parameters and buffers take in memory.
         flops (`int`): floating point operations for a token of the prompt, as PyTorch counts them: products of zeros
-            are counted as well.
+            are counted as well, but for those of packed matrices, which are not made.
         cache_bytes (`int`, *optional*): what the cache of keys and values takes for a token; `None` where it is not
             made of them.
         peak_bytes (`int`, *optional*): the most that it took on a GPU; `None` on a CPU, which does not tell.
@@ -37,6 +37,7 @@ class Speed:
         resident_bytes (`int`, *optional*): memory that loading it and running it once added to the process, imports
             left out; `None` on a GPU, and of a model that was there already.
         file_bytes (`int`, *optional*): of the files of its weights; `None` where nobody has said.
+        form (`str`): how its matrices were held, of several ways of one model: "dense", "packed"; "" where as stored.
     """
 
     model: str
@@ -51,6 +52,12 @@ class Speed:
     packed_bytes: int | None = None
     resident_bytes: int | None = None
     file_bytes: int | None = None
+    form: str = ""
+
+    @property
+    def shown(self) -> str:
+        """Its name, and in which form where that is said."""
+        return f"{self.model} ({self.form})" if self.form else self.model
 
     @property
     def bandwidth(self) -> float | None:
@@ -104,7 +111,7 @@ class SpeedComparison:
 
     def __str__(self) -> str:
         lines = self.rows()
-        header = ("", *(speed.model for speed in self.speeds.values()))
+        header = ("", *(speed.shown for speed in self.speeds.values()))
         header += ("ratio",) if any(len(line) > len(header) for line in lines) else ()
         return "\n".join([*columns([header, *lines]), self.how, *filter(None, [self.where])])
 
@@ -126,7 +133,7 @@ class SpeedComparison:
         if len(names) > 2:
             for label in ("prefill", "decode"):
                 rates = [getattr(speed, label) / getattr(last, label) for speed in self.speeds.values()]
-                lines.append((f"{label}, times {last.model}", *(f"{rate:.2f}" for rate in rates)))
+                lines.append((f"{label}, times the last", *(f"{rate:.2f}" for rate in rates)))
         return lines
 
     def to_dict(self) -> dict[str, Any]:

@@ -10,29 +10,25 @@ this file were not there.
 from __future__ import annotations
 
 import ctypes
-import hashlib
 import json
 import logging
 import os
-import shutil
-import subprocess
-import sysconfig
 import tempfile
 import timeit
 from collections.abc import Callable
-from functools import cache, lru_cache
+from functools import cache, lru_cache, partial
 from pathlib import Path
 from statistics import median
 
 import torch
-from huggingface_hub import constants
 from torch import Tensor
 
-from .two_of_four import BYTES, dense_rows, linear_24
+from . import nvcc, ops
+from .ops import TILE
+from .two_of_four import BYTES, dense_rows, linear_24, reference_rows
 
 
 logger = logging.getLogger(__name__)
-SOURCES = Path(__file__).parent / "kernels" / "cuda"
 BATCH = 8  # rows of the input that a kernel takes at most
 # Ways to cut the work of two_of_four.cu: kind of kernel, tiles of 16 rows in a block, blocks that stay on a
 # multiprocessor. Each of them was the fastest of some shape on an H200.
@@ -49,13 +45,15 @@ PARTS = 8  # blocks that share the columns of a tile, at most
 TOLERANCE = 1e-2  # of a product, relative to that of PyTorch: bfloat16 rounds by 4e-3
 _BITS = {bytes: bits for bits, bytes in BYTES.items()}
 _INT, _POINTER = ctypes.c_int, ctypes.c_void_p
+TILE_WEIGHTS = 2**24  # that are dense at once in bfloat16, 32 MiB: fewer rows would leave a GPU waiting for its calls
+_MASKED = {torch.bfloat16: 16, torch.int8: 8, torch.uint8: 4}
 
 
 class Kernels:
     """A compiled library, the card (or what stands for it) that runs it, and what was measured there.
 
     Args:
-        library: file that [`build`] made.
+        library: file that [`nvcc.build`] made.
         multiprocessors, shared: how many there are, and the bytes of shared memory of one and of one block.
         early: whether a kernel may begin while the one before it ends (compute capability 9.0).
         table: JSON file of what was measured on this card; `None`: nothing is measured, and the first way is taken.
@@ -64,8 +62,11 @@ class Kernels:
     def __init__(
         self, library: Path, multiprocessors: int, shared: tuple[int, int], early: bool, table: Path | None = None
     ):
-        self.function = ctypes.CDLL(str(library)).optimum_dsa_two_of_four
+        functions = ctypes.CDLL(str(library))
+        self.function, self.unpack = functions.optimum_dsa_two_of_four, functions.optimum_dsa_unpack
         self.function.argtypes = [_POINTER] * 6 + [_INT] * 11 + [_POINTER]
+        self.unpack.argtypes = [_POINTER] * 5 + [_INT] * 6 + [_POINTER]
+        self.trusted: dict[str, bool] = {}
         self.multiprocessors, self.shared, self.early, self.table = multiprocessors, shared, early, table
         self.rows: dict[str, dict[str, float]] = {}
         if table is not None and table.is_file():
@@ -76,10 +77,11 @@ class Kernels:
         """input · Wᵀ, (..., columns) -> (..., rows), the fastest way that was measured."""
         columns = input.shape[-1]
         batch = input.numel() // columns if columns else 0
-        if input.dtype != torch.bfloat16 or not 1 <= batch <= BATCH or rows < 1:
-            return linear_24(input, groups, scales, rows)
-        if (way := self.way(input, groups, scales, rows)) is None:
-            return linear_24(input, groups, scales, rows)
+        taken = input.dtype == torch.bfloat16 and 1 <= batch <= BATCH and rows >= 1
+        if not taken or (way := self.way(input, groups, scales, rows)) is None:
+            return by_tiles(
+                input, rows, lambda first, last: dense_rows(groups, scales, columns, first, last, input.dtype)
+            )
         output = input.new_empty(*input.shape[:-1], rows)
         self.run(way, input, groups, scales, output)
         return output
@@ -108,7 +110,12 @@ class Kernels:
         # Of its own: the first call's input may be anything, even zeros.
         generator = torch.Generator().manual_seed(0)
         x = torch.randn(batch, columns, generator=generator).to(input)
-        expected, output = linear_24(x, groups, scales, rows).float(), x.new_empty(batch, rows)
+        tiles = (
+            reference_rows(groups, scales, columns, first, min(first + TILE, rows), x.dtype)
+            for first in range(0, rows, TILE)
+        )
+        weight, output = torch.cat(list(tiles)), x.new_empty(batch, rows)
+        expected = torch.nn.functional.linear(x, weight).float()
         timed = {}
         for name in WAYS:
             if not self.fits(name, x, groups, rows):
@@ -123,8 +130,10 @@ class Kernels:
                 logger.warning("%s is left out for %s: its product is %.1e away from PyTorch's.", name, key, apart)
                 continue
             timed[name] = milliseconds(lambda name=name: self.run(name, x, groups, scales, output), x.device)
-        timed["unpacked"] = milliseconds(lambda: linear_24(x, groups, scales, rows), x.device, 3)
-        weight = dense_rows(groups, scales, columns, 0, rows, x.dtype)
+        unpacked = partial(
+            by_tiles, x, rows, lambda first, last: dense_rows(groups, scales, columns, first, last, x.dtype)
+        )
+        timed["unpacked"] = milliseconds(unpacked, x.device, 3)
         timed["dense"] = milliseconds(lambda: torch.nn.functional.linear(x, weight), x.device)
         self.rows[key] = {name: round(time, 6) for name, time in timed.items()}
         self.save()
@@ -140,6 +149,40 @@ class Kernels:
         with tempfile.NamedTemporaryFile("w", dir=self.table.parent, delete=False) as file:
             json.dump(self.rows, file, indent=1)
         os.replace(file.name, self.table)
+
+    def rows_of(
+        self,
+        parts: tuple[Tensor | None, Tensor, Tensor | None, Tensor | None, int],
+        bits: int,
+        columns: int,
+        first: int,
+        last: int,
+        reference: Callable[[], Tensor],
+    ) -> Tensor:
+        """Dense rows, (last - first, columns) bfloat16; at the first call of a kind compared with the `reference`.
+
+        Args:
+            parts: mask (`None`: values are groups of `TwoOfFour`), values, starts, scales, group.
+        """
+        *tensors, group = parts
+        kind = f"{bits} bits, {'2:4' if tensors[0] is None else 'anywhere'}"
+        if not self.trusted.get(kind, True):
+            return reference()
+        device = tensors[1].device
+        found = torch.empty(last - first, columns, dtype=torch.bfloat16, device=device)
+        stream = torch.cuda.current_stream(device).cuda_stream if found.is_cuda else 0
+        pointers = [None if tensor is None else tensor.data_ptr() for tensor in (*tensors, found)]
+        width = 0 if tensors[3] is None else tensors[3].shape[1]
+        said = self.unpack(*pointers, columns, first, last - first, bits, width, group, stream)
+        if kind in self.trusted and not said or (found.is_cuda and torch.cuda.is_current_stream_capturing()):
+            return found
+        expected = reference()
+        self.trusted[kind] = not said and torch.equal(found, expected)
+        if not self.trusted[kind]:
+            logger.warning(
+                "Unpacking (%s) ended with error %d, or not as in PyTorch, which serves from now on.", kind, said
+            )
+        return expected
 
     def fits(self, way: str, input: Tensor, groups: Tensor, rows: int) -> bool:
         """Whether the work can be cut so."""
@@ -214,72 +257,6 @@ def milliseconds(work: Callable[[], object], device: torch.device, times: int = 
     return median(start.elapsed_time(end) for start, end in events)
 
 
-def allowed() -> bool:
-    """Whether the user lets kernels be compiled at their first use, with OPTIMUM_DSA_JIT=1."""
-    return os.environ.get("OPTIMUM_DSA_JIT", "") == "1"
-
-
-def cache_folder() -> Path:
-    """Where compiled libraries and tables are."""
-    return Path(constants.HF_HOME) / "optimum-dsa" / "cuda"
-
-
-def compiler() -> Path | None:
-    """NVIDIA's compiler: in PATH, CUDA_HOME, /usr/local/cuda, or of the package nvidia-cuda-nvcc."""
-    places = [Path(found)] if (found := shutil.which("nvcc")) else []
-    homes = [Path(os.environ["CUDA_HOME"])] if os.environ.get("CUDA_HOME") else []
-    packages = sorted(Path(sysconfig.get_path("purelib")).glob("nvidia/cu*"), reverse=True)
-    places += [home / "bin" / "nvcc" for home in (*homes, Path("/usr/local/cuda"), *packages)]
-    return next((place for place in places if place.is_file()), None)
-
-
-def file_name(architecture: str) -> str:
-    """The name of a library, which tells the sources that it was made of."""
-    digest = hashlib.sha256(b"".join(path.read_bytes() for path in sorted(SOURCES.iterdir()))).hexdigest()[:16]
-    return f"two_of_four-{digest}-sm{architecture}.so"
-
-
-def library_for(architecture: str) -> Path | None:
-    """The library that was carried along, else that of the cache, compiled where it is allowed and needed.
-
-    Raises:
-        RuntimeError: it is to be compiled, and cannot be.
-    """
-    carried = Path(os.environ.get("OPTIMUM_DSA_KERNELS_PATH") or cache_folder()) / file_name(architecture)
-    if carried.is_file():
-        return carried
-    return build(architecture) if allowed() else None
-
-
-def build(architecture: str, folder: Path | None = None) -> Path:
-    """The library for cards of `architecture` ("80", "90"), compiled if `folder` (the cache) has none of them.
-
-    A folder that is carried to another machine is named there by OPTIMUM_DSA_KERNELS_PATH.
-
-    Raises:
-        RuntimeError: there is no compiler, or it failed; its own words are in the message.
-    """
-    folder = folder or cache_folder()
-    library = folder / file_name(architecture)
-    if library.is_file():
-        return library
-    if (nvcc := compiler()) is None:
-        raise RuntimeError(
-            "No nvcc was found in PATH, CUDA_HOME or /usr/local/cuda; install the CUDA toolkit, or `nvidia-cuda-nvcc` "
-            "and what it needs, or go without kernels: products are the same, and slower."
-        )
-    folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder) as place:
-        made = Path(place) / library.name
-        target = f"arch=compute_{architecture},code=sm_{architecture}"
-        command = [nvcc, "-O3", "-std=c++17", "-gencode", target, "-Xcompiler", "-fPIC", "-shared"]
-        done = subprocess.run([*command, SOURCES / "two_of_four.cu", "-o", made], capture_output=True, text=True)
-        if done.returncode:
-            raise RuntimeError(f"{nvcc} ended with {done.returncode}: {(done.stderr or done.stdout)[-2000:]}")
-        os.replace(made, library)
-    return library
-
-
 @cache
 def kernels(device: torch.device) -> Kernels | None:
     """The kernels for a card; `None` where none are there and may be compiled, or the card is older than sm_80."""
@@ -289,7 +266,7 @@ def kernels(device: torch.device) -> Kernels | None:
     if (card.major, card.minor) < (8, 0):
         return None
     try:
-        library = library_for(f"{card.major}{card.minor}")
+        library = nvcc.library_for(f"{card.major}{card.minor}")
     except (RuntimeError, OSError) as error:
         logger.warning("Packed matrices are multiplied without kernels on %s: %s", card.name, error)
         return None
@@ -298,14 +275,54 @@ def kernels(device: torch.device) -> Kernels | None:
     shared = (card.shared_memory_per_multiprocessor, card.shared_memory_per_block_optin)
     name = "".join(letter if letter.isalnum() else "-" for letter in card.name)
     digest = library.stem.split("-")[1]
-    table = cache_folder() / f"table-{name}-{digest}-torch{torch.__version__}.json"
+    table = nvcc.cache_folder() / f"table-{name}-{digest}-torch{torch.__version__}.json"
     return Kernels(library, card.multi_processor_count, shared, card.major >= 9, table)
 
 
-def _linear_24(input: Tensor, groups: Tensor, scales: Tensor | None, rows: int) -> Tensor:
+def by_tiles(input: Tensor, rows: int, dense: Callable[[int, int], Tensor]) -> Tensor:
+    """input · Wᵀ, (..., columns) -> (..., rows), of rows that `dense(first, last)` makes, a tile of them at a time."""
+    step = max(TILE_WEIGHTS // max(input.shape[-1], 1) // TILE, 1) * TILE
+    if rows <= step:
+        return torch.nn.functional.linear(input, dense(0, rows))
+    output = input.new_empty(*input.shape[:-1], rows)
+    for first in range(0, rows, step):
+        last = min(first + step, rows)
+        output[..., first:last] = torch.nn.functional.linear(input, dense(first, last))
+    return output
+
+
+def _linear_24(input, groups, scales, rows):
     found = kernels(input.device)
     return (linear_24 if found is None else found.linear)(input, groups, scales, rows)
 
 
+def _dense_rows_24(groups, scales, columns, first, last, dtype):
+    found, reference = kernels(groups.device), partial(reference_rows, groups, scales, columns, first, last, dtype)
+    if found is None or dtype != torch.bfloat16:
+        return reference()
+    return found.rows_of((None, groups, None, scales, 0), _BITS[groups.shape[-1]], columns, first, last, reference)
+
+
+def _linear(input, mask, values, starts, scales, group):
+    if kernels(input.device) is None:
+        return torch.ops.optimum_dsa.linear_reference(input, mask, values, starts, scales, group)
+    parts = (mask, values, starts, scales, group, input.shape[-1])
+    return by_tiles(input, len(starts) - 1, lambda first, last: ops.dense_rows(*parts, first, last, input.dtype))
+
+
+def _dense_rows(mask, values, starts, scales, group, columns, first, last, dtype):
+    parts, found = (mask, values, starts, scales, group), kernels(mask.device)
+    reference = partial(torch.ops.optimum_dsa.dense_rows_reference, *parts, columns, first, last, dtype)
+    if found is None or dtype != torch.bfloat16 or values.dtype not in _MASKED:
+        return reference()
+    return found.rows_of(parts, _MASKED[values.dtype], columns, first, last, reference)
+
+
 _LIBRARY = torch.library.Library("optimum_dsa", "IMPL")
-_LIBRARY.impl("linear_24", _linear_24, "CUDA")
+for _name, _product in (
+    ("linear", _linear),
+    ("linear_24", _linear_24),
+    ("dense_rows", _dense_rows),
+    ("dense_rows_24", _dense_rows_24),
+):
+    _LIBRARY.impl(_name, _product, "CUDA")

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from . import cuda  # noqa: F401 - registers what multiplies on a GPU
 from .matrix import PackedMatrix
 from .ops import linear
 

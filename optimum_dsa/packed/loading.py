@@ -131,7 +131,7 @@ def _libraries(compile: bool, tried: list[str]) -> Iterator[tuple[Path, str]]:
     else:
         tried.append("optimum-dsa-kernels is not installed")
     if folder := os.environ.get("OPTIMUM_DSA_KERNELS_PATH"):
-        for path in sorted(Path(folder).rglob("*.so")):
+        for path in sorted(Path(folder).rglob("*optimum_dsa_kernels*.so")):
             yield path, f"OPTIMUM_DSA_KERNELS_PATH={folder}"
         tried.append(f"OPTIMUM_DSA_KERNELS_PATH={folder} holds none that can be loaded")
     if not compile:

@@ -7,8 +7,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .bitmask import LARGEST, pack, read_header
+from . import bitmask
+from .grid import Grid, grid_of, to_grid
 from .ops import TILE, dense_rows, linear
+from .whole import LARGEST, WholeHeader, read_whole
 
 
 @dataclass(frozen=True)
@@ -66,21 +68,97 @@ class PackedMatrix:
         return cls(mask, flat[bits], row_starts(mask, tuple(dense.shape)), tuple(dense.shape))
 
     @classmethod
+    def quantised(
+        cls, dense: Tensor, bits: int, group: int = 0, scales: str = "mse", importance: Tensor | None = None
+    ) -> PackedMatrix:
+        """A dense matrix, (rows, columns), without its zeros, the others as whole numbers of 4 or 8 `bits`.
+
+        One that lies on a grid of these bits is held as it is, in its own groups; of any other, every weight becomes
+        the nearest on a grid, see [`~packed.grid.to_grid`], which says what `group`, `scales`, `importance` are.
+        """
+        return cls.of_grid(grid_of(dense, bits) or to_grid(dense, bits, group, scales, importance), bits)
+
+    @classmethod
+    def of_grid(cls, grid: Grid, bits: int) -> PackedMatrix:
+        """The matrix that lies on `grid`, its numbers held in 4 or 8 `bits` each."""
+        rows, columns = shape = tuple(grid.numbers.shape)
+        mask = packed_bits(grid.numbers != 0)
+        starts, step, parts = row_starts(mask, shape, even=bits == 4), max(2**20 // max(columns, 1), 1), []
+        for first in range(0, rows, step):
+            part = grid.numbers[first : first + step]
+            parts.append(part[part != 0] if bits == 8 else _halves(part))
+        values = (
+            torch.cat(parts) if parts else grid.numbers.new_empty(0, dtype=torch.int8 if bits == 8 else torch.uint8)
+        )
+        return cls(mask, values, starts, shape, grid.scales, grid.group)
+
+    @classmethod
     def from_bytes(cls, packed: Tensor, name: str = "tensor") -> PackedMatrix:
-        """A packed tensor of a checkpoint, (bytes,) uint8, of two dimensions: views of it, and no copy.
+        """A packed tensor of a checkpoint, (bytes,) uint8, of two dimensions: views of it, and no copy but of scales.
+
+        One whose columns lie on a grid, and not its rows, is copied, as floats.
 
         Raises:
             ValueError: it is no packed matrix, or damaged.
         """
-        header = read_header(packed[:LARGEST].cpu().numpy().tobytes(), packed.numel(), name)
+        start = packed[: max(LARGEST, bitmask.LARGEST)].cpu().numpy().tobytes()
+        header = read_whole(start, packed.numel(), name) or bitmask.read_header(start, packed.numel(), name)
         if header is None or len(header.shape) != 2:
             raise ValueError(f"{name} is no packed matrix.")
+        if isinstance(header, WholeHeader):
+            found = cls.of_header(packed, header, name)
+            # Rows of the tensor have numbers of many scales: as floats, then.
+            return cls.of(found.dense(header.dtype).t()) if header.exchanged else found
         mask, values = packed[header.mask], packed[header.values].view(header.dtype)
         return cls(mask, values, row_starts(mask, header.shape), header.shape)
 
-    def to_bytes(self) -> Tensor | None:
-        """As a checkpoint holds it, (bytes,) uint8 on the CPU; `None` where the dense matrix would be smaller."""
-        return pack(self.dense().cpu())
+    @classmethod
+    def of_header(cls, packed: Tensor, header: WholeHeader, name: str = "tensor") -> PackedMatrix:
+        """The rows of a packed tensor of whole numbers, (bytes,) uint8, of any dimensions.
+
+        Raises:
+            ValueError: it is damaged.
+        """
+        mask, values = packed[header.mask], packed[header.values]
+        starts = row_starts(mask, header.matrix, even=header.bits == 4)
+        if header.size % 8 and int(mask[-1]) >> header.size % 8:
+            raise ValueError(f"{name} is damaged: its mask keeps weights behind its last.")
+        scales = packed[header.scales].view(header.scale_dtype).float().view(header.scales_shape)
+        values = values.view(torch.int8) if header.bits == 8 else values
+        try:
+            return cls(mask, values, starts, header.matrix, scales, header.group)
+        except ValueError as error:
+            raise ValueError(f"{name} is damaged. {error}") from None
+
+    def to_bytes(
+        self, dtype: torch.dtype | None = None, shape: tuple[int, ...] | None = None, exchanged: bool = False
+    ) -> Tensor | None:
+        """As a checkpoint holds it, (bytes,) uint8 on the CPU; `None` where the dense matrix would be smaller.
+
+        Args:
+            dtype, shape, exchanged: what whole numbers become when they are unpacked, see the table of `whole.py`: by
+                default this matrix in float32.
+        """
+        if self.scales is None:
+            return bitmask.pack(self.dense().cpu())
+        bits = 8 if self.values.dtype == torch.int8 else 4
+        short = torch.equal(self.scales.bfloat16().float(), self.scales)
+        kept = int(row_starts(self.mask, self.shape)[-1])
+        header = WholeHeader(
+            *(dtype or torch.float32, shape or self.shape, kept, bits, self.group, len(self.values)),
+            *(torch.bfloat16 if short else torch.float32, exchanged),
+        )
+        found = torch.zeros(header.bytes, dtype=torch.uint8)
+        facts = torch.tensor(header.facts)
+        scales = self.scales.to(header.scale_dtype).contiguous().flatten()
+        for place, part in (
+            (slice(0, 8 * len(facts)), facts),
+            (header.mask, self.mask),
+            (header.values, self.values),
+            (header.scales, scales),
+        ):
+            found[place] = part.view(torch.uint8).cpu()
+        return found
 
     @property
     def nbytes(self) -> int:
@@ -112,6 +190,19 @@ def packed_bits(bits: Tensor) -> Tensor:
     flat = bits.flatten()
     flat = torch.nn.functional.pad(flat, (0, -len(flat) % 8)).view(-1, 8)
     return (flat.to(torch.uint8) << torch.arange(8, dtype=torch.uint8, device=bits.device)).sum(1, dtype=torch.uint8)
+
+
+def _halves(numbers: Tensor) -> Tensor:
+    """The numbers of rows, (rows, columns) int8, that are not 0, two a byte, every row at a byte: (bytes,) uint8."""
+    kept = numbers != 0
+    counts = kept.sum(dim=1)
+    even = counts + counts % 2
+    # Where each is held: as many places on as rows before it have half a byte left.
+    on = torch.cat([even.new_zeros(1), (even - counts).cumsum(0)[:-1]]).repeat_interleave(counts)
+    both = numbers.new_zeros(int(even.sum()))
+    both[torch.arange(len(on), device=on.device) + on] = numbers[kept]
+    both = (both.view(torch.uint8) & 15).view(-1, 2)
+    return both[:, 0] | both[:, 1] << 4
 
 
 def ones(mask: Tensor) -> Tensor:

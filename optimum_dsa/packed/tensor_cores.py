@@ -6,7 +6,6 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from . import cuda  # noqa: F401 - registers the kernels
 from .linear import PackedLinear
 from .matrix import PackedMatrix
 from .pack_model import packed_layers, replace_layer

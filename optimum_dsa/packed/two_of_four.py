@@ -149,7 +149,8 @@ def dense_rows(
     return torch.ops.optimum_dsa.dense_rows_24(groups, scales, columns, first, last, dtype)
 
 
-def _dense_rows(groups, scales, columns, first, last, dtype):
+def reference_rows(groups, scales, columns, first, last, dtype):
+    """The same in PyTorch."""
     values, places, each = _parts(groups[first // ROWS : -(-last // ROWS)])
     if values.dtype == torch.int8:
         # Multiplied in float32, as in the product of a packed matrix; rows beyond the last have no scale.
@@ -171,7 +172,7 @@ def linear_24(input: Tensor, groups: Tensor, scales: Tensor | None, rows: int) -
     return output
 
 
-_LIBRARY.impl("dense_rows_24", _dense_rows, "CompositeExplicitAutograd")
+_LIBRARY.impl("dense_rows_24", reference_rows, "CompositeExplicitAutograd")
 _LIBRARY.impl("linear_24", linear_24, "CompositeExplicitAutograd")
 
 

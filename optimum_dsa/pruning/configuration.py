@@ -29,7 +29,7 @@ from .allocation import ALLOCATIONS, Allocation, AllocationFunction, Allocator, 
 from .overrides import check_overrides
 from .presets import with_quality
 from .resolved_method import ResolvedMethod, check_revive
-from .sections import ReconstructConfig, UpdateConfig
+from .sections import ReconstructConfig, UpdateConfig, ValuesConfig
 from .unstructured.methods import METHODS, Method
 from .unstructured.patterns import Pattern
 from .unstructured.permutations import PERMUTATIONS
@@ -64,6 +64,8 @@ class DSAConfig:
             that they have.
         reconstruct (`ReconstructConfig` or `int`): Training of every block's kept weights against the dense block; a
             number is its steps.
+        values (`ValuesConfig` or `str`, *optional*): Whether the weights that stay become whole numbers times scales:
+            a text is `"int8"` or `"int4"`. By default they stay as they are.
         overrides (`tuple[str, ...]`): Sparsities of some matrices, such as `"mlp=0.6"`, by names or patterns as in
             `exclude`, of which the last counts. The others are allocated so that the mean is met.
         granularity (`str`, defaults to `"block"`): One sparsity per `"block"`, per `"matrix"`, or per `"block:kind"`:
@@ -92,6 +94,7 @@ class DSAConfig:
     update: UpdateConfig = section(UpdateConfig, shorthand="name")
     permute: str | None = None
     reconstruct: ReconstructConfig = section(ReconstructConfig, shorthand="steps")
+    values: ValuesConfig = section(ValuesConfig, shorthand="name")
     overrides: tuple[str, ...] = ()
     granularity: str = setting("block", choices=GRANULARITIES)
     sequential: bool = True
@@ -249,7 +252,7 @@ class DSAConfig:
             ValueError: a setting contradicts the quality, such as another method; it names both.
         """
         given = {
-            name: settings_to(value) if isinstance(value, (DataConfig, UpdateConfig)) else value
+            name: settings_to(value) if isinstance(value, (DataConfig, UpdateConfig, ValuesConfig)) else value
             for name, value in settings.items()
         }
         flat = with_quality(quality, {"sparsity": sparsity, **flattened(cls, given)})

@@ -92,7 +92,7 @@ def _prune(
     # First of all: what follows sees the channels in the order in which they are saved.
     permute = [Permute(config.resolved, allocation, config.permute)] if config.permute else []
     steps: list[Step] = [*permute, remove]
-    reconstruct = Reconstruct(config.reconstruct, config.data.seed)
+    reconstruct = Reconstruct(config.reconstruct, config.data.seed, config.values.bits)
     if config.reconstruct.steps:
         steps.append(reconstruct)
     sink = KeepBlocks()

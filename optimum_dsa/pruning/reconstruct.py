@@ -33,14 +33,15 @@ class Reconstruct:
     Args:
         config: steps, the rate or `None`, how much is trained at a time.
         seed: of the order of the windows.
+        bits: of the grid on which the weights lie, and stay; `None` where they lie on none.
 
     The objective of "A Free Lunch in LLM Compression", https://arxiv.org/abs/2510.14444, section 3.
     """
 
     reads: Reads = frozenset({"outputs"})
 
-    def __init__(self, config: ReconstructConfig, seed: int = 0):
-        self.config, self.seed = config, seed
+    def __init__(self, config: ReconstructConfig, seed: int = 0, bits: int | None = None):
+        self.config, self.seed, self.bits = config, seed, bits
         self.notes: dict[str, Any] = {}  # block -> the fields of its [`Reconstruction`]
         self.waiting: list[WalkedBlock] = []  # blocks that are trained together with the next
 
@@ -77,7 +78,7 @@ class Reconstruct:
             if len(together) > 1:
                 blocks.move_on()
             return found
-        whole = Training(blocks, 0, self.seed)
+        whole = Training(blocks, 0, self.seed, self.bits)
         # A block that has no parts is one.
         each = [self._trained(part) for part in parts(together[0])] or [self._trained(blocks)]
         # Parts may each be nearer to their targets, and the block no nearer to its own.
@@ -88,7 +89,7 @@ class Reconstruct:
         return Reconstruction(whole.found.before, after, max(found.rate for found in each), steps)
 
     def _trained(self, stretch: Stretch) -> Reconstruction:
-        training = Training(stretch, self.config.steps, self.seed)
+        training = Training(stretch, self.config.steps, self.seed, self.bits)
         rate, settled = self._rate()
         training.run(rate)
         if not settled:

@@ -11,8 +11,10 @@ from torch import Tensor
 
 from ..model.statistics import LayerStatistics
 from ..model.walk import Reads, reads_of
+from .sections import ValuesConfig
 from .targets import dense_target
 from .unstructured.floors import keep_beside
+from .unstructured.grid import on_grid
 from .unstructured.metrics import METRICS
 from .unstructured.patterns import Pattern
 from .unstructured.permutations import PERMUTATIONS
@@ -39,6 +41,7 @@ class ResolvedMethod:
         allocation_metric (`Callable`): the scores from which the allocation is computed.
         allocation_reads (`frozenset[str]`): what the allocation needs.
         revive (`bool`): whether weights that are zero before may come back.
+        values (`ValuesConfig`): whether the weights that stay become whole numbers times scales.
     """
 
     metric: Callable[[Tensor, LayerStatistics | None], Tensor]
@@ -51,6 +54,7 @@ class ResolvedMethod:
     allocation_metric: Callable[[Tensor, LayerStatistics | None], Tensor]
     allocation_reads: Reads
     revive: bool = False
+    values: ValuesConfig = ValuesConfig()
 
     @classmethod
     def of(cls, config: DSAConfig) -> ResolvedMethod:
@@ -67,6 +71,8 @@ class ResolvedMethod:
             reads |= metric_reads | reads_of(PERMUTATIONS.fact(config.permute, "reads", "inputs"))
         if config.update.targets == "dense":
             reads |= {"cross_gram", "residual"} if config.update.residual else {"cross_gram"}
+        if config.values.bits and (config.values.feedback or config.values.scales == "mse"):
+            reads |= reads_of("gram" if config.values.feedback else "inputs")
         of_allocator = getattr(config.allocator, "reads", "nothing")
         if of_allocator == "scores":
             of_allocator = METRICS.fact(config.allocation_metric, "reads", "inputs")
@@ -81,6 +87,7 @@ class ResolvedMethod:
             allocation_metric=METRICS[config.allocation_metric],
             allocation_reads=reads_of(of_allocator),
             revive=config.revive,
+            values=config.values,
         )
 
     @property
@@ -121,6 +128,16 @@ class ResolvedMethod:
         new = self.update(weight, statistics, Choice(self.pattern, count, keep, self.damping, gone))
         # An update that a user registered may know nothing of them.
         return new if gone is None else new.masked_fill(gone, 0)
+
+    def on_grid(self, weight: Tensor, statistics: LayerStatistics | None) -> Tensor:
+        """What stays of a pruned matrix, (out_features, in_features), as whole numbers times scales, if so asked.
+
+        The result has the weight's shape and dtype, and its zeros.
+        """
+        if (bits := self.values.bits) is None:
+            return weight
+        chosen = self.values.group, self.values.scales, self.values.feedback
+        return on_grid(weight, statistics, bits, *chosen, self.damping)
 
 
 def _chooses(update: str, metric: str, pattern: Pattern) -> bool:

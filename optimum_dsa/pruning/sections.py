@@ -6,8 +6,12 @@ from dataclasses import dataclass
 
 from ..common.settings import check_settings, setting
 from ..model.statistics import DAMPING
+from ..packed.grid import GROUPS, SCALES
 from .targets import TARGETS
 from .unstructured.updates import UPDATES
+
+
+BITS = {"int8": 8, "int4": 4}  # values -> bits of a weight
 
 
 @dataclass(frozen=True)
@@ -41,6 +45,45 @@ class UpdateConfig:
                 f"residual=True adds to the targets of the dense model, and targets={self.targets!r} has none; use "
                 "targets='dense' with it, or leave it out."
             )
+
+
+@dataclass(frozen=True)
+class ValuesConfig:
+    """Whether the weights that stay become whole numbers times scales, and how these are chosen.
+
+    Args:
+        name (`str`, *optional*): `"int8"` or `"int4"`: 8 or 4 bits a weight. By default weights stay as they are.
+        group (`int`, defaults to 128): Columns of a matrix that share a scale: 32, 64, 128, ... up to 4096, or 0 for
+            all of a row. A scale takes two bytes.
+        scales (`str`, defaults to `"mse"`): How a scale is chosen: `"absmax"`, so that the largest weight is the
+            largest number, or `"mse"`, so that the squared error is least.
+        feedback (`bool`, defaults to `True`): Whether the weights that are rounded later make up for what is lost by
+            those before them, which takes X·Xᵀ of every matrix.
+    """
+
+    name: str | None = setting(None, choices=tuple(BITS))
+    group: int = setting(128, low=0)
+    scales: str = setting("mse", choices=tuple(SCALES))
+    feedback: bool = True
+
+    def __post_init__(self):
+        check_settings(self)
+        for name in ("group", "scales", "feedback"):
+            if self.name is None and (value := getattr(self, name)) != getattr(ValuesConfig, name):
+                raise ValueError(
+                    f"{name}={value!r} says how weights become whole numbers, and without values none does; give "
+                    "values='int8' or values='int4', or leave it out."
+                )
+        if self.group not in GROUPS:
+            raise ValueError(
+                f"group={self.group} is no number of columns that may share a scale; use one of "
+                f"{', '.join(map(str, sorted(GROUPS)))}, where 0 is all of a row."
+            )
+
+    @property
+    def bits(self) -> int | None:
+        """Bits of a weight; `None` where weights stay as they are."""
+        return BITS.get(self.name)
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from .source import step_size
 from .stretches import Stretch
+from .unstructured.grid import StayOnGrid
 
 
 LOOKS = 8  # at the held-out windows, in the course of a training
@@ -56,15 +57,19 @@ def told(found: Mapping[str, Reconstruction]) -> str:
 class Training:
     """Trainings of one stretch from one start, of which the best is kept.
 
+    Of weights that lie on a grid of `bits`, what is trained is moved to the numbers nearest to it wherever it is used,
+    and has the gradient of those (a straight-through step, Bengio et al., 2013, https://arxiv.org/abs/1308.3432).
+
     Attributes:
         found: the [`Reconstruction`] of the best.
     """
 
-    def __init__(self, stretch: Stretch, steps: int, seed: int):
+    def __init__(self, stretch: Stretch, steps: int, seed: int, bits: int | None = None):
         self.stretch, self.steps, self.seed = stretch, steps, seed
         # Where it is in float32 the weight itself is trained, and no copy.
         self.masters = {name: value.detach().float().requires_grad_() for name, value in stretch.parameters.items()}
         self.held = {name: value == 0 for name, value in stretch.parameters.items() if value.dim() > 1}
+        self.grids = {name: StayOnGrid(stretch.parameters[name], bits) for name in self.held} if bits else {}
         self.best = self.start = {name: value.detach().clone() for name, value in self.masters.items()}
         seen = stretch.samples[: len(stretch.samples) - len(stretch.held_out)]
         self.groups = _groups(seen, step_size(sum(seen)))
@@ -100,7 +105,7 @@ class Training:
     def finish(self) -> None:
         """Make the best weights the stretch's own."""
         for name, value in self.best.items():
-            self.stretch.parameters[name].copy_(value)
+            self.stretch.parameters[name].copy_(self._placed(name, value))
 
     def _look(self, rate: float, step: int) -> None:
         loss = self._held_out_loss()
@@ -126,7 +131,17 @@ class Training:
 
     def _values(self) -> dict[str, Tensor]:
         """What is trained in the stretch's own type, for that is the model that is made."""
-        return {name: value.to(self.stretch.parameters[name].dtype) for name, value in self.masters.items()}
+        return {
+            name: self._placed(name, value).to(self.stretch.parameters[name].dtype)
+            for name, value in self.masters.items()
+        }
+
+    def _placed(self, name: str, value: Tensor) -> Tensor:
+        """What is trained, of any shape, on its grid if it has one, with the gradient of what it is there."""
+        if name not in self.grids:
+            return value
+        # The difference is zero, bit for bit, and hands the gradient on.
+        return self.grids[name](value.detach()) + (value - value.detach())
 
     def _lost(self, batch: int, values: Mapping[str, Tensor]) -> Tensor:
         """Σ ‖what comes out − target‖² over a batch, a scalar in float32."""

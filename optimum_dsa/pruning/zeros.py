@@ -36,15 +36,14 @@ def count_zeros(
     """Weight name -> how many of its entries are zero; of an offloaded model too, a block at a time.
 
     Args:
-        look (`Callable`, *optional*): is given each weight and where it is zero, (out_features, in_features).
+        look (`Callable`, *optional*): is given each weight and what it is, (out_features, in_features).
     """
     found = {}
     for walked in walk_blocks(model, architecture, None):
         for weight in walked.weights:
-            removed = walked.tensor(weight) == 0
-            found[weight.name] = int(removed.sum())
+            found[weight.name] = zeros_in(tensor := walked.tensor(weight))
             if look is not None:
-                look(weight, removed)
+                look(weight, tensor)
     return found
 
 

@@ -21,6 +21,7 @@ NAMED = 4  # matrices of a row that are named, where more stayed dense for one r
 OF_BUDGET = ("sparsity", "allocation", "pattern", "granularity", "exclude", "include", "blocks")
 # Settings that say nothing where what they belong to was not asked for.
 IDLE = {"reconstruct": ("reconstruct", "rate", "span", "apart"), "permute": ("permute",)}
+IDLE["values"] = ("values", "group", "scales", "feedback")
 
 
 def account(outcome: Outcome) -> list[str]:
@@ -73,7 +74,7 @@ def _pruned(outcome: Outcome) -> Iterator[str]:
         update = config.recipe.update
         text = "" if UPDATES.fact(update, "reads", "nothing") == "nothing" else ", on the calibration text,"
         yield f"The weights that stay were changed by {update}{text} to keep the outputs of {whose}.{moved}"
-    elif not (
+    elif not config.values.bits and not (
         any(found.steps for found in report.reconstruction.values())
         or any(training.get("schedule") for training in outcome.trainings)
     ):
@@ -81,6 +82,9 @@ def _pruned(outcome: Outcome) -> Iterator[str]:
         yield f"Pruning chose what goes and left the weights that stay {whose}.{moved}"
     elif moved:
         yield moved.strip()
+    if bits := config.values.bits:
+        shared = f"every {config.values.group} columns of a row" if config.values.group else "every row"
+        yield f"The weights that stay became whole numbers of {bits} bits, times a scale for {shared}."
     if trained := report.reconstruction:
         better = [found for found in trained.values() if found.steps]
         end = "" if better else ", which brought none nearer to it, so that they are what they were"

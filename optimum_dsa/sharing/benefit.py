@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 from .outcome import Outcome, last_part
 
@@ -14,8 +15,12 @@ def benefits(outcomes: Sequence[Outcome]) -> Iterator[tuple[str, str, list[str],
     """Heading, caption, header and rows for each of `outcomes` of which a measurement lies in its folder."""
     for outcome in outcomes:
         if (found := outcome.speed) is not None:
-            others = [last_part(speed.model) for speed in list(found.speeds.values())[1:]]
-            header = ["", outcome.name, *others, *(["ratio"] if len(others) == 1 else [])]
+            own = next(iter(found.speeds.values())).model
+            shown = [
+                replace(speed, model=outcome.name if speed.model == own else last_part(speed.model)).shown
+                for speed in found.speeds.values()
+            ]
+            header = ["", *shown, *(["ratio"] if len(shown) == 2 else [])]
             rows = [row for row in found.rows() if row[0] not in _NOT_FELT]
             heading = "What it gives" + (f": {outcome.name}" if len(outcomes) > 1 else "")
             yield heading, f"Measured: {found.how}. On {found.where}.", header, rows
@@ -26,5 +31,6 @@ def benefit_tile(outcome: Outcome) -> list[tuple[str, str, str]]:
     if outcome.speed is None or len(outcome.speed.speeds) < 2:
         return []
     first, *_, last = outcome.speed.speeds.values()
-    note = f"times {last_part(last.model)}'s tokens a second; {outcome.speed.where}"
+    form = f", {first.form}" if first.form else ""
+    note = f"times the tokens a second of {last_part(last.shown)}{form}; {outcome.speed.where}"
     return [("Writes", f"{first.decode / last.decode:.2f} ×", note)]

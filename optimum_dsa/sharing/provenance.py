@@ -19,6 +19,7 @@ from ..pruning.structured.configuration import DSAStructuredConfig
 from ..pruning.structured.importance import IMPORTANCES
 from ..pruning.structured.learners import LEARNERS
 from ..pruning.structured.widths.shares import SHARES
+from ..pruning.unstructured.grid import REFERENCE as FEEDBACK
 from ..pruning.unstructured.methods import METHODS
 from ..pruning.unstructured.metrics import METRICS
 from ..pruning.unstructured.permutations import PERMUTATIONS
@@ -202,6 +203,8 @@ def papers(
             cite(MODES, one.get("mode"))
     if (config.get("reconstruct") or {}).get("steps"):
         found["reconstruct"] = RECONSTRUCTION
+    if (values := config.get("values") or {}).get("name") and values.get("feedback", True):
+        found["values"] = FEEDBACK
     name = config.get("allocation")
     name = name.get("name") if isinstance(name, Mapping) else name
     name = str(name).split(", ")[0]  # a searched one goes on with its spread and offsets

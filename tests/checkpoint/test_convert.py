@@ -210,7 +210,10 @@ def test_a_size_that_is_none_is_refused_before_any_work(pruned, tmp_path, size):
 
 def test_wrong_requests(pruned, tmp_path):
     for arguments, message in [
-        ((pruned / "one", tmp_path / "out", "sparse"), "stored as 'dense' or 'compressed', got 'sparse'"),
+        (
+            (pruned / "one", tmp_path / "out", "sparse"),
+            "stored as 'dense' or 'compressed' or 'quantised', got 'sparse'",
+        ),
         ((pruned / "one", tmp_path / "out", "dense"), "is dense already"),
         ((pruned / "compressed", tmp_path / "out", "compressed"), "is compressed already"),
     ]:

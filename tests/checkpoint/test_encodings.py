@@ -125,7 +125,7 @@ def test_compressed_is_a_name_of_bitmask(pruned, tmp_path):
     assert raw(tmp_path / "a") == raw(tmp_path / "b")
     assert (tmp_path / "a" / "config.json").read_bytes() == (tmp_path / "b" / "config.json").read_bytes()
     assert encoding_named("compressed") is encoding_named("bitmask") is BITMASK
-    with pytest.raises(ValueError, match="'dense' or 'compressed', got 'zip'"):
+    with pytest.raises(ValueError, match="'compressed' or 'quantised', got 'zip'"):
         pruned.save_pretrained(tmp_path / "c", encoding="zip")
     with pytest.raises(ValueError, match="do not fit"):
         pruned.save_pretrained(tmp_path / "c", compressed=True, encoding="other")

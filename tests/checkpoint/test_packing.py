@@ -3,10 +3,9 @@
 import pytest
 import torch
 
-from optimum_dsa import DSAConfig, DSAPruner, DSAStructuredConfig, RecoveryConfig, prune
+from optimum_dsa import DSAConfig, DSAPruner, RecoveryConfig, prune
 from optimum_dsa.packed.pack_model import packed_layers
 from optimum_dsa.pruning.zeros import counted
-from optimum_dsa.search.search import search
 
 from ..tiny import needs_compressed_loading, same_state, state, tiny_llama, tokens
 
@@ -71,9 +70,7 @@ def test_what_needs_dense_weights_refuses_it_by_name():
         lambda: prune(pruner.model, None, CONFIG),
         lambda: pruner.allocate(None, CONFIG),
         lambda: pruner.sensitivity(tokens(), CONFIG),
-        lambda: pruner.search(tokens(), CONFIG),
-        lambda: pruner.search(tokens(), DSAStructuredConfig(0.3, layout="per_layer")),
-        lambda: search(pruner.model, None, tokens(), CONFIG, strategy="random"),
+        lambda: pruner.search(tokens(), CONFIG, validation=tokens(seed=1)),
     ):
         with pytest.raises(ValueError, match=r"is packed, and its weights .* unpack the model first"):
             refused()

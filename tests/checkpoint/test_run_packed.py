@@ -38,7 +38,7 @@ def folders(tmp_path_factory):
     return pruner.model, folder
 
 
-@pytest.mark.parametrize("family", sorted(FAMILIES))
+@pytest.mark.parametrize("family", ["llama", "gpt2", "opt", "bart", "bert", "mixtral", "qwen3_next", "falcon_new"])
 def test_every_family_is_loaded_packed_bit_for_bit(family, tiny, tmp_path):
     model = tiny(family)
     prune(model, None, DSAConfig(0.6, "magnitude", "uniform", skip_unprunable=True))

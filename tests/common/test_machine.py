@@ -5,8 +5,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
-from optimum_dsa.common.machine import machine_name, settled_memory, shown_bytes
+from optimum_dsa.common.machine import lying_in_files, machine_name, settled_memory, shown_bytes
 
 
 def test_a_machine_is_its_processor_and_nobody_s_name():
@@ -31,6 +32,16 @@ def test_what_is_given_back_is_not_this_process_s():
     assert 2**26 <= settled_memory() - before < 2**26 + 2**23
     del kept
     assert abs(settled_memory() - before) < 2**23
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").is_file(), reason="the system does not say")
+def test_what_is_read_where_it_lies_is_told_from_what_was_copied(tmp_path):
+    save_file({"a": torch.ones(1000), "b": torch.ones(10)}, tmp_path / "x.safetensors")
+    found = load_file(tmp_path / "x.safetensors")
+    here = {name: tensor.clone() for name, tensor in found.items()}
+    assert lying_in_files(here.values()) == 0
+    mapped = torch.from_file(str(tmp_path / "x.safetensors"), size=100, dtype=torch.uint8)
+    assert lying_in_files([*here.values(), mapped, torch.empty(0), torch.empty(3, device="meta")]) == 100
 
 
 def test_bytes_are_shown_in_three_digits():

@@ -15,7 +15,7 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-from optimum_dsa import DSAConfig, DSAPruner, DSAStructuredConfig, answers_chats, generate_text
+from optimum_dsa import DSAConfig, DSAPruner, DSAStructuredConfig, answers_chats, convert, generate_text
 
 from ..test_commands import run
 from ..tiny import bos_tokenizer, needs_compressed_loading, tiny_llama, tokens
@@ -182,9 +182,18 @@ def adapter(folder):
     return made.eval()
 
 
+def packed(folder):
+    zeros(folder / "dense")
+    convert(folder / "dense", folder / "packed", "packed")
+    for file in (folder / "packed").iterdir():
+        file.rename(folder / file.name)
+    return DSAPruner.from_pretrained(folder).model
+
+
 FOLDERS = {
     "dense": zeros,
     "compressed": lambda folder: zeros(folder, compressed=True),
+    "packed": packed,
     "per_layer": smaller,
     "adapter": adapter,
 }

@@ -6,7 +6,16 @@ import pytest
 import torch
 from transformers import BertConfig, BertForMaskedLM, GPT2Config, GPT2LMHeadModel
 
-from optimum_dsa import DSAStructuredConfig, demo_model, measure_speed, prune_structures, read_speed
+from optimum_dsa import (
+    DSAConfig,
+    DSAStructuredConfig,
+    demo_model,
+    measure_speed,
+    prune,
+    prune_structures,
+    read_speed,
+)
+from optimum_dsa.packed.pack_model import pack_model
 
 from ..test_commands import run
 from ..tiny import tiny_llama, tokens
@@ -46,6 +55,17 @@ def test_a_smaller_model_takes_less():
     found = measure_speed({"smaller": model, "dense": dense}, **SMALL).speeds
     for part in ("parameters", "weight_bytes", "flops", "cache_bytes"):
         assert getattr(found["smaller"], part) < getattr(found["dense"], part)
+
+
+def test_a_packed_model_reads_and_multiplies_less():
+    dense, model = tiny_llama(), tiny_llama()
+    prune(model, None, DSAConfig(0.5, "magnitude", "uniform"))
+    pack_model(model)
+    found = measure_speed({"packed": model, "dense": dense}, **SMALL).speeds
+    packed = found["packed"]
+    assert packed.parameters == found["dense"].parameters and packed.flops < found["dense"].flops
+    assert packed.packed_bytes < packed.weight_bytes < found["dense"].weight_bytes
+    assert packed.read_bytes < found["dense"].read_bytes
 
 
 def test_models_are_measured_in_turn_and_the_first_round_is_not_counted(monkeypatch):

@@ -25,8 +25,8 @@ def test_more_than_two_are_held_against_the_last_and_what_is_not_known_of_one_is
     found = SpeedComparison({"c": FULL, "a": ONE, "b": OTHER}, *HOW, 240e9, "A chip, 2 cores", "2026-01-31")
     lines = [line.split() for line in str(found).splitlines()]
     assert lines[0] == ["c", "a", "b"]
-    assert ["prefill,", "times", "b", "3.00", "1.50", "1.00"] in lines
-    assert ["decode,", "times", "b", "3.00", "1.50", "1.00"] in lines
+    assert ["prefill,", "times", "the", "last", "3.00", "1.50", "1.00"] in lines
+    assert ["decode,", "times", "the", "last", "3.00", "1.50", "1.00"] in lines
     assert ["of", "them", "packed", "12", "B", "–", "–"] in lines
     assert ["of", "the", "memory's", "bandwidth", "25%", "–", "–"] in lines
     assert ["resident", "memory", "2", "MB", "–", "–"] in lines

@@ -150,6 +150,7 @@ inline float from_neighbour(float value, int distance) {
   emulator::wait(warp.barrier);
   return as_float(found);
 }
+inline int count_bits(uint32_t word) { return __builtin_popcount(word); }
 inline uint32_t pick_bytes(uint32_t first, uint32_t second, uint32_t which) {
   const uint64_t all = (uint64_t)second << 32 | first;
   uint32_t found = 0;
@@ -237,7 +238,7 @@ inline void store_shared_float(uint32_t to, float value) {
 }
 
 // Between them, unless null, every read of weights has to lie; and how many bytes were read since the last call.
-extern "C" long optimum_dsa_emulated(const void* begin, const void* end) {
+extern "C" __attribute__((used)) inline long optimum_dsa_emulated(const void* begin, const void* end) {
   const long before = emulator::weights_read;
   emulator::weights_begin = (const uint8_t*)begin, emulator::weights_end = (const uint8_t*)end;
   emulator::weights_read = 0;

@@ -2,18 +2,19 @@
 
 import ctypes
 import json
-import os
 import shutil
 import subprocess
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 
-from optimum_dsa.packed import cuda
+from optimum_dsa.packed import cuda, nvcc
 from optimum_dsa.packed.matrix import PackedMatrix
-from optimum_dsa.packed.two_of_four import TwoOfFour
+from optimum_dsa.packed.two_of_four import TwoOfFour, reference_rows
 
+from .test_matrix import sparse, whole
 from .test_two_of_four import two_of_four, whole_numbers
 
 
@@ -26,7 +27,7 @@ def library(tmp_path_factory):
         pytest.skip("no g++ to compile the emulator with")
     made = tmp_path_factory.mktemp("emulator") / "emulated.so"
     command = [compiler, "-O1", "-std=c++20", "-fPIC", "-shared", "-DEMULATED", f"-I{HERE}", "-x", "c++"]
-    done = subprocess.run([*command, cuda.SOURCES / "two_of_four.cu", "-o", made], capture_output=True, text=True)
+    done = subprocess.run([*command, *nvcc.sources(), "-o", made], capture_output=True, text=True)
     assert not done.returncode, done.stderr
     return made
 
@@ -135,31 +136,51 @@ def test_what_a_kernel_does_not_take_is_unpacked(library):
         torch.testing.assert_close(found, torch.nn.functional.linear(inputs, made.dense(inputs.dtype)))
 
 
-def test_without_leave_or_a_compiler_there_are_no_kernels(monkeypatch, tmp_path):
-    monkeypatch.delenv("OPTIMUM_DSA_JIT", raising=False)
-    monkeypatch.setenv("OPTIMUM_DSA_KERNELS_PATH", str(tmp_path))
-    assert cuda.library_for("80") is None and cuda.kernels(torch.device("cpu")) is None
-    (tmp_path / cuda.file_name("90")).touch()
-    assert cuda.library_for("90") == tmp_path / cuda.file_name("90")
-    monkeypatch.setenv("OPTIMUM_DSA_JIT", "1")
-    monkeypatch.setattr(cuda, "cache_folder", lambda: tmp_path / "cache")
-    monkeypatch.setattr(cuda, "build", lambda architecture: architecture)
-    assert cuda.library_for("80") == "80"
-    monkeypatch.undo()
-    monkeypatch.setattr(cuda, "compiler", lambda: None)
-    with pytest.raises(RuntimeError, match="No nvcc was found"):
-        cuda.build("80", tmp_path)
-    failing = tmp_path / "nvcc"
-    failing.write_text("#!/bin/sh\necho its own words >&2; exit 3\n")
-    failing.chmod(0o755)
-    monkeypatch.setattr(cuda, "compiler", lambda: failing)
-    with pytest.raises(RuntimeError, match="ended with 3: its own words"):
-        cuda.build("80", tmp_path)
-    assert [path.name for path in tmp_path.glob("*.so")] == [cuda.file_name("90")]
+@pytest.mark.parametrize("bits, group", [(16, 0), (8, 0), (8, 32), (4, 0), (4, 128)])
+def test_rows_are_unpacked_as_in_pytorch_bit_for_bit(library, bits, group):
+    """Of masks that begin within a byte, of rows that keep nothing or an odd number, from any row on."""
+    kernels = emulated(library)
+    for rows, columns in ((37, 260), (5, 13), (20, 1056)):
+        if bits == 16:
+            packed = PackedMatrix.of(sparse(rows, columns, 0, torch.bfloat16))
+        else:
+            packed = whole(rows, columns, 0, bits, group)[0]
+        for first, last in ((0, rows), (3, rows - 1)):
+            expected = packed.dense(torch.bfloat16)[first:last]
+            found = kernels.rows_of(packed.parts, bits, columns, first, last, lambda expected=expected: expected)
+            assert torch.equal(found, expected)
+    assert kernels.trusted == {f"{bits} bits, anywhere": True}
 
 
-@pytest.mark.skipif(not os.environ.get("OPTIMUM_DSA_NVCC"), reason="takes half a minute; a variable asks for it")
-@pytest.mark.parametrize("architecture", ["80", "90"])
-def test_nvcc_takes_the_sources(tmp_path, architecture):
-    built = cuda.build(architecture, tmp_path)
-    assert ctypes.CDLL(str(built)).optimum_dsa_two_of_four and cuda.build(architecture, tmp_path) == built
+@pytest.mark.parametrize("bits", [16, 8, 4])
+def test_tiles_of_two_of_four_are_unpacked_as_in_pytorch_bit_for_bit(library, bits):
+    kernels = emulated(library)
+    for rows, columns, share in ((37, 260, 0.6), (50, 772, 1.0)):
+        made = TwoOfFour.of(matrix(bits, rows, columns, share))
+        for first, last in ((0, rows), (16, rows - 1)):
+            reference = partial(reference_rows, made.groups, made.scales, columns, first, last, torch.bfloat16)
+            parts = (None, made.groups, None, made.scales, 0)
+            assert torch.equal(kernels.rows_of(parts, bits, columns, first, last, reference), reference())
+            assert torch.equal(kernels.rows_of(parts, bits, columns, first, last, None), reference())
+    assert kernels.trusted == {f"{bits} bits, 2:4": True}
+
+
+def test_what_is_not_unpacked_as_in_pytorch_is_not_unpacked_again(library, caplog):
+    kernels = emulated(library)
+    packed, right = PackedMatrix.of(sparse(4, 32, 0, torch.bfloat16)), torch.ones(4, 32).bfloat16()
+    for _ in range(2):
+        assert torch.equal(kernels.rows_of(packed.parts, 16, 32, 0, 4, lambda: right), right)
+    assert caplog.text.count("not as in PyTorch") == 1
+
+
+def test_tiles_are_of_a_bounded_size(monkeypatch):
+    monkeypatch.setattr(cuda, "TILE_WEIGHTS", 20 * 300)
+    weight, seen = torch.randn(700, 20), []
+
+    def dense(first, last):
+        seen.append(last - first)
+        return weight[first:last]
+
+    inputs = torch.randn(2, 3, 20)
+    torch.testing.assert_close(cuda.by_tiles(inputs, 700, dense), torch.nn.functional.linear(inputs, weight))
+    assert seen == [256, 256, 188]

@@ -5,6 +5,7 @@ import json
 import pytest
 
 from optimum_dsa import DSAConfig, DSAPruner, measure_speed, save_speed, write_report
+from optimum_dsa.sharing.benefit import benefits
 from optimum_dsa.sharing.outcome import Outcome
 from optimum_dsa.sharing.page import figures, page
 
@@ -69,6 +70,18 @@ def test_the_latest_measurement_counts_and_one_alone_has_no_ratio(folder, speed)
     assert outcome.speed.date == "2026-02-01"
     said = write_report(folder)
     assert "decode, tokens/s" in said and "ratio" not in said and "Writes" not in page([outcome], figures([outcome]))
+
+
+def test_forms_of_one_model_are_told_apart(folder, speed):
+    data = speed.to_dict()
+    row = data["speeds"]["home/mine"]
+    data["speeds"] = {
+        "p": {**row, "form": "packed"}, "d": {**row, "form": "dense"}, "o": {**row, "model": "home/dense"}
+    }  # fmt: skip
+    (folder / "speed.json").write_text(json.dumps(data))
+    (found,) = benefits([Outcome.read(folder)])
+    assert found[2] == ["", "mine (packed)", "mine (dense)", "dense"]
+    assert [row[0] for row in found[3]][-1] == "decode, times the last"
 
 
 def test_a_stranger_s_names_are_no_markup(hub, folder, speed):

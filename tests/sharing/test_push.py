@@ -16,11 +16,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from optimum_dsa import DSAConfig, DSAPruner, read_results
 from optimum_dsa.commands.embedded import demo_model, demo_texts
+from optimum_dsa.packed.pack_model import packed_layers
 from optimum_dsa.sharing.push import PushError
 
 from ..hub_server import TOKEN, HubServer
 from ..test_commands import run
-from ..tiny import same_state, state, tiny_llama, tokens
+from ..tiny import needs_compressed_loading, same_state, state, tiny_llama, tokens
 from .common import FILES, PLOTS, change, push, snapshot
 
 
@@ -66,6 +67,20 @@ def test_a_model_is_pushed_and_loaded_in_a_fresh_process(tmp_path):
         zeros, same, ids = fresh_process(server, tmp_path, "-c", textwrap.dedent(load)).split(maxsplit=2)
     assert (int(zeros), same) == (report.removed, "True")
     assert json.loads(ids) == AutoTokenizer.from_pretrained(demo_model())("x = 1").input_ids
+
+
+@needs_compressed_loading
+def test_a_packed_model_is_pushed_and_loaded_packed(hub, tmp_path):
+    pruner = DSAPruner(tiny_llama())
+    pruner.prune(None, DSAConfig(0.6, "magnitude", "uniform"))
+    before = state(pruner.model)
+    packed = pruner.pack().packed
+    pruner.push_to_hub("me/packed", token=TOKEN)
+    assert packed_layers(pruner.model) == packed and "dsa_model.safetensors.index.json" in hub.content("me/packed")
+    again = DSAPruner.from_pretrained("me/packed")
+    assert packed_layers(again.model) == packed and again.verify().holds
+    again.unpack()
+    assert same_state(again.model, before)
 
 
 def test_a_pruner_pushes_what_it_holds(hub, tmp_path):

@@ -19,7 +19,7 @@ class Compiled(build_py):
 
     def run(self):
         super().run()
-        compile_library(Path(self.build_lib) / "optimum_dsa_kernels" / "kernels.so")
+        compile_library(Path(self.build_lib) / "optimum_dsa_kernels" / "optimum_dsa_kernels.so")
 
 
 class Wheel(bdist_wheel):

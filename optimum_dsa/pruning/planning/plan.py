@@ -198,6 +198,7 @@ def method_line(config: DSAConfig) -> str:
     said = [config.method]
     said += [f"{name} {value}" for name in ("metric", "pattern", "permute") if (value := getattr(config, name))]
     said += [f"update {update.name}"] if update.name else []
+    said += [f"values {config.values.name}"] if config.values.name else []
     said += ["dense targets"] if update.targets == "dense" else []
     said += ["true sequential"] if update.true_sequential else []
     said += ["residual"] if update.residual else []

@@ -76,7 +76,9 @@ def time_block(model: nn.Module, config: DSAConfig, text: Text) -> Seconds:
     trains = config.reconstruct.steps and windows > 1
     if trains:
         # A rate is sought in the first blocks of a model alone.
-        steps.append(Reconstruct(replace(config.reconstruct, rate=config.reconstruct.rate or FIRST)))
+        steps.append(
+            Reconstruct(replace(config.reconstruct, rate=config.reconstruct.rate or FIRST), 0, config.values.bits)
+        )
         batches, unseen = batches_to_train(calibration, replace(config, batch_size=text.batch))
     reads = union(steps)
     passed, removing, again = _second(

@@ -31,6 +31,8 @@ DEVICE uint16_t to_float16(float value) {
   return __half_as_ushort(__float2half_rn(fminf(fmaxf(value, -65504.f), 65504.f)));
 }
 
+DEVICE int count_bits(uint32_t word) { return __popc(word); }
+
 // Four of the eight bytes of `second:first`, by four numbers of 4 bits.
 DEVICE uint32_t pick_bytes(uint32_t first, uint32_t second, uint32_t which) {
   uint32_t found;

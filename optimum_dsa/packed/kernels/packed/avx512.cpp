@@ -95,8 +95,10 @@ template <Type T, bool WHOLE> INLINE Two take(const void* values, int64_t place,
   } else if constexpr (T == Type::int8 || T == Type::int4) {
     const __m512i w = spread_bytes(keep, some_numbers<T, WHOLE>(values, place, count));
     const __m256i numbers = _mm512_castsi512_si256(w);
-    return {_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm256_castsi256_si128(numbers))),
-            _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm256_extracti128_si256(numbers, 1)))};
+    __m512i low = _mm512_cvtepi8_epi32(_mm256_castsi256_si128(numbers));
+    __m512i high = _mm512_cvtepi8_epi32(_mm256_extracti128_si256(numbers, 1));
+    if (T == Type::int4) low = _mm512_srai_epi32(low, 4), high = _mm512_srai_epi32(high, 4);
+    return {_mm512_cvtepi32_ps(low), _mm512_cvtepi32_ps(high)};
   } else {
     const __m512i w = spread_halves(keep, some_halves<WHOLE>(static_cast<const uint16_t*>(values) + place, count));
     const __m256i low = _mm512_castsi512_si256(w), high = _mm512_extracti64x4_epi64(w, 1);
@@ -257,6 +259,39 @@ void unpack(const Matrix& m, void* out, Type type, int64_t first, int64_t last) 
   }
 }
 
+// Whole numbers to bfloat16 by the instruction for it, which takes a seventh of the steps.
+template <Type T, bool WHOLE> INLINE_BF16 void numbers_row(const Matrix& m, uint16_t* out, int64_t r) {
+  const uint8_t* mask = m.mask + r * (m.columns / 8);
+  int64_t place = m.starts[r];
+  for (int64_t g = 0; g < m.groups; g++) {
+    const int64_t end = g + 1 < m.groups ? (g + 1) * m.group : m.columns;
+    const __m512 scale = _mm512_set1_ps(m.scales[r * m.groups + g]);
+    for (int64_t c = g * m.group; c < end; c += 32) {
+      const int64_t left = end - c;
+      const uint32_t keep = left >= 32 ? load32(mask + c / 8) : (uint32_t)load_bytes(mask + c / 8, left / 8);
+      _mm_prefetch((const char*)m.values + place * BITS<T> / 8 + AHEAD, _MM_HINT_T0);
+      const Two w = take<T, WHOLE>(m.values, place, keep);
+      place += _mm_popcnt_u32(keep);
+      const __m512bh both = _mm512_cvtne2ps_pbh(_mm512_mul_ps(w.high, scale), _mm512_mul_ps(w.low, scale));
+      _mm512_mask_storeu_epi16(out + c, left >= 32 ? ~0u : _bzhi_u32(~0u, left), (__m512i)both);
+    }
+  }
+}
+
+template <Type T> TARGET_BF16 void numbers_of(const Matrix& m, void* out, int64_t first, int64_t last) {
+  for (int64_t r = first; r < last; r++) {
+    uint16_t* row = static_cast<uint16_t*>(out) + (r - first) * m.columns;
+    if (m.starts[r + 1] + OVER <= m.kept()) numbers_row<T, true>(m, row, r);
+    else numbers_row<T, false>(m, row, r);
+  }
+}
+
+void unpack_bf16(const Matrix& m, void* out, Type type, int64_t first, int64_t last) {
+  if (type != Type::bfloat16 || !m.whole()) return unpack(m, out, type, first, last);
+  if (m.type == Type::int8) numbers_of<Type::int8>(m, out, first, last);
+  else numbers_of<Type::int4>(m, out, first, last);
+}
+
 Layout layout(const Matrix& m, Type) {
   if (m.whole()) return block_of(m) ? Layout::whole : Layout::floats;
   return m.type == Type::bfloat16 ? Layout::pairs : Layout::floats;
@@ -267,7 +302,10 @@ Layout layout_bf16(const Matrix& m, Type input) {
   return m.type == Type::bfloat16 && input == Type::bfloat16 ? Layout::halves : layout(m, input);
 }
 
-int64_t most(const Matrix& m) { return m.whole() && !block_of(m) ? avx2.most(m) : 8; }
+int64_t most(const Matrix& m) {
+  if (m.whole()) return block_of(m) ? 8 : avx2.most(m);
+  return 4;  // in float32 more of them take longer than a tile and a dense product
+}
 
 bool runs() {
   return avx2.runs() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
@@ -280,7 +318,8 @@ bool runs() {
 
 const Kernels avx512 = {"avx512", runs, layout, product, unpack, most};
 const Kernels avx512_bf16 = {
-    "avx512_bf16", [] { return runs() && __builtin_cpu_supports("avx512bf16"); }, layout_bf16, product, unpack, most};
+    "avx512_bf16", [] { return runs() && __builtin_cpu_supports("avx512bf16"); }, layout_bf16, product, unpack_bf16,
+    [](const Matrix& m) { return m.type == Type::bfloat16 ? 8 : most(m); }};
 
 }  // namespace packed
 #endif

@@ -12,7 +12,7 @@ namespace packed {
 
 constexpr int64_t AHEAD = 2048;       // bytes of values that are asked of memory before they are needed
 constexpr int64_t AHEAD_MASK = 512;
-constexpr int64_t OVER = 64;          // values behind a row that a whole load may touch
+constexpr int64_t OVER = 128;         // values behind a row that a whole load may touch: 64 bytes of 4 bits
 
 // vpexpand on Zen 4 waits for the old content of its destination even where it zeroes it: a cleared one, which waits for
 // nothing, doubles the speed. Written out, as a compiler sees no use in clearing.
@@ -37,29 +37,32 @@ template <bool WHOLE> INLINE __m512i some_halves(const uint16_t* from, int count
   return WHOLE ? _mm512_loadu_si512(from) : _mm512_maskz_loadu_epi16(_bzhi_u32(~0u, count), from);
 }
 
-// The next numbers, as many as `count` <= 64, a byte each.
+// Controls of byte shuffles that make bytes of numbers of 4 bits.
+struct Spread {
+  alignas(64) uint8_t bytes[64];    // every 8 bytes begin 4 after those before them, as 8 numbers are 4 bytes
+  alignas(64) uint8_t bits[2][64];  // where in these 8 bytes the byte begins of which a number is the high half
+  Spread() {
+    for (int i = 0; i < 64; i++) {
+      bytes[i] = i / 8 * 4 + i % 8;
+      bits[0][i] = (4 * (i % 8) + 60) % 64;
+      bits[1][i] = 4 * (i % 8);  // where numbers begin in the middle of a byte
+    }
+  }
+};
+static const Spread SPREAD;
+
+// The next numbers, as many as `count` <= 64, a byte each; those of 4 bits times 16, which keeps their sign.
 template <Type T, bool WHOLE> INLINE __m512i some_numbers(const void* values, int64_t place, int count) {
   if constexpr (T == Type::int8) {
     const uint8_t* from = static_cast<const uint8_t*>(values) + place;
     return WHOLE ? _mm512_loadu_si512(from) : _mm512_maskz_loadu_epi8(_bzhi_u64(~0ull, count), from);
   } else {
-    // 64 numbers of 4 bits are 32 bytes, and one more where they begin in the middle of a byte.
     const uint8_t* from = static_cast<const uint8_t*>(values) + place / 2;
     const int odd = place % 2, bytes = (count + odd + 1) / 2;
-    __m256i low, high;
-    if (WHOLE) {
-      low = _mm256_loadu_si256((const __m256i*)from);
-      high = _mm256_loadu_si256((const __m256i*)(from + 8));
-    } else {
-      low = _mm256_maskz_loadu_epi8(_bzhi_u64(~0ull, bytes), from);
-      high = _mm256_maskz_loadu_epi8(_bzhi_u64(~0ull, bytes > 8 ? bytes - 8 : 0), from + 8);
-    }
-    const __m256i both = _mm256_shrdv_epi64(low, high, _mm256_set1_epi64x(4 * odd));
-    const __m512i wide = _mm512_cvtepu8_epi16(both);
-    const __m512i halves = _mm512_or_si512(wide, _mm512_slli_epi16(wide, 4));
-    // A table takes the sign along, and looks at the low four bits only once the others are gone.
-    const __m512i table = _mm512_broadcast_i32x4(_mm_setr_epi8(0, 1, 2, 3, 4, 5, 6, 7, -8, -7, -6, -5, -4, -3, -2, -1));
-    return _mm512_shuffle_epi8(table, _mm512_and_si512(halves, _mm512_set1_epi8(15)));
+    const __m512i packed = WHOLE ? _mm512_loadu_si512(from) : _mm512_maskz_loadu_epi8(_bzhi_u64(~0ull, bytes), from);
+    const __m512i wide = _mm512_permutexvar_epi8(_mm512_load_si512(SPREAD.bytes), packed);
+    return _mm512_and_si512(_mm512_multishift_epi64_epi8(_mm512_load_si512(SPREAD.bits[odd]), wide),
+                            _mm512_set1_epi8(-16));
   }
 }
 

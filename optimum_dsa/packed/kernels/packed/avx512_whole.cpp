@@ -7,83 +7,93 @@
 namespace packed {
 namespace {
 
-// Adds 64 weights times N inputs to sums of 32 bits. A block of 128 columns adds at most 4 * 2 * 128 * 32767 < 2^31.
-template <Type T, int N, bool WHOLE>
-INLINE void step(const Matrix& m, const int16_t* x, int64_t stride, uint64_t keep, int64_t place, __m512i (&sum)[N][2]) {
-  const __m512i w = spread_bytes(keep, some_numbers<T, WHOLE>(m.values, place, _mm_popcnt_u64(keep)));
-  const __m512i low = _mm512_cvtepi8_epi16(_mm512_castsi512_si256(w));
-  const __m512i high = _mm512_cvtepi8_epi16(_mm512_extracti64x4_epi64(w, 1));
-#pragma GCC unroll 8
-  for (int b = 0; b < N; b++) {
-    sum[b][0] = _mm512_dpwssd_epi32(sum[b][0], low, _mm512_loadu_si512(x + b * stride));
-    sum[b][1] = _mm512_dpwssd_epi32(sum[b][1], high, _mm512_loadu_si512(x + b * stride + 32));
-  }
-}
-
-// BLOCK 32: each half of 64 columns has scales of its own.
-template <Type T, int N, int BLOCK, bool WHOLE>
-INLINE void row_of(const Matrix& m, const Inputs& inputs, const Output& out, int64_t r) {
-  constexpr int64_t WIDTH = BLOCK == 32 ? 64 : BLOCK;
-  const uint8_t* mask = m.mask + r * (m.columns / 8);
+// R rows share the loads of N inputs. A block of 256 columns sums up at most 16 * 128 * 32767 in 32 bits, below 2^31.
+// HALVES: blocks of 32, so that each half of 64 columns has scales of its own.
+template <Type T, int N, int R, int BLOCK, bool WHOLE>
+INLINE void rows_of(const Matrix& m, const Inputs& inputs, const Output& out, int64_t r) {
+  constexpr bool HALVES = BLOCK == 32;
+  constexpr int SUMS = HALVES || N * R <= 4 ? 2 : 1;
+  constexpr float UNIT = T == Type::int4 ? 1.f / 16 : 1;
+  constexpr int64_t width = HALVES ? 64 : BLOCK;
+  const int64_t bytes = m.columns / 8;
+  const uint8_t* mask = m.mask + r * bytes;
   const int16_t* x = inputs.row<int16_t>(0);
   const float* scales = m.scales + r * m.groups;
-  int64_t place = m.starts[r], group = 0, until = m.group, block = 0;
-  __m512 total[N];
-  for (int b = 0; b < N; b++) total[b] = _mm512_setzero_ps();
-  for (int64_t c = 0; c < m.columns; c += WIDTH, block += WIDTH / BLOCK) {
-    __m512i sum[N][2];
-    for (int b = 0; b < N; b++) sum[b][0] = sum[b][1] = _mm512_setzero_si512();
-    _mm_prefetch((const char*)m.values + place * BITS<T> / 8 + AHEAD, _MM_HINT_T0);
-    if (BLOCK == 128) _mm_prefetch((const char*)m.values + place * BITS<T> / 8 + AHEAD + 64, _MM_HINT_T0);
-    _mm_prefetch((const char*)mask + c / 8 + AHEAD_MASK, _MM_HINT_T0);
+  int64_t place[R], group = 0, until = m.group, block = 0;
+  __m512 total[R][N];
+  for (int i = 0; i < R; i++) {
+    place[i] = m.starts[r + i];
+    for (int b = 0; b < N; b++) total[i][b] = _mm512_setzero_ps();
+  }
+  for (int64_t c = 0; c < m.columns; c += width, block += HALVES ? 2 : 1) {
+    __m512i sum[R][N][SUMS];
+    for (int i = 0; i < R; i++)
+      for (int b = 0; b < N; b++)
+        for (int s = 0; s < SUMS; s++) sum[i][b][s] = _mm512_setzero_si512();
+#pragma GCC unroll 4
+    for (int64_t d = c; d < c + width; d += 64) {
+      if (d >= m.columns) break;
 #pragma GCC unroll 2
-    for (int64_t i = 0; i < WIDTH; i += 64) {
-      const int64_t left = m.columns - c - i;
-      if (left <= 0) break;
-      const uint64_t keep = left >= 64 ? load64(mask + (c + i) / 8) : load_bytes(mask + (c + i) / 8, left / 8);
-      step<T, N, WHOLE>(m, x + c + i, inputs.stride, keep, place, sum);
-      place += _mm_popcnt_u64(keep);
+      for (int i = 0; i < R; i++) {
+        const uint8_t* at = mask + i * bytes + d / 8;
+        _mm_prefetch((const char*)m.values + place[i] * BITS<T> / 8 + AHEAD, _MM_HINT_T0);
+        _mm_prefetch((const char*)at + AHEAD_MASK, _MM_HINT_T0);
+        const uint64_t keep = m.columns - d >= 64 ? load64(at) : load_bytes(at, (m.columns - d) / 8);
+        const int count = _mm_popcnt_u64(keep);
+        const __m512i w = spread_bytes(keep, some_numbers<T, WHOLE>(m.values, place[i], count));
+        place[i] += count;
+        const __m512i low = _mm512_cvtepi8_epi16(_mm512_castsi512_si256(w));
+        const __m512i high = _mm512_cvtepi8_epi16(_mm512_extracti64x4_epi64(w, 1));
+#pragma GCC unroll 8
+        for (int b = 0; b < N; b++) {
+          const int16_t* xb = x + b * inputs.stride + d;
+          __m512i &one = sum[i][b][0], &other = sum[i][b][SUMS - 1];
+          one = _mm512_dpwssd_epi32(one, low, _mm512_loadu_si512(xb));
+          other = _mm512_dpwssd_epi32(other, high, _mm512_loadu_si512(xb + 32));
+        }
+      }
     }
     while (c >= until) group++, until += m.group;
-    if (BLOCK == 32) {
-      const int64_t next = c + 32 < m.columns && c + 32 >= until ? group + 1 : group;
-      const bool second = block + 1 < inputs.blocks;
+    const bool second = HALVES && c + 32 < m.columns;  // a block of its own, and maybe of the next group
+    const int64_t next = second && c + 32 >= until ? group + 1 : group;
+    for (int i = 0; i < R; i++)
       for (int b = 0; b < N; b++) {
         const float* xs = inputs.scales.data() + b * inputs.blocks + block;
-        total[b] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum[b][0]), _mm512_set1_ps(xs[0] * scales[group]), total[b]);
+        const float* ws = scales + i * m.groups;
+        __m512i first = sum[i][b][0];
+        if (SUMS == 2 && !HALVES) first = _mm512_add_epi32(first, sum[i][b][1]);
+        total[i][b] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(first), _mm512_set1_ps(xs[0] * ws[group]), total[i][b]);
         if (second)
-          total[b] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum[b][1]), _mm512_set1_ps(xs[1] * scales[next]), total[b]);
+          total[i][b] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum[i][b][SUMS - 1]), _mm512_set1_ps(xs[1] * ws[next]),
+                                        total[i][b]);
       }
-    } else {
-      for (int b = 0; b < N; b++) {
-        const __m512i both = _mm512_add_epi32(sum[b][0], sum[b][1]);
-        const float scale = inputs.scales[b * inputs.blocks + block] * scales[group];
-        total[b] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(both), _mm512_set1_ps(scale), total[b]);
-      }
-    }
   }
-  for (int b = 0; b < N; b++) out.set(b, r, _mm512_reduce_add_ps(total[b]));
+  for (int i = 0; i < R; i++)
+    for (int b = 0; b < N; b++) out.set(b, r + i, UNIT * _mm512_reduce_add_ps(total[i][b]));
 }
 
 template <Type T, int N, int BLOCK>
-TARGET void rows_of(const Matrix& m, const Inputs& inputs, const Output& out, int64_t first, int64_t last) {
-  for (int64_t r = first; r < last; r++)
-    if (m.starts[r + 1] + OVER <= m.kept()) row_of<T, N, BLOCK, true>(m, inputs, out, r);
-    else row_of<T, N, BLOCK, false>(m, inputs, out, r);
+TARGET void all_rows(const Matrix& m, const Inputs& inputs, const Output& out, int64_t first, int64_t last) {
+  constexpr int R = N <= 2 ? 1 : 2;  // one row at a time reads memory in order
+  int64_t r = first;
+  for (; r + R <= last && m.starts[r + R] + OVER <= m.kept(); r += R)
+    rows_of<T, N, R, BLOCK, true>(m, inputs, out, r);
+  for (; r < last; r++) rows_of<T, N, 1, BLOCK, false>(m, inputs, out, r);
 }
 
-#define ROWS(N, T, BLOCK) rows_of<T, N, BLOCK>(m, inputs, out, first, last)
-template <Type T> void blocks_of(const Matrix& m, const Inputs& inputs, const Output& out, int64_t first, int64_t last) {
-  if (inputs.block == 128) EACH_LANES(ROWS, T, 128)
-  if (inputs.block == 64) EACH_LANES(ROWS, T, 64)
-  EACH_LANES(ROWS, T, 32)
+#define ALL_ROWS(N, T, BLOCK) all_rows<T, N, BLOCK>(m, inputs, out, first, last)
+template <Type T> void lanes_of(const Matrix& m, const Inputs& inputs, const Output& out, int64_t first, int64_t last) {
+  if (inputs.block == 32) EACH_LANES(ALL_ROWS, T, 32)
+  if (inputs.block == 64) EACH_LANES(ALL_ROWS, T, 64)
+  if (inputs.block == 128) EACH_LANES(ALL_ROWS, T, 128)
+  EACH_LANES(ALL_ROWS, T, 256)
 }
 
 }  // namespace
 
 void whole_product(const Matrix& m, const Inputs& inputs, const Output& out, int64_t first, int64_t last) {
-  if (m.type == Type::int8) blocks_of<Type::int8>(m, inputs, out, first, last);
-  else blocks_of<Type::int4>(m, inputs, out, first, last);
+  if (m.type == Type::int8) lanes_of<Type::int8>(m, inputs, out, first, last);
+  else lanes_of<Type::int4>(m, inputs, out, first, last);
 }
 
 }  // namespace packed

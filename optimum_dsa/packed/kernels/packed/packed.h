@@ -68,7 +68,8 @@ const std::vector<const Kernels*>& runnable();  // best first
 
 // Columns of inputs that share a scale: they never reach over a group of the weights. 0: no such block.
 inline int64_t block_of(const Matrix& m) {
-  if (m.group == m.columns || m.group % 128 == 0) return 128;
+  if (m.group == m.columns || m.group % 256 == 0) return 256;
+  if (m.group % 128 == 0) return 128;
   return m.group % 64 == 0 ? 64 : m.group % 32 == 0 ? 32 : 0;
 }
 

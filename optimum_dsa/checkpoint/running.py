@@ -1,0 +1,66 @@
+"""How the matrices of a checkpoint are held while the model computes, whatever they are stored as: a row per form."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from ..common.registry import Registry
+from ..packed.pack_model import LEAST_ZEROS, packed_layers
+from .encodings import encoding_in
+from .forms import located
+from .load import load_model, stated_in
+from .packing import is_packed, pack, unpack
+
+
+FORMS = Registry("form")
+
+
+def load_as(path: str, form: str, **options: Any) -> nn.Module:
+    """The model at a path or Hub id, its matrices in a row of `FORMS`, for inference.
+
+    Raises:
+        ValueError: it has no matrix that can be held so; and what keeps it from being loaded.
+    """
+    return FORMS[form](path, **options)
+
+
+@FORMS.register()
+def dense(path: str, **options: Any) -> nn.Module:
+    """With all zeros."""
+    model = load_model(path, **options)
+    if is_packed(model):
+        unpack(model)
+    return model
+
+
+@FORMS.register()
+def packed(path: str, **options: Any) -> nn.Module:
+    """Without the zeros of matrices that have enough of them: straight from files that leave them out."""
+    with warnings.catch_warnings():
+        # That what is given here decides, and not what is stored, is what is meant.
+        warnings.filterwarnings("ignore", "You passed `quantization_config`")
+        model = load_model(path, **options, **_packed_options(path, options))
+    if not is_packed(model):
+        pack(model)
+    if not packed_layers(model):
+        raise ValueError(
+            f"{path} has no matrix that can be packed: of one that is nobody else's, {LEAST_ZEROS:.0%} are zeros."
+        )
+    return model
+
+
+def _packed_options(path: str, options: dict[str, Any]) -> dict[str, Any]:
+    """What has transformers keep the matrices of a compressed checkpoint packed; of another, nothing."""
+    # After transformers' own module, which it is added to.
+    from .transformers_loader import DSAQuantizationConfig
+
+    path, given = located(path, dict(options))
+    folder = Path(path, given.get("subfolder") or "")
+    encoding = None if given.get("gguf_file") else encoding_in(stated_in(path, folder, given))
+    if encoding is None or encoding.is_plain:
+        return {}
+    return {"quantization_config": DSAQuantizationConfig(run_packed=True)}
