@@ -24,6 +24,8 @@ from .widths.shares import SHARES, allocator_of
 UPDATES = ("none", "bias", "refit")  # what makes up for structures that go
 # Whether all blocks stay alike, may differ, or may differ and are filled up with zeros: the rows of layout.LAYOUTS.
 LAYOUTS = ("uniform", "per_layer", "padded")
+# Allocations that look at nothing but importances, so that they are of experts, too.
+OF_EXPERTS = ("uniform", "stability", "global")
 
 
 def learners() -> Registry:
@@ -202,10 +204,8 @@ class DSAStructuredConfig:
             "keep_first": self.keep_first > 0,
             "keep_last": self.keep_last > 0,
         }
-        if differs["allocation"] and (whole := [kind for kind in self.structures if kind in WHOLE]):
-            raise ValueError(
-                f"Allocations are of channels and heads, and {whole[0]!r} is to go; use allocation='uniform'."
-            )
+        if differs["allocation"] and set(self.structures) & set(WHOLE):
+            self._check_of_wholes()
         if self.structures == ("block",):
             return  # whichever go, the rest are alike
         if self.layout == "uniform" and any(differs.values()):
@@ -226,6 +226,26 @@ class DSAStructuredConfig:
                 raise ValueError(
                     f"budgets are of {' or '.join(map(repr, others))} besides cost={self.cost!r}, got {name!r}."
                 )
+
+    def _check_of_wholes(self) -> None:
+        """Raise where an allocation tells nothing of what goes as a whole."""
+        if "block" in self.structures:
+            raise ValueError(
+                "Allocations are of what blocks have several of, and 'block' is to go; use allocation='uniform'."
+            )
+        name = self.allocation
+        if isinstance(name, str) and name not in OF_EXPERTS and (name in SHARES or allocator_of(name)):
+            raise ValueError(
+                f"allocation={name!r} is of channels and heads, and 'expert' is to go; use one of "
+                f"{', '.join(map(repr, OF_EXPERTS))}, or one that is given."
+            )
+        rows = {kind: importance_of(kind, self.importance) for kind in self.structures}
+        if name == "global" and len(set(rows.values())) > 1:
+            said = ", ".join(f"{row!r} of {kind!r}" for kind, row in rows.items())
+            raise ValueError(
+                f"allocation='global' makes one order of all that may go, and importances are {said}; take one of "
+                "both kinds, such as 'taylor' or 'magnitude', or another allocation."
+            )
 
     def _check_targets(self) -> None:
         """Raise where nothing could be fitted to what the dense model has."""

@@ -33,14 +33,9 @@ def remove_wholes(
         ValueError: with a plain class for layout, no configuration says what is left without just these blocks.
     """
     units = {unit: each for unit, each in units.items() if each.kind in WHOLE and counts[unit]}
-    row = {unit: importance_of(each.kind, config.importance) for unit, each in units.items()}
-    watched = {unit: each for unit, each in units.items() if IMPORTANCES.fact(row[unit], "observes") == "usage"}
-    usage = collect_usage(model, watched, calibration.batches(config.batch_size)) if watched else {}
-    chosen = {}
+    found, chosen = scores_of_wholes(model, units, calibration.batches(config.batch_size), config, products), {}
     for unit, each in units.items():
-        name = f"{config.data.seed}:{unit}"
-        parts = _parts_of(model, each, products.get(unit, ()), name, usage.get(unit))
-        scores = IMPORTANCES[row[unit]](parts)
+        scores = found[unit]
         scores[list(each.fixed)] = float("inf")
         if each.kind == "block":
             _keep_one_of_each(scores, makes_of(model, each))
@@ -53,6 +48,30 @@ def remove_wholes(
     for unit, gone in chosen.items():
         cut_out(model, units[unit], gone)
     return {unit: gone.tolist() for unit, gone in chosen.items()}
+
+
+@torch.no_grad()
+def scores_of_wholes(
+    model: nn.Module,
+    units: Mapping[str, Structures],
+    batches: Sequence[Mapping[str, Tensor]],
+    config: DSAStructuredConfig,
+    products: Mapping[str, Sequence[Products]],
+) -> dict[str, Tensor]:
+    """Unit -> the importances of its experts or blocks in the model as it is, (structures,) float32.
+
+    Args:
+        batches: inputs of the model by name, (samples, length, ...), run once where a row observes what they do.
+    """
+    row = {unit: importance_of(each.kind, config.importance) for unit, each in units.items()}
+    watched = {unit: each for unit, each in units.items() if IMPORTANCES.fact(row[unit], "observes") == "usage"}
+    usage = collect_usage(model, watched, batches) if watched else {}
+    found = {}
+    for unit, each in units.items():
+        name = f"{config.data.seed}:{unit}"
+        parts = _parts_of(model, each, products.get(unit, ()), name, usage.get(unit))
+        found[unit] = IMPORTANCES[row[unit]](parts)
+    return found
 
 
 def _keep_one_of_each(scores: Tensor, makes: Sequence[tuple[type, ...]]) -> None:

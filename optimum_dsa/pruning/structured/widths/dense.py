@@ -23,6 +23,7 @@ from ..instead import computing_with, matrices_without
 from ..remove import parts_of, scores_from
 from ..scores import products_of
 from ..structure import WHOLE, Found, Structures
+from ..wholes.remove import scores_of_wholes
 from .costs import COSTS, TIMED, Cost
 from .curves import error_curve
 from .felt import PROBE, Felt
@@ -109,7 +110,13 @@ class Dense:
         def importance(structures: Structures, parts: Parts, walked: WalkedBlock) -> Tensor:
             return self.importance(parts, structures, products)
 
-        return self.looked(importance, self.reads, batches)
+        wholes = {unit: each for unit, each in self.units.items() if each.kind in WHOLE}
+        found = self.looked(importance, self.reads, batches) if len(wholes) < len(self.units) else {}
+        if wholes:
+            given = self.calibration.batches(self.config.batch_size) if batches is None else batches
+            scores = scores_of_wholes(self.model, wholes, given, self.config, products)
+            found |= {unit: one.float().cpu() for unit, one in scores.items()}
+        return {unit: found[unit] for unit in self.units}
 
     @property
     def products(self) -> dict[str, list[Products]]:

@@ -16,7 +16,7 @@ from optimum_dsa.pruning.structured.structures import find_structures
 from optimum_dsa.pruning.structured.wholes.usage import collect_usage
 
 from ....tiny import same_state, state, tiny_llama
-from ..families import FAMILIES, batch_of
+from ..families import FAMILIES, batch_of, deeper
 
 
 MIXTURES = ("Mixtral", "Qwen3Moe", "GptOss")
@@ -179,6 +179,44 @@ def test_experts_and_groups_of_heads_go_together(tmp_path):
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
     with torch.no_grad():
         torch.testing.assert_close(loaded(**batch).logits, model(**batch).logits)
+
+
+@pytest.mark.parametrize("allocation", ["global", "stability"])
+def test_blocks_lose_other_numbers_of_experts(allocation, tmp_path):
+    """What is least important for its cost of all blocks', and of which importances vary least from text to text."""
+    model, batch = deeper("Qwen3Moe", 4), batch_of("Qwen3Moe", 8)
+    with torch.no_grad():
+        for scale, layer in zip((1.0, 0.1, 1.0, 0.2), model.model.layers):
+            layer.mlp.experts.down_proj.mul_(scale)
+    usage = collect_usage(model, experts_of(model, batch), [batch])
+    worth = {unit: each.output / each.tokens.clamp_min(1) for unit, each in usage.items()}
+    settings = {"layout": "per_layer", "allocation": allocation, "spread": 0.3 if allocation == "stability" else None}
+    report = prune_structures(model, batch, DSAStructuredConfig(0.4, ("expert",), "reap", "none", **settings))
+    counts = [len(gone) for gone in report.gone.values()]
+    assert len(set(counts)) > 1 and max(counts) <= 4
+    for unit, gone in report.gone.items():
+        assert list(gone) == sorted(worth[unit].argsort(stable=True)[: len(gone)].tolist())
+    if allocation == "global":
+        assert counts[1] > counts[0] and counts[3] > counts[2]
+    model.save_pretrained(tmp_path)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    with torch.no_grad():
+        torch.testing.assert_close(again(**batch).logits, model(**batch).logits)
+
+
+@pytest.mark.parametrize(
+    ("structures", "allocation", "message"),
+    [
+        (("expert",), "owl", "allocation='owl' is of channels and heads, and 'expert' is to go; use one of 'uniform'"),
+        (("expert",), "milp", "allocation='milp' is of channels and heads"),
+        (("block",), "global", "Allocations are of what blocks have several of, and 'block' is to go"),
+        (("kv_group", "expert"), "global", "importances are 'wanda_sp' of 'kv_group', 'reap' of 'expert'; take one"),
+    ],
+)
+def test_allocations_that_tell_nothing_of_experts_are_refused(structures, allocation, message):
+    with pytest.raises(ValueError, match=message):
+        DSAStructuredConfig(0.2, structures, layout="per_layer", allocation=allocation)
+    assert DSAStructuredConfig(0.2, ("ffn", "expert"), "taylor", layout="per_layer", allocation="global")
 
 
 def test_as_many_experts_stay_as_are_chosen():
