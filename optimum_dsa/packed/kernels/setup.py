@@ -36,10 +36,11 @@ class OfOnePlatform(Distribution):
         return True
 
 
-setup(
-    version=re.search(r'VERSION = "(.+)"', (HERE.parents[1] / "common/version.py").read_text())[1],
-    packages=["optimum_dsa_kernels"],
-    package_dir={"optimum_dsa_kernels": "torch-ext/optimum_dsa_kernels"},
-    cmdclass={"build_py": Compiled, "bdist_wheel": Wheel},
-    distclass=OfOnePlatform,
-)
+if __name__ == "__main__":  # as tools that build run it; it lies in a package whose modules others may import
+    setup(
+        version=re.search(r'VERSION = "(.+)"', (HERE.parents[1] / "common/version.py").read_text())[1],
+        packages=["optimum_dsa_kernels"],
+        package_dir={"optimum_dsa_kernels": "torch-ext/optimum_dsa_kernels"},
+        cmdclass={"build_py": Compiled, "bdist_wheel": Wheel},
+        distclass=OfOnePlatform,
+    )
