@@ -153,7 +153,6 @@ def _settings(model: nn.Module, tokenizer: Any, max_new_tokens: int, temperature
         max_new_tokens=max_new_tokens,
         max_length=None,
         min_new_tokens=0,
-        min_length=0,
         **neutral,
     )
     settings.use_cache, settings.return_dict_in_generate = True, False
