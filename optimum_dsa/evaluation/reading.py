@@ -19,7 +19,6 @@ from ..pruning.structured.widths.costs import experts_met
 
 PROBE = 2**28  # bytes that a measurement of the memory reads at least
 _CACHE = 2**23  # bytes a core, of which the measurement reads more: what all caches together may hold
-_PARTS = {"mask", "values", "starts"}  # buffers of a matrix without its zeros
 
 
 def held(model: nn.Module) -> dict[int, Tensor]:
@@ -39,11 +38,7 @@ def weights_in(model: nn.Module) -> int:
 
 
 def _packed(model: nn.Module) -> list[nn.Module]:
-    return [
-        module
-        for module in model.modules()
-        if isinstance(module, PackedLinear) or {*dict(module.named_buffers(recurse=False))} >= _PARTS
-    ]
+    return [module for module in model.modules() if isinstance(module, PackedLinear)]
 
 
 def weights_read(model: nn.Module, batch_size: int = 1) -> int:

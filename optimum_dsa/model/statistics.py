@@ -244,7 +244,7 @@ class LayerStatistics:
         moment = self.second_moment
         # Without any damping there is nothing to multiply: then from the usual share on.
         for attempt in [damping * 10.0**power for power in range(11)] if damping > 0 else [0.0, DAMPING, 1.0, 100.0]:
-            factor = _factor_of_inverse(_damped(moment, attempt))
+            factor = _factor_of_inverse(damped(moment, attempt))
             if factor is not None:
                 break
         else:
@@ -263,7 +263,7 @@ class LayerStatistics:
         Raises:
             ValueError: no `gram` was collected.
         """
-        hessian = _damped(self.second_moment, damping)
+        hessian = damped(self.second_moment, damping)
         scale = hessian.diagonal().sqrt()
         hessian.div_(scale).div_(scale[:, None])
         return hessian, scale
@@ -317,7 +317,7 @@ def sums_halves_in_float32(device: torch.device, dtype: torch.dtype) -> bool:
         return False
 
 
-def _damped(moment: Tensor, damping: float) -> Tensor:
+def damped(moment: Tensor, damping: float) -> Tensor:
     """X·Xᵀ, (n, n), a one where an input never fired, and `damping` times its mean on the diagonal: (n, n)."""
     # A copy: the gram is needed again at another damping, and by allocators.
     hessian = moment.clone()

@@ -5,6 +5,7 @@ from torch import nn
 
 from optimum_dsa.evaluation.reading import Memory, held, packed_bytes, weights_in, weights_read
 from optimum_dsa.model.parameters import count_parameters
+from optimum_dsa.packed.linear import PackedLinear
 
 from ..tiny import tiny_llama
 
@@ -29,24 +30,21 @@ def test_of_experts_as_many_are_read_as_tokens_meet(tiny):
     assert weights_read(model, batch_size=there) == size(model) - table
 
 
-class Packed(nn.Module):
-    """A matrix of 4 × 8 of which 5 weights are there."""
-
-    def __init__(self):
-        super().__init__()
-        self.in_features, self.out_features = 8, 4
-        self.bias = nn.Parameter(torch.ones(4))
-        self.register_buffer("mask", torch.zeros(4, dtype=torch.uint8))
-        self.register_buffer("values", torch.zeros(5, dtype=torch.bfloat16))
-        self.register_buffer("starts", torch.zeros(5, dtype=torch.int64))
+def packed_layer():
+    """A matrix of 4 × 8 of which 5 weights are there, with a bias."""
+    layer = nn.Linear(8, 4, dtype=torch.bfloat16)
+    keep = torch.zeros(32, dtype=torch.bool)
+    keep[[0, 3, 9, 10, 31]] = True
+    layer.weight.data = torch.ones(32).masked_fill(~keep, 0).view(4, 8).bfloat16()
+    return PackedLinear.of(layer)
 
 
 def test_packed_matrices_are_what_they_hold():
     model = tiny_llama()
     before, count = weights_read(model), count_parameters(model)
     assert packed_bytes(model) is None and weights_in(model) == count
-    model.model.layers[0].mlp.up_proj = Packed()
-    taken = 16 + 4 + 10 + 40
+    model.model.layers[0].mlp.up_proj = packed_layer()
+    taken = 4 * 2 + 4 + 5 * 2 + 5 * 8  # bias, mask, values, starts
     assert packed_bytes(model) == taken
     assert weights_read(model) == before - 48 * 32 * 4 + taken
     assert weights_in(model) == count - 48 * 32 + 4 * 8 + 4

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ...model.statistics import DAMPING, LayerStatistics
+from ...model.statistics import DAMPING, LayerStatistics, damped
 from ...packed.grid import SCALES, Grid, grid_in, groups_of, largest, nearest, to_grid, to_scales
 
 
@@ -111,10 +111,7 @@ def settled(
     Nair & Suggala, 2024, https://arxiv.org/abs/2406.17542, coordinate descent, with the zeros held.
     """
     most, columns = largest(bits), weight.shape[1]
-    hessian = statistics.second_moment.clone()
-    diagonal = hessian.diagonal()
-    diagonal[diagonal == 0] = 1.0
-    diagonal += damping * diagonal.mean()
+    hessian = damped(statistics.second_moment, damping)
     numbers, gone = grid.numbers.t().contiguous(), (grid.numbers == 0).t().contiguous()
     scales = grid.scales.repeat_interleave(grid.group or columns, dim=1)[:, :columns].t().contiguous()
     values = grid.weights().t().contiguous()
