@@ -18,6 +18,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from ..common.ranks import ALONE, Ranks
 from .architecture import Architecture, Block, Stack, UnprunableError, Weight
 from .calls import BlockCalls, capture_calls, check_calls, explained, run_behind
 from .dense import AsDense, DenseInputs, DenseStream, Replay
@@ -25,6 +26,7 @@ from .observer import AllSeen, Awaited, Observer, Unheard, observing
 from .offload import resident
 from .padding import is_whole, real_tokens, without_padding
 from .residual import watching_additions
+from .shared_observer import SharedObserver, as_first, own_batches
 from .statistics import CollectedStatistics, LayerStatistics
 from .walked import WalkedBlock
 
@@ -64,6 +66,7 @@ def walk_blocks(
     finished: int = 0,
     unseen: int = 0,
     gram: bool | None = None,
+    ranks: Ranks = ALONE,
 ) -> Iterator[WalkedBlock]:
     """Each block with the statistics of its inputs, first block first.
 
@@ -92,6 +95,8 @@ def walk_blocks(
         unseen (`int`, defaults to 0): so many batches, the last ones, are run along without being counted in any
             statistics: what is fitted to those can be judged by them. With "outputs" in `reads` alone.
         gram (`bool`, *optional*): earlier name of "gram" in `reads`.
+        ranks (`Ranks`): processes that walk together, each with all `batches` and the same model: they divide the
+            batches, and each has the statistics of all. Not with "outputs" in `reads`.
 
     Raises:
         ValueError: NaN or infinities in the input of a weight, which it names; "cross_gram" of a walk that runs
@@ -112,7 +117,7 @@ def walk_blocks(
         return
     wanted = {"gram", *reads} if gram else {*reads}
     yield from _walk_running(
-        model, architecture, batches, blocks, wanted, sequential, true_sequential, as_dense, finished, unseen
+        model, architecture, batches, blocks, wanted, sequential, true_sequential, as_dense, finished, unseen, ranks
     )
 
 
@@ -127,14 +132,18 @@ def _walk_running(
     as_dense: AsDense | None,
     finished: int,
     unseen: int,
+    ranks: Ranks,
 ) -> Iterator[WalkedBlock]:
     """`walk_blocks` over batches, inputs by name, (samples, length, ...); `blocks` is told how far it is."""
-    beside, watch = {"cross_gram", "outputs"} & set(reads), partial(Observer, "gram" in reads, "mean" in reads)
+    beside, kind = {"cross_gram", "outputs"} & set(reads), Observer if ranks.alone else partial(SharedObserver, ranks)
+    watch = partial(kind, "gram" in reads, "mean" in reads)
     # Padding goes first: what is never run needs no mask, and costs no time.
     parts = [without_padding(batch) for batch in batches]
     unseen = sum(map(len, parts[len(parts) - unseen :]))
     batches = [part for split in parts for part in split]
     real = [real_tokens(model, batch) for batch in batches]
+    if not ranks.alone:
+        batches, real, unseen = own_batches(batches, real, ranks)
     # Module by module: parts of a model may be frozen in eval mode on purpose.
     training = [module for module in model.modules() if module.training]
     model.eval()
@@ -146,7 +155,7 @@ def _walk_running(
         for stack in architecture.stacks:
             calls = capture_calls(model, stack, batches) if sequential else early.pop(stack.name)
             # Arguments of its own: a block may leave in them what a later one reads (shared keys and values).
-            calls.sample, calls.unseen = samples[stack.name], unseen
+            calls.sample, calls.unseen, calls.ranks = samples[stack.name], unseen, ranks
             dense = DenseStream(early.pop(stack.name), calls.hidden, as_dense, reads) if beside else None
             needed = architecture.head is not None and stack is architecture.stacks[-1]
             yield from _walk_stack(
@@ -244,11 +253,13 @@ def _walk_block(
     Of a `finished` block nothing is collected, with `sample` the first batch: it tells groups and their order.
     """
     module, shown = model.get_submodule(block.name), _Shown()
+    run_sample = partial(_run_sample, module, calls, index)
 
     def collect(weights: Sequence[Weight], move_on: bool = False) -> dict[str, LayerStatistics]:
         """Statistics of what `weights` multiply in the block as it is now; `move_on` replaces what goes into it."""
         part, observer, names = replace(block, weights=tuple(weights)), watch(), {weight.name for weight in weights}
-        for number in calls.seen:
+
+        def run(number: int) -> None:
             hidden = calls.hidden[number]
             # What comes behind the last weight that is watched need not run; a block may cut longer inputs in parts.
             alike = hidden.shape[1:] == calls.hidden[0].shape[1:]
@@ -264,6 +275,8 @@ def _walk_block(
             observer.add_residual(before, beside.before)
             if move_on:
                 calls.hidden[number] = output
+
+        observer.over(calls.seen, run)
         return _checked(part, observer)
 
     def first_batch() -> dict[str, LayerStatistics]:
@@ -273,18 +286,13 @@ def _walk_block(
         with observing(model, block, observer), stream as before:
             calls.run(module, index, 0)
         shown.note(block, observer, before)
-        return observer.finish(block)
-
-    def run() -> list[Tensor]:
-        """All that the block as it is now leaves behind on one sample."""
-        calls.sample.hidden[0] = calls.hidden[0][: calls.sample.samples[0]].clone()
-        return calls.sample.everything_of(module, index, 0)
+        return as_first(observer.finish(block), calls.ranks)
 
     def pass_by() -> dict[str, LayerStatistics]:
         """No statistics; what the block is given moves on as in `collect`, and in the same way, to the last bit."""
         if last:
             return {}
-        run()  # later blocks may read what it leaves in their arguments
+        run_sample()  # later blocks may read what it leaves in their arguments
         for number in calls.seen:
             if dense and not sample:
                 dense.inputs(model, block, module, index, number)
@@ -300,11 +308,17 @@ def _walk_block(
         replay = Replay(module, index, calls, dense) if replays else None
         rewritten = partial(dense.take, module, index) if dense else lambda: None
         # The statistics have no name here: they are freed as soon as whoever is given them lets go of them.
-        yield WalkedBlock(block, found(), model, changes, again, replay, run, rewritten, sampled=sample)
+        yield WalkedBlock(block, found(), model, changes, again, replay, run_sample, rewritten, sampled=sample)
         # Still inside `resident`: the changed weights are here, and need not be written and read back first.
         if sequential and not last:
             for number in range(len(calls)):
                 calls.hidden[number] = calls.run(module, index, number)
+
+
+def _run_sample(module: nn.Module, calls: BlockCalls, index: int) -> list[Tensor]:
+    """All that the block, number `index`, as it is now leaves behind on one sample."""
+    calls.sample.hidden[0] = calls.hidden[0][: calls.sample.samples[0]].clone()
+    return calls.sample.everything_of(module, index, 0)
 
 
 def _watching_additions(
@@ -329,7 +343,8 @@ def _walk_head(
     """The weights outside the blocks, on what the last stack gives, (samples, ..., hidden size)."""
     with resident(model, _modules(head)) as changes:
         observer = watch()
-        for number in () if finished else calls.seen:
+
+        def run(number: int) -> None:
             batch = batches[number]
             paired = dense is not None and "cross_gram" in dense.reads
             beside = dense.inputs_behind(model, head, stack, batch, number).inputs if paired else None
@@ -337,6 +352,9 @@ def _walk_head(
             observer.start_batch(calls.samples[number], real[number], beside, tokens)
             with observing(model, head, observer):
                 run_behind(model, stack, calls, batch, number)
+
+        if not finished:
+            observer.over(calls.seen, run)
         yield WalkedBlock(head, {} if finished else _checked(head, observer), model, changes)
 
 

@@ -48,6 +48,7 @@ class PruningReport:
         trained_before (`tuple[Mapping[str, Any], ...]`): what trained the model before this prune, first to last, as
             far as it is known.
         structured (`StructuredReport`, *optional*): what was cut out of the model, before weights were pruned.
+        divided (`bool`): whether several processes did it together, all of which have the model; not written down.
     """
 
     config: DSAConfig
@@ -69,6 +70,7 @@ class PruningReport:
     dense_sizes: Mapping[str, int] = field(default_factory=dict)
     trained_before: tuple[Mapping[str, Any], ...] = ()
     structured: StructuredReport | None = None
+    divided: bool = field(default=False, compare=False)
 
     @property
     def removed(self) -> int:
