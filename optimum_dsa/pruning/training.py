@@ -99,8 +99,7 @@ class Training:
 
     def run(self, rate: float) -> None:
         """Train from the start at `rate`, and keep the weights of the lowest loss on the held-out windows."""
-        for name, value in self.start.items():
-            self.masters[name].data.copy_(value)
+        self.undo()
         optimizer = torch.optim.Adam(self.masters.values(), lr=rate, betas=BETAS)
         look = max(self.steps // LOOKS, 1)
         for step, group in enumerate(islice(self._shuffled(), self.steps)):
@@ -116,6 +115,11 @@ class Training:
             if (step + 1) % look == 0 or step + 1 == self.steps:
                 self._look(rate, step + 1)
             self.on_step()
+
+    def undo(self) -> None:
+        """Give back the weights of the start; where they are trained without a copy, to the stretch as well."""
+        for name, value in self.start.items():
+            self.masters[name].data.copy_(value)
 
     def loss(self) -> float:
         """Share of the output that is lost on the held-out windows, by the stretch as it is now."""

@@ -60,10 +60,13 @@ def time_of(config: DSAConfig, tries: Tries | None, prune: Callable[[DSAConfig],
 
 
 def distilled_tokens(config: DSAConfig, samples: int, length: int) -> int:
-    """Tokens of a forward pass that distillation is worth: one forward and one backward, of three, at three rates."""
-    steps = config.reconstruct.distill
-    looks = min(LOOKS, steps) * held_out(samples)
-    return 3 * (3 * steps * step_size(samples) + looks) * length
+    """Tokens of a forward pass that distillation is worth: one forward and one backward, of three in all.
+
+    Three trials of a quarter of the steps go before, in which a rate is found.
+    """
+    steps, looks = config.reconstruct.distill, LOOKS * held_out(samples)
+    trained = steps + 3 * max(steps // 4, 1)
+    return (3 * trained * step_size(samples) + 4 * looks) * length if steps else 0
 
 
 def forward_operations(shape: ModelShape, tokens: int) -> float:
