@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+from ...model.walk import Reads
 from ..allocation import ALLOCATIONS
 from ..configuration import DSAConfig
 from ..distill import CHUNK
@@ -96,7 +97,7 @@ def _allocating(shape: ModelShape, config: DSAConfig, text: Text) -> dict[str, f
         "statistics": _statistics(block, "gram" in reads),
         # `Unit.flat_scores`, and the copy that a pre-process makes, with its mask.
         "scores": max(sizes) * (2 * FLOAT + 1),
-    }
+    } | _gradients(shape, reads, text)
 
 
 def _trying(
@@ -141,6 +142,7 @@ def _pruning(shape: ModelShape, config: DSAConfig, text: Text) -> dict[str, floa
         held = replace(block, inputs=(max(block.inputs, key=lambda group: group.columns),)) if alone else block
         parts["one batch"] = _batch(shape, held, text, block)
         parts["statistics"] = _statistics(held, "gram" in reads, cross, "residual" in reads)
+    parts |= _gradients(shape, reads, text)
     if cross:
         # `DenseStream`: what goes into the dense block, what comes out, its weights, and what its matrices are given.
         parts["dense activations"] = 2 * shape.stacks * _activations(shape, text)
@@ -153,6 +155,21 @@ def _pruning(shape: ModelShape, config: DSAConfig, text: Text) -> dict[str, floa
         parts["factors"] = _factors(config, block)
     parts["matrix at work"] = _working(update, block, cross)
     return parts
+
+
+def _gradients(shape: ModelShape, reads: Reads, text: Text) -> dict[str, float]:
+    """`collect_gradients`, of all weights, and the backward pass of one sample; `regional_gradients`, of one block."""
+    blocks = shape.blocks if "gradients" in reads else (_largest(shape),) if "regional" in reads else ()
+    if not blocks:
+        return {}
+    logits = 3 * text.length * shape.vocabulary * FLOAT if "gradients" in reads else 0
+    computed = text.length * sum(_computed(shape, block) for block in blocks)
+    # The sums; and one gradient, in the model's type and in float32, before it is added and dropped.
+    largest = max((rows * columns for block in blocks for rows, columns in block.weights), default=0)
+    return {
+        "gradients": FLOAT * sum(block.size for block in blocks) + largest * (shape.itemsize + FLOAT),
+        "backward pass": computed + logits,
+    }
 
 
 def _training(shape: ModelShape, config: DSAConfig, text: Text) -> dict[str, float]:
