@@ -11,14 +11,15 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from ...common.registry import Registry
+from .symbolic import MetricTable
 
 
 if TYPE_CHECKING:
     from ...model.statistics import LayerStatistics
 
 # The fact `reads` says what a metric needs of calibration: "nothing", "inputs" (the default) or "gram" (X·Xᵀ).
-METRICS = Registry("metric")
+# A text such as "mul(abs(W), X)" is a metric as well, without a row: see `symbolic`.
+METRICS = MetricTable("metric")
 
 
 @METRICS.register(reference="https://arxiv.org/abs/1506.02626", reads="nothing")

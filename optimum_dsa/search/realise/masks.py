@@ -182,7 +182,7 @@ class Masks:
         batches = None
         wanted = self.method.reads | self.method.metric_reads
         if wanted:
-            batches = _first(self.calibration.batches(self.config.batch_size), tokens)
+            batches = first_of(self.calibration.batches(self.config.batch_size), tokens)
         # On the dense model's activations nothing has drifted from them.
         reads = wanted if sequential else wanted - {"cross_gram", "residual"}
         yield from walk_blocks(
@@ -228,7 +228,7 @@ def _change(
     return change.bfloat16(), more - fewer
 
 
-def _first(batches: Sequence[Mapping[str, Tensor]], tokens: int) -> list[Mapping[str, Tensor]]:
+def first_of(batches: Sequence[Mapping[str, Tensor]], tokens: int) -> list[Mapping[str, Tensor]]:
     """As many batches, (samples, length, ...) by name, as hold `tokens`, at least one."""
     taken: list[Mapping[str, Tensor]] = []
     for batch in batches:
