@@ -29,7 +29,7 @@ from ..model.architecture import GRANULARITIES
 from .allocation import ALLOCATIONS, Allocation, AllocationFunction, Allocator, is_repository, levels_within
 from .overrides import check_overrides
 from .presets import with_quality
-from .resolved_method import ResolvedMethod, check_revive
+from .resolved_method import ResolvedMethod, check_gradients, check_revive
 from .sections import ReconstructConfig, UpdateConfig, ValuesConfig
 from .unstructured.methods import METHODS, Method
 from .unstructured.patterns import Pattern
@@ -143,6 +143,7 @@ class DSAConfig:
         if self.update.targets == "dense":
             self._check_dense_targets()
         check_overrides(self)
+        check_gradients(self)
         check_revive(self)
         if self.allocation == AUTO and (self.spread is not None or self.granularity != "block"):
             given = f"granularity={self.granularity!r}" if self.spread is None else f"spread={self.spread:g}"

@@ -10,13 +10,16 @@ from ..pruning.unstructured.symbolic import LEAVES, OPERATIONS, Expression, read
 from .space import Candidate, SearchSpace
 
 
-# What a search begins with: the published metrics, where their leaves are there. Magnitude, Wanda, Wanda squared (the
-# diagonal of optimal brain damage), and relative importance and activations.
+# What a search begins with: magnitude, Wanda, the same with the root of the norm, relative importance and activations,
+# Pruner-Zero, and gradients alone and blended in.
 KNOWN = (
     "abs(W)",
     "mul(abs(W), X)",
     "mul(abs(W), sqrt(X))",
     "mul(add(ratio(abs(W), column_sum(abs(W))), ratio(abs(W), row_sum(abs(W)))), sqrt(X))",
+    "mul(square(W), minmax(abs(G)))",
+    "mul(abs(W), G)",
+    "mul(abs(W), add(X, G))",
 )
 # Whose value is never negative, and which never lowers one of two such values below the other.
 _POSITIVE = frozenset({"abs", "square", "sqrt", "exp", "sigmoid", "softmax", "minmax"})
@@ -43,8 +46,9 @@ class MetricSpace:
 
     @property
     def known(self) -> tuple[str, ...]:
-        """`KNOWN` metrics that these leaves can write."""
-        return tuple(text for text in KNOWN if Expression.parse(text).leaves <= set(self.leaves))
+        """`KNOWN` metrics that these leaves can write, each simplified as all are."""
+        trees = map(Expression.parse, KNOWN)
+        return tuple(str(simplified(tree)) for tree in trees if tree.leaves <= {*self.leaves})
 
     @property
     def reads(self) -> str:
@@ -190,7 +194,7 @@ def _is_positive(tree: Expression) -> bool:
         return all(map(_is_positive, tree.parts))
     if tree.name in ("row_sum", "column_sum", "div"):
         return _is_positive(tree.parts[0])
-    return tree.name in _POSITIVE or tree.name == "X"
+    return tree.name in _POSITIVE or tree.name in ("X", "G")
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import nn
 
+from ..model.offload import is_offloaded
 from ..pruning.allocate import check_dense, say_dense, standing_zeros
 from ..pruning.allocation import ALLOCATIONS
 from ..pruning.calibration import Calibration
@@ -17,6 +18,8 @@ from ..pruning.configuration import AUTO, DSAConfig
 from ..pruning.structured.configuration import DSAStructuredConfig
 from ..pruning.structured.trial import check_tried
 from ..pruning.structured.widths.shares import SHARES
+from ..pruning.unstructured.symbolic import LEAVES
+from .metric_space import MetricSpace
 from .realise import Realisation, check_searchable, realise, suited
 from .realise.structures import StructureWidths
 from .resolver import Resolver
@@ -94,6 +97,12 @@ def _metrics(config: DSAConfig, strategy: str, asked: str | None) -> str:
     if asked not in (None, "metrics"):
         raise ValueError(f"strategy={strategy!r} compares metrics, and realisation={asked!r} knows one; leave it out.")
     return "metrics"
+
+
+def metrics_for(model: nn.Module, config: DSAConfig) -> MetricSpace:
+    """The metrics that a search may try on `model`: without gradients where these cannot be had."""
+    without = is_offloaded(model) or config.permute is not None
+    return MetricSpace(tuple(n for n in LEAVES if not (without and LEAVES.fact(n, "reads") == "gradients")))
 
 
 @singledispatch

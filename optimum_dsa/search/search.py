@@ -27,7 +27,7 @@ from .evaluator import Evaluator
 from .finals import FinalRound, rank
 from .metric_space import MetricSpace
 from .objective import Objective
-from .prepared import check_search, names_for, prepared, realisation_of, remarks, without_allocation
+from .prepared import check_search, metrics_for, names_for, prepared, realisation_of, remarks, without_allocation
 from .problem import Budget, Problem, parse_budget
 from .realise import REALISATIONS
 from .resolver import Resolver
@@ -91,7 +91,8 @@ def search(
     offsets = STRATEGIES.fact(strategy, "curves")
     kind = realisation_of(config, strategy, realisation)
     levels = {"offsets": offsets} if offsets and kind == "database" else {}
-    levels |= {"reads": MetricSpace().reads} if kind == "metrics" else {}
+    metrics = metrics_for(model, config) if kind == "metrics" else MetricSpace()
+    levels |= {"reads": metrics.reads} if kind == "metrics" else {}
     REALISATIONS[kind]
     settings = _settings(strategy, budget, finalists, config, calibration, validation, kind)
     named = names_for(config, strategy, named)
@@ -108,6 +109,7 @@ def search(
         # Only the first process has a folder to read; all have to replay the same trials.
         replayed = broadcast_object_list([trace.trials])[0] if evaluator.ranks.num_processes > 1 else trace.trials
         problem, final = _problem(resolver, validation, budget, named, config, space, finalists, strategy)
+        problem = replace(problem, metrics=metrics)
         conductor = Conductor(evaluator, trace, budget, list(replayed), reports)
         ranking = conductor.conduct(run(problem), problem.until)
         table = rank(conductor.serve, problem, ranking, final)

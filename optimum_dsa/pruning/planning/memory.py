@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+from ...model.walk import Reads
 from ..allocation import ALLOCATIONS
 from ..configuration import DSAConfig
 from ..source import step_size
@@ -93,7 +94,7 @@ def _allocating(shape: ModelShape, config: DSAConfig, text: Text) -> dict[str, f
         "statistics": _statistics(block, "gram" in reads),
         # `Unit.flat_scores`, and the copy that a pre-process makes, with its mask.
         "scores": max(sizes) * (2 * FLOAT + 1),
-    }
+    } | _gradients(shape, reads, text)
 
 
 def _trying(
@@ -138,6 +139,7 @@ def _pruning(shape: ModelShape, config: DSAConfig, text: Text) -> dict[str, floa
         held = replace(block, inputs=(max(block.inputs, key=lambda group: group.columns),)) if alone else block
         parts["one batch"] = _batch(shape, held, text, block)
         parts["statistics"] = _statistics(held, "gram" in reads, cross, "residual" in reads)
+    parts |= _gradients(shape, reads, text)
     if cross:
         # `DenseStream`: what goes into the dense block, what comes out, its weights, and what its matrices are given.
         parts["dense activations"] = 2 * shape.stacks * _activations(shape, text)
@@ -150,6 +152,26 @@ def _pruning(shape: ModelShape, config: DSAConfig, text: Text) -> dict[str, floa
         parts["factors"] = _factors(config, block)
     parts["matrix at work"] = _working(update, block, cross)
     return parts
+
+
+def _gradients(shape: ModelShape, reads: Reads, text: Text) -> dict[str, float]:
+    """`collect_gradients`, of all weights, and the backward pass of one sample; `regional_gradients`, of one block."""
+    blocks = shape.blocks if "gradients" in reads else (_largest(shape),) if "regional" in reads else ()
+    if not blocks:
+        return {}
+    logits = 3 * text.length * shape.vocabulary * FLOAT if "gradients" in reads else 0
+    computed = sum(text.length * _computed(block) * shape.itemsize for block in blocks)
+    # The sums; and one gradient, in the model's type and in float32, before it is added and dropped.
+    largest = max((rows * columns for block in blocks for rows, columns in block.weights), default=0)
+    return {
+        "gradients": FLOAT * sum(block.size for block in blocks) + largest * (shape.itemsize + FLOAT),
+        "backward pass": computed + logits,
+    }
+
+
+def _computed(block: BlockShape) -> float:
+    """Numbers a token that a block computes, which stay until its gradient is there."""
+    return sum((group.columns + sum(group.rows)) * group.share for group in block.inputs) + 4 * block.hidden
 
 
 def _training(shape: ModelShape, config: DSAConfig, text: Text) -> dict[str, float]:
@@ -168,8 +190,7 @@ def _training(shape: ModelShape, config: DSAConfig, text: Text) -> dict[str, flo
     parts["training"] = span * share * block.size * (FLOAT * (5 if shape.itemsize >= FLOAT else 6) + 1)
     # Everything that a block computes stays until its gradient is there.
     batch = min(text.batch, step_size(text.samples)) * text.length
-    computed = sum((group.columns + sum(group.rows)) * group.share for group in block.inputs) + 4 * block.hidden
-    parts["one batch"] = span * share * batch * (computed * shape.itemsize + 4 * block.hidden * FLOAT)
+    parts["one batch"] = span * share * batch * (_computed(block) * shape.itemsize + 4 * block.hidden * FLOAT)
     # Blocks that are trained together wait for the last.
     return parts | {"dense block": span * parts["dense block"]}
 

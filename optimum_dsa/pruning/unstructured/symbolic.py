@@ -52,6 +52,12 @@ def _input_norm(weight: Tensor, statistics: LayerStatistics) -> Tensor:
     return statistics.input_norm[None]
 
 
+@LEAVES.register("G", reads="gradients")
+def _gradient(weight: Tensor, statistics: LayerStatistics) -> Tensor:
+    """‖G_ij‖₂ over samples, (out_features, in_features): of the dense model's loss, and so never negative."""
+    return statistics.gradient
+
+
 def _unary(name: str) -> Callable:
     return OPERATIONS.register(name, reference=PRUNER_ZERO, arity=1)
 
@@ -86,15 +92,15 @@ def _exp(x: Tensor) -> Tensor:
 
 @_unary("minmax")
 def _minmax(x: Tensor) -> Tensor:
-    """(x − min) / (max − min) over all of x, of any shape: in [0, 1]; 0 where all are equal."""
+    """(x − min) / (max − min) over all of x, of any shape: in [0, 1]; 1 where all are equal, as in `pruner_zero`."""
     low, high = x.aminmax()
-    return (x - low).div_(high - low)
+    return (x - low).div_(high - low) if high > low else torch.ones_like(x)
 
 
 @_unary("zscore")
 def _zscore(x: Tensor) -> Tensor:
     """(x − mean) / standard deviation over all of x, of any shape; 0 where all are equal."""
-    return (x - x.mean()).div_(x.std())
+    return (x - x.mean()).div_(x.std(correction=min(1, x.numel() - 1)))
 
 
 @_binary("div")

@@ -80,8 +80,10 @@ class MetricMasks(Masks):
         """Have the statistics of the dense model: read once, however many metrics are made of them."""
         if self._statistics:
             return
+        self._ensure_gradients(self._reads)
         batches = first_of(self.calibration.batches(self.config.batch_size), ANCHOR_TOKENS)
-        for walked in walk_blocks(self.model, self.architecture, batches, reads=self._reads, sequential=False):
+        given = {"reads": self._reads, "sequential": False, "gradients": self._gradients}
+        for walked in walk_blocks(self.model, self.architecture, batches, **given):
             self._statistics |= walked.statistics
 
     def _forget(self) -> None:

@@ -15,6 +15,7 @@ from optimum_dsa.search.metric_space import MetricSpace
 
 WEIGHT = torch.randn(6, 10, generator=torch.Generator().manual_seed(0))
 RIA = "mul(add(ratio(abs(W), column_sum(abs(W))), ratio(abs(W), row_sum(abs(W)))), sqrt(X))"
+ZERO = "mul(abs(mul(W, W)), minmax(abs(G)))"  # as its authors write it
 
 
 @pytest.fixture
@@ -22,19 +23,24 @@ def statistics():
     found = LayerStatistics(10)
     found.update_(torch.randn(3, 7, 10, generator=torch.Generator().manual_seed(1)))
     found.sequences = 3
-    return found
+    return found.of_weight({"gradients": torch.rand(6, 10, generator=torch.Generator().manual_seed(2))})
 
 
-@pytest.mark.parametrize("text, name", [("abs(W)", "magnitude"), ("mul(abs(W), X)", "wanda"), (RIA, "ria")])
+@pytest.mark.parametrize(
+    "text, name", [("abs(W)", "magnitude"), ("mul(abs(W), X)", "wanda"), (RIA, "ria"), (ZERO, "pruner_zero")]
+)
 def test_published_metrics_are_expressions_with_the_same_scores(text, name, statistics):
-    assert torch.equal(METRICS[text](WEIGHT, statistics), METRICS[name](WEIGHT, statistics))
+    # a product is rounded in another order where it is of three
+    assert torch.allclose(METRICS[text](WEIGHT, statistics), METRICS[name](WEIGHT, statistics), rtol=1e-6, atol=0)
     assert METRICS.fact(text, "reads") == METRICS.fact(name, "reads", "inputs")
 
 
 @pytest.mark.parametrize("name", sorted(OPERATIONS))
-@pytest.mark.parametrize("weight", [WEIGHT, WEIGHT * 0, WEIGHT * 1e38, WEIGHT.half()], ids=str)
+@pytest.mark.parametrize(
+    "weight", [WEIGHT, WEIGHT * 0, WEIGHT * 1e38, WEIGHT.half()], ids=["usual", "zero", "huge", "half"]
+)
 def test_scores_of_any_operation_are_finite_and_non_negative_and_of_the_weights_shape(name, weight, statistics):
-    inner = {1: [["W"], ["X"], ["neg(W)"]], 2: [["W", "X"], ["X", "W"], ["W", "sub(W, W)"]]}
+    inner = {1: [["W"], ["X"], ["neg(W)"], ["G"]], 2: [["W", "X"], ["X", "W"], ["W", "sub(W, W)"], ["G", "G"]]}
     for parts in inner[OPERATIONS.fact(name, "arity")]:
         before = weight.clone(), statistics.squared_sum.clone()
         scores = Expression.parse(f"{name}({', '.join(parts)})")(weight, statistics)
@@ -73,6 +79,11 @@ def test_operations_are_the_published_ones(statistics):
 def test_a_negative_lowest_score_is_taken_from_all(statistics):
     scores = METRICS["neg(abs(W))"](WEIGHT)
     assert scores.min() == 0 and torch.equal(scores.argsort(), (-WEIGHT.abs()).argsort())
+
+
+def test_equal_gradients_leave_the_weights_to_decide(statistics):
+    same = statistics.of_weight({"gradients": torch.full((6, 10), 0.3)})
+    assert torch.equal(METRICS[ZERO](WEIGHT, same), METRICS["pruner_zero"](WEIGHT, same))
 
 
 def test_the_published_form_of_a_tree_is_read():
