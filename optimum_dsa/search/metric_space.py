@@ -42,7 +42,7 @@ class MetricSpace:
     leaves: tuple[str, ...] = tuple(LEAVES)
     operations: tuple[str, ...] = tuple(OPERATIONS)
     depth: int = 6
-    size: int = 15
+    size: int = 20
 
     @property
     def known(self) -> tuple[str, ...]:
