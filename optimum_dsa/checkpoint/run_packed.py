@@ -20,7 +20,16 @@ from ..common.fences import device_map_of
 from ..packed import bitmask
 from ..packed.linear import PackedLinear
 from ..packed.matrix import PackedMatrix
-from ..packed.pack_model import LEAST_ZEROS, TYPES_PACKED, dense_reasons, layers_of, replace_layer
+from ..packed.pack_model import (
+    LEAST_ZEROS,
+    TYPES_PACKED,
+    dense_reasons,
+    layers_of,
+    pack_all_experts,
+    packed_layers,
+    replace_layer,
+)
+from ..packed.tensor_cores import to_tensor_cores, with_kernels
 from ..packed.whole import WholeHeader
 from .encodings import Header
 
@@ -49,12 +58,10 @@ class Waiting(nn.Module):
 
     def packed(self, name: str) -> PackedLinear:
         """The layer; `ValueError` where its bytes are damaged."""
-        matrix = PackedMatrix.from_bytes(self.weight, name)
-        if self.transposed:
-            matrix = PackedMatrix.of(matrix.dense().t())
+        matrix = PackedMatrix.from_bytes(self.weight, name, self.transposed)
         if matrix.values.is_floating_point() and matrix.values.dtype != self.dtype:
             matrix = replace(matrix, values=matrix.values.to(self.dtype))
-        return PackedLinear(matrix, self.bias, self.transposed).train(self.training)
+        return PackedLinear(matrix, self.bias, self.transposed, self.dtype).train(self.training)
 
 
 def make_waiting(model: nn.Module, headers: Mapping[str, Header]) -> None:
@@ -89,13 +96,17 @@ def waiting_at(model: nn.Module | None, name: str) -> Waiting | None:
 
 @torch.no_grad()
 def pack_waiting(model: nn.Module) -> int:
-    """Make packed layers of those that waited and have their bytes now; how many."""
+    """Make packed layers of those that waited and have their bytes now, and pack experts, which transformers has put
+    together from several tensors; how many are packed."""
     waiting = [(name, module) for name, module in model.named_modules() if isinstance(module, Waiting)]
     for name, module in waiting:
         replace_layer(model, name, module.packed(f"{name}.weight"))
-    if not waiting:
+    pack_all_experts(model, LEAST_ZEROS, dense_reasons(model))
+    to_tensor_cores(model, with_kernels(model))
+    packed = len(packed_layers(model))
+    if not packed:
         logger.warning("No matrix has %.0f%% zeros or more: the model is dense.", 100 * LEAST_ZEROS)
-    return len(waiting)
+    return packed
 
 
 def check_places(model: nn.Module) -> None:
