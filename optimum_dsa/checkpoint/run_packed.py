@@ -2,7 +2,7 @@
 
 While transformers loads a model, a layer that will be packed waits with room for its bytes, which are taken as they
 are; then it becomes a packed layer, whose parts are views of them. A transposed one (`Conv1D`) is packed anew, as it
-is multiplied the other way round.
+is multiplied the other way round. Of experts see `run_packed_experts.py`.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from ..common.fences import device_map_of
@@ -25,13 +25,13 @@ from ..packed.pack_model import (
     TYPES_PACKED,
     dense_reasons,
     layers_of,
-    pack_all_experts,
     packed_layers,
     replace_layer,
 )
 from ..packed.tensor_cores import to_tensor_cores, with_kernels
 from ..packed.whole import WholeHeader
 from .encodings import Header
+from .run_packed_experts import WaitingExperts, make_experts_wait, pack_waiting_experts
 
 
 logger = logging.getLogger(__name__)
@@ -51,10 +51,11 @@ class Waiting(nn.Module):
         self.register_buffer("weight", torch.empty(length, dtype=torch.uint8, device="meta"))
         self.register_parameter("bias", layer.bias)
 
-    def told(self, dtype: torch.dtype | None) -> None:
-        """In which type the weights are asked for, where it is another one than the model's."""
+    def take(self, name: str, tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
+        """The bytes of the weight, (bytes,), and in which type it is asked for, if it is another than the model's."""
         if dtype is not None and dtype.is_floating_point:
             self.dtype = dtype
+        return tensor
 
     def packed(self, name: str) -> PackedLinear:
         """The layer; `ValueError` where its bytes are damaged."""
@@ -84,24 +85,27 @@ def make_waiting(model: nn.Module, headers: Mapping[str, Header]) -> None:
         fits = tuple(header.shape) == tuple(layer.weight.shape) and header.dtype in TYPES_PACKED
         if fits and 1 - header.kept / max(header.size, 1) >= LEAST_ZEROS:
             replace_layer(model, found, Waiting(layer, header.bytes))
+    make_experts_wait(model, reasons)
 
 
-def waiting_at(model: nn.Module | None, name: str) -> Waiting | None:
-    """The layer of `model` that waits for the tensor called `name`; `None` where none does."""
-    if model is None or not name.endswith(".weight"):
+def waiting_at(model: nn.Module | None, name: str) -> Waiting | WaitingExperts | None:
+    """The module of `model` that waits for the tensor called `name`, by its last name; `None` where none does."""
+    path, _, attribute = name.rpartition(".")
+    try:
+        found = None if model is None else model.get_submodule(path)
+    except AttributeError:  # of several names, transformers gives a pattern
         return None
-    found = model.get_submodule(name.removesuffix(".weight"))
-    return found if isinstance(found, Waiting) else None
+    waits = isinstance(found, Waiting) and attribute == "weight"
+    return found if waits or (isinstance(found, WaitingExperts) and attribute in found.matrices) else None
 
 
 @torch.no_grad()
 def pack_waiting(model: nn.Module) -> int:
-    """Make packed layers of those that waited and have their bytes now, and pack experts, which transformers has put
-    together from several tensors; how many are packed."""
+    """Make packed layers of those that waited and have their bytes now; how many."""
     waiting = [(name, module) for name, module in model.named_modules() if isinstance(module, Waiting)]
     for name, module in waiting:
         replace_layer(model, name, module.packed(f"{name}.weight"))
-    pack_all_experts(model, LEAST_ZEROS, dense_reasons(model))
+    pack_waiting_experts(model)
     to_tensor_cores(model, with_kernels(model))
     packed = len(packed_layers(model))
     if not packed:

@@ -152,11 +152,16 @@ def unpack_experts(module: PackedExperts) -> None:
     _unpacked(module, {name: getattr(module, name) for name in module.names})
 
 
+def with_parameters(module: nn.Module, parts: Mapping[str, nn.Parameter | PackedStack]) -> None:
+    """Give `module` these parts in their order, in place, each for that of its name."""
+    for name, part in parts.items():
+        delattr(module, name)
+        setattr(module, name, part)
+
+
 def _unpacked(module: PackedExperts, parameters: Mapping[str, nn.Parameter]) -> None:
     """Make `module` what it was, in place, with these parameters in their order."""
-    for name, parameter in parameters.items():
-        delattr(module, name)
-        setattr(module, name, parameter)
+    with_parameters(module, parameters)
     del module.parameters_before
     change_class(module, _kind_before(module))
 

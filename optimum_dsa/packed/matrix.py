@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -108,28 +109,34 @@ class PackedMatrix:
 
     @classmethod
     def from_bytes(cls, packed: Tensor, name: str = "tensor", turned: bool = False) -> PackedMatrix:
-        """A packed tensor of a checkpoint, (bytes,) uint8, of two dimensions: views of it, and no copy but of scales.
+        """A packed tensor of a checkpoint, (bytes,) uint8, of a matrix or of several (experts), which then are below
+        each other: views of it, and no copy but of scales.
 
         One that is stored the other way round is packed anew.
 
         Args:
-            turned: whether the matrix is the tensor with its dimensions exchanged.
+            turned: whether the matrix is the tensor with its last two dimensions exchanged.
 
         Raises:
             ValueError: it is no packed matrix, or damaged.
         """
         start = packed[: max(LARGEST, bitmask.LARGEST)].cpu().numpy().tobytes()
         header = read_whole(start, packed.numel(), name) or bitmask.read_header(start, packed.numel(), name)
-        if header is None or len(header.shape) != 2:
+        if header is None or len(header.shape) not in (2, 3):
             raise ValueError(f"{name} is no packed matrix.")
+        stored_turned = isinstance(header, WholeHeader) and header.exchanged
         if isinstance(header, WholeHeader):
-            found, dtype, stored_turned = cls.of_header(packed, header, name), header.dtype, header.exchanged
+            found = cls.of_header(packed, header, name)
         else:
             mask, values = packed[header.mask], packed[header.values].view(header.dtype)
-            found = cls(mask, values, row_starts(mask, header.shape), header.shape)
-            dtype, stored_turned = header.dtype, False
+            shape = (math.prod(header.shape[:-1]), header.shape[-1])
+            found = cls(mask, values, row_starts(mask, shape), shape)
+        if turned == stored_turned:
+            return found
         # Rows of one are columns of the other, and whole numbers have the scales of rows.
-        return found if turned == stored_turned else cls.smallest(found.dense(dtype).t())
+        *before, rows, columns = header.shape
+        dense = found.dense(header.dtype).view(*before, *((columns, rows) if stored_turned else (rows, columns))).mT
+        return cls.smallest(dense.reshape(-1, dense.shape[-1]))
 
     @classmethod
     def of_header(cls, packed: Tensor, header: WholeHeader, name: str = "tensor") -> PackedMatrix:
