@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .factor import InverseFactor, Spectrum, damped, factor_of_inverse
+
 
 logger = logging.getLogger(__name__)
 
@@ -19,29 +21,6 @@ DAMPING = 0.01
 CHUNK = 2**20  # inputs that are copied at once: bounds the memory, and stays in a processor's cache
 SUMS = ("squared_sum", "sum", "gram", "drift", "lack")  # fields of `LayerStatistics` that add up over inputs
 GPU_CHUNK = 2**24  # the same where there is no cache to stay in, and every call has to be worth its launch
-
-
-@dataclass(frozen=True)
-class InverseFactor:
-    """Upper Cholesky factor U of (X Xᵀ + damping)⁻¹ = Uᵀ U, (in_features, in_features), and the damping it took."""
-
-    factor: Tensor
-    damping: float
-
-
-@dataclass(frozen=True)
-class Spectrum:
-    """Eigenvectors and eigenvalues of H = S⁻¹ (X Xᵀ + damping) S⁻¹, S = diag(scale) giving H a unit diagonal.
-
-    Attributes:
-        scale (`Tensor`): (in_features,), positive: the square root of the damped diagonal.
-        values (`Tensor`): (in_features,), ascending, none below zero.
-        vectors (`Tensor`): (in_features, in_features), one eigenvector a column.
-    """
-
-    scale: Tensor
-    values: Tensor
-    vectors: Tensor
 
 
 @dataclass
@@ -60,6 +39,9 @@ class LayerStatistics:
         lack (`Tensor`): (out_features, in_features), Σ (h_dense − h) xᵀ, h being the residual stream to which the
             outputs are added; `None` where they are not, or nobody asked.
         paired (`int`): inputs whose x_dense was seen. A routed expert has none: the dense model routes other tokens.
+
+    Of weights that share an input these are one object; where gradients are read, which are each weight's own, views
+    of one, see [`LayerStatistics.of_weight`].
 
     A matrix that saw no input at all (an expert that no token was routed to) answers as if its inputs were white: its
     scores fall back to the weights alone. `stand_in` brings them to the scale of those beside it, or allocators that
@@ -80,8 +62,9 @@ class LayerStatistics:
     with_sum: bool = False
     sum: Tensor | None = None
     _lacking: int = field(default=0, repr=False)
-    _factor: tuple[float, InverseFactor] | None = field(default=None, repr=False)
-    _spectrum: tuple[float, Spectrum] | None = field(default=None, repr=False)
+    _gradients: dict[str, Tensor] = field(default_factory=dict, repr=False)  # what a walk read -> of this weight
+    # what was computed of the sums, with the damping it took: one for all views of them
+    _derived: dict[str, tuple[float, Any]] = field(default_factory=dict, repr=False)
 
     def __post_init__(self):
         if self.squared_sum is None:
@@ -188,7 +171,44 @@ class LayerStatistics:
         }
         if sums["gram"] is not None:
             sums["gram"].masked_fill_(gone[:, None], 0)
-        return replace(self, **sums, drift=None, lack=None, _factor=None, _spectrum=None)
+        return replace(self, **sums, drift=None, lack=None, _derived={})
+
+    def of_weight(self, gradients: Mapping[str, Tensor]) -> LayerStatistics:
+        """A view of these sums, and of what is computed of them, with `gradients` of one of the weights.
+
+        Args:
+            gradients (`Mapping[str, Tensor]`): "gradients" or "regional" -> (out_features, in_features) float32.
+        """
+        return replace(self, _gradients=dict(gradients))
+
+    def shares(self, other: LayerStatistics | None) -> bool:
+        """Whether both are of one and the same input."""
+        return other is not None and other.squared_sum is self.squared_sum
+
+    @property
+    def gradient(self) -> Tensor:
+        """(out_features, in_features), √ of the sum over samples of the squared gradient of the dense model's loss.
+
+        Raises:
+            ValueError: it was not collected.
+        """
+        return self._gradient("gradients")
+
+    @property
+    def regional_gradient(self) -> Tensor:
+        """(out_features, in_features), as `gradient`, of ‖f(X)‖₂, X going into the weight's block as it is walked.
+
+        Raises:
+            ValueError: it was not collected.
+        """
+        return self._gradient("regional")
+
+    def _gradient(self, read: str) -> Tensor:
+        if read not in self._gradients:
+            raise ValueError(
+                f'Gradients were not collected; walk the blocks with reads={{"inputs", "{read}"}} for this metric.'
+            )
+        return self._gradients[read]
 
     @property
     def lacks(self) -> bool:
@@ -251,12 +271,12 @@ class LayerStatistics:
 
     def release_(self) -> None:
         """Give up, in place, what was derived of the sums: it is computed again if somebody asks."""
-        self._factor = self._spectrum = None
+        self._derived.clear()
 
     @property
     def damping_used(self) -> float | None:
         """The damping that the last `inverse_factor` took."""
-        return self._factor[1].damping if self._factor else None
+        return self._derived["factor"][1].damping if "factor" in self._derived else None
 
     def inverse_factor(self, damping: float = DAMPING) -> InverseFactor:
         """The `InverseFactor` at `damping` times the mean of diag(X Xᵀ), computed once.
@@ -269,12 +289,12 @@ class LayerStatistics:
 
         Frantar & Alistarh, 2023, https://arxiv.org/abs/2301.00774, section 3.3.
         """
-        if self._factor is not None and self._factor[0] == damping:
-            return self._factor[1]
+        if (known := self._derived.get("factor")) and known[0] == damping:
+            return known[1]
         moment = self.second_moment
         # Without any damping there is nothing to multiply: then from the usual share on.
         for attempt in [damping * 10.0**power for power in range(11)] if damping > 0 else [0.0, DAMPING, 1.0, 100.0]:
-            factor = _factor_of_inverse(damped(moment, attempt))
+            factor = factor_of_inverse(damped(moment, attempt))
             if factor is not None:
                 break
         else:
@@ -282,8 +302,9 @@ class LayerStatistics:
             raise ValueError(f"X·Xᵀ, {shape}, has no Cholesky factor at any damping up to {attempt:g}.")
         if attempt != damping:
             logger.warning("X·Xᵀ is ill-conditioned: the damping was raised from %g to %g.", damping, attempt)
-        self._factor = (damping, InverseFactor(factor, attempt))
-        return self._factor[1]
+        found = InverseFactor(factor, attempt)
+        self._derived["factor"] = (damping, found)
+        return found
 
     def scaled_moment(self, damping: float = DAMPING) -> tuple[Tensor, Tensor]:
         """H, (in_features, in_features), of unit diagonal, and its `scale`, (in_features,), see [`Spectrum`].
@@ -306,15 +327,15 @@ class LayerStatistics:
         Raises:
             ValueError: no `gram` was collected.
         """
-        if self._spectrum is None or self._spectrum[0] != damping:
+        if (known := self._derived.get("spectrum")) is None or known[0] != damping:
             hessian, scale = self.scaled_moment(damping)
             try:
                 values, vectors = torch.linalg.eigh(hessian)
             except torch.linalg.LinAlgError:  # float32 can fail to converge where eigenvalues lie very close
                 values, vectors = (part.float() for part in torch.linalg.eigh(hessian.double()))
             # A sum of squares has no negative eigenvalue; rounding gives it some.
-            self._spectrum = (damping, Spectrum(scale, values.clamp_min_(0), vectors))
-        return self._spectrum[1]
+            known = self._derived["spectrum"] = (damping, Spectrum(scale, values.clamp_min_(0), vectors))
+        return known[1]
 
 
 @dataclass(frozen=True)
@@ -351,32 +372,3 @@ def _sum(total: Tensor | None, more: Tensor) -> Tensor:
     """`total` with `more` added to it in place, of any one shape; where there is none, `more` itself."""
     # As if to zeros, in which no -0 is left.
     return more.add_(0.0) if total is None else total.add_(more)
-
-
-def damped(moment: Tensor, damping: float) -> Tensor:
-    """X·Xᵀ, (n, n), a one where an input never fired, and `damping` times its mean on the diagonal: (n, n)."""
-    # A copy: the gram is needed again at another damping, and by allocators.
-    hessian = moment.clone()
-    diagonal = hessian.diagonal()
-    diagonal[diagonal == 0] = 1.0
-    diagonal += damping * diagonal.mean()
-    return hessian
-
-
-def _factor_of_inverse(matrix: Tensor) -> Tensor | None:
-    """Upper Cholesky factor U of matrix⁻¹ = Uᵀ·U, (n, n) -> (n, n); `None` where that fails.
-
-    U is R⁻¹, R being the upper triangular matrix with R·Rᵀ = matrix, which the Cholesky factor of the matrix from its
-    other end is. At most two matrices are alive beside the gram, and the inverse itself is none of them.
-    """
-    factor = matrix.flip(0, 1)
-    del matrix
-    factor, failed = torch.linalg.cholesky_ex(factor)
-    if failed:
-        return None
-    factor = factor.flip(0, 1)
-    # Solved where it stands: by columns is how LAPACK has a matrix, and no copy is needed.
-    inverse = torch.eye(len(factor), device=factor.device).t()
-    torch.linalg.solve_triangular(factor, inverse, upper=True, out=inverse)
-    # A nearly singular matrix can pass without a failure, and leave infinities behind.
-    return inverse if torch.stack(inverse.t().aminmax()).isfinite().all() else None

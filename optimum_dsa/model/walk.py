@@ -19,27 +19,31 @@ import torch
 from torch import Tensor, nn
 
 from ..common.ranks import ALONE, Ranks
-from .architecture import Architecture, Block, Stack, UnprunableError, Weight
+from .architecture import Architecture, Block, Stack, Weight
 from .calls import BlockCalls, capture_calls, check_calls, explained, run_behind
 from .dense import AsDense, DenseInputs, DenseStream, Replay
+from .gradients import Gradients, check_gradients_can_be_had, collect_gradients, one_by_one
 from .observer import AllSeen, Awaited, Observer, Unheard, observing
 from .offload import resident
 from .padding import is_whole, real_tokens, without_padding
 from .residual import watching_additions
 from .shared_observer import SharedObserver, as_first, own_batches
 from .statistics import CollectedStatistics, LayerStatistics
-from .walked import WalkedBlock
+from .walked import WalkedBlock, checked
 
 
 # What a walk can collect of each weight's input: "inputs" (Σ x²), "mean" (Σ x as well), "gram" (X·Xᵀ as well),
-# "cross_gram" (X_dense·Xᵀ), and with it "residual" (what the residual stream lacks where outputs are added to it); and
-# of each block "outputs" (what the dense model gives in its place, and the block to be run again beside it).
+# "cross_gram" (X_dense·Xᵀ), and with it "residual" (what the residual stream lacks where outputs are added to it); of
+# each weight "gradients" (of the dense model's loss) and "regional" (of the norm of what its block gives); and of each
+# block "outputs" (what the dense model gives in its place, and the block to be run again beside it).
 Reads = frozenset[str]
 _READS = {
     "nothing": frozenset(),
     "inputs": frozenset({"inputs"}),
     "mean": frozenset({"inputs", "mean"}),
     "gram": frozenset({"inputs", "gram"}),
+    "gradients": frozenset({"inputs", "gradients"}),
+    "regional": frozenset({"inputs", "regional"}),
 }
 
 
@@ -66,6 +70,7 @@ def walk_blocks(
     finished: int = 0,
     unseen: int = 0,
     gram: bool | None = None,
+    gradients: Mapping[str, Tensor] | None = None,
     ranks: Ranks = ALONE,
 ) -> Iterator[WalkedBlock]:
     """Each block with the statistics of its inputs, first block first.
@@ -83,9 +88,10 @@ def walk_blocks(
             (and always collected where there are batches), "mean" is Σ x as well, "gram" is X·Xᵀ as well, and
             "cross_gram" X_dense·Xᵀ of what the dense model gives in the place of X, for all weights that every token
             reaches. "residual", beside "cross_gram", is `LayerStatistics.lack` of the weights whose outputs are added
-            to the residual stream. "outputs" is a `Replay` of every block of a stack.
-        progress (`Callable[[Sequence[Block]], Iterable[Block]]`, defaults to `iter`): wraps the sequence of blocks, as
-            tqdm does.
+            to the residual stream. "outputs" is a `Replay` of every block of a stack. "gradients" are those of the
+            model's loss as it is when the walk begins, see `collect_gradients`, and "regional" those of the norm of
+            what a block gives, for which samples are run one by one.
+        progress (`Callable[[Sequence[Block]], Iterable[Block]]`, defaults to `iter`): wraps the blocks, as tqdm does.
         as_dense (`AsDense`, *optional*): a context in which the model computes with its dense weights, for a caller
             who does not write to them; by default a copy of one block's is kept.
         true_sequential (`bool`): the caller asks for `groups(true_sequential=True)` and for no other statistics, so
@@ -95,6 +101,7 @@ def walk_blocks(
         unseen (`int`, defaults to 0): so many batches, the last ones, are run along without being counted in any
             statistics: what is fitted to those can be judged by them. With "outputs" in `reads` alone.
         gram (`bool`, *optional*): earlier name of "gram" in `reads`.
+        gradients (`Mapping[str, Tensor]`, *optional*): what `collect_gradients` gives, where it is known already.
         ranks (`Ranks`): processes that walk together, each with all `batches` and the same model: they divide the
             batches, and each has the statistics of all. Not with "outputs" in `reads`.
 
@@ -111,14 +118,15 @@ def walk_blocks(
             f"{' and '.join(sorted(beside))}: what the dense model has beside a pruned one is of a walk with "
             "sequential=True over batches of inputs; walk so, or do not read it."
         )
+    still = batches is None or isinstance(batches, CollectedStatistics)
+    check_gradients_can_be_had(model, architecture, reads, not still)
     blocks = iter(progress(architecture.blocks))
-    if batches is None or isinstance(batches, CollectedStatistics):
+    if still:
         yield from _walk_still(model, blocks, batches.statistics if batches else {})
         return
-    wanted = {"gram", *reads} if gram else {*reads}
-    yield from _walk_running(
-        model, architecture, batches, blocks, wanted, sequential, true_sequential, as_dense, finished, unseen, ranks
-    )
+    read = {"gram", *reads} if gram else {*reads}
+    how = (sequential, true_sequential, as_dense, finished, unseen, gradients, ranks)
+    yield from _walk_running(model, architecture, batches, blocks, read, *how)
 
 
 def _walk_running(
@@ -132,16 +140,21 @@ def _walk_running(
     as_dense: AsDense | None,
     finished: int,
     unseen: int,
+    gradients: Mapping[str, Tensor] | None,
     ranks: Ranks,
 ) -> Iterator[WalkedBlock]:
     """`walk_blocks` over batches, inputs by name, (samples, length, ...); `blocks` is told how far it is."""
     beside, kind = {"cross_gram", "outputs"} & set(reads), Observer if ranks.alone else partial(SharedObserver, ranks)
     watch = partial(kind, "gram" in reads, "mean" in reads)
-    # Padding goes first: what is never run needs no mask, and costs no time.
-    parts = [without_padding(batch) for batch in batches]
+    # Padding goes first: what is never run needs no mask, and costs no time. Gradients are squared sample by sample.
+    cut = one_by_one if "regional" in reads else list
+    parts = [[part for each in cut([batch]) for part in without_padding(each)] for batch in batches]
     unseen = sum(map(len, parts[len(parts) - unseen :]))
     batches = [part for split in parts for part in split]
     real = [real_tokens(model, batch) for batch in batches]
+    if "gradients" in reads and gradients is None:
+        gradients = collect_gradients(model, architecture, batches[: len(batches) - unseen])
+    own = Gradients(gradients or {}, "regional" in reads)
     if not ranks.alone:
         batches, real, unseen = own_batches(batches, real, ranks)
     # Module by module: parts of a model may be frozen in eval mode on purpose.
@@ -159,11 +172,11 @@ def _walk_running(
             dense = DenseStream(early.pop(stack.name), calls.hidden, as_dense, reads) if beside else None
             needed = architecture.head is not None and stack is architecture.stacks[-1]
             yield from _walk_stack(
-                model, stack, blocks, calls, real, watch, sequential, needed, dense, finished, true_sequential
+                model, stack, blocks, calls, real, watch, sequential, needed, dense, finished, true_sequential, own
             )
             finished = max(finished - len(stack.blocks), 0)
         if architecture.head is not None:
-            yield from _walk_head(model, next(blocks), stack, calls, batches, real, watch, dense, finished > 0)
+            yield from _walk_head(model, next(blocks), stack, calls, batches, real, watch, dense, finished > 0, own)
         next(blocks, None)  # lets a progress bar finish
     finally:
         for module in training:
@@ -200,6 +213,7 @@ def _walk_stack(
     dense: DenseStream | None,
     finished: int,
     true_sequential: bool,
+    gradients: Gradients,
 ) -> Iterator[WalkedBlock]:
     """The blocks of a stack, the first of them `finished`; `needed`: the head may read what the last one gives."""
     count = len(stack.blocks)
@@ -209,7 +223,7 @@ def _walk_stack(
         read = finished <= count if needed else max(index + 1, finished) < count
         sample = true_sequential and sequential
         yield from _walk_block(
-            model, block, calls, index, real, watch, sequential, not read, dense, index < finished, sample
+            model, block, calls, index, real, watch, sequential, not read, dense, index < finished, sample, gradients
         )
 
 
@@ -247,6 +261,7 @@ def _walk_block(
     dense: DenseStream | None,
     finished: bool,
     sample: bool,
+    gradients: Gradients,
 ) -> Iterator[WalkedBlock]:
     """One step of the walk: collect, hand out, move the activations, (samples, ..., hidden size), on (unless last).
 
@@ -258,6 +273,8 @@ def _walk_block(
     def collect(weights: Sequence[Weight], move_on: bool = False) -> dict[str, LayerStatistics]:
         """Statistics of what `weights` multiply in the block as it is now; `move_on` replaces what goes into it."""
         part, observer, names = replace(block, weights=tuple(weights)), watch(), {weight.name for weight in weights}
+        # Before anything moves on: they are of what goes into the block.
+        regional = gradients.of_block(model, part, lambda: (calls.run(module, index, n) for n in calls.seen))
 
         def run(number: int) -> None:
             hidden = calls.hidden[number]
@@ -277,7 +294,7 @@ def _walk_block(
                 calls.hidden[number] = output
 
         observer.over(calls.seen, run)
-        return _checked(part, observer)
+        return gradients.beside(checked(part, observer), regional)
 
     def first_batch() -> dict[str, LayerStatistics]:
         observer = Observer(gram=False)
@@ -304,8 +321,7 @@ def _walk_block(
     found = pass_by if finished else first_batch if sample else partial(collect, block.weights, not sequential)
     with resident(model, [block.name]) as changes, dense.at(module, index, sample, last) if dense else nullcontext():
         again = collect if sequential and not finished else None  # otherwise what went into the block is gone
-        replays = dense and "outputs" in dense.reads and not finished
-        replay = Replay(module, index, calls, dense) if replays else None
+        replay = Replay(module, index, calls, dense) if dense and "outputs" in dense.reads and not finished else None
         rewritten = partial(dense.take, module, index) if dense else lambda: None
         # The statistics have no name here: they are freed as soon as whoever is given them lets go of them.
         yield WalkedBlock(block, found(), model, changes, again, replay, run_sample, rewritten, sampled=sample)
@@ -339,6 +355,7 @@ def _walk_head(
     watch: Callable[[], Observer],
     dense: DenseStream | None,
     finished: bool,
+    gradients: Gradients,
 ) -> Iterator[WalkedBlock]:
     """The weights outside the blocks, on what the last stack gives, (samples, ..., hidden size)."""
     with resident(model, _modules(head)) as changes:
@@ -355,37 +372,9 @@ def _walk_head(
 
         if not finished:
             observer.over(calls.seen, run)
-        yield WalkedBlock(head, {} if finished else _checked(head, observer), model, changes)
+        found = {} if finished else gradients.beside(checked(head, observer))
+        yield WalkedBlock(head, found, model, changes)
 
 
 def _modules(block: Block) -> list[str]:
     return list(dict.fromkeys(weight.module for weight in block.weights))
-
-
-def _checked(block: Block, observer: Observer) -> dict[str, LayerStatistics]:
-    """The block's statistics, finite and, where experts are watched, really seen."""
-    # All experts of a parameter together: that no token reached one of them is nothing unusual.
-    fused: dict[str, int] = {}
-    for weight in block.weights:
-        if weight.expert is not None:
-            parameter = f"{weight.module}.{weight.attribute}"
-            seen = observer.statistics.get(weight.name)
-            fused[parameter] = fused.get(parameter, 0) + (seen.tokens if seen else 0)
-    for parameter, tokens in fused.items():
-        if tokens == 0:
-            owner = parameter.rpartition(".")[0]
-            size = sum(weight.size for weight in block.weights if weight.module == owner)
-            raise UnprunableError(
-                f"{parameter}: what its experts multiply could not be observed; leave them dense with "
-                f"exclude=['{owner.rpartition('.')[2]}'], {size / block.size:.1%} of this block, or choose a method "
-                "that needs no inputs."
-            )
-    statistics = observer.finish(block)
-    for weight in block.weights:
-        # The sums show it as soon as one number of any input was not finite.
-        if not statistics[weight.name].squared_sum.isfinite().all():
-            raise ValueError(
-                f"The input of {weight.name} holds NaN or infinities; try another dtype (bfloat16 or float32) or "
-                "other text. Blocks before it may already be pruned in memory: load the model again."
-            )
-    return statistics

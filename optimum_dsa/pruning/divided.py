@@ -33,9 +33,19 @@ def check_divisible(config: Any, ranks: Ranks) -> None:
     where = f"in one process, and this is one of {ranks.count}; start it without torchrun"
     if not isinstance(config, DSAConfig):
         raise ValueError(f"Structures are cut out {where}, and prune the weights of what is left with it then.")
-    for name, asked in (("reconstruct", config.reconstruct.steps), ("permute", config.permute)):
+    reconstruct = config.reconstruct
+    for name, asked in (
+        ("reconstruct", reconstruct.steps),
+        ("distill", reconstruct.distill),
+        ("permute", config.permute),
+    ):
         if asked:
             raise ValueError(f"{name}={asked!r} works {where}, or leave {name} out.")
+    if "regional" in config.resolved.reads | config.resolved.allocation_reads:
+        raise ValueError(
+            f"method {config.method!r} reads gradients of every block's outputs, which are made {where}, or choose "
+            "another method."
+        )
 
 
 def check_alike(model: nn.Module, calibration: Known | None, config: DSAConfig, ranks: Ranks) -> None:
