@@ -43,8 +43,8 @@ def routed(config, **settings):
     return AutoModelForCausalLM.from_config(config(**SIZES, initializer_range=0.1, **settings)).eval()
 
 
-def qwen():
-    return routed(Qwen3MoeConfig, num_experts=4, moe_intermediate_size=24)
+def qwen(experts=4):
+    return routed(Qwen3MoeConfig, num_experts=experts, moe_intermediate_size=24)
 
 
 def mixtral():
@@ -71,6 +71,7 @@ CASES = {
     "dsnot, head, padding": (tiny_llama, padded(), {"method": "wanda+dsnot", "include": ("lm_head",)}),
     "experts": (qwen, tokens(9, 8), {"allocation": "dsa"}),
     "experts, sparsegpt": (mixtral, tokens(9, 4), {"method": "sparsegpt", "allocation": "owl"}),
+    "experts that nobody reaches": (lambda: qwen(24), tokens(3, 2), {"method": "sparsegpt", "batch_size": 1}),
     "one batch": (tiny_llama, tokens(2), {"method": "sparsegpt"}),
 }
 

@@ -126,11 +126,14 @@ class SharedObserver(Observer):
         super().__init__(gram, mean)
         self.ranks = ranks
         self._device: torch.device | None = None
+        self._merged = False
         self._held: list[dict[str, Parts]] = []  # of batches that are not added yet: weight -> its sums
         self._totals: dict[str, _Total] = {}  # by the first of the weights that share them
         self._leader: dict[str, str] = {}  # weight -> the first of those that it shares its inputs with
 
     def _statistics(self, weight: Weight, device: torch.device | str) -> LayerStatistics | Parts:
+        if self._merged:  # nobody gave it anything
+            return super()._statistics(weight, device)
         self._device = self._device or torch.device(device)
         return Parts(partial(LayerStatistics, weight.shape[1], device, self.gram, with_sum=self.mean))
 
@@ -251,7 +254,7 @@ class SharedObserver(Observer):
 
     def _merge(self, sequences: int) -> None:
         """The totals as statistics, which weights that share an input share."""
-        self.sequences = sequences
+        self.sequences, self._merged = sequences, True
         device = self._device or self.ranks.wire
         made: dict[str, LayerStatistics] = {}
         for name, total in self._totals.items():

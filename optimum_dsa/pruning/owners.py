@@ -11,25 +11,38 @@ from ..model.walked import Group, WalkedBlock
 
 
 def owners(groups: Sequence[Group], ranks: Ranks, solves: bool) -> dict[str, int]:
-    """Weight -> the process that prunes it: the most work first, each to who has least to do so far.
+    """Weight -> the process that prunes it: the most work first, each to who has least to do then.
+
+    Groups stay whole where that is as fast; the matrices of one part where it is faster.
 
     Args:
         solves: whether an update works on X·Xᵀ, whose factor each process makes that has a weight of the group.
     """
+    rows = [[(weight, number) for weight in group.weights] for number, group in enumerate(groups)]
+    whole = _divided(rows, ranks, solves)
+    apart = _divided([[row] for group in rows for row in group], ranks, solves)
+    return min(whole, apart, key=lambda found: found[0])[1]
+
+
+def _divided(
+    parts: Sequence[Sequence[tuple[Weight, int]]], ranks: Ranks, solves: bool
+) -> tuple[float, dict[str, int]]:
+    """The work of who has most to do, and weight -> process, of parts of (weight, its group) that stay together."""
     loads, begun = [0.0] * ranks.count, [set() for _ in range(ranks.count)]
-    rows = [(weight, number) for number, group in enumerate(groups) for weight in group.weights]
     found: dict[str, int] = {}
 
-    def work(weight: Weight, number: int, rank: int) -> float:
-        columns = weight.shape[1]
-        return weight.size * columns + (number not in begun[rank]) * columns**3 if solves else weight.size
+    def work(part: Sequence[tuple[Weight, int]], rank: int) -> float:
+        if not solves:
+            return sum(weight.size for weight, _ in part)
+        columns = part[0][0].shape[1]
+        return sum(weight.size * columns for weight, _ in part) + (part[0][1] not in begun[rank]) * columns**3
 
-    for weight, number in sorted(rows, key=lambda row: -work(*row, 0)):
-        rank = min(range(ranks.count), key=lambda rank: loads[rank] + work(weight, number, rank))
-        loads[rank] += work(weight, number, rank)
-        begun[rank].add(number)
-        found[weight.name] = rank
-    return found
+    for part in sorted(parts, key=lambda part: -work(part, 0)):
+        rank = min(range(ranks.count), key=lambda rank: loads[rank] + work(part, rank))
+        loads[rank] += work(part, rank)
+        begun[rank].add(part[0][1])
+        found |= {weight.name: rank for weight, _ in part}
+    return max(loads), found
 
 
 def spread(
