@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cache, partial
 
 import torch
 from torch import Tensor
@@ -30,15 +30,21 @@ def own_batches(
     none runs the first along: there is no walk without a batch.
     """
     if ranks.is_first and len(batches) % ranks.count:
-        logger.warning(
-            "%d batches on %d processes: in the last round %d of them wait; a smaller batch_size (--batch-size) "
-            "divides them better, and changes the last bits.",
-            len(batches),
-            ranks.count,
-            ranks.count - len(batches) % ranks.count,
-        )
+        _warn_of_waiting(len(batches), ranks.count)
     own = slice(ranks.index, None, ranks.count) if ranks.index < len(batches) else slice(0, 1)
     return list(batches[own]), list(real[own]), int(ranks.index >= len(batches))
+
+
+@cache
+def _warn_of_waiting(batches: int, processes: int) -> None:
+    """Say once that the batches cannot be divided evenly; a prune has several walks."""
+    logger.warning(
+        "%d batches on %d processes: in the last round %d of them wait; a smaller batch_size (--batch-size) divides "
+        "them better, and changes the last bits.",
+        batches,
+        processes,
+        processes - batches % processes,
+    )
 
 
 def as_first(statistics: dict[str, LayerStatistics], ranks: Ranks) -> dict[str, LayerStatistics]:
