@@ -57,6 +57,7 @@ FIRST = {
     "bench": "--against --prompt --new-tokens --batch-size --rounds --threads --seed --output --device --dtype",
     "verify": "--device --dtype --device-map --offload-folder --revision --trust-remote-code",
     "convert": "--to --revision",
+    "quantize": "--bits --group --scales --revision",
     "push": "--private --revision --create-pr --commit-message --token",
     "demo": "-o --output -s --sparsity --method",
     "env": "",
