@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ...common.progress import progress
+from ...model.activations import held_in
 from ...model.architecture import Architecture, Weight
 from ...model.statistics import LayerStatistics
 from ...model.walk import WalkedBlock, walk_blocks
@@ -194,6 +195,7 @@ class Masks:
             progress=shown,
             true_sequential=grouped and self.config.update.true_sequential,
             as_dense=self.masked.suspended,
+            held=held_in(self.config.activations),
         )
 
     def _forget(self) -> None:
