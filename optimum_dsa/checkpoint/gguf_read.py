@@ -11,13 +11,13 @@ import torch
 
 from ..common.files import write_text
 from ..common.installation import how_to_install
+from ..common.shard_writer import ShardWriter
 from ..pruning.configuration import CONFIG_NAME
 from .convert import converted_config
 from .encodings import DENSE
 from .gguf_families import family_of
 from .gguf_file import KEYS, plan
 from .load import read_configuration
-from .shards import ShardWriter
 
 
 def read_gguf(path: Path, folder: Path) -> None:

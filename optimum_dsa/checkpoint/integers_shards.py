@@ -12,10 +12,11 @@ import torch
 from torch import Tensor
 
 from ..common.files import read_json, write_text
+from ..common.shard_writer import ShardWriter, width
 from ..packed.grid import Grid
 from .encodings import DENSE, decoded
 from .integers_format import FORMAT, METHOD, PARTS, pack_numbers, unpack_numbers
-from .shards import Shards, ShardWriter, find_shards, index_name, open_shard, packed_headers, width
+from .shards import Shards, find_shards, index_name, open_shard, packed_headers
 
 
 @dataclass(frozen=True)
