@@ -30,6 +30,7 @@ class Family:
         expected (`Mapping[str, Any]`): settings that llama.cpp computes by, whatever a configuration says.
         turned (`bool`): whether the halves of a head that turn together lie beside each other there.
         lifted (`bool`): whether weights of norms are stored less 1, and whole there.
+        windowed (`bool`): whether llama.cpp knows of the window that some layers see.
         transposed (`tuple[str, ...]`): endings of the matrices that are stored transposed, (in, out).
         ropes (`tuple[str, ...]`): ways of turning positions that are written.
         write (`Callable`, *optional*): writes what else the family's file says: writer, configuration.
@@ -41,6 +42,7 @@ class Family:
     expected: Mapping[str, Any] = field(default_factory=dict)
     turned: bool = False
     lifted: bool = False
+    windowed: bool = False
     transposed: tuple[str, ...] = ()
     ropes: tuple[str, ...] = ("default",)
     write: Callable[[Any, Any], None] | None = None
@@ -63,9 +65,9 @@ def write_sizes(writer: Any, config: Any, family: Family, widths: list[Widths]) 
     longest, ropes = config.max_position_embeddings, rope_settings(config)
     queries, keys, channels = ([*column] if len(set(widths)) > 1 else column[0] for column in zip(*widths))
     writer.add_block_count(len(widths))
-    windows = None if _alternates(config) else getattr(config, "sliding_window", None)
+    window = None if family.windowed else getattr(config, "sliding_window", None)
     # Beyond a sliding window llama.cpp would see what the model does not.
-    writer.add_context_length(min(longest, windows or longest))
+    writer.add_context_length(min(longest, window or longest))
     writer.add_embedding_length(config.hidden_size)
     writer.add_head_count(queries)
     writer.add_head_count_kv(keys)
@@ -88,11 +90,6 @@ def rope_settings(config: Any) -> Mapping[str, Any]:
     """How a model turns positions, of full attention where its layers differ; nothing where it does not."""
     found = getattr(config, "rope_parameters", None) or {}
     return found.get("full_attention", found)
-
-
-def _alternates(config: Any) -> bool:
-    """Whether some layers see all tokens, and others those of a window."""
-    return len(set(getattr(config, "layer_types", None) or ())) > 1
 
 
 def _check_windows(every: int) -> Callable[[Any], str]:
@@ -186,8 +183,10 @@ FAMILIES = {  # `model_type` -> row
         "qwen3moe", expected={**_UNBIASED, "norm_topk_prob": True}, write=_write_experts, check=_check_experts
     ),
     "gemma": Family("gemma", expected=_GEMMA, lifted=True),
-    "gemma2": Family("gemma2", expected=_GEMMA, lifted=True, write=_write_gemma2, check=_check_gemma2),
-    "gemma3_text": Family("gemma3", expected=_GEMMA, lifted=True, write=_write_gemma3, check=_check_gemma3),
+    "gemma2": Family("gemma2", expected=_GEMMA, lifted=True, windowed=True, write=_write_gemma2, check=_check_gemma2),
+    "gemma3_text": Family(
+        "gemma3", expected=_GEMMA, lifted=True, windowed=True, write=_write_gemma3, check=_check_gemma3
+    ),
     "phi3": Family("phi3", expected=_SILU, ropes=("default", "longrope"), write=_write_phi3),
     "gpt2": Family("gpt2", expected=_GPT2, transposed=("c_attn.weight", "c_proj.weight", "c_fc.weight")),
     "granite": Family("granite", expected=_LLAMA, turned=True, write=_write_granite),

@@ -112,6 +112,18 @@ def test_layers_that_differ_are_of_llamas_alone(saved):
         family_of(config, "it")
 
 
+@pytest.mark.parametrize(("name", "longest"), [("mistral", 16), ("qwen2", 16), ("gemma2", 128)])
+def test_a_window_that_the_engine_does_not_know_ends_the_context(name, longest, tmp_path):
+    gguf = pytest.importorskip("gguf")
+    window = {"sliding_window": 16, "use_sliding_window": True, "max_window_layers": 1}
+    settings = window if name == "qwen2" else {"sliding_window": 16}
+    folder = save(family(name, **settings), tmp_path / "model")
+    export(folder, tmp_path / "out.gguf", "gguf")
+    assert (
+        gguf.GGUFReader(tmp_path / "out.gguf").get_field(f"{WRITTEN[name].arch}.context_length").contents() == longest
+    )
+
+
 def test_longrope_goes_along(tmp_path):
     pytest.importorskip("xllamacpp")
     factors = {"short_factor": [1.0 + n / 8 for n in range(8)], "long_factor": [2.0 + n for n in range(8)]}
