@@ -17,7 +17,7 @@ from ..pruning.allocate import architecture_for
 from ..pruning.configuration import DSAConfig
 from ..pruning.planning.plan import Plan, plan_for
 from ..pruning.planning.shape import ModelShape, shape_of
-from ..pruning.planning.tried import forward_operations, time_of
+from ..pruning.planning.tried import distilled_tokens, forward_operations, time_of
 from ..pruning.planning.work import WINDOWS, operations, speed, time_block
 from .skeleton import open_skeleton, sample_model
 
@@ -78,37 +78,30 @@ def plan(
     libraries = own_memory() + _tokenizer(path, model)
     device, offloaded = _place(device_map)
     config.reconstruct.check_place(offloaded)
-    on_cpu, here = torch.device(device).type == "cpu", device_memory is None
-    asked: dict[str, Any] = {
-        "device": device if here else f"a device of {shown_bytes(device_memory)}",
-        "offloaded": offloaded,
-        "libraries": libraries if on_cpu and here else 0,
-        "available": _available(device, ranks if on_cpu else 1) if here else device_memory,
-        "disk_available": disk_available(output) if here else None,
-        "ranks": ranks,
-        "devices": devices,
-    }
+    here = _elsewhere(device_memory) if device_memory is not None else _here(device, ranks, output, libraries)
+    asked: dict[str, Any] = {"offloaded": offloaded, "ranks": ranks, "devices": devices, **here}
     found = plan_for(shape, config, **asked)
-    if device_map == "auto" and not found.memory_fits and config.reconstruct.span == 1:
+    if device_map == "auto" and not found.memory_fits and config.reconstruct.is_by_block:
         found = plan_for(shape, config, **asked | {"offloaded": True})
-    if not here:
+    if device_memory is not None:
         return found
     needed = found.total - found.phases["loading"]["weights"]
     seconds = None
     own, single = speed(device, dtype), speed(device, torch.float32)
     judged = forward_operations(shape, found.tries.tokens) / own if found.tries else 0.0
+    whole = forward_operations(shape, distilled_tokens(config, found.text.samples, found.text.length)) / own
     trial = _trial(shape, config, found, own, single)
     if run_block and needed <= found.available and trial <= (LONGEST if _has_weights(path) else LONGEST_ALONE):
         seconds = _run(path, config, found, shape, dtype, options, judged)
     if seconds is not None:
-        return replace(found, seconds=_divided(seconds, shape, ranks), timed=True)
+        return replace(found, seconds=_divided(seconds, shape, ranks) + whole, timed=True)
 
     def counted(config: DSAConfig) -> float:
         forward, rest = operations(shape, config, found.text)
         return forward / own + rest / single
 
     seconds = time_of(config, found.tries, counted, judged)
-    return replace(found, seconds=_divided(seconds, shape, ranks))
+    return replace(found, seconds=_divided(seconds, shape, ranks) + whole)
 
 
 def _divided(seconds: float, shape: ModelShape, ranks: int) -> float:
@@ -116,10 +109,17 @@ def _divided(seconds: float, shape: ModelShape, ranks: int) -> float:
     return seconds / min(ranks, max(len(block.weights) for block in shape.blocks))
 
 
-def _available(device: str, processes: int) -> int:
-    """Bytes that each of so many processes on this machine may have."""
-    own = own_memory() if torch.device(device).type == "cpu" else 0
-    return memory_available(device) // processes + own
+def _here(device: str, ranks: int, output: str | Path, libraries: int) -> dict[str, Any]:
+    """What `plan_for` is to know of this machine, on which so many processes run, each with its `libraries`."""
+    on_cpu = torch.device(device).type == "cpu"
+    available = memory_available(device) // ranks + own_memory() if on_cpu else memory_available(device)
+    found = {"libraries": libraries if on_cpu else 0, "disk_available": disk_available(output)}
+    return {"device": device, "available": available, **found}
+
+
+def _elsewhere(memory: int) -> dict[str, Any]:
+    """The same of a device that is not here, of which that alone is known."""
+    return {"device": f"a device of {shown_bytes(memory)}", "available": memory}
 
 
 def _has_weights(path: str | Path) -> bool:

@@ -19,26 +19,30 @@ import torch
 from torch import Tensor, nn
 
 from .activations import Held
-from .architecture import Architecture, Block, Stack, UnprunableError, Weight
+from .architecture import Architecture, Block, Stack, Weight
 from .calls import BlockCalls, capture_calls, check_calls, explained, run_behind
 from .dense import AsDense, DenseInputs, DenseStream, Replay
+from .gradients import Gradients, check_gradients_can_be_had, collect_gradients, one_by_one
 from .observer import AllSeen, Awaited, Observer, Unheard, observing
 from .offload import resident
 from .padding import is_whole, real_tokens, without_padding
 from .residual import watching_additions
 from .statistics import CollectedStatistics, LayerStatistics
-from .walked import WalkedBlock
+from .walked import WalkedBlock, checked
 
 
 # What a walk can collect of each weight's input: "inputs" (Σ x²), "mean" (Σ x as well), "gram" (X·Xᵀ as well),
-# "cross_gram" (X_dense·Xᵀ), and with it "residual" (what the residual stream lacks where outputs are added to it); and
-# of each block "outputs" (what the dense model gives in its place, and the block to be run again beside it).
+# "cross_gram" (X_dense·Xᵀ), and with it "residual" (what the residual stream lacks where outputs are added to it); of
+# each weight "gradients" (of the dense model's loss) and "regional" (of the norm of what its block gives); and of each
+# block "outputs" (what the dense model gives in its place, and the block to be run again beside it).
 Reads = frozenset[str]
 _READS = {
     "nothing": frozenset(),
     "inputs": frozenset({"inputs"}),
     "mean": frozenset({"inputs", "mean"}),
     "gram": frozenset({"inputs", "gram"}),
+    "gradients": frozenset({"inputs", "gradients"}),
+    "regional": frozenset({"inputs", "regional"}),
 }
 
 
@@ -65,6 +69,7 @@ def walk_blocks(
     finished: int = 0,
     unseen: int = 0,
     gram: bool | None = None,
+    gradients: Mapping[str, Tensor] | None = None,
     held: Held = list,
 ) -> Iterator[WalkedBlock]:
     """Each block with the statistics of its inputs, first block first.
@@ -82,7 +87,9 @@ def walk_blocks(
             (and always collected where there are batches), "mean" is Σ x as well, "gram" is X·Xᵀ as well, and
             "cross_gram" X_dense·Xᵀ of what the dense model gives in the place of X, for all weights that every token
             reaches. "residual", beside "cross_gram", is `LayerStatistics.lack` of the weights whose outputs are added
-            to the residual stream. "outputs" is a `Replay` of every block of a stack.
+            to the residual stream. "outputs" is a `Replay` of every block of a stack. "gradients" are those of the
+            model's loss as it is when the walk begins, see `collect_gradients`, and "regional" those of the norm of
+            what a block gives, for which samples are run one by one.
         progress (`Callable[[Sequence[Block]], Iterable[Block]]`, defaults to `iter`): wraps the sequence of blocks, as
             tqdm does.
         as_dense (`AsDense`, *optional*): a context in which the model computes with its dense weights, for a caller
@@ -94,6 +101,7 @@ def walk_blocks(
         unseen (`int`, defaults to 0): so many batches, the last ones, are run along without being counted in any
             statistics: what is fitted to those can be judged by them. With "outputs" in `reads` alone.
         gram (`bool`, *optional*): earlier name of "gram" in `reads`.
+        gradients (`Mapping[str, Tensor]`, *optional*): what `collect_gradients` gives, where it is known already.
         held (`Held`, defaults to `list`): makes what activations are kept in, as `held_in` gives it.
 
     Raises:
@@ -109,13 +117,16 @@ def walk_blocks(
             f"{' and '.join(sorted(beside))}: what the dense model has beside a pruned one is of a walk with "
             "sequential=True over batches of inputs; walk so, or do not read it."
         )
+    still = batches is None or isinstance(batches, CollectedStatistics)
+    check_gradients_can_be_had(model, architecture, reads, not still)
     blocks = iter(progress(architecture.blocks))
-    if batches is None or isinstance(batches, CollectedStatistics):
+    if still:
         yield from _walk_still(model, blocks, batches.statistics if batches else {})
         return
-    wanted = {"gram", *reads} if gram else {*reads}
+    read = {"gram", *reads} if gram else {*reads}
     yield from _walk_running(
-        model, architecture, batches, blocks, wanted, sequential, true_sequential, as_dense, finished, unseen, held
+        *(model, architecture, batches, blocks, read, sequential, true_sequential, as_dense, finished, unseen),
+        *(gradients, held),
     )
 
 
@@ -130,15 +141,20 @@ def _walk_running(
     as_dense: AsDense | None,
     finished: int,
     unseen: int,
+    gradients: Mapping[str, Tensor] | None,
     held: Held,
 ) -> Iterator[WalkedBlock]:
     """`walk_blocks` over batches, inputs by name, (samples, length, ...); `blocks` is told how far it is."""
     beside, watch = {"cross_gram", "outputs"} & set(reads), partial(Observer, "gram" in reads, "mean" in reads)
-    # Padding goes first: what is never run needs no mask, and costs no time.
-    parts = [without_padding(batch) for batch in batches]
+    # Padding goes first: what is never run needs no mask, and costs no time. Gradients are squared sample by sample.
+    cut = one_by_one if "regional" in reads else list
+    parts = [[part for each in cut([batch]) for part in without_padding(each)] for batch in batches]
     unseen = sum(map(len, parts[len(parts) - unseen :]))
     batches = [part for split in parts for part in split]
     real = [real_tokens(model, batch) for batch in batches]
+    if "gradients" in reads and gradients is None:
+        gradients = collect_gradients(model, architecture, batches[: len(batches) - unseen])
+    own = Gradients(gradients or {}, "regional" in reads)
     # Module by module: parts of a model may be frozen in eval mode on purpose.
     training = [module for module in model.modules() if module.training]
     model.eval()
@@ -154,11 +170,11 @@ def _walk_running(
             dense = DenseStream(early.pop(stack.name), calls.hidden, as_dense, reads, held) if beside else None
             needed = architecture.head is not None and stack is architecture.stacks[-1]
             yield from _walk_stack(
-                model, stack, blocks, calls, real, watch, sequential, needed, dense, finished, true_sequential
+                model, stack, blocks, calls, real, watch, sequential, needed, dense, finished, true_sequential, own
             )
             finished = max(finished - len(stack.blocks), 0)
         if architecture.head is not None:
-            yield from _walk_head(model, next(blocks), stack, calls, batches, real, watch, dense, finished > 0)
+            yield from _walk_head(model, next(blocks), stack, calls, batches, real, watch, dense, finished > 0, own)
         next(blocks, None)  # lets a progress bar finish
     finally:
         for module in training:
@@ -195,6 +211,7 @@ def _walk_stack(
     dense: DenseStream | None,
     finished: int,
     true_sequential: bool,
+    gradients: Gradients,
 ) -> Iterator[WalkedBlock]:
     """The blocks of a stack, the first of them `finished`; `needed`: the head may read what the last one gives."""
     count = len(stack.blocks)
@@ -204,7 +221,7 @@ def _walk_stack(
         read = finished <= count if needed else max(index + 1, finished) < count
         sample = true_sequential and sequential
         yield from _walk_block(
-            model, block, calls, index, real, watch, sequential, not read, dense, index < finished, sample
+            model, block, calls, index, real, watch, sequential, not read, dense, index < finished, sample, gradients
         )
 
 
@@ -242,21 +259,24 @@ def _walk_block(
     dense: DenseStream | None,
     finished: bool,
     sample: bool,
+    gradients: Gradients,
 ) -> Iterator[WalkedBlock]:
     """One step of the walk: collect, hand out, move the activations, (samples, ..., hidden size), on (unless last).
 
     Of a `finished` block nothing is collected, with `sample` the first batch: it tells groups and their order.
     """
     module, shown = model.get_submodule(block.name), _Shown()
+    run_sample = partial(_run_sample, module, calls, index)
 
     def collect(weights: Sequence[Weight], move_on: bool = False) -> dict[str, LayerStatistics]:
         """Statistics of what `weights` multiply in the block as it is now; `move_on` replaces what goes into it."""
         part, observer, names = replace(block, weights=tuple(weights)), watch(), {weight.name for weight in weights}
-        shape = calls.hidden[0].shape[1:]
+        # Before anything moves on: they are of what goes into the block.
+        regional = gradients.of_block(model, part, lambda: (calls.run(module, index, n) for n in calls.seen))
         for number in calls.seen:
             hidden = calls.hidden[number]  # once: they may be on a disk
             # What comes behind the last weight that is watched need not run; a block may cut longer inputs in parts.
-            alike = hidden.shape[1:] == shape
+            alike = hidden.shape[1:] == calls.sample.hidden[0].shape[1:]
             stops = alike and shown.alone.issuperset(names)
             ends = stops and shown.last in names
             awaited = Awaited(names, shown.added) if stops else None
@@ -269,7 +289,7 @@ def _walk_block(
             observer.add_residual(before, beside.before)
             if move_on:
                 calls.hidden[number] = output
-        return _checked(part, observer)
+        return gradients.beside(checked(part, observer), regional)
 
     def first_batch() -> dict[str, LayerStatistics]:
         observer = Observer(gram=False)
@@ -280,16 +300,11 @@ def _walk_block(
         shown.note(block, observer, before)
         return observer.finish(block)
 
-    def run() -> list[Tensor]:
-        """All that the block as it is now leaves behind on one sample."""
-        calls.sample.hidden[0] = calls.hidden[0][: calls.sample.samples[0]].clone()
-        return calls.sample.everything_of(module, index, 0)
-
     def pass_by() -> dict[str, LayerStatistics]:
         """No statistics; what the block is given moves on as in `collect`, and in the same way, to the last bit."""
         if last:
             return {}
-        run()  # later blocks may read what it leaves in their arguments
+        run_sample()  # later blocks may read what it leaves in their arguments
         for number in calls.seen:
             if dense and not sample:
                 dense.inputs(model, block, module, index, number)
@@ -305,11 +320,17 @@ def _walk_block(
         replay = Replay(module, index, calls, dense) if replays else None
         rewritten = partial(dense.take, module, index) if dense else lambda: None
         # The statistics have no name here: they are freed as soon as whoever is given them lets go of them.
-        yield WalkedBlock(block, found(), model, changes, again, replay, run, rewritten, sampled=sample)
+        yield WalkedBlock(block, found(), model, changes, again, replay, run_sample, rewritten, sampled=sample)
         # Still inside `resident`: the changed weights are here, and need not be written and read back first.
         if sequential and not last:
             for number in range(len(calls)):
                 calls.hidden[number] = calls.run(module, index, number)
+
+
+def _run_sample(module: nn.Module, calls: BlockCalls, index: int) -> list[Tensor]:
+    """All that the block, number `index`, as it is now leaves behind on one sample."""
+    calls.sample.hidden[0] = calls.hidden[0][: calls.sample.samples[0]].clone()
+    return calls.sample.everything_of(module, index, 0)
 
 
 def _watching_additions(
@@ -330,6 +351,7 @@ def _walk_head(
     watch: Callable[[], Observer],
     dense: DenseStream | None,
     finished: bool,
+    gradients: Gradients,
 ) -> Iterator[WalkedBlock]:
     """The weights outside the blocks, on what the last stack gives, (samples, ..., hidden size)."""
     with resident(model, _modules(head)) as changes:
@@ -342,37 +364,9 @@ def _walk_head(
             observer.start_batch(calls.samples[number], real[number], beside, tokens)
             with observing(model, head, observer):
                 run_behind(model, stack, calls, batch, number)
-        yield WalkedBlock(head, {} if finished else _checked(head, observer), model, changes)
+        found = {} if finished else gradients.beside(checked(head, observer))
+        yield WalkedBlock(head, found, model, changes)
 
 
 def _modules(block: Block) -> list[str]:
     return list(dict.fromkeys(weight.module for weight in block.weights))
-
-
-def _checked(block: Block, observer: Observer) -> dict[str, LayerStatistics]:
-    """The block's statistics, finite and, where experts are watched, really seen."""
-    # All experts of a parameter together: that no token reached one of them is nothing unusual.
-    fused: dict[str, int] = {}
-    for weight in block.weights:
-        if weight.expert is not None:
-            parameter = f"{weight.module}.{weight.attribute}"
-            seen = observer.statistics.get(weight.name)
-            fused[parameter] = fused.get(parameter, 0) + (seen.tokens if seen else 0)
-    for parameter, tokens in fused.items():
-        if tokens == 0:
-            owner = parameter.rpartition(".")[0]
-            size = sum(weight.size for weight in block.weights if weight.module == owner)
-            raise UnprunableError(
-                f"{parameter}: what its experts multiply could not be observed; leave them dense with "
-                f"exclude=['{owner.rpartition('.')[2]}'], {size / block.size:.1%} of this block, or choose a method "
-                "that needs no inputs."
-            )
-    statistics = observer.finish(block)
-    for weight in block.weights:
-        # The sums show it as soon as one number of any input was not finite.
-        if not statistics[weight.name].squared_sum.isfinite().all():
-            raise ValueError(
-                f"The input of {weight.name} holds NaN or infinities; try another dtype (bfloat16 or float32) or "
-                "other text. Blocks before it may already be pruned in memory: load the model again."
-            )
-    return statistics

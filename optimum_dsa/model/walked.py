@@ -8,8 +8,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from .architecture import Block, Weight
+from .architecture import Block, UnprunableError, Weight
 from .dense import Replay
+from .observer import Observer
 from .statistics import LayerStatistics
 
 
@@ -93,9 +94,10 @@ class WalkedBlock:
         # Statistics stand in the order in which inputs were seen: the block runs in it, and its code may name another.
         order = {name: number for number, name in enumerate(self.statistics)}
         for weight in sorted(self.weights, key=lambda weight: order.get(weight.name, 0)):
-            # Weights that share an input share one and the same object, see `Observer`. The experts of one parameter
+            # Weights that share an input share one and the same sums, see `Observer`. The experts of one parameter
             # stay together: they run beside each other, and one alone may see no token.
-            own = id(self.statistics.get(weight.name))
+            statistics = self.statistics.get(weight.name)
+            own = id(statistics and statistics.squared_sum)
             key = own if weight.expert is None else (weight.module, weight.attribute)
             shared.setdefault(key, []).append(weight)
         for number, weights in enumerate(shared.values()):
@@ -115,10 +117,39 @@ class WalkedBlock:
             return
         self.statistics.pop(weight.name, None)
         found = group.statistics.pop(weight.name, None)
-        if found is not None and all(found is not other for other in group.statistics.values()):
+        if found is not None and not any(found.shares(other) for other in group.statistics.values()):
             # Whoever gave the statistics to the walk may hold them still, and then without what is derived of them.
             found.release_()
 
     def changed(self, weight: Weight | str) -> None:
         """Say that `tensor(weight)`, or a parameter by its full name, was written to, so that it is written back."""
         self.changes.add(weight if isinstance(weight, str) else f"{weight.module}.{weight.attribute}")
+
+
+def checked(block: Block, observer: Observer) -> dict[str, LayerStatistics]:
+    """The block's statistics, finite and, where experts are watched, really seen."""
+    # All experts of a parameter together: that no token reached one of them is nothing unusual.
+    fused: dict[str, int] = {}
+    for weight in block.weights:
+        if weight.expert is not None:
+            parameter = f"{weight.module}.{weight.attribute}"
+            seen = observer.statistics.get(weight.name)
+            fused[parameter] = fused.get(parameter, 0) + (seen.tokens if seen else 0)
+    for parameter, tokens in fused.items():
+        if tokens == 0:
+            owner = parameter.rpartition(".")[0]
+            size = sum(weight.size for weight in block.weights if weight.module == owner)
+            raise UnprunableError(
+                f"{parameter}: what its experts multiply could not be observed; leave them dense with "
+                f"exclude=['{owner.rpartition('.')[2]}'], {size / block.size:.1%} of this block, or choose a method "
+                "that needs no inputs."
+            )
+    statistics = observer.finish(block)
+    for weight in block.weights:
+        # The sums show it as soon as one number of any input was not finite.
+        if not statistics[weight.name].squared_sum.isfinite().all():
+            raise ValueError(
+                f"The input of {weight.name} holds NaN or infinities; try another dtype (bfloat16 or float32) or "
+                "other text. Blocks before it may already be pruned in memory: load the model again."
+            )
+    return statistics
