@@ -10,11 +10,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeVar
 
-from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from torch import nn
 from transformers import TrainerCallback
 
+from ..common.devices import own_device, process_state, use_cpu
 from ..model.sharded import copy_into
 from .configuration import RecoveryConfig
 
@@ -24,18 +24,30 @@ Made = TypeVar("Made")
 
 def processes() -> int:
     """How many processes `torchrun` started; 1 without it."""
-    return int(os.environ.get("WORLD_SIZE", 1))
+    # Some clusters set WORLD_SIZE, and start one.
+    return int(os.environ.get("WORLD_SIZE") or 1) if "LOCAL_RANK" in os.environ else 1
 
 
 def is_first() -> bool:
     """Whether this process writes; the only one there is does."""
-    return processes() == 1 or PartialState().is_main_process
+    return processes() == 1 or process_state().is_main_process
 
 
 def begin_together(model: nn.Module) -> None:
-    """Have the processes talk to each other, through gloo where `model` is on the CPU."""
-    if processes() > 1:
-        PartialState(cpu=next(model.parameters()).device.type == "cpu")
+    """Have the processes talk to each other.
+
+    Raises:
+        ValueError: `model` is not on the device of its process, through which it would talk.
+    """
+    if processes() == 1:
+        return
+    device = next(model.parameters()).device
+    if (device.type == "cpu") != use_cpu():
+        raise ValueError(
+            f"The model is on {device}, and this process works on {own_device()}; load it there: "
+            "device_map=optimum_dsa.own_device()."
+        )
+    process_state()
 
 
 def from_first(make: Callable[[], Made]) -> Made:
@@ -57,7 +69,7 @@ def from_first(make: Callable[[], Made]) -> Made:
 def wait_for_all() -> None:
     """Return when every process is here."""
     if processes() > 1:
-        PartialState().wait_for_everyone()
+        process_state().wait_for_everyone()
 
 
 @contextmanager
