@@ -58,6 +58,8 @@ def run(monkeypatch, capsys, place):
         places = [place / "model", "--tokens", place / "tokens.safetensors", "--output", place / "rows.jsonl"]
         asked = [script, *places, "--tasks-path", place / "tasks", "--device", "cpu", *options]
         monkeypatch.setattr("sys.argv", list(map(str, asked)))
+        if "--tasks" in options:  # of the machine lm-eval tells with the help of pip, which takes seconds
+            monkeypatch.setattr("lm_eval.evaluator.add_env_info", lambda _: None)
         module.main()
         rows = [json.loads(line)["row"]["measured"] for line in (place / "rows.jsonl").read_text().splitlines()]
         return capsys.readouterr().out.splitlines(), {row["model"]: row for row in rows}
@@ -101,7 +103,7 @@ def test_tasks_stand_beside_perplexities_and_are_missed_by_name(run):
 
 def test_every_pattern_has_its_row(run):
     pytest.importorskip("lm_eval")
-    options = ("--methods", "wanda", "--tasks", "next", "--pattern-tasks", "next")
+    options = ("--methods", "wanda", "--tasks", "next", "--pattern-tasks", "next", "--limit", "4")
     lines, rows = run("reasoning", *options)
     kept = {"2:4": 0.5, "4:8": 0.5, "6:8": 0.25, "8:16": 0.5}
     assert {name: rows[f"wanda, {name}"]["sparsity"] for name in kept} == pytest.approx(kept)
@@ -126,7 +128,7 @@ def test_metric_and_allocation_are_crossed(run):
 
 def test_a_comparison_leaves_a_table_and_the_best_model_with_page_and_card(run, place):
     pytest.importorskip("matplotlib")
-    names = ["wanda + uniform", "wanda + searched", "alps"]
+    names = ["wanda + searched", "alps"]
     options = ("--folder", place / "out", "--rows", *names, "--strategy", "curves", "--budget", "2k tokens")
     lines, rows = run("compare", *options, folder=EXAMPLES / "smollm2")
     assert cells(lines, "alps, 0.5") and (place / "out" / "table.md").read_text().splitlines()[0] in lines
@@ -135,12 +137,11 @@ def test_a_comparison_leaves_a_table_and_the_best_model_with_page_and_card(run, 
     dense, own = read_results(folder / "evaluation.json")
     assert (dense.sparsity, own.model) == (0, "model-0.5") and own.perplexity == rows[best]["perplexity"]
     assert DSAPruner.from_pretrained(folder).verify().holds
-    assert f"{own.perplexity:.3f}" in (folder / "README.md").read_text() and (folder / "report.html").is_file()
-    # a later run keeps what is better, and does the page again
-    before = (folder / "model.safetensors").stat().st_mtime_ns
-    run("compare", *options, "--sparsities", "0.5", "0.6", folder=EXAMPLES / "smollm2")
-    assert (folder / "model.safetensors").stat().st_mtime_ns == before
-    assert (place / "out" / "model-0.6" / "README.md").is_file()
+    assert f"{own.perplexity:.2f}" in (folder / "README.md").read_text() and (folder / "report.html").is_file()
+    # a later run replaces it by what is better, and by nothing else
+    _, rows = run("compare", *options, "--rows", "wanda + uniform", "wanda + dsa", folder=EXAMPLES / "smollm2")
+    _, own = read_results(folder / "evaluation.json")
+    assert own.perplexity == min(row["perplexity"] for name, row in rows.items() if name != "dense")
 
 
 def test_the_long_form_has_every_row_at_three_sparsities(monkeypatch):

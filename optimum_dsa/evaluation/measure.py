@@ -93,10 +93,8 @@ def measure(
         cut = {"sequence_length": length, "windows": windows, "bos": bos, "num_samples": num_samples, "seed": seed}
         cut["keeps_rows"] = sequence_length is None
         try:
-            windows_at_once = fitting(batch_size, model, length)
-            found |= _on_text(
-                model, tokenizer, text, windows_at_once, Reading(text_column, split, subset, "test"), cut
-            )
+            at_once, reading = fitting(batch_size, model, length), Reading(text_column, split, subset, "test")
+            found |= _on_text(model, tokenizer, text, at_once, reading, cut)
         except NoTokenizerError:  # of rows of token ids none is asked for, and what a source holds its rows tell
             raise ValueError(without) from None
     if tasks:

@@ -32,6 +32,7 @@ from optimum_dsa.evaluation.tasks import Tasks, find_tasks
 
 
 DENSE = "dense"
+THERE, NOT_RUN = "was there", "not run"
 Finished = Callable[["Row", DSAPruner, Measurement], None]
 
 
@@ -88,12 +89,14 @@ class Table:
 
     def run(self, rows: Sequence[Row], text: bool = True) -> None:
         """Make the rows that are not there, and say after each how far it is; `text`: losses are measured."""
-        began = time.monotonic()
+        took = []
         for number, row in enumerate(rows, 1):
+            began = time.monotonic()
             made = self._run(row, text)
-            seconds = time.monotonic() - began
-            left = f"about {shown_seconds(seconds / number * (len(rows) - number))} left" if number < len(rows) else ""
-            print(", ".join(filter(None, [f"{number} of {len(rows)}: {title(row)}", made, left])), flush=True)
+            took += [time.monotonic() - began] if made not in (THERE, NOT_RUN) else []
+            rest = len(rows) - number
+            left = [f"about {shown_seconds(statistics.fmean(took) * rest)} left"] if took and rest else []
+            print(", ".join([f"{number} of {len(rows)}: {title(row)}", made, *left]), flush=True)
         print()
 
     def _run(self, row: Row, text: bool) -> str:
@@ -102,22 +105,22 @@ class Table:
             config = config_of(row.settings, row.sparsity, self.args) if row.sparsity else None
         except UnknownNameError as error:
             self.missing[title(row)] = str(error)
-            return "not run"
+            return NOT_RUN
         if row.sparsity and config is None:
             self.missing[title(row)] = "a pattern leaves nothing to allocate"
-            return "not run"
+            return NOT_RUN
         tasks = self.tasks(row.tasks)
         if not text and tasks is None:
-            return "not run"
+            return NOT_RUN
         key = self._key(row, config, tasks, text)
         known = key in self.rows.known
         try:
             kept = self.rows.row(key, lambda: self._make(row, config, tasks, text))
         except ValueError as error:  # such as a matrix that a pattern does not divide
             self.missing[title(row)] = str(error)
-            return "not run"
+            return NOT_RUN
         self.found[row.name, row.sparsity] = Measurement.from_dict(kept["measured"]), kept
-        return "was there" if known else f"{shown_seconds(kept['prune_seconds'] + kept['measure_seconds'])}"
+        return THERE if known else f"{shown_seconds(kept['prune_seconds'] + kept['measure_seconds'])}"
 
     def tasks(self, names: tuple[str, ...]) -> Tasks | None:
         """lm-eval's tasks of these names; `None` where there are none, or their data are not to be had."""
@@ -184,6 +187,7 @@ class Table:
         there = [row for row in rows if (row.name, row.sparsity) in self.found]
         found = [self.found[row.name, row.sparsity][0] for row in there]
         lines = [self.heading(found), "", *markdown(self._columns(there, found))] if there else []
+        lines += ["", self.times()] if there else []
         lines += ["", *(f"not run: {name}: {why}" for name, why in self.missing.items())] if self.missing else []
         print("\n".join(lines))
         return "\n".join(lines) + "\n"
@@ -196,6 +200,13 @@ class Table:
         tasks = [f"tasks: {one.task_protocol}" for one in found if one.task_protocol][:1]
         facts = [f"{Path(str(self.args.model)).name}, {shape} calibration tokens", *text, *tasks]
         return "; ".join([*facts, f"{machine_name(self.args.device)}, {torch.get_num_threads()} threads"])
+
+    def times(self) -> str:
+        """What all rows took, those of earlier runs as well."""
+        kept = [kept for _, kept in self.found.values()]
+        parts = {"pruning": "prune_seconds", "measuring": "measure_seconds", "searching": "search_seconds"}
+        sums = {part: sum(one.get(name, 0) for one in kept) for part, name in parts.items()}
+        return f"{len(kept)} rows: {', '.join(f'{shown_seconds(v)} of {part}' for part, v in sums.items() if v)}"
 
     def _columns(self, rows: Sequence[Row], found: Sequence[Measurement]) -> dict[str, list[str]]:
         columns = {"": [title(row) for row in rows], "sparsity": [f"{one.sparsity:.4f}" for one in found]}
