@@ -151,7 +151,7 @@ def test_the_long_form_has_every_row_at_three_sparsities(monkeypatch):
     spec.loader.exec_module(module)
     monkeypatch.setattr("sys.argv", ["compare.py", "--long"])
     args = module.parse()
-    assert args.sparsities == ["0.5", "0.6", "0.7"] and args.samples is None and len(args.rows) == 16
+    assert args.sparsities == ["0.5", "0.6", "0.7"] and args.samples is None and len(args.rows) == 18
     rows = module.rows_of("0.5")
     assert all(module.tables.config_of(row.settings, "0.5", args).sparsity == 0.5 for row in rows.values())
     assert all(row.against in rows for row in rows.values())

@@ -36,6 +36,8 @@ ROWS = {
     "alps + reconstruct": {"method": "alps", "reconstruct": True},
     "alps, dense targets": {"method": "alps", "update": FULL},
     "all": {"method": "alps", "update": FULL, "reconstruct": True},
+    "sparsegpt, distilled": {"method": "sparsegpt", "distill": True},
+    "all, distilled": {"method": "alps", "update": FULL, "reconstruct": True, "distill": True},
     "all + dsa": {"method": "alps", "update": FULL, "reconstruct": True, "allocation": "dsa"},
     "all, searched": {"method": "alps", "update": FULL, "reconstruct": True, "allocation": "searched"},
     "all, permuted": {"method": "alps", "update": FULL, "reconstruct": True, "permute": True},
@@ -74,6 +76,7 @@ def run(row: str, config: DSAConfig, tokens: dict[str, torch.Tensor], args: argp
         **measured(model, tokens, args),
         **seconds,
         "reconstruction": trained,
+        "distillation": dict(report.distillation),
         **found,
     }
 

@@ -52,6 +52,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 def add_row_options(parser: argparse.ArgumentParser) -> None:
     """How rows are made that train blocks, order channels, or search."""
     parser.add_argument("--steps", type=int, default=64, help="of reconstruction (default: 64)")
+    parser.add_argument(
+        "--distill", type=int, default=64, help="steps of distillation, in rows so named (default: 64)"
+    )
     parser.add_argument("--rate", type=float, help="of reconstruction (default: found on windows held out)")
     parser.add_argument("--span", type=int, default=1, help="blocks that are reconstructed together (default: 1)")
     parser.add_argument("--permute", default="ria", help="order of channels of the rows that change it (default: ria)")
@@ -89,8 +92,8 @@ def measured(model: torch.nn.Module, tokens: dict[str, torch.Tensor], args: argp
 def config_of(row: Mapping[str, Any], sparsity: str, args: argparse.Namespace) -> DSAConfig | None:
     """What a row asks for at a sparsity such as "0.5", or under a pattern such as "2:4"; `None` where it says nothing.
 
-    An allocation "searched" is uniform here, and found by `searched`; `reconstruct` and `permute` that are `True` are
-    as the options say.
+    An allocation "searched" is uniform here, and found by `searched`; `reconstruct`, `distill` and `permute` that
+    are `True` are as the options say.
     """
     settings = dict(row)
     pattern = sparsity if ":" in sparsity else None
@@ -101,8 +104,9 @@ def config_of(row: Mapping[str, Any], sparsity: str, args: argparse.Namespace) -
     settings["allocation"] = "uniform" if allocation == "searched" else allocation
     if settings.pop("permute", False):
         settings["permute"] = args.permute
-    if settings.pop("reconstruct", False):
-        settings["reconstruct"] = ReconstructConfig(args.steps, args.rate, args.span)
+    blocks = (args.steps, args.rate, args.span) if settings.pop("reconstruct", False) else ()
+    distill = args.distill if settings.pop("distill", False) else 0
+    settings["reconstruct"] = ReconstructConfig(*blocks, distill=distill)
     return DSAConfig(share, pattern=pattern, batch_size=args.batch_size, **settings)
 
 

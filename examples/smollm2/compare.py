@@ -38,6 +38,7 @@ MODEL = "smollm2-135m"
 METHODS = ("wanda", "sparsegpt")
 ALLOCATIONS = ("uniform", "owl", "dsa", "alphapruning", "searched")
 FURTHER = ("wanda + reconstruct", "alps", "alps, dense targets", "all", "all + dsa", "all, searched")
+FURTHER += ("sparsegpt, distilled", "all, distilled")
 # Numbers that make the quick form one of minutes.
 QUICK = {
     "samples": 16,

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from .architecture import Architecture, Block, Stack, UnprunableError, Weight
 from .calls import BlockCalls, capture_calls, check_calls, explained, run_behind
 from .dense import AsDense, DenseInputs, DenseStream, Replay
+from .gradients import Gradients, check_gradients_can_be_had, collect_gradients, one_by_one
 from .observer import AllSeen, Awaited, Observer, Unheard, observing
 from .offload import resident
 from .padding import is_whole, real_tokens, without_padding
@@ -30,14 +31,17 @@ from .walked import WalkedBlock
 
 
 # What a walk can collect of each weight's input: "inputs" (Σ x²), "mean" (Σ x as well), "gram" (X·Xᵀ as well),
-# "cross_gram" (X_dense·Xᵀ), and with it "residual" (what the residual stream lacks where outputs are added to it); and
-# of each block "outputs" (what the dense model gives in its place, and the block to be run again beside it).
+# "cross_gram" (X_dense·Xᵀ), and with it "residual" (what the residual stream lacks where outputs are added to it); of
+# each weight "gradients" (of the dense model's loss) and "regional" (of the norm of what its block gives); and of each
+# block "outputs" (what the dense model gives in its place, and the block to be run again beside it).
 Reads = frozenset[str]
 _READS = {
     "nothing": frozenset(),
     "inputs": frozenset({"inputs"}),
     "mean": frozenset({"inputs", "mean"}),
     "gram": frozenset({"inputs", "gram"}),
+    "gradients": frozenset({"inputs", "gradients"}),
+    "regional": frozenset({"inputs", "regional"}),
 }
 
 
@@ -64,6 +68,7 @@ def walk_blocks(
     finished: int = 0,
     unseen: int = 0,
     gram: bool | None = None,
+    gradients: Mapping[str, Tensor] | None = None,
 ) -> Iterator[WalkedBlock]:
     """Each block with the statistics of its inputs, first block first.
 
@@ -80,7 +85,9 @@ def walk_blocks(
             (and always collected where there are batches), "mean" is Σ x as well, "gram" is X·Xᵀ as well, and
             "cross_gram" X_dense·Xᵀ of what the dense model gives in the place of X, for all weights that every token
             reaches. "residual", beside "cross_gram", is `LayerStatistics.lack` of the weights whose outputs are added
-            to the residual stream. "outputs" is a `Replay` of every block of a stack.
+            to the residual stream. "outputs" is a `Replay` of every block of a stack. "gradients" are those of the
+            model's loss as it is when the walk begins, see `collect_gradients`, and "regional" those of the norm of
+            what a block gives, for which samples are run one by one.
         progress (`Callable[[Sequence[Block]], Iterable[Block]]`, defaults to `iter`): wraps the sequence of blocks, as
             tqdm does.
         as_dense (`AsDense`, *optional*): a context in which the model computes with its dense weights, for a caller
@@ -92,6 +99,7 @@ def walk_blocks(
         unseen (`int`, defaults to 0): so many batches, the last ones, are run along without being counted in any
             statistics: what is fitted to those can be judged by them. With "outputs" in `reads` alone.
         gram (`bool`, *optional*): earlier name of "gram" in `reads`.
+        gradients (`Mapping[str, Tensor]`, *optional*): what `collect_gradients` gives, where it is known already.
 
     Raises:
         ValueError: NaN or infinities in the input of a weight, which it names; "cross_gram" of a walk that runs
@@ -106,13 +114,15 @@ def walk_blocks(
             f"{' and '.join(sorted(beside))}: what the dense model has beside a pruned one is of a walk with "
             "sequential=True over batches of inputs; walk so, or do not read it."
         )
+    still = batches is None or isinstance(batches, CollectedStatistics)
+    check_gradients_can_be_had(model, architecture, reads, not still)
     blocks = iter(progress(architecture.blocks))
-    if batches is None or isinstance(batches, CollectedStatistics):
+    if still:
         yield from _walk_still(model, blocks, batches.statistics if batches else {})
         return
-    wanted = {"gram", *reads} if gram else {*reads}
+    read = {"gram", *reads} if gram else {*reads}
     yield from _walk_running(
-        model, architecture, batches, blocks, wanted, sequential, true_sequential, as_dense, finished, unseen
+        model, architecture, batches, blocks, read, sequential, true_sequential, as_dense, finished, unseen, gradients
     )
 
 
@@ -127,14 +137,19 @@ def _walk_running(
     as_dense: AsDense | None,
     finished: int,
     unseen: int,
+    gradients: Mapping[str, Tensor] | None,
 ) -> Iterator[WalkedBlock]:
     """`walk_blocks` over batches, inputs by name, (samples, length, ...); `blocks` is told how far it is."""
     beside, watch = {"cross_gram", "outputs"} & set(reads), partial(Observer, "gram" in reads, "mean" in reads)
-    # Padding goes first: what is never run needs no mask, and costs no time.
-    parts = [without_padding(batch) for batch in batches]
+    # Padding goes first: what is never run needs no mask, and costs no time. Gradients are squared sample by sample.
+    cut = one_by_one if "regional" in reads else list
+    parts = [[part for each in cut([batch]) for part in without_padding(each)] for batch in batches]
     unseen = sum(map(len, parts[len(parts) - unseen :]))
     batches = [part for split in parts for part in split]
     real = [real_tokens(model, batch) for batch in batches]
+    if "gradients" in reads and gradients is None:
+        gradients = collect_gradients(model, architecture, batches[: len(batches) - unseen])
+    own = Gradients(gradients or {}, "regional" in reads)
     # Module by module: parts of a model may be frozen in eval mode on purpose.
     training = [module for module in model.modules() if module.training]
     model.eval()
@@ -150,11 +165,11 @@ def _walk_running(
             dense = DenseStream(early.pop(stack.name), calls.hidden, as_dense, reads) if beside else None
             needed = architecture.head is not None and stack is architecture.stacks[-1]
             yield from _walk_stack(
-                model, stack, blocks, calls, real, watch, sequential, needed, dense, finished, true_sequential
+                model, stack, blocks, calls, real, watch, sequential, needed, dense, finished, true_sequential, own
             )
             finished = max(finished - len(stack.blocks), 0)
         if architecture.head is not None:
-            yield from _walk_head(model, next(blocks), stack, calls, batches, real, watch, dense, finished > 0)
+            yield from _walk_head(model, next(blocks), stack, calls, batches, real, watch, dense, finished > 0, own)
         next(blocks, None)  # lets a progress bar finish
     finally:
         for module in training:
@@ -191,6 +206,7 @@ def _walk_stack(
     dense: DenseStream | None,
     finished: int,
     true_sequential: bool,
+    gradients: Gradients,
 ) -> Iterator[WalkedBlock]:
     """The blocks of a stack, the first of them `finished`; `needed`: the head may read what the last one gives."""
     count = len(stack.blocks)
@@ -200,7 +216,7 @@ def _walk_stack(
         read = finished <= count if needed else max(index + 1, finished) < count
         sample = true_sequential and sequential
         yield from _walk_block(
-            model, block, calls, index, real, watch, sequential, not read, dense, index < finished, sample
+            model, block, calls, index, real, watch, sequential, not read, dense, index < finished, sample, gradients
         )
 
 
@@ -238,6 +254,7 @@ def _walk_block(
     dense: DenseStream | None,
     finished: bool,
     sample: bool,
+    gradients: Gradients,
 ) -> Iterator[WalkedBlock]:
     """One step of the walk: collect, hand out, move the activations, (samples, ..., hidden size), on (unless last).
 
@@ -248,6 +265,8 @@ def _walk_block(
     def collect(weights: Sequence[Weight], move_on: bool = False) -> dict[str, LayerStatistics]:
         """Statistics of what `weights` multiply in the block as it is now; `move_on` replaces what goes into it."""
         part, observer, names = replace(block, weights=tuple(weights)), watch(), {weight.name for weight in weights}
+        # Before anything moves on: they are of what goes into the block.
+        regional = gradients.of_block(model, part, lambda: (calls.run(module, index, n) for n in calls.seen))
         for number in calls.seen:
             hidden = calls.hidden[number]
             # What comes behind the last weight that is watched need not run; a block may cut longer inputs in parts.
@@ -264,7 +283,7 @@ def _walk_block(
             observer.add_residual(before, beside.before)
             if move_on:
                 calls.hidden[number] = output
-        return _checked(part, observer)
+        return gradients.beside(_checked(part, observer), regional)
 
     def first_batch() -> dict[str, LayerStatistics]:
         observer = Observer(gram=False)
@@ -325,6 +344,7 @@ def _walk_head(
     watch: Callable[[], Observer],
     dense: DenseStream | None,
     finished: bool,
+    gradients: Gradients,
 ) -> Iterator[WalkedBlock]:
     """The weights outside the blocks, on what the last stack gives, (samples, ..., hidden size)."""
     with resident(model, _modules(head)) as changes:
@@ -337,7 +357,8 @@ def _walk_head(
             observer.start_batch(calls.samples[number], real[number], beside, tokens)
             with observing(model, head, observer):
                 run_behind(model, stack, calls, batch, number)
-        yield WalkedBlock(head, {} if finished else _checked(head, observer), model, changes)
+        found = {} if finished else gradients.beside(_checked(head, observer))
+        yield WalkedBlock(head, found, model, changes)
 
 
 def _modules(block: Block) -> list[str]:

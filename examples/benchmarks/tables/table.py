@@ -138,8 +138,8 @@ class Table:
         shapes = {name: list(value.shape) for name, value in self.tokens.items()}
         of = [str(args.model), shapes, args.samples, args.length, args.windows, self.text if text else None]
         asked = [tasks.names, args.limit] if tasks else []
-        how = [row.settings.get("allocation"), getattr(args, "strategy", ""), getattr(args, "budget", "")]
-        search = how if row.settings.get("allocation") == "searched" else []
+        is_searched = row.settings.get("allocation") == "searched"
+        search = [args.allocation, args.strategy, args.budget] if is_searched else []
         return json.dumps([config and config.to_dict(), row.seed, search, *of, *asked])
 
     def calibration(self, seed: int | None) -> torch.Tensor:
@@ -156,11 +156,7 @@ class Table:
         if config is not None:
             calibration = self.calibration(row.seed)
             if row.settings.get("allocation") == "searched":
-                plain = replace(config, reconstruct=0, permute=None)
-                result, kept["search_seconds"] = searched(
-                    pruner, calibration, plain, self.tokens["validation"], self.args
-                )
-                config, kept["allocation"] = replace(config, allocation=result.best), result.best.to_dict()
+                config = self._searched(pruner, calibration, config, kept)
                 start = time.perf_counter()
             pruner.prune(calibration, config)
         middle = time.perf_counter()
@@ -179,6 +175,15 @@ class Table:
         if self.finished:
             self.finished(row, pruner, found)
         return {"measured": found.to_dict(), **{name: round(value, 1) for name, value in seconds.items()}, **kept}
+
+    def _searched(self, pruner: DSAPruner, calibration: torch.Tensor, config: DSAConfig, kept: dict) -> DSAConfig:
+        """The config with an allocation that was found, before or now; what a search took goes into `kept`."""
+        if self.args.allocation:
+            return replace(config, allocation=self.args.allocation)
+        plain = replace(config, reconstruct=0, permute=None)  # a candidate is then judged in seconds
+        found, kept["search_seconds"] = searched(pruner, calibration, plain, self.tokens["validation"], self.args)
+        kept["allocation"] = found.best.to_dict()
+        return replace(config, allocation=found.best)
 
     # -- what came of it
 
