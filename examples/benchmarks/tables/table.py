@@ -171,6 +171,9 @@ class Table:
             batch_size=self.args.batch_size,
             keep=True,
         )
+        if found.protocol:  # token ids do not tell what they are of
+            text_name = Path(self.args.text).name if self.args.text else self.text
+            found = replace(found, protocol=replace(found.protocol, dataset=text_name))
         seconds = {"prune_seconds": middle - start, "measure_seconds": time.perf_counter() - middle}
         if self.finished:
             self.finished(row, pruner, found)
@@ -200,8 +203,7 @@ class Table:
     def heading(self, found: Sequence[Measurement]) -> str:
         """What the table was made of."""
         shape = " x ".join(map(str, self.calibration(None).shape))
-        named = (str(one.protocol).replace("tokens", self.text, 1) for one in found if one.protocol)
-        text = [f"perplexity on {one}" for one in named][:1]
+        text = [f"perplexity on {one.protocol}" for one in found if one.protocol][:1]
         tasks = [f"tasks: {one.task_protocol}" for one in found if one.task_protocol][:1]
         facts = [f"{Path(str(self.args.model)).name}, {shape} calibration tokens", *text, *tasks]
         return "; ".join([*facts, f"{machine_name(self.args.device)}, {torch.get_num_threads()} threads"])
