@@ -52,7 +52,7 @@ class DSAConfig:
         allocation (`str` or [`Allocation`], defaults to `"dsa"`): A row of `ALLOCATIONS`, an allocation function such
             as `"abslog/var/atan,asin/no_op@+0.08"` or `"W:(ABSLOG)-(VAR)-(ATAN,ASIN)-(7)"`, an [`Allocation`], the
             path of one as JSON or of a pruned model, a repository on the Hub with one (`"me/found"`, `"me/found@v1"`),
-            or `"auto"`: all rows are tried for real, and the best is taken.
+            or `"auto"`: the rows that one walk measures are tried for real, and the best is taken.
         spread (`float`, *optional*): Half the distance between the most and the least pruned unit. Defaults to the
             allocation's own.
         pattern (`str`, *optional*): `"row"`, `"matrix"`, `"group:128"`, `"2:4"` (any N:M) or `"mixed:8"`. Defaults to

@@ -74,7 +74,8 @@ class ResolvedMethod:
         if config.values.bits and (config.values.feedback or config.values.scales == "mse"):
             reads |= reads_of("gram" if config.values.feedback else "inputs")
         of_allocator = getattr(config.allocator, "reads", "nothing")
-        if of_allocator == "scores":
+        runs = of_allocator == "model"  # which takes text, whatever the metric reads
+        if runs or of_allocator == "scores":
             of_allocator = METRICS.fact(config.allocation_metric, "reads", "inputs")
         return cls(
             metric=METRICS[recipe.metric],
@@ -85,7 +86,7 @@ class ResolvedMethod:
             reads=reads,
             metric_reads=metric_reads,
             allocation_metric=METRICS[config.allocation_metric],
-            allocation_reads=reads_of(of_allocator),
+            allocation_reads=reads_of(of_allocator) | (reads_of("inputs") if runs else frozenset()),
             revive=config.revive,
             values=config.values,
         )

@@ -11,7 +11,7 @@ from typing import Any
 from torch import nn
 
 from ..pruning.allocate import check_dense, say_dense, standing_zeros
-from ..pruning.allocation import ALLOCATIONS
+from ..pruning.allocation import measured_in_one_walk
 from ..pruning.calibration import Calibration
 from ..pruning.configuration import AUTO, DSAConfig
 from ..pruning.structured.configuration import DSAStructuredConfig
@@ -113,7 +113,7 @@ def names_for(config: Any, strategy: str, named: Sequence[str] | None) -> tuple[
 
     Of structures those of their own as well, but for one that needs what is not installed.
     """
-    known = dict.fromkeys([*SHARES, *ALLOCATIONS])
+    known = dict.fromkeys([*SHARES, *measured_in_one_walk()])
     if find_spec("scipy") is None:
         known.pop("milp")
     return _named(strategy, known if named is None else named)
@@ -121,7 +121,7 @@ def names_for(config: Any, strategy: str, named: Sequence[str] | None) -> tuple[
 
 @names_for.register
 def _(config: DSAConfig, strategy: str, named: Sequence[str] | None) -> tuple[str, ...]:
-    return _named(strategy, ALLOCATIONS if named is None else named)
+    return _named(strategy, measured_in_one_walk() if named is None else named)
 
 
 def _named(strategy: str, named: Iterable[str]) -> tuple[str, ...]:

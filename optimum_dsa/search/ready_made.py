@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..data import SAMPLES
 from ..pruning.allocate import architecture_for
-from ..pruning.allocation import ALLOCATIONS
+from ..pruning.allocation import measured_in_one_walk
 from ..pruning.calibration import Calibration, load_calibration
 from ..pruning.comparison import SHARE, compared_lines, windows_apart
 from ..pruning.configuration import DSAConfig
@@ -45,7 +45,7 @@ class Settled:
 
 
 def settle(model: nn.Module, source: Any, config: DSAConfig, tokenizer: Any = None) -> Settled:
-    """The best of all rows of `ALLOCATIONS` for `config`, each pruned with and judged on windows of its own.
+    """The best of the rows of `ALLOCATIONS` that one walk measures for `config`, each judged on windows of its own.
 
     Costs a prune for each. Windows of text are drawn beside those that calibrate; of tensors, which are used whole,
     the last fifth is kept back. The model is not changed.
@@ -65,7 +65,7 @@ def settle(model: nn.Module, source: Any, config: DSAConfig, tokenizer: Any = No
     logger.info(
         "allocation='auto': each of %d allocations is pruned with, and judged on %d windows of %d tokens that do not "
         "calibrate.",
-        len(ALLOCATIONS),
+        len(measured_in_one_walk()),
         *validation.shape,
     )
     result = search(
@@ -75,7 +75,7 @@ def settle(model: nn.Module, source: Any, config: DSAConfig, tokenizer: Any = No
         replace(config, allocation="uniform"),
         strategy="named",
         budget=Budget(),
-        finalists=len(ALLOCATIONS),
+        finalists=len(measured_in_one_walk()),
         realisation="masks",  # all are pruned for real: what they race by decides nothing
     )
     compared = {row.candidate.function: row.loss for row in result.finalists}
