@@ -225,6 +225,39 @@ def one_expert_at_a_time(module: nn.Module) -> Iterator[None]:
         config._experts_implementation = chosen
 
 
+def experts_matrices(module: nn.Module) -> tuple[str, ...]:
+    """Names of the parameters that hold the matrices of a module's experts, if transformers computes with any of them.
+
+    Such a class takes its product from a registry of implementations, so that what it computes is known.
+    """
+    if not all(hasattr(module, name) for name in ("_apply_gate", "has_gate", "has_bias", "is_transposed")):
+        return ()
+    return ("gate_up_proj" if module.has_gate else "up_proj", "down_proj")
+
+
+def in_parallel(module: nn.Module) -> bool:
+    """Whether other processes hold others of the experts of a module."""
+    return bool(getattr(module, "_is_expert_parallel", False))
+
+
+def gated(module: nn.Module, both: Tensor) -> Tensor:
+    """What a module of experts makes of (n, 2 · width) numbers of gate and map: (n, width)."""
+    return _get(module, "_apply_gate", "fused experts")(both)
+
+
+def change_class(module: nn.Module, kind: type[nn.Module]) -> None:
+    """Make `module` one of a `kind` with another forward, in place; accelerate's hooks on it stay."""
+    from accelerate.hooks import add_hook_to_module, remove_hook_from_module
+
+    hooks = hooks_of(module)
+    if hooks:
+        remove_hook_from_module(module)
+        vars(module).pop("forward", None)  # the one of the class before, which a hook has put there
+    module.__class__ = kind
+    for hook in hooks:
+        add_hook_to_module(module, hook, append=True)
+
+
 def insert_callback(trainer: Any, callback: Any) -> None:
     """Add a callback to a Trainer before all others."""
     callbacks = getattr(getattr(trainer, "callback_handler", None), "callbacks", None)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -78,7 +79,8 @@ class DSAConfig:
         blocks (`tuple[str, ...]`): Names of the module lists to prune instead of the ones that are found.
         skip_unprunable (`bool`): Leave dense what cannot be pruned, instead of refusing the model.
         revive (`bool`): Whether weights that are zero before may come back, as an update makes them.
-        metric (`str`, *optional*): A row of `METRICS` instead of the method's.
+        metric (`str`, *optional*): A row of `METRICS`, or an expression such as `"mul(abs(W), X)"`. Defaults to that
+            which a given allocation was found with, or to the method's.
         allocation_metric (`str`, defaults to `"wanda"`): The scores from which the allocation is computed.
         min_sparsity (`float`, defaults to 0.0): The least that any unit is pruned.
         max_sparsity (`float`, defaults to 0.99): The most that any unit is pruned.
@@ -118,6 +120,7 @@ class DSAConfig:
                 f"{self.max_sparsity}]; widen min_sparsity / max_sparsity or change the sparsity."
             )
         METHODS[self.method]
+        self._take_metric()
         if self.update.true_sequential and not self.sequential:
             raise ValueError(
                 "true_sequential=True calibrates matrices on the pruned ones before them, and sequential=False "
@@ -148,6 +151,12 @@ class DSAConfig:
                 "allocation='auto' compares named allocations as they are, per block and with their own spread; leave "
                 f"out {given}, or name an allocation."
             )
+
+    def _take_metric(self) -> None:
+        """Score by what the allocation was found with, unless told otherwise: from here on the config says it."""
+        if self.metric is None and self.allocation != AUTO and self.allocator is None:
+            with suppress(OSError):  # of the Hub, that cannot be asked: who needs the allocation will say so
+                object.__setattr__(self, "metric", self.given_allocation().metric)
 
     def _check_pattern(self, pattern: Pattern) -> None:
         # Here and not when it is allocated: no choice of N could meet it, whatever the model.

@@ -30,6 +30,7 @@ from ..pruning.allocation import (
 )
 from ..pruning.calibration import Calibration
 from ..pruning.configuration import DSAConfig
+from ..pruning.other_head import allocation_for
 from ..pruning.unstructured.metrics import METRICS
 from .counts import allocation_of, counts_of
 from .realise import Realisation
@@ -147,6 +148,15 @@ class Resolver:
         if offsets:
             proposed = {name: value + offsets.get(self.kinds[name], 0.0) for name, value in proposed.items()}
         return self._fit(proposed, granularity)
+
+    def of_config(self) -> Candidate:
+        """The config's own allocation, named or given, as a candidate."""
+        if self.config.allocator is not None:
+            return Candidate(self.config.allocation, self.config.spread)
+        given = allocation_for(self.architecture, self.config.given_allocation())
+        return Candidate(
+            given.name, counts=self._fit(given.sparsity, self.architecture.granularity_of(given.sparsity))
+        )
 
     def removed(self, candidate: Candidate) -> tuple[int, ...]:
         """What `prune` removes per matrix where the candidate's counts are asked for; raises as `counts` does."""

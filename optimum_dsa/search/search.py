@@ -6,6 +6,7 @@ import logging
 import random
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +25,9 @@ from .apart import check_apart
 from .conductor import Conductor, TrialLogger
 from .evaluator import Evaluator
 from .finals import FinalRound, rank
+from .metric_space import MetricSpace
 from .objective import Objective
-from .prepared import check_search, names_for, prepared, realisation_of, remarks, without_allocation
+from .prepared import check_search, metrics_for, names_for, prepared, realisation_of, remarks, without_allocation
 from .problem import Budget, Problem, parse_budget
 from .realise import REALISATIONS
 from .resolver import Resolver
@@ -89,6 +91,8 @@ def search(
     offsets = STRATEGIES.fact(strategy, "curves")
     kind = realisation_of(config, strategy, realisation)
     levels = {"offsets": offsets} if offsets and kind == "database" else {}
+    metrics = metrics_for(model, config) if kind == "metrics" else MetricSpace()
+    levels |= {"reads": metrics.reads} if kind == "metrics" else {}
     REALISATIONS[kind]
     settings = _settings(strategy, budget, finalists, config, calibration, validation, kind)
     named = names_for(config, strategy, named)
@@ -105,6 +109,7 @@ def search(
         # Only the first process has a folder to read; all have to replay the same trials.
         replayed = broadcast_object_list([trace.trials])[0] if evaluator.ranks.num_processes > 1 else trace.trials
         problem, final = _problem(resolver, validation, budget, named, config, space, finalists, strategy)
+        problem = replace(problem, metrics=metrics)
         conductor = Conductor(evaluator, trace, budget, list(replayed), reports)
         ranking = conductor.conduct(run(problem), problem.until)
         table = rank(conductor.serve, problem, ranking, final)
@@ -134,6 +139,8 @@ def _settings(
         "calibration": calibration.facts() if calibration else None,
         "validation": list(validation.shape),
     }
+    if STRATEGIES.fact(strategy, "fixed"):  # of these an allocation is no outcome, but where they look
+        settings["at"] = config.to_dict()["allocation"]
     # Masks were all there was: a trace that has no word of it goes on.
     return settings if kind == "masks" else settings | {"realisation": kind}
 
@@ -182,6 +189,8 @@ def _problem(
         kinds = tuple(dict.fromkeys(resolver.kinds.values()))
         space = SearchSpace(kinds=kinds) if len(kinds) <= 16 else SearchSpace()
     problem = Problem(space, resolver, windows, length, budget, named, random.Random(config.data.seed))
+    if STRATEGIES.fact(strategy, "fixed"):
+        problem = replace(problem, start=resolver.of_config())
     raced = 0 if STRATEGIES.fact(strategy, "curves") else problem.rungs[-1]
     final = FinalRound(finalists, windows, raced, not STRATEGIES.fact(strategy, "moves", False))
     return problem.with_share(1 - final.reserved(budget, length)), final

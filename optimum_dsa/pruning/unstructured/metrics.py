@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from ...common.registry import Registry
+from .symbolic import MetricTable
 
 
 if TYPE_CHECKING:
@@ -19,7 +19,8 @@ if TYPE_CHECKING:
 
 # The fact `reads` says what a metric needs of calibration: "nothing", "inputs" (the default), "gram" (X·Xᵀ),
 # "gradients" (of the model's loss) or "regional" (gradients of what the weight's own block gives).
-METRICS = Registry("metric")
+# A text such as "mul(abs(W), X)" is a metric as well, without a row: see `symbolic`.
+METRICS = MetricTable("metric")
 
 
 @METRICS.register(reference="https://arxiv.org/abs/1506.02626", reads="nothing")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -183,12 +183,9 @@ class Masks:
         """
         batches = None
         wanted = self.method.reads | self.method.metric_reads
-        if "gradients" in wanted and self._gradients is None:
-            with self.masked.suspended():
-                whole = self.calibration.batches(self.config.batch_size)
-                self._gradients = collect_gradients(self.model, self.architecture, whole)
+        self._ensure_gradients(wanted)
         if wanted:
-            batches = _first(self.calibration.batches(self.config.batch_size), tokens)
+            batches = first_of(self.calibration.batches(self.config.batch_size), tokens)
         # On the dense model's activations nothing has drifted from them.
         reads = wanted if sequential else wanted - {"cross_gram", "residual"}
         yield from walk_blocks(
@@ -202,6 +199,13 @@ class Masks:
             as_dense=self.masked.suspended,
             gradients=self._gradients,
         )
+
+    def _ensure_gradients(self, wanted: Collection[str]) -> None:
+        """Have the gradients of the dense model's loss, if they are among what is wanted."""
+        if "gradients" in wanted and self._gradients is None:
+            with self.masked.suspended():
+                whole = self.calibration.batches(self.config.batch_size)
+                self._gradients = collect_gradients(self.model, self.architecture, whole)
 
     def _forget(self) -> None:
         """Give up what is known at the anchor: it is as large as the model."""
@@ -235,7 +239,7 @@ def _change(
     return change.bfloat16(), more - fewer
 
 
-def _first(batches: Sequence[Mapping[str, Tensor]], tokens: int) -> list[Mapping[str, Tensor]]:
+def first_of(batches: Sequence[Mapping[str, Tensor]], tokens: int) -> list[Mapping[str, Tensor]]:
     """As many batches, (samples, length, ...) by name, as hold `tokens`, at least one."""
     taken: list[Mapping[str, Tensor]] = []
     for batch in batches:
