@@ -28,7 +28,7 @@ from .packed.pack_model import LEAST_ZEROS, Packing, seen_dense
 from .pruning.allocate import allocate, architecture_for, check_dense
 from .pruning.allocation import Allocation
 from .pruning.calibration import Calibration, load_calibration
-from .pruning.configuration import AUTO, DSAConfig
+from .pruning.configuration import DSAConfig
 from .pruning.prune import prune
 from .pruning.report import PruningReport
 from .pruning.structured.configuration import DSAStructuredConfig
@@ -133,7 +133,7 @@ class DSAPruner:
         if cuts:
             check_run(self.model, config, checkpoints, resume)
             data = load_calibration(calibration, self.model, self.tokenizer, config.data)
-        elif config.allocation == AUTO:
+        elif config.is_open:
             from .search.ready_made import settle
 
             with without_adapters(self.model):
