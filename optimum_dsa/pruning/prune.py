@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..model.activations import held_in, spilled_to
 from ..model.adapters import has_adapters, inner_model, without_adapters
 from ..model.architecture import Architecture
 from ..model.offload import is_offloaded
@@ -59,12 +60,13 @@ def prune(
     Everything that can be known to be wrong is raised before the first weight is changed.
     """
     if not has_adapters(model):
-        return _prune(model, calibration, config, checkpoints, resume)
+        with spilled_to(checkpoints):
+            return _prune(model, calibration, config, checkpoints, resume)
     if is_offloaded(model):
         raise ValueError(
             "Under adapters a model is pruned in memory; load it without offloading, or without adapters."
         )
-    with without_adapters(model):
+    with without_adapters(model), spilled_to(checkpoints):
         return plain_report(_prune(inner_model(model), calibration, config, checkpoints, resume))
 
 
@@ -208,6 +210,7 @@ def run_steps(
         true_sequential=bool(readers) and all(getattr(step, "true_sequential", False) for step in readers),
         finished=done,
         unseen=unseen,
+        held=held_in(config.activations),
     )
     held: list[tuple[int, WalkedBlock, list[dict[str, Any]]]] = []
     for number, walked in enumerate(blocks):

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from ..common.progress import progress
+from ..model.activations import held_in
 from ..model.architecture import Weight
 from ..model.offload import resident
 from ..model.statistics import LayerStatistics
@@ -93,7 +94,13 @@ class Resolver:
                 seen_by_allocator(self.model, self.architecture, calibration, units)
             )
         for walked in walk_blocks(
-            self.model, self.architecture, batches, reads=reads, sequential=False, progress=_shown
+            self.model,
+            self.architecture,
+            batches,
+            reads=reads,
+            sequential=False,
+            progress=_shown,
+            held=held_in(self.config.activations),
         ):
             tensors = {weight.name: walked.tensor(weight) for weight in walked.weights}
             for weight in walked.weights:
