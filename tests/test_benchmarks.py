@@ -54,7 +54,7 @@ def test_the_frontier_prunes_with_what_its_search_finds(monkeypatch, tmp_path):
     module.main()
     row = json.loads(rows.read_text().splitlines()[-1])["row"]
     assert row["sparsity"] == pytest.approx(0.7, abs=1e-3) and row["reconstruction"]
-    (found,) = tmp_path.glob("rows.jsonl.search-curves-2k-tokens-0-7/allocation.json")
+    (found,) = tmp_path.glob("rows.jsonl.search-curves-2k-tokens-0-7-alps/allocation.json")
     assert json.loads(found.read_text()) == row["allocation"] and row["allocation"]["granularity"] == "matrix"
 
 

@@ -50,19 +50,27 @@ class Text:
     def tokens(self) -> int:
         return self.samples * self.length
 
+    def divided(self, ranks: int) -> Text:
+        """What each of so many processes is given: at most."""
+        return replace(self, samples=-(-self.samples // ranks))
+
     @property
     def tokens_at_once(self) -> int:
         """Tokens of one forward pass."""
         return min(self.samples, self.batch) * self.length
 
 
-def phases(shape: ModelShape, config: DSAConfig, text: Text, offloaded: bool = False) -> dict[str, dict[str, int]]:
-    """Phase of the work -> part -> bytes, of everything but the libraries.
+def phases(
+    shape: ModelShape, config: DSAConfig, text: Text, offloaded: bool = False, devices: int = 1
+) -> dict[str, dict[str, int]]:
+    """Phase of the work -> part -> bytes of one device, of everything but the libraries.
 
     Args:
+        text: what one process is given.
         offloaded: whether weights are elsewhere, and brought in block by block.
+        devices: over how many the weights are spread; the work is done on one at a time.
     """
-    found = {"loading": {"weights": weights(shape, offloaded)}}
+    found = {"loading": {"weights": weights(shape, offloaded, devices)}}
     if (tries := tries_of(config, text.samples, text.length)) is not None:
         found |= _trying(shape, each_try(config), text, tries, found["loading"])
         config = last(config)
@@ -78,10 +86,23 @@ def phases(shape: ModelShape, config: DSAConfig, text: Text, offloaded: bool = F
     return {name: {part: int(size) for part, size in parts.items() if size >= 1} for name, parts in found.items()}
 
 
-def weights(shape: ModelShape, offloaded: bool) -> int:
-    """Bytes of the weights that are there: all, or one block's beside what stands outside the blocks."""
-    numbers = shape.outside + max(block.parameters for block in shape.blocks) if offloaded else shape.parameters
-    return numbers * shape.itemsize
+def weights(shape: ModelShape, offloaded: bool, devices: int = 1) -> int:
+    """Bytes of the weights that are on a device: all, its share, or one block's or a matrix outside at a time."""
+    largest = max(block.parameters for block in shape.blocks)
+    if offloaded:
+        return max(largest, shape.largest_outside) * shape.itemsize
+    # Blocks are not divided: of many devices, some may have one more than their share.
+    share = max(-(-len(shape.blocks) // devices) * largest, -(-shape.parameters // devices))
+    return min(share, shape.parameters) * shape.itemsize
+
+
+def on_disk(shape: ModelShape, config: DSAConfig, text: Text) -> int:
+    """Bytes of activations that are kept on the disk: of the walk that keeps most."""
+    if config.activations == "memory":
+        return 0
+    reads = bool(config.resolved.reads or config.resolved.allocation_reads or config.reconstruct.steps)
+    beside = "cross_gram" in config.resolved.reads or bool(config.reconstruct.steps)
+    return int(reads + 2 * shape.stacks * beside) * text.tokens * shape.hidden * shape.itemsize
 
 
 def _allocating(shape: ModelShape, config: DSAConfig, text: Text) -> dict[str, float]:
@@ -92,7 +113,7 @@ def _allocating(shape: ModelShape, config: DSAConfig, text: Text) -> dict[str, f
     return {
         "calibration text": _tokens(text),
         # Every stack's are recorded before the first is walked.
-        "activations": shape.stacks * _activations(shape, text),
+        "activations": shape.stacks * _activations(shape, config, text),
         "one batch": _batch(shape, block, text),
         "statistics": _statistics(block, "gram" in reads),
         # `Unit.flat_scores`, and the copy that a pre-process makes, with its mask.
@@ -136,7 +157,7 @@ def _pruning(shape: ModelShape, config: DSAConfig, text: Text) -> dict[str, floa
     parts: dict[str, float] = {}
     if reads:
         parts["calibration text"] = _tokens(text)
-        parts["activations"] = _activations(shape, text)
+        parts["activations"] = _activations(shape, config, text)
         # With `true_sequential` those of one input at a time, and of all experts together.
         alone = config.update.true_sequential and all(group.share == 1 for group in block.inputs)
         held = replace(block, inputs=(max(block.inputs, key=lambda group: group.columns),)) if alone else block
@@ -145,7 +166,7 @@ def _pruning(shape: ModelShape, config: DSAConfig, text: Text) -> dict[str, floa
     parts |= _gradients(shape, reads, text)
     if cross:
         # `DenseStream`: what goes into the dense block, what comes out, its weights, and what its matrices are given.
-        parts["dense activations"] = 2 * shape.stacks * _activations(shape, text)
+        parts["dense activations"] = 2 * shape.stacks * _activations(shape, config, text)
         parts["dense block"] = block.parameters * shape.itemsize
         parts["one batch"] += text.tokens_at_once * shape.itemsize * sum(group.columns for group in held.inputs)
     if "residual" in reads:
@@ -179,9 +200,9 @@ def _training(shape: ModelShape, config: DSAConfig, text: Text) -> dict[str, flo
     for gone in ("statistics", *SOLVING):
         parts.pop(gone, None)
     parts.setdefault("calibration text", _tokens(text))
-    parts.setdefault("activations", _activations(shape, text))
+    parts.setdefault("activations", _activations(shape, config, text))
     # What goes into the dense block, and what it gives.
-    parts["dense activations"] = 2 * shape.stacks * _activations(shape, text)
+    parts["dense activations"] = 2 * shape.stacks * _activations(shape, config, text)
     parts.setdefault("dense block", block.parameters * shape.itemsize)
     span, share = config.reconstruct.span, 0.5 if config.reconstruct.apart else 1
     # The start, the best, gradients, Adam's two, a mask of a byte; a copy where the weights are not in float32.
@@ -198,7 +219,7 @@ def _distilling(shape: ModelShape, text: Text) -> dict[str, float]:
     computed = sum(_computed(shape, block) for block in shape.blocks)
     return {
         "calibration text": _tokens(text),
-        "dense outputs": _activations(shape, text),
+        "dense outputs": text.tokens * shape.hidden * shape.itemsize,
         "training": sum(block.size for block in shape.blocks) * copies,
         # Of one sequence, and of predictions the two, their logarithms and gradients.
         "one batch": text.length * computed + 6 * FLOAT * min(CHUNK, text.length * shape.vocabulary),
@@ -221,8 +242,10 @@ def _tokens(text: Text) -> int:
     return 8 * text.tokens
 
 
-def _activations(shape: ModelShape, text: Text) -> int:
-    """`BlockCalls.hidden` of all batches."""
+def _activations(shape: ModelShape, config: DSAConfig, text: Text) -> int:
+    """`BlockCalls.hidden` of all batches, or of the one at hand: what goes in, and what comes out."""
+    if config.activations == "disk":
+        return min(2 * text.tokens_at_once, text.tokens) * shape.hidden * shape.itemsize
     return text.tokens * shape.hidden * shape.itemsize
 
 
