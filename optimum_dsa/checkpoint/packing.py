@@ -10,6 +10,7 @@ from torch import nn
 
 from ..model.adapters import has_adapters, inner_model
 from ..packed.pack_model import LEAST_ZEROS, Packing, pack_model, packed_layers, seen_dense, unpack_model
+from ..packed.tensor_cores import to_tensor_cores, with_kernels
 from .forms import check_model
 
 
@@ -18,6 +19,8 @@ logger = logging.getLogger(__name__)
 
 def pack(model: nn.Module, least_zeros: float = LEAST_ZEROS) -> Packing:
     """Pack the matrices of `model`, a transformers model, in place; what is packed, and in how many bytes.
+
+    Those that lie on a GPU that there are kernels for, and are 2:4, are held as its tensor cores take them.
 
     Raises:
         ValueError: it has adapters, or `least_zeros` is no share.
@@ -28,6 +31,7 @@ def pack(model: nn.Module, least_zeros: float = LEAST_ZEROS) -> Packing:
             "(merge) before it is packed, or pack it and put them on then (lora_on_packed)."
         )
     packing = pack_model(model, least_zeros)
+    to_tensor_cores(model, with_kernels(model))
     if packing.packed and getattr(model, "hf_quantizer", None) is None:
         _mark(model)
     logger.info("%s", packing)

@@ -2,7 +2,7 @@
 
 While transformers loads a model, a layer that will be packed waits with room for its bytes, which are taken as they
 are; then it becomes a packed layer, whose parts are views of them. A transposed one (`Conv1D`) is packed anew, as it
-is multiplied the other way round.
+is multiplied the other way round. Of experts see `run_packed_experts.py`.
 """
 
 from __future__ import annotations
@@ -13,16 +13,25 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from ..common.fences import device_map_of
 from ..packed import bitmask
 from ..packed.linear import PackedLinear
 from ..packed.matrix import PackedMatrix
-from ..packed.pack_model import LEAST_ZEROS, TYPES_PACKED, dense_reasons, layers_of, replace_layer
+from ..packed.pack_model import (
+    LEAST_ZEROS,
+    TYPES_PACKED,
+    dense_reasons,
+    layers_of,
+    packed_layers,
+    replace_layer,
+)
+from ..packed.tensor_cores import to_tensor_cores, with_kernels
 from ..packed.whole import WholeHeader
 from .encodings import Header
+from .run_packed_experts import WaitingExperts, make_experts_wait, pack_waiting_experts
 
 
 logger = logging.getLogger(__name__)
@@ -42,19 +51,18 @@ class Waiting(nn.Module):
         self.register_buffer("weight", torch.empty(length, dtype=torch.uint8, device="meta"))
         self.register_parameter("bias", layer.bias)
 
-    def told(self, dtype: torch.dtype | None) -> None:
-        """In which type the weights are asked for, where it is another one than the model's."""
+    def take(self, name: str, tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
+        """The bytes of the weight, (bytes,), and in which type it is asked for, if it is another than the model's."""
         if dtype is not None and dtype.is_floating_point:
             self.dtype = dtype
+        return tensor
 
     def packed(self, name: str) -> PackedLinear:
         """The layer; `ValueError` where its bytes are damaged."""
-        matrix = PackedMatrix.from_bytes(self.weight, name)
-        if self.transposed:
-            matrix = PackedMatrix.of(matrix.dense().t())
+        matrix = PackedMatrix.from_bytes(self.weight, name, self.transposed)
         if matrix.values.is_floating_point() and matrix.values.dtype != self.dtype:
             matrix = replace(matrix, values=matrix.values.to(self.dtype))
-        return PackedLinear(matrix, self.bias, self.transposed).train(self.training)
+        return PackedLinear(matrix, self.bias, self.transposed, self.dtype).train(self.training)
 
 
 def make_waiting(model: nn.Module, headers: Mapping[str, Header]) -> None:
@@ -77,14 +85,18 @@ def make_waiting(model: nn.Module, headers: Mapping[str, Header]) -> None:
         fits = tuple(header.shape) == tuple(layer.weight.shape) and header.dtype in TYPES_PACKED
         if fits and 1 - header.kept / max(header.size, 1) >= LEAST_ZEROS:
             replace_layer(model, found, Waiting(layer, header.bytes))
+    make_experts_wait(model, reasons)
 
 
-def waiting_at(model: nn.Module | None, name: str) -> Waiting | None:
-    """The layer of `model` that waits for the tensor called `name`; `None` where none does."""
-    if model is None or not name.endswith(".weight"):
+def waiting_at(model: nn.Module | None, name: str) -> Waiting | WaitingExperts | None:
+    """The module of `model` that waits for the tensor called `name`, by its last name; `None` where none does."""
+    path, _, attribute = name.rpartition(".")
+    try:
+        found = None if model is None else model.get_submodule(path)
+    except AttributeError:  # of several names, transformers gives a pattern
         return None
-    found = model.get_submodule(name.removesuffix(".weight"))
-    return found if isinstance(found, Waiting) else None
+    waits = isinstance(found, Waiting) and attribute == "weight"
+    return found if waits or (isinstance(found, WaitingExperts) and attribute in found.matrices) else None
 
 
 @torch.no_grad()
@@ -93,9 +105,12 @@ def pack_waiting(model: nn.Module) -> int:
     waiting = [(name, module) for name, module in model.named_modules() if isinstance(module, Waiting)]
     for name, module in waiting:
         replace_layer(model, name, module.packed(f"{name}.weight"))
-    if not waiting:
+    pack_waiting_experts(model)
+    to_tensor_cores(model, with_kernels(model))
+    packed = len(packed_layers(model))
+    if not packed:
         logger.warning("No matrix has %.0f%% zeros or more: the model is dense.", 100 * LEAST_ZEROS)
-    return len(waiting)
+    return packed
 
 
 def check_places(model: nn.Module) -> None:

@@ -9,9 +9,8 @@ from typing import Any
 from torch import nn
 
 from ..common.registry import Registry
-from ..packed.linear import PackedLinear
-from ..packed.matrix import PackedMatrix
-from ..packed.pack_model import LEAST_ZEROS, packed_layers, replace_layer
+from ..packed.pack_model import LEAST_ZEROS, packed_layers
+from ..packed.tensor_cores import from_tensor_cores, to_tensor_cores, with_kernels
 from .encodings import encoding_in
 from .forms import located
 from .load import load_model, stated_in
@@ -59,10 +58,10 @@ def packed(path: str, **options: Any) -> nn.Module:
 def packed_int8(path: str, **options: Any) -> nn.Module:
     """As packed, with what is kept as numbers of 8 bits, each the nearest: smaller, and outputs differ a little."""
     model = packed(path, **options)
+    from_tensor_cores(model)
     for name in packed_layers(model):
-        layer = model.get_submodule(name)
-        matrix = PackedMatrix.quantised(layer.matrix.dense(), bits=8)
-        replace_layer(model, name, PackedLinear(matrix, layer.bias, layer.transposed))
+        model.get_submodule(name).quantise_(bits=8)
+    to_tensor_cores(model, with_kernels(model))
     return model.eval()
 
 

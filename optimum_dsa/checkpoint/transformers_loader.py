@@ -124,13 +124,13 @@ class DSAQuantizer(HfQuantizer):
         """
         from transformers.core_model_loading import WeightConverter, WeightRenaming
 
-        from .unpacking import Unpack, UnpackOnly
+        from .unpacking import PackAgain, Unpack, UnpackOnly
 
         updated = []
         for conversion in weight_conversions:
             if isinstance(conversion, WeightConverter):
                 conversion = copy.copy(conversion)
-                conversion.operations = [Unpack(), *conversion.operations]
+                conversion.operations = [Unpack(), *conversion.operations, PackAgain()]
                 conversion.force_cpu = True
             updated.append(conversion)
         renamings = [conversion for conversion in updated if isinstance(conversion, WeightRenaming)]

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from transformers.core_model_loading import ConversionOps, WeightConverter
 
+from ..packed.quantised import pack
 from .encodings import decoded
 from .run_packed import waiting_at
 
@@ -30,9 +31,8 @@ class Unpack(ConversionOps):
         """Every tensor of a pattern, packed as (bytes,) uint8 or of any shape, as the model has it."""
         waiting = waiting_at(model, full_layer_name) if self.alone else None
         if waiting is not None:
-            waiting.told(self.dtype)
             ((tensor,),) = input_dict.values()
-            return {full_layer_name: tensor}
+            return {full_layer_name: waiting.take(full_layer_name, tensor, self.dtype)}
 
         def dense(tensor: Tensor) -> Tensor:
             """A tensor of any shape: unpacked from (bytes,) in the asked dtype, or as it is."""
@@ -45,6 +45,26 @@ class Unpack(ConversionOps):
             ((tensor,),) = unpacked.values()
             return {full_layer_name: tensor}
         return unpacked
+
+    @property
+    def reverse_op(self) -> ConversionOps:
+        return _Nothing()
+
+
+class PackAgain(ConversionOps):
+    """Packs what was put together of several tensors, where a model's experts wait for it; passes on the rest."""
+
+    supports_many_to_many = True
+
+    def convert(self, input_dict: dict[str, list[Tensor] | Tensor], full_layer_name="tensor", model=None, **kwargs):
+        """Tensors of any shape by what they are called in the model, or a list of one."""
+        waiting, found = waiting_at(model, full_layer_name), dict(input_dict)
+        if waiting is not None and len(found) == 1:
+            ((name, value),) = found.items()
+            tensor = value[0] if isinstance(value, list) else value
+            packed = pack(tensor)
+            found[name] = waiting.take(full_layer_name, tensor if packed is None else packed, tensor.dtype)
+        return found
 
     @property
     def reverse_op(self) -> ConversionOps:

@@ -117,6 +117,14 @@ FENCES = {
         "model.observer",
         "tests/model/test_walk.py",
     ),
+    "fused experts": Fence(
+        "transformers",
+        "what use_experts_implementation gives a class of experts: _apply_gate, _is_expert_parallel, has_gate, "
+        "has_bias, is_transposed, has_post_expert_norm",
+        "packed experts compute what the registered implementations do; without them experts stay dense",
+        "packed.experts",
+        "tests/packed/test_experts.py",
+    ),
     "quantizer": Fence(
         "transformers",
         "HfQuantizer's `_process_model_before_weight_loading`, `_process_model_after_weight_loading`, "
@@ -146,6 +154,13 @@ FENCES = {
         "they tell which tensors of a checkpoint the model's class does not know, which would vanish without a word",
         "checkpoint.unknown_tensors",
         "tests/checkpoint/test_unknown_tensors.py",
+    ),
+    "saved names": Fence(
+        "transformers",
+        "core_model_loading.revert_weight_conversion",
+        "it tells whether finished blocks can be shards of the checkpoint as they are; without it they are saved anew",
+        "checkpoint.finished_shards",
+        "tests/checkpoint/test_finished_shards.py",
     ),
     "weights' name": Fence(
         "transformers",

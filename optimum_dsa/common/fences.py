@@ -140,9 +140,37 @@ def in_memory(store: Any) -> Mapping[str, Tensor]:
     return store if isinstance(store, dict) else _get(store, "state_dict", "store")
 
 
-def point_to(store: Any, key: str, file: Path, dtype: str) -> None:
-    """Have a store read `key` from a safetensors file from now on."""
-    _get(store, "index", "store")[key] = {"safetensors_file": str(file), "weight_name": key, "dtype": dtype}
+def point_to(store: Any, key: str, file: Path, dtype: str, name: str | None = None) -> None:
+    """Have a store read `key` from a safetensors file from now on, in which it is called that, or `name`."""
+    entry = {"safetensors_file": str(file), "weight_name": name or key, "dtype": dtype}
+    _get(store, "index", "store")[key] = entry
+
+
+def file_behind(store: Any, key: str) -> tuple[str, str] | None:
+    """The safetensors file that a store reads `key` from, and its name there; `None` where it is from elsewhere."""
+    entry = {} if key in in_memory(store) else _get(store, "index", "store").get(key, {})
+    file = entry.get("safetensors_file")
+    return None if file is None else (file, entry.get("weight_name") or key)
+
+
+def knows(store: Any, key: str) -> bool:
+    """Whether a store has `key` on the disk; nothing is read."""
+    return not isinstance(store, dict) and key in _get(store, "index", "store") and key not in in_memory(store)
+
+
+def keeps_names_when_saved(model: nn.Module, tensors: Mapping[str, Tensor]) -> bool:
+    """Whether transformers writes these tensors of the model, of any shape, under the names and shapes they have.
+
+    No values are needed. `False` on releases that do not tell.
+    """
+    shapes = {name: tensor.shape for name, tensor in tensors.items()}
+    try:
+        from transformers.core_model_loading import revert_weight_conversion
+
+        found = revert_weight_conversion(model, {name: tensor.to("meta") for name, tensor in tensors.items()})
+        return {name: tensor.shape for name, tensor in found.items()} == shapes
+    except Exception:  # noqa: BLE001 - whatever a conversion does with values that are not there
+        return False
 
 
 # What transformers calls of a quantizer while it loads: all that ours overrides. Older releases lack some of them.
@@ -223,6 +251,39 @@ def one_expert_at_a_time(module: nn.Module) -> Iterator[None]:
         yield
     finally:
         config._experts_implementation = chosen
+
+
+def experts_matrices(module: nn.Module) -> tuple[str, ...]:
+    """Names of the parameters that hold the matrices of a module's experts, if transformers computes with any of them.
+
+    Such a class takes its product from a registry of implementations, so that what it computes is known.
+    """
+    if not all(hasattr(module, name) for name in ("_apply_gate", "has_gate", "has_bias", "is_transposed")):
+        return ()
+    return ("gate_up_proj" if module.has_gate else "up_proj", "down_proj")
+
+
+def in_parallel(module: nn.Module) -> bool:
+    """Whether other processes hold others of the experts of a module."""
+    return bool(getattr(module, "_is_expert_parallel", False))
+
+
+def gated(module: nn.Module, both: Tensor) -> Tensor:
+    """What a module of experts makes of (n, 2 · width) numbers of gate and map: (n, width)."""
+    return _get(module, "_apply_gate", "fused experts")(both)
+
+
+def change_class(module: nn.Module, kind: type[nn.Module]) -> None:
+    """Make `module` one of a `kind` with another forward, in place; accelerate's hooks on it stay."""
+    from accelerate.hooks import add_hook_to_module, remove_hook_from_module
+
+    hooks = hooks_of(module)
+    if hooks:
+        remove_hook_from_module(module)
+        vars(module).pop("forward", None)  # the one of the class before, which a hook has put there
+    module.__class__ = kind
+    for hook in hooks:
+        add_hook_to_module(module, hook, append=True)
 
 
 def insert_callback(trainer: Any, callback: Any) -> None:

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from ..model.adapters import inner_model
 from ..model.experts import expert_counts
 from ..model.parameters import count_parameters
-from ..packed.linear import PackedLinear
+from ..packed.experts import PackedStack
+from ..packed.linear import PackedModule
 from ..pruning.structured.widths.costs import experts_met
 
 
@@ -38,7 +39,7 @@ def weights_in(model: nn.Module) -> int:
 
 
 def _packed(model: nn.Module) -> list[nn.Module]:
-    return [module for module in model.modules() if isinstance(module, PackedLinear)]
+    return [module for module in model.modules() if isinstance(module, PackedModule)]
 
 
 def weights_read(model: nn.Module, batch_size: int = 1) -> int:
@@ -54,7 +55,8 @@ def weights_read(model: nn.Module, batch_size: int = 1) -> int:
     looked_up = tables - others - ({id(value) for value in _own(head)} if head is not None else set())
     shares, met = {}, experts_met(inner)
     for part in model.modules():
-        if met and (counts := expert_counts(part)):
+        counts = {part.experts} if isinstance(part, PackedStack) else expert_counts(part)
+        if met and counts:
             share = min(batch_size * met / max(counts), 1.0)
             shares |= {id(value): share for value in (*part.parameters(), *part.buffers())}
     read = (value.nbytes * shares.get(key, 1.0) for key, value in held(model).items() if key not in looked_up)

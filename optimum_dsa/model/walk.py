@@ -18,6 +18,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from .activations import Held
 from .architecture import Architecture, Block, Stack, UnprunableError, Weight
 from .calls import BlockCalls, capture_calls, check_calls, explained, run_behind
 from .dense import AsDense, DenseInputs, DenseStream, Replay
@@ -69,6 +70,7 @@ def walk_blocks(
     unseen: int = 0,
     gram: bool | None = None,
     gradients: Mapping[str, Tensor] | None = None,
+    held: Held = list,
 ) -> Iterator[WalkedBlock]:
     """Each block with the statistics of its inputs, first block first.
 
@@ -100,6 +102,7 @@ def walk_blocks(
             statistics: what is fitted to those can be judged by them. With "outputs" in `reads` alone.
         gram (`bool`, *optional*): earlier name of "gram" in `reads`.
         gradients (`Mapping[str, Tensor]`, *optional*): what `collect_gradients` gives, where it is known already.
+        held (`Held`, defaults to `list`): makes what activations are kept in, as `held_in` gives it.
 
     Raises:
         ValueError: NaN or infinities in the input of a weight, which it names; "cross_gram" of a walk that runs
@@ -121,9 +124,8 @@ def walk_blocks(
         yield from _walk_still(model, blocks, batches.statistics if batches else {})
         return
     read = {"gram", *reads} if gram else {*reads}
-    yield from _walk_running(
-        model, architecture, batches, blocks, read, sequential, true_sequential, as_dense, finished, unseen, gradients
-    )
+    how = (sequential, true_sequential, as_dense, finished, unseen, gradients, held)
+    yield from _walk_running(model, architecture, batches, blocks, read, *how)
 
 
 def _walk_running(
@@ -138,6 +140,7 @@ def _walk_running(
     finished: int,
     unseen: int,
     gradients: Mapping[str, Tensor] | None,
+    held: Held,
 ) -> Iterator[WalkedBlock]:
     """`walk_blocks` over batches, inputs by name, (samples, length, ...); `blocks` is told how far it is."""
     beside, watch = {"cross_gram", "outputs"} & set(reads), partial(Observer, "gram" in reads, "mean" in reads)
@@ -157,12 +160,12 @@ def _walk_running(
         samples = _sample_calls(model, architecture, batches[0])
         # Of the unpruned model, for all stacks at once: an earlier stack may be pruned before a later one is captured.
         ahead = architecture.stacks if beside or not sequential else ()
-        early = {stack.name: capture_calls(model, stack, batches) for stack in ahead}
+        early = {stack.name: capture_calls(model, stack, batches, held) for stack in ahead}
         for stack in architecture.stacks:
-            calls = capture_calls(model, stack, batches) if sequential else early.pop(stack.name)
+            calls = capture_calls(model, stack, batches, held) if sequential else early.pop(stack.name)
             # Arguments of its own: a block may leave in them what a later one reads (shared keys and values).
             calls.sample, calls.unseen = samples[stack.name], unseen
-            dense = DenseStream(early.pop(stack.name), calls.hidden, as_dense, reads) if beside else None
+            dense = DenseStream(early.pop(stack.name), calls.hidden, as_dense, reads, held) if beside else None
             needed = architecture.head is not None and stack is architecture.stacks[-1]
             yield from _walk_stack(
                 model, stack, blocks, calls, real, watch, sequential, needed, dense, finished, true_sequential, own
@@ -267,10 +270,11 @@ def _walk_block(
         part, observer, names = replace(block, weights=tuple(weights)), watch(), {weight.name for weight in weights}
         # Before anything moves on: they are of what goes into the block.
         regional = gradients.of_block(model, part, lambda: (calls.run(module, index, n) for n in calls.seen))
+        shape = calls.hidden[0].shape[1:]
         for number in calls.seen:
-            hidden = calls.hidden[number]
+            hidden = calls.hidden[number]  # once: they may be on a disk
             # What comes behind the last weight that is watched need not run; a block may cut longer inputs in parts.
-            alike = hidden.shape[1:] == calls.hidden[0].shape[1:]
+            alike = hidden.shape[1:] == shape
             stops = alike and shown.alone.issuperset(names)
             ends = stops and shown.last in names
             awaited = Awaited(names, shown.added) if stops else None
@@ -279,7 +283,7 @@ def _walk_block(
             awaited = Awaited(names, shown.added) if stops else None
             stream = _watching_additions(model, part, hidden, dense, awaited)
             with suppress(AllSeen), observing(model, part, observer, awaited), stream as before:
-                output = calls.run(module, index, number)
+                output = calls.run(module, index, number, hidden)
             observer.add_residual(before, beside.before)
             if move_on:
                 calls.hidden[number] = output
@@ -288,16 +292,11 @@ def _walk_block(
     def first_batch() -> dict[str, LayerStatistics]:
         observer = Observer(gram=False)
         observer.start_batch(calls.samples[0], real[0])
-        stream = _watching_additions(model, block, calls.hidden[0], dense)
+        stream = _watching_additions(model, block, hidden := calls.hidden[0], dense)
         with observing(model, block, observer), stream as before:
-            calls.run(module, index, 0)
+            calls.run(module, index, 0, hidden)
         shown.note(block, observer, before)
         return observer.finish(block)
-
-    def run() -> list[Tensor]:
-        """All that the block as it is now leaves behind on one sample."""
-        calls.sample.hidden[0] = calls.hidden[0][: calls.sample.samples[0]].clone()
-        return calls.sample.everything_of(module, index, 0)
 
     def pass_by() -> dict[str, LayerStatistics]:
         """No statistics; what the block is given moves on as in `collect`, and in the same way, to the last bit."""
@@ -312,6 +311,7 @@ def _walk_block(
                     calls.hidden[number] = calls.run(module, index, number)
         return {}
 
+    run = partial(_left_behind, calls, module, index)
     found = pass_by if finished else first_batch if sample else partial(collect, block.weights, not sequential)
     with resident(model, [block.name]) as changes, dense.at(module, index, sample, last) if dense else nullcontext():
         again = collect if sequential and not finished else None  # otherwise what went into the block is gone
@@ -324,6 +324,12 @@ def _walk_block(
         if sequential and not last:
             for number in range(len(calls)):
                 calls.hidden[number] = calls.run(module, index, number)
+
+
+def _left_behind(calls: BlockCalls, module: nn.Module, index: int) -> list[Tensor]:
+    """All that a block as it is now leaves behind on one sample."""
+    calls.sample.hidden[0] = calls.hidden[0][: calls.sample.samples[0]].clone()
+    return calls.sample.everything_of(module, index, 0)
 
 
 def _watching_additions(

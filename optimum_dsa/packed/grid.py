@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 
+BITS = (4, 8)  # of numbers, the fewest first
 CHUNK = 2**20  # weights that are worked on at once: stays near a processor
 # How far the largest weight may be cut off so that all others lie nearer to their numbers.
 SHRINKS = [1 - step / 40 for step in range(21)]
@@ -130,7 +131,7 @@ def grid_of(weight: Tensor, bits: int) -> Grid | None:
     """
     if weight.itemsize not in _BITS or not weight.numel():
         return None
-    some = weight[(weight != 0).any(dim=1)][:_PROBE]
+    some = weight[(weight != 0).any(dim=1).nonzero()[:_PROBE, 0]]
     # What lies on the grid of a group lies on those of its parts, too: most matrices lie on none, which is known here.
     if _found(some, bits, GROUPS[-1]) is None:
         return None

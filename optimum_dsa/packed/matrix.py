@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from . import bitmask
-from .grid import Grid, grid_of, to_grid
-from .ops import TILE, dense_rows, linear
+from .grid import BITS, Grid, grid_of, to_grid
+from .ops import TILE, dense_rows, linear, ones
 from .whole import LARGEST, WholeHeader, read_whole
 
 
@@ -70,6 +71,18 @@ class PackedMatrix:
         return cls(mask, flat[bits], row_starts(mask, tuple(dense.shape)), tuple(dense.shape))
 
     @classmethod
+    def smallest(cls, dense: Tensor) -> PackedMatrix:
+        """A dense matrix, (rows, columns), in the fewest bytes that are bit for bit what it was.
+
+        Of one whose rows lie on a grid they are whole numbers and scales.
+        """
+        found = next(((bits, grid) for bits in BITS if (grid := grid_of(dense.detach(), bits)) is not None), None)
+        floats = cls.of(dense)
+        whole = None if found is None else cls.of_grid(found[1], found[0])
+        # Of very few kept weights, scales take more than values.
+        return floats if whole is None or whole.nbytes >= floats.nbytes else whole
+
+    @classmethod
     def quantised(
         cls, dense: Tensor, bits: int, group: int = 0, scales: str = "mse", importance: Tensor | None = None
     ) -> PackedMatrix:
@@ -95,24 +108,35 @@ class PackedMatrix:
         return cls(mask, values, starts, shape, grid.scales, grid.group)
 
     @classmethod
-    def from_bytes(cls, packed: Tensor, name: str = "tensor") -> PackedMatrix:
-        """A packed tensor of a checkpoint, (bytes,) uint8, of two dimensions: views of it, and no copy but of scales.
+    def from_bytes(cls, packed: Tensor, name: str = "tensor", turned: bool = False) -> PackedMatrix:
+        """A packed tensor of a checkpoint, (bytes,) uint8, of a matrix or of several (experts), which then are below
+        each other: views of it, and no copy but of scales.
 
-        One whose columns lie on a grid, and not its rows, is copied, as floats.
+        One that is stored the other way round is packed anew.
+
+        Args:
+            turned: whether the matrix is the tensor with its last two dimensions exchanged.
 
         Raises:
             ValueError: it is no packed matrix, or damaged.
         """
         start = packed[: max(LARGEST, bitmask.LARGEST)].cpu().numpy().tobytes()
         header = read_whole(start, packed.numel(), name) or bitmask.read_header(start, packed.numel(), name)
-        if header is None or len(header.shape) != 2:
+        if header is None or len(header.shape) not in (2, 3):
             raise ValueError(f"{name} is no packed matrix.")
+        stored_turned = isinstance(header, WholeHeader) and header.exchanged
         if isinstance(header, WholeHeader):
             found = cls.of_header(packed, header, name)
-            # Rows of the tensor have numbers of many scales: as floats, then.
-            return cls.of(found.dense(header.dtype).t()) if header.exchanged else found
-        mask, values = packed[header.mask], packed[header.values].view(header.dtype)
-        return cls(mask, values, row_starts(mask, header.shape), header.shape)
+        else:
+            mask, values = packed[header.mask], packed[header.values].view(header.dtype)
+            shape = (math.prod(header.shape[:-1]), header.shape[-1])
+            found = cls(mask, values, row_starts(mask, shape), shape)
+        if turned == stored_turned:
+            return found
+        # Rows of one are columns of the other, and whole numbers have the scales of rows.
+        *before, rows, columns = header.shape
+        dense = found.dense(header.dtype).view(*before, *((columns, rows) if stored_turned else (rows, columns))).mT
+        return cls.smallest(dense.reshape(-1, dense.shape[-1]))
 
     @classmethod
     def of_header(cls, packed: Tensor, header: WholeHeader, name: str = "tensor") -> PackedMatrix:
@@ -205,13 +229,6 @@ def _halves(numbers: Tensor) -> Tensor:
     both[torch.arange(len(on), device=on.device) + on] = numbers[kept]
     both = (both.view(torch.uint8) & 15).view(-1, 2)
     return both[:, 0] | both[:, 1] << 4
-
-
-def ones(mask: Tensor) -> Tensor:
-    """How many bits are set in each byte, of any shape, uint8: pairs, then fours, then all, added side by side."""
-    pairs = mask - ((mask >> 1) & 0x55)
-    fours = (pairs & 0x33) + ((pairs >> 2) & 0x33)
-    return (fours + (fours >> 4)) & 0x0F
 
 
 def row_starts(mask: Tensor, shape: tuple[int, int], even: bool = False) -> Tensor:

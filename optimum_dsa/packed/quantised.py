@@ -8,12 +8,11 @@ from __future__ import annotations
 from torch import Tensor
 
 from . import bitmask
-from .grid import grid_in
+from .grid import BITS, grid_in
 from .matrix import PackedMatrix
 from .whole import LARGEST, WholeHeader, read_whole
 
 
-BITS = (4, 8)  # of numbers, the fewest first
 LARGEST = max(LARGEST, bitmask.LARGEST)  # bytes of a header
 
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 import torch
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
+from .cuda import kernels
 from .linear import PackedLinear
 from .matrix import PackedMatrix
 from .pack_model import packed_layers, replace_layer
@@ -27,6 +29,7 @@ class TensorCoreLinear(PackedLinear):
         self.register_buffer("groups", made.groups)
         # As whole numbers of the same bits: they stay float32, whatever a model is cast to.
         self.register_buffer("row_scales", None if made.scales is None else made.scales.view(torch.int32))
+        self.register_buffer("unpacked", layer.unpacked, persistent=False)
         self.register_parameter("bias", layer.bias)
         self.train(layer.training)
 
@@ -41,9 +44,10 @@ class TensorCoreLinear(PackedLinear):
         """W as mask and values, made anew each time."""
         return self.two_of_four.matrix()
 
-    def shell(self) -> nn.Linear | Conv1D:
-        """The layer that it stands for, on the device "meta"."""
-        return self._shell(torch.float32 if self.two_of_four.bits < 16 else torch.bfloat16)
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of `weight`."""
+        return torch.bfloat16 if self.unpacked is None else self.unpacked.dtype
 
     def forward(self, input: Tensor) -> Tensor:
         """(..., in_features) -> (..., out_features), in the input's dtype."""
@@ -58,19 +62,28 @@ class TensorCoreLinear(PackedLinear):
 
 
 @torch.no_grad()
-def to_tensor_cores(model: nn.Module) -> tuple[str, ...]:
+def to_tensor_cores(model: nn.Module, layers: Collection[str] | None = None) -> tuple[str, ...]:
     """Hold packed 2:4 matrices of `model` as tensor cores take them, in place, one after the other; their names.
 
     Those of another pattern or type stay as they are ([`~packed.two_of_four.has_form`]). A CPU multiplies with them
     too, and slower than before: it unpacks them.
+
+    Args:
+        layers: names of packed layers that it is done for; by default all.
     """
     names = []
-    for name in packed_layers(model):
+    for name in packed_layers(model) if layers is None else layers:
         layer = model.get_submodule(name)
         if type(layer) is PackedLinear and has_form(layer.matrix):
             replace_layer(model, name, TensorCoreLinear(layer))
             names.append(name)
     return tuple(names)
+
+
+def with_kernels(model: nn.Module) -> tuple[str, ...]:
+    """Names of the packed layers that are on a GPU whose tensor cores there are kernels for."""
+    names = packed_layers(model)
+    return tuple(name for name in names if kernels(next(model.get_submodule(name).buffers()).device) is not None)
 
 
 @torch.no_grad()
@@ -79,6 +92,6 @@ def from_tensor_cores(model: nn.Module) -> tuple[str, ...]:
     names = tuple(name for name, layer in model.named_modules() if isinstance(layer, TensorCoreLinear))
     for name in names:
         layer = model.get_submodule(name)
-        made = PackedLinear(layer.matrix, layer.bias, layer.transposed).train(layer.training)
-        replace_layer(model, name, made)
+        made = PackedLinear(layer.matrix, layer.bias, layer.transposed, layer.dtype)
+        replace_layer(model, name, made.train(layer.training))
     return names

@@ -25,6 +25,7 @@ from ..common.settings import (
 )
 from ..common.values import is_whole
 from ..data import DataConfig
+from ..model.activations import PLACES
 from ..model.architecture import GRANULARITIES
 from .allocation import ALLOCATIONS, Allocation, AllocationFunction, Allocator, is_repository, levels_within
 from .overrides import check_overrides
@@ -39,6 +40,7 @@ from .unstructured.updates import UPDATES
 
 CONFIG_NAME = "dsa_config.json"
 FORMAT_VERSION = 3  # of that file
+FREE = ("batch_size", "activations")  # settings that change memory and time, and no result
 AUTO = "auto"  # an allocation that is yet to be chosen
 
 
@@ -86,6 +88,8 @@ class DSAConfig:
         max_sparsity (`float`, defaults to 0.99): The most that any unit is pruned.
         data (`DataConfig`): Which text feeds the statistics: samples, their length, column, split, seed.
         batch_size (`int`, defaults to 8): Sequences per forward pass. It does not change the result.
+        activations (`str`, defaults to `"memory"`): Where the activations between two blocks are kept, in the model's
+            type: `"memory"`, or `"disk"`, in a file that goes with the process. It does not change the result.
     """
 
     sparsity: float = setting(low=0, below=1, what="the share of weights to remove")
@@ -111,6 +115,7 @@ class DSAConfig:
     max_sparsity: float = setting(0.99, low=0, high=1)
     data: DataConfig = section(DataConfig)
     batch_size: int = setting(8, low=1)
+    activations: str = setting("memory", choices=PLACES)
 
     def __post_init__(self):
         check_settings(self)

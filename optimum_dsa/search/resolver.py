@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from ..common.progress import progress
+from ..model.activations import held_in
 from ..model.architecture import Weight
 from ..model.offload import resident
 from ..model.statistics import LayerStatistics
@@ -84,7 +85,13 @@ class Resolver:
         reads |= {read for each in self.allocators.values() for read in _reads_of(each)}
         batches = calibration.batches(self.config.batch_size)
         for walked in walk_blocks(
-            self.model, self.architecture, batches, reads=reads, sequential=False, progress=_shown
+            self.model,
+            self.architecture,
+            batches,
+            reads=reads,
+            sequential=False,
+            progress=_shown,
+            held=held_in(self.config.activations),
         ):
             tensors = {weight.name: walked.tensor(weight) for weight in walked.weights}
             for weight in walked.weights:

@@ -3,7 +3,9 @@
 import pytest
 import torch
 
-from optimum_dsa import DSAConfig, DSAPruner, RecoveryConfig, prune
+from optimum_dsa import DSAConfig, DSAPruner, RecoveryConfig, ValuesConfig, prune
+from optimum_dsa.evaluation.reading import packed_bytes
+from optimum_dsa.packed.matrix import PackedMatrix
 from optimum_dsa.packed.pack_model import packed_layers
 from optimum_dsa.pruning.zeros import counted
 
@@ -76,3 +78,23 @@ def test_what_needs_dense_weights_refuses_it_by_name():
             refused()
     pruner.unpack()
     assert same_state(pruner.model, before)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+@pytest.mark.parametrize("bits", ["int8", "int4"])
+def test_a_model_on_a_grid_is_packed_as_whole_numbers_in_memory_as_from_a_file(family, bits, tiny, tmp_path):
+    pruner = DSAPruner(tiny(family).bfloat16())
+    pruner.prune(tokens(4), DSAConfig(0.6, "sparsegpt", "uniform", values=ValuesConfig(bits, group=32)))
+    before, logits = state(pruner.model), pruner.model(tokens(2)).logits
+    floats = sum(PackedMatrix.of(before[f"{name}.weight"]).nbytes for name in pruner.pack().packed)
+    kinds = {pruner.model.get_submodule(name).values.dtype for name in packed_layers(pruner.model)}
+    assert kinds == {torch.int8 if bits == "int8" else torch.uint8}
+    assert packed_bytes(pruner.model) < 0.95 * floats
+    torch.testing.assert_close(pruner.model(tokens(2)).logits, logits, rtol=3e-2, atol=3e-2)
+    assert pruner.verify().holds
+    pruner.save_pretrained(tmp_path / "packed")
+    loaded = DSAPruner.from_pretrained(tmp_path / "packed")
+    parts = loaded.model.state_dict()
+    assert all(torch.equal(parts[name], value) for name, value in pruner.model.state_dict().items())
+    for each in (pruner, loaded):
+        assert each.unpack() and same_state(each.model, before)

@@ -95,6 +95,6 @@ def test_it_compiles_whole_and_gives_gradients_to_what_is_before_and_beside_it()
 
 
 def test_it_says_what_it_holds():
-    assert "in_features=40, out_features=24, bias=True, values=float32, kept=0.6" in repr(PackedLinear.of(layer()))
+    assert "in_features=40, out_features=24, values=float32, kept=0.6" in repr(PackedLinear.of(layer()))
     half = PackedLinear(PackedMatrix.of(layer().weight), None)
     assert "bias=False" in repr(half) and half(torch.zeros(0, 40)).shape == (0, 24)

@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 
 from optimum_dsa.packed.bitmask import pack
+from optimum_dsa.packed.grid import to_grid
 from optimum_dsa.packed.matrix import PackedMatrix, packed_bits, row_starts
 
 
@@ -114,3 +115,20 @@ def test_parts_that_do_not_fit_are_refused():
         PackedMatrix(*odd.parts[:3], odd.shape)
     with pytest.raises(ValueError, match="is no packed matrix"):
         PackedMatrix.from_bytes(torch.zeros(100, dtype=torch.uint8))
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("bits,group", [(8, 0), (8, 32), (4, 32), (4, 64)])
+def test_what_lies_on_a_grid_is_whole_numbers_and_bit_for_bit_what_it_was(bits, group, dtype):
+    dense = to_grid(sparse(40, 96, 1), bits, group).weights(dtype)
+    found = PackedMatrix.smallest(dense)
+    assert found.values.dtype == (torch.int8 if bits == 8 else torch.uint8) and found.group == group
+    assert torch.equal(found.dense(dtype), dense) and found.nbytes < PackedMatrix.of(dense).nbytes
+
+
+def test_what_lies_on_none_or_keeps_too_few_is_floats():
+    few = torch.zeros(64, 512, dtype=torch.bfloat16)
+    few[:, 7] = 0.5
+    for dense in (sparse(40, 90, 0), few, torch.zeros(3, 16), torch.zeros(0, 16)):
+        found = PackedMatrix.smallest(dense)
+        assert found.scales is None and torch.equal(found.dense(), dense)

@@ -7,6 +7,7 @@ import torch
 
 from optimum_dsa import DSAConfig, DSAPruner, from_tensor_cores, prune, to_tensor_cores
 from optimum_dsa.evaluation.reading import packed_bytes
+from optimum_dsa.packed import tensor_cores
 from optimum_dsa.packed.linear import PackedLinear
 from optimum_dsa.packed.pack_model import pack_model, packed_layers, seen_dense, unpack_model
 from optimum_dsa.packed.tensor_cores import TensorCoreLinear
@@ -83,3 +84,24 @@ def test_it_is_saved_and_its_bytes_are_counted_as_those_of_a_packed_model(tmp_pa
     assert files[0] and files[0] == files[1]
     pruner.unpack()
     assert same_state(pruner.model, before)
+
+
+@pytest.mark.parametrize("stored", [False, True])
+def test_where_a_gpu_has_kernels_a_packed_model_is_held_so_at_once(stored, monkeypatch, tmp_path):
+    """A CPU stands for the GPU: who packs, and who loads packed, asks whether kernels are there."""
+    pruner = DSAPruner(tiny_llama().bfloat16())
+    pruner.prune(None, DSAConfig(0.5, "magnitude", "uniform", pattern="2:4"))
+    before = state(pruner.model)
+    if stored:
+        pruner.save_pretrained(tmp_path, encoding="packed")
+    monkeypatch.setattr(tensor_cores, "kernels", lambda device: device.type == "cpu" or None)
+    if stored:
+        pruner = DSAPruner.from_pretrained(tmp_path)
+    else:
+        assert pruner.pack().packed
+    kinds = {type(pruner.model.get_submodule(name)) for name in packed_layers(pruner.model)}
+    assert kinds == {TensorCoreLinear}
+    monkeypatch.undo()
+    assert pruner.verify().holds and pruner.unpack() and same_state(pruner.model, before)
+    pruner.pack()
+    assert {type(pruner.model.get_submodule(name)) for name in packed_layers(pruner.model)} == {PackedLinear}

@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 from ...model.walk import Reads
 from ..allocation import ALLOCATIONS
 from ..configuration import DSAConfig
+from ..distill import CHUNK
 from ..source import step_size
 from ..unstructured.updates import UPDATES
 from .shape import BlockShape, InputShape, ModelShape
@@ -72,6 +73,8 @@ def phases(shape: ModelShape, config: DSAConfig, text: Text, offloaded: bool = F
     found["solving"] = {part: size for part, size in parts.items() if part != "one batch"}
     if config.reconstruct.steps:
         found["training blocks"] = found["loading"] | _training(shape, config, text)
+    if config.reconstruct.distill:
+        found["training the model"] = found["loading"] | _distilling(shape, text)
     return {name: {part: int(size) for part, size in parts.items() if size >= 1} for name, parts in found.items()}
 
 
@@ -160,18 +163,13 @@ def _gradients(shape: ModelShape, reads: Reads, text: Text) -> dict[str, float]:
     if not blocks:
         return {}
     logits = 3 * text.length * shape.vocabulary * FLOAT if "gradients" in reads else 0
-    computed = sum(text.length * _computed(block) * shape.itemsize for block in blocks)
+    computed = text.length * sum(_computed(shape, block) for block in blocks)
     # The sums; and one gradient, in the model's type and in float32, before it is added and dropped.
     largest = max((rows * columns for block in blocks for rows, columns in block.weights), default=0)
     return {
         "gradients": FLOAT * sum(block.size for block in blocks) + largest * (shape.itemsize + FLOAT),
         "backward pass": computed + logits,
     }
-
-
-def _computed(block: BlockShape) -> float:
-    """Numbers a token that a block computes, which stay until its gradient is there."""
-    return sum((group.columns + sum(group.rows)) * group.share for group in block.inputs) + 4 * block.hidden
 
 
 def _training(shape: ModelShape, config: DSAConfig, text: Text) -> dict[str, float]:
@@ -188,11 +186,29 @@ def _training(shape: ModelShape, config: DSAConfig, text: Text) -> dict[str, flo
     span, share = config.reconstruct.span, 0.5 if config.reconstruct.apart else 1
     # The start, the best, gradients, Adam's two, a mask of a byte; a copy where the weights are not in float32.
     parts["training"] = span * share * block.size * (FLOAT * (5 if shape.itemsize >= FLOAT else 6) + 1)
-    # Everything that a block computes stays until its gradient is there.
     batch = min(text.batch, step_size(text.samples)) * text.length
-    parts["one batch"] = span * share * batch * (_computed(block) * shape.itemsize + 4 * block.hidden * FLOAT)
+    parts["one batch"] = span * share * batch * _computed(shape, block)
     # Blocks that are trained together wait for the last.
     return parts | {"dense block": span * parts["dense block"]}
+
+
+def _distilling(shape: ModelShape, text: Text) -> dict[str, float]:
+    """`Distillation`, which comes when all blocks are pruned."""
+    copies = FLOAT * (5 if shape.itemsize >= FLOAT else 6) + 1
+    computed = sum(_computed(shape, block) for block in shape.blocks)
+    return {
+        "calibration text": _tokens(text),
+        "dense outputs": _activations(shape, text),
+        "training": sum(block.size for block in shape.blocks) * copies,
+        # Of one sequence, and of predictions the two, their logarithms and gradients.
+        "one batch": text.length * computed + 6 * FLOAT * min(CHUNK, text.length * shape.vocabulary),
+    }
+
+
+def _computed(shape: ModelShape, block: BlockShape) -> float:
+    """Bytes that a block computes of a token, and keeps until its gradient is there."""
+    numbers = sum((group.columns + sum(group.rows)) * group.share for group in block.inputs) + 4 * block.hidden
+    return numbers * shape.itemsize + 4 * block.hidden * FLOAT
 
 
 def _largest(shape: ModelShape) -> BlockShape:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ...common.progress import progress
+from ...model.activations import held_in
 from ...model.architecture import Architecture, Weight
 from ...model.gradients import collect_gradients
 from ...model.statistics import LayerStatistics
@@ -198,6 +199,7 @@ class Masks:
             true_sequential=grouped and self.config.update.true_sequential,
             as_dense=self.masked.suspended,
             gradients=self._gradients,
+            held=held_in(self.config.activations),
         )
 
     def _ensure_gradients(self, wanted: Collection[str]) -> None:
