@@ -45,6 +45,8 @@ ROWS = {
     "alps + reconstruct": {"method": "alps", "reconstruct": True},
     "alps, dense targets": {"method": "alps", "update": FULL},
     "all": {"method": "alps", "update": FULL, "reconstruct": True},
+    "sparsegpt, distilled": {"method": "sparsegpt", "distill": True},
+    "all, distilled": {"method": "alps", "update": FULL, "reconstruct": True, "distill": True},
     "all + dsa": {"method": "alps", "update": FULL, "reconstruct": True, "allocation": "dsa"},
     "all, searched": {"method": "alps", "update": FULL, "reconstruct": True, "allocation": "searched"},
     "all, permuted": {"method": "alps", "update": FULL, "reconstruct": True, "permute": True},
@@ -66,6 +68,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--length", type=int, help="their tokens (default: all)")
     parser.add_argument("--windows", type=int, help="windows that are measured (default: all)")
     parser.add_argument("--steps", type=int, default=64, help="of reconstruction (default: 64)")
+    parser.add_argument(
+        "--distill", type=int, default=64, help="steps of distillation, in rows so named (default: 64)"
+    )
     parser.add_argument("--rate", type=float, help="of reconstruction (default: found on windows held out)")
     parser.add_argument("--span", type=int, default=1, help="blocks that are reconstructed together (default: 1)")
     parser.add_argument("--permute", default="ria", help="order of channels of the rows that change it (default: ria)")
@@ -87,8 +92,8 @@ def config_of(row: str, sparsity: str, args: argparse.Namespace) -> DSAConfig | 
     settings["allocation"] = settings.get("allocation", "uniform").replace("searched", "uniform")
     if settings.pop("permute", False):
         settings["permute"] = args.permute
-    if settings.pop("reconstruct", False):
-        settings["reconstruct"] = ReconstructConfig(args.steps, args.rate, args.span)
+    blocks = (args.steps, args.rate, args.span) if settings.pop("reconstruct", False) else ()
+    settings["reconstruct"] = ReconstructConfig(*blocks, distill=args.distill * settings.pop("distill", False))
     return DSAConfig(share, pattern=pattern, batch_size=args.batch_size, **settings)
 
 
@@ -120,6 +125,7 @@ def run(row: str, config: DSAConfig, tokens: dict[str, torch.Tensor], args: argp
         **measured(model, tokens, args),
         **seconds,
         "reconstruction": trained,
+        "distillation": dict(report.distillation),
         **found,
     }
 

@@ -1,7 +1,7 @@
 """What a user would take instead: the same model in llama.cpp's types, beside pruned ones that run packed, by bytes.
 
 Of a dense model, rows of llama.cpp: f16 through the GGUF export, and from it Q8_0, Q4_0, Q3_K and Q2_K with the
-engine's own quantiser (the C function of the library in `xllamacpp`; no importance matrix). Rows of pruned ones: a mask
+engine's own quantiser (the C function of the library in `xllamacpp`; no importance matrix). Of pruned ones: a mask
 with kept weights in bf16, int8 and int4, at every sparsity. `bytes` are those of the blocks' matrices over bf16's;
 embeddings, head and norms stay in 16 bits in every row, and where a type of 256 columns a scale does not fit a matrix,
 that is Q4_0 (`fallback` says of how many). Perplexities are of the weights that each row stands for, on the same

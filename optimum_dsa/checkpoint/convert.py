@@ -15,10 +15,11 @@ from ..common.folder_files import own_file
 from ..common.installation import how_to_install
 from ..common.manifest import MANIFEST, files_in
 from ..common.output import OutputFolder
+from ..common.shard_writer import ShardWriter, width
 from ..packed.whole import WholeHeader
 from .base_files import MODULES, module_folders
 from .encodings import BITMASK, BITMASK_WHOLE, ENCODINGS, QUANT_METHOD, Encoding, Header, decoded, encoding_named
-from .shards import Shards, ShardWriter, find_shards, index_name, open_shard, packed_headers, width
+from .shards import Shards, find_shards, index_name, open_shard, packed_headers
 
 
 MARK = "transformers_weights"  # the key of `config.json` where transformers looks for the name of the weights

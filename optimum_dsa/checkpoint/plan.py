@@ -15,7 +15,7 @@ from ..pruning.allocate import architecture_for
 from ..pruning.configuration import DSAConfig
 from ..pruning.planning.plan import Plan, plan_for
 from ..pruning.planning.shape import ModelShape, shape_of
-from ..pruning.planning.tried import forward_operations, time_of
+from ..pruning.planning.tried import distilled_tokens, forward_operations, time_of
 from ..pruning.planning.work import operations, speed, time_block
 from .skeleton import open_skeleton, sample_model
 
@@ -68,22 +68,23 @@ def plan(
         "disk_available": disk_available(output),
     }
     found = plan_for(shape, config, **asked)
-    if device_map == "auto" and not found.memory_fits and config.reconstruct.span == 1:
+    if device_map == "auto" and not found.memory_fits and config.reconstruct.is_by_block:
         found = plan_for(shape, config, **asked | {"offloaded": True})
     needed = found.total - found.phases["loading"]["weights"]
     seconds = None
     own, single = speed(device, dtype), speed(device, torch.float32)
     judged = forward_operations(shape, found.tries.tokens) / own if found.tries else 0.0
+    whole = forward_operations(shape, distilled_tokens(config, found.text.samples, found.text.length)) / own
     if run_block and needed <= found.available:
         seconds = _run(path, config, found, shape, dtype, options, judged)
     if seconds is not None:
-        return replace(found, seconds=seconds, timed=True)
+        return replace(found, seconds=seconds + whole, timed=True)
 
     def counted(config: DSAConfig) -> float:
         forward, rest = operations(shape, config, found.text)
         return forward / own + rest / single
 
-    return replace(found, seconds=time_of(config, found.tries, counted, judged))
+    return replace(found, seconds=time_of(config, found.tries, counted, judged) + whole)
 
 
 def _tokenizer(path: str | Path, model: nn.Module) -> int:

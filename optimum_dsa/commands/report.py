@@ -9,7 +9,7 @@ from .prune import CALIBRATION, add_calibration_options, asked_config
 
 # Settings of an allocation: error curves are of every matrix, at sparsities of their own.
 WITHOUT = ("sparsity", "allocation", "spread", "granularity", "min_sparsity", "max_sparsity", "allocation_metric")
-WITHOUT += ("overrides", "reconstruct", "rate", "span", "apart", "permute")  # what is done to whole blocks
+WITHOUT += ("overrides", "reconstruct", "rate", "span", "apart", "distill", "permute")  # what is done to whole blocks
 WITHOUT += ("values", "group", "scales", "feedback")
 FILES = ("sensitivity.json", "sensitivity.png")
 

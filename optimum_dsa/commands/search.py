@@ -42,8 +42,13 @@ strategy    named         uniform and every named allocator
             descent       budget moved between matrices along the loss's slope
             curves        budget moved by the loss's slope and each matrix's error curve
             auto          named, ramp, evolution, then descent (default)
+            symbolic      metrics, bred as expressions of weight, input norm and gradient, at one allocation
+            joint         such a metric and an allocation function together
+            optishear     a metric's form and the ratios of blocks, by NSGA-III
 
-With --structures it finds how many structures each block keeps (all strategies but exhaustive and curves).
+What a metric was found with is in the folder too, and `prune` takes both from it.
+With --structures it finds how many structures each block keeps (all strategies but exhaustive, curves and the last
+three).
 """
     EXAMPLES = """\
   optimum-cli dsa search Qwen/Qwen3-0.6B -o found --sparsity 0.7
@@ -51,6 +56,7 @@ With --structures it finds how many structures each block keeps (all strategies 
   optimum-cli dsa search ./model -o found -s 0.7 --dataset cal.txt --validation val.txt --budget "10 min" --resume
   optimum-cli dsa search ./model -o found -s 0.7 --method alps --targets dense --true-sequential --residual
   optimum-cli dsa prune ./model -o out -s 0.7 --allocation found
+  optimum-cli dsa search ./model -o found -s 0.7 --dataset cal.txt --validation val.txt --strategy joint
   optimum-cli dsa search ./model -o widths -s 0.2 --structures ffn,kv_group --importance obs
 """
 
@@ -74,6 +80,9 @@ With --structures it finds how many structures each block keeps (all strategies 
             "--seeds", type=int, default=1, help="repeat with so many seeds and compare what each finds (default: 1)"
         )
         parser.add_argument("--report-to", help="log trials to trackio, tensorboard, wandb, ... (default: none)")
+        parser.add_argument(
+            "--allocation", help="where symbolic compares metrics: a name, a function, a folder (default: uniform)"
+        )
         what = parser.add_argument_group("how the model will be pruned")
         add_quality_option(what)
         data = add_calibration_options(parser)
@@ -101,11 +110,16 @@ With --structures it finds how many structures each block keeps (all strategies 
         from ..search.prepared import check_search, realisation_of
         from ..search.problem import parse_budget
         from ..search.result import RESULT_FILES, robustness_table
+        from ..search.strategies import STRATEGIES
         from ..sharing.pictures import plot_search
 
         args = self.args
         # Blocks differ, and how is what is searched for.
         config = asked_structures(args, self.parser, layout="per_layer") or asked_config(args, allocation="uniform")
+        if args.allocation is not None and not STRATEGIES.fact(args.strategy, "fixed"):
+            raise ValueError(
+                f"--allocation is of strategy symbolic, and {args.strategy!r} looks for one; leave out one of both."
+            )
         check_search(config)
         realisation_of(config, args.strategy, None)
         config.reconstruct.check_place(args.device_map == "disk")  # of the prune that it searches for

@@ -60,6 +60,9 @@ class LayerStatistics:
             outputs are added; `None` where they are not, or nobody asked.
         paired (`int`): inputs whose x_dense was seen. A routed expert has none: the dense model routes other tokens.
 
+    Of weights that share an input these are one object; where gradients are read, which are each weight's own, views
+    of one, see [`LayerStatistics.of_weight`].
+
     A matrix that saw no input at all (an expert that no token was routed to) answers as if its inputs were white: its
     scores fall back to the weights alone. `stand_in` brings them to the scale of those beside it, or allocators that
     compare scores would take it for another kind of matrix.
@@ -79,8 +82,9 @@ class LayerStatistics:
     with_sum: bool = False
     sum: Tensor | None = None
     _lacking: int = field(default=0, repr=False)
-    _factor: tuple[float, InverseFactor] | None = field(default=None, repr=False)
-    _spectrum: tuple[float, Spectrum] | None = field(default=None, repr=False)
+    _gradients: dict[str, Tensor] = field(default_factory=dict, repr=False)  # what a walk read -> of this weight
+    # what was computed of the sums, with the damping it took: one for all views of them
+    _derived: dict[str, tuple[float, Any]] = field(default_factory=dict, repr=False)
 
     def __post_init__(self):
         if self.squared_sum is None:
@@ -158,7 +162,44 @@ class LayerStatistics:
         }
         if sums["gram"] is not None:
             sums["gram"].masked_fill_(gone[:, None], 0)
-        return replace(self, **sums, drift=None, lack=None, _factor=None, _spectrum=None)
+        return replace(self, **sums, drift=None, lack=None, _derived={})
+
+    def of_weight(self, gradients: Mapping[str, Tensor]) -> LayerStatistics:
+        """A view of these sums, and of what is computed of them, with `gradients` of one of the weights.
+
+        Args:
+            gradients (`Mapping[str, Tensor]`): "gradients" or "regional" -> (out_features, in_features) float32.
+        """
+        return replace(self, _gradients=dict(gradients))
+
+    def shares(self, other: LayerStatistics | None) -> bool:
+        """Whether both are of one and the same input."""
+        return other is not None and other.squared_sum is self.squared_sum
+
+    @property
+    def gradient(self) -> Tensor:
+        """(out_features, in_features), √ of the sum over samples of the squared gradient of the dense model's loss.
+
+        Raises:
+            ValueError: it was not collected.
+        """
+        return self._gradient("gradients")
+
+    @property
+    def regional_gradient(self) -> Tensor:
+        """(out_features, in_features), as `gradient`, of ‖f(X)‖₂, X going into the weight's block as it is walked.
+
+        Raises:
+            ValueError: it was not collected.
+        """
+        return self._gradient("regional")
+
+    def _gradient(self, read: str) -> Tensor:
+        if read not in self._gradients:
+            raise ValueError(
+                f'Gradients were not collected; walk the blocks with reads={{"inputs", "{read}"}} for this metric.'
+            )
+        return self._gradients[read]
 
     @property
     def lacks(self) -> bool:
@@ -221,12 +262,12 @@ class LayerStatistics:
 
     def release_(self) -> None:
         """Give up, in place, what was derived of the sums: it is computed again if somebody asks."""
-        self._factor = self._spectrum = None
+        self._derived.clear()
 
     @property
     def damping_used(self) -> float | None:
         """The damping that the last `inverse_factor` took."""
-        return self._factor[1].damping if self._factor else None
+        return self._derived["factor"][1].damping if "factor" in self._derived else None
 
     def inverse_factor(self, damping: float = DAMPING) -> InverseFactor:
         """The `InverseFactor` at `damping` times the mean of diag(X Xᵀ), computed once.
@@ -239,8 +280,8 @@ class LayerStatistics:
 
         Frantar & Alistarh, 2023, https://arxiv.org/abs/2301.00774, section 3.3.
         """
-        if self._factor is not None and self._factor[0] == damping:
-            return self._factor[1]
+        if (known := self._derived.get("factor")) and known[0] == damping:
+            return known[1]
         moment = self.second_moment
         # Without any damping there is nothing to multiply: then from the usual share on.
         for attempt in [damping * 10.0**power for power in range(11)] if damping > 0 else [0.0, DAMPING, 1.0, 100.0]:
@@ -252,8 +293,9 @@ class LayerStatistics:
             raise ValueError(f"X·Xᵀ, {shape}, has no Cholesky factor at any damping up to {attempt:g}.")
         if attempt != damping:
             logger.warning("X·Xᵀ is ill-conditioned: the damping was raised from %g to %g.", damping, attempt)
-        self._factor = (damping, InverseFactor(factor, attempt))
-        return self._factor[1]
+        found = InverseFactor(factor, attempt)
+        self._derived["factor"] = (damping, found)
+        return found
 
     def scaled_moment(self, damping: float = DAMPING) -> tuple[Tensor, Tensor]:
         """H, (in_features, in_features), of unit diagonal, and its `scale`, (in_features,), see [`Spectrum`].
@@ -276,15 +318,15 @@ class LayerStatistics:
         Raises:
             ValueError: no `gram` was collected.
         """
-        if self._spectrum is None or self._spectrum[0] != damping:
+        if (known := self._derived.get("spectrum")) is None or known[0] != damping:
             hessian, scale = self.scaled_moment(damping)
             try:
                 values, vectors = torch.linalg.eigh(hessian)
             except torch.linalg.LinAlgError:  # float32 can fail to converge where eigenvalues lie very close
                 values, vectors = (part.float() for part in torch.linalg.eigh(hessian.double()))
             # A sum of squares has no negative eigenvalue; rounding gives it some.
-            self._spectrum = (damping, Spectrum(scale, values.clamp_min_(0), vectors))
-        return self._spectrum[1]
+            known = self._derived["spectrum"] = (damping, Spectrum(scale, values.clamp_min_(0), vectors))
+        return known[1]
 
 
 @dataclass(frozen=True)

@@ -18,9 +18,11 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from .activations import Held
 from .architecture import Architecture, Block, Stack, UnprunableError, Weight
 from .calls import BlockCalls, capture_calls, check_calls, explained, run_behind
 from .dense import AsDense, DenseInputs, DenseStream, Replay
+from .gradients import Gradients, check_gradients_can_be_had, collect_gradients, one_by_one
 from .observer import AllSeen, Awaited, Observer, Unheard, observing
 from .offload import resident
 from .padding import is_whole, real_tokens, without_padding
@@ -30,14 +32,17 @@ from .walked import WalkedBlock
 
 
 # What a walk can collect of each weight's input: "inputs" (Σ x²), "mean" (Σ x as well), "gram" (X·Xᵀ as well),
-# "cross_gram" (X_dense·Xᵀ), and with it "residual" (what the residual stream lacks where outputs are added to it); and
-# of each block "outputs" (what the dense model gives in its place, and the block to be run again beside it).
+# "cross_gram" (X_dense·Xᵀ), and with it "residual" (what the residual stream lacks where outputs are added to it); of
+# each weight "gradients" (of the dense model's loss) and "regional" (of the norm of what its block gives); and of each
+# block "outputs" (what the dense model gives in its place, and the block to be run again beside it).
 Reads = frozenset[str]
 _READS = {
     "nothing": frozenset(),
     "inputs": frozenset({"inputs"}),
     "mean": frozenset({"inputs", "mean"}),
     "gram": frozenset({"inputs", "gram"}),
+    "gradients": frozenset({"inputs", "gradients"}),
+    "regional": frozenset({"inputs", "regional"}),
 }
 
 
@@ -64,6 +69,8 @@ def walk_blocks(
     finished: int = 0,
     unseen: int = 0,
     gram: bool | None = None,
+    gradients: Mapping[str, Tensor] | None = None,
+    held: Held = list,
 ) -> Iterator[WalkedBlock]:
     """Each block with the statistics of its inputs, first block first.
 
@@ -80,7 +87,9 @@ def walk_blocks(
             (and always collected where there are batches), "mean" is Σ x as well, "gram" is X·Xᵀ as well, and
             "cross_gram" X_dense·Xᵀ of what the dense model gives in the place of X, for all weights that every token
             reaches. "residual", beside "cross_gram", is `LayerStatistics.lack` of the weights whose outputs are added
-            to the residual stream. "outputs" is a `Replay` of every block of a stack.
+            to the residual stream. "outputs" is a `Replay` of every block of a stack. "gradients" are those of the
+            model's loss as it is when the walk begins, see `collect_gradients`, and "regional" those of the norm of
+            what a block gives, for which samples are run one by one.
         progress (`Callable[[Sequence[Block]], Iterable[Block]]`, defaults to `iter`): wraps the sequence of blocks, as
             tqdm does.
         as_dense (`AsDense`, *optional*): a context in which the model computes with its dense weights, for a caller
@@ -92,6 +101,8 @@ def walk_blocks(
         unseen (`int`, defaults to 0): so many batches, the last ones, are run along without being counted in any
             statistics: what is fitted to those can be judged by them. With "outputs" in `reads` alone.
         gram (`bool`, *optional*): earlier name of "gram" in `reads`.
+        gradients (`Mapping[str, Tensor]`, *optional*): what `collect_gradients` gives, where it is known already.
+        held (`Held`, defaults to `list`): makes what activations are kept in, as `held_in` gives it.
 
     Raises:
         ValueError: NaN or infinities in the input of a weight, which it names; "cross_gram" of a walk that runs
@@ -106,14 +117,15 @@ def walk_blocks(
             f"{' and '.join(sorted(beside))}: what the dense model has beside a pruned one is of a walk with "
             "sequential=True over batches of inputs; walk so, or do not read it."
         )
+    still = batches is None or isinstance(batches, CollectedStatistics)
+    check_gradients_can_be_had(model, architecture, reads, not still)
     blocks = iter(progress(architecture.blocks))
-    if batches is None or isinstance(batches, CollectedStatistics):
+    if still:
         yield from _walk_still(model, blocks, batches.statistics if batches else {})
         return
-    wanted = {"gram", *reads} if gram else {*reads}
-    yield from _walk_running(
-        model, architecture, batches, blocks, wanted, sequential, true_sequential, as_dense, finished, unseen
-    )
+    read = {"gram", *reads} if gram else {*reads}
+    how = (sequential, true_sequential, as_dense, finished, unseen, gradients, held)
+    yield from _walk_running(model, architecture, batches, blocks, read, *how)
 
 
 def _walk_running(
@@ -127,14 +139,20 @@ def _walk_running(
     as_dense: AsDense | None,
     finished: int,
     unseen: int,
+    gradients: Mapping[str, Tensor] | None,
+    held: Held,
 ) -> Iterator[WalkedBlock]:
     """`walk_blocks` over batches, inputs by name, (samples, length, ...); `blocks` is told how far it is."""
     beside, watch = {"cross_gram", "outputs"} & set(reads), partial(Observer, "gram" in reads, "mean" in reads)
-    # Padding goes first: what is never run needs no mask, and costs no time.
-    parts = [without_padding(batch) for batch in batches]
+    # Padding goes first: what is never run needs no mask, and costs no time. Gradients are squared sample by sample.
+    cut = one_by_one if "regional" in reads else list
+    parts = [[part for each in cut([batch]) for part in without_padding(each)] for batch in batches]
     unseen = sum(map(len, parts[len(parts) - unseen :]))
     batches = [part for split in parts for part in split]
     real = [real_tokens(model, batch) for batch in batches]
+    if "gradients" in reads and gradients is None:
+        gradients = collect_gradients(model, architecture, batches[: len(batches) - unseen])
+    own = Gradients(gradients or {}, "regional" in reads)
     # Module by module: parts of a model may be frozen in eval mode on purpose.
     training = [module for module in model.modules() if module.training]
     model.eval()
@@ -142,19 +160,19 @@ def _walk_running(
         samples = _sample_calls(model, architecture, batches[0])
         # Of the unpruned model, for all stacks at once: an earlier stack may be pruned before a later one is captured.
         ahead = architecture.stacks if beside or not sequential else ()
-        early = {stack.name: capture_calls(model, stack, batches) for stack in ahead}
+        early = {stack.name: capture_calls(model, stack, batches, held) for stack in ahead}
         for stack in architecture.stacks:
-            calls = capture_calls(model, stack, batches) if sequential else early.pop(stack.name)
+            calls = capture_calls(model, stack, batches, held) if sequential else early.pop(stack.name)
             # Arguments of its own: a block may leave in them what a later one reads (shared keys and values).
             calls.sample, calls.unseen = samples[stack.name], unseen
-            dense = DenseStream(early.pop(stack.name), calls.hidden, as_dense, reads) if beside else None
+            dense = DenseStream(early.pop(stack.name), calls.hidden, as_dense, reads, held) if beside else None
             needed = architecture.head is not None and stack is architecture.stacks[-1]
             yield from _walk_stack(
-                model, stack, blocks, calls, real, watch, sequential, needed, dense, finished, true_sequential
+                model, stack, blocks, calls, real, watch, sequential, needed, dense, finished, true_sequential, own
             )
             finished = max(finished - len(stack.blocks), 0)
         if architecture.head is not None:
-            yield from _walk_head(model, next(blocks), stack, calls, batches, real, watch, dense, finished > 0)
+            yield from _walk_head(model, next(blocks), stack, calls, batches, real, watch, dense, finished > 0, own)
         next(blocks, None)  # lets a progress bar finish
     finally:
         for module in training:
@@ -191,6 +209,7 @@ def _walk_stack(
     dense: DenseStream | None,
     finished: int,
     true_sequential: bool,
+    gradients: Gradients,
 ) -> Iterator[WalkedBlock]:
     """The blocks of a stack, the first of them `finished`; `needed`: the head may read what the last one gives."""
     count = len(stack.blocks)
@@ -200,7 +219,7 @@ def _walk_stack(
         read = finished <= count if needed else max(index + 1, finished) < count
         sample = true_sequential and sequential
         yield from _walk_block(
-            model, block, calls, index, real, watch, sequential, not read, dense, index < finished, sample
+            model, block, calls, index, real, watch, sequential, not read, dense, index < finished, sample, gradients
         )
 
 
@@ -238,6 +257,7 @@ def _walk_block(
     dense: DenseStream | None,
     finished: bool,
     sample: bool,
+    gradients: Gradients,
 ) -> Iterator[WalkedBlock]:
     """One step of the walk: collect, hand out, move the activations, (samples, ..., hidden size), on (unless last).
 
@@ -248,10 +268,13 @@ def _walk_block(
     def collect(weights: Sequence[Weight], move_on: bool = False) -> dict[str, LayerStatistics]:
         """Statistics of what `weights` multiply in the block as it is now; `move_on` replaces what goes into it."""
         part, observer, names = replace(block, weights=tuple(weights)), watch(), {weight.name for weight in weights}
+        # Before anything moves on: they are of what goes into the block.
+        regional = gradients.of_block(model, part, lambda: (calls.run(module, index, n) for n in calls.seen))
+        shape = calls.hidden[0].shape[1:]
         for number in calls.seen:
-            hidden = calls.hidden[number]
+            hidden = calls.hidden[number]  # once: they may be on a disk
             # What comes behind the last weight that is watched need not run; a block may cut longer inputs in parts.
-            alike = hidden.shape[1:] == calls.hidden[0].shape[1:]
+            alike = hidden.shape[1:] == shape
             stops = alike and shown.alone.issuperset(names)
             ends = stops and shown.last in names
             awaited = Awaited(names, shown.added) if stops else None
@@ -260,25 +283,20 @@ def _walk_block(
             awaited = Awaited(names, shown.added) if stops else None
             stream = _watching_additions(model, part, hidden, dense, awaited)
             with suppress(AllSeen), observing(model, part, observer, awaited), stream as before:
-                output = calls.run(module, index, number)
+                output = calls.run(module, index, number, hidden)
             observer.add_residual(before, beside.before)
             if move_on:
                 calls.hidden[number] = output
-        return _checked(part, observer)
+        return gradients.beside(_checked(part, observer), regional)
 
     def first_batch() -> dict[str, LayerStatistics]:
         observer = Observer(gram=False)
         observer.start_batch(calls.samples[0], real[0])
-        stream = _watching_additions(model, block, calls.hidden[0], dense)
+        stream = _watching_additions(model, block, hidden := calls.hidden[0], dense)
         with observing(model, block, observer), stream as before:
-            calls.run(module, index, 0)
+            calls.run(module, index, 0, hidden)
         shown.note(block, observer, before)
         return observer.finish(block)
-
-    def run() -> list[Tensor]:
-        """All that the block as it is now leaves behind on one sample."""
-        calls.sample.hidden[0] = calls.hidden[0][: calls.sample.samples[0]].clone()
-        return calls.sample.everything_of(module, index, 0)
 
     def pass_by() -> dict[str, LayerStatistics]:
         """No statistics; what the block is given moves on as in `collect`, and in the same way, to the last bit."""
@@ -293,6 +311,7 @@ def _walk_block(
                     calls.hidden[number] = calls.run(module, index, number)
         return {}
 
+    run = partial(_left_behind, calls, module, index)
     found = pass_by if finished else first_batch if sample else partial(collect, block.weights, not sequential)
     with resident(model, [block.name]) as changes, dense.at(module, index, sample, last) if dense else nullcontext():
         again = collect if sequential and not finished else None  # otherwise what went into the block is gone
@@ -305,6 +324,12 @@ def _walk_block(
         if sequential and not last:
             for number in range(len(calls)):
                 calls.hidden[number] = calls.run(module, index, number)
+
+
+def _left_behind(calls: BlockCalls, module: nn.Module, index: int) -> list[Tensor]:
+    """All that a block as it is now leaves behind on one sample."""
+    calls.sample.hidden[0] = calls.hidden[0][: calls.sample.samples[0]].clone()
+    return calls.sample.everything_of(module, index, 0)
 
 
 def _watching_additions(
@@ -325,6 +350,7 @@ def _walk_head(
     watch: Callable[[], Observer],
     dense: DenseStream | None,
     finished: bool,
+    gradients: Gradients,
 ) -> Iterator[WalkedBlock]:
     """The weights outside the blocks, on what the last stack gives, (samples, ..., hidden size)."""
     with resident(model, _modules(head)) as changes:
@@ -337,7 +363,8 @@ def _walk_head(
             observer.start_batch(calls.samples[number], real[number], beside, tokens)
             with observing(model, head, observer):
                 run_behind(model, stack, calls, batch, number)
-        yield WalkedBlock(head, {} if finished else _checked(head, observer), model, changes)
+        found = {} if finished else gradients.beside(_checked(head, observer))
+        yield WalkedBlock(head, found, model, changes)
 
 
 def _modules(block: Block) -> list[str]:

@@ -93,9 +93,10 @@ class WalkedBlock:
         # Statistics stand in the order in which inputs were seen: the block runs in it, and its code may name another.
         order = {name: number for number, name in enumerate(self.statistics)}
         for weight in sorted(self.weights, key=lambda weight: order.get(weight.name, 0)):
-            # Weights that share an input share one and the same object, see `Observer`. The experts of one parameter
+            # Weights that share an input share one and the same sums, see `Observer`. The experts of one parameter
             # stay together: they run beside each other, and one alone may see no token.
-            own = id(self.statistics.get(weight.name))
+            statistics = self.statistics.get(weight.name)
+            own = id(statistics and statistics.squared_sum)
             key = own if weight.expert is None else (weight.module, weight.attribute)
             shared.setdefault(key, []).append(weight)
         for number, weights in enumerate(shared.values()):
@@ -115,7 +116,7 @@ class WalkedBlock:
             return
         self.statistics.pop(weight.name, None)
         found = group.statistics.pop(weight.name, None)
-        if found is not None and all(found is not other for other in group.statistics.values()):
+        if found is not None and not any(found.shares(other) for other in group.statistics.values()):
             # Whoever gave the statistics to the walk may hold them still, and then without what is derived of them.
             found.release_()
 

@@ -11,6 +11,7 @@ from functools import cache
 import torch
 from torch import Tensor, nn
 
+from ..model.activations import held_in
 from ..model.architecture import Architecture, Weight, find_architecture
 from ..model.left_dense import LARGE, excluding, share_of, told
 from ..model.stacks import other_stacks
@@ -178,6 +179,7 @@ def _measure(
         # One pass a block: nothing is changed here, so that its outputs are the same either way.
         sequential=False,
         progress=progress("Allocating"),
+        held=held_in(config.activations),
     ):
         measured |= _measure_block(walked, config)
         # The statistics of one block, and not of two: the next one's are collected before the name is another's.

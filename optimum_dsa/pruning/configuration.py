@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -24,11 +25,12 @@ from ..common.settings import (
 )
 from ..common.values import is_whole
 from ..data import DataConfig
+from ..model.activations import PLACES
 from ..model.architecture import GRANULARITIES
 from .allocation import ALLOCATIONS, Allocation, AllocationFunction, Allocator, is_repository, levels_within
 from .overrides import check_overrides
 from .presets import with_quality
-from .resolved_method import ResolvedMethod, check_revive
+from .resolved_method import ResolvedMethod, check_gradients, check_revive
 from .sections import ReconstructConfig, UpdateConfig, ValuesConfig
 from .unstructured.methods import METHODS, Method
 from .unstructured.patterns import Pattern
@@ -38,6 +40,7 @@ from .unstructured.updates import UPDATES
 
 CONFIG_NAME = "dsa_config.json"
 FORMAT_VERSION = 3  # of that file
+FREE = ("batch_size", "activations")  # settings that change memory and time, and no result
 AUTO = "auto"  # an allocation that is yet to be chosen
 
 
@@ -78,12 +81,15 @@ class DSAConfig:
         blocks (`tuple[str, ...]`): Names of the module lists to prune instead of the ones that are found.
         skip_unprunable (`bool`): Leave dense what cannot be pruned, instead of refusing the model.
         revive (`bool`): Whether weights that are zero before may come back, as an update makes them.
-        metric (`str`, *optional*): A row of `METRICS` instead of the method's.
+        metric (`str`, *optional*): A row of `METRICS`, or an expression such as `"mul(abs(W), X)"`. Defaults to that
+            which a given allocation was found with, or to the method's.
         allocation_metric (`str`, defaults to `"wanda"`): The scores from which the allocation is computed.
         min_sparsity (`float`, defaults to 0.0): The least that any unit is pruned.
         max_sparsity (`float`, defaults to 0.99): The most that any unit is pruned.
         data (`DataConfig`): Which text feeds the statistics: samples, their length, column, split, seed.
         batch_size (`int`, defaults to 8): Sequences per forward pass. It does not change the result.
+        activations (`str`, defaults to `"memory"`): Where the activations between two blocks are kept, in the model's
+            type: `"memory"`, or `"disk"`, in a file that goes with the process. It does not change the result.
     """
 
     sparsity: float = setting(low=0, below=1, what="the share of weights to remove")
@@ -109,6 +115,7 @@ class DSAConfig:
     max_sparsity: float = setting(0.99, low=0, high=1)
     data: DataConfig = section(DataConfig)
     batch_size: int = setting(8, low=1)
+    activations: str = setting("memory", choices=PLACES)
 
     def __post_init__(self):
         check_settings(self)
@@ -118,6 +125,7 @@ class DSAConfig:
                 f"{self.max_sparsity}]; widen min_sparsity / max_sparsity or change the sparsity."
             )
         METHODS[self.method]
+        self._take_metric()
         if self.update.true_sequential and not self.sequential:
             raise ValueError(
                 "true_sequential=True calibrates matrices on the pruned ones before them, and sequential=False "
@@ -140,6 +148,7 @@ class DSAConfig:
         if self.update.targets == "dense":
             self._check_dense_targets()
         check_overrides(self)
+        check_gradients(self)
         check_revive(self)
         if self.allocation == AUTO and (self.spread is not None or self.granularity != "block"):
             given = f"granularity={self.granularity!r}" if self.spread is None else f"spread={self.spread:g}"
@@ -147,6 +156,12 @@ class DSAConfig:
                 "allocation='auto' compares named allocations as they are, per block and with their own spread; leave "
                 f"out {given}, or name an allocation."
             )
+
+    def _take_metric(self) -> None:
+        """Score by what the allocation was found with, unless told otherwise: from here on the config says it."""
+        if self.metric is None and self.allocation != AUTO and self.allocator is None:
+            with suppress(OSError):  # of the Hub, that cannot be asked: who needs the allocation will say so
+                object.__setattr__(self, "metric", self.given_allocation().metric)
 
     def _check_pattern(self, pattern: Pattern) -> None:
         # Here and not when it is allocated: no choice of N could meet it, whatever the model.

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..model.activations import held_in, spilled_to
 from ..model.adapters import has_adapters, inner_model, without_adapters
 from ..model.architecture import Architecture
 from ..model.offload import is_offloaded
@@ -21,6 +22,7 @@ from ..model.walk import WalkedBlock, walk_blocks
 from .allocate import allocate, architecture_for, say_dense, standing_zeros
 from .allocation import Allocation
 from .configuration import DSAConfig
+from .distill import check_predicts, distillation_of
 from .finished import FinishedBlocks, settings_of
 from .permute import Permute
 from .reconstruct import Reconstruct
@@ -28,6 +30,7 @@ from .report import PruningReport, plain_report
 from .sink import KeepBlocks, Sink
 from .source import Known, Source, as_calibration, batches_of, batches_to_train, check_finite_outputs, progress
 from .steps import RemoveWeights, Step, union
+from .zeros import zeros_in
 
 
 logger = logging.getLogger(__name__)
@@ -57,12 +60,13 @@ def prune(
     Everything that can be known to be wrong is raised before the first weight is changed.
     """
     if not has_adapters(model):
-        return _prune(model, calibration, config, checkpoints, resume)
+        with spilled_to(checkpoints):
+            return _prune(model, calibration, config, checkpoints, resume)
     if is_offloaded(model):
         raise ValueError(
             "Under adapters a model is pruned in memory; load it without offloading, or without adapters."
         )
-    with without_adapters(model):
+    with without_adapters(model), spilled_to(checkpoints):
         return plain_report(_prune(inner_model(model), calibration, config, checkpoints, resume))
 
 
@@ -95,8 +99,12 @@ def _prune(
     reconstruct = Reconstruct(config.reconstruct, config.data.seed, config.values.bits)
     if config.reconstruct.steps:
         steps.append(reconstruct)
+    distillation = distillation_of(model, architecture, calibration, config, config.values.bits)
     sink = KeepBlocks()
     run_steps(model, architecture, calibration, config, steps, sink, finished)
+    distilled = distillation(architecture) if distillation else {}
+    for weight in architecture.weights if distilled else ():
+        sink.zeros[weight.name] = zeros_in(weight.tensor(model))
     for step in permute:
         step.log()
     remove.log(architecture.weights)
@@ -119,6 +127,7 @@ def _prune(
         seconds=time.perf_counter() - start,
         zeros_before=standing,
         dense_sizes=architecture.dense_sizes,
+        distillation=distilled,
     )
 
 
@@ -134,9 +143,11 @@ def _check_calibration(model: nn.Module, calibration: Known | None, config: DSAC
     # Missing data are found before work.
     if config.resolved.reads:
         batches_of(calibration, config, f"method {config.method!r}")
-    if config.reconstruct.steps:
+    if config.reconstruct.asked:
         batches_to_train(calibration, config)
         config.reconstruct.check_place(is_offloaded(model))
+    if config.reconstruct.distill:
+        check_predicts(model)
 
 
 def _finished(
@@ -184,7 +195,7 @@ def run_steps(
     # of statistics, and not of what the dense block gives alone
     readers = [step for step in steps if step.reads - {"outputs"}]
     batches, unseen = None, 0
-    if "outputs" in reads:
+    if "outputs" in reads or (reads and config.reconstruct.asked):
         batches, unseen = batches_to_train(calibration, config)
     elif reads:
         batches = batches_of(calibration, config, f"method {config.method!r}")
@@ -199,6 +210,7 @@ def run_steps(
         true_sequential=bool(readers) and all(getattr(step, "true_sequential", False) for step in readers),
         finished=done,
         unseen=unseen,
+        held=held_in(config.activations),
     )
     held: list[tuple[int, WalkedBlock, list[dict[str, Any]]]] = []
     for number, walked in enumerate(blocks):

@@ -93,7 +93,7 @@ class Reconstruct:
         rate, settled = self._rate()
         training.run(rate)
         if not settled:
-            _seek(training, RATES.index(rate))
+            seek(training, RATES.index(rate))
         training.finish()
         return training.found
 
@@ -107,7 +107,7 @@ class Reconstruct:
         return (settled, True) if settled else (chosen[-1] if chosen else FIRST, False)
 
 
-def _seek(training: Training, at: int) -> None:
+def seek(training: Training, at: int) -> None:
     """Train at the rates beside `RATES[at]`, which was tried, and on that way as long as it gets better."""
     # A rate at which nothing gets better is too high rather than too low.
     for way in (1, -1) if training.found.steps else (-1, 1):

@@ -14,7 +14,7 @@ from .allocation import Allocation
 from .allocation.layout import place
 from .comparison import compared_lines
 from .configuration import DSAConfig
-from .training import Reconstruction, told
+from .training import Reconstruction, told, told_whole
 
 
 if TYPE_CHECKING:
@@ -48,6 +48,8 @@ class PruningReport:
         trained_before (`tuple[Mapping[str, Any], ...]`): what trained the model before this prune, first to last, as
             far as it is known.
         structured (`StructuredReport`, *optional*): what was cut out of the model, before weights were pruned.
+        distillation (`Mapping[str, float]`): what training the whole model did: nats a token that its predictions lost
+            "before" and "after", on held-out windows, the "rate" and the "steps"; else empty.
     """
 
     config: DSAConfig
@@ -69,6 +71,7 @@ class PruningReport:
     dense_sizes: Mapping[str, int] = field(default_factory=dict)
     trained_before: tuple[Mapping[str, Any], ...] = ()
     structured: StructuredReport | None = None
+    distillation: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def removed(self) -> int:
@@ -113,6 +116,7 @@ class PruningReport:
             "zeros_before": dict(self.zeros_before),
             "dense_sizes": dict(self.dense_sizes),
             "trained_before": list(map(dict, self.trained_before)),
+            "distillation": dict(self.distillation),
         }
         return data | {name: value for name, value in more.items() if value}
 
@@ -145,6 +149,7 @@ class PruningReport:
             dense_sizes=dict(data.get("dense_sizes") or {}),
             trained_before=tuple(data.get("trained_before") or ()),
             structured=structured,
+            distillation=dict(data.get("distillation") or {}),
         )
 
     @property
@@ -185,6 +190,8 @@ class PruningReport:
             )
         if self.reconstruction:
             notes.append(told(self.reconstruction))
+        if self.distillation:
+            notes.append(told_whole(self.distillation))
         return notes
 
     def __str__(self) -> str:

@@ -148,6 +148,16 @@ def _chooses(update: str, metric: str, pattern: Pattern) -> bool:
     return (by is None or by == metric) and (kinds is None or pattern.kind in kinds)
 
 
+def check_gradients(config: DSAConfig) -> None:
+    """Raise `ValueError` where the metric reads gradients, and `config` would put them beside other weights."""
+    if config.permute is not None and {"gradients", "regional"} & config.resolved.metric_reads:
+        raise ValueError(
+            f"permute={config.permute!r} puts channels in another order, and metric {config.recipe.metric!r} reads "
+            "gradients, which are of the order before; use a metric that reads none, such as 'wanda', or leave "
+            "permute out."
+        )
+
+
 def check_revive(config: DSAConfig) -> None:
     """Raise `ValueError` where no weight that is zero could become another, though `config` lets it."""
     update = config.recipe.update

@@ -88,7 +88,7 @@ class ValuesConfig:
 
 @dataclass(frozen=True)
 class ReconstructConfig:
-    """How every block is trained, once it is pruned, until it gives what the dense block gave.
+    """How what is left is trained against the dense model: every block, once it is pruned, and in the end the whole.
 
     Args:
         steps (`int`, defaults to 0): Steps of training for every block, of 4 calibration windows each. 0 trains
@@ -99,12 +99,25 @@ class ReconstructConfig:
             better, with as many times the memory.
         apart (`bool`, defaults to `False`): Whether attention and MLP of a block are trained one after the other: as
             many steps each, in about half the memory.
+        distill (`int`, defaults to 0): Steps of training for the whole model, when all blocks are pruned, of 4
+            calibration windows each, at the best rate of a few. 0 trains nothing.
     """
 
     steps: int = setting(0, low=0)
     rate: float | None = setting(None, low=0, what="a learning rate")
     span: int = setting(1, low=1)
     apart: bool = False
+    distill: int = setting(0, low=0)
+
+    @property
+    def asked(self) -> str | None:
+        """What is trained first, such as "reconstruct=64", for errors; `None` where nothing is."""
+        return f"reconstruct={self.steps}" if self.steps else f"distill={self.distill}" if self.distill else None
+
+    @property
+    def is_by_block(self) -> bool:
+        """Whether one block at a time suffices, as an offloaded model has it."""
+        return self.span == 1 and not self.distill
 
     def __post_init__(self):
         check_settings(self)
@@ -128,4 +141,9 @@ class ReconstructConfig:
             raise ValueError(
                 f"span={self.span} trains blocks together, and of an offloaded model one is there at a time; use "
                 "span=1, or load the model into memory."
+            )
+        if self.distill and offloaded:
+            raise ValueError(
+                f"distill={self.distill} trains the whole model, and of an offloaded one a block is there at a time; "
+                "use reconstruct=64 alone, which trains block by block, or load the model into memory."
             )

@@ -50,9 +50,8 @@ def batches_to_train(calibration: Known | None, config: DSAConfig) -> tuple[list
     samples = len(next(iter(calibration.inputs.values()))) if known else len(parts)
     if samples < 2:
         raise ValueError(
-            f"reconstruct={config.reconstruct.steps} trains on calibration windows, and looks at another one whether "
-            f"that helps; got {samples}. Give text, and not statistics, and num_samples of at least 2; or use "
-            "reconstruct=0."
+            f"{config.reconstruct.asked} trains on calibration windows, and looks at another one whether that helps; "
+            f"got {samples}. Give text, and not statistics, and num_samples of at least 2; or leave training out."
         )
     kept = samples - held_out(samples)
     size = micro_batch(kept, config.batch_size)

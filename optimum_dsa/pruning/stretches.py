@@ -20,21 +20,41 @@ class Stretch(Protocol):
     Attributes:
         parameters: full name -> what is trained, the live values of any shape.
         samples: sequences of every batch.
-        targets: what is to come out, per batch (samples, ..., size).
         held_out: the batches that nothing is fitted to.
     """
 
     parameters: Mapping[str, Tensor]
     samples: Sequence[int]
     held_out: Sequence[int]
-    targets: Sequence[Tensor]
 
-    def run(self, batch: int, values: Mapping[str, Tensor]) -> Tensor:
-        """What comes out of a batch, (samples, ..., size), with `values` in the place of `parameters`."""
+    def lost(self, batch: int, values: Mapping[str, Tensor]) -> Tensor:
+        """How far off a batch is with `values` in the place of `parameters`, a scalar in float32."""
+        ...
+
+    def size(self, batch: int) -> Tensor:
+        """What that is a share of, a scalar in float32."""
         ...
 
 
-class Blocks:
+class _Matched:
+    """What is to come out of every batch is given: `targets`, (samples, ..., size) each."""
+
+    targets: Sequence[Tensor]
+
+    def lost(self, batch: int, values: Mapping[str, Tensor]) -> Tensor:
+        """Σ ‖what comes out − target‖² over a batch, a scalar in float32."""
+        return (self.run(batch, values).float() - self.targets[batch].float()).square().sum()
+
+    def size(self, batch: int) -> Tensor:
+        """Σ ‖target‖² over a batch, a scalar in float32."""
+        return self.targets[batch].float().square().sum()
+
+    def run(self, batch: int, values: Mapping[str, Tensor]) -> Tensor:
+        """What comes out of a batch, (samples, ..., size), with `values` in the place of `parameters`."""
+        raise NotImplementedError
+
+
+class Blocks(_Matched):
     """Blocks in a row: what is to come out is what the dense model has behind the last."""
 
     def __init__(self, blocks: Sequence[WalkedBlock]):
@@ -58,7 +78,7 @@ class Blocks:
             self.blocks[-1].replay.calls.hidden[batch] = hidden
 
 
-class Part:
+class Part(_Matched):
     """A module within a block, such as its attention or its MLP, on what it gets in the block as it is now.
 
     What is to come out is what it gives in the dense model. Where its output is added to what the block gives, which

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from statistics import mean
@@ -54,18 +54,37 @@ def told(found: Mapping[str, Reconstruction]) -> str:
     )
 
 
+def told_whole(found: Mapping[str, float]) -> str:
+    """What training a whole model did, the fields of a [`Reconstruction`] in nats a token, in a sentence."""
+    better = f"{found['after']:.4f} after {found['steps']} steps at a rate of {found['rate']:g}"
+    return (
+        f"the whole model trained: {found['before']:.4f} nats a token from the dense one's predictions before, "
+        f"{better if found['steps'] else 'and nothing came nearer'}, on windows held out"
+    )
+
+
 class Training:
     """Trainings of one stretch from one start, of which the best is kept.
 
     Of weights that lie on a grid of `bits`, what is trained is moved to the numbers nearest to it wherever it is used,
     and has the gradient of those (a straight-through step, Bengio et al., 2013, https://arxiv.org/abs/1308.3432).
 
+    Args:
+        on_step: called after every step.
+
     Attributes:
         found: the [`Reconstruction`] of the best.
     """
 
-    def __init__(self, stretch: Stretch, steps: int, seed: int, bits: int | None = None):
-        self.stretch, self.steps, self.seed = stretch, steps, seed
+    def __init__(
+        self,
+        stretch: Stretch,
+        steps: int,
+        seed: int,
+        bits: int | None = None,
+        on_step: Callable[[], None] = lambda: None,
+    ):
+        self.stretch, self.steps, self.seed, self.on_step = stretch, steps, seed, on_step
         # Where it is in float32 the weight itself is trained, and no copy.
         self.masters = {name: value.detach().float().requires_grad_() for name, value in stretch.parameters.items()}
         self.held = {name: value == 0 for name, value in stretch.parameters.items() if value.dim() > 1}
@@ -74,14 +93,13 @@ class Training:
         seen = stretch.samples[: len(stretch.samples) - len(stretch.held_out)]
         self.groups = _groups(seen, step_size(sum(seen)))
         # Of all windows, so that a step does not depend on the batches that it is made of.
-        self.mean = sum(float(target.float().square().sum()) for target in stretch.targets) / sum(stretch.samples)
+        self.mean = sum(float(stretch.size(batch)) for batch in range(len(stretch.samples))) / sum(stretch.samples)
         before = self._held_out_loss()
         self.found = Reconstruction(before, before, 0.0, 0)
 
     def run(self, rate: float) -> None:
         """Train from the start at `rate`, and keep the weights of the lowest loss on the held-out windows."""
-        for name, value in self.start.items():
-            self.masters[name].data.copy_(value)
+        self.undo()
         optimizer = torch.optim.Adam(self.masters.values(), lr=rate, betas=BETAS)
         look = max(self.steps // LOOKS, 1)
         for step, group in enumerate(islice(self._shuffled(), self.steps)):
@@ -96,6 +114,12 @@ class Training:
             optimizer.zero_grad()
             if (step + 1) % look == 0 or step + 1 == self.steps:
                 self._look(rate, step + 1)
+            self.on_step()
+
+    def undo(self) -> None:
+        """Give back the weights of the start; where they are trained without a copy, to the stretch as well."""
+        for name, value in self.start.items():
+            self.masters[name].data.copy_(value)
 
     def loss(self) -> float:
         """Share of the output that is lost on the held-out windows, by the stretch as it is now."""
@@ -118,16 +142,16 @@ class Training:
         """Add the gradients of the mean loss of a group's batches, one batch's activations at a time."""
         samples = sum(self.stretch.samples[batch] for batch in group)
         for batch in group:
-            (self._lost(batch, self._values()) / (self.mean * samples)).backward()
+            (self.stretch.lost(batch, self._values()) / (self.mean * samples)).backward()
 
     @torch.no_grad()
     def _held_out_loss(self) -> float:
         return self._share(self._values())
 
     def _share(self, values: Mapping[str, Tensor]) -> float:
-        """Share of the output that is lost on the held-out windows."""
-        whole = sum(self.stretch.targets[batch].float().square().sum() for batch in self.stretch.held_out)
-        return float(sum(self._lost(batch, values) for batch in self.stretch.held_out) / whole)
+        """What is lost on the held-out windows, of what there is."""
+        whole = sum(self.stretch.size(batch) for batch in self.stretch.held_out)
+        return float(sum(self.stretch.lost(batch, values) for batch in self.stretch.held_out) / whole)
 
     def _values(self) -> dict[str, Tensor]:
         """What is trained in the stretch's own type, for that is the model that is made."""
@@ -142,10 +166,6 @@ class Training:
             return value
         # The difference is zero, bit for bit, and hands the gradient on.
         return self.grids[name](value.detach()) + (value - value.detach())
-
-    def _lost(self, batch: int, values: Mapping[str, Tensor]) -> Tensor:
-        """Σ ‖what comes out − target‖² over a batch, a scalar in float32."""
-        return (self.stretch.run(batch, values).float() - self.stretch.targets[batch].float()).square().sum()
 
     def _shuffled(self) -> Iterator[Sequence[int]]:
         """The groups to be trained on, without end, in a new order every time round."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import operator
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from accelerate.utils import gather_object
 
@@ -27,6 +27,7 @@ class Job:
     counts: Counts
     start: int
     stop: int
+    metric: str | None = None
 
     @property
     def windows(self) -> int:
@@ -38,7 +39,7 @@ class Job:
         if self.kind != "loss":
             return [self]
         starts = range(self.start, self.stop, size)
-        return [Job(self.kind, self.counts, start, min(start + size, self.stop)) for start in starts]
+        return [replace(self, start=start, stop=min(start + size, self.stop)) for start in starts]
 
 
 @dataclass(frozen=True)
@@ -64,7 +65,8 @@ class Question:
         """What has to be computed for it; `None` where nothing has."""
         if self.error is not None or self.request.kind == "anchor":
             return None
-        return Job(self.request.kind, self.counts, self.request.start, self.request.stop)
+        asked = self.request
+        return Job(asked.kind, self.counts, asked.start, asked.stop, asked.candidate.metric)
 
 
 class Evaluator:
@@ -173,6 +175,7 @@ class Evaluator:
         began = time.perf_counter()
         by_name, rows = dict(zip(self.resolver.sizes, job.counts)), range(job.start, job.stop)
         slopes = perplexity = None
+        self.objective.take_metric(job.metric)
         if job.kind == "slopes":
             loss, found = self.objective.slopes(by_name, rows)
             slopes = tuple(found[name] for name in self.resolver.sizes)

@@ -118,6 +118,7 @@ def rank(serve: Serve, problem: Problem, ranking: Sequence[Candidate], whole: Fi
     for candidate, proxy in zip(chosen, proxies):
         if (trial := trials.get(candidate)) is not None and trial.loss is not None:
             asked = resolver.allocation(resolver.counts(candidate), str(candidate))
+            asked = asked if candidate.metric is None else replace(asked, metric=candidate.metric)
             removed = resolver.allocation(trial.counts, str(candidate))
             table.append(Finalist(candidate, trial.loss, trial.perplexity, proxy, asked, removed))
     return tuple(sorted(table, key=lambda row: row.loss))
@@ -125,16 +126,15 @@ def rank(serve: Serve, problem: Problem, ranking: Sequence[Candidate], whole: Fi
 
 def choose(ranking: Sequence[Candidate], resolver: Resolver, number: int) -> list[Candidate]:
     """The first distinct allocations of the ranking, and uniform: each by a name rather than by counts."""
-    chosen: dict[tuple[int, ...], Candidate] = {}
+    chosen: dict[tuple, Candidate] = {}
     for candidate in ranking:
         with suppress(ValueError):  # an impossible one
-            removed = resolver.removed(candidate)
-            if removed in chosen:
-                chosen[removed] = _named(chosen[removed], candidate)
+            key = resolver.removed(candidate), candidate.metric
+            if key in chosen:
+                chosen[key] = _named(chosen[key], candidate)
             elif len(chosen) < number:
-                chosen[removed] = candidate
-    uniform = resolver.removed(UNIFORM)
-    chosen[uniform] = UNIFORM
+                chosen[key] = candidate
+    chosen[resolver.removed(UNIFORM), None] = UNIFORM
     return list(chosen.values())
 
 

@@ -40,7 +40,7 @@ class Objective:
             )
         check_tokens(validation, model)
         check_causal(model, validation)
-        self.model, self.realisation = model, realisation
+        self.model, self.realisation, self._metric = model, realisation, None
         self.validation, self.batch_size = validation, batch_size
         self._device = torch.device("cpu") if has_device_map(model) else model.device
         self._dense = self._dense_predictions(top)
@@ -65,6 +65,12 @@ class Objective:
     def move_anchor(self, counts: Mapping[str, int] | None) -> None:
         """Judge from now on by what the model without `counts` tells; `None`: by that where a realisation begins."""
         self.realisation.move_anchor(counts)
+
+    def take_metric(self, metric: str | None) -> None:
+        """Judge from now on what this metric removes; `None`: the config's. Only `MetricMasks` knows another one."""
+        if metric != self._metric:
+            self.realisation.take_metric(metric)
+            self._metric = metric
 
     @torch.no_grad()
     def loss(self, counts: Mapping[str, int], rows: range) -> float:

@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import nn
 
+from ..model.offload import is_offloaded
 from ..pruning.allocate import check_dense, say_dense, standing_zeros
 from ..pruning.allocation import ALLOCATIONS
 from ..pruning.calibration import Calibration
@@ -17,6 +18,8 @@ from ..pruning.configuration import AUTO, DSAConfig
 from ..pruning.structured.configuration import DSAStructuredConfig
 from ..pruning.structured.trial import check_tried
 from ..pruning.structured.widths.shares import SHARES
+from ..pruning.unstructured.symbolic import LEAVES
+from .metric_space import MetricSpace
 from .realise import Realisation, check_searchable, realise, suited
 from .realise.structures import StructureWidths
 from .resolver import Resolver
@@ -67,7 +70,11 @@ def _(config: DSAConfig) -> DSAConfig:
 @singledispatch
 def realisation_of(config: Any, strategy: str, asked: str | None) -> str:
     """The row of `REALISATIONS` by which a strategy compares, or the one that is `asked` for."""
-    if STRATEGIES.fact(strategy, "curves") or strategy == "exhaustive" or asked not in (None, "structures"):
+    if (
+        any(STRATEGIES.fact(strategy, fact) for fact in ("curves", "metrics"))
+        or strategy == "exhaustive"
+        or asked not in (None, "structures")
+    ):
         other = f"strategy {strategy!r}" if asked in (None, "structures") else f"realisation={asked!r}"
         raise ValueError(f"{other} is of single weights; for structures use 'auto', 'evolution' or 'level_switch'.")
     return "structures"
@@ -75,7 +82,27 @@ def realisation_of(config: Any, strategy: str, asked: str | None) -> str:
 
 @realisation_of.register
 def _(config: DSAConfig, strategy: str, asked: str | None) -> str:
+    if STRATEGIES.fact(strategy, "metrics"):
+        return _metrics(config, strategy, asked)
     return asked or ("database" if STRATEGIES.fact(strategy, "curves") else suited(config))
+
+
+def _metrics(config: DSAConfig, strategy: str, asked: str | None) -> str:
+    """The row of `REALISATIONS` for a search that looks for a metric; `ValueError` where none would be asked."""
+    if replace(config, metric="abs(W)").resolved.chooses:
+        raise ValueError(
+            f"strategy={strategy!r} looks for a metric, and the update {config.recipe.update!r} chooses itself what "
+            "goes; use another one, such as method='wanda', or a strategy that looks for an allocation."
+        )
+    if asked not in (None, "metrics"):
+        raise ValueError(f"strategy={strategy!r} compares metrics, and realisation={asked!r} knows one; leave it out.")
+    return "metrics"
+
+
+def metrics_for(model: nn.Module, config: DSAConfig) -> MetricSpace:
+    """The metrics that a search may try on `model`: without gradients where these cannot be had."""
+    without = is_offloaded(model) or config.permute is not None
+    return MetricSpace(tuple(n for n in LEAVES if not (without and LEAVES.fact(n, "reads") == "gradients")))
 
 
 @singledispatch
@@ -121,6 +148,8 @@ def names_for(config: Any, strategy: str, named: Sequence[str] | None) -> tuple[
 
 @names_for.register
 def _(config: DSAConfig, strategy: str, named: Sequence[str] | None) -> tuple[str, ...]:
+    if STRATEGIES.fact(strategy, "fixed"):  # the one at which metrics are compared
+        return (config.allocation,) if config.allocation in [*ALLOCATIONS] else ()
     return _named(strategy, ALLOCATIONS if named is None else named)
 
 

@@ -14,6 +14,7 @@ from collections.abc import Generator, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 
 from ..common.registry import Registry
+from .metric_space import MetricSpace
 from .resolver import Resolver
 from .space import Candidate, SearchSpace
 from .trace import NO_ROOM, Request, Trial
@@ -22,7 +23,8 @@ from .trace import NO_ROOM, Request, Trial
 Search = Generator[list[Request], list[Trial], list[Candidate]]
 # What a strategy says of itself: `named=False`, that it tries no named allocator: then none is measured; `moves=True`,
 # that it moves the anchor: then room is kept for its finalists to meet the proxy; `curves=OFFSETS`, that it reads
-# error curves: then matrices are solved so far beside the anchor, and there is no proxy.
+# error curves: then matrices are solved so far beside the anchor, and there is no proxy; `metrics=True`, that it looks
+# for a metric as well, and `fixed=True` that it looks for nothing else: then the config's allocation is where it does.
 STRATEGIES = Registry("search strategy")
 
 UNIFORM = Candidate()
@@ -133,6 +135,7 @@ class Problem:
         until: the share of the budget at which the strategy, or its stage, ends.
         start: a candidate to begin from.
         rungs: how many windows candidates of a race have met after each of its rungs.
+        metrics: what may be tried by a strategy that looks for a metric.
     """
 
     space: SearchSpace
@@ -146,6 +149,7 @@ class Problem:
     start: Candidate | None = None
     rungs: tuple[int, ...] = ()
     notes: list[str] = field(default_factory=list)
+    metrics: MetricSpace = field(default_factory=MetricSpace)
 
     def __post_init__(self):
         self.budget.idle = 0  # a stage of its own
@@ -254,12 +258,10 @@ def best_of(ranking: Sequence[Ranked]) -> Candidate:
 
 def distinct(ranking: Iterable[Ranked]) -> list[Ranked]:
     """The ranking without candidates that give an allocation once more."""
-    seen, kept = set(), []
+    kept: dict[tuple, Ranked] = {}
     for ranked in ranking:
-        if ranked.counts not in seen:
-            seen.add(ranked.counts)
-            kept.append(ranked)
-    return kept
+        kept.setdefault((ranked.counts, ranked.candidate.metric), ranked)
+    return [*kept.values()]
 
 
 def merge(*rankings: Sequence[Ranked]) -> list[Ranked]:

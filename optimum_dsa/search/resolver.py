@@ -11,22 +11,25 @@ import torch
 from torch import nn
 
 from ..common.progress import progress
+from ..model.activations import held_in
 from ..model.architecture import Weight
 from ..model.offload import resident
 from ..model.statistics import LayerStatistics
-from ..model.walk import walk_blocks
+from ..model.walk import Reads, reads_of, walk_blocks
 from ..pruning.allocate import floors_of
 from ..pruning.allocation import (
     ALLOCATIONS,
     REDUCTION,
     Allocation,
     AllocationFunction,
+    Allocator,
     Unit,
     fit_to_budget,
     fit_to_matrices,
 )
 from ..pruning.calibration import Calibration
 from ..pruning.configuration import DSAConfig
+from ..pruning.other_head import allocation_for
 from ..pruning.unstructured.metrics import METRICS
 from .counts import allocation_of, counts_of
 from .realise import Realisation
@@ -78,10 +81,17 @@ class Resolver:
     @torch.no_grad()
     def _walk(self, calibration: Calibration) -> None:
         # X·Xᵀ takes in_features² per matrix; only an allocator that reads it is worth that.
-        reads = ("inputs", "gram") if any(each.reads == "gram" for each in self.allocators.values()) else ("inputs",)
+        reads = reads_of(METRICS.fact(self.config.allocation_metric, "reads", "inputs")) | {"inputs"}
+        reads |= {read for each in self.allocators.values() for read in _reads_of(each)}
         batches = calibration.batches(self.config.batch_size)
         for walked in walk_blocks(
-            self.model, self.architecture, batches, reads=reads, sequential=False, progress=_shown
+            self.model,
+            self.architecture,
+            batches,
+            reads=reads,
+            sequential=False,
+            progress=_shown,
+            held=held_in(self.config.activations),
         ):
             tensors = {weight.name: walked.tensor(weight) for weight in walked.weights}
             for weight in walked.weights:
@@ -135,6 +145,15 @@ class Resolver:
         if offsets:
             proposed = {name: value + offsets.get(self.kinds[name], 0.0) for name, value in proposed.items()}
         return self._fit(proposed, granularity)
+
+    def of_config(self) -> Candidate:
+        """The config's own allocation, named or given, as a candidate."""
+        if self.config.allocator is not None:
+            return Candidate(self.config.allocation, self.config.spread)
+        given = allocation_for(self.architecture, self.config.given_allocation())
+        return Candidate(
+            given.name, counts=self._fit(given.sparsity, self.architecture.granularity_of(given.sparsity))
+        )
 
     def removed(self, candidate: Candidate) -> tuple[int, ...]:
         """What `prune` removes per matrix where the candidate's counts are asked for; raises as `counts` does."""
@@ -198,6 +217,11 @@ class Resolver:
     def summary(self, granularity: str, unit: str) -> ScoreSummary:
         """The scores of a block or matrix."""
         return ScoreSummary.merged([self.summaries[weight.name] for weight in self.units[granularity][unit]])
+
+
+def _reads_of(allocator: Allocator) -> Reads:
+    """What it reads itself, beside the scores."""
+    return frozenset() if allocator.reads == "scores" else reads_of(allocator.reads)
 
 
 def _shown(blocks):

@@ -6,6 +6,7 @@ import logging
 import random
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +19,15 @@ from ..common.same_run import FINGERPRINTS
 from ..model.fingerprint import fingerprint_of_model, fingerprint_of_tensors
 from ..pruning.allocation import Allocation
 from ..pruning.calibration import Calibration
-from ..pruning.configuration import DSAConfig
+from ..pruning.configuration import FREE, DSAConfig
 from ..pruning.structured.configuration import DSAStructuredConfig
 from .apart import check_apart
 from .conductor import Conductor, TrialLogger
 from .evaluator import Evaluator
 from .finals import FinalRound, rank
+from .metric_space import MetricSpace
 from .objective import Objective
-from .prepared import check_search, names_for, prepared, realisation_of, remarks, without_allocation
+from .prepared import check_search, metrics_for, names_for, prepared, realisation_of, remarks, without_allocation
 from .problem import Budget, Problem, parse_budget
 from .realise import REALISATIONS
 from .resolver import Resolver
@@ -89,6 +91,8 @@ def search(
     offsets = STRATEGIES.fact(strategy, "curves")
     kind = realisation_of(config, strategy, realisation)
     levels = {"offsets": offsets} if offsets and kind == "database" else {}
+    metrics = metrics_for(model, config) if kind == "metrics" else MetricSpace()
+    levels |= {"reads": metrics.reads} if kind == "metrics" else {}
     REALISATIONS[kind]
     settings = _settings(strategy, budget, finalists, config, calibration, validation, kind)
     named = names_for(config, strategy, named)
@@ -105,6 +109,7 @@ def search(
         # Only the first process has a folder to read; all have to replay the same trials.
         replayed = broadcast_object_list([trace.trials])[0] if evaluator.ranks.num_processes > 1 else trace.trials
         problem, final = _problem(resolver, validation, budget, named, config, space, finalists, strategy)
+        problem = replace(problem, metrics=metrics)
         conductor = Conductor(evaluator, trace, budget, list(replayed), reports)
         ranking = conductor.conduct(run(problem), problem.until)
         table = rank(conductor.serve, problem, ranking, final)
@@ -129,11 +134,13 @@ def _settings(
         "strategy": strategy,
         "budget": [budget.tokens, budget.evaluations, budget.seconds],
         "finalists": finalists,
-        # batch_size changes no result; allocation and spread are what is searched for.
-        "config": {k: v for k, v in config.to_dict().items() if k not in ("allocation", "spread", "batch_size")},
+        # batch_size and activations change no result; allocation and spread are what is searched for.
+        "config": {k: v for k, v in config.to_dict().items() if k not in ("allocation", "spread", *FREE)},
         "calibration": calibration.facts() if calibration else None,
         "validation": list(validation.shape),
     }
+    if STRATEGIES.fact(strategy, "fixed"):  # of these an allocation is no outcome, but where they look
+        settings["at"] = config.to_dict()["allocation"]
     # Masks were all there was: a trace that has no word of it goes on.
     return settings if kind == "masks" else settings | {"realisation": kind}
 
@@ -182,6 +189,8 @@ def _problem(
         kinds = tuple(dict.fromkeys(resolver.kinds.values()))
         space = SearchSpace(kinds=kinds) if len(kinds) <= 16 else SearchSpace()
     problem = Problem(space, resolver, windows, length, budget, named, random.Random(config.data.seed))
+    if STRATEGIES.fact(strategy, "fixed"):
+        problem = replace(problem, start=resolver.of_config())
     raced = 0 if STRATEGIES.fact(strategy, "curves") else problem.rungs[-1]
     final = FinalRound(finalists, windows, raced, not STRATEGIES.fact(strategy, "moves", False))
     return problem.with_share(1 - final.reserved(budget, length)), final

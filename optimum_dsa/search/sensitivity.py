@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from ..common.files import write_text
+from ..model.activations import held_in
 from ..model.walk import walk_blocks
 from ..pruning.allocate import architecture_for, check_dense
 from ..pruning.allocation import Allocation
@@ -115,7 +116,13 @@ def sensitivity(
     batches = calibration.batches(config.batch_size) if reads else None
     errors: dict[str, tuple[float, ...]] = {}
     for walked in walk_blocks(
-        model, architecture, batches, reads=reads, sequential=False, progress=shown("Measuring sensitivity")
+        model,
+        architecture,
+        batches,
+        reads=reads,
+        sequential=False,
+        progress=shown("Measuring sensitivity"),
+        held=held_in(config.activations),
     ):
         for weight in walked.weights:
             tensor, statistics = walked.tensor(weight), walked.statistics.get(weight.name)

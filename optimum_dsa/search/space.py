@@ -26,7 +26,9 @@ class Candidate:
         spread (`float`): half-width instead of the function's own.
         granularity (`str`): "block" or "matrix".
         offsets (`tuple`): kind of weight (its path inside the block) -> sparsity added to what the function gives.
-        counts (`tuple[int, ...]`): weights to remove per matrix, in the order of the model; nothing else counts then.
+        counts (`tuple[int, ...]`): weights to remove per matrix, in the order of the model; of the allocation nothing
+            else counts then.
+        metric (`str`): what says which weights go, as `DSAConfig.metric` takes it, instead of the config's.
     """
 
     function: str = "uniform"
@@ -34,6 +36,7 @@ class Candidate:
     granularity: str = "block"
     offsets: tuple[tuple[str, float], ...] = ()
     counts: tuple[int, ...] | None = None
+    metric: str | None = None
 
     def __str__(self) -> str:
         parts = [self.function]
@@ -42,6 +45,8 @@ class Candidate:
         if self.granularity != "block":
             parts.append(f"per {self.granularity}")
         parts += [f"{kind.rpartition('.')[2]} {value:+.3f}" for kind, value in self.offsets if value]
+        if self.metric is not None:
+            parts.append(f"by {self.metric}")
         return ", ".join(parts)
 
     def to_dict(self) -> dict[str, Any]:
@@ -55,6 +60,8 @@ class Candidate:
             data["offsets"] = dict(self.offsets)
         if self.counts is not None:
             data["counts"] = list(self.counts)
+        if self.metric is not None:
+            data["metric"] = self.metric
         return data
 
     @classmethod
@@ -64,17 +71,20 @@ class Candidate:
             raise ValueError(f"A candidate is an object, got {short(data)}.")
         function, spread, counts = data.get("function", "uniform"), data.get("spread"), data.get("counts")
         granularity, offsets = data.get("granularity", "block"), data.get("offsets", {})
+        metric = data.get("metric")
         fits = {
             "function": isinstance(function, str),
             "spread": spread is None or is_number(spread),
             "granularity": granularity in ("block", "matrix"),
             "offsets": isinstance(offsets, Mapping) and all(map(is_number, offsets.values())),
             "counts": counts is None or (isinstance(counts, list) and all(map(is_whole, counts))),
+            "metric": isinstance(metric, str | None),
         }
         for name, right in fits.items():
             if not right:
                 raise ValueError(f"A candidate cannot have {name}={short(data[name])}.")
-        return cls(function, spread, granularity, tuple(offsets.items()), None if counts is None else tuple(counts))
+        counts = None if counts is None else tuple(counts)
+        return cls(function, spread, granularity, tuple(offsets.items()), counts, metric)
 
 
 def _all(table: Mapping[str, Any]) -> tuple[str, ...]:
@@ -157,7 +167,7 @@ class SearchSpace:
             function, spread = str(child), None
         offsets_a, offsets_b = dict(a.offsets), dict(b.offsets)
         offsets = tuple((k, rng.choice((offsets_a.get(k, 0.0), offsets_b.get(k, 0.0)))) for k in self.kinds)
-        return Candidate(function, spread, rng.choice((a.granularity, b.granularity)), offsets)
+        return Candidate(function, spread, rng.choice((a.granularity, b.granularity)), offsets, metric=a.metric)
 
     def mutate(self, candidate: Candidate, rng: random.Random) -> Candidate:
         """The candidate with one gene changed: drawn anew, or moved where it is a number."""

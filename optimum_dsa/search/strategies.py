@@ -2,14 +2,31 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Generator, Iterable
 from dataclasses import replace
+from typing import Protocol
 
-from . import curves  # noqa: F401 - a row of the table
+from ..pruning.unstructured.symbolic import PRUNER_ZERO
+from . import curves, optishear  # noqa: F401 - rows of the table
 from .enumeration import block_sizes, enumerate_space
+from .metric_space import JointGenes, MetricGenes
 from .problem import GENERATION, STRATEGIES, UNIFORM, Problem, Ranked, Search, best_of, distinct, merge, race
 from .refinement import descent
 from .space import DSA, Candidate, SearchSpace
+
+
+class Genes(Protocol):
+    """What candidates are bred by: each of its answers is a valid candidate, drawn with `rng` alone."""
+
+    def sample(self, rng: random.Random) -> Candidate:
+        """A random one."""
+
+    def cross(self, a: Candidate, b: Candidate, rng: random.Random) -> Candidate:
+        """A child of two."""
+
+    def mutate(self, candidate: Candidate, rng: random.Random) -> Candidate:
+        """One with a gene changed."""
 
 
 @STRATEGIES.register()
@@ -35,17 +52,28 @@ def evolution(problem: Problem, population: int = GENERATION, parents: int = 6, 
 
     Generation 0 holds uniform, every named allocator, and random functions.
     """
-    space, rng = problem.space, problem.rng
     if problem.over and problem.start is not None:
         return [problem.start]
     first = [UNIFORM, *map(Candidate, problem.named)]
     if problem.start is not None:
         first.append(problem.start)
+    return (yield from breed(problem, problem.space, first, population, parents, immigrants))
+
+
+def breed(
+    problem: Problem,
+    space: Genes,
+    first: list[Candidate],
+    population: int = GENERATION,
+    parents: int = 6,
+    immigrants: int = 3,
+) -> Search:
+    """Generations of candidates from `first` and strangers on: crossed, mutated, the best of all kept."""
+    rng = problem.rng
     first += [space.sample(rng) for _ in range(max(population - len(first), immigrants))]
     best = merge((yield from race(problem, first)))
     while not problem.over:
-        # Counts per matrix have no genes to cross.
-        breeding = [ranked.candidate for ranked in best[:parents] if ranked.candidate.counts is None] or [UNIFORM]
+        breeding = [ranked.candidate for ranked in best[:parents] if _has_genes(ranked.candidate)] or [UNIFORM]
         children = [space.sample(rng) for _ in range(immigrants)]
         while len(children) < population:
             a, b = rng.choice(breeding), rng.choice(breeding)
@@ -53,6 +81,35 @@ def evolution(problem: Problem, population: int = GENERATION, parents: int = 6, 
             children.append(space.mutate(child, rng))
         best = merge(best, (yield from race(problem, children)))[: 2 * parents]
     return [ranked.candidate for ranked in best]
+
+
+def _has_genes(candidate: Candidate) -> bool:
+    """Whether there is anything to cross: counts per matrix have no genes, and a metric beside them has."""
+    return candidate.counts is None or candidate.metric is not None
+
+
+@STRATEGIES.register(reference=PRUNER_ZERO, named=False, metrics=True, fixed=True)
+def symbolic(problem: Problem, population: int = GENERATION) -> Search:
+    """Metrics bred from the best, expressions as trees, at one allocation: crossover, mutation, elitism, strangers.
+
+    Generation 0 holds the config's own metric, the published ones and random ones.
+    """
+    at = problem.start or UNIFORM
+    genes = MetricGenes(problem.metrics, at)
+    first = [at, *(replace(at, metric=metric) for metric in problem.metrics.known)]
+    return (yield from breed(problem, genes, first, population))
+
+
+@STRATEGIES.register(reference=PRUNER_ZERO, metrics=True)
+def joint(problem: Problem, population: int = GENERATION) -> Search:
+    """A metric and an allocation function together, bred from the best: either changes, or both.
+
+    Generation 0 holds the published metrics at uniform, the named allocations under the config's metric, and random
+    pairs.
+    """
+    genes = JointGenes(problem.metrics, problem.space)
+    first = [UNIFORM, *map(Candidate, problem.named), *(Candidate(metric=each) for each in problem.metrics.known)]
+    return (yield from breed(problem, genes, first, population))
 
 
 @STRATEGIES.register(reference=DSA, named=False)

@@ -230,7 +230,7 @@ class SearchTrace:
         races = [trial for trial in self.trials if trial.request.kind == "loss" and trial.loss is not None]
         needed = max((trial.request.stop for trial in races), default=1)
         spent = 0
-        seen: dict[tuple[int, ...] | None, _Mean] = {}
+        seen: dict[tuple, _Mean] = {}
         tokens: list[int] = []
         losses: list[float] = []
         for trial in self.trials:
@@ -238,14 +238,15 @@ class SearchTrace:
             request = trial.request
             if trial.loss is None or request.kind not in ("loss", "slopes"):
                 continue
+            key = trial.counts, request.candidate.metric
             if request.kind == "slopes" or request.start == 0:
                 mean = _Mean(len(request.rows), trial.loss)
-            elif (mean := seen.get(trial.counts)) is None or mean.windows != request.start:
+            elif (mean := seen.get(key)) is None or mean.windows != request.start:
                 continue  # windows that it has met already, under another name perhaps, or a race without its start
             else:
                 mean = mean.with_more(len(request.rows), trial.loss)
             if request.kind == "loss":
-                seen[trial.counts] = mean
+                seen[key] = mean
             if mean.windows >= needed and (not losses or mean.loss < losses[-1]):
                 tokens.append(spent)
                 losses.append(mean.loss)

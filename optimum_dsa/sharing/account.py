@@ -20,8 +20,10 @@ NAMED = 4  # matrices of a row that are named, where more stayed dense for one r
 # What a budget of a model that was trained sparse has of a config, whose method nobody asked.
 OF_BUDGET = ("sparsity", "allocation", "pattern", "granularity", "exclude", "include", "blocks")
 # Settings that say nothing where what they belong to was not asked for.
-IDLE = {"reconstruct": ("reconstruct", "rate", "span", "apart"), "permute": ("permute",)}
+IDLE = {"reconstruct": ("reconstruct", "rate", "span", "apart"), "distill": ("distill",), "permute": ("permute",)}
 IDLE["values"] = ("values", "group", "scales", "feedback")
+
+_WHOLE = "Then the whole model was trained towards the predictions of the dense one"
 
 
 def account(outcome: Outcome) -> list[str]:
@@ -37,8 +39,9 @@ def account(outcome: Outcome) -> list[str]:
         *map(_trained, outcome.trainings),
     ]
     found = outcome.is_found and not outcome.is_only_cut
-    trained = before or outcome.trainings or found or outcome.report is None or outcome.report.reconstruction
-    if not trained and not any(one["reconstruction"] for one in cuts):
+    report = outcome.report
+    trained = before or outcome.trainings or found or report is None or report.reconstruction or report.distillation
+    if not trained and not any(one["reconstruction"] or one.get("distillation") for one in cuts):
         told.append("It was not trained.")
     return told
 
@@ -52,6 +55,7 @@ def _cut(cut: Mapping[str, Any]) -> str:
         "none": "the weights that stay were left as they were",
     }
     trained = ", and blocks were trained towards the output of the dense one" if cut["reconstruction"] else ""
+    trained += f". {_WHOLE}" if cut.get("distillation") else ""
     found = cut.get("tolerance") or {}
     rise = f", as many as a rise of perplexity by {found['max_loss']:.1%} allowed in trials" if found else ""
     return (
@@ -76,6 +80,7 @@ def _pruned(outcome: Outcome) -> Iterator[str]:
         yield f"The weights that stay were changed by {update}{text} to keep the outputs of {whose}.{moved}"
     elif not config.values.bits and not (
         any(found.steps for found in report.reconstruction.values())
+        or report.distillation.get("steps")
         or any(training.get("schedule") for training in outcome.trainings)
     ):
         whose = "as they were" if report.trained_before or report.structured else "as the base model has them"
@@ -89,6 +94,9 @@ def _pruned(outcome: Outcome) -> Iterator[str]:
         better = [found for found in trained.values() if found.steps]
         end = "" if better else ", which brought none nearer to it, so that they are what they were"
         yield f"Blocks were trained for {config.reconstruct.steps} steps towards the output of the dense one{end}."
+    if report.distillation:
+        end = "" if report.distillation["steps"] else ", which brought it no nearer"
+        yield f"{_WHOLE}{end}."
 
 
 def _trained(training: Mapping[str, Any]) -> str:
@@ -180,7 +188,7 @@ def settings(outcome: Outcome) -> dict[str, Any]:
 def cut_settings(outcome: Outcome) -> dict[str, Any]:
     """Every setting of the last cut that had a say, those of sections by their own names; empty where none was."""
     found = flattened(DSAStructuredConfig, (outcome.structured.get("config") or {}))
-    idle = IDLE["reconstruct"] if not found.get("reconstruct") else ()
+    idle = {part for name in ("reconstruct", "distill") for part in IDLE[name] if not found.get(name)}
     return {name: value for name, value in found.items() if name not in idle and value not in (None, "", [])}
 
 

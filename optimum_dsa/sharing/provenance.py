@@ -14,6 +14,7 @@ from ..common.settings import flag_of, flattened
 from ..data import DATASETS
 from ..pruning.allocation import ALLOCATIONS, POST_PROCESS, PRE_PROCESS, REDUCTION, TRANSFORM, AllocationFunction
 from ..pruning.configuration import CONFIG_NAME, DSAConfig
+from ..pruning.distill import REFERENCE as DISTILLATION
 from ..pruning.reconstruct import REFERENCE as RECONSTRUCTION
 from ..pruning.structured.configuration import DSAStructuredConfig
 from ..pruning.structured.importance import IMPORTANCES
@@ -193,6 +194,8 @@ def papers(
         cite(ALLOCATIONS, cut.get("allocation"))
         if (cut.get("reconstruct") or {}).get("steps"):
             found["reconstruct"] = RECONSTRUCTION
+        if (cut.get("reconstruct") or {}).get("distill"):
+            found["distill"] = DISTILLATION
     cite(METHODS, config.get("method"))
     cite(METRICS, config.get("metric"))
     cite(UPDATES, (config.get("update") or {}).get("name"))
@@ -203,6 +206,8 @@ def papers(
             cite(MODES, one.get("mode"))
     if (config.get("reconstruct") or {}).get("steps"):
         found["reconstruct"] = RECONSTRUCTION
+    if (config.get("reconstruct") or {}).get("distill"):
+        found["distill"] = DISTILLATION
     if (values := config.get("values") or {}).get("name") and values.get("feedback", True):
         found["values"] = FEEDBACK
     name = config.get("allocation")

@@ -66,7 +66,7 @@ def test_the_schema_has_every_field_and_uses_no_keyword_that_is_not_checked():
     assert properties["config"]["properties"].keys() == {field.name for field in fields(DSAConfig)}
     cut = schema()["$defs"]["cut"]["properties"]["config"]["properties"]
     assert cut.keys() == {field.name for field in fields(DSAStructuredConfig)}
-    more = {"base_files", "checksum", "zeros_before", "dense_sizes", "trained_before", "structured"}
+    more = {"base_files", "checksum", "zeros_before", "dense_sizes", "trained_before", "structured", "distillation"}
     assert properties.keys() == {*describe(report(), BASE, {}), *more}
     assert properties["format_version"]["const"] == FORMAT_VERSION
 

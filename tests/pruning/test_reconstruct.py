@@ -31,7 +31,7 @@ from optimum_dsa import (
 )
 from optimum_dsa.model.calls import feed
 from optimum_dsa.model.statistics import CollectedStatistics
-from optimum_dsa.pruning.reconstruct import FIRST, RATES, Reconstruct, _seek
+from optimum_dsa.pruning.reconstruct import FIRST, RATES, Reconstruct, seek
 from optimum_dsa.pruning.source import micro_batch, step_size
 from optimum_dsa.pruning.stretches import parts
 from optimum_dsa.pruning.training import Reconstruction, told
@@ -299,7 +299,7 @@ def test_dense_targets_and_training_share_the_dense_blocks_pass():
 def test_what_cannot_be_trained_on_is_refused_before_work(source):
     model = tiny_llama()
     before = state(model)
-    with pytest.raises(ValueError, match="num_samples of at least 2.*reconstruct=0"):
+    with pytest.raises(ValueError, match="reconstruct=6 trains.*num_samples of at least 2"):
         prune(model, source, config(method="magnitude"))
     assert same_state(model, before)
 
@@ -376,7 +376,7 @@ class Trainings:
 def test_rates_are_tried_on_the_way_on_which_they_get_better(losses, tried):
     training = Trainings(dict(zip(RATES, losses)))
     training.run(FIRST)
-    _seek(training, RATES.index(FIRST))
+    seek(training, RATES.index(FIRST))
     assert tuple(training.tried) == tried
     found = [loss for loss in losses if loss < 1]
     assert training.found.after == min(found, default=1.0)

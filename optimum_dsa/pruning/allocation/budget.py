@@ -34,16 +34,21 @@ class Allocation:
         name (`str`): what made it, such as "owl" or an allocation function.
         granularity (`str`, *optional*): what its units are, a value of `GRANULARITIES`; `None` where nobody has said,
             as in files of earlier releases: then the model tells, by the names of its units.
+        metric (`str`, *optional*): what it was found together with: a config that takes the allocation, and names no
+            metric of its own, scores by that.
     """
 
     sparsity: dict[str, float]
     sizes: dict[str, int]
     name: str = "custom"
     granularity: str | None = None
+    metric: str | None = None
 
     def __post_init__(self):
         if not isinstance(self.name, str):
             raise ValueError(f"The name of an allocation is a text, got {short(self.name)}.")
+        if not isinstance(self.metric, str | None):
+            raise ValueError(f"The metric of an allocation is a text, got {short(self.metric)}.")
         if self.granularity not in (None, *GRANULARITIES):
             raise ValueError(
                 f"The granularity of an allocation is {', '.join(GRANULARITIES)}, got {short(self.granularity)}."
@@ -73,13 +78,14 @@ class Allocation:
         return {unit: round(self.sparsity[unit] * size) for unit, size in self.sizes.items()}
 
     def to_dict(self) -> dict:
-        """Name, granularity, sparsity and sizes as JSON values."""
-        return {
+        """Name, granularity, sparsity and sizes as JSON values, and the metric where there is one."""
+        data = {
             "name": self.name,
             "granularity": self.granularity,
             "sparsity": dict(self.sparsity),
             "sizes": dict(self.sizes),
         }
+        return data if self.metric is None else {**data, "metric": self.metric}
 
     @classmethod
     def from_dict(cls, data: Mapping) -> Allocation:
@@ -96,7 +102,7 @@ class Allocation:
         sizes = data.get("sizes") or dict.fromkeys(sparsity, 0)
         if not isinstance(sizes, Mapping):
             raise ValueError(f"The sizes of an allocation are {{unit: weights}}, got {short(sizes)}.")
-        return cls(sparsity, dict(sizes), data.get("name", "custom"), data.get("granularity"))
+        return cls(sparsity, dict(sizes), data.get("name", "custom"), data.get("granularity"), data.get("metric"))
 
     def save(self, path: str | Path) -> None:
         """Write a JSON file that `load`, and `allocation` of a config, read."""

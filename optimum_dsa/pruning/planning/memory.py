@@ -12,8 +12,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+from ...model.walk import Reads
 from ..allocation import ALLOCATIONS
 from ..configuration import DSAConfig
+from ..distill import CHUNK
 from ..source import step_size
 from ..unstructured.updates import UPDATES
 from .shape import BlockShape, InputShape, ModelShape
@@ -29,9 +31,9 @@ FLOAT = 4  # bytes of a number in statistics, scores and updates
 WORKING = {"none": (2.5, 0), "sparsegpt": (2.5, 0), "admm": (6, 2), "refit": (6, 1), "swap": (5, 1)}
 OTHER = (6, 2)  # of an update that somebody has added
 
-# Likewise of `on_grid`, after the update: the pruned weight, its numbers as they are found and as floats. With feedback
-# the transposed copy; then in `settled` what the grid stands for, twice, its scales, slopes, what they are made from,
-# and numbers; H.
+# Likewise of `on_grid`, after the update: the pruned weight, its numbers as they are found and as floats. With
+# feedback the transposed copy; then in `settled` what the grid stands for, twice, its scales, slopes, what they are
+# made from, and numbers; H.
 GRID, FEEDBACK = (2.5, 0), (6, 1)
 
 # Update -> what `LayerStatistics` computes of an input and keeps until its matrices are pruned, and how many more of
@@ -76,6 +78,8 @@ def phases(shape: ModelShape, config: DSAConfig, text: Text, offloaded: bool = F
     found["solving"] = {part: size for part, size in parts.items() if part != "one batch"}
     if config.reconstruct.steps:
         found["training blocks"] = found["loading"] | _training(shape, config, text)
+    if config.reconstruct.distill:
+        found["training the model"] = found["loading"] | _distilling(shape, text)
     return {name: {part: int(size) for part, size in parts.items() if size >= 1} for name, parts in found.items()}
 
 
@@ -98,7 +102,7 @@ def _allocating(shape: ModelShape, config: DSAConfig, text: Text) -> dict[str, f
         "statistics": _statistics(block, "gram" in reads),
         # `Unit.flat_scores`, and the copy that a pre-process makes, with its mask.
         "scores": max(sizes) * (2 * FLOAT + 1),
-    }
+    } | _gradients(shape, reads, text)
 
 
 def _trying(
@@ -143,6 +147,7 @@ def _pruning(shape: ModelShape, config: DSAConfig, text: Text) -> dict[str, floa
         held = replace(block, inputs=(max(block.inputs, key=lambda group: group.columns),)) if alone else block
         parts["one batch"] = _batch(shape, held, text, block)
         parts["statistics"] = _statistics(held, "gram" in reads, cross, "residual" in reads)
+    parts |= _gradients(shape, reads, text)
     if cross:
         # `DenseStream`: what goes into the dense block, what comes out, its weights, and what its matrices are given.
         parts["dense activations"] = 2 * shape.stacks * _activations(shape, text)
@@ -155,6 +160,21 @@ def _pruning(shape: ModelShape, config: DSAConfig, text: Text) -> dict[str, floa
         parts["factors"] = _factors(config, block)
     parts["matrix at work"] = max(_working(update, block, cross), _on_grid(config, block))
     return parts
+
+
+def _gradients(shape: ModelShape, reads: Reads, text: Text) -> dict[str, float]:
+    """`collect_gradients`, of all weights, and the backward pass of one sample; `regional_gradients`, of one block."""
+    blocks = shape.blocks if "gradients" in reads else (_largest(shape),) if "regional" in reads else ()
+    if not blocks:
+        return {}
+    logits = 3 * text.length * shape.vocabulary * FLOAT if "gradients" in reads else 0
+    computed = text.length * sum(_computed(shape, block) for block in blocks)
+    # The sums; and one gradient, in the model's type and in float32, before it is added and dropped.
+    largest = max((rows * columns for block in blocks for rows, columns in block.weights), default=0)
+    return {
+        "gradients": FLOAT * sum(block.size for block in blocks) + largest * (shape.itemsize + FLOAT),
+        "backward pass": computed + logits,
+    }
 
 
 def _training(shape: ModelShape, config: DSAConfig, text: Text) -> dict[str, float]:
@@ -171,12 +191,29 @@ def _training(shape: ModelShape, config: DSAConfig, text: Text) -> dict[str, flo
     span, share = config.reconstruct.span, 0.5 if config.reconstruct.apart else 1
     # The start, the best, gradients, Adam's two, a mask of a byte; a copy where the weights are not in float32.
     parts["training"] = span * share * block.size * (FLOAT * (5 if shape.itemsize >= FLOAT else 6) + 1)
-    # Everything that a block computes stays until its gradient is there.
     batch = min(text.batch, step_size(text.samples)) * text.length
-    computed = sum((group.columns + sum(group.rows)) * group.share for group in block.inputs) + 4 * block.hidden
-    parts["one batch"] = span * share * batch * (computed * shape.itemsize + 4 * block.hidden * FLOAT)
+    parts["one batch"] = span * share * batch * _computed(shape, block)
     # Blocks that are trained together wait for the last.
     return parts | {"dense block": span * parts["dense block"]}
+
+
+def _distilling(shape: ModelShape, text: Text) -> dict[str, float]:
+    """`Distillation`, which comes when all blocks are pruned."""
+    copies = FLOAT * (5 if shape.itemsize >= FLOAT else 6) + 1
+    computed = sum(_computed(shape, block) for block in shape.blocks)
+    return {
+        "calibration text": _tokens(text),
+        "dense outputs": _activations(shape, text),
+        "training": sum(block.size for block in shape.blocks) * copies,
+        # Of one sequence, and of predictions the two, their logarithms and gradients.
+        "one batch": text.length * computed + 6 * FLOAT * min(CHUNK, text.length * shape.vocabulary),
+    }
+
+
+def _computed(shape: ModelShape, block: BlockShape) -> float:
+    """Bytes that a block computes of a token, and keeps until its gradient is there."""
+    numbers = sum((group.columns + sum(group.rows)) * group.share for group in block.inputs) + 4 * block.hidden
+    return numbers * shape.itemsize + 4 * block.hidden * FLOAT
 
 
 def _largest(shape: ModelShape) -> BlockShape:

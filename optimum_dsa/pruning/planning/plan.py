@@ -203,5 +203,6 @@ def method_line(config: DSAConfig) -> str:
     said += ["true sequential"] if update.true_sequential else []
     said += ["residual"] if update.residual else []
     said += [f"{config.reconstruct.steps} steps of training a block"] if config.reconstruct.steps else []
+    said += [f"{config.reconstruct.distill} of the whole model"] if config.reconstruct.distill else []
     allocation = config.allocation if isinstance(config.allocation, str) else config.allocation.name
     return f"{', '.join(said)}; allocation {allocation}"

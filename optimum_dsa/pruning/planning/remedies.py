@@ -76,7 +76,7 @@ def _batch(asked: Asked) -> Iterator[tuple[str, Asked]]:
 
 def _disk(asked: Asked) -> Iterator[tuple[str, Asked]]:
     # Of an offloaded model one block is there at a time.
-    if not asked.offloaded and asked.config.reconstruct.span == 1:
+    if not asked.offloaded and asked.config.reconstruct.is_by_block:
         yield "--device-map disk", replace(asked, offloaded=True)
 
 
@@ -111,6 +111,12 @@ def _span(asked: Asked) -> Iterator[tuple[str, Asked]]:
         yield "--span 1", replace(asked, config=replace(asked.config, reconstruct=alone))
 
 
+def _distill(asked: Asked) -> Iterator[tuple[str, Asked]]:
+    if asked.config.reconstruct.distill:
+        blocks = replace(asked.config.reconstruct, distill=0)
+        yield "--distill 0", replace(asked, config=replace(asked.config, reconstruct=blocks))
+
+
 def _named(asked: Asked) -> Iterator[tuple[str, Asked]]:
     if asked.config.allocation == AUTO:
         settled = last(asked.config)
@@ -125,6 +131,7 @@ _KINDS: tuple[Callable[[Asked], Iterator[tuple[str, Asked]]], ...] = (
     _samples,
     _length,
     _named,
+    _distill,
     _span,
     _disk,  # which it may have stood in the way of
     _targets,

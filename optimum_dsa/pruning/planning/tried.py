@@ -9,6 +9,8 @@ from ..allocation import ALLOCATIONS
 from ..comparison import windows_apart
 from ..configuration import AUTO, DSAConfig
 from ..sections import ReconstructConfig
+from ..source import held_out, step_size
+from ..training import LOOKS
 from .shape import ModelShape
 
 
@@ -55,6 +57,16 @@ def time_of(config: DSAConfig, tries: Tries | None, prune: Callable[[DSAConfig],
     if tries is None:
         return prune(config)
     return prune(last(config)) + (tries.number + 1) * prune(each_try(config)) + (2 * tries.number + 1) * pass_
+
+
+def distilled_tokens(config: DSAConfig, samples: int, length: int) -> int:
+    """Tokens of a forward pass that distillation is worth: one forward and one backward, of three in all.
+
+    Three trials of a quarter of the steps go before, in which a rate is found.
+    """
+    steps, looks = config.reconstruct.distill, LOOKS * held_out(samples)
+    trained = steps + 3 * max(steps // 4, 1)
+    return (3 * trained * step_size(samples) + 4 * looks) * length if steps else 0
 
 
 def forward_operations(shape: ModelShape, tokens: int) -> float:

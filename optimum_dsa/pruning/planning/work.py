@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from ...model.architecture import find_architecture
+from ...model.gradients import collect_gradients
 from ...model.walk import walk_blocks
 from ..allocate import fit
 from ..allocation import Unit
@@ -77,6 +78,10 @@ def time_block(model: nn.Module, config: DSAConfig, text: Text) -> Seconds:
             model, architecture, batches, config.resolved.allocation_reads, False, [_measure(config)]
         )
         walking, acting = passed, measuring
+    if "gradients" in config.resolved.reads:
+        start = time.perf_counter()
+        collect_gradients(model, architecture, batches)
+        walking += _since(start, model) / len(architecture.blocks)
     trains = config.reconstruct.steps and windows > 1
     if trains:
         # A rate is sought in the first blocks of a model alone.
@@ -178,6 +183,8 @@ def _of_block(block: BlockShape, config: DSAConfig, text: Text, trainings: float
         # With `true_sequential` one for every input but the first, on the average up to the middle of the block.
         collecting = (len(block.inputs) - 1) / 2 if config.update.true_sequential else 1
         passes += collecting * (2 if "cross_gram" in reads else 1) + config.sequential
+        # Forward, and back at twice the cost.
+        passes += 3 * ("gradients" in reads) + 3 * collecting * ("regional" in reads)
     sums = ("gram" in resolved.allocation_reads) + ("gram" in reads) + ("cross_gram" in reads)
     each, feeds = _of_grid(config)
     of_matrix = of_matrix + feeds[0]

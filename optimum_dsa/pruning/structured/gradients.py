@@ -6,19 +6,15 @@ held together.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
 
 from ...common.progress import progress
-from ...model.adapters import inner_model
-from ...model.calls import feed
-from ...model.examples import IGNORED, PREDICTS, logits_of
-from ...model.inputs import KINDS, kind_of
+from ...model.gradients import Receiver, check_has_loss, loss_of, not_finite, only_gradients_of
+from ...model.inputs import kind_of
 from .structure import Cut, Structures
 
 
@@ -99,11 +95,8 @@ def collect_products(
     Raises:
         ValueError: the model predicts no tokens, or a gradient holds NaN or infinities; it names the weight.
     """
-    if (kind := kind_of(model)) not in PREDICTS:
-        raise ValueError(
-            f"{type(inner_model(model)).__name__} {KINDS[kind]}, so there is no loss to take gradients of; choose an "
-            "importance that reads none."
-        )
+    check_has_loss(model, "an importance")
+    kind = kind_of(model)
     blocks: dict[str, list[Structures]] = {}
     for each in units.values():
         blocks.setdefault(each.block if blockwise else "", []).append(each)
@@ -125,67 +118,24 @@ def _collect(
         for cut in _matrices(model, each):
             axes.setdefault(cut.tensor, set()).add(cut.axis)
     sums = {name: _Sums(model.get_parameter(name), own, needed) for name, own in axes.items()}
-    with _alone(model, sums):
+    with only_gradients_of(model, {model.get_parameter(name): _fold(name, own) for name, own in sums.items()}):
         for batch in batches:
             with torch.inference_mode(False), torch.enable_grad():
                 loss_of(model, batch, kind).backward()
     return {each.unit: [sums[cut.tensor].of(cut, len(batches)) for cut in _matrices(model, each)] for each in units}
 
 
+def _fold(name: str, sums: _Sums) -> Receiver:
+    """What adds weights times gradients of the parameter `name` to its sums."""
+
+    def fold(parameter: nn.Parameter, gradient: Tensor) -> None:
+        if not gradient.isfinite().all():
+            raise not_finite(name, "an importance")
+        sums.add_(parameter.detach().float() * gradient.float())
+
+    return fold
+
+
 def _matrices(model: nn.Module, structures: Structures) -> list[Cut]:
     """Cuts of matrices; biases are few, and no importance counts them."""
     return [cut for cut in structures.cuts if model.get_parameter(cut.tensor).dim() > 1]
-
-
-@contextmanager
-def _alone(model: nn.Module, sums: Mapping[str, _Sums]) -> Iterator[None]:
-    """These weights alone have gradients, each of which goes into its sums and is dropped."""
-
-    def fold(name: str):
-        def hook(parameter: nn.Parameter) -> None:
-            gradient, parameter.grad = parameter.grad, None
-            if not gradient.isfinite().all():
-                raise ValueError(
-                    f"The gradient of {name} holds NaN or infinities; try another dtype (bfloat16 or float32), other "
-                    "text, or an importance that reads no gradients."
-                )
-            sums[name].add_(parameter.detach().float() * gradient.float())
-
-        return hook
-
-    before = [(parameter, parameter.requires_grad, parameter.grad) for parameter in model.parameters()]
-    training, handles = model.training, []
-    try:
-        model.eval()
-        for parameter, _, _ in before:
-            parameter.requires_grad_(False)
-            parameter.grad = None
-        for name in sums:
-            parameter = model.get_parameter(name).requires_grad_(True)
-            handles.append(parameter.register_post_accumulate_grad_hook(fold(name)))
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-        for parameter, required, gradient in before:
-            parameter.requires_grad_(required)
-            parameter.grad = gradient
-        model.train(training)
-
-
-def loss_of(model: nn.Module, batch: Mapping[str, Tensor], kind: str) -> Tensor:
-    """The mean negative log-likelihood of a batch's tokens, (), inputs by name being (samples, length, ...).
-
-    A `kind` of model that sees all tokens at once predicts those that it is given; others every next one.
-    """
-    writes = "decoder_input_ids" if "decoder_input_ids" in batch else "input_ids"
-    if writes not in batch:
-        raise ValueError(f"A loss is of tokens, and the calibration inputs are {', '.join(batch)}; give input_ids.")
-    logits = logits_of(feed(model, batch))
-    labels = batch[writes].to(logits.device)
-    mask = batch.get(writes.replace("input_ids", "attention_mask"))
-    if mask is not None and mask.shape == labels.shape:
-        labels = labels.masked_fill(mask.to(labels.device) == 0, IGNORED)
-    if kind != "masked":
-        logits, labels = logits[:, :-1], labels[:, 1:]
-    return cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), ignore_index=IGNORED)

@@ -15,6 +15,7 @@ from ...model.architecture import find_architecture
 from ...model.parameters import count_parameters
 from ..allocation import Allocation
 from ..calibration import Calibration
+from ..distill import distillation_of
 from ..prune import run_steps
 from ..reconstruct import Reconstruct
 from ..source import Source, as_calibration, check_finite_outputs
@@ -68,6 +69,7 @@ class StructuredReport:
         padding (`int`): those of `removed` that stay as zeros, so that blocks are alike: with `layout="padded"`.
         tolerance (`Mapping[str, float]`): where the share was found for a `max_loss`, that, the perplexities on
             held-out windows "dense" and as "found" in a trial, and how many "trials" there were; else empty.
+        distillation (`Mapping[str, float]`): what training the whole model did, as in [`PruningReport`].
     """
 
     config: DSAStructuredConfig
@@ -87,6 +89,7 @@ class StructuredReport:
     earlier: tuple[StructuredReport, ...] = ()
     padding: int = 0
     tolerance: Mapping[str, float] = field(default_factory=dict)
+    distillation: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def sparsity(self) -> float:
@@ -176,7 +179,7 @@ def _pruned(dense: Dense, start: float, learning: str | Path | None, resume: boo
         layout = LAYOUTS[config.layout](model, units, counts)
         if config.folds:
             Gates(model, units).fold(choice.scales)
-    went, zeros, reconstruction = _removed(dense, layout, counts, chosen)
+    went, zeros, training = _removed(dense, layout, counts, chosen)
     layout.settle(model)
     padding = sum(dense.costs["parameters"].each[unit] * number for unit, number in zeros.items())
     for unit, number in zeros.items():  # which lie among those that stay
@@ -191,7 +194,7 @@ def _pruned(dense: Dense, start: float, learning: str | Path | None, resume: boo
         removed=parameters - count_parameters(model) + padding,
         left=dense.left,
         calibration=dense.calibration.facts(),
-        reconstruction=reconstruction,
+        **training,
         seconds=time.perf_counter() - start,
         allocation=allocation_of(units, counts, str(getattr(config.allocation, "name", config.allocation))),
         shares={
@@ -252,27 +255,29 @@ def choose_counts(dense: Dense) -> tuple[dict[str, int], Layout]:
 
 def _removed(
     dense: Dense, layout: Layout, counts: Mapping[str, int], chosen: Mapping[str, Sequence[int]] | None
-) -> tuple[dict[str, list[int]], dict[str, int], Mapping[str, Reconstruction]]:
+) -> tuple[dict[str, list[int]], dict[str, int], dict[str, Mapping]]:
     """Take `counts` structures of every unit out, in place: the numbers of those that went, and what training did.
 
-    Between the two, how many of a unit stay as zeros.
+    Between the two, how many of a unit stay as zeros; training by the fields of a report.
 
     Wholes go first, and the blocks are walked without them. `chosen` tells which go, where that is settled already.
     """
     model, config, units, calibration = dense.model, dense.config, dense.units, dense.calibration
     chosen = tied_gone(dense, counts) if chosen is None else chosen
     unsettled = {unit: each for unit, each in units.items() if unit not in chosen}
+    distillation = distillation_of(model, dense.architecture, calibration, config)
     products = products_of(model, unsettled, calibration.batches(1), config)
     wholes = remove_wholes(model, units, counts, calibration, config, products)
     parts = {unit: each for unit, each in units.items() if each.kind not in WHOLE}
     remove = RemoveStructures(config, parts, counts, chosen, products)
     reconstruct = Reconstruct(config.reconstruct, config.data.seed)
     steps: list[Step] = [remove, *([reconstruct] if config.reconstruct.steps else [])]
+    architecture = find_architecture(model, exclude=config.exclude) if wholes else dense.architecture
     if any(each.kind not in WHOLE for each in units.values()):
-        architecture = find_architecture(model, exclude=config.exclude) if wholes else dense.architecture
         run_steps(model, architecture, calibration, config, steps, lambda walked: None)
+    distilled = distillation(architecture) if distillation else {}
     zeros = {unit: layout.take(model, units[unit], gone) for unit, gone in remove.gone.items()}
-    return wholes | remove.notes, zeros, reconstruct.found
+    return wholes | remove.notes, zeros, {"reconstruction": reconstruct.found, "distillation": distilled}
 
 
 def _said_counts(

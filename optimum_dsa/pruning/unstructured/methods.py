@@ -46,6 +46,24 @@ METHODS.add(
     about="relative importance and activations",
 )
 METHODS.add(
+    "gblm",
+    Method("gblm", "row"),
+    reference=METRICS.references["gblm"],
+    about="wanda blended with gradients of the loss: backward passes of the whole model",
+)
+METHODS.add(
+    "pruner_zero",
+    Method("pruner_zero", "row"),
+    reference=METRICS.references["pruner_zero"],
+    about="W² times the gradient of the loss, scaled per matrix",
+)
+METHODS.add(
+    "wanda++",
+    Method("wanda++", "row"),
+    reference=METRICS.references["wanda++"],
+    about="wanda blended with gradients of what its block gives: backward passes of one block",
+)
+METHODS.add(
     "sparsegpt",
     Method("obs", "group:128", "sparsegpt"),
     reference=METRICS.references["obs"],

@@ -11,14 +11,16 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from ...common.registry import Registry
+from .symbolic import MetricTable
 
 
 if TYPE_CHECKING:
     from ...model.statistics import LayerStatistics
 
-# The fact `reads` says what a metric needs of calibration: "nothing", "inputs" (the default) or "gram" (X·Xᵀ).
-METRICS = Registry("metric")
+# The fact `reads` says what a metric needs of calibration: "nothing", "inputs" (the default), "gram" (X·Xᵀ),
+# "gradients" (of the model's loss) or "regional" (gradients of what the weight's own block gives).
+# A text such as "mul(abs(W), X)" is a metric as well, without a row: see `symbolic`.
+METRICS = MetricTable("metric")
 
 
 @METRICS.register(reference="https://arxiv.org/abs/1506.02626", reads="nothing")
@@ -87,3 +89,47 @@ def obs(weight: Tensor, statistics: LayerStatistics) -> Tensor:
     # The inverse is Uᵀ U, whose diagonal is the sum of squares of each column of U.
     inverse_diagonal = statistics.inverse_factor().factor.square().sum(dim=0)
     return weight.float().square() / inverse_diagonal
+
+
+@METRICS.register(reference="https://arxiv.org/abs/2311.04902", reads="gradients")
+def gblm(weight: Tensor, statistics: LayerStatistics) -> Tensor:
+    """Wanda's score blended with the gradient's, |W_ij| · (‖x_j‖ + α ‖G_ij‖₂), α = 100.
+
+    `statistics.gradient`, (out_features, in_features): the ℓ₂ norm over samples of the gradients of the dense model's
+    loss. The sum over samples is not divided by their number, as published: more of them give gradients more weight.
+
+    Das et al., 2023, Beyond Size: How Gradients Shape Pruning Decisions, https://arxiv.org/abs/2311.04902, eq. 3, with
+    the second of its two norms.
+    """
+    return (100 * statistics.gradient).add_(statistics.input_norm).mul_(weight.float().abs())
+
+
+@METRICS.register(reference="https://arxiv.org/abs/2406.02924", reads="gradients")
+def pruner_zero(weight: Tensor, statistics: LayerStatistics) -> Tensor:
+    """|W_ij · W_ij| · minmax(|G_ij|), minmax bringing the gradients of a matrix to [0, 1].
+
+    `statistics.gradient`, (out_features, in_features), as in `gblm`. Where all are equal, as those of an expert that
+    no token was routed to, W_ij² alone decides.
+
+    Dong et al., ICML 2024, Pruner-Zero, https://arxiv.org/abs/2406.02924: the symbolic metric that was found there.
+    """
+    gradient = statistics.gradient
+    low, high = gradient.aminmax()
+    scores = weight.float().square()
+    return scores.mul_(gradient - low).div_(high - low) if high > low else scores
+
+
+def wanda_with_regional_gradients(weight: Tensor, statistics: LayerStatistics) -> Tensor:
+    """|W_ij| · (‖x_j‖ + α G_ij), α = 100, G being the gradients of what the weight's own block gives.
+
+    `statistics.regional_gradient`, (out_features, in_features), brought to the root of the mean over samples of the
+    squared gradients of ‖f(X)‖₂. They are those of the block as it stands behind the pruned blocks before it.
+
+    Yang et al., 2025, Wanda++, https://arxiv.org/abs/2503.04992, the regional gradient score. What follows there, the
+    training of every block, is `reconstruct` here.
+    """
+    gradient = statistics.regional_gradient / max(statistics.sequences, 1) ** 0.5
+    return gradient.mul_(100).add_(statistics.input_norm).mul_(weight.float().abs())
+
+
+METRICS.add("wanda++", wanda_with_regional_gradients, reference="https://arxiv.org/abs/2503.04992", reads="regional")

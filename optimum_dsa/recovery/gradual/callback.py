@@ -149,6 +149,11 @@ class DSACallback(TrainerCallback):
             )
         standing_zeros(inner, architecture_for(inner, self.config), self.config)  # raises where there are too many
         needed = self.config.resolved.reads | self.config.resolved.allocation_reads
+        if self._running and {"gradients", "regional"} & needed:
+            raise ValueError(
+                f"method={self.config.method!r} reads gradients of calibration text, and RunningStatistics hold sums "
+                "over inputs alone; give calibration text, or a method that reads none."
+            )
         if needed and self._running:
             self._running.watch(inner, self._architecture(inner), "gram" in needed, "mean" in needed)
             if state.is_world_process_zero and state.global_step:

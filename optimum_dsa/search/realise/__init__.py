@@ -2,7 +2,8 @@
 
 from .database import Database
 from .masks import Masks
+from .metric_masks import MetricMasks
 from .realisation import REALISATIONS, Realisation, check_searchable, realise, suited
 
 
-__all__ = ["REALISATIONS", "Database", "Masks", "Realisation", "check_searchable", "realise", "suited"]
+__all__ = ["REALISATIONS", "Database", "Masks", "MetricMasks", "Realisation", "check_searchable", "realise", "suited"]

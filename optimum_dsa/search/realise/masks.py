@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
 
 from ...common.progress import progress
+from ...model.activations import held_in
 from ...model.architecture import Architecture, Weight
+from ...model.gradients import collect_gradients
 from ...model.statistics import LayerStatistics
 from ...model.walk import WalkedBlock, walk_blocks
 from ...pruning.allocate import fit_to_pattern
@@ -51,6 +53,7 @@ class Masks:
         self.steps = {name: _step(self.method.pattern, size) for name, size in self.sizes.items()}
         self.anchor: Mapping[str, int] | None = None
         self._anchored = False
+        self._gradients: Mapping[str, Tensor] | None = None  # of the dense model: the same at every anchor
         # at the anchor: weight -> how an update changes it from a little fewer removed to a little more, and how many
         self._changes: dict[str, tuple[Tensor, int]] = {}
 
@@ -181,8 +184,9 @@ class Masks:
         """
         batches = None
         wanted = self.method.reads | self.method.metric_reads
+        self._ensure_gradients(wanted)
         if wanted:
-            batches = _first(self.calibration.batches(self.config.batch_size), tokens)
+            batches = first_of(self.calibration.batches(self.config.batch_size), tokens)
         # On the dense model's activations nothing has drifted from them.
         reads = wanted if sequential else wanted - {"cross_gram", "residual"}
         yield from walk_blocks(
@@ -194,7 +198,16 @@ class Masks:
             progress=shown,
             true_sequential=grouped and self.config.update.true_sequential,
             as_dense=self.masked.suspended,
+            gradients=self._gradients,
+            held=held_in(self.config.activations),
         )
+
+    def _ensure_gradients(self, wanted: Collection[str]) -> None:
+        """Have the gradients of the dense model's loss, if they are among what is wanted."""
+        if "gradients" in wanted and self._gradients is None:
+            with self.masked.suspended():
+                whole = self.calibration.batches(self.config.batch_size)
+                self._gradients = collect_gradients(self.model, self.architecture, whole)
 
     def _forget(self) -> None:
         """Give up what is known at the anchor: it is as large as the model."""
@@ -228,7 +241,7 @@ def _change(
     return change.bfloat16(), more - fewer
 
 
-def _first(batches: Sequence[Mapping[str, Tensor]], tokens: int) -> list[Mapping[str, Tensor]]:
+def first_of(batches: Sequence[Mapping[str, Tensor]], tokens: int) -> list[Mapping[str, Tensor]]:
     """As many batches, (samples, length, ...) by name, as hold `tokens`, at least one."""
     taken: list[Mapping[str, Tensor]] = []
     for batch in batches:

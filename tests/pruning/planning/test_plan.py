@@ -27,6 +27,7 @@ CONFIGS = {
     "trained": DSAConfig(0.5, "alps", update=DENSE, reconstruct=8),
     "wanda trained": DSAConfig(0.5, reconstruct=8),
     "trained in a row": DSAConfig(0.5, "alps", update=DENSE, reconstruct={"steps": 8, "span": 3}),
+    "distilled": DSAConfig(0.5, reconstruct={"distill": 8}),
     "swap": DSAConfig(0.5, "wanda+swap"),
 }
 
@@ -117,6 +118,8 @@ def _after(options, config):
             shape = in_dtype(shape, 2)
         elif flag == "--targets":
             config = replace(config, update=replace(config.update, targets=value, residual=False))
+        elif flag == "--distill":
+            config = replace(config, reconstruct=replace(config.reconstruct, distill=0))
         elif flag == "--span":
             config = replace(config, reconstruct=replace(config.reconstruct, span=int(value)))
         else:

@@ -4,8 +4,9 @@ import pytest
 import torch
 
 from optimum_dsa import find_architecture
+from optimum_dsa.model.gradients import loss_of
 from optimum_dsa.pruning.structured.configuration import DSAStructuredConfig
-from optimum_dsa.pruning.structured.gradients import collect_products, loss_of
+from optimum_dsa.pruning.structured.gradients import collect_products
 from optimum_dsa.pruning.structured.importance import IMPORTANCES, Parts
 from optimum_dsa.pruning.structured.prune import prune_structures
 from optimum_dsa.pruning.structured.structures import find_structures

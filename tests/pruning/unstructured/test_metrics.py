@@ -10,9 +10,10 @@ def statistics():
     stats = LayerStatistics(10, with_gram=True)
     stats.update_(torch.randn(4, 20, 10, generator=torch.Generator().manual_seed(0)) * torch.arange(1, 11))
     stats.sequences = 4
-    return stats
+    return stats.of_weight({"gradients": GRADIENT, "regional": GRADIENT.flip(0)})
 
 
+GRADIENT = torch.rand(6, 10, generator=torch.Generator().manual_seed(2)) / 50
 WEIGHT = torch.randn(6, 10, generator=torch.Generator().manual_seed(1))
 
 
@@ -38,7 +39,9 @@ def test_zeros_score_lowest_in_their_row(name, statistics):
 
 @pytest.mark.parametrize("name", sorted(METRICS))
 def test_a_weight_that_saw_no_input_is_still_scored(name):
-    scores = METRICS[name](WEIGHT, LayerStatistics(10, with_gram=True))
+    nothing = torch.zeros_like(WEIGHT)
+    unseen = LayerStatistics(10, with_gram=True).of_weight({"gradients": nothing, "regional": nothing})
+    scores = METRICS[name](WEIGHT, unseen)
     assert scores.isfinite().all() and (scores > 0).all()
     if name != "ria":  # which weighs a weight against its row and column, inputs or not
         assert torch.equal(scores.argsort(dim=1), WEIGHT.abs().argsort(dim=1))
@@ -48,6 +51,28 @@ def test_wanda_is_the_weight_times_the_norm_of_its_input(statistics):
     x = torch.randn(4, 20, 10, generator=torch.Generator().manual_seed(0)) * torch.arange(1, 11)
     norm = (x.square().sum((0, 1)) / 4).sqrt()
     assert torch.allclose(METRICS["wanda"](WEIGHT, statistics), WEIGHT.abs() * norm, rtol=1e-5)
+
+
+def test_the_published_symbolic_metric_is_its_formula_on_random_tensors():
+    """|W · W| · mms(|G|), mms(x) = (x − min x) ÷ (max x − min x) over the matrix."""
+    generator = torch.Generator().manual_seed(3)
+    for rows, columns in ((1, 2), (6, 10), (33, 7)):
+        weight, gradient = (torch.randn(rows, columns, generator=generator) for _ in range(2))
+        gradient = gradient.abs() * 10.0 ** torch.randint(-6, 3, (1,), generator=generator)
+        before = gradient.clone()
+        found = METRICS["pruner_zero"](weight, LayerStatistics(columns).of_weight({"gradients": gradient}))
+        expected = (weight * weight).abs() * ((gradient - gradient.min()) / (gradient.max() - gradient.min()))
+        torch.testing.assert_close(found, expected)
+        assert torch.equal(gradient, before)
+
+
+def test_gradients_are_blended_with_the_norms_of_inputs(statistics):
+    norm = statistics.input_norm
+    torch.testing.assert_close(
+        METRICS["gblm"](WEIGHT, statistics), WEIGHT.abs() * norm + 100 * WEIGHT.abs() * GRADIENT
+    )
+    mean = GRADIENT.flip(0) / 2  # over four sequences, squared
+    torch.testing.assert_close(METRICS["wanda++"](WEIGHT, statistics), (100 * mean + norm) * WEIGHT.abs())
 
 
 def test_the_wanda_variant_cuts_every_row_at_one_share(statistics):

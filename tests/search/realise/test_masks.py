@@ -12,7 +12,7 @@ from optimum_dsa.pruning.unstructured.metrics import METRICS
 from optimum_dsa.pruning.unstructured.patterns import Pattern, removal_order
 from optimum_dsa.search.realise import check_searchable, realise
 from optimum_dsa.search.realise.masked_model import quantise
-from optimum_dsa.search.realise.masks import ANCHOR_TOKENS, _change, _first, _step
+from optimum_dsa.search.realise.masks import ANCHOR_TOKENS, _change, _step, first_of
 from optimum_dsa.search.resolver import Resolver
 from optimum_dsa.search.space import Candidate
 
@@ -122,7 +122,7 @@ def test_scores_at_an_anchor_are_taken_from_8192_tokens_and_those_of_an_update_a
 @pytest.mark.parametrize("wanted,taken", [(1, 1), (8, 1), (9, 2), (16, 2), (17, 3), (1000, 3)])
 def test_as_many_batches_as_hold_the_tokens(wanted, taken):
     batches = [{"input_ids": torch.zeros(2, 4), "mask": torch.zeros(2, 9)} for _ in range(3)]
-    assert _first(batches, wanted) == batches[:taken]
+    assert first_of(batches, wanted) == batches[:taken]
 
 
 @pytest.mark.parametrize("pattern,share", [("row", 0.1), ("mixed:4", 0.1), ("mixed:4", 0.25), ("row", 0.0)])
