@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,9 @@ import torch
 from safetensors.torch import save_file
 
 from optimum_dsa.packed import loading
+from optimum_dsa.pruning.finished import FinishedBlocks
 
+from .test_commands import run
 from .tiny import tiny_llama, tokens
 
 
@@ -156,3 +159,40 @@ def test_all_forms_of_a_model_run_beside_each_other(monkeypatch, capsys):
     held = {form: row["weight_bytes"] for form, row in found.items()}
     assert held["packed int8"] < held["packed"] < held["dense bf16"] < held["dense f32"]
     assert found["packed"]["flops"] < found["dense bf16"]["flops"]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="RssAnon is Linux's to say")
+def test_what_is_pruned_block_by_block_is_killed_and_goes_on_to_the_same_bytes(monkeypatch, capsys, tmp_path):
+    """The first kill is one; what else are processes of their own runs here, and is cut where they would be killed."""
+    module, real = script("block_by_block"), FinishedBlocks.add
+    own, runs = module.pruned, []
+
+    def here(source, out, options, kill_at=None):
+        runs.append(kill_at)
+        if kill_at == 1:
+            peak, _ = own(source, out, options, kill_at)
+            assert peak > 10**7
+            return peak, 1.0
+
+        def add(self, number, *others):
+            if number == kill_at:
+                raise KeyboardInterrupt
+            real(self, number, *others)
+
+        monkeypatch.setattr(FinishedBlocks, "add", add)
+        arguments = module.command("prune", source, "-o", str(out), "--resume", "-q", *options)
+        assert run(monkeypatch, capsys, *arguments[4:])[0] == (0 if kill_at is None else 130)
+        return 10**9, 1.0
+
+    def plan(source, options):
+        return {"total": 3, "libraries": 1}
+
+    monkeypatch.setattr(module, "pruned", here)
+    monkeypatch.setattr(module, "planned", plan)
+    monkeypatch.delitem(module.METHODS, "wanda 2:4")
+    sizes = ["--hidden", "128", "--layers", "3", "--shard", "1", "--folder", str(tmp_path)]
+    monkeypatch.setattr("sys.argv", ["block_by_block.py", *sizes])
+    module.main()
+    output = capsys.readouterr().out
+    assert runs == [None, 1, 2, None] and not any(tmp_path.iterdir())
+    assert "sparsegpt 50 %: the same bytes; planned 0.00 GB" in output and "peak 1.00 GB" in output

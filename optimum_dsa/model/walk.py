@@ -124,10 +124,8 @@ def walk_blocks(
         yield from _walk_still(model, blocks, batches.statistics if batches else {})
         return
     read = {"gram", *reads} if gram else {*reads}
-    yield from _walk_running(
-        *(model, architecture, batches, blocks, read, sequential, true_sequential, as_dense, finished, unseen),
-        *(gradients, held),
-    )
+    how = (sequential, true_sequential, as_dense, finished, unseen, gradients, held)
+    yield from _walk_running(model, architecture, batches, blocks, read, *how)
 
 
 def _walk_running(

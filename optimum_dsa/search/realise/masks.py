@@ -198,8 +198,8 @@ class Masks:
             progress=shown,
             true_sequential=grouped and self.config.update.true_sequential,
             as_dense=self.masked.suspended,
-            held=held_in(self.config.activations),
             gradients=self._gradients,
+            held=held_in(self.config.activations),
         )
 
     def _ensure_gradients(self, wanted: Collection[str]) -> None:
