@@ -170,9 +170,9 @@ def test_what_is_pruned_block_by_block_is_killed_and_goes_on_to_the_same_bytes(m
     def here(source, out, options, kill_at=None):
         runs.append(kill_at)
         if kill_at == 1:
-            peak, _ = own(source, out, options, kill_at)
-            assert peak > 10**7
-            return peak, 1.0
+            used = own(source, out, options, kill_at)
+            assert used.resident > used.anonymous > 10**7 and used.seconds > 0
+            return used
 
         def add(self, number, *others):
             if number == kill_at:
@@ -182,17 +182,15 @@ def test_what_is_pruned_block_by_block_is_killed_and_goes_on_to_the_same_bytes(m
         monkeypatch.setattr(FinishedBlocks, "add", add)
         arguments = module.command("prune", source, "-o", str(out), "--resume", "-q", *options)
         assert run(monkeypatch, capsys, *arguments[4:])[0] == (0 if kill_at is None else 130)
-        return 10**9, 1.0
-
-    def plan(source, options):
-        return {"total": 3, "libraries": 1}
+        return module.Used(10**9, 2 * 10**9, 1.0)
 
     monkeypatch.setattr(module, "pruned", here)
-    monkeypatch.setattr(module, "planned", plan)
+    monkeypatch.setattr(module, "planned", lambda *_: 3 * 10**9)
     monkeypatch.delitem(module.METHODS, "wanda 2:4")
     sizes = ["--hidden", "128", "--layers", "3", "--shard", "1", "--folder", str(tmp_path)]
     monkeypatch.setattr("sys.argv", ["block_by_block.py", *sizes])
     module.main()
     output = capsys.readouterr().out
     assert runs == [None, 1, 2, None] and not any(tmp_path.iterdir())
-    assert "sparsegpt 50 %: the same bytes; planned 0.00 GB" in output and "peak 1.00 GB" in output
+    said = "sparsegpt 50 %: the same bytes; anonymous 1.00 GB, resident 2.00 GB, planned 3.00 GB; 1 s, "
+    assert said in output
