@@ -5,7 +5,8 @@ against the measured peak of a process by a test.
 
 What is freed within one step of the work is added up, and not its largest taken: a C library keeps what is freed for
 the next request, and a process does not shrink in between. Collecting statistics and solving matrices with them are
-two steps: what the first has freed is what the second is given.
+two steps: what the first has freed is what the second is given. Of matrices that are so large that they are given back
+at once, factoring is a step of its own, and the statistics of inputs before the widest are gone.
 """
 
 from __future__ import annotations
@@ -39,6 +40,8 @@ GRID, FEEDBACK = (2.5, 0), (6, 1)
 # Update -> what `LayerStatistics` computes of an input and keeps until its matrices are pruned, and how many more of
 # X·Xᵀ's size it takes meanwhile. `inverse_factor`: two matrices beside the factor. `spectrum`: H, and LAPACK's two.
 KEPT = {"sparsegpt": ("factor", 2), "admm": ("spectrum", 3)}
+
+RETURNED = 2**25  # bytes: glibc keeps what is smaller for the next request
 
 SOLVING = ("factors", "matrix at work")  # parts of memory that are there while a matrix is pruned
 
@@ -83,7 +86,7 @@ def phases(
         found["allocating"] = found["loading"] | _allocating(shape, config, text)
     parts = found["loading"] | _pruning(shape, config, text)
     found["collecting"] = {part: size for part, size in parts.items() if part not in SOLVING}
-    found["solving"] = {part: size for part, size in parts.items() if part != "one batch"}
+    found |= _solving(shape, config, {part: size for part, size in parts.items() if part != "one batch"})
     if config.reconstruct.steps:
         found["training blocks"] = found["loading"] | _training(shape, config, text)
     if config.reconstruct.distill:
@@ -198,6 +201,20 @@ def _gradients(shape: ModelShape, reads: Reads, text: Text) -> dict[str, float]:
     }
 
 
+def _solving(shape: ModelShape, config: DSAConfig, parts: dict[str, float]) -> dict[str, dict[str, float]]:
+    """The steps in which matrices are pruned, of `parts`, at the input that takes most, the widest."""
+    block = _largest(shape)
+    matrix = FLOAT * block.widest**2
+    if "factors" not in parts or matrix <= RETURNED:
+        return {"solving": parts}
+    widest = max(range(len(block.inputs)), key=lambda number: block.inputs[number].columns)
+    reads = config.resolved.reads
+    left = _statistics(replace(block, inputs=block.inputs[widest:]), True, "cross_gram" in reads, "residual" in reads)
+    parts = parts | {"statistics": min(left, parts["statistics"])}
+    factoring = {part: size for part, size in parts.items() if part != "matrix at work"}
+    return {"factoring": factoring, "solving": parts | {"factors": len(_derived(config)) * matrix}}
+
+
 def _training(shape: ModelShape, config: DSAConfig, text: Text) -> dict[str, float]:
     """`Reconstruct`, which comes when a block is pruned, and its statistics are gone."""
     parts = _pruning(shape, config, text)
@@ -283,16 +300,20 @@ def _is_added(group: InputShape, block: BlockShape) -> bool:
 
 def _factors(config: DSAConfig, block: BlockShape) -> int:
     """What is computed of X·Xᵀ of one input, the widest, kept until its matrices are pruned, and takes meanwhile."""
-    resolved = config.resolved
-    kept, more = KEPT.get(config.recipe.update, (None, 0))
+    wanted = _derived(config)
+    more = max(KEPT.get(config.recipe.update, (None, 0))[1], 2 if wanted else 0)
+    return (len(wanted) + more) * block.widest**2 * FLOAT
+
+
+def _derived(config: DSAConfig) -> set[str]:
+    """What is computed of X·Xᵀ and kept until its matrices are pruned."""
+    resolved, kept = config.resolved, KEPT.get(config.recipe.update, (None, 0))[0]
     # The metric `obs`, where it is asked, `dense_target` and errors that are fed back use the factor as well.
     feeds = config.values.name is not None and config.values.feedback
     wanted = {kept} | ({"factor"} if "cross_gram" in resolved.reads or feeds else set())
     if not resolved.chooses and "gram" in resolved.metric_reads:
         wanted.add("factor")
-    wanted.discard(None)
-    more = max(more, 2 if wanted else 0)
-    return (len(wanted) + more) * block.widest**2 * FLOAT
+    return wanted - {None}
 
 
 def _working(update: str, block: BlockShape, cross: bool) -> float:
