@@ -26,6 +26,7 @@ ENDED = """
     from pathlib import Path
     import torch
     from optimum.commands.optimum_cli import main
+    from optimum_dsa.checkpoint import finished_shards
     from optimum_dsa.common.output import OutputFolder
     from optimum_dsa.pruning import finished
     import optimum_dsa.pruner
@@ -33,7 +34,7 @@ ENDED = """
     def end(number): os.kill(os.getpid(), number)
 
     def arm(kind, number):
-        add, save = finished.FinishedBlocks.add, finished.save_file
+        add, save = finished.FinishedBlocks.add, finished.write_tensors
         def then_end(self, block, *others):
             add(self, block, *others)
             if block == number:
@@ -46,7 +47,9 @@ ENDED = """
         if kind in ("kill", "term"):
             finished.FinishedBlocks.add = then_end
         if kind == "half":
-            finished.save_file = half
+            finished.write_tensors = half
+        if kind == "link":
+            finished_shards._link = lambda *_: end(signal.SIGKILL)
         if kind == "swap":
             OutputFolder._swap = lambda *_: end(signal.SIGKILL)
 
@@ -83,16 +86,24 @@ def content(folder):
     return found | {"dsa_config.json": described}
 
 
-def test_a_command_that_is_ended_anywhere_goes_on_to_the_same_bytes(command, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("from_disk", [False, True])
+def test_a_command_that_is_ended_anywhere_goes_on_to_the_same_bytes(from_disk, command, tmp_path, monkeypatch, capsys):
     moments = {"kill 1": (-9, 2), "term 3": (143, 4), "half 6": (-9, 6), "swap 0": (-9, 10)}
+    if from_disk:
+        command = [*command, "--device-map", "disk", "--activations", "disk"]
+        moments = {"kill 1": (-9, 2), "half 6": (-9, 6), "link 0": (-9, 10), "swap 0": (-9, 10)}
     arguments = [sys.executable, "-c", textwrap.dedent(ENDED), ",".join(moments), str(tmp_path / "out"), *command]
     environment = os.environ | {"TOKENIZERS_PARALLELISM": "false"}  # it warns of forks otherwise
     done = subprocess.run(arguments, capture_output=True, text=True, env=environment)
     ends = [line for line in done.stdout.splitlines() if line.startswith("ended")]
     assert ends == [f"ended {moment} {code} {count}" for moment, (code, count) in moments.items()], done.stderr
     blocks = tmp_path / ".out.dsa-work" / "blocks"
-    said = f"prune: interrupted, 4 finished blocks are in {blocks}; the same command with --resume goes on"
-    assert said in done.stderr
+    said = (
+        ""
+        if from_disk
+        else f"prune: interrupted, 4 finished blocks are in {blocks}; the same command with --resume goes on"
+    )
+    assert from_disk or said in done.stderr
     assert (blocks / "block-0006.safetensors").exists()
     assert run(monkeypatch, capsys, *command, "-o", str(tmp_path / "out"), "--resume")[0] == 0
     assert content(tmp_path / "out") == content(tmp_path / "whole")
@@ -153,6 +164,10 @@ def test_a_disk_with_room_for_the_result_alone_keeps_no_blocks(command, tmp_path
     code, _, errors = run(monkeypatch, capsys, *command, "-o", str(tmp_path / "out"))
     assert code == 0 and not asked, errors
     assert "none for finished blocks beside it: this run cannot be resumed. --checkpoints FOLDER" in caplog.text
+    # Of a model on the disk they are the result's shards.
+    disk = ["--device-map", "disk", "-o", str(tmp_path / "from disk")]
+    code, _, errors = run(monkeypatch, capsys, *command, *disk)
+    assert code == 0 and len(asked) == 10, errors
 
 
 def test_none_are_kept_where_none_are_wanted(command, tmp_path, monkeypatch, capsys):

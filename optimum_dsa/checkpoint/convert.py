@@ -15,10 +15,11 @@ from ..common.folder_files import own_file
 from ..common.installation import how_to_install
 from ..common.manifest import MANIFEST, files_in
 from ..common.output import OutputFolder
+from ..common.shard_writer import ShardWriter, width
 from ..packed.whole import WholeHeader
 from .base_files import MODULES, module_folders
 from .encodings import BITMASK, BITMASK_WHOLE, ENCODINGS, QUANT_METHOD, Encoding, Header, decoded, encoding_named
-from .shards import Shards, ShardWriter, find_shards, index_name, open_shard, packed_headers, width
+from .shards import Shards, find_shards, index_name, open_shard, packed_headers
 
 
 MARK = "transformers_weights"  # the key of `config.json` where transformers looks for the name of the weights
@@ -72,7 +73,7 @@ def convert(source: str | Path, directory: str | Path, to: str) -> tuple[int, in
         raise ValueError(f"{source} is {to} already; nothing was written.")
     config = converted_config(stated, target, source, run_packed)
     in_place = Path(directory).is_dir() and source.samefile(directory)
-    others, left = _other_files(shards)
+    others, left = other_files(shards)
     if in_place:
         others, left = [*others, *left], []
     sizes: tuple[int, int] = (0, 0)
@@ -228,7 +229,7 @@ def _bytes_after(shards: Shards) -> int:
     return total
 
 
-def _other_files(shards: Shards) -> tuple[list[str], list[str]]:
+def other_files(shards: Shards) -> tuple[list[str], list[str]]:
     """The files of a checkpoint beside its weights and `config.json`: those that go along, and those that stay.
 
     Of a link out of the folder, `ValueError`.

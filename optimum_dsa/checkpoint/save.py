@@ -25,6 +25,7 @@ from .base_files import BaseFiles
 from .convert import PACKED, encode_in_place
 from .description import describe, schema, write_description
 from .encodings import BITMASK, BITMASK_WHOLE, encoding_named
+from .finished_shards import add_ready_shards, ready_shards
 from .load import find_description
 from .packing import as_dense, is_packed
 from .shard_size import check_shard_size
@@ -109,7 +110,7 @@ def save_checkpoint(
         check_shard_size(save_kwargs["max_shard_size"])
     whole = report.config.values.bits is not None
     row = (BITMASK_WHOLE if whole else BITMASK) if encoding == PACKED else encoding_named(encoding)
-    if not row.is_plain:
+    if not (row.is_plain or is_offloaded(model)):
         # Encoded shard after shard: one shard of everything would have to be on the disk twice.
         save_kwargs = {"max_shard_size": "5GB", **save_kwargs}
     description = describe(report, base, recovery)
@@ -150,19 +151,23 @@ def save_checkpoint(
 
 
 def _save_offloaded(model: nn.Module, directory: Path, **save_kwargs) -> None:
-    """Save a model whose weights transformers has to load, a shard at a time.
+    """Save a model whose weights transformers has to load, a shard at a time; finished blocks are shards already.
 
     It does so where there is an `hf_device_map`, which `accelerate.cpu_offload` does not leave; and it does not see
     that offloaded weights are tied.
     """
     tied = tied_names(model)
+    ready = {} if "max_shard_size" in save_kwargs else ready_shards(model)
+    written = {name for names in ready.values() for name in names}
     # A tied weight would be written once per name, and loaded as two.
-    state = {name: value for name, value in model.state_dict().items() if name not in tied}
+    state = {name: value for name, value in model.state_dict().items() if name not in tied and name not in written}
     save_kwargs = {"state_dict": state, "max_shard_size": "200MB", **save_kwargs}
     with saved_by_shards(model), warnings.catch_warnings():
         # it warns that 50 GB of memory may be needed, which is its own shard size and not ours
         warnings.filterwarnings("ignore", "Attempting to save a model with offloaded modules")
         model.save_pretrained(directory, **save_kwargs)
+    if ready:
+        add_ready_shards(directory, model, ready)
 
 
 def base_model(model: nn.Module, revision: str | None = None) -> dict[str, str | None]:

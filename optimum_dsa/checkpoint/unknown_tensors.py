@@ -18,10 +18,11 @@ from torch import nn
 
 from ..common.fences import name_when_loaded
 from ..common.files import write_text
+from ..common.shard_writer import ShardWriter, width
 from ..model.adapters import inner_model, plain_name
 from .encodings import decoded
 from .pickles import open_pickle
-from .shards import ShardWriter, find_shards, index_name, open_shard, packed_headers, width
+from .shards import find_shards, index_name, open_shard, packed_headers
 
 
 logger = logging.getLogger(__name__)

@@ -21,7 +21,7 @@ from .processes import TOGETHER
 
 logger = logging.getLogger(__name__)
 
-CALIBRATION = ("data", "batch_size", "sequential")  # settings and sections of the group with --dataset
+CALIBRATION = ("data", "batch_size", "activations", "sequential")  # settings and sections of the group with --dataset
 
 
 class PruneCommand(LeafCommand):
@@ -116,6 +116,7 @@ Both compose: cut structures first, and prune the weights of what is left then.
         from ..common.output import OutputFolder
         from ..common.ranks import current_ranks
         from ..model.adapters import has_adapters, taken_out_of_base
+        from ..model.offload import is_offloaded
         from ..model.parameters import weight_bytes
         from ..model.stacks import UnprunableError
         from ..pruner import DSAPruner
@@ -163,7 +164,7 @@ Both compose: cut structures first, and prune the weights of what is left then.
                     "would be saved; merge it (model.merge_and_unload()), and prune what that gives."
                 )
             if output:
-                self._check_room(output, weight_bytes(pruner.model))
+                self._check_room(output, weight_bytes(pruner.model), is_offloaded(pruner.model))
             kept = self.args.checkpoints if cuts else self._checkpoints
             try:
                 report = pruner.prune(asked_source(self.args), config, kept, self.args.resume)
@@ -205,14 +206,19 @@ Both compose: cut structures first, and prune the weights of what is left then.
             say(f"quality {self.args.quality}: {found.method}; {found.text.samples} x {found.text.length} tokens")
         say(f"expected: {found.line}")
 
-    def _check_room(self, output, size: int) -> None:
+    def _check_room(self, output, size: int, offloaded: bool) -> None:
         """Raise where the disk has no room for a result of `size` bytes; without room for blocks, keep none."""
         if self._checkpoints is None:
             output.require(size)
             return
-        # Both at once at the end. What a run left is there already, and counts as used.
+        # Both at once at the end; of an offloaded model the blocks are the result's shards, if its size is not given.
+        # What a run left is there already, and counts as used.
         left = sum(file.stat().st_size for file in self._checkpoints.glob("block-*"))
-        blocks = max(size - left, 0) if self._checkpoints.is_relative_to(output.work) else 0
+        inside = self._checkpoints.is_relative_to(output.work)
+        if inside and offloaded and self.args.max_shard_size is None:
+            output.require(max(size - left, 0))
+            return
+        blocks = max(size - left, 0) if inside else 0
         output.require(size + blocks if self.args.resume else size)
         if size + blocks > output.free:
             logger.warning(

@@ -155,6 +155,13 @@ FENCES = {
         "checkpoint.unknown_tensors",
         "tests/checkpoint/test_unknown_tensors.py",
     ),
+    "saved names": Fence(
+        "transformers",
+        "core_model_loading.revert_weight_conversion",
+        "it tells whether finished blocks can be shards of the checkpoint as they are; without it they are saved anew",
+        "checkpoint.finished_shards",
+        "tests/checkpoint/test_finished_shards.py",
+    ),
     "weights' name": Fence(
         "transformers",
         "transformers_weights in config.json",

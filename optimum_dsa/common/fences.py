@@ -140,9 +140,37 @@ def in_memory(store: Any) -> Mapping[str, Tensor]:
     return store if isinstance(store, dict) else _get(store, "state_dict", "store")
 
 
-def point_to(store: Any, key: str, file: Path, dtype: str) -> None:
-    """Have a store read `key` from a safetensors file from now on."""
-    _get(store, "index", "store")[key] = {"safetensors_file": str(file), "weight_name": key, "dtype": dtype}
+def point_to(store: Any, key: str, file: Path, dtype: str, name: str | None = None) -> None:
+    """Have a store read `key` from a safetensors file from now on, in which it is called that, or `name`."""
+    entry = {"safetensors_file": str(file), "weight_name": name or key, "dtype": dtype}
+    _get(store, "index", "store")[key] = entry
+
+
+def file_behind(store: Any, key: str) -> tuple[str, str] | None:
+    """The safetensors file that a store reads `key` from, and its name there; `None` where it is from elsewhere."""
+    entry = {} if key in in_memory(store) else _get(store, "index", "store").get(key, {})
+    file = entry.get("safetensors_file")
+    return None if file is None else (file, entry.get("weight_name") or key)
+
+
+def knows(store: Any, key: str) -> bool:
+    """Whether a store has `key` on the disk; nothing is read."""
+    return not isinstance(store, dict) and key in _get(store, "index", "store") and key not in in_memory(store)
+
+
+def keeps_names_when_saved(model: nn.Module, tensors: Mapping[str, Tensor]) -> bool:
+    """Whether transformers writes these tensors of the model, of any shape, under the names and shapes they have.
+
+    No values are needed. `False` on releases that do not tell.
+    """
+    shapes = {name: tensor.shape for name, tensor in tensors.items()}
+    try:
+        from transformers.core_model_loading import revert_weight_conversion
+
+        found = revert_weight_conversion(model, {name: tensor.to("meta") for name, tensor in tensors.items()})
+        return {name: tensor.shape for name, tensor in found.items()} == shapes
+    except Exception:  # noqa: BLE001 - whatever a conversion does with values that are not there
+        return False
 
 
 # What transformers calls of a quantizer while it loads: all that ours overrides. Older releases lack some of them.

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import inspect
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, MutableSequence, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
@@ -20,6 +20,7 @@ from transformers import Cache
 
 from ..common.fences import is_placed, tensor_version
 from ..common.ranks import ALONE, Ranks
+from .activations import Held
 from .adapters import inner_model
 from .architecture import Stack, UnprunableError
 from .padding import sample_count
@@ -57,7 +58,7 @@ class BlockCalls:
         ranks: the processes that have the batches together.
     """
 
-    hidden: list[Tensor] = field(default_factory=list)
+    hidden: MutableSequence[Tensor] = field(default_factory=list)
     arguments: list[list[tuple[tuple, dict] | None]] = field(default_factory=list)
     added: list[dict[int, Tensor]] = field(default_factory=list)
     extras: list[tuple | None] = field(default_factory=list)
@@ -104,13 +105,17 @@ class BlockCalls:
 
 
 @torch.no_grad()
-def capture_calls(model: nn.Module, stack: Stack, batches: Sequence[Mapping[str, Tensor]]) -> BlockCalls:
+def capture_calls(
+    model: nn.Module, stack: Stack, batches: Sequence[Mapping[str, Tensor]], held: Held = list
+) -> BlockCalls:
     """The calls of every block of `stack` for every batch, (samples, length, ...); stacks before it run as they are.
+
+    `held` makes what activations are kept in.
 
     Raises:
         UnprunableError: the blocks are not called in order, or something happens between them.
     """
-    calls, zeros = BlockCalls(), False
+    calls, zeros = BlockCalls(held()), False
     for batch in batches:
         # a first batch tells what a block returns; plain hidden states need no real block any more
         first = not calls.extras or calls.extras[0] is not None

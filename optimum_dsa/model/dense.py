@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, MutableSequence, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from functools import partial
 
 import torch
 from torch import Tensor, nn
 
+from .activations import Held
 from .architecture import Block, Stack, Weight
 from .calls import BlockCalls, run_behind
 from .observer import AllSeen, Awaited, observing
@@ -48,6 +49,7 @@ class DenseStream:
         as_dense (`AsDense`, *optional*): makes the weights the dense ones; then no copy of a block's is kept.
         reads (`Collection[str]`): what the walk reads; without "cross_gram" no inputs are watched, and with "residual"
             what the residual stream has is, too.
+        held (`Held`): makes what activations are kept in.
 
     Attributes:
         outputs: per batch what the dense block gives, (samples, ..., hidden size), once `inputs` or `complete` was
@@ -60,11 +62,12 @@ class DenseStream:
         hidden: Sequence[Tensor],
         as_dense: AsDense | None = None,
         reads: Collection[str] = ("cross_gram",),
+        held: Held = list,
     ):
-        self.calls, self.reads = calls, reads
+        self.calls, self.reads, self._held = calls, reads, held
         for number, (own, other) in enumerate(zip(calls.hidden, hidden, strict=True)):
             calls.hidden[number] = other if torch.equal(own, other) else own
-        self.outputs: list[Tensor | None] = []
+        self.outputs: MutableSequence[Tensor | None] = []
         self._anew = False
         self._given = self._as_dense = as_dense
         self._kept: list[Tensor] = []
@@ -76,7 +79,7 @@ class DenseStream:
         With `anew` what comes out is run for itself, on leaving or when `complete` is called, unless the last `inputs`
         that are asked for have seen it.
         """
-        self.outputs, self._anew = [None] * len(self.calls.hidden), anew
+        self.outputs, self._anew = self._held([None] * len(self.calls.hidden)), anew
         if self._given is None:
             # All parameters and not the prunable ones alone: whoever is given the block may change any.
             self._kept = [parameter.detach().clone() for parameter in module.parameters()]
@@ -99,7 +102,8 @@ class DenseStream:
     def complete(self, module: nn.Module, index: int) -> None:
         """Have `outputs` of every batch of the block `module`, number `index`."""
         for batch, output in enumerate(self.outputs):
-            self.outputs[batch] = self.run(module, index, batch) if output is None else output
+            if output is None:
+                self.outputs[batch] = self.run(module, index, batch)
 
     def inputs(
         self,
@@ -125,16 +129,17 @@ class DenseStream:
         watch = observing(model, part, found, awaited) if watched else nullcontext()
         added = watching_additions(model, part, hidden, awaited) if "residual" in self.reads else nullcontext({})
         with suppress(AllSeen), watch, added as found.before:
-            output = self.run(module, index, batch)
+            # What is watched is followed from this very tensor on.
+            output = self.run(module, index, batch, hidden)
             # Of the first time: a walk that passes the block by has no other, and is to go on alike to the last bit.
             if wanted:
                 self.outputs[batch] = output
         return found
 
-    def run(self, module: nn.Module, index: int, batch: int) -> Tensor:
-        """What the dense block, `module` of number `index`, makes of a batch: (samples, ..., hidden size)."""
+    def run(self, module: nn.Module, index: int, batch: int, hidden: Tensor | None = None) -> Tensor:
+        """What the dense block, `module` of number `index`, makes of a batch or of `hidden`: (samples, ..., size)."""
         with self._as_dense():
-            return self.calls.run(module, index, batch)
+            return self.calls.run(module, index, batch, hidden)
 
     def inputs_behind(
         self, model: nn.Module, head: Block, stack: Stack, batch: Mapping[str, Tensor], number: int
@@ -163,7 +168,7 @@ class Replay:
 
     def __init__(self, module: nn.Module, index: int, calls: BlockCalls, dense: DenseStream):
         self.module, self.index, self.calls, self._dense = module, index, calls, dense
-        self.inputs, self.samples = tuple(calls.hidden), tuple(calls.samples)
+        self.inputs, self.samples = calls.hidden.copy(), tuple(calls.samples)
         self.is_last = index + 1 == len(calls.arguments[0])
 
     @property

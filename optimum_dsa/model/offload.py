@@ -12,8 +12,10 @@ from torch import Tensor, nn
 
 from ..common.fences import (
     check_unhooked,
+    file_behind,
     hooks_of,
     in_memory,
+    knows,
     plain_store,
     point_to,
     scratch_folder,
@@ -64,6 +66,34 @@ def resident(model: nn.Module, names: Sequence[str]) -> Iterator[set[str]]:
             hook.post_forward(module, None)
 
 
+def read_from(model: nn.Module, name: str, file: Path, dtype: str) -> bool:
+    """Have `name`, kept on the disk, be read from a safetensors file from now on; whether it is kept there.
+
+    Args:
+        name: full name of the parameter, and what it is called in the file.
+        dtype: as torch calls it: "bfloat16", ...
+    """
+    stores = [_plain_store(model, shared) for shared in _names_of(model, name)]
+    if not all(store is not None and knows(store, key) for store, key in stores):
+        return False
+    for store, key in stores:
+        point_to(store, key, file, dtype, name)
+    return True
+
+
+def lies_in(model: nn.Module, name: str) -> tuple[Path, str] | None:
+    """The file that the parameter or buffer `name` is read from, and its name there; `None` where it is elsewhere."""
+    store, key = _plain_store(model, name)
+    found = None if store is None or isinstance(store, dict) else file_behind(store, key)
+    return None if found is None else (Path(found[0]), found[1])
+
+
+def _plain_store(model: nn.Module, name: str) -> tuple[Mapping[str, Tensor] | None, str]:
+    """As `_store`, the map itself under whatever is around it."""
+    store, key = _store(model, name)
+    return (None, key) if store is None else plain_store(store, key)
+
+
 def _offloading_hook(module: nn.Module) -> AlignDevicesHook | None:
     return next((hook for hook in hooks_of(module) if hook.offload), None)
 
@@ -77,14 +107,13 @@ def _names_of(model: nn.Module, name: str) -> set[str]:
 
 def _write_back(model: nn.Module, name: str, value: Tensor) -> None:
     """Make `value` the parameter `name`, of any shape, wherever it lives: in a map, on disk, or in its module."""
-    store, key = _store(model, name)
+    store, key = _plain_store(model, name)
     if store is None:
         parameter = model.get_parameter(name).data
         # Tied parameters that are here share their memory, and have the value already.
         if parameter.data_ptr() != value.data_ptr():
             parameter.copy_(value)
         return
-    store, key = plain_store(store, key)
     here = in_memory(store)
     if key in here:
         here[key].copy_(value)

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from ..common.ranks import ALONE, Ranks
+from .activations import Held
 from .architecture import Architecture, Block, Stack, Weight
 from .calls import BlockCalls, capture_calls, check_calls, explained, run_behind
 from .dense import AsDense, DenseInputs, DenseStream, Replay
@@ -71,6 +72,7 @@ def walk_blocks(
     unseen: int = 0,
     gram: bool | None = None,
     gradients: Mapping[str, Tensor] | None = None,
+    held: Held = list,
     ranks: Ranks = ALONE,
 ) -> Iterator[WalkedBlock]:
     """Each block with the statistics of its inputs, first block first.
@@ -102,6 +104,7 @@ def walk_blocks(
             statistics: what is fitted to those can be judged by them. With "outputs" in `reads` alone.
         gram (`bool`, *optional*): earlier name of "gram" in `reads`.
         gradients (`Mapping[str, Tensor]`, *optional*): what `collect_gradients` gives, where it is known already.
+        held (`Held`, defaults to `list`): makes what activations are kept in, as `held_in` gives it.
         ranks (`Ranks`): processes that walk together, each with all `batches` and the same model: they divide the
             batches, and each has the statistics of all. Not with "outputs" in `reads`.
 
@@ -125,7 +128,7 @@ def walk_blocks(
         yield from _walk_still(model, blocks, batches.statistics if batches else {})
         return
     read = {"gram", *reads} if gram else {*reads}
-    how = (sequential, true_sequential, as_dense, finished, unseen, gradients, ranks)
+    how = (sequential, true_sequential, as_dense, finished, unseen, gradients, held, ranks)
     yield from _walk_running(model, architecture, batches, blocks, read, *how)
 
 
@@ -141,6 +144,7 @@ def _walk_running(
     finished: int,
     unseen: int,
     gradients: Mapping[str, Tensor] | None,
+    held: Held,
     ranks: Ranks,
 ) -> Iterator[WalkedBlock]:
     """`walk_blocks` over batches, inputs by name, (samples, length, ...); `blocks` is told how far it is."""
@@ -164,12 +168,12 @@ def _walk_running(
         samples = _sample_calls(model, architecture, batches[0])
         # Of the unpruned model, for all stacks at once: an earlier stack may be pruned before a later one is captured.
         ahead = architecture.stacks if beside or not sequential else ()
-        early = {stack.name: capture_calls(model, stack, batches) for stack in ahead}
+        early = {stack.name: capture_calls(model, stack, batches, held) for stack in ahead}
         for stack in architecture.stacks:
-            calls = capture_calls(model, stack, batches) if sequential else early.pop(stack.name)
+            calls = capture_calls(model, stack, batches, held) if sequential else early.pop(stack.name)
             # Arguments of its own: a block may leave in them what a later one reads (shared keys and values).
             calls.sample, calls.unseen, calls.ranks = samples[stack.name], unseen, ranks
-            dense = DenseStream(early.pop(stack.name), calls.hidden, as_dense, reads) if beside else None
+            dense = DenseStream(early.pop(stack.name), calls.hidden, as_dense, reads, held) if beside else None
             needed = architecture.head is not None and stack is architecture.stacks[-1]
             yield from _walk_stack(
                 model, stack, blocks, calls, real, watch, sequential, needed, dense, finished, true_sequential, own
@@ -273,13 +277,12 @@ def _walk_block(
     def collect(weights: Sequence[Weight], move_on: bool = False) -> dict[str, LayerStatistics]:
         """Statistics of what `weights` multiply in the block as it is now; `move_on` replaces what goes into it."""
         part, observer, names = replace(block, weights=tuple(weights)), watch(), {weight.name for weight in weights}
-        # Before anything moves on: they are of what goes into the block.
         regional = gradients.of_block(model, part, lambda: (calls.run(module, index, n) for n in calls.seen))
 
         def run(number: int) -> None:
-            hidden = calls.hidden[number]
+            hidden = calls.hidden[number]  # once: they may be on a disk
             # What comes behind the last weight that is watched need not run; a block may cut longer inputs in parts.
-            alike = hidden.shape[1:] == calls.hidden[0].shape[1:]
+            alike = hidden.shape[1:] == calls.sample.hidden[0].shape[1:]
             stops = alike and shown.alone.issuperset(names)
             ends = stops and shown.last in names
             awaited = Awaited(names, shown.added) if stops else None
@@ -288,7 +291,7 @@ def _walk_block(
             awaited = Awaited(names, shown.added) if stops else None
             stream = _watching_additions(model, part, hidden, dense, awaited)
             with suppress(AllSeen), observing(model, part, observer, awaited), stream as before:
-                output = calls.run(module, index, number)
+                output = calls.run(module, index, number, hidden)
             observer.add_residual(before, beside.before)
             if move_on:
                 calls.hidden[number] = output
@@ -299,9 +302,9 @@ def _walk_block(
     def first_batch() -> dict[str, LayerStatistics]:
         observer = Observer(gram=False)
         observer.start_batch(calls.samples[0], real[0])
-        stream = _watching_additions(model, block, calls.hidden[0], dense)
-        with observing(model, block, observer), stream as before:
-            calls.run(module, index, 0)
+        hidden = calls.hidden[0]
+        with observing(model, block, observer), _watching_additions(model, block, hidden, dense) as before:
+            calls.run(module, index, 0, hidden)
         shown.note(block, observer, before)
         return as_first(observer.finish(block), calls.ranks)
 

@@ -6,7 +6,9 @@
 | `block-0003.safetensors`     | the fourth block: every parameter and buffer of it that a checkpoint has, and as   |
 |                              | metadata its name, what its steps noted for the report, and a SHA-256 of all that  |
 
-All of a block and not what changed alone: to know that would take a copy of every block before it is pruned.
+All of a block and not what changed alone: to know that would take a copy of every block before it is pruned. Of a
+model whose weights are on the disk a finished block is there once: it is read from its file from then on, and the file
+is a shard of the checkpoint in the end (`checkpoint.finished_shards`).
 """
 
 from __future__ import annotations
@@ -21,18 +23,19 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ..common.files import parse_json, read_json, write_text
 from ..common.same_run import FINGERPRINTS, check_same_run
 from ..common.settings import flattened
+from ..common.shard_writer import write_tensors
 from ..common.versions import versions
 from ..model.fingerprint import fingerprint_of_model, fingerprint_of_tensors
+from ..model.offload import read_from
 from ..model.walked import WalkedBlock
 from .allocation import Allocation
 from .calibration import Calibration
-from .configuration import DSAConfig
+from .configuration import FREE, DSAConfig
 from .source import Known
 from .steps import Step
 
@@ -97,23 +100,34 @@ class FinishedBlocks:
             notes: what every step noted while it was at this block.
         """
         path = self._path(number)
-        values = _apart({name: value.detach().cpu().contiguous() for name, value in walked.state().items()})
+        values = {name: value.detach().cpu().contiguous() for name, value in walked.state().items()}
         half = path.with_name(f"{path.name}.part")
         facts = {"block": walked.name, "notes": json.dumps(list(notes)), "sha256": fingerprint_of_tensors(values)}
         with self._said(path.name):
             try:
-                save_file(values, half, metadata=facts)
+                # "pt": it may become a shard of the result as it is
+                write_tensors(values, half, {"format": "pt", **facts})
                 half.replace(path)
             except BaseException:
                 half.unlink(missing_ok=True)
                 raise
+        self._read_there(path, walked, values)
 
     def restore(self, number: int, walked: WalkedBlock, steps: Sequence[Step]) -> None:
         """Make block `number` what it was left as, and have its steps say of it what they noted then."""
         with safe_open(self._path(number), "pt") as file:
-            walked.become({name: file.get_tensor(name) for name in _names(file)})
+            values = {name: file.get_tensor(name) for name in _names(file)}
+            walked.become(values)
             for step, noted in zip(steps, json.loads(file.metadata()["notes"]), strict=True):
                 step.notes.update(noted)
+        self._read_there(self._path(number), walked, values)
+
+    @staticmethod
+    def _read_there(path: Path, walked: WalkedBlock, values: Mapping[str, Tensor]) -> None:
+        """Have weights that are kept on the disk be read from `path`, so that they are on it once."""
+        for name, value in values.items():
+            if read_from(walked.model, name, path.absolute(), str(value.dtype).removeprefix("torch.")):
+                walked.changes.discard(name)
 
     def _path(self, number: int) -> Path:
         return self.folder / f"block-{number:04}.safetensors"
@@ -181,6 +195,11 @@ def check_folder(folder: Path, resume: bool) -> None:
         raise ValueError(f"{folder} holds {blocks[0]} and no {RUN} to say what was pruned; remove it to begin anew.")
 
 
+def is_finished(file: Path) -> bool:
+    """Whether a file is, by its name, a finished block."""
+    return _OURS.fullmatch(file.name) is not None and file.suffix == ".safetensors"
+
+
 def finished_in(folder: Path) -> int:
     """How many finished blocks lie in a folder, whole or not."""
     return len(list(folder.glob("block-*.safetensors")))
@@ -194,8 +213,8 @@ def settings_of(model: nn.Module, calibration: Known | None, config: DSAConfig) 
     """
     if not (calibration is None or isinstance(calibration, Calibration)):
         raise ValueError("A prune that can be resumed reads text or tokens, not statistics that are there already.")
-    # batch_size may have been what ended the run, for want of memory.
-    settings = {name: value for name, value in flattened(DSAConfig, config.to_dict()).items() if name != "batch_size"}
+    # What is free may have been what ended the run, for want of memory.
+    settings = {name: value for name, value in flattened(DSAConfig, config.to_dict()).items() if name not in FREE}
     prints = {
         "model": fingerprint_of_model(model),
         "calibration": None if calibration is None else fingerprint_of_tensors(calibration.inputs),
@@ -229,14 +248,3 @@ def _damage(path: Path, block: str) -> str | None:
     except (OSError, SafetensorError, ValueError, KeyError) as error:
         return str(error)
     return None if facts.get("sha256") == fingerprint_of_tensors(values) else "its SHA-256 is another"
-
-
-def _apart(values: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Tensors of any shape that share no memory, which safetensors refuses: of shared ones the later is copied."""
-    seen: set[int] = set()
-    found = {}
-    for name, value in values.items():
-        start = value.untyped_storage().data_ptr()
-        found[name] = value.clone() if start in seen else value
-        seen.add(start)
-    return found

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from ..common.ranks import ALONE, Ranks, current_ranks
+from ..model.activations import held_in, spilled_to
 from ..model.adapters import has_adapters, inner_model, without_adapters
 from ..model.architecture import Architecture
 from ..model.offload import is_offloaded
@@ -89,12 +90,13 @@ def _prune_inner(
     """`prune` of what is under adapters, if there are any."""
     check_divisible(config, ranks)
     if not has_adapters(model):
-        return _prune(model, calibration, config, checkpoints, resume, ranks)
+        with spilled_to(checkpoints):
+            return _prune(model, calibration, config, checkpoints, resume, ranks)
     if is_offloaded(model):
         raise ValueError(
             "Under adapters a model is pruned in memory; load it without offloading, or without adapters."
         )
-    with without_adapters(model):
+    with without_adapters(model), spilled_to(checkpoints):
         return plain_report(_prune(inner_model(model), calibration, config, checkpoints, resume, ranks))
 
 
@@ -246,6 +248,7 @@ def run_steps(
         true_sequential=bool(readers) and all(getattr(step, "true_sequential", False) for step in readers),
         finished=done,
         unseen=unseen,
+        held=held_in(config.activations),
         ranks=ranks,
     )
     held: list[tuple[int, WalkedBlock, list[dict[str, Any]]]] = []

@@ -119,7 +119,7 @@ class RemoveWeights:
         """Prune the live `weight` of a block, (out_features, in_features), in place."""
         tensor = walked.tensor(weight)
         # Into the live weight, in its dtype: ties, views and offloaded storage stay what they are.
-        pruned = self.method.pruned(tensor, statistics, count)
+        pruned = self.method.of_weight(weight.name).pruned(tensor, statistics, count)
         # In its dtype before: what becomes zero there has no number.
         tensor.copy_(self.method.on_grid(pruned.to(tensor.dtype), statistics))
         if statistics is not None:

@@ -18,7 +18,7 @@ from ..common.same_run import FINGERPRINTS
 from ..model.fingerprint import fingerprint_of_model, fingerprint_of_tensors
 from ..pruning.allocation import Allocation
 from ..pruning.calibration import Calibration
-from ..pruning.configuration import DSAConfig
+from ..pruning.configuration import FREE, DSAConfig
 from ..pruning.structured.configuration import DSAStructuredConfig
 from .apart import check_apart
 from .conductor import Conductor, TrialLogger
@@ -90,7 +90,7 @@ def search(
     offsets = STRATEGIES.fact(strategy, "curves")
     kind = realisation_of(config, strategy, realisation)
     levels = {"offsets": offsets} if offsets and kind == "database" else {}
-    metrics = metrics_for(model, config) if kind == "metrics" else MetricSpace()
+    metrics = metrics_for(model, config, strategy) if kind == "metrics" else MetricSpace()
     levels |= {"reads": metrics.reads} if kind == "metrics" else {}
     REALISATIONS[kind]
     settings = _settings(strategy, budget, finalists, config, calibration, validation, kind)
@@ -136,8 +136,8 @@ def _settings(
         "strategy": strategy,
         "budget": [budget.tokens, budget.evaluations, budget.seconds],
         "finalists": finalists,
-        # batch_size changes no result; allocation and spread are what is searched for.
-        "config": {k: v for k, v in config.to_dict().items() if k not in ("allocation", "spread", "batch_size")},
+        # batch_size and activations change no result; allocation and spread are what is searched for.
+        "config": {k: v for k, v in config.to_dict().items() if k not in ("allocation", "spread", *FREE)},
         "calibration": calibration.facts() if calibration else None,
         "validation": list(validation.shape),
     }

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from ..common.files import write_text
+from ..model.activations import held_in
 from ..model.walk import walk_blocks
 from ..pruning.allocate import architecture_for, check_dense
 from ..pruning.allocation import Allocation
@@ -115,13 +116,19 @@ def sensitivity(
     batches = calibration.batches(config.batch_size) if reads else None
     errors: dict[str, tuple[float, ...]] = {}
     for walked in walk_blocks(
-        model, architecture, batches, reads=reads, sequential=False, progress=shown("Measuring sensitivity")
+        model,
+        architecture,
+        batches,
+        reads=reads,
+        sequential=False,
+        progress=shown("Measuring sensitivity"),
+        held=held_in(config.activations),
     ):
         for weight in walked.weights:
             tensor, statistics = walked.tensor(weight), walked.statistics.get(weight.name)
             step = weight.size // method.pattern.width if method.pattern.in_groups else 1
             counts = [round(level * weight.size / step) * step for level in levels]
-            pruned = (method.pruned(tensor, statistics, count) for count in counts)
+            pruned = (method.of_weight(weight.name).pruned(tensor, statistics, count) for count in counts)
             errors[weight.name] = tuple(relative_error(tensor, new, statistics, method.damping) for new in pruned)
     sizes = {weight.name: weight.size for weight in architecture.weights}
     return Sensitivity(config, levels, errors, sizes, calibration.facts() if calibration else None)

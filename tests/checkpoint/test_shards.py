@@ -11,7 +11,6 @@ from torch import nn
 from optimum_dsa.checkpoint.encodings import BITMASK, DENSE
 from optimum_dsa.checkpoint.shards import (
     Shards,
-    ShardWriter,
     check_index,
     check_size,
     count_weights,
@@ -20,6 +19,7 @@ from optimum_dsa.checkpoint.shards import (
     open_shard,
     packed_headers,
 )
+from optimum_dsa.common.shard_writer import ShardWriter
 from optimum_dsa.packed.bitmask import pack
 
 
