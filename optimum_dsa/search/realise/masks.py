@@ -200,8 +200,8 @@ class Masks:
             progress=shown,
             true_sequential=grouped and self.config.update.true_sequential,
             as_dense=self.masked.suspended,
-            gradients=self._gradients,
             held=held_in(self.config.activations),
+            gradients=self._gradients,
         )
 
     def _ensure_gradients(self, wanted: Collection[str]) -> None:
