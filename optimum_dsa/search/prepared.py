@@ -12,7 +12,7 @@ from torch import nn
 
 from ..model.offload import is_offloaded
 from ..pruning.allocate import check_dense, say_dense, standing_zeros
-from ..pruning.allocation import ALLOCATIONS
+from ..pruning.allocation import ALLOCATIONS, measured_in_one_walk
 from ..pruning.calibration import Calibration
 from ..pruning.configuration import AUTO, DSAConfig
 from ..pruning.structured.configuration import DSAStructuredConfig
@@ -141,7 +141,7 @@ def names_for(config: Any, strategy: str, named: Sequence[str] | None) -> tuple[
 
     Of structures those of their own as well, but for one that needs what is not installed.
     """
-    known = dict.fromkeys([*SHARES, *ALLOCATIONS])
+    known = dict.fromkeys([*SHARES, *measured_in_one_walk()])
     if find_spec("scipy") is None:
         known.pop("milp")
     return _named(strategy, known if named is None else named)
@@ -151,7 +151,7 @@ def names_for(config: Any, strategy: str, named: Sequence[str] | None) -> tuple[
 def _(config: DSAConfig, strategy: str, named: Sequence[str] | None) -> tuple[str, ...]:
     if STRATEGIES.fact(strategy, "fixed"):  # the one at which metrics are compared
         return (config.allocation,) if config.allocation in [*ALLOCATIONS] else ()
-    return _named(strategy, ALLOCATIONS if named is None else named)
+    return _named(strategy, measured_in_one_walk() if named is None else named)
 
 
 def _named(strategy: str, named: Iterable[str]) -> tuple[str, ...]:
