@@ -88,11 +88,12 @@ def quantize(
     `directory` is written whole or not at all. The other files go along, `dsa_config.json` among them.
 
     Args:
-        source: a folder, dense or in an encoding of ours.
-        bits: 4 or 8.
-        group: columns that share a scale: 32, 64, 128, ... up to 4096, or 0 for all of a row.
-        scales: how they are chosen, "mse" or "absmax".
-        weights (*optional*): another folder to take the weights from, where they were rounded with calibration.
+        source (`str | Path`): a folder, dense or in an encoding of ours.
+        directory (`str | Path`): where it goes.
+        bits (`int`, defaults to 4): 4 or 8.
+        group (`int`, defaults to 128): columns that share a scale: 32, 64, 128, ... up to 4096, or 0 for all of a row.
+        scales (`str`, defaults to `"mse"`): how they are chosen, "mse" or "absmax".
+        weights (`str | Path`, *optional*): another folder to take the weights from, where they were rounded with calibration.
 
     Raises:
         ValueError: a setting that is none; or no matrix can be quantised, and why.
