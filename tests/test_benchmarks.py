@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,9 @@ import torch
 from safetensors.torch import save_file
 
 from optimum_dsa.packed import loading
+from optimum_dsa.pruning.finished import FinishedBlocks
 
+from .test_commands import run
 from .tiny import tiny_llama, tokens
 
 
@@ -156,3 +159,57 @@ def test_all_forms_of_a_model_run_beside_each_other(monkeypatch, capsys):
     held = {form: row["weight_bytes"] for form, row in found.items()}
     assert held["packed int8"] < held["packed"] < held["dense bf16"] < held["dense f32"]
     assert found["packed"]["flops"] < found["dense bf16"]["flops"]
+
+
+def test_a_model_in_types_of_llama_cpp_stands_beside_pruned_ones(monkeypatch, capsys):
+    pytest.importorskip("gguf")
+    pytest.importorskip("xllamacpp")
+    module = script("llamacpp")
+    options = "--types Q2_K --values bf16 --sparsities 0.5 --samples 2 --windows 1 --method magnitude"
+    options += " --new-tokens 2 --prompt 2"
+    monkeypatch.setattr("sys.argv", ["llamacpp.py", *options.split()])
+    threads = torch.get_num_threads()
+    try:
+        module.main()
+    finally:
+        torch.set_num_threads(threads)
+    rows = [json.loads(line) for line in capsys.readouterr().out.splitlines() if line.startswith("{")]
+    assert [row["row"] for row in rows] == ["llama.cpp Q2_K", "mask 50% + bf16"]
+    assert all(row["tokens/s"] > 0 and row["test"] > 1 for row in rows)
+    # of 256 columns no matrix of this model has a multiple, and Q4_0 takes 4.5 bits
+    assert [row["bytes"] for row in rows] == [0.281, 0.563] and rows[0]["fallback"] == "70 of 70"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="RssAnon is Linux's to say")
+def test_what_is_pruned_block_by_block_is_killed_and_goes_on_to_the_same_bytes(monkeypatch, capsys, tmp_path):
+    """The first kill is one; what else are processes of their own runs here, and is cut where they would be killed."""
+    module, real = script("block_by_block"), FinishedBlocks.add
+    own, runs = module.pruned, []
+
+    def here(source, out, options, kill_at=None):
+        runs.append(kill_at)
+        if kill_at == 1:
+            used = own(source, out, options, kill_at)
+            assert used.resident > used.anonymous > 10**7 and used.seconds > 0
+            return used
+
+        def add(self, number, *others):
+            if number == kill_at:
+                raise KeyboardInterrupt
+            real(self, number, *others)
+
+        monkeypatch.setattr(FinishedBlocks, "add", add)
+        arguments = module.command("prune", source, "-o", str(out), "--resume", "-q", *options)
+        assert run(monkeypatch, capsys, *arguments[4:])[0] == (0 if kill_at is None else 130)
+        return module.Used(10**9, 2 * 10**9, 1.0)
+
+    monkeypatch.setattr(module, "pruned", here)
+    monkeypatch.setattr(module, "planned", lambda *_: 3 * 10**9)
+    monkeypatch.delitem(module.METHODS, "wanda 2:4")
+    sizes = ["--hidden", "128", "--layers", "3", "--shard", "1", "--folder", str(tmp_path)]
+    monkeypatch.setattr("sys.argv", ["block_by_block.py", *sizes])
+    module.main()
+    output = capsys.readouterr().out
+    assert runs == [None, 1, 2, None] and not any(tmp_path.iterdir())
+    said = "sparsegpt 50 %: the same bytes; anonymous 1.00 GB, resident 2.00 GB, planned 3.00 GB; 1 s, "
+    assert said in output

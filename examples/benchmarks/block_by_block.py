@@ -23,6 +23,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from larger_than_memory import MB, VOCABULARY, check, digests, verify, write_checkpoint
@@ -56,34 +57,42 @@ def command(name: str, source: Path, *options: str) -> list[str]:
     return [sys.executable, "-c", run, "dsa", name, str(source), *asked, *text, *options]
 
 
-def anonymous(process: subprocess.Popen) -> int:
-    """RssAnon of a process in bytes; 0 once it is gone."""
-    try:
-        text = Path(f"/proc/{process.pid}/status").read_text()
-    except OSError:
-        return 0
-    found = re.search(r"RssAnon:\s+(\d+) kB", text)
-    return int(found[1]) * 1024 if found else 0
+class Used(NamedTuple):
+    """The most bytes that a process had, anonymous ones (RssAnon, sampled) and all (VmHWM), and its seconds."""
+
+    anonymous: int = 0
+    resident: int = 0
+    seconds: float = 0.0
+
+    def now(self, process: subprocess.Popen, start: float) -> Used:
+        """With what the process has now; the same once it is gone."""
+        try:
+            text = Path(f"/proc/{process.pid}/status").read_text()
+        except OSError:
+            return self
+        found = dict(re.findall(r"(RssAnon|VmHWM):\s+(\d+) kB", text))
+        anonymous, resident = (int(found.get(name, 0)) * 1024 for name in ("RssAnon", "VmHWM"))
+        return Used(max(anonymous, self.anonymous), max(resident, self.resident), time.perf_counter() - start)
 
 
-def pruned(source: Path, out: Path, options: list[str], kill_at: int | None = None) -> tuple[int, float]:
-    """Run the command, to its end or until so many blocks are finished; its peak in bytes, and seconds."""
+def pruned(source: Path, out: Path, options: list[str], kill_at: int | None = None) -> Used:
+    """Run the command, to its end or until so many blocks are finished."""
     work = out.with_name(f".{out.name}.dsa-work") / "blocks"
     arguments = command("prune", source, "-o", str(out), "--resume", "-q", *options)
-    start, peak = time.perf_counter(), 0
+    start, used = time.perf_counter(), Used()
     with tempfile.TemporaryFile("w+") as errors:
         process = subprocess.Popen(
             arguments, env=os.environ | ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=errors, text=True
         )
         while process.poll() is None:
-            peak = max(peak, anonymous(process))
+            used = used.now(process, start)
             if kill_at is not None and len(list(work.glob("block-*.safetensors"))) >= kill_at:
                 process.send_signal(signal.SIGKILL)
             time.sleep(0.01)
         expected = 0 if kill_at is None else -signal.SIGKILL
         errors.seek(0)
         check(process.returncode == expected, f"ended with {process.returncode}: {errors.read()[-2000:]}")
-    return peak, time.perf_counter() - start
+    return used
 
 
 def content(folder: Path) -> dict[str, str]:
@@ -96,21 +105,20 @@ def content(folder: Path) -> dict[str, str]:
     return found | {"dsa_config.json": json.dumps(described, sort_keys=True)}
 
 
-def planned(source: Path, options: list[str]) -> dict[str, int]:
-    """Bytes that `optimum-cli dsa plan` tells of the run: in all, and of the libraries."""
+def planned(source: Path, options: list[str]) -> int:
+    """Bytes of memory that `optimum-cli dsa plan` tells of the run, the whole process."""
     arguments = command("plan", source, "--no-run", "--json", *options)
     done = subprocess.run(arguments, capture_output=True, text=True, env=os.environ | ENVIRONMENT)
     check(done.returncode == 0, done.stderr[-2000:])
-    memory = json.loads(done.stdout)["memory"]
-    return {"total": memory["total"], "libraries": memory["parts"].get("libraries", 0)}
+    return json.loads(done.stdout)["memory"]["total"]
 
 
-def measure(source: Path, folder: Path, layers: int, name: str) -> dict[str, float]:
-    """One method: undisturbed, killed twice and resumed; bytes and seconds."""
+def measure(source: Path, folder: Path, layers: int, name: str) -> int:
+    """One method: undisturbed, killed twice and resumed; says what was measured. The most anonymous bytes."""
     options = [*METHODS[name], "--dataset", str(source.with_name("tokens.jsonl"))]
     out = folder / "out"
     plan = planned(source, options)
-    peak, seconds = pruned(source, out, options)
+    alone = pruned(source, out, options)
     verify(source, out, updated="sparsegpt" in name)
     whole = content(out)
     shutil.rmtree(out)
@@ -118,15 +126,11 @@ def measure(source: Path, folder: Path, layers: int, name: str) -> dict[str, flo
     runs.append(pruned(source, out, options))
     check(content(out) == whole, f"{name}: the result of the run that was killed is another.")
     shutil.rmtree(out)
-    peaks = [peak, *(one for one, _ in runs)]
-    return {
-        "planned": plan["total"],
-        "planned without libraries": plan["total"] - plan["libraries"],
-        "peak": max(peaks),
-        "peak undisturbed": peak,
-        "seconds": seconds,
-        "seconds in three": sum(took for _, took in runs),
-    }
+    most = Used(*(max(values) for values in zip(alone, *runs)))
+    took = f"{alone.seconds:.0f} s, {sum(run.seconds for run in runs):.0f} s in three"
+    memory = f"anonymous {most.anonymous / 1e9:.2f} GB, resident {most.resident / 1e9:.2f} GB"
+    print(f"{name}: the same bytes; {memory}, planned {plan / 1e9:.2f} GB; {took}", flush=True)
+    return most.anonymous
 
 
 def write_tokens(path: Path) -> None:
@@ -154,13 +158,8 @@ def main() -> None:
             f"checkpoint {size / 1e9:.2f} GB, limit {args.limit:.2f} GB, {torch.get_num_threads()} threads", flush=True
         )
         for name in METHODS:
-            found = measure(source, Path(folder), args.layers, name)
-            said = ", ".join(
-                f"{what} {value:.0f} s" if "seconds" in what else f"{what} {value / 1e9:.2f} GB"
-                for what, value in found.items()
-            )
-            print(f"{name}: the same bytes; {said}", flush=True)
-            check(found["peak"] <= args.limit * 1e9, f"{name}: {found['peak']:,} bytes of anonymous memory.")
+            used = measure(source, Path(folder), args.layers, name)
+            check(used <= args.limit * 1e9, f"{name}: {used:,} bytes of anonymous memory.")
         check(digests(source) == before, "The original checkpoint was changed.")
 
 

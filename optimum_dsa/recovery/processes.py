@@ -8,13 +8,15 @@ import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from accelerate.utils import broadcast_object_list
 from torch import nn
 from transformers import TrainerCallback
 
 from ..common.devices import own_device, process_state, use_cpu
+from ..model.adapters import inner_model
+from ..model.architecture import find_architecture
 from ..model.sharded import copy_into
 from .configuration import RecoveryConfig
 
@@ -118,6 +120,37 @@ def check_divided(config: RecoveryConfig, windows: int | None = None) -> None:
             f"There are {windows} windows to train on and {config.batch_size} in a batch, which {number} processes "
             "divide; give more text, or a smaller batch_size."
         )
+
+
+def check_ties(model: nn.Module) -> None:
+    """Raise `ValueError` for a parameter with several places that FSDP cannot put into one group.
+
+    Those of the embedding and the head accelerate puts together; other ties, as of an encoder and a decoder, it parts.
+    """
+    ends = [end for end in (model.get_input_embeddings(), model.get_output_embeddings()) if end is not None]
+    places: dict[int, list[str]] = {}
+    for path, module in model.named_modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            if not any(module is end for end in ends):
+                places.setdefault(id(parameter), []).append(f"{path}.{name}".lstrip("."))
+    known = {id(parameter) for end in ends for parameter in end.parameters()}
+    for parameter, names in places.items():
+        if len(names) + (parameter in known) > 1:
+            raise ValueError(
+                f"{names[0]} is tied to another parameter than the embedding to its head, which FSDP cannot divide; "
+                "leave sharding out: each process holds the whole model then."
+            )
+
+
+def fsdp_settings(model: nn.Module) -> dict[str, Any]:
+    """What transformers is to know of FSDP for `model`: that blocks are what is sharded, and brought together.
+
+    By itself it takes what the model says not to split over devices, embeddings among them, which it ties later.
+    """
+    inner = inner_model(model)
+    blocks = (block for stack in find_architecture(inner, skip_unprunable=True).stacks for block in stack.blocks)
+    kinds = dict.fromkeys(type(inner.get_submodule(block.name)).__name__ for block in blocks)
+    return {"version": 2, "transformer_layer_cls_to_wrap": list(kinds)}
 
 
 class SetAside(TrainerCallback):

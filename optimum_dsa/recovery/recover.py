@@ -31,8 +31,10 @@ from .processes import (
     SetAside,
     begin_together,
     check_divided,
+    check_ties,
     environment_kept,
     from_first,
+    fsdp_settings,
     processes,
     shared_folder,
     wait_for_all,
@@ -173,6 +175,8 @@ def _check(
         )
     refuse_launched()
     check_divided(config)
+    if config.sharding == "fsdp":
+        check_ties(model)
     if (resume or config.save_steps) and checkpoints is None:
         raise ValueError("Resuming needs a folder of checkpoints; name one.")
     if checkpoints is not None and not resume and (left := sorted(Path(checkpoints).glob("checkpoint-*"))):
@@ -237,7 +241,7 @@ def make_trainer(
         label_names=["labels"],
         report_to="none",
         use_cpu=next(trained.parameters()).device.type == "cpu",
-        **({"fsdp": True, "fsdp_config": {"version": 2}} if sharded else {}),
+        **({"fsdp": True, "fsdp_config": fsdp_settings(trained)} if sharded else {}),
     )
     if sharded:
         shard_on_cpu()

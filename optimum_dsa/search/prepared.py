@@ -99,10 +99,11 @@ def _metrics(config: DSAConfig, strategy: str, asked: str | None) -> str:
     return "metrics"
 
 
-def metrics_for(model: nn.Module, config: DSAConfig) -> MetricSpace:
-    """The metrics that a search may try on `model`: without gradients where these cannot be had."""
+def metrics_for(model: nn.Module, config: DSAConfig, strategy: str) -> MetricSpace:
+    """The metrics that a strategy may try on `model`: without gradients where these cannot be had."""
+    leaves = STRATEGIES.fact(strategy, "leaves", tuple(LEAVES))
     without = is_offloaded(model) or config.permute is not None
-    return MetricSpace(tuple(n for n in LEAVES if not (without and LEAVES.fact(n, "reads") == "gradients")))
+    return MetricSpace(tuple(n for n in leaves if not (without and LEAVES.fact(n, "reads") == "gradients")))
 
 
 @singledispatch

@@ -14,7 +14,7 @@ from optimum_dsa import DSAPruner, RecoveryConfig, RunningStatistics, demo_model
 from optimum_dsa.commands.embedded import demo_texts
 from optimum_dsa.recovery.adapters.modes import MODES
 from optimum_dsa.recovery.gradual.sharding import refuse_launched
-from optimum_dsa.recovery.processes import check_divided, environment_kept, from_first
+from optimum_dsa.recovery.processes import check_divided, check_ties, environment_kept, from_first, fsdp_settings
 from optimum_dsa.recovery.recoveries import RECOVERIES
 
 from . import in_two
@@ -126,6 +126,14 @@ def test_engines_of_accelerates_own_configuration_are_refused(monkeypatch, name,
     monkeypatch.setenv(f"ACCELERATE_USE_{name}", "true")
     with pytest.raises(ValueError, match=said):
         DSAPruner.from_pretrained(sparse_llama()).recover(regular(), RecoveryConfig())
+
+
+def test_what_is_sharded_is_a_block_and_ties_that_would_be_parted_are_refused(tiny):
+    check_ties(in_two.tiny_llama(tie_word_embeddings=True))
+    assert fsdp_settings(tiny("t5"))["transformer_layer_cls_to_wrap"] == ["T5Block"]
+    for family, name in (("bert", "cls.predictions.bias"), ("t5", "encoder.embed_tokens.weight")):
+        with pytest.raises(ValueError, match=f"{name} is tied to another parameter than the embedding to its head"):
+            check_ties(tiny(family))
 
 
 def test_the_environment_is_left_as_it_was(monkeypatch):

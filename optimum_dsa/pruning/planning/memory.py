@@ -5,7 +5,8 @@ against the measured peak of a process by a test.
 
 What is freed within one step of the work is added up, and not its largest taken: a C library keeps what is freed for
 the next request, and a process does not shrink in between. Collecting statistics and solving matrices with them are
-two steps: what the first has freed is what the second is given.
+two steps: what the first has freed is what the second is given. Of matrices that are so large that they are given back
+at once, factoring is a step of its own, and the statistics of inputs before the widest are gone.
 """
 
 from __future__ import annotations
@@ -31,9 +32,16 @@ FLOAT = 4  # bytes of a number in statistics, scores and updates
 WORKING = {"none": (2.5, 0), "sparsegpt": (2.5, 0), "admm": (6, 2), "refit": (6, 1), "swap": (5, 1)}
 OTHER = (6, 2)  # of an update that somebody has added
 
+# Likewise of `on_grid`, after the update: the pruned weight, its numbers as they are found and as floats. With
+# feedback the transposed copy; then in `settled` what the grid stands for, twice, its scales, slopes, what they are
+# made from, and numbers; H.
+GRID, FEEDBACK = (2.5, 0), (6, 1)
+
 # Update -> what `LayerStatistics` computes of an input and keeps until its matrices are pruned, and how many more of
 # X·Xᵀ's size it takes meanwhile. `inverse_factor`: two matrices beside the factor. `spectrum`: H, and LAPACK's two.
 KEPT = {"sparsegpt": ("factor", 2), "admm": ("spectrum", 3)}
+
+RETURNED = 2**25  # bytes: glibc keeps what is smaller for the next request
 
 SOLVING = ("factors", "matrix at work")  # parts of memory that are there while a matrix is pruned
 
@@ -78,7 +86,7 @@ def phases(
         found["allocating"] = found["loading"] | _allocating(shape, config, text)
     parts = found["loading"] | _pruning(shape, config, text)
     found["collecting"] = {part: size for part, size in parts.items() if part not in SOLVING}
-    found["solving"] = {part: size for part, size in parts.items() if part != "one batch"}
+    found |= _solving(shape, config, {part: size for part, size in parts.items() if part != "one batch"})
     if config.reconstruct.steps:
         found["training blocks"] = found["loading"] | _training(shape, config, text)
     if config.reconstruct.distill:
@@ -174,7 +182,7 @@ def _pruning(shape: ModelShape, config: DSAConfig, text: Text) -> dict[str, floa
         parts["one batch"] += 8 * text.tokens_at_once * block.hidden * shape.itemsize
     if "gram" in reads:
         parts["factors"] = _factors(config, block)
-    parts["matrix at work"] = _working(update, block, cross)
+    parts["matrix at work"] = max(_working(update, block, cross), _on_grid(config, block))
     return parts
 
 
@@ -191,6 +199,20 @@ def _gradients(shape: ModelShape, reads: Reads, text: Text) -> dict[str, float]:
         "gradients": FLOAT * sum(block.size for block in blocks) + largest * (shape.itemsize + FLOAT),
         "backward pass": computed + logits,
     }
+
+
+def _solving(shape: ModelShape, config: DSAConfig, parts: dict[str, float]) -> dict[str, dict[str, float]]:
+    """The steps in which matrices are pruned, of `parts`, at the input that takes most, the widest."""
+    block = _largest(shape)
+    matrix = FLOAT * block.widest**2
+    if "factors" not in parts or matrix <= RETURNED:
+        return {"solving": parts}
+    widest = max(range(len(block.inputs)), key=lambda number: block.inputs[number].columns)
+    reads = config.resolved.reads
+    left = _statistics(replace(block, inputs=block.inputs[widest:]), True, "cross_gram" in reads, "residual" in reads)
+    parts = parts | {"statistics": min(left, parts["statistics"])}
+    factoring = {part: size for part, size in parts.items() if part != "matrix at work"}
+    return {"factoring": factoring, "solving": parts | {"factors": len(_derived(config)) * matrix}}
 
 
 def _training(shape: ModelShape, config: DSAConfig, text: Text) -> dict[str, float]:
@@ -278,15 +300,20 @@ def _is_added(group: InputShape, block: BlockShape) -> bool:
 
 def _factors(config: DSAConfig, block: BlockShape) -> int:
     """What is computed of X·Xᵀ of one input, the widest, kept until its matrices are pruned, and takes meanwhile."""
-    resolved = config.resolved
-    kept, more = KEPT.get(config.recipe.update, (None, 0))
-    # The metric `obs`, where it is asked, and `dense_target` use the factor as well.
-    wanted = {kept} | ({"factor"} if "cross_gram" in resolved.reads else set())
+    wanted = _derived(config)
+    more = max(KEPT.get(config.recipe.update, (None, 0))[1], 2 if wanted else 0)
+    return (len(wanted) + more) * block.widest**2 * FLOAT
+
+
+def _derived(config: DSAConfig) -> set[str]:
+    """What is computed of X·Xᵀ and kept until its matrices are pruned."""
+    resolved, kept = config.resolved, KEPT.get(config.recipe.update, (None, 0))[0]
+    # The metric `obs`, where it is asked, `dense_target` and errors that are fed back use the factor as well.
+    feeds = config.values.name is not None and config.values.feedback
+    wanted = {kept} | ({"factor"} if "cross_gram" in resolved.reads or feeds else set())
     if not resolved.chooses and "gram" in resolved.metric_reads:
         wanted.add("factor")
-    wanted.discard(None)
-    more = max(more, 2 if wanted else 0)
-    return (len(wanted) + more) * block.widest**2 * FLOAT
+    return wanted - {None}
 
 
 def _working(update: str, block: BlockShape, cross: bool) -> float:
@@ -294,6 +321,15 @@ def _working(update: str, block: BlockShape, cross: bool) -> float:
     of_weight, of_gram = WORKING.get(update, OTHER if UPDATES.fact(update, "reads", "nothing") == "gram" else (2.5, 0))
     largest = max((rows * columns for rows, columns in block.weights), default=0)
     return (largest * (of_weight + (2 if cross else 0)) + of_gram * block.widest**2) * FLOAT
+
+
+def _on_grid(config: DSAConfig, block: BlockShape) -> float:
+    """`ResolvedMethod.on_grid` of the largest matrix of a block."""
+    if config.values.name is None:
+        return 0
+    of_weight, of_gram = FEEDBACK if config.values.feedback else GRID
+    largest = max((rows * columns for rows, columns in block.weights), default=0)
+    return (largest * of_weight + of_gram * block.widest**2) * FLOAT
 
 
 def in_dtype(shape: ModelShape, itemsize: int) -> ModelShape:

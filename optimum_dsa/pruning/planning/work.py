@@ -30,6 +30,10 @@ WINDOWS = 2  # that a block is timed on
 # `admm` takes some 60 steps, and a new inverse at every third.
 OPERATIONS = {"none": (0, 0), "sparsegpt": (4, 6), "admm": (160, 120), "refit": (64, 0), "swap": (64, 0)}
 TARGET = (4, 6)  # `dense_target`: two products, and the factor
+# Of `on_grid`, operations' worth of time for each weight: finding scales; and where errors are fed back, column by
+# column, for each weight beside them, for a matrix as a multiple of rows · columns², and for an input of columns³.
+GRID = {"absmax": 700, "mse": 13_000}
+FEEDBACK = (5_000, 25, 6)
 SCORES = 400  # operations' worth of time that a weight's score and its place in an order take
 
 
@@ -189,7 +193,13 @@ def _of_block(
         # Forward, and back at twice the cost.
         passes += 3 * ("gradients" in reads) + 3 * collecting * ("regional" in reads)
     sums = ("gram" in resolved.allocation_reads) + ("gram" in reads) + ("cross_gram" in reads)
-    scored = block.size * SCORES * ((not resolved.chooses) + bool(config.allocator and resolved.allocation_reads))
+    each, feeds = _of_grid(config)
+    of_matrix = of_matrix + feeds[0]
+    # The factor of sparsegpt and of dense targets is kept, and serves once more.
+    of_input = of_input + (feeds[1] if config.recipe.update != "sparsegpt" and "cross_gram" not in reads else 0)
+    scored = each * block.size + block.size * SCORES * (
+        (not resolved.chooses) + bool(config.allocator and resolved.allocation_reads)
+    )
     if config.reconstruct.steps:
         # A step runs forward and back, at twice the cost; the windows held out are looked at all along.
         trained = config.reconstruct.steps * step_size(text.samples) / text.samples
@@ -200,6 +210,15 @@ def _of_block(
         + of_input * sum(group.columns**3 for group in block.inputs)
         + scored
     )
+
+
+def _of_grid(config: DSAConfig) -> tuple[float, tuple[float, float]]:
+    """Operations of `on_grid`: for each weight; and for a matrix and an input, as those of an update are counted."""
+    values = config.values
+    if values.name is None:
+        return 0.0, (0.0, 0.0)
+    each = GRID.get(values.scales, GRID["mse"])
+    return (each + FEEDBACK[0], FEEDBACK[1:]) if values.feedback else (each, (0.0, 0.0))
 
 
 def speed(device: str, dtype: torch.dtype) -> float:
