@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,9 @@ import torch
 from safetensors.torch import save_file
 
 from optimum_dsa.packed import loading
+from optimum_dsa.pruning.finished import FinishedBlocks
 
+from .test_commands import run
 from .tiny import tiny_llama, tokens
 
 
@@ -54,7 +57,7 @@ def test_the_frontier_prunes_with_what_its_search_finds(monkeypatch, tmp_path):
     module.main()
     row = json.loads(rows.read_text().splitlines()[-1])["row"]
     assert row["sparsity"] == pytest.approx(0.7, abs=1e-3) and row["reconstruction"]
-    (found,) = tmp_path.glob("rows.jsonl.search-curves-2k-tokens-0-7/allocation.json")
+    (found,) = tmp_path.glob("rows.jsonl.search-curves-2k-tokens-0-7-alps/allocation.json")
     assert json.loads(found.read_text()) == row["allocation"] and row["allocation"]["granularity"] == "matrix"
 
 
@@ -175,3 +178,38 @@ def test_a_model_in_types_of_llama_cpp_stands_beside_pruned_ones(monkeypatch, ca
     assert all(row["tokens/s"] > 0 and row["test"] > 1 for row in rows)
     # of 256 columns no matrix of this model has a multiple, and Q4_0 takes 4.5 bits
     assert [row["bytes"] for row in rows] == [0.281, 0.563] and rows[0]["fallback"] == "70 of 70"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="RssAnon is Linux's to say")
+def test_what_is_pruned_block_by_block_is_killed_and_goes_on_to_the_same_bytes(monkeypatch, capsys, tmp_path):
+    """The first kill is one; what else are processes of their own runs here, and is cut where they would be killed."""
+    module, real = script("block_by_block"), FinishedBlocks.add
+    own, runs = module.pruned, []
+
+    def here(source, out, options, kill_at=None):
+        runs.append(kill_at)
+        if kill_at == 1:
+            used = own(source, out, options, kill_at)
+            assert used.resident > used.anonymous > 10**7 and used.seconds > 0
+            return used
+
+        def add(self, number, *others):
+            if number == kill_at:
+                raise KeyboardInterrupt
+            real(self, number, *others)
+
+        monkeypatch.setattr(FinishedBlocks, "add", add)
+        arguments = module.command("prune", source, "-o", str(out), "--resume", "-q", *options)
+        assert run(monkeypatch, capsys, *arguments[4:])[0] == (0 if kill_at is None else 130)
+        return module.Used(10**9, 2 * 10**9, 1.0)
+
+    monkeypatch.setattr(module, "pruned", here)
+    monkeypatch.setattr(module, "planned", lambda *_: 3 * 10**9)
+    monkeypatch.delitem(module.METHODS, "wanda 2:4")
+    sizes = ["--hidden", "128", "--layers", "3", "--shard", "1", "--folder", str(tmp_path)]
+    monkeypatch.setattr("sys.argv", ["block_by_block.py", *sizes])
+    module.main()
+    output = capsys.readouterr().out
+    assert runs == [None, 1, 2, None] and not any(tmp_path.iterdir())
+    said = "sparsegpt 50 %: the same bytes; anonymous 1.00 GB, resident 2.00 GB, planned 3.00 GB; 1 s, "
+    assert said in output

@@ -164,6 +164,10 @@ def test_a_disk_with_room_for_the_result_alone_keeps_no_blocks(command, tmp_path
     code, _, errors = run(monkeypatch, capsys, *command, "-o", str(tmp_path / "out"))
     assert code == 0 and not asked, errors
     assert "none for finished blocks beside it: this run cannot be resumed. --checkpoints FOLDER" in caplog.text
+    # Of a model on the disk they are the result's shards.
+    disk = ["--device-map", "disk", "-o", str(tmp_path / "from disk")]
+    code, _, errors = run(monkeypatch, capsys, *command, *disk)
+    assert code == 0 and len(asked) == 10, errors
 
 
 def test_none_are_kept_where_none_are_wanted(command, tmp_path, monkeypatch, capsys):

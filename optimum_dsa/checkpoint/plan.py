@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import shutil
+import tempfile
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,19 +12,21 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..common.machine import disk_available, memory_available, own_memory
+from ..common.machine import disk_available, memory_available, own_memory, shown_bytes
 from ..pruning.allocate import architecture_for
 from ..pruning.configuration import DSAConfig
 from ..pruning.planning.plan import Plan, plan_for
 from ..pruning.planning.shape import ModelShape, shape_of
 from ..pruning.planning.tried import distilled_tokens, forward_operations, time_of
-from ..pruning.planning.work import operations, speed, time_block
+from ..pruning.planning.work import WINDOWS, operations, speed, time_block
 from .skeleton import open_skeleton, sample_model
 
 
 logger = logging.getLogger(__name__)
 
 WORD = 1000  # bytes of memory for a word of a tokenizer: 48 MB were measured for 49,152
+RANDOM = 1e8  # numbers that a processor makes in a second, for weights of a block that is timed
+LONGEST, LONGEST_ALONE = 60, 5  # seconds that timing a block may take, beside weights that are there, and without
 
 
 def plan(
@@ -33,25 +37,40 @@ def plan(
     device_map: Any = None,
     output: str | Path = ".",
     run_block: bool = True,
+    ranks: int = 1,
+    devices: int = 1,
+    device_memory: int | None = None,
     **options,
 ) -> Plan:
     """What pruning the model at a path or Hub id by `config` will need; its weights are not read.
 
-    Memory is arithmetic on sizes. Time is that of one block of the model's sizes, with random weights, pruned on one
-    or two windows; the rest is extrapolated.
+    `path` may be a `config.json` alone, or a folder with nothing else in it. Memory is arithmetic on sizes. Time is
+    that of one block of the model's sizes, with random weights, pruned on one or two windows, and extrapolated.
 
     Args:
         dtype (`str`, defaults to `"auto"`): as for [`DSAPruner.from_pretrained`].
         device_map (`Any`, *optional*): as for it.
         output (`str`, defaults to the working folder): where the result will go.
         run_block (`bool`, defaults to `True`): whether a block is run; otherwise time is arithmetic, too: a product is
-            timed, and operations are counted.
+            timed, and operations are counted. So it is where a block takes too long here to be run.
+        ranks (`int`, defaults to 1): processes that the calibration text is divided over; on a CPU they share memory.
+        devices (`int`, defaults to 1): GPUs that each of them spreads the model over.
+        device_memory (`int`, *optional*): bytes of each device, where they are not those of this machine: nothing here
+            is counted, and no time is told.
         options (`dict`): of `from_pretrained`; those that say where the checkpoint is are used (`revision`, ...).
 
     Raises:
         ValueError: the checkpoint cannot be a model's, or the config does not fit it.
         OSError: there is no checkpoint.
     """
+    if ranks < 1 or devices < 1:
+        raise ValueError(f"ranks and devices are whole numbers of at least 1; got {ranks} and {devices}.")
+    if Path(path).is_file():
+        with tempfile.TemporaryDirectory() as folder:
+            shutil.copyfile(path, Path(folder, "config.json"))
+            spread = {"ranks": ranks, "devices": devices, "device_memory": device_memory}
+            asked = {"dtype": dtype, "device_map": device_map, "output": output, "run_block": run_block}
+            return plan(folder, config, **asked, **spread, **options)
     model, dtype = open_skeleton(path, dtype, **options)
     architecture = architecture_for(model, config)
     shape = shape_of(model, architecture, dtype)
@@ -59,32 +78,59 @@ def plan(
     libraries = own_memory() + _tokenizer(path, model)
     device, offloaded = _place(device_map)
     config.reconstruct.check_place(offloaded)
-    on_cpu = torch.device(device).type == "cpu"
-    asked: dict[str, Any] = {
-        "device": device,
-        "offloaded": offloaded,
-        "libraries": libraries if on_cpu else 0,
-        "available": memory_available(device) + (own_memory() if on_cpu else 0),
-        "disk_available": disk_available(output),
-    }
+    here = _elsewhere(device_memory) if device_memory is not None else _here(device, ranks, output, libraries)
+    asked: dict[str, Any] = {"offloaded": offloaded, "ranks": ranks, "devices": devices, **here}
     found = plan_for(shape, config, **asked)
     if device_map == "auto" and not found.memory_fits and config.reconstruct.is_by_block:
         found = plan_for(shape, config, **asked | {"offloaded": True})
+    if device_memory is not None:
+        return found
     needed = found.total - found.phases["loading"]["weights"]
     seconds = None
     own, single = speed(device, dtype), speed(device, torch.float32)
     judged = forward_operations(shape, found.tries.tokens) / own if found.tries else 0.0
     whole = forward_operations(shape, distilled_tokens(config, found.text.samples, found.text.length)) / own
-    if run_block and needed <= found.available:
+    trial = _trial(shape, config, found, own, single)
+    if run_block and needed <= found.available and trial <= (LONGEST if _has_weights(path) else LONGEST_ALONE):
         seconds = _run(path, config, found, shape, dtype, options, judged)
     if seconds is not None:
-        return replace(found, seconds=seconds + whole, timed=True)
+        return replace(found, seconds=_divided(seconds, shape, ranks) + whole, timed=True)
 
     def counted(config: DSAConfig) -> float:
         forward, rest = operations(shape, config, found.text)
         return forward / own + rest / single
 
-    return replace(found, seconds=time_of(config, found.tries, counted, judged) + whole)
+    seconds = time_of(config, found.tries, counted, judged)
+    return replace(found, seconds=_divided(seconds, shape, ranks) + whole)
+
+
+def _divided(seconds: float, shape: ModelShape, ranks: int) -> float:
+    """What so many processes take: samples and matrices are divided, and of both a block has so many."""
+    return seconds / min(ranks, max(len(block.weights) for block in shape.blocks))
+
+
+def _here(device: str, ranks: int, output: str | Path, libraries: int) -> dict[str, Any]:
+    """What `plan_for` is to know of this machine, on which so many processes run, each with its `libraries`."""
+    on_cpu = torch.device(device).type == "cpu"
+    available = memory_available(device) // ranks + own_memory() if on_cpu else memory_available(device)
+    found = {"libraries": libraries if on_cpu else 0, "disk_available": disk_available(output)}
+    return {"device": device, "available": available, **found}
+
+
+def _elsewhere(memory: int) -> dict[str, Any]:
+    """The same of a device that is not here, of which that alone is known."""
+    return {"device": f"a device of {shown_bytes(memory)}", "available": memory}
+
+
+def _has_weights(path: str | Path) -> bool:
+    return any(Path(path).glob("*.safetensors"))
+
+
+def _trial(shape: ModelShape, config: DSAConfig, found: Plan, own: float, single: float) -> float:
+    """Seconds that `_run` would take, by arithmetic: two blocks are made, and pruned on as many windows."""
+    two = replace(shape, blocks=shape.blocks[:2])
+    forward, rest = operations(two, config, replace(found.text, samples=min(WINDOWS, found.text.samples)))
+    return forward / own + rest / single + sum(block.parameters for block in two.blocks) / RANDOM
 
 
 def _tokenizer(path: str | Path, model: nn.Module) -> int:

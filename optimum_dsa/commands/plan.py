@@ -19,17 +19,28 @@ model's config.json, and the time from one block of such sizes, with random weig
   optimum-cli dsa plan Qwen/Qwen3-0.6B --sparsity 0.6 --quality good
   optimum-cli dsa plan ./model -s 0.7 --method sparsegpt --num-samples 64 --no-run
   optimum-cli dsa plan ./model -s 0.7 --quality best --device-map disk --json
+  optimum-cli dsa plan config.json -s 0.5 --method sparsegpt --ranks 8 --device-memory 80GB
 """
 
     @staticmethod
     def parse_args(parser):
         PlanCommand.describe(parser, "plan")
-        parser.add_argument("model", help="folder or Hub id of the model; its config.json is enough")
+        parser.add_argument("model", help="folder or Hub id of the model; its config.json is enough, also alone")
         parser.add_argument(
             "-o", "--output", default=".", help="where the result will go (default: the working folder)"
         )
         parser.add_argument(
             "--no-run", action="store_true", help="run no block: the time is arithmetic, too, and known at once"
+        )
+        spread = parser.add_argument_group("where it will run")
+        spread.add_argument(
+            "--ranks", type=int, default=1, help="processes that share the calibration text (default: 1)"
+        )
+        spread.add_argument(
+            "--devices", type=int, default=1, help="GPUs that each of them spreads the model over (default: 1)"
+        )
+        spread.add_argument(
+            "--device-memory", help="memory of a device that is not here, such as 80GB; then no time is told"
         )
         what = parser.add_argument_group("what to remove")
         add_quality_option(what)
@@ -39,9 +50,14 @@ model's config.json, and the time from one block of such sizes, with random weig
 
     def execute(self) -> dict:
         from ..checkpoint.plan import plan
+        from ..common.machine import bytes_in
 
         args = self.args
         config = asked_config(args)
-        found = plan(args.model, config, output=args.output, run_block=not args.no_run, **loading_options(args))
+        spread = {"ranks": args.ranks, "devices": args.devices}
+        if args.device_memory is not None:
+            spread["device_memory"] = bytes_in(args.device_memory)
+        asked = {"output": args.output, "run_block": not args.no_run, **spread, **loading_options(args)}
+        found = plan(args.model, config, **asked)
         say(str(found))
         return {"model": args.model, **found.to_dict()}

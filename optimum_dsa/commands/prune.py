@@ -202,9 +202,11 @@ Both compose: cut structures first, and prune the weights of what is left then.
         # Both at once at the end; of an offloaded model the blocks are the result's shards, if its size is not given.
         # What a run left is there already, and counts as used.
         left = sum(file.stat().st_size for file in self._checkpoints.glob("block-*"))
-        shards = offloaded and self.args.max_shard_size is None
-        blocks = max(size - left, 0) if self._checkpoints.is_relative_to(output.work) else 0
-        size, blocks = (max(size - left, 0), 0) if shards else (size, blocks)
+        inside = self._checkpoints.is_relative_to(output.work)
+        if inside and offloaded and self.args.max_shard_size is None:
+            output.require(max(size - left, 0))
+            return
+        blocks = max(size - left, 0) if inside else 0
         output.require(size + blocks if self.args.resume else size)
         if size + blocks > output.free:
             logger.warning(

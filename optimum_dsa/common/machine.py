@@ -6,6 +6,7 @@ import ctypes
 import gc
 import os
 import platform
+import re
 import shutil
 from bisect import bisect_right
 from collections.abc import Iterable
@@ -111,6 +112,18 @@ def shown_bytes(number: float) -> str:
             return f"{number:.0f} {unit}" if number >= 99.5 or unit == "B" else f"{number:.3g} {unit}"
         number /= 1000
     return f"{number:.3g} TB"
+
+
+def bytes_in(text: str) -> int:
+    """Bytes that a text such as "80GB" names, in powers of 1000 as [`shown_bytes`] has them.
+
+    Raises:
+        ValueError: it is none.
+    """
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)B\s*", text, re.IGNORECASE)
+    if found is None or not float(found[1]):
+        raise ValueError(f"A size is a number with KB, MB, GB or TB behind it, such as 80GB; got {text!r}.")
+    return int(float(found[1]) * 1000 ** " KMGT".index(found[2].upper() or " "))
 
 
 def shown_seconds(seconds: float) -> str:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from .activations import Held
-from .architecture import Architecture, Block, Stack, UnprunableError, Weight
+from .architecture import Architecture, Block, Stack, Weight
 from .calls import BlockCalls, capture_calls, check_calls, explained, run_behind
 from .dense import AsDense, DenseInputs, DenseStream, Replay
 from .gradients import Gradients, check_gradients_can_be_had, collect_gradients, one_by_one
@@ -28,7 +28,7 @@ from .offload import resident
 from .padding import is_whole, real_tokens, without_padding
 from .residual import watching_additions
 from .statistics import CollectedStatistics, LayerStatistics
-from .walked import WalkedBlock
+from .walked import WalkedBlock, checked
 
 
 # What a walk can collect of each weight's input: "inputs" (Σ x²), "mean" (Σ x as well), "gram" (X·Xᵀ as well),
@@ -264,17 +264,16 @@ def _walk_block(
     Of a `finished` block nothing is collected, with `sample` the first batch: it tells groups and their order.
     """
     module, shown = model.get_submodule(block.name), _Shown()
+    run_sample = partial(_run_sample, module, calls, index)
 
     def collect(weights: Sequence[Weight], move_on: bool = False) -> dict[str, LayerStatistics]:
         """Statistics of what `weights` multiply in the block as it is now; `move_on` replaces what goes into it."""
         part, observer, names = replace(block, weights=tuple(weights)), watch(), {weight.name for weight in weights}
-        # Before anything moves on: they are of what goes into the block.
         regional = gradients.of_block(model, part, lambda: (calls.run(module, index, n) for n in calls.seen))
-        shape = calls.hidden[0].shape[1:]
         for number in calls.seen:
             hidden = calls.hidden[number]  # once: they may be on a disk
             # What comes behind the last weight that is watched need not run; a block may cut longer inputs in parts.
-            alike = hidden.shape[1:] == shape
+            alike = hidden.shape[1:] == calls.sample.hidden[0].shape[1:]
             stops = alike and shown.alone.issuperset(names)
             ends = stops and shown.last in names
             awaited = Awaited(names, shown.added) if stops else None
@@ -287,13 +286,13 @@ def _walk_block(
             observer.add_residual(before, beside.before)
             if move_on:
                 calls.hidden[number] = output
-        return gradients.beside(_checked(part, observer), regional)
+        return gradients.beside(checked(part, observer), regional)
 
     def first_batch() -> dict[str, LayerStatistics]:
         observer = Observer(gram=False)
         observer.start_batch(calls.samples[0], real[0])
-        stream = _watching_additions(model, block, hidden := calls.hidden[0], dense)
-        with observing(model, block, observer), stream as before:
+        hidden = calls.hidden[0]
+        with observing(model, block, observer), _watching_additions(model, block, hidden, dense) as before:
             calls.run(module, index, 0, hidden)
         shown.note(block, observer, before)
         return observer.finish(block)
@@ -302,7 +301,7 @@ def _walk_block(
         """No statistics; what the block is given moves on as in `collect`, and in the same way, to the last bit."""
         if last:
             return {}
-        run()  # later blocks may read what it leaves in their arguments
+        run_sample()  # later blocks may read what it leaves in their arguments
         for number in calls.seen:
             if dense and not sample:
                 dense.inputs(model, block, module, index, number)
@@ -311,7 +310,6 @@ def _walk_block(
                     calls.hidden[number] = calls.run(module, index, number)
         return {}
 
-    run = partial(_left_behind, calls, module, index)
     found = pass_by if finished else first_batch if sample else partial(collect, block.weights, not sequential)
     with resident(model, [block.name]) as changes, dense.at(module, index, sample, last) if dense else nullcontext():
         again = collect if sequential and not finished else None  # otherwise what went into the block is gone
@@ -319,15 +317,15 @@ def _walk_block(
         replay = Replay(module, index, calls, dense) if replays else None
         rewritten = partial(dense.take, module, index) if dense else lambda: None
         # The statistics have no name here: they are freed as soon as whoever is given them lets go of them.
-        yield WalkedBlock(block, found(), model, changes, again, replay, run, rewritten, sampled=sample)
+        yield WalkedBlock(block, found(), model, changes, again, replay, run_sample, rewritten, sampled=sample)
         # Still inside `resident`: the changed weights are here, and need not be written and read back first.
         if sequential and not last:
             for number in range(len(calls)):
                 calls.hidden[number] = calls.run(module, index, number)
 
 
-def _left_behind(calls: BlockCalls, module: nn.Module, index: int) -> list[Tensor]:
-    """All that a block as it is now leaves behind on one sample."""
+def _run_sample(module: nn.Module, calls: BlockCalls, index: int) -> list[Tensor]:
+    """All that the block, number `index`, as it is now leaves behind on one sample."""
     calls.sample.hidden[0] = calls.hidden[0][: calls.sample.samples[0]].clone()
     return calls.sample.everything_of(module, index, 0)
 
@@ -363,38 +361,9 @@ def _walk_head(
             observer.start_batch(calls.samples[number], real[number], beside, tokens)
             with observing(model, head, observer):
                 run_behind(model, stack, calls, batch, number)
-        found = {} if finished else gradients.beside(_checked(head, observer))
+        found = {} if finished else gradients.beside(checked(head, observer))
         yield WalkedBlock(head, found, model, changes)
 
 
 def _modules(block: Block) -> list[str]:
     return list(dict.fromkeys(weight.module for weight in block.weights))
-
-
-def _checked(block: Block, observer: Observer) -> dict[str, LayerStatistics]:
-    """The block's statistics, finite and, where experts are watched, really seen."""
-    # All experts of a parameter together: that no token reached one of them is nothing unusual.
-    fused: dict[str, int] = {}
-    for weight in block.weights:
-        if weight.expert is not None:
-            parameter = f"{weight.module}.{weight.attribute}"
-            seen = observer.statistics.get(weight.name)
-            fused[parameter] = fused.get(parameter, 0) + (seen.tokens if seen else 0)
-    for parameter, tokens in fused.items():
-        if tokens == 0:
-            owner = parameter.rpartition(".")[0]
-            size = sum(weight.size for weight in block.weights if weight.module == owner)
-            raise UnprunableError(
-                f"{parameter}: what its experts multiply could not be observed; leave them dense with "
-                f"exclude=['{owner.rpartition('.')[2]}'], {size / block.size:.1%} of this block, or choose a method "
-                "that needs no inputs."
-            )
-    statistics = observer.finish(block)
-    for weight in block.weights:
-        # The sums show it as soon as one number of any input was not finite.
-        if not statistics[weight.name].squared_sum.isfinite().all():
-            raise ValueError(
-                f"The input of {weight.name} holds NaN or infinities; try another dtype (bfloat16 or float32) or "
-                "other text. Blocks before it may already be pruned in memory: load the model again."
-            )
-    return statistics

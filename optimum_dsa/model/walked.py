@@ -8,8 +8,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from .architecture import Block, Weight
+from .architecture import Block, UnprunableError, Weight
 from .dense import Replay
+from .observer import Observer
 from .statistics import LayerStatistics
 
 
@@ -123,3 +124,32 @@ class WalkedBlock:
     def changed(self, weight: Weight | str) -> None:
         """Say that `tensor(weight)`, or a parameter by its full name, was written to, so that it is written back."""
         self.changes.add(weight if isinstance(weight, str) else f"{weight.module}.{weight.attribute}")
+
+
+def checked(block: Block, observer: Observer) -> dict[str, LayerStatistics]:
+    """The block's statistics, finite and, where experts are watched, really seen."""
+    # All experts of a parameter together: that no token reached one of them is nothing unusual.
+    fused: dict[str, int] = {}
+    for weight in block.weights:
+        if weight.expert is not None:
+            parameter = f"{weight.module}.{weight.attribute}"
+            seen = observer.statistics.get(weight.name)
+            fused[parameter] = fused.get(parameter, 0) + (seen.tokens if seen else 0)
+    for parameter, tokens in fused.items():
+        if tokens == 0:
+            owner = parameter.rpartition(".")[0]
+            size = sum(weight.size for weight in block.weights if weight.module == owner)
+            raise UnprunableError(
+                f"{parameter}: what its experts multiply could not be observed; leave them dense with "
+                f"exclude=['{owner.rpartition('.')[2]}'], {size / block.size:.1%} of this block, or choose a method "
+                "that needs no inputs."
+            )
+    statistics = observer.finish(block)
+    for weight in block.weights:
+        # The sums show it as soon as one number of any input was not finite.
+        if not statistics[weight.name].squared_sum.isfinite().all():
+            raise ValueError(
+                f"The input of {weight.name} holds NaN or infinities; try another dtype (bfloat16 or float32) or "
+                "other text. Blocks before it may already be pruned in memory: load the model again."
+            )
+    return statistics

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -51,6 +52,55 @@ def test_a_configuration_alone_is_enough(tmp_path):
     assert found.seconds > 60 and 18e9 < found.total < 25e9
     dense = plan(str(tmp_path), DSAConfig(0.6, "alps", update=UpdateConfig(targets="dense")), run_block=False)
     assert dense.parts["statistics"] == 4 * (3 * 4096 + 14336) + 4 * 2 * (3 * 4096**2 + 14336**2)
+
+
+LARGE = {  # Llama-3's: layers, hidden size, MLP, heads, parameters
+    "70B": (80, 8192, 28672, 64, 70_553_706_496),
+    "405B": (126, 16384, 53248, 128, 405_853_388_800),
+}
+
+
+@pytest.mark.parametrize("name", LARGE)
+def test_models_of_any_size_are_planned_from_a_file_alone_in_seconds(tmp_path, name):
+    layers, hidden, inner, heads, parameters = LARGE[name]
+    sizes = {"vocab_size": 128256, "hidden_size": hidden, "intermediate_size": inner, "num_hidden_layers": layers}
+    heads = {"num_attention_heads": heads, "num_key_value_heads": 8, "max_position_embeddings": 131072}
+    folder(tmp_path, LlamaConfig(**sizes, **heads, tie_word_embeddings=False), "LlamaForCausalLM")
+    start = time.process_time()
+    config = DSAConfig(0.5, "sparsegpt", "uniform")
+    there = {"ranks": 8, "device_memory": 80 * 10**9}
+    whole = plan(tmp_path / "config.json", config, **there, devices=8)
+    spilled = plan(tmp_path, replace(config, activations="disk"), device_map={"": "disk"})
+    assert time.process_time() - start < 10
+    assert whole.disk["result"] == 2 * parameters and whole.seconds is None and whole.device == "a device of 80 GB"
+    assert parameters / 8 <= whole.parts["weights"] / 2 < parameters / 7
+    assert whole.phases["collecting"]["activations"] == 16 * 2048 * hidden * 2
+    block = hidden * (2 * hidden + 2 * 1024 + 3 * inner) + 2 * hidden
+    assert spilled.phases["loading"]["weights"] == 2 * max(block, 128256 * hidden)
+    assert whole.fits == (name == "70B")
+    assert spilled.disk["activations"] == 128 * 2048 * hidden * 2 and spilled.total < 100e9
+    assert spilled.seconds > 3600 and not spilled.timed  # a block of it takes too long to be run for a plan
+
+
+def test_ranks_on_a_cpu_share_its_memory_and_its_work(tmp_path, monkeypatch):
+    monkeypatch.setattr("optimum_dsa.checkpoint.plan.speed", lambda *_: 1e12)
+    monkeypatch.setattr("optimum_dsa.checkpoint.plan.memory_available", lambda _: 10**11)
+    path, config = llama_8b(tmp_path), DSAConfig(0.6)
+    one, four = (plan(path, config, run_block=False, ranks=ranks) for ranks in (1, 4))
+    assert four.seconds == one.seconds / 4 and four.available < one.available / 3
+    with pytest.raises(ValueError, match="at least 1; got 0 and 1"):
+        plan(path, config, ranks=0)
+
+
+def test_the_command_plans_for_devices_that_are_not_here(monkeypatch, capsys, tmp_path):
+    file = Path(llama_8b(tmp_path), "config.json")
+    options = ["-s", "0.6", "--ranks", "4", "--devices", "2", "--device-memory", "24GB"]
+    code, output, errors = run(monkeypatch, capsys, "plan", str(file), *options)
+    assert (code, errors) == (0, ""), errors
+    assert "of each of 4 ranks with 2 devices" in output and "of 24 GB that are there" in output
+    assert "on a device of 24 GB" in output and "time:" not in output and "libraries" not in output
+    code, _, errors = run(monkeypatch, capsys, "plan", str(file), "-s", "0.6", "--device-memory", "much")
+    assert code == 2 and "80GB; got 'much'" in errors
 
 
 @pytest.mark.parametrize(

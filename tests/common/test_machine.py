@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from optimum_dsa.common.machine import lying_in_files, machine_name, settled_memory, shown_bytes
+from optimum_dsa.common.machine import bytes_in, lying_in_files, machine_name, settled_memory, shown_bytes
 
 
 def test_a_machine_is_its_processor_and_nobody_s_name():
@@ -52,3 +52,10 @@ def test_bytes_are_shown_in_three_digits():
         "12.3 KB",
         "3 GB",
     ]
+
+
+def test_bytes_are_read_as_they_are_shown():
+    assert [bytes_in(text) for text in ("80GB", "1.5 tb", "2KB", " 7 B ")] == [80 * 10**9, 15 * 10**11, 2000, 7]
+    for text in ("80", "GB", "-1GB", "0GB", "80GiB"):
+        with pytest.raises(ValueError, match="such as 80GB; got"):
+            bytes_in(text)

@@ -5,7 +5,8 @@ against the measured peak of a process by a test.
 
 What is freed within one step of the work is added up, and not its largest taken: a C library keeps what is freed for
 the next request, and a process does not shrink in between. Collecting statistics and solving matrices with them are
-two steps: what the first has freed is what the second is given.
+two steps: what the first has freed is what the second is given. Of matrices that are so large that they are given back
+at once, factoring is a step of its own, and the statistics of inputs before the widest are gone.
 """
 
 from __future__ import annotations
@@ -40,6 +41,8 @@ GRID, FEEDBACK = (2.5, 0), (6, 1)
 # X·Xᵀ's size it takes meanwhile. `inverse_factor`: two matrices beside the factor. `spectrum`: H, and LAPACK's two.
 KEPT = {"sparsegpt": ("factor", 2), "admm": ("spectrum", 3)}
 
+RETURNED = 2**25  # bytes: glibc keeps what is smaller for the next request
+
 SOLVING = ("factors", "matrix at work")  # parts of memory that are there while a matrix is pruned
 
 
@@ -55,19 +58,27 @@ class Text:
     def tokens(self) -> int:
         return self.samples * self.length
 
+    def divided(self, ranks: int) -> Text:
+        """What each of so many processes is given: at most."""
+        return replace(self, samples=-(-self.samples // ranks))
+
     @property
     def tokens_at_once(self) -> int:
         """Tokens of one forward pass."""
         return min(self.samples, self.batch) * self.length
 
 
-def phases(shape: ModelShape, config: DSAConfig, text: Text, offloaded: bool = False) -> dict[str, dict[str, int]]:
-    """Phase of the work -> part -> bytes, of everything but the libraries.
+def phases(
+    shape: ModelShape, config: DSAConfig, text: Text, offloaded: bool = False, devices: int = 1
+) -> dict[str, dict[str, int]]:
+    """Phase of the work -> part -> bytes of one device, of everything but the libraries.
 
     Args:
+        text: what one process is given.
         offloaded: whether weights are elsewhere, and brought in block by block.
+        devices: over how many the weights are spread; the work is done on one at a time.
     """
-    found = {"loading": {"weights": weights(shape, offloaded)}}
+    found = {"loading": {"weights": weights(shape, offloaded, devices)}}
     if (tries := tries_of(config, text.samples, text.length)) is not None:
         found |= _trying(shape, each_try(config), text, tries, found["loading"])
         config = last(config)
@@ -75,7 +86,7 @@ def phases(shape: ModelShape, config: DSAConfig, text: Text, offloaded: bool = F
         found["allocating"] = found["loading"] | _allocating(shape, config, text)
     parts = found["loading"] | _pruning(shape, config, text)
     found["collecting"] = {part: size for part, size in parts.items() if part not in SOLVING}
-    found["solving"] = {part: size for part, size in parts.items() if part != "one batch"}
+    found |= _solving(shape, config, {part: size for part, size in parts.items() if part != "one batch"})
     if config.reconstruct.steps:
         found["training blocks"] = found["loading"] | _training(shape, config, text)
     if config.reconstruct.distill:
@@ -83,10 +94,23 @@ def phases(shape: ModelShape, config: DSAConfig, text: Text, offloaded: bool = F
     return {name: {part: int(size) for part, size in parts.items() if size >= 1} for name, parts in found.items()}
 
 
-def weights(shape: ModelShape, offloaded: bool) -> int:
-    """Bytes of the weights that are there: all, or one block's beside what stands outside the blocks."""
-    numbers = shape.outside + max(block.parameters for block in shape.blocks) if offloaded else shape.parameters
-    return numbers * shape.itemsize
+def weights(shape: ModelShape, offloaded: bool, devices: int = 1) -> int:
+    """Bytes of the weights that are on a device: all, its share, or one block's or a matrix outside at a time."""
+    largest = max(block.parameters for block in shape.blocks)
+    if offloaded:
+        return max(largest, shape.largest_outside) * shape.itemsize
+    # Blocks are not divided: of many devices, some may have one more than their share.
+    share = max(-(-len(shape.blocks) // devices) * largest, -(-shape.parameters // devices))
+    return min(share, shape.parameters) * shape.itemsize
+
+
+def on_disk(shape: ModelShape, config: DSAConfig, text: Text) -> int:
+    """Bytes of activations that are kept on the disk: of the walk that keeps most."""
+    if config.activations == "memory":
+        return 0
+    reads = bool(config.resolved.reads or config.resolved.allocation_reads or config.reconstruct.steps)
+    beside = "cross_gram" in config.resolved.reads or bool(config.reconstruct.steps)
+    return int(reads + 2 * shape.stacks * beside) * text.tokens * shape.hidden * shape.itemsize
 
 
 def _allocating(shape: ModelShape, config: DSAConfig, text: Text) -> dict[str, float]:
@@ -97,7 +121,7 @@ def _allocating(shape: ModelShape, config: DSAConfig, text: Text) -> dict[str, f
     return {
         "calibration text": _tokens(text),
         # Every stack's are recorded before the first is walked.
-        "activations": shape.stacks * _activations(shape, text),
+        "activations": shape.stacks * _activations(shape, config, text),
         "one batch": _batch(shape, block, text),
         "statistics": _statistics(block, "gram" in reads),
         # `Unit.flat_scores`, and the copy that a pre-process makes, with its mask.
@@ -141,7 +165,7 @@ def _pruning(shape: ModelShape, config: DSAConfig, text: Text) -> dict[str, floa
     parts: dict[str, float] = {}
     if reads:
         parts["calibration text"] = _tokens(text)
-        parts["activations"] = _activations(shape, text)
+        parts["activations"] = _activations(shape, config, text)
         # With `true_sequential` those of one input at a time, and of all experts together.
         alone = config.update.true_sequential and all(group.share == 1 for group in block.inputs)
         held = replace(block, inputs=(max(block.inputs, key=lambda group: group.columns),)) if alone else block
@@ -150,7 +174,7 @@ def _pruning(shape: ModelShape, config: DSAConfig, text: Text) -> dict[str, floa
     parts |= _gradients(shape, reads, text)
     if cross:
         # `DenseStream`: what goes into the dense block, what comes out, its weights, and what its matrices are given.
-        parts["dense activations"] = 2 * shape.stacks * _activations(shape, text)
+        parts["dense activations"] = 2 * shape.stacks * _activations(shape, config, text)
         parts["dense block"] = block.parameters * shape.itemsize
         parts["one batch"] += text.tokens_at_once * shape.itemsize * sum(group.columns for group in held.inputs)
     if "residual" in reads:
@@ -177,6 +201,20 @@ def _gradients(shape: ModelShape, reads: Reads, text: Text) -> dict[str, float]:
     }
 
 
+def _solving(shape: ModelShape, config: DSAConfig, parts: dict[str, float]) -> dict[str, dict[str, float]]:
+    """The steps in which matrices are pruned, of `parts`, at the input that takes most, the widest."""
+    block = _largest(shape)
+    matrix = FLOAT * block.widest**2
+    if "factors" not in parts or matrix <= RETURNED:
+        return {"solving": parts}
+    widest = max(range(len(block.inputs)), key=lambda number: block.inputs[number].columns)
+    reads = config.resolved.reads
+    left = _statistics(replace(block, inputs=block.inputs[widest:]), True, "cross_gram" in reads, "residual" in reads)
+    parts = parts | {"statistics": min(left, parts["statistics"])}
+    factoring = {part: size for part, size in parts.items() if part != "matrix at work"}
+    return {"factoring": factoring, "solving": parts | {"factors": len(_derived(config)) * matrix}}
+
+
 def _training(shape: ModelShape, config: DSAConfig, text: Text) -> dict[str, float]:
     """`Reconstruct`, which comes when a block is pruned, and its statistics are gone."""
     parts = _pruning(shape, config, text)
@@ -184,9 +222,9 @@ def _training(shape: ModelShape, config: DSAConfig, text: Text) -> dict[str, flo
     for gone in ("statistics", *SOLVING):
         parts.pop(gone, None)
     parts.setdefault("calibration text", _tokens(text))
-    parts.setdefault("activations", _activations(shape, text))
+    parts.setdefault("activations", _activations(shape, config, text))
     # What goes into the dense block, and what it gives.
-    parts["dense activations"] = 2 * shape.stacks * _activations(shape, text)
+    parts["dense activations"] = 2 * shape.stacks * _activations(shape, config, text)
     parts.setdefault("dense block", block.parameters * shape.itemsize)
     span, share = config.reconstruct.span, 0.5 if config.reconstruct.apart else 1
     # The start, the best, gradients, Adam's two, a mask of a byte; a copy where the weights are not in float32.
@@ -203,7 +241,7 @@ def _distilling(shape: ModelShape, text: Text) -> dict[str, float]:
     computed = sum(_computed(shape, block) for block in shape.blocks)
     return {
         "calibration text": _tokens(text),
-        "dense outputs": _activations(shape, text),
+        "dense outputs": text.tokens * shape.hidden * shape.itemsize,
         "training": sum(block.size for block in shape.blocks) * copies,
         # Of one sequence, and of predictions the two, their logarithms and gradients.
         "one batch": text.length * computed + 6 * FLOAT * min(CHUNK, text.length * shape.vocabulary),
@@ -226,8 +264,10 @@ def _tokens(text: Text) -> int:
     return 8 * text.tokens
 
 
-def _activations(shape: ModelShape, text: Text) -> int:
-    """`BlockCalls.hidden` of all batches."""
+def _activations(shape: ModelShape, config: DSAConfig, text: Text) -> int:
+    """`BlockCalls.hidden` of all batches, or of the one at hand: what goes in, and what comes out."""
+    if config.activations == "disk":
+        return min(2 * text.tokens_at_once, text.tokens) * shape.hidden * shape.itemsize
     return text.tokens * shape.hidden * shape.itemsize
 
 
@@ -260,16 +300,20 @@ def _is_added(group: InputShape, block: BlockShape) -> bool:
 
 def _factors(config: DSAConfig, block: BlockShape) -> int:
     """What is computed of X·Xᵀ of one input, the widest, kept until its matrices are pruned, and takes meanwhile."""
-    resolved = config.resolved
-    kept, more = KEPT.get(config.recipe.update, (None, 0))
+    wanted = _derived(config)
+    more = max(KEPT.get(config.recipe.update, (None, 0))[1], 2 if wanted else 0)
+    return (len(wanted) + more) * block.widest**2 * FLOAT
+
+
+def _derived(config: DSAConfig) -> set[str]:
+    """What is computed of X·Xᵀ and kept until its matrices are pruned."""
+    resolved, kept = config.resolved, KEPT.get(config.recipe.update, (None, 0))[0]
     # The metric `obs`, where it is asked, `dense_target` and errors that are fed back use the factor as well.
     feeds = config.values.name is not None and config.values.feedback
     wanted = {kept} | ({"factor"} if "cross_gram" in resolved.reads or feeds else set())
     if not resolved.chooses and "gram" in resolved.metric_reads:
         wanted.add("factor")
-    wanted.discard(None)
-    more = max(more, 2 if wanted else 0)
-    return (len(wanted) + more) * block.widest**2 * FLOAT
+    return wanted - {None}
 
 
 def _working(update: str, block: BlockShape, cross: bool) -> float:

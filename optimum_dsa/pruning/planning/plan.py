@@ -9,7 +9,7 @@ from typing import Any
 from ...common.machine import shown_bytes, shown_seconds
 from ...data import SAMPLES
 from ..configuration import DSAConfig
-from .memory import Text, phases
+from .memory import Text, on_disk, phases
 from .remedies import Asked, Remedy, first_remedy
 from .shape import ModelShape
 from .tried import Tries, tries_of
@@ -25,7 +25,7 @@ CHECKPOINTS = "finished blocks"
 
 @dataclass(frozen=True)
 class Plan:
-    """What pruning one model in one process needs.
+    """What pruning one model needs, of each process and device.
 
     Attributes:
         method (`str`): of the config, in a line.
@@ -39,6 +39,8 @@ class Plan:
         disk_available (`int`): bytes that are free where the result goes.
         remedy (`Remedy`): what to change where it does not fit: `options`, `total`, `fits`.
         tries (`Tries`): allocations that are tried before, as `"auto"` asks for: `number`, `windows`, `length`.
+        ranks (`int`): processes that the calibration text is divided over; memory is each one's, `text` is all of it.
+        devices (`int`): that each of them spreads the model over; memory is each one's.
     """
 
     method: str
@@ -52,6 +54,8 @@ class Plan:
     disk_available: int | None = None
     remedy: Remedy | None = None
     tries: Tries | None = None
+    ranks: int = 1
+    devices: int = 1
 
     @property
     def peak(self) -> str:
@@ -82,10 +86,18 @@ class Plan:
     def line(self) -> str:
         """The plan in a line."""
         of = "" if self.available is None else f" of {shown_bytes(self.available)}"
+        of += f" on each of {self._places}" if self._places else ""
         tried = "" if self.tries is None else f"; {self.tries}"
         took = "" if self.seconds is None else f"about {shown_seconds(self.seconds)} (an estimate{tried}), "
         line = f"{took}memory {shown_bytes(self.total)}{of}, disk {shown_bytes(sum(self.disk.values()))}"
         return line if self.fits else f"{line}. {self.way_out}"
+
+    @property
+    def _places(self) -> str:
+        """What the memory is of, where it is not of one process on one device."""
+        ranks = f"{self.ranks} ranks" if self.ranks > 1 else ""
+        devices = f"{self.devices} devices" if self.devices > 1 else ""
+        return " with ".join(filter(None, (ranks, devices)))
 
     @property
     def way_out(self) -> str:
@@ -104,7 +116,8 @@ class Plan:
     def __str__(self) -> str:
         lines = [f"{self.method}; {self.text.samples} x {self.text.length} tokens, on {self.device}"]
         lines += [""] if self.tries is None else [f"{self.tries}, which are not among those", ""]
-        lines.append(f"memory at the peak, which is {self.peak}:")
+        of_each = f" of each of {self._places}" if self._places else ""
+        lines.append(f"memory{of_each} at the peak, which is {self.peak}:")
         lines += [f"  {part:<20}{shown_bytes(size):>10}" for part, size in self.parts.items()]
         of = "" if self.available is None else f"   of {shown_bytes(self.available)} that are there"
         lines += [f"  {'in all':<20}{shown_bytes(self.total):>10}{of}", "", "disk:"]
@@ -132,6 +145,8 @@ class Plan:
             "remedy": None
             if self.remedy is None
             else {"options": list(self.remedy.options), "total": self.remedy.total, "fits": self.remedy.fits},
+            "ranks": self.ranks,
+            "devices": self.devices,
         }
 
 
@@ -146,6 +161,8 @@ def plan_for(
     disk_available: int | None = None,
     seconds: float | None = None,
     timed: bool = False,
+    ranks: int = 1,
+    devices: int = 1,
 ) -> Plan:
     """The plan for a model of these sizes: arithmetic alone.
 
@@ -153,18 +170,22 @@ def plan_for(
         offloaded: whether weights are kept on the disk.
         libraries: bytes that the process has before a model is loaded; on a GPU none.
         available: bytes of memory that such a process may have on `device`.
+        ranks: processes that the calibration text is divided over.
+        devices: that each of them spreads the model over.
     """
     asked = Asked(shape, config, text_of(shape, config), offloaded)
 
     def needed(asked: Asked) -> dict[str, dict[str, int]]:
         own = {"libraries": libraries + USED} if libraries else {}
-        found = phases(asked.shape, asked.config, asked.text, asked.offloaded)
+        found = phases(asked.shape, asked.config, asked.text.divided(ranks), asked.offloaded, devices)
         return {name: own | parts for name, parts in found.items()}
 
     blocks = sum(block.parameters for block in shape.blocks) * shape.itemsize
-    disk = {"result": shape.parameters * shape.itemsize, CHECKPOINTS: blocks}
-    if offloaded:
-        disk["changed weights"] = blocks
+    disk = {"result": shape.parameters * shape.itemsize}
+    if not offloaded:  # otherwise they are the result's shards
+        disk[CHECKPOINTS] = blocks
+    if spilled := on_disk(shape, config, asked.text):
+        disk["activations"] = spilled
     found = Plan(
         method_line(config),
         asked.text,
@@ -176,6 +197,8 @@ def plan_for(
         available,
         disk_available,
         tries=tries_of(config, asked.text.samples, asked.text.length),
+        ranks=ranks,
+        devices=devices,
     )
     if found.memory_fits:
         return found

@@ -46,8 +46,9 @@ class Total(Protocol):
 def first_remedy(asked: Asked, available: int, total: Total) -> Remedy:
     """The first change after which `total` is at most `available`; where none alone suffices, as few as do, in order.
 
-    First what gives the same result (a smaller batch, weights on the disk), then what gives another one: numbers of 16
-    bits, less text, an allocation that needs no trying, blocks trained one at a time, targets of the model's own.
+    First what gives the same result (a smaller batch, weights or activations on the disk), then what gives another
+    one: numbers of 16 bits, less text, an allocation that needs no trying, blocks trained one at a time, targets of
+    the model's own.
     Steps of one kind are taken as far as needed and no further.
     """
     together, options, least = asked, {}, Remedy((), total(asked), False)
@@ -78,6 +79,11 @@ def _disk(asked: Asked) -> Iterator[tuple[str, Asked]]:
     # Of an offloaded model one block is there at a time.
     if not asked.offloaded and asked.config.reconstruct.is_by_block:
         yield "--device-map disk", replace(asked, offloaded=True)
+
+
+def _spill(asked: Asked) -> Iterator[tuple[str, Asked]]:
+    if asked.config.activations == "memory":
+        yield "--activations disk", replace(asked, config=replace(asked.config, activations="disk"))
 
 
 def _bits(asked: Asked) -> Iterator[tuple[str, Asked]]:
@@ -127,6 +133,7 @@ def _named(asked: Asked) -> Iterator[tuple[str, Asked]]:
 _KINDS: tuple[Callable[[Asked], Iterator[tuple[str, Asked]]], ...] = (
     _batch,
     _disk,
+    _spill,
     _bits,
     _samples,
     _length,

@@ -64,6 +64,7 @@ class ModelShape:
         itemsize: bytes of a number.
         length: tokens of a calibration sequence where nobody says.
         vocabulary: tokens that it tells apart.
+        largest_outside: numbers in the largest parameter outside the blocks.
     """
 
     blocks: tuple[BlockShape, ...]
@@ -72,6 +73,7 @@ class ModelShape:
     itemsize: int
     length: int
     vocabulary: int = 0
+    largest_outside: int = 0
 
     @property
     def parameters(self) -> int:
@@ -96,7 +98,9 @@ def shape_of(model: nn.Module, architecture: Architecture, dtype: torch.dtype) -
     outside = sum(parameter.numel() for parameter in own.values()) - within
     vocabulary = getattr(model.config.get_text_config(), "vocab_size", None) or 0
     stacks, length = len(architecture.stacks), _length(model)
-    return ModelShape(tuple(blocks), outside, stacks, dtype.itemsize, length, vocabulary)
+    names = tuple(f"{block.name}." for stack in architecture.stacks for block in stack.blocks)
+    left = (value.numel() for name, value in model.named_parameters() if not name.startswith(names))
+    return ModelShape(tuple(blocks), outside, stacks, dtype.itemsize, length, vocabulary, max(left, default=0))
 
 
 def _length(model: nn.Module) -> int:

@@ -77,7 +77,7 @@ def time_block(model: nn.Module, config: DSAConfig, text: Text) -> Seconds:
         passed, measuring, _ = _second(
             model, architecture, batches, config.resolved.allocation_reads, False, [_measure(config)]
         )
-        walking, acting = passed, measuring
+        walking, acting = passed * _passes(config, len(architecture.blocks), text.samples), measuring
     if "gradients" in config.resolved.reads:
         start = time.perf_counter()
         collect_gradients(model, architecture, batches)
@@ -112,12 +112,19 @@ def _measure(config: DSAConfig):
     """What an allocation does at a block."""
 
     def measure(walked) -> None:
+        if config.allocator.reads == "model":
+            return
         for name, weights in walked.block.units(config.unit_granularity).items():
             tensors = [walked.tensor(weight) for weight in weights]
             statistics = [walked.statistics.get(weight.name) for weight in weights]
             config.allocator.measure(Unit(name, 0.0, tensors, statistics, config.resolved.allocation_metric))
 
     return measure
+
+
+def _passes(config: DSAConfig, blocks: int, windows: int) -> float:
+    """How many forward passes the allocation costs."""
+    return config.allocator.passes(blocks, windows) if getattr(config.allocator, "reads", "") == "model" else 1
 
 
 def _second(model, architecture, batches, reads, sequential, steps, unseen=0) -> tuple[float, float, float]:
@@ -158,11 +165,14 @@ def operations(shape: ModelShape, config: DSAConfig, text: Text) -> tuple[float,
     Each kind is weighed by how slow it is: products count as they are.
     """
     trainings = 1 + _trials(config) / len(shape.blocks)
-    forward, rest = zip(*(_of_block(block, config, text, trainings) for block in shape.blocks))
+    allocating = _passes(config, len(shape.blocks), text.samples) if config.resolved.allocation_reads else 0
+    forward, rest = zip(*(_of_block(block, config, text, trainings, allocating) for block in shape.blocks))
     return sum(forward), sum(rest)
 
 
-def _of_block(block: BlockShape, config: DSAConfig, text: Text, trainings: float) -> tuple[float, float]:
+def _of_block(
+    block: BlockShape, config: DSAConfig, text: Text, trainings: float, passes: float
+) -> tuple[float, float]:
     reads, resolved = config.resolved.reads, config.resolved
     of_matrix, of_input = OPERATIONS.get(config.recipe.update, OPERATIONS["refit"])
     if "cross_gram" in reads:
@@ -176,9 +186,6 @@ def _of_block(block: BlockShape, config: DSAConfig, text: Text, trainings: float
         )
     )
     gram = 2 * text.tokens * sum(group.columns**2 * group.share for group in block.inputs)
-    passes = 0.0
-    if resolved.allocation_reads:
-        passes += 1
     if reads:
         # With `true_sequential` one for every input but the first, on the average up to the middle of the block.
         collecting = (len(block.inputs) - 1) / 2 if config.update.true_sequential else 1

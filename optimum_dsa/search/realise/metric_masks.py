@@ -9,6 +9,7 @@ from dataclasses import replace
 import torch
 from torch import nn
 
+from ...model.activations import held_in
 from ...model.architecture import Architecture
 from ...model.offload import resident
 from ...model.statistics import LayerStatistics
@@ -83,6 +84,7 @@ class MetricMasks(Masks):
         self._ensure_gradients(self._reads)
         batches = first_of(self.calibration.batches(self.config.batch_size), ANCHOR_TOKENS)
         given = {"reads": self._reads, "sequential": False, "gradients": self._gradients}
+        given["held"] = held_in(self.config.activations)
         for walked in walk_blocks(self.model, self.architecture, batches, **given):
             self._statistics |= walked.statistics
 

@@ -1,5 +1,7 @@
 """What a plan says of itself: it is the sum of its parts, grows with what is asked for, and a remedy really helps."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -46,8 +48,6 @@ def llama(layers: int = 32, hidden: int = 4096, inner: int = 14336, small: int =
 
 
 def change(config: DSAConfig, **data) -> DSAConfig:
-    from dataclasses import replace
-
     batch = data.pop("batch_size", config.batch_size)
     return replace(config, data=replace(config.data, **data), batch_size=batch)
 
@@ -88,7 +88,30 @@ def test_weights_on_the_disk_and_short_numbers_take_less():
     plain = plan_for(llama(), CONFIGS["wanda"])
     assert plan_for(llama(), CONFIGS["wanda"], offloaded=True).total < plain.total - 10 * GB
     assert plan_for(in_dtype(llama(), 4), CONFIGS["wanda"]).total > plain.total + 10 * GB
-    assert plan_for(llama(), CONFIGS["wanda"], offloaded=True).disk["changed weights"] > 0
+    # Finished blocks are shards of the result.
+    assert plan_for(llama(), CONFIGS["wanda"], offloaded=True).disk == {"result": plain.disk["result"]}
+
+
+def test_activations_on_the_disk_are_counted_there():
+    for name in ("wanda", "alps dense", "trained"):
+        plain = plan_for(llama(), CONFIGS[name])
+        found = plan_for(llama(), replace(CONFIGS[name], activations="disk"))
+        kept = 128 * 2048 * 4096 * 2
+        assert found.disk["activations"] == kept * (1 if name == "wanda" else 3) and "activations" not in plain.disk
+        assert found.phases["collecting"]["activations"] == 2 * 8 * 2048 * 4096 * 2 < kept
+        assert found.total < plain.total - kept * 0.8
+
+
+def test_ranks_divide_the_text_and_devices_the_weights():
+    plain = plan_for(llama(), CONFIGS["wanda"])
+    ranks, devices = plan_for(llama(), CONFIGS["wanda"], ranks=4), plan_for(llama(), CONFIGS["wanda"], devices=4)
+    assert ranks.parts["activations"] == plain.parts["activations"] // 4 and ranks.text == plain.text
+    assert ranks.parts["weights"] == plain.parts["weights"]
+    assert plain.parts["weights"] / 4 <= devices.parts["weights"] < plain.parts["weights"] / 3
+    assert devices.parts["activations"] == plain.parts["activations"] and devices.ranks == 1
+    both = plan_for(llama(), CONFIGS["wanda"], ranks=4, devices=2, available=80 * GB)
+    assert "of 80 GB on each of 4 ranks with 2 devices" in both.line and "of each of 4 ranks with 2" in str(both)
+    assert {**both.to_dict(), "ranks": 1, "devices": 1}.keys() == plain.to_dict().keys()
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -107,8 +130,6 @@ def test_a_remedy_fits_by_the_plan_s_own_arithmetic(name, available):
 
 def _after(options, config):
     """The plan once its remedy's options are given."""
-    from dataclasses import replace
-
     shape, offloaded = llama(), False
     for option in options:
         flag, value = option.split()
@@ -116,6 +137,8 @@ def _after(options, config):
             offloaded = True
         elif flag == "--dtype":
             shape = in_dtype(shape, 2)
+        elif flag == "--activations":
+            config = replace(config, activations=value)
         elif flag == "--targets":
             config = replace(config, update=replace(config.update, targets=value, residual=False))
         elif flag == "--distill":
