@@ -236,7 +236,7 @@ def _distilling(shape: ModelShape, text: Text) -> dict[str, float]:
     computed = sum(_computed(shape, block) for block in shape.blocks)
     return {
         "calibration text": _tokens(text),
-        "dense outputs": _activations(shape, text),
+        "dense outputs": text.tokens * shape.hidden * shape.itemsize,
         "training": sum(block.size for block in shape.blocks) * copies,
         # Of one sequence, and of predictions the two, their logarithms and gradients.
         "one batch": text.length * computed + 6 * FLOAT * min(CHUNK, text.length * shape.vocabulary),
