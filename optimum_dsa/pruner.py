@@ -28,7 +28,7 @@ from .packed.pack_model import LEAST_ZEROS, Packing, seen_dense
 from .pruning.allocate import allocate, architecture_for, check_dense
 from .pruning.allocation import Allocation
 from .pruning.calibration import Calibration, load_calibration
-from .pruning.configuration import AUTO, DSAConfig
+from .pruning.configuration import DSAConfig
 from .pruning.prune import prune
 from .pruning.report import PruningReport
 from .pruning.structured.configuration import DSAStructuredConfig
@@ -116,7 +116,7 @@ class DSAPruner:
             calibration (`Any`): texts, a .txt / .jsonl / .parquet path, a dataset or its name, a LongTensor (samples,
                 length), or a mapping of the model's inputs; `None` where method and allocation need no data.
             config (`DSAConfig` or `DSAStructuredConfig`): of a `DSAConfig` with `allocation="auto"`, every row of
-                `ALLOCATIONS` is tried for real before, on windows of the text that do not calibrate: as many prunes.
+                `ALLOCATIONS` that one walk measures is tried for real before, on windows that do not calibrate.
                 The report says what was compared.
             checkpoints (`str`, *optional*): folder for the blocks that are finished, from which a run goes on that was
                 interrupted. It stays, and takes as much room as the blocks. Of a cut it has a learner's state.
@@ -133,7 +133,7 @@ class DSAPruner:
         if cuts:
             check_run(self.model, config, checkpoints, resume)
             data = load_calibration(calibration, self.model, self.tokenizer, config.data)
-        elif config.allocation == AUTO:
+        elif config.is_open:
             from .search.ready_made import settle
 
             with without_adapters(self.model):

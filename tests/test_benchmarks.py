@@ -57,7 +57,7 @@ def test_the_frontier_prunes_with_what_its_search_finds(monkeypatch, tmp_path):
     module.main()
     row = json.loads(rows.read_text().splitlines()[-1])["row"]
     assert row["sparsity"] == pytest.approx(0.7, abs=1e-3) and row["reconstruction"]
-    (found,) = tmp_path.glob("rows.jsonl.search-curves-2k-tokens-0-7/allocation.json")
+    (found,) = tmp_path.glob("rows.jsonl.search-curves-2k-tokens-0-7-alps/allocation.json")
     assert json.loads(found.read_text()) == row["allocation"] and row["allocation"]["granularity"] == "matrix"
 
 
@@ -159,6 +159,25 @@ def test_all_forms_of_a_model_run_beside_each_other(monkeypatch, capsys):
     held = {form: row["weight_bytes"] for form, row in found.items()}
     assert held["packed int8"] < held["packed"] < held["dense bf16"] < held["dense f32"]
     assert found["packed"]["flops"] < found["dense bf16"]["flops"]
+
+
+def test_a_model_in_types_of_llama_cpp_stands_beside_pruned_ones(monkeypatch, capsys):
+    pytest.importorskip("gguf")
+    pytest.importorskip("xllamacpp")
+    module = script("llamacpp")
+    options = "--types Q2_K --values bf16 --sparsities 0.5 --samples 2 --windows 1 --method magnitude"
+    options += " --new-tokens 2 --prompt 2"
+    monkeypatch.setattr("sys.argv", ["llamacpp.py", *options.split()])
+    threads = torch.get_num_threads()
+    try:
+        module.main()
+    finally:
+        torch.set_num_threads(threads)
+    rows = [json.loads(line) for line in capsys.readouterr().out.splitlines() if line.startswith("{")]
+    assert [row["row"] for row in rows] == ["llama.cpp Q2_K", "mask 50% + bf16"]
+    assert all(row["tokens/s"] > 0 and row["test"] > 1 for row in rows)
+    # of 256 columns no matrix of this model has a multiple, and Q4_0 takes 4.5 bits
+    assert [row["bytes"] for row in rows] == [0.281, 0.563] and rows[0]["fallback"] == "70 of 70"
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="RssAnon is Linux's to say")

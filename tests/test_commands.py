@@ -83,7 +83,10 @@ def test_options_reach_the_config(monkeypatch, capsys, tmp_path, text):
     config = json.loads((out / "dsa_config.json").read_text())["config"]
     expected = {
         "sparsity": 0.5, "method": "magnitude", "allocation": "atp", "spread": 0.1, "pattern": "matrix",
-        "update": {"name": "none", "damping": 0.01, "true_sequential": False, "targets": "sparse", "residual": False},
+        "update": {
+            "name": "none", "damping": 0.01, "true_sequential": False, "targets": "sparse", "residual": False,
+            "still": [],
+        },
         "reconstruct": {"steps": 0, "rate": None, "span": 1, "apart": False},
         "granularity": "matrix",
         "exclude": ["down_proj"], "batch_size": 2, "sequential": False,

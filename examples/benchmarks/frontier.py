@@ -17,24 +17,15 @@ like; a search goes on in the folder beside it. Rows without sparsegpt's beside 
 
 import argparse
 import json
-import re
 import time
 from dataclasses import replace
 
 import torch
-from rows import MEASURED, Rows, loaded, measured, windows_of
+from rows import FULL, MEASURED, Rows, add_options, add_row_options, config_of, loaded, measured, searched, windows_of
 
-from optimum_dsa import (
-    DSAConfig,
-    DSAPruner,
-    ReconstructConfig,
-    UpdateConfig,
-    demo_model,
-    own_device,
-)
+from optimum_dsa import DSAConfig, DSAPruner
 
 
-FULL = UpdateConfig(targets="dense", true_sequential=True, residual=True)
 # Row -> settings of its config; all are uniform but those that name an allocation, or "searched".
 ROWS = {
     "wanda": {"method": "wanda"},
@@ -55,46 +46,11 @@ ROWS = {
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "model", nargs="?", default=demo_model(), help="a folder or Hub id (default: the embedded one)"
-    )
-    parser.add_argument(
-        "--tokens", help="safetensors file with calibration, validation, test, ...; default: demo text"
-    )
-    parser.add_argument("--output", help="file of finished rows, a JSON object a line; those in it are not run again")
+    add_options(parser)
     parser.add_argument("--sparsities", nargs="+", default=["0.7"], help="such as 0.5 0.7 2:4 (default: 0.7)")
     parser.add_argument("--rows", nargs="+", metavar="ROW", help=f"of {', '.join(ROWS)} (default: all that apply)")
-    parser.add_argument("--samples", type=int, help="calibration windows (default: all)")
-    parser.add_argument("--length", type=int, help="their tokens (default: all)")
-    parser.add_argument("--windows", type=int, help="windows that are measured (default: all)")
-    parser.add_argument("--steps", type=int, default=64, help="of reconstruction (default: 64)")
-    parser.add_argument(
-        "--distill", type=int, default=64, help="steps of distillation, in rows so named (default: 64)"
-    )
-    parser.add_argument("--rate", type=float, help="of reconstruction (default: found on windows held out)")
-    parser.add_argument("--span", type=int, default=1, help="blocks that are reconstructed together (default: 1)")
-    parser.add_argument("--permute", default="ria", help="order of channels of the rows that change it (default: ria)")
-    parser.add_argument("--allocation", help="found before, instead of a search: JSON, or the folder of a search")
-    parser.add_argument("--strategy", default="auto", help="of a search (default: auto)")
-    parser.add_argument("--budget", default="300k tokens", help="of a search (default: 300k tokens)")
-    parser.add_argument("--batch-size", type=int, default=8)
-    parser.add_argument("--device", default=str(own_device()))
+    add_row_options(parser)
     return parser.parse_args()
-
-
-def config_of(row: str, sparsity: str, args: argparse.Namespace) -> DSAConfig | None:
-    """What a row asks for; `None` where it says nothing about this sparsity."""
-    settings = dict(ROWS[row])
-    pattern = sparsity if ":" in sparsity else None
-    share = 1 - int(pattern.split(":")[0]) / int(pattern.split(":")[1]) if pattern else float(sparsity)
-    if pattern and "allocation" in settings or not pattern and "permute" in settings:
-        return None
-    settings["allocation"] = settings.get("allocation", "uniform").replace("searched", "uniform")
-    if settings.pop("permute", False):
-        settings["permute"] = args.permute
-    blocks = (args.steps, args.rate, args.span) if settings.pop("reconstruct", False) else ()
-    settings["reconstruct"] = ReconstructConfig(*blocks, distill=args.distill * settings.pop("distill", False))
-    return DSAConfig(share, pattern=pattern, batch_size=args.batch_size, **settings)
 
 
 def run(row: str, config: DSAConfig, tokens: dict[str, torch.Tensor], args: argparse.Namespace) -> dict:
@@ -107,13 +63,8 @@ def run(row: str, config: DSAConfig, tokens: dict[str, torch.Tensor], args: argp
     elif ROWS[row].get("allocation") == "searched":
         # Searched without training: a candidate is then judged in seconds.
         plain = replace(config, reconstruct=0, permute=None)
-        start = time.perf_counter()
-        searched = {"strategy": args.strategy, "budget": args.budget, "validation": tokens["validation"]}
-        if args.output:  # a search that was killed goes on
-            asked = re.sub(r"\W+", "-", f"{args.strategy} {args.budget} {config.sparsity}")
-            searched |= {"output": f"{args.output}.search-{asked}", "resume": True}
-        result = pruner.search(calibration, plain, **searched)
-        found = {"search_seconds": round(time.perf_counter() - start, 1), "allocation": result.best.to_dict()}
+        result, seconds = searched(pruner, calibration, plain, tokens["validation"], args)
+        found = {"search_seconds": seconds, "allocation": result.best.to_dict()}
         config = replace(config, allocation=result.best)
     start, processor = time.perf_counter(), time.process_time()
     report = pruner.prune(calibration, config)
@@ -163,7 +114,7 @@ def main() -> None:
         base = None
         # What the others are held against comes first.
         for row in sorted(args.rows or ROWS, key=lambda row: row != "sparsegpt"):
-            if (config := config_of(row, sparsity, args)) is None:
+            if (config := config_of(ROWS[row], sparsity, args)) is None:
                 continue
             search = [args.allocation, args.strategy, args.budget]
             extra = search if "searched" in row else []

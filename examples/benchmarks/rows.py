@@ -1,18 +1,66 @@
-"""What tables of perplexities share: text, models, and rows that are written as they end and not run again."""
+"""What tables of pruned models share: options, text, models, settings of a row, and rows that are not run again."""
 
 import argparse
 import json
-from collections.abc import Callable
+import re
+import time
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from optimum_dsa import demo_texts, load_tokens, perplexity
+from optimum_dsa import (
+    DSAConfig,
+    DSAPruner,
+    ReconstructConfig,
+    SearchResult,
+    UpdateConfig,
+    demo_model,
+    demo_texts,
+    load_tokens,
+    own_device,
+    perplexity,
+    split_windows,
+)
 
 
 MEASURED = ("validation", "test", "wikitext2_test")
+FULL = UpdateConfig(targets="dense", true_sequential=True, residual=True)
+PARTS = {"calibration": 0.5, "validation": 0.125}  # of a text; the rest is the test
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """What is pruned, on which text, and where rows are kept."""
+    parser.add_argument(
+        "model", nargs="?", default=demo_model(), help="a folder or Hub id (default: the embedded one)"
+    )
+    parser.add_argument(
+        "--tokens", help="safetensors file with calibration, validation, test, ...; default: demo text"
+    )
+    parser.add_argument("--text", help="text file instead, which is cut into windows; each is of one part")
+    parser.add_argument("--output", help="file of finished rows, a JSON object a line; those in it are not run again")
+    parser.add_argument("--samples", type=int, help="calibration windows (default: all)")
+    parser.add_argument("--length", type=int, help="their tokens (default: all)")
+    parser.add_argument("--windows", type=int, help="windows that are measured (default: all)")
+    parser.add_argument("--batch-size", type=int, default=8)
+    parser.add_argument("--device", default=str(own_device()))
+
+
+def add_row_options(parser: argparse.ArgumentParser) -> None:
+    """How rows are made that train blocks, order channels, or search."""
+    parser.add_argument("--steps", type=int, default=64, help="of reconstruction (default: 64)")
+    parser.add_argument(
+        "--distill", type=int, default=64, help="steps of distillation, in rows so named (default: 64)"
+    )
+    parser.add_argument("--rate", type=float, help="of reconstruction (default: found on windows held out)")
+    parser.add_argument("--span", type=int, default=1, help="blocks that are reconstructed together (default: 1)")
+    parser.add_argument("--permute", default="ria", help="order of channels of the rows that change it (default: ria)")
+    parser.add_argument("--allocation", help="found before, instead of a search: JSON, or the folder of a search")
+    parser.add_argument("--strategy", default="auto", help="of a search (default: auto)")
+    parser.add_argument("--budget", default="300k tokens", help="of a search (default: 300k tokens)")
 
 
 def windows_of(args: argparse.Namespace) -> dict[str, torch.Tensor]:
@@ -20,6 +68,11 @@ def windows_of(args: argparse.Namespace) -> dict[str, torch.Tensor]:
     if args.tokens:
         return {name: value.long() for name, value in load_file(args.tokens).items()}
     tokenizer = AutoTokenizer.from_pretrained(args.model)
+    if getattr(args, "text", None):
+        windows = load_tokens(args.text, tokenizer, sequence_length=args.length or 512)
+        counts = {name: int(share * len(windows)) for name, share in PARTS.items()}
+        counts["test"] = len(windows) - sum(counts.values())
+        return split_windows(windows, {name: (count, windows.shape[1]) for name, count in counts.items()})
     sizes = {"num_samples": 32, "sequence_length": 128}
     return {part: load_tokens(demo_texts(part), tokenizer, **sizes) for part in ("calibration", "validation", "test")}
 
@@ -34,6 +87,40 @@ def measured(model: torch.nn.Module, tokens: dict[str, torch.Tensor], args: argp
         for name in MEASURED
         if name in tokens
     }
+
+
+def config_of(row: Mapping[str, Any], sparsity: str, args: argparse.Namespace) -> DSAConfig | None:
+    """What a row asks for at a sparsity such as "0.5", or under a pattern such as "2:4"; `None` where it says nothing.
+
+    An allocation "searched" is uniform here, and found by `searched`; `reconstruct`, `distill` and `permute` that
+    are `True` are as the options say.
+    """
+    settings = dict(row)
+    pattern = sparsity if ":" in sparsity else None
+    share = 1 - int(pattern.split(":")[0]) / int(pattern.split(":")[1]) if pattern else float(sparsity)
+    allocation = settings.get("allocation", "uniform")
+    if pattern and allocation != "uniform" or not pattern and "permute" in settings:
+        return None
+    settings["allocation"] = "uniform" if allocation == "searched" else allocation
+    if settings.pop("permute", False):
+        settings["permute"] = args.permute
+    blocks = (args.steps, args.rate, args.span) if settings.pop("reconstruct", False) else ()
+    distill = args.distill if settings.pop("distill", False) else 0
+    settings["reconstruct"] = ReconstructConfig(*blocks, distill=distill)
+    return DSAConfig(share, pattern=pattern, batch_size=args.batch_size, **settings)
+
+
+def searched(
+    pruner: DSAPruner, calibration: torch.Tensor, config: DSAConfig, validation: torch.Tensor, args: argparse.Namespace
+) -> tuple[SearchResult, float]:
+    """An allocation for the method of `config`, and the seconds that it took; a search that was killed goes on."""
+    start = time.perf_counter()
+    asked = {"strategy": args.strategy, "budget": args.budget, "validation": validation}
+    if args.output:
+        name = [args.strategy, args.budget, str(config.sparsity), config.method]
+        place = re.sub(r"\W+", "-", " ".join(name))
+        asked |= {"output": f"{args.output}.search-{place}", "resume": True}
+    return pruner.search(calibration, config, **asked), round(time.perf_counter() - start, 1)
 
 
 class Rows:

@@ -2,6 +2,7 @@
 
     table       test perplexity after the sequential prune, validation tokens, seconds: named allocators, the best
                 ramp, random functions, level switches at three times the budget, `auto`
+    metrics     an allocation alone, a metric alone, both together, and OptiShear's search for both, at equal tokens
     seeds       evolution against random functions at one budget, over several seeds
     space       the published space, enumerated
     candidate   time of a candidate over the time of its bare forward pass, at 4,096 tokens
@@ -53,7 +54,7 @@ from optimum_dsa.search.search import search
 
 
 NAMED = ("uniform", "owl", "dlp", "alphapruning", "lsa", "dsa")
-MAIN_PARTS = ("table", "seeds", "space", "candidate", "kills", "processes")
+MAIN_PARTS = ("table", "metrics", "seeds", "space", "candidate", "kills", "processes")
 
 
 class Bench:
@@ -64,6 +65,9 @@ class Bench:
         self.device = own_device()
         self.config = DSAConfig(args.sparsity, args.method, batch_size=16)
         self.texts = self._texts()
+        if args.windows:
+            shares = {"calibration": 1, "validation": 1, "test": 4}
+            self.texts = {part: self.texts[part][: share * args.windows] for part, share in shares.items()}
         self.model = self.load()
         self.calibration = load_calibration(self.texts["calibration"], self.model)
 
@@ -112,6 +116,21 @@ def table(bench: Bench) -> None:
             f"{'' if correlation is None else f'{correlation:.2f}':>13}   {result.finalists[0].candidate}",
             flush=True,
         )
+
+
+def metrics(bench: Bench) -> None:
+    print(f"{'row':<24}{'test':>9}{'tokens':>12}{'seconds':>9}{'validation':>12}", flush=True)
+    strategies = bench.args.strategies or ("evolution", "symbolic", "joint", "optishear")
+    for strategy in strategies:
+        result = bench.search(strategy, f"metrics-{strategy}", bench.args.budget, finalists=2, named=NAMED)
+        best, spent = result.finalists[0], result.budget
+        print(f"{strategy:<24}{bench.test(result.best):>9.2f}{spent.spent_tokens:>12,}{spent.spent_seconds:>9.0f}"
+              f"{best.loss:>12.4f}   {best.candidate}", flush=True)  # fmt: skip
+    for name, metric in (("wanda", None), ("pruner_zero", "pruner_zero"), ("ria", "ria")):
+        if not bench.args.strategies:
+            model = bench.load()
+            prune(model, bench.calibration, DSAConfig(bench.args.sparsity, "wanda", "uniform", metric=metric))
+            print(f"{name + ', uniform':<24}{perplexity(model, bench.texts['test']):>9.2f}", flush=True)
 
 
 def seeds(bench: Bench) -> None:
@@ -225,6 +244,7 @@ def main() -> None:
     parser.add_argument("--processes-budget", default="600k tokens", help="of the searches of `processes`")
     parser.add_argument("--part", nargs="+", choices=MAIN_PARTS, default=MAIN_PARTS)
     parser.add_argument("--strategies", nargs="+", help="rows of the table that are searches (default: all)")
+    parser.add_argument("--windows", type=int, help="of calibration and validation, and four times as many of test")
     parser.add_argument("--threads", type=int, help="of torch (default: its own)")
     parser.add_argument("--small", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()

@@ -73,7 +73,7 @@ def convert(source: str | Path, directory: str | Path, to: str) -> tuple[int, in
         raise ValueError(f"{source} is {to} already; nothing was written.")
     config = converted_config(stated, target, source, run_packed)
     in_place = Path(directory).is_dir() and source.samefile(directory)
-    others, left = _other_files(shards)
+    others, left = other_files(shards)
     if in_place:
         others, left = [*others, *left], []
     sizes: tuple[int, int] = (0, 0)
@@ -229,7 +229,7 @@ def _bytes_after(shards: Shards) -> int:
     return total
 
 
-def _other_files(shards: Shards) -> tuple[list[str], list[str]]:
+def other_files(shards: Shards) -> tuple[list[str], list[str]]:
     """The files of a checkpoint beside its weights and `config.json`: those that go along, and those that stay.
 
     Of a link out of the folder, `ValueError`.

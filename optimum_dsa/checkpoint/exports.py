@@ -29,7 +29,9 @@ def _gguf(folder: Path, path: Path, kind: str) -> int:
 
 EXPORTS = Registry("export")
 EXPORTS.add(
-    "gguf", Export(_gguf, ("f16", "f32")), reference="https://github.com/ggml-org/ggml/blob/master/docs/gguf.md"
+    "gguf",
+    Export(_gguf, ("f16", "f32", "q8_0", "q4_0")),
+    reference="https://github.com/ggml-org/ggml/blob/master/docs/gguf.md",
 )
 
 
@@ -39,7 +41,7 @@ def export(source: str | Path, target: str | Path, to: str, kind: str | None = N
     The file is there whole or not at all.
 
     Args:
-        kind (`str`, *optional*): of numbers: "f16", the default, or "f32".
+        kind (`str`, *optional*): of numbers in matrices: "f16", the default, "f32", "q8_0" or "q4_0".
 
     Raises:
         ValueError: it is of a family, or has a tokenizer, that the format cannot say; a kind that is none; or the

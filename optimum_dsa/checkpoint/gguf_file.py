@@ -1,43 +1,36 @@
-"""Llamas as GGUF files, for llama.cpp: plain ones, and those whose layers have widths of their own (`deci`)."""
+"""Models as GGUF files, for llama.cpp: plain ones, and Llamas whose layers have widths of their own (`deci`)."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import logging
+from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
-from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from ..common.files import read_json
 from ..common.installation import how_to_install
-from ..model.per_layer import TYPE
+from ..pruning.configuration import CONFIG_NAME
 from .encodings import decoded
-from .load import load_tokenizer, read_configuration
-from .shards import find_shards, open_shard
+from .gguf_families import Family, family_of, layer_widths, made_tensors, write_sizes
+from .gguf_tensors import BITS, BLOCK, Part, kind_of, parts_of
+from .gguf_tokenizer import write_tokenizer
+from .load import read_configuration
+from .shards import Shards, find_shards, open_shard, packed_headers
 from .skeleton import open_skeleton
 
 
-FAMILIES = ("llama", "mistral")  # what llama.cpp computes alike
-# How a tokenizer of bytes splits text before it merges -> what llama.cpp calls that.
-_LLAMA3 = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}|"
-    r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-_SPLITS = {
-    ("ByteLevel",): "gpt-2",
-    ("Digits", "ByteLevel"): "smollm",
-    (_LLAMA3, "ByteLevel"): "llama-bpe",
-    (_LLAMA3.replace("{1,3}", ""), "ByteLevel"): "qwen2",
-}
+KEYS = {name: f"optimum_dsa.{name}" for name in ("config", "description", "names")}  # for `verify`, see gguf_read.py
+
+logger = logging.getLogger(__name__)
 
 
 def write_gguf(folder: Path, path: Path, kind: str) -> int:
     """Write the checkpoint in `folder` to the file `path`, its matrices as `kind`; bytes of all tensors.
 
-    One tensor at a time is in memory.
+    One tensor at a time is in memory. Of a pruned model, its `config.json` and `dsa_config.json` go along.
 
     Raises:
         ValueError: it cannot be said in a GGUF of these families, or the package gguf is missing.
@@ -49,138 +42,111 @@ def write_gguf(folder: Path, path: Path, kind: str) -> int:
             f"A GGUF is written by the package gguf, which is not installed: {how_to_install('gguf')}."
         ) from error
     config = read_configuration(str(folder), {})
-    _check(config, folder)
-    widths = [_widths(own) for own in config.per_layer_config]
-    plain = len(set(widths)) == 1
-    arch = gguf.MODEL_ARCH.LLAMA if plain else gguf.MODEL_ARCH.DECI
-    writer = gguf.GGUFWriter(path, gguf.MODEL_ARCH_NAMES[arch])
-    _write_sizes(writer, config, widths)
-    writer.add_file_type(gguf.LlamaFileType.MOSTLY_F16 if kind == "f16" else gguf.LlamaFileType.ALL_F32)
-    _write_tokenizer(writer, folder, config)
-    names, total = gguf.get_tensor_name_map(arch, len(widths)), 0
-    said = {name: tuple(tensor.shape) for name, tensor in open_skeleton(folder)[0].state_dict().items()}
-    for name, tensor in _tensors(folder, config):
-        if (shape := tuple(tensor.shape)) != said.get(name, shape):
-            raise ValueError(
-                f"{name} is {shape} in {folder}, and by its config.json it is {said[name]}: they do not belong "
-                "together."
-            )
-        called, array = _array(name, tensor, names, widths, kind)
-        total += array.nbytes
-        writer.add_tensor_info(called, array.shape, array.dtype, array.nbytes)
+    family = family_of(config, folder)
+    shards = find_shards(folder)
+    places = _places(shards)
+    _check_shapes(folder, places)
+    arch, parts = plan(config, family, {name: shape for name, (_, shape) in places.items()})
+    called = [part.called for part in parts]
+    kinds = [kind_of(part, kind, called) for part in parts]
+    _say_what_stays(parts, kinds, kind)
+    writer = gguf.GGUFWriter(path, arch)
+    write_sizes(writer, config, family, layer_widths(config))
+    writer.add_file_type(getattr(gguf.LlamaFileType, "ALL_F32" if kind == "f32" else f"MOSTLY_{kind.upper()}"))
+    if kind in BITS:
+        writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+    write_tokenizer(writer, folder, config)
+    _write_description(writer, folder, list(places))
+    made, total = made_tensors(config), 0
+    for name, tensor in made.items():
+        writer.add_tensor_info(name, tensor.shape, np.dtype(np.float32), tensor.nbytes)
+    for part, own in zip(parts, kinds):
+        total += _announce(writer, part, gguf.GGMLQuantizationType[own.upper()])
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
-    for name, tensor in _tensors(folder, config):
-        writer.write_tensor_data(_array(name, tensor, names, widths, kind)[1])
+    for tensor in made.values():
+        writer.write_tensor_data(tensor.numpy())
+    with ExitStack() as stack:
+        files = {file: stack.enter_context(open_shard(folder / file)) for file in shards.files}
+        for part, own in zip(parts, kinds):
+            tensor = part.make([_dense(files[places[name][0]], name) for name in part.names])
+            array = np.ascontiguousarray(tensor.numpy())
+            writer.write_tensor_data(gguf.quantize(array, gguf.GGMLQuantizationType[own.upper()]))
     writer.close()
     return total
 
 
-def _check(config: Any, folder: Path) -> None:
-    """Raise `ValueError` for what llama.cpp would compute otherwise."""
-    family = config.model_type.removeprefix(TYPE)
-    if family not in FAMILIES:
-        raise ValueError(
-            f"{folder} is a {config.model_type}; written as GGUF here are {' and '.join(FAMILIES)}, plain and with "
-            "layers that differ. Of other families, llama.cpp's own convert_hf_to_gguf.py takes plain models."
-        )
-    kind = config.rope_parameters.get("rope_type", "default")
-    if kind not in ("default", "llama3"):
-        raise ValueError(f"{folder} turns positions by {kind!r}, which is not written as GGUF here.")
-    for name, expected in (("hidden_act", "silu"), ("attention_bias", False), ("mlp_bias", False)):
-        if getattr(config, name, expected) != expected:
-            raise ValueError(f"{folder} has {name}={getattr(config, name)!r}, which is not written as GGUF here.")
+def plan(config: Any, family: Family, shapes: dict[str, tuple[int, ...]]) -> tuple[str, list[Part]]:
+    """What llama.cpp calls the architecture of a model, and the tensors of its file.
+
+    Args:
+        shapes: name -> shape of the checkpoint's tensors, dense.
+    """
+    import gguf
+
+    widths = layer_widths(config)
+    arch = family.arch if len(set(widths)) == 1 or family.per_layer is None else family.per_layer
+    number = next(number for number, name in gguf.MODEL_ARCH_NAMES.items() if name == arch)
+    return arch, parts_of(shapes, family, widths, config, gguf.get_tensor_name_map(number, len(widths)))
 
 
-def _widths(own: Any) -> tuple[int, int, int]:
-    """Query heads, heads of keys and values, and channels of the MLP of one layer."""
-    return own.num_attention_heads, own.num_key_value_heads, own.intermediate_size
-
-
-def _write_sizes(writer: Any, config: Any, widths: list[tuple[int, int, int]]) -> None:
-    head, longest = config.head_dim, config.max_position_embeddings
-    queries, keys, channels = ([*column] if len(set(widths)) > 1 else column[0] for column in zip(*widths))
-    writer.add_name(str(config.model_type))
-    writer.add_block_count(len(widths))
-    # Beyond a sliding window llama.cpp would see what the model does not.
-    writer.add_context_length(min(longest, getattr(config, "sliding_window", None) or longest))
-    writer.add_embedding_length(config.hidden_size)
-    writer.add_head_count(queries)
-    writer.add_head_count_kv(keys)
-    writer.add_feed_forward_length(channels)
-    writer.add_key_length(head)
-    writer.add_value_length(head)
-    writer.add_rope_dimension_count(head)
-    writer.add_rope_freq_base(float(config.rope_parameters["rope_theta"]))
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_vocab_size(config.vocab_size)
-
-
-def _tensors(folder: Path, config: Any) -> Iterator[tuple[str, Tensor]]:
-    """The tensors of a checkpoint by name, dense, and those that its configuration stands for."""
-    shards = find_shards(folder)
+def _places(shards: Shards) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """Name -> file and shape, dense, of every tensor of a checkpoint; nothing but headers is read."""
+    found = {}
     for file in shards.files:
-        with open_shard(folder / file) as opened:
+        packed = packed_headers(shards.folder / file)
+        with open_shard(shards.folder / file) as opened:
             for name in sorted(opened.keys()):
-                tensor = opened.get_tensor(name)
-                plain = None if shards.encoding.is_plain else decoded(tensor, name)
-                yield name, tensor if plain is None else plain
-    if config.rope_parameters.get("rope_type") == "llama3":
-        found, _ = ROPE_INIT_FUNCTIONS["llama3"](config, torch.device("cpu"))
-        turns = torch.arange(0, config.head_dim, 2).float() / config.head_dim
-        yield "rope_freqs.weight", config.rope_parameters["rope_theta"] ** -turns / found
+                shape = packed[name].shape if name in packed else opened.get_slice(name).get_shape()
+                found[name] = file, tuple(shape)
+    return found
 
 
-def _array(name: str, tensor: Tensor, names: Any, widths: list, kind: str) -> tuple[str, np.ndarray]:
-    """What llama.cpp calls a tensor, of any shape, and its numbers as they are written."""
-    called = name if name.startswith("rope_freqs") else names.get_name(name, try_suffixes=(".weight", ".bias"))
-    if called is None or name.endswith(".bias"):
-        raise ValueError(f"{name} is no tensor that a GGUF of this family has.")
-    part = name.split(".")[-2]
-    if part in ("q_proj", "k_proj"):
-        # The halves of a head that turn together lie beside each other there.
-        heads = widths[int(name.split(".")[-4])][part == "k_proj"]
-        tensor = tensor.reshape(heads, 2, -1, tensor.shape[-1]).transpose(1, 2).reshape(tensor.shape)
-    array = tensor.float().numpy()
-    return called, np.ascontiguousarray(array.astype(np.float16) if kind == "f16" and array.ndim > 1 else array)
+def _dense(file: Any, name: str) -> Tensor:
+    tensor = file.get_tensor(name)
+    plain = decoded(tensor, name)
+    return tensor if plain is None else plain
 
 
-def _write_tokenizer(writer: Any, folder: Path, config: Any) -> None:
-    """Write the tokenizer of a checkpoint, where it is one of bytes that llama.cpp has a name for."""
-    tokenizer = load_tokenizer(str(folder))
-    if tokenizer is None or not (folder / "tokenizer.json").is_file():
-        raise ValueError(f"{folder} has no tokenizer.json, and a GGUF holds its tokenizer.")
-    stated = read_json(folder / "tokenizer.json")
-    split = stated.get("pre_tokenizer") or {}
-    steps = tuple(
-        step.get("pattern", {}).get("Regex", step["type"]) for step in split.get("pretokenizers", [split]) if step
-    )
-    if stated["model"]["type"] != "BPE" or stated["model"].get("byte_fallback") or steps not in _SPLITS:
-        raise ValueError(
-            f"The tokenizer of {folder} is written as GGUF only where it is one of bytes that splits text as GPT-2's, "
-            f"SmolLM's, Llama 3's or Qwen 2's does; it is a {stated['model']['type']} after {' and '.join(steps)}."
+def _check_shapes(folder: Path, places: dict[str, tuple[str, tuple[int, ...]]]) -> None:
+    said = {name: tuple(tensor.shape) for name, tensor in open_skeleton(folder)[0].state_dict().items()}
+    for name, (_, shape) in places.items():
+        if shape != said.get(name, shape):
+            raise ValueError(
+                f"{name} is {shape} in {folder}, and by its config.json it is {said[name]}: they do not belong "
+                "together."
+            )
+
+
+def _announce(writer: Any, part: Part, kind: Any) -> int:
+    """Write what a tensor will be; its bytes."""
+    import gguf
+
+    block, size = gguf.GGML_QUANT_SIZES[kind]
+    shape = (*part.shape[:-1], part.shape[-1] // block * size)
+    plain = {gguf.GGMLQuantizationType.F32: np.float32, gguf.GGMLQuantizationType.F16: np.float16}.get(kind)
+    total = int(np.prod(shape))
+    if plain is not None:
+        writer.add_tensor_info(part.called, part.shape, np.dtype(plain), total)
+    else:
+        writer.add_tensor_info(part.called, shape, np.dtype(np.uint8), total, raw_dtype=kind)
+    return total
+
+
+def _say_what_stays(parts: Sequence[Part], kinds: Sequence[str], kind: str) -> None:
+    odd = [part for part, own in zip(parts, kinds) if kind in BITS and own == "f16"]
+    if odd:
+        logger.warning(
+            "%d matrices stay float16, as their rows do not divide by %d, such as %s (%d).",
+            *(len(odd), BLOCK, odd[0].names[0], odd[0].shape[-1]),
         )
-    known = {number: token for token, number in tokenizer.get_vocab().items()}
-    added = {number: row.special for number, row in tokenizer.added_tokens_decoder.items()}
-    tokens = [known.get(number, f"[PAD{number}]") for number in range(config.vocab_size)]
-    normal, control, own, unused = 1, 3, 4, 5
-    kinds = [
-        unused if number not in known else normal if number not in added else control if added[number] else own
-        for number in range(config.vocab_size)
-    ]
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre(_SPLITS[steps])
-    writer.add_token_list(tokens)
-    writer.add_token_types(kinds)
-    writer.add_token_merges([one if isinstance(one, str) else " ".join(one) for one in stated["model"]["merges"]])
-    for name in ("bos", "eos", "pad"):
-        number = getattr(tokenizer, f"{name}_token_id")
-        number = getattr(config, f"{name}_token_id", None) if number is None else number
-        number = number[0] if isinstance(number, list) else number
-        if number is not None:
-            getattr(writer, f"add_{name}_token_id")(number)
-    begun = tokenizer("a").input_ids[:1] == [tokenizer.bos_token_id]
-    writer.add_add_bos_token(begun and tokenizer.bos_token_id is not None)
-    if tokenizer.chat_template:
-        writer.add_chat_template(tokenizer.get_chat_template())
+
+
+def _write_description(writer: Any, folder: Path, names: list[str]) -> None:
+    """Write what `verify` needs to count the zeros of a pruned model in the file alone."""
+    if not (folder / CONFIG_NAME).is_file():
+        return
+    writer.add_string(KEYS["config"], (folder / "config.json").read_text(encoding="utf-8"))
+    writer.add_string(KEYS["description"], (folder / CONFIG_NAME).read_text(encoding="utf-8"))
+    writer.add_array(KEYS["names"], names)

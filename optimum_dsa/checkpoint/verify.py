@@ -50,6 +50,7 @@ class Verification:
         sizes (`Mapping[str, int]`): weights counted in every unit.
         widths (`Mapping[str, tuple[int, int]]`): structures counted in every unit that some were cut out of, and how
             many it had; empty where none were.
+        rounded (`int`): zeros beyond those described, which kept weights became where a file's numbers are coarse.
     """
 
     problems: tuple[str, ...]
@@ -61,6 +62,7 @@ class Verification:
     zeros: Mapping[str, int] = field(default_factory=dict)
     sizes: Mapping[str, int] = field(default_factory=dict)
     widths: Mapping[str, tuple[int, int]] = field(default_factory=dict)
+    rounded: int = 0
 
     @property
     def holds(self) -> bool:
@@ -72,6 +74,8 @@ class Verification:
         counted = (
             f"{self.removed:,} of {self.prunable:,} prunable weights are zero ({share:.4f}), pattern {self.pattern}"
         )
+        if self.rounded:
+            counted += f"; {self.rounded:,} of them were kept, and are rounded to zero in this file"
         if self.widths:
             counted = f"{stay_of(self.widths)}; {counted}"
         lines = [f"holds: {counted}"]
@@ -82,7 +86,11 @@ class Verification:
 
 @torch.no_grad()
 def verify(
-    model: nn.Module, report: PruningReport, description: Mapping[str, Any] | None = None, trained: bool = False
+    model: nn.Module,
+    report: PruningReport,
+    description: Mapping[str, Any] | None = None,
+    trained: bool = False,
+    rounded: bool = False,
 ) -> Verification:
     """Count the zeros of `model`, block by block, and hold them against `report`.
 
@@ -93,10 +101,12 @@ def verify(
     every unit has exactly the zeros that were counted when it was pruned; and that every matrix has its share of them
     in the pattern; and that what is kept of it lies on a grid of whole numbers, where the config asked for that and
     nothing `trained` it since. Of a `description`, the content of `dsa_config.json` that the report is from, also its
-    totals and its checksum.
+    totals and its checksum. Of a model whose weights were `rounded` since, units may have more zeros than described,
+    which are counted apart.
     """
     checked = _Checked(list(_disagreements(report)), _recipes(report))
-    checked.trained = trained or "recovery" in (description or {})
+    checked.rounds = rounded
+    checked.trained = trained or rounded or "recovery" in (description or {})
     if description is not None:
         checked.problems += [problem for problem in contradictions(description) if problem not in checked.problems]
         seal = seal_of(description)
@@ -139,7 +149,9 @@ def _counted(model: nn.Module, report: PruningReport, checked: _Checked) -> Veri
     for unit, size in sizes.items():
         # Exactly: one zero more or less is another model.
         expected = round(report.achieved.get(unit, 0.0) * size)
-        if zeros[unit] != expected:
+        if checked.rounds and zeros[unit] > expected:
+            checked.rounded += zeros[unit] - expected
+        elif zeros[unit] != expected:
             difference = f"{abs(zeros[unit] - expected):,} {'fewer' if zeros[unit] < expected else 'more'}"
             checked.problems.append(f"{unit} has {zeros[unit]:,} zeros, {difference} than the {expected:,} described")
     checked.problems += breaches
@@ -152,10 +164,13 @@ class _Checked:
     unproven: list[str]
     widths: dict[str, tuple[int, int]] = field(default_factory=dict)
     trained: bool = False
+    rounds: bool = False  # whether kept weights may have become zero by that
+    rounded: int = 0
 
     def result(self, removed: int, prunable: int, pattern: str, parameters: int, *counted) -> Verification:
         found = tuple(self.problems), removed, prunable, pattern, tuple(self.unproven), parameters
-        return Verification(*found, *counted, **({"widths": self.widths} if self.widths else {}))
+        more = {"widths": self.widths} if self.widths else {}
+        return Verification(*found, *counted, **more, rounded=self.rounded)
 
     def count_structures(self, model: nn.Module, described: Mapping[str, tuple[int, int, Place | None]]) -> None:
         """Hold the widths of `model` against how many structures are `described` to stay of how many."""

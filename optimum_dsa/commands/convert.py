@@ -19,13 +19,15 @@ packed      compressed, and its matrices stay so in memory: the model multiplies
 
 Or write it as one file for another program, one way:
 
-gguf        for llama.cpp: Llama and Mistral, also where layers have widths of their own (needs the package gguf)
+gguf        for llama.cpp: Llama, Mistral, Qwen, Gemma, Phi-3 and more, with --type in 8 or 4 bits, zeros kept; Llama
+            and Mistral also where layers have widths of their own (needs the package gguf)
 """
     EXAMPLES = """\
   optimum-cli dsa convert out out-compressed --to compressed
   optimum-cli dsa convert out-compressed out-dense --to dense
   optimum-cli dsa convert out out-packed --to packed
   optimum-cli dsa convert smaller smaller.gguf --to gguf --type f16
+  optimum-cli dsa convert out out.gguf --to gguf --type q4_0
 """
 
     @staticmethod
@@ -34,7 +36,7 @@ gguf        for llama.cpp: Llama and Mistral, also where layers have widths of t
         parser.add_argument("model", help="folder or Hub id of the checkpoint")
         parser.add_argument("output", help="folder or file to write; an earlier result there is replaced")
         parser.add_argument("--to", required=True, help="what to write: dense, compressed, quantised, packed or gguf")
-        parser.add_argument("--type", help="numbers in a file for another program: f16 (the default) or f32")
+        parser.add_argument("--type", help="numbers in a file for another program: f16 (the default), f32, q8_0, q4_0")
         parser.add_argument("--revision", help="branch, tag or commit of a Hub model")
 
     def execute(self) -> dict:

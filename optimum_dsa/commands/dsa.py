@@ -12,6 +12,7 @@ from .options import CommandParser
 from .plan import PlanCommand
 from .prune import PruneCommand
 from .push import PushCommand
+from .quantize import QuantizeCommand
 from .recover import RecoverCommand
 from .report import ReportCommand
 from .search import SearchCommand
@@ -33,6 +34,7 @@ class DSACommand(BaseOptimumCLICommand):
         CommandInfo("report", "Show a pruned model or a search as a page with pictures.", ReportCommand),
         CommandInfo("verify", "Check that a pruned model is what it says.", VerifyCommand),
         CommandInfo("convert", "Store a pruned model without its zeros, or with them again.", ConvertCommand),
+        CommandInfo("quantize", "Store a pruned model as whole numbers, zeros kept.", QuantizeCommand),
         CommandInfo("push", "Push a pruned model to the Hub, with a model card.", PushCommand),
         CommandInfo("demo", "Prune the embedded model, discover an allocation, compare.", DemoCommand),
         CommandInfo("env", "Print the versions that a bug report needs.", EnvCommand),

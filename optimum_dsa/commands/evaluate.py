@@ -19,15 +19,16 @@ class EvaluateCommand(LeafCommand):
 
     DESCRIPTION = """\
 Measure a model's perplexity on a text (non-overlapping windows) and its results on tasks of lm-eval, and count its
-zeros. Several models give a table, in which all were measured by one protocol; others get a table of their own. The
-zero-shot tasks of the DSA paper are
-boolq,rte,hellaswag,winogrande,arc_easy,arc_challenge,openbookqa.
+zeros. Several models give a table, in which all were measured by one protocol; others get a table of their own.
+--tasks zero-shot is the seven tasks of the DSA paper (boolq, rte, hellaswag, winogrande, arc_easy, arc_challenge,
+openbookqa) and the mean of their accuracies.
 """
     EXAMPLES = """\
   optimum-cli dsa evaluate out --dataset test.txt
   optimum-cli dsa evaluate out --dataset wikitext2 --sequence-length 2048 --windows paper --json
   optimum-cli dsa evaluate out --dense Qwen/Qwen3-0.6B --dataset test.txt --output out/evaluation.json
-  optimum-cli dsa evaluate out --tasks boolq,rte,arc_easy
+  optimum-cli dsa evaluate dense out --tasks zero-shot --limit 200 --batch-size auto
+  optimum-cli dsa evaluate out --tasks zero-shot,gsm8k --tasks-path ./tasks-with-local-data
   optimum-cli dsa evaluate dense pruned recovered --dataset test.txt --tasks ./my_task.yaml --output results.json
 """
 
@@ -54,10 +55,17 @@ boolq,rte,hellaswag,winogrande,arc_easy,arc_challenge,openbookqa.
         text.add_argument("--seed", type=int, default=0)
         tasks = parser.add_argument_group("tasks (needs lm-eval, which the extra `eval` brings)")
         tasks.add_argument("--tasks", help="names of lm-eval's tasks, or YAML files, with commas between them")
-        tasks.add_argument("--include-path", help="folder of further YAML files of tasks")
+        tasks.add_argument(
+            "--include-path",
+            "--tasks-path",
+            metavar="FOLDER",
+            help="folder of further YAML files of tasks, NAME being its NAME or local_NAME",
+        )
         tasks.add_argument("--num-fewshot", type=int, help="examples before each question (default: the task's)")
         tasks.add_argument("--limit", type=int, help="questions per task (default: all)")
-        parser.add_argument("--batch-size", type=int, default=8)
+        parser.add_argument(
+            "--batch-size", type=whole_or_auto, default=8, help="windows or questions at once, or auto (default: 8)"
+        )
         parser.add_argument(
             "--dense",
             metavar="MODEL",
@@ -72,6 +80,7 @@ boolq,rte,hellaswag,winogrande,arc_easy,arc_challenge,openbookqa.
         import sys
 
         from ..common.hub_file import model_name
+        from ..common.progress import progress
         from ..data import DataConfig
         from ..evaluation.comparison import comparison_table
         from ..evaluation.kept import measured_once
@@ -95,13 +104,20 @@ boolq,rte,hellaswag,winogrande,arc_easy,arc_challenge,openbookqa.
         with contextlib.redirect_stdout(sys.stderr):  # data sets and lm-eval print
             tasks = find_tasks(asked, args.include_path) if asked else ()
             models = [*args.model, *([args.dense] if args.dense else [])]
+            if tasks:
+                options["keep"] = len(models) > 1
+                tasks.loaded  # noqa: B018 - data that are not to be had are missed before a model is loaded
             names = distinct([model_name(model) for model in models])
 
             def measured(model: str, name: str, **loading):
                 pruner = DSAPruner.from_pretrained(model, **loading)
                 return pruner.measure(source, tasks, name=name, **options)
 
-            results = [measured(model, name, **loading) for name, model in zip(names, args.model)]
+            results = []
+            for name, model in progress(
+                list(zip(names, args.model)), "Models", "model", "optimum_dsa.evaluate", hidden=len(args.model) == 1
+            ):
+                results.append(measured(model, name, **loading))
             if args.dense:
                 loading.pop("revision", None)  # of the pruned models
                 dense = measured_once(args.dense, results[0], lambda: measured(args.dense, names[-1], **loading))
@@ -111,6 +127,11 @@ boolq,rte,hellaswag,winogrande,arc_easy,arc_challenge,openbookqa.
             self.saved = True
         say(comparison_table(results) if len(results) > 1 else str(results[0]))
         return json.loads(results_json(results))
+
+
+def whole_or_auto(text: str) -> int | str:
+    """A whole number, or "auto"."""
+    return text if text == "auto" else int(text)
 
 
 def distinct(names: list[str]) -> list[str]:

@@ -38,6 +38,7 @@ mode    what the adapters add to a weight W, with small factors A and B
   optimum-cli dsa recover out -o better --dataset train.txt --teacher Qwen/Qwen3-0.6B --distillation 0.5
   optimum-cli dsa recover out -o better --dataset train.txt --save-steps 100 --resume
   optimum-cli dsa recover Qwen/Qwen3-0.6B -o out --dataset train.txt --method elsa --sparsity 0.8
+  torchrun --nproc_per_node 8 -m optimum_dsa recover out -o better --dataset train.txt --sharding fsdp
 """
 
     @staticmethod
@@ -57,12 +58,14 @@ mode    what the adapters add to a weight W, with small factors A and B
         run = parser.add_argument_group("stopping and going on")
         run.add_argument("--checkpoints", help="their folder (default: beside OUTPUT, hidden, removed at the end)")
         run.add_argument("--resume", action="store_true", help="go on from the last checkpoint")
+        several = parser.add_argument_group("several processes (torchrun)")
         elsa = parser.add_argument_group("training under a budget (--method elsa)")
         budget = ("sparsity", "allocation", "pattern", "penalty", "project_every", "growth", "shape")
         groups = [
             (elsa, budget),
             (data, ("data", "validation_windows")),
             (run, ("eval_steps", "patience", "save_steps")),
+            (several, ("sharding",)),
         ]
         pictures = ("image_column", "packing")  # training reads text in windows
         add_settings(parser, groups, "recovery.configuration.RecoveryConfig", how, without=pictures)
@@ -77,7 +80,8 @@ mode    what the adapters add to a weight W, with small factors A and B
             return "nothing was written"
         return f"checkpoints are in {self._checkpoints}; the same command with --resume goes on"
 
-    def execute(self) -> dict:
+    def execute(self) -> dict | None:
+        from contextlib import nullcontext
         from pathlib import Path
         from shlex import quote
 
@@ -88,6 +92,7 @@ mode    what the adapters add to a weight W, with small factors A and B
         from ..model.parameters import weight_bytes
         from ..pruner import DSAPruner
         from ..recovery.configuration import RecoveryConfig
+        from ..recovery.processes import check_divided, from_first, is_first
         from ..recovery.recover import check_trainable
 
         args = self.args
@@ -95,6 +100,7 @@ mode    what the adapters add to a weight W, with small factors A and B
         if args.teacher and "distillation" not in asked:
             asked["distillation"] = 0.5
         config = RecoveryConfig(**nested(RecoveryConfig, asked))
+        check_divided(config)
         loading = loading_options(args)
         check_trainable(args.device_map == "disk")
         if args.teacher and Path(args.teacher).is_absolute() and not Path(args.teacher).exists():
@@ -104,18 +110,22 @@ mode    what the adapters add to a weight W, with small factors A and B
             raise ValueError(f"--keep-adapter needs another --output: {model} holds the weights under the adapter.")
         check_texts(args, config.data)
         check_weights(args, loading)
-        with OutputFolder(output, resume=args.resume) as place:
+        # Of several processes the first alone writes.
+        with OutputFolder(output, resume=args.resume) if is_first() else nullcontext() as place:
             self.place = place
             checkpoints = args.checkpoints
             if checkpoints is None and (config.save_steps is not None or args.resume):
-                checkpoints = place.scratch("checkpoints")
+                checkpoints = from_first(lambda: place.scratch("checkpoints"))
             self._checkpoints = checkpoints
             pruner = DSAPruner.from_pretrained(args.model, **loading)
-            place.require(weight_bytes(pruner.model))
+            if place is not None:
+                place.require(weight_bytes(pruner.model))
             teacher, source = args.teacher, asked_source(args)
             if teacher and args.trust_remote_code:
                 teacher = load_model(teacher, trust_remote_code=True)
             result = pruner.recover(source, config, args.validation, teacher, checkpoints, args.resume)
+            if place is None:
+                return None
             say(str(result))
             pruner.save_pretrained(place)
         as_before = "" if config.sparsity is not None else " as before"

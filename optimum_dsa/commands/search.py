@@ -81,7 +81,7 @@ three).
         )
         parser.add_argument("--report-to", help="log trials to trackio, tensorboard, wandb, ... (default: none)")
         parser.add_argument(
-            "--allocation", help="where symbolic compares metrics: a name, a function, a folder (default: uniform)"
+            "--at", help="allocation at which symbolic compares metrics: name, function, folder (default: uniform)"
         )
         what = parser.add_argument_group("how the model will be pruned")
         add_quality_option(what)
@@ -115,10 +115,12 @@ three).
 
         args = self.args
         # Blocks differ, and how is what is searched for.
-        config = asked_structures(args, self.parser, layout="per_layer") or asked_config(args, allocation="uniform")
-        if args.allocation is not None and not STRATEGIES.fact(args.strategy, "fixed"):
+        config = asked_structures(args, self.parser, layout="per_layer") or asked_config(
+            args, allocation=args.at or "uniform"
+        )
+        if args.at is not None and not STRATEGIES.fact(args.strategy, "fixed"):
             raise ValueError(
-                f"--allocation is of strategy symbolic, and {args.strategy!r} looks for one; leave out one of both."
+                f"--at is of strategy symbolic, and {args.strategy!r} looks for an allocation; leave out one of both."
             )
         check_search(config)
         realisation_of(config, args.strategy, None)

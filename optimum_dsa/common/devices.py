@@ -8,6 +8,7 @@ from functools import cache
 
 import torch
 from accelerate import PartialState
+from accelerate.utils import DistributedType
 
 
 logger = logging.getLogger(__name__)
@@ -46,6 +47,17 @@ def use_cpu() -> bool:
 def process_state() -> PartialState:
     """accelerate's view of the processes; where there are several and `use_cpu` says so, they talk through gloo."""
     return PartialState(cpu=use_cpu())
+
+
+def shard_on_cpu() -> None:
+    """Have accelerate take FSDP on the CPU for what it is; to be called before the Trainer is made.
+
+    It looks for the plugin where processes work on GPUs alone, and on the CPU trains with DDP without a word. PyTorch
+    shards there as well, through gloo.
+    """
+    state = PartialState()
+    if state.distributed_type == DistributedType.MULTI_CPU:
+        state.distributed_type = DistributedType.MULTI_GPU
 
 
 def processes_and_devices() -> tuple[int, int]:

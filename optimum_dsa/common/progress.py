@@ -9,6 +9,8 @@ from typing import TypeVar
 
 from huggingface_hub.utils import are_progress_bars_disabled, tqdm
 
+from .machine import shown_seconds
+
 
 Item = TypeVar("Item")
 
@@ -18,7 +20,8 @@ PAUSE = 10.0  # seconds between two lines: a log of hours stays readable, and no
 class Progress:
     """So many of `total` steps, shown as they are done; silenced by the Hugging Face switches.
 
-    Off a terminal a line comes with a step at most every `PAUSE` seconds, and one at the end.
+    Off a terminal a line comes with a step at most every `PAUSE` seconds, and one at the end. Time that is left, there
+    as in a bar, takes the steps to be alike.
 
     Args:
         description (`str`): what is done, such as "Pruning".
@@ -83,7 +86,10 @@ class Progress:
         of = "" if self.total is None or self.unit == "%" else f" of {self.total}"
         units = self.unit if self.unit == "%" or (self.total or self.done) == 1 else f"{self.unit}s"
         notes = [f"{name} {text}" for name, text in self._notes.items()]
-        facts = [f"{self.done}{of} {units}", *notes, f"{self._said - self._began:.0f} s"]
+        taken = self._said - self._began
+        facts = [f"{self.done}{of} {units}", *notes, f"{taken:.0f} s"]
+        if self.total and 0 < self.done < self.total:
+            facts.append(f"about {shown_seconds(taken * (self.total - self.done) / self.done)} left")
         sys.stderr.write(f"{self.description}: {', '.join(facts)}\n")
         sys.stderr.flush()
 

@@ -21,9 +21,10 @@ from ..model.inputs import check_length, default_length, kind_of
 from ..packed.pack_model import seen_dense
 from ..pruning.report import PruningReport
 from ..pruning.zeros import count_zeros
+from .harness import fitting
 from .measurement import Measurement, Protocol, TaskProtocol
 from .perplexity import mean_perplexity, window_losses
-from .tasks import Tasks, evaluate_tasks
+from .tasks import Tasks, evaluate_tasks, find_tasks
 
 
 def measure(
@@ -45,7 +46,8 @@ def measure(
     include: str | Path | None = None,
     num_fewshot: int | None = None,
     limit: int | None = None,
-    batch_size: int = 8,
+    batch_size: int | str = 8,
+    keep: bool = False,
 ) -> Measurement:
     """Perplexity on a text, results on tasks of lm-eval, and zeros of a model in memory.
 
@@ -68,8 +70,9 @@ def measure(
         split (`str`, *optional*): of a named dataset, by default `"test"`; or rows of it, as in `"test[:50]"`.
         text_column (`str`, defaults to `"text"`): the column of a dataset that holds the text or the conversation.
         subset (`str`, *optional*): the configuration of a dataset that has several.
-        include, num_fewshot, limit: of tasks, see `evaluate_tasks`.
-        batch_size (`int`, defaults to 8): windows per forward pass. It does not change the result.
+        include, num_fewshot, limit, keep: of tasks, see `evaluate_tasks`.
+        batch_size (`int | str`, defaults to 8): windows per forward pass, or "auto": as many as fit. It does not
+            change the result.
 
     Raises:
         ValueError: nothing to measure, or text and model do not fit.
@@ -90,12 +93,15 @@ def measure(
         cut = {"sequence_length": length, "windows": windows, "bos": bos, "num_samples": num_samples, "seed": seed}
         cut["keeps_rows"] = sequence_length is None
         try:
-            found |= _on_text(model, tokenizer, text, batch_size, Reading(text_column, split, subset, "test"), cut)
+            at_once, reading = fitting(batch_size, model, length), Reading(text_column, split, subset, "test")
+            found |= _on_text(model, tokenizer, text, at_once, reading, cut)
         except NoTokenizerError:  # of rows of token ids none is asked for, and what a source holds its rows tell
             raise ValueError(without) from None
     if tasks:
         options = {"sequence_length": length, "num_fewshot": num_fewshot, "limit": limit, "bos": bos}
-        found["tasks"] = evaluate_tasks(model, tokenizer, tasks, include=include, batch_size=batch_size, **options)
+        tasks = tasks if isinstance(tasks, Tasks) else find_tasks(tasks, include)
+        found["tasks"] = evaluate_tasks(model, tokenizer, tasks, batch_size=batch_size, keep=keep, **options)
+        found["groups"] = {name: members for name, members in tasks.groups.items() if name in found["tasks"]}
         release = importlib.metadata.version("lm_eval")
         found["task_protocol"] = TaskProtocol(**options, dtype=_dtype(model), lm_eval=release)
     zeros, size = _count(model, report)
@@ -108,7 +114,7 @@ def check_asked(
     windows: str = "each",
     num_samples: int | None = None,
     sequence_length: int | None = None,
-    batch_size: int = 8,
+    batch_size: int | str = 8,
     limit: int | None = None,
 ) -> None:
     """Raise what is wrong with arguments of [`measure`] whatever the model is; to be called before it is loaded."""
@@ -117,7 +123,7 @@ def check_asked(
     numbers = {
         "sequence_length": sequence_length,
         "num_samples": num_samples,
-        "batch_size": batch_size,
+        "batch_size": None if batch_size == "auto" else batch_size,
         "limit": limit,
     }
     for name, value in numbers.items():

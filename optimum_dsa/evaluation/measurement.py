@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
@@ -87,6 +87,7 @@ class Measurement:
         losses (`tuple[float, ...]`): mean loss per predicted token of every window, for differences to other models.
         tasks (`Mapping[str, Mapping]`): task -> metric -> `{"value", "error"}`.
         task_protocol (`TaskProtocol`, *optional*): how tasks were measured.
+        groups (`Mapping[str, Sequence[str]]`): of the tasks, those that are groups -> the tasks that they consist of.
     """
 
     model: str
@@ -98,6 +99,7 @@ class Measurement:
     losses: tuple[float, ...] = field(default=(), repr=False)
     tasks: Mapping[str, Mapping[str, Mapping[str, float | None]]] = field(default_factory=dict)
     task_protocol: TaskProtocol | None = None
+    groups: Mapping[str, Sequence[str]] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """JSON values on one level, those of the protocol among them; nothing of what was not measured."""
@@ -126,6 +128,8 @@ class Measurement:
             raise ValueError("tasks is task -> metric -> value and error.")
         if not isinstance(how, Mapping):
             raise ValueError("task_protocol is an object.")
+        if not _are_groups(groups := data.get("groups", {})):
+            raise ValueError("groups is group -> names of tasks.")
         return cls(
             data["model"],
             data["sparsity"],
@@ -136,6 +140,7 @@ class Measurement:
             tuple(losses),
             tasks,
             TaskProtocol(**{name: how[name] for name in _names(TaskProtocol) if name in how}) if tasks else None,
+            {name: tuple(members) for name, members in groups.items()},
         )
 
     def __str__(self) -> str:
@@ -194,4 +199,11 @@ def _are_tasks(tasks: Any) -> bool:
             for found in metrics.values()
         )
         for metrics in tasks.values()
+    )
+
+
+def _are_groups(groups: Any) -> bool:
+    return isinstance(groups, Mapping) and all(
+        isinstance(members, (list, tuple)) and all(isinstance(name, str) for name in members)
+        for members in groups.values()
     )

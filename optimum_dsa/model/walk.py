@@ -269,7 +269,6 @@ def _walk_block(
     def collect(weights: Sequence[Weight], move_on: bool = False) -> dict[str, LayerStatistics]:
         """Statistics of what `weights` multiply in the block as it is now; `move_on` replaces what goes into it."""
         part, observer, names = replace(block, weights=tuple(weights)), watch(), {weight.name for weight in weights}
-        # Before anything moves on: they are of what goes into the block.
         regional = gradients.of_block(model, part, lambda: (calls.run(module, index, n) for n in calls.seen))
         for number in calls.seen:
             hidden = calls.hidden[number]  # once: they may be on a disk
@@ -292,8 +291,8 @@ def _walk_block(
     def first_batch() -> dict[str, LayerStatistics]:
         observer = Observer(gram=False)
         observer.start_batch(calls.samples[0], real[0])
-        stream = _watching_additions(model, block, hidden := calls.hidden[0], dense)
-        with observing(model, block, observer), stream as before:
+        hidden = calls.hidden[0]
+        with observing(model, block, observer), _watching_additions(model, block, hidden, dense) as before:
             calls.run(module, index, 0, hidden)
         shown.note(block, observer, before)
         return observer.finish(block)

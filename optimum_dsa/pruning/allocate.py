@@ -14,13 +14,16 @@ from torch import Tensor, nn
 from ..model.activations import held_in
 from ..model.architecture import Architecture, Weight, find_architecture
 from ..model.left_dense import LARGE, excluding, share_of, told
+from ..model.offload import is_offloaded
 from ..model.stacks import other_stacks
-from ..model.walk import WalkedBlock, walk_blocks
-from .allocation import Allocation, Unit, fit_to_budget, fit_to_levels, fit_to_matrices
+from ..model.walk import WalkedBlock, reads_of, walk_blocks
+from .allocation import Allocation, Seen, Unit, fit_to_budget, fit_to_levels, fit_to_matrices
+from .calibration import Calibration
 from .configuration import DSAConfig
 from .other_head import allocation_for
 from .overrides import given_shares, sparsity_of_rest, with_given, without
 from .source import Known, Source, as_calibration, batches_of, progress
+from .unstructured.metrics import METRICS
 from .zeros import FEWEST_ZEROS, count_zeros, zeros_in
 
 
@@ -167,6 +170,8 @@ def _measure(
 ) -> dict[str, object]:
     """The allocator's heavy half, for every unit of the config's granularity."""
     method = config.resolved
+    if config.allocator.reads == "model":
+        return config.allocator.measure_model(seen_by_allocator(model, architecture, calibration, config))
     batches = None
     if method.allocation_reads:
         batches = batches_of(calibration, config, f"allocation {config.allocation!r}")
@@ -185,6 +190,33 @@ def _measure(
         # The statistics of one block, and not of two: the next one's are collected before the name is another's.
         del walked
     return measured
+
+
+def seen_by_allocator(
+    model: nn.Module, architecture: Architecture, calibration: Known | None, config: DSAConfig
+) -> Seen:
+    """What an allocator that runs the model is given.
+
+    Raises:
+        ValueError: there is no text to run it on, or some of its weights are elsewhere.
+    """
+    who = f"allocation {config.allocation!r}"
+    batches_of(calibration, config, who)
+    if not isinstance(calibration, Calibration):
+        raise ValueError(f"The {who} runs the model on text, and these statistics are there already; give text.")
+    if is_offloaded(model):
+        raise ValueError(
+            f"The {who} runs the model again and again with other weights, and some are elsewhere (offloaded); load "
+            "it without offloading, or choose one that reads statistics, such as 'owl'."
+        )
+
+    def batches(size: int, samples: int | None) -> list[dict[str, Tensor]]:
+        found = calibration.batches(min(size, config.batch_size))
+        return found if samples is None else found[: max(samples // min(size, config.batch_size), 1)]
+
+    reads = reads_of(METRICS.fact(config.allocation_metric, "reads", "inputs")) | reads_of("inputs")
+    pattern, metric = config.resolved.pattern, config.resolved.allocation_metric
+    return Seen(model, architecture, batches, config.sparsity, config.unit_granularity, metric, reads, pattern)
 
 
 def _measure_block(walked: WalkedBlock, config: DSAConfig) -> dict[str, object]:

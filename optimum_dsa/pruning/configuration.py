@@ -30,7 +30,7 @@ from ..model.architecture import GRANULARITIES
 from .allocation import ALLOCATIONS, Allocation, AllocationFunction, Allocator, is_repository, levels_within
 from .overrides import check_overrides
 from .presets import with_quality
-from .resolved_method import ResolvedMethod, check_gradients, check_revive
+from .resolved_method import ResolvedMethod, check_gradients, check_revive, check_still
 from .sections import ReconstructConfig, UpdateConfig, ValuesConfig
 from .unstructured.methods import METHODS, Method
 from .unstructured.patterns import Pattern
@@ -55,7 +55,7 @@ class DSAConfig:
         allocation (`str` or [`Allocation`], defaults to `"dsa"`): A row of `ALLOCATIONS`, an allocation function such
             as `"abslog/var/atan,asin/no_op@+0.08"` or `"W:(ABSLOG)-(VAR)-(ATAN,ASIN)-(7)"`, an [`Allocation`], the
             path of one as JSON or of a pruned model, a repository on the Hub with one (`"me/found"`, `"me/found@v1"`),
-            or `"auto"`: all rows are tried for real, and the best is taken.
+            or `"auto"`: the rows that one walk measures are tried for real, and the best is taken.
         spread (`float`, *optional*): Half the distance between the most and the least pruned unit. Defaults to the
             allocation's own.
         pattern (`str`, *optional*): `"row"`, `"matrix"`, `"group:128"`, `"2:4"` (any N:M) or `"mixed:8"`. Defaults to
@@ -149,6 +149,7 @@ class DSAConfig:
             self._check_dense_targets()
         check_overrides(self)
         check_gradients(self)
+        check_still(self)
         check_revive(self)
         if self.allocation == AUTO and (self.spread is not None or self.granularity != "block"):
             given = f"granularity={self.granularity!r}" if self.spread is None else f"spread={self.spread:g}"
@@ -232,6 +233,16 @@ class DSAConfig:
         if "/" in name or name.upper().startswith("W:"):
             return AllocationFunction.parse(name)
         return ALLOCATIONS[name]
+
+    @property
+    def chooses_still(self) -> bool:
+        """Whether it is yet to be tried which matrices the update leaves alone."""
+        return not self.update.still and self.recipe.update != "none" and bool(METHODS.fact(self.method, "still"))
+
+    @property
+    def is_open(self) -> bool:
+        """Whether something is chosen by trying it on text, which `DSAPruner.prune` does."""
+        return self.allocation == AUTO or self.chooses_still
 
     @property
     def unit_granularity(self) -> str:

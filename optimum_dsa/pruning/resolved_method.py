@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from ..model.architecture import matches
 from ..model.statistics import LayerStatistics
 from ..model.walk import Reads, reads_of
 from .sections import ValuesConfig
 from .targets import dense_target
 from .unstructured.floors import keep_beside
 from .unstructured.grid import on_grid
+from .unstructured.methods import METHODS
 from .unstructured.metrics import METRICS
 from .unstructured.patterns import Pattern
 from .unstructured.permutations import PERMUTATIONS
@@ -42,6 +44,8 @@ class ResolvedMethod:
         allocation_reads (`frozenset[str]`): what the allocation needs.
         revive (`bool`): whether weights that are zero before may come back.
         values (`ValuesConfig`): whether the weights that stay become whole numbers times scales.
+        still (`tuple[str, ...]`): names or patterns of matrices that are pruned without the update.
+        still_metric (`Callable`): scores of what is removed of those.
     """
 
     metric: Callable[[Tensor, LayerStatistics | None], Tensor]
@@ -55,6 +59,8 @@ class ResolvedMethod:
     allocation_reads: Reads
     revive: bool = False
     values: ValuesConfig = ValuesConfig()
+    still: tuple[str, ...] = ()
+    still_metric: Callable[[Tensor, LayerStatistics | None], Tensor] | None = None
 
     @classmethod
     def of(cls, config: DSAConfig) -> ResolvedMethod:
@@ -66,6 +72,9 @@ class ResolvedMethod:
         # A metric that is never asked must not make the walk collect for it.
         if not chooses:
             reads |= metric_reads
+        still_metric = METHODS.fact(config.method, "still", recipe.metric) if config.metric is None else config.metric
+        if config.update.still:
+            reads |= reads_of(METRICS.fact(still_metric, "reads", "inputs"))
         # Channels are put in order by the metric, and what the model gives is compared: that takes text in any case.
         if config.permute is not None:
             reads |= metric_reads | reads_of(PERMUTATIONS.fact(config.permute, "reads", "inputs"))
@@ -74,7 +83,8 @@ class ResolvedMethod:
         if config.values.bits and (config.values.feedback or config.values.scales == "mse"):
             reads |= reads_of("gram" if config.values.feedback else "inputs")
         of_allocator = getattr(config.allocator, "reads", "nothing")
-        if of_allocator == "scores":
+        runs = of_allocator == "model"  # which takes text, whatever the metric reads
+        if runs or of_allocator == "scores":
             of_allocator = METRICS.fact(config.allocation_metric, "reads", "inputs")
         return cls(
             metric=METRICS[recipe.metric],
@@ -85,10 +95,18 @@ class ResolvedMethod:
             reads=reads,
             metric_reads=metric_reads,
             allocation_metric=METRICS[config.allocation_metric],
-            allocation_reads=reads_of(of_allocator),
+            allocation_reads=reads_of(of_allocator) | (reads_of("inputs") if runs else frozenset()),
             revive=config.revive,
             values=config.values,
+            still=config.update.still,
+            still_metric=METRICS[still_metric],
         )
+
+    def of_weight(self, name: str) -> ResolvedMethod:
+        """The method as it is for one weight: some are pruned without the update."""
+        if not any(matches(name, pattern) for pattern in self.still):
+            return self
+        return replace(self, metric=self.still_metric, update=UPDATES["none"], chooses=False, still=())
 
     @property
     def updates(self) -> bool:
@@ -146,6 +164,15 @@ def _chooses(update: str, metric: str, pattern: Pattern) -> bool:
         return False
     by, kinds = UPDATES.fact(update, "criterion"), UPDATES.fact(update, "kinds")
     return (by is None or by == metric) and (kinds is None or pattern.kind in kinds)
+
+
+def check_still(config: DSAConfig) -> None:
+    """Raise `ValueError` where matrices are to be pruned without an update, and there is none."""
+    if config.update.still and config.recipe.update == "none":
+        raise ValueError(
+            f"still={list(config.update.still)} are matrices that the update leaves alone, and method "
+            f"{config.method!r} has none; use one that has, such as 'sparsegpt', or leave it out."
+        )
 
 
 def check_gradients(config: DSAConfig) -> None:

@@ -28,6 +28,9 @@ class UpdateConfig:
             block makes up for those before it. Routed experts are fitted to the former in any case.
         residual (`bool`, defaults to `False`): With dense targets, whether what the residual stream lacks is part of
             the target of the matrices whose outputs are added to it (o, down).
+        still (`tuple[str, ...]`): Names or patterns, as in `exclude`, of matrices that lose weights, and whose others
+            stay as they are, whatever the update. With method `"d2prune"` and none of them, `DSAPruner.prune` chooses
+            them among those that make the heads.
     """
 
     name: str | None = None
@@ -35,6 +38,7 @@ class UpdateConfig:
     true_sequential: bool = False
     targets: str = setting("sparse", choices=TARGETS)
     residual: bool = False
+    still: tuple[str, ...] = ()
 
     def __post_init__(self):
         check_settings(self)

@@ -107,7 +107,7 @@ class RemoveWeights:
     def _prune(self, tensor: Tensor, name: str, statistics: LayerStatistics | None, count: int) -> None:
         """Prune the live weight `tensor`, (out_features, in_features), in place."""
         # Into the live weight, in its dtype: ties, views and offloaded storage stay what they are.
-        pruned = self.method.pruned(tensor, statistics, count)
+        pruned = self.method.of_weight(name).pruned(tensor, statistics, count)
         # In its dtype before: what becomes zero there has no number.
         tensor.copy_(self.method.on_grid(pruned.to(tensor.dtype), statistics))
         if statistics is not None:

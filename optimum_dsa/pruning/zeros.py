@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from ..model.adapters import inner_model, plain_name
 from ..model.architecture import GRANULARITIES, Architecture, Weight, find_architecture
 from ..model.parameters import count_parameters
+from ..model.sharded import whole
 from ..model.walk import walk_blocks
 from ..packed.pack_model import seen_dense
 from .allocation import Allocation
@@ -25,8 +26,8 @@ FEWEST_ZEROS = 0.01
 
 
 def zeros_in(tensor: Tensor) -> int:
-    """How many entries of a tensor of any shape are zero."""
-    return int((tensor == 0).sum())
+    """How many entries of a tensor of any shape are zero; of a sharded one every process has to ask."""
+    return int(whole((tensor == 0).sum()))
 
 
 @torch.no_grad()

@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 
 RUN = "dsa_run.json"  # beside the checkpoints: what they were made with
 # Settings that change no weight on the way to the end.
-FREE = ("gradient_checkpointing", "merge", "save_steps")
+FREE = ("gradient_checkpointing", "merge", "save_steps", "sharding")
 
 
 def settings_of(

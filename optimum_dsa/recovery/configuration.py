@@ -14,6 +14,7 @@ from .recoveries import RECOVERIES
 
 
 RANKS = ("allocation", "uniform")
+SHARDINGS = ("none", "fsdp")
 # Learning rates by mode of the adapter; SPP's is the published one.
 LEARNING_RATES = {"mask": 1e-3, "scale": 1e-3, "spp": 4e-3, "grouped": 1e-3}
 
@@ -36,7 +37,7 @@ class RecoveryConfig:
         learning_rate (`float`, *optional*): At its highest, after a linear warm-up over a tenth of the steps; a cosine
             brings it to zero. Defaults to 1e-3 (mask, scale, grouped), 4e-3 (spp), 3e-4
             (full) or 2e-3 (elsa).
-        batch_size (`int`, defaults to 8): Sequences per forward pass.
+        batch_size (`int`, defaults to 8): Sequences per forward pass, of all processes together.
         accumulation (`int`, defaults to 1): Forward passes per optimizer step.
         weight_decay (`float`, defaults to 0.0): AdamW's.
         rank (`int`, defaults to 16): Of the adapters, on average.
@@ -66,6 +67,9 @@ class RecoveryConfig:
         bf16 (`bool`, defaults to `False`): Multiply in bfloat16.
         gradient_checkpointing (`bool`, defaults to `False`): Less memory for more time.
         group_size (`int`, defaults to 32): Columns of a weight that change by one number in mode `"grouped"`.
+        sharding (`str`, defaults to `"none"`): How processes of torchrun divide the model while it is trained:
+            `"none"`, each holds all of it (DDP); `"fsdp"`, each holds a share of weights, gradients and what the
+            optimizer knows (FSDP 2).
     """
 
     method: str = "sparse-lora"
@@ -96,6 +100,7 @@ class RecoveryConfig:
     bf16: bool = False
     gradient_checkpointing: bool = False
     group_size: int = setting(GROUP_SIZE, low=1)
+    sharding: str = setting("none", choices=SHARDINGS)
 
     def __post_init__(self):
         check_settings(self)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import tempfile
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
@@ -14,17 +12,33 @@ from torch import Tensor, nn
 from transformers import EarlyStoppingCallback, PreTrainedConfig, TrainingArguments, default_data_collator
 
 from ..checkpoint.load import load_model
+from ..common.devices import shard_on_cpu
 from ..evaluation.perplexity import example_losses, mean_perplexity
 from ..model.adapters import has_adapters
 from ..model.examples import check_causal, examples
 from ..model.inputs import kind_of
 from ..model.offload import is_offloaded
+from ..model.sharded import twin
 from ..pruning.report import PruningReport
 from .checkpoints import begin, last_whole_checkpoint, settings_of
 from .configuration import RecoveryConfig
 from .elsa.budget import is_dense
 from .gradual.callback import DSACallback
+from .gradual.sharding import refuse_launched
+from .layouts import readable
 from .precision import in_float32
+from .processes import (
+    SetAside,
+    begin_together,
+    check_divided,
+    check_ties,
+    environment_kept,
+    from_first,
+    fsdp_settings,
+    processes,
+    shared_folder,
+    wait_for_all,
+)
 from .recoveries import RECOVERIES
 from .result import RecoveryResult, by_step
 from .texts import read_windows
@@ -44,6 +58,9 @@ def recover(
 ) -> tuple[nn.Module, RecoveryResult]:
     """Train `model` in place and keep its zeros: the model, merged or with its adapter, and what was done.
 
+    Under torchrun every process is given the same, and comes back with the same model; the first one writes
+    checkpoints.
+
     Args:
         train (`Any`): texts, a file, a dataset or its name, or a LongTensor (samples, length).
         report (`PruningReport`): how the model was pruned; ranks follow its allocation.
@@ -59,10 +76,13 @@ def recover(
     """
     _check(model, config, report, teacher, checkpoints, resume)
     windows, held_out, data = read_windows(model, tokenizer, train, validation, config)
+    check_divided(config, len(windows))
     teacher = _teacher(model, teacher)
+    begin_together(model)
     if checkpoints is not None:
         texts = {"training": windows, "validation": held_out}
-        begin(Path(checkpoints), settings_of(model, texts, teacher, config, report), resume)
+        settings = settings_of(model, texts, teacher, config, report)
+        from_first(lambda: begin(Path(checkpoints), settings, resume))
     causal = kind_of(model) == "causal"
     if causal:
         check_causal(model, held_out)
@@ -72,18 +92,16 @@ def recover(
     before = mean_perplexity(example_losses(model, asked, config.batch_size, causal))
     start = time.perf_counter()
     with ExitStack() as stack:
+        stack.enter_context(environment_kept())
         stack.enter_context(_left_as_found(model))
         stack.enter_context(in_float32(model, config.trains_weights))
-        folder = Path(checkpoints or stack.enter_context(tempfile.TemporaryDirectory(prefix="optimum-dsa-")))
+        folder = Path(checkpoints or stack.enter_context(shared_folder()))
         trained = RECOVERIES[config.method](model, config, report)
         try:
             trainer = make_trainer(trained, learnt, asked, config, teacher, folder)
             if config.trains_weights:
                 _keeps_the_budget(config, report).attach(trainer)
-            last = last_whole_checkpoint(folder, RECOVERIES.fact(config.method, "files", ())) if resume else None
-            trainer.train(resume_from_checkpoint=None if last is None else str(last))
-            # Takes accelerate's wrapper of mixed precision off the forward, which would stay on the user's model.
-            trainer.accelerator.unwrap_model(trainer.model_wrapped, keep_fp32_wrapper=False)
+            _train(trained, trainer, config, folder, resume)
             check_finite(trained, config)
             if trained is not model and config.merge:
                 trained = trained.merge_and_unload(safe_merge=True)
@@ -99,6 +117,26 @@ def recover(
     return trained, RecoveryResult(
         config, before[0], after[0], trainer.state.global_step, history, data, seconds, before[1], after[1]
     )
+
+
+def _train(trained: nn.Module, trainer: RecoveryTrainer, config: RecoveryConfig, folder: Path, resume: bool) -> None:
+    """Run `trainer`, from the last checkpoint in `folder` with `resume`, and have in `trained` what it comes to."""
+    files, sharded = RECOVERIES.fact(config.method, "files", ()), trainer.model is not trained
+    last = from_first(lambda: last_whole_checkpoint(folder, files)) if resume else None
+    with ExitStack() as stack:
+        if sharded:
+            aside = SetAside(trained)
+            stack.callback(aside.bring_back)
+            trainer.add_callback(aside)
+        if last is not None:
+            last = stack.enter_context(readable(last, trained, trainer.create_optimizer(), sharded))
+        trainer.train(resume_from_checkpoint=None if last is None else str(last))
+        wait_for_all()  # before the first removes what the others may be reading
+        if sharded:
+            aside.bring_back(trainer.model)
+        else:
+            # Takes accelerate's wrapper of mixed precision off the forward, which would stay on the user's model.
+            trainer.accelerator.unwrap_model(trainer.model_wrapped, keep_fp32_wrapper=False)
 
 
 def _keeps_the_budget(config: RecoveryConfig, report: PruningReport) -> Any:
@@ -135,8 +173,10 @@ def _check(
             f"distillation={config.distillation:g} and teacher={'given' if teacher is not None else None} do not fit: "
             "give the dense model as teacher and a distillation in (0, 1], or neither."
         )
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        raise ValueError("recover runs in one process; under torchrun, train with a Trainer and DSACallback.")
+    refuse_launched()
+    check_divided(config)
+    if config.sharding == "fsdp":
+        check_ties(model)
     if (resume or config.save_steps) and checkpoints is None:
         raise ValueError("Resuming needs a folder of checkpoints; name one.")
     if checkpoints is not None and not resume and (left := sorted(Path(checkpoints).glob("checkpoint-*"))):
@@ -166,9 +206,11 @@ def make_trainer(
 ) -> RecoveryTrainer:
     """The Trainer of `trained`, with or without adapters, on `windows`; validates on `held_out`.
 
+    With `sharding` what it trains is a twin, so that `trained` stays whole.
+
     Both are (samples, length) of a causal model, or `examples`: inputs and labels by name, (samples, ...) each.
     """
-    early = config.patience is not None
+    early, sharded = config.patience is not None, config.sharding == "fsdp"
     # The Trainer brings back the best model from a checkpoint, which has to be of a step that was measured.
     saves = config.eval_steps if early else config.save_steps
     # newer versions of transformers warn of this name, older ones know no other
@@ -180,8 +222,8 @@ def make_trainer(
         lr_scheduler_type="cosine",
         warmup_steps=config.steps // 10,
         weight_decay=config.weight_decay,
-        per_device_train_batch_size=config.batch_size,
-        per_device_eval_batch_size=config.batch_size,
+        per_device_train_batch_size=config.batch_size // processes(),
+        per_device_eval_batch_size=config.batch_size // processes(),
         gradient_accumulation_steps=config.accumulation,
         bf16=config.bf16,
         **memory,
@@ -199,9 +241,12 @@ def make_trainer(
         label_names=["labels"],
         report_to="none",
         use_cpu=next(trained.parameters()).device.type == "cpu",
+        **({"fsdp": True, "fsdp_config": fsdp_settings(trained)} if sharded else {}),
     )
+    if sharded:
+        shard_on_cpu()
     return RecoveryTrainer(
-        trained,
+        twin(trained) if sharded else trained,
         arguments,
         default_data_collator,
         _rows(windows),

@@ -46,6 +46,14 @@ class RecoveryTrainer(Trainer):
         if teacher is not None:
             teacher.eval().to(self.args.device)
 
+    def get_train_dataloader(self):
+        """Whole batches, where there is one: any number of processes trains on the same ones, in the same order."""
+        self.args.dataloader_drop_last = len(self.train_dataset) >= self.args.train_batch_size * self.args.world_size
+        try:
+            return super().get_train_dataloader()
+        finally:
+            self.args.dataloader_drop_last = False  # what is measured is measured to its end
+
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         if self.masked:
             # of the words alone: a model for pretraining has no loss without labels of its second task

@@ -70,7 +70,7 @@ def _scaled(shape: str, scale: str | None, of: str) -> str:
     return shape if scale is None else f"ratio({shape}, {scale.format(of)})"
 
 
-@STRATEGIES.register(reference=OPTISHEAR, named=False, metrics=True)
+@STRATEGIES.register(reference=OPTISHEAR, named=False, metrics=True, leaves=("W", "X"))
 def optishear(problem: Problem, population: int = 24) -> Search:
     """OptiShear: a metric's form and one of three ratios per block, bred by NSGA-III under two objectives.
 

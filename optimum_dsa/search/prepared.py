@@ -12,7 +12,7 @@ from torch import nn
 
 from ..model.offload import is_offloaded
 from ..pruning.allocate import check_dense, say_dense, standing_zeros
-from ..pruning.allocation import ALLOCATIONS
+from ..pruning.allocation import ALLOCATIONS, measured_in_one_walk
 from ..pruning.calibration import Calibration
 from ..pruning.configuration import AUTO, DSAConfig
 from ..pruning.structured.configuration import DSAStructuredConfig
@@ -99,10 +99,11 @@ def _metrics(config: DSAConfig, strategy: str, asked: str | None) -> str:
     return "metrics"
 
 
-def metrics_for(model: nn.Module, config: DSAConfig) -> MetricSpace:
-    """The metrics that a search may try on `model`: without gradients where these cannot be had."""
+def metrics_for(model: nn.Module, config: DSAConfig, strategy: str) -> MetricSpace:
+    """The metrics that a strategy may try on `model`: without gradients where these cannot be had."""
+    leaves = STRATEGIES.fact(strategy, "leaves", tuple(LEAVES))
     without = is_offloaded(model) or config.permute is not None
-    return MetricSpace(tuple(n for n in LEAVES if not (without and LEAVES.fact(n, "reads") == "gradients")))
+    return MetricSpace(tuple(n for n in leaves if not (without and LEAVES.fact(n, "reads") == "gradients")))
 
 
 @singledispatch
@@ -140,7 +141,7 @@ def names_for(config: Any, strategy: str, named: Sequence[str] | None) -> tuple[
 
     Of structures those of their own as well, but for one that needs what is not installed.
     """
-    known = dict.fromkeys([*SHARES, *ALLOCATIONS])
+    known = dict.fromkeys([*SHARES, *measured_in_one_walk()])
     if find_spec("scipy") is None:
         known.pop("milp")
     return _named(strategy, known if named is None else named)
@@ -150,7 +151,7 @@ def names_for(config: Any, strategy: str, named: Sequence[str] | None) -> tuple[
 def _(config: DSAConfig, strategy: str, named: Sequence[str] | None) -> tuple[str, ...]:
     if STRATEGIES.fact(strategy, "fixed"):  # the one at which metrics are compared
         return (config.allocation,) if config.allocation in [*ALLOCATIONS] else ()
-    return _named(strategy, ALLOCATIONS if named is None else named)
+    return _named(strategy, measured_in_one_walk() if named is None else named)
 
 
 def _named(strategy: str, named: Iterable[str]) -> tuple[str, ...]:

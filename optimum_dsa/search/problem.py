@@ -24,7 +24,8 @@ Search = Generator[list[Request], list[Trial], list[Candidate]]
 # What a strategy says of itself: `named=False`, that it tries no named allocator: then none is measured; `moves=True`,
 # that it moves the anchor: then room is kept for its finalists to meet the proxy; `curves=OFFSETS`, that it reads
 # error curves: then matrices are solved so far beside the anchor, and there is no proxy; `metrics=True`, that it looks
-# for a metric as well, and `fixed=True` that it looks for nothing else: then the config's allocation is where it does.
+# for a metric as well, `leaves=(...)`, that this is of these alone, and `fixed=True`, that it looks for nothing else:
+# then the config's allocation is where it does.
 STRATEGIES = Registry("search strategy")
 
 UNIFORM = Candidate()

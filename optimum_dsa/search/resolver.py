@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import cache, lru_cache
 
 import torch
@@ -16,7 +17,7 @@ from ..model.architecture import Weight
 from ..model.offload import resident
 from ..model.statistics import LayerStatistics
 from ..model.walk import Reads, reads_of, walk_blocks
-from ..pruning.allocate import floors_of
+from ..pruning.allocate import floors_of, seen_by_allocator
 from ..pruning.allocation import (
     ALLOCATIONS,
     REDUCTION,
@@ -26,6 +27,7 @@ from ..pruning.allocation import (
     Unit,
     fit_to_budget,
     fit_to_matrices,
+    measured_in_one_walk,
 )
 from ..pruning.calibration import Calibration
 from ..pruning.configuration import DSAConfig
@@ -71,7 +73,7 @@ class Resolver:
         self.statistics: dict[str, LayerStatistics] = {}
         self.allocators = {
             name: ALLOCATIONS[name]
-            for name in dict.fromkeys(["uniform", "atp", *(ALLOCATIONS if named is None else named)])
+            for name in dict.fromkeys(["uniform", "atp", *(measured_in_one_walk() if named is None else named)])
         }
         self.measured: dict[str, dict] = {name: {} for name in self.allocators}
         self._measure = lru_cache(maxsize=None)(self._measure_function)
@@ -84,6 +86,13 @@ class Resolver:
         reads = reads_of(METRICS.fact(self.config.allocation_metric, "reads", "inputs")) | {"inputs"}
         reads |= {read for each in self.allocators.values() for read in _reads_of(each)}
         batches = calibration.batches(self.config.batch_size)
+        # Before the walk: they run the model themselves.
+        whole = {name: each for name, each in self.allocators.items() if each.reads == "model"}
+        for name, allocator in whole.items():
+            units = replace(self.config, allocation=name)
+            self.measured[name] = allocator.measure_model(
+                seen_by_allocator(self.model, self.architecture, calibration, units)
+            )
         for walked in walk_blocks(
             self.model,
             self.architecture,
@@ -100,7 +109,8 @@ class Resolver:
                 self.summaries[weight.name] = ScoreSummary.of(self.metric(tensors[weight.name], statistics))
                 self.kinds[weight.name] = weight.module.removeprefix(f"{walked.name}.")
             self.depths[walked.name] = walked.block.depth
-            for name, allocator in self.allocators.items():
+            for name in self.allocators.keys() - whole:
+                allocator = self.allocators[name]
                 exact = allocator.granularity == "matrix"
                 groups = [(w.name, [w]) for w in walked.weights] if exact else [(walked.name, walked.weights)]
                 for unit_name, weights in groups:
@@ -221,7 +231,7 @@ class Resolver:
 
 def _reads_of(allocator: Allocator) -> Reads:
     """What it reads itself, beside the scores."""
-    return frozenset() if allocator.reads == "scores" else reads_of(allocator.reads)
+    return frozenset() if allocator.reads in ("scores", "model") else reads_of(allocator.reads)
 
 
 def _shown(blocks):

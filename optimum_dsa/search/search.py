@@ -91,7 +91,7 @@ def search(
     offsets = STRATEGIES.fact(strategy, "curves")
     kind = realisation_of(config, strategy, realisation)
     levels = {"offsets": offsets} if offsets and kind == "database" else {}
-    metrics = metrics_for(model, config) if kind == "metrics" else MetricSpace()
+    metrics = metrics_for(model, config, strategy) if kind == "metrics" else MetricSpace()
     levels |= {"reads": metrics.reads} if kind == "metrics" else {}
     REALISATIONS[kind]
     settings = _settings(strategy, budget, finalists, config, calibration, validation, kind)

@@ -128,7 +128,7 @@ def sensitivity(
             tensor, statistics = walked.tensor(weight), walked.statistics.get(weight.name)
             step = weight.size // method.pattern.width if method.pattern.in_groups else 1
             counts = [round(level * weight.size / step) * step for level in levels]
-            pruned = (method.pruned(tensor, statistics, count) for count in counts)
+            pruned = (method.of_weight(weight.name).pruned(tensor, statistics, count) for count in counts)
             errors[weight.name] = tuple(relative_error(tensor, new, statistics, method.damping) for new in pruned)
     sizes = {weight.name: weight.size for weight in architecture.weights}
     return Sensitivity(config, levels, errors, sizes, calibration.facts() if calibration else None)

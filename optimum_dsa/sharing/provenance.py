@@ -216,7 +216,7 @@ def papers(
     cite(ALLOCATIONS, name)
     cite(STRATEGIES, name)
     function = ALLOCATIONS.get(name) or _parsed(name)
-    if getattr(function, "reads", None) == "scores":
+    if getattr(function, "reads", None) in ("scores", "model"):
         cite(METRICS, config.get("allocation_metric"))
     if isinstance(function, AllocationFunction) and name not in ALLOCATIONS:
         stages = (PRE_PROCESS, function.pre_process), (REDUCTION, (function.reduction,))

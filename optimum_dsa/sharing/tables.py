@@ -10,7 +10,7 @@ from ..checkpoint.description import seal_of
 from ..checkpoint.verify import SEALS
 from ..common.columns import columns
 from ..common.escaping import inline_markdown, one_line, table_cell, visible
-from ..evaluation.comparison import main_metric, paired_difference
+from ..evaluation.comparison import main_metric, paired_difference, shown_tasks
 from ..evaluation.measurement import Measurement, Protocol, TaskProtocol, with_error
 from ..pruning.allocation import Allocation
 from ..pruning.allocation.layout import by_block, place
@@ -194,7 +194,7 @@ def task_tables(outcomes: Sequence[Outcome]) -> list[tuple[TaskProtocol | None, 
     for protocol, group in groups.items():
         found = [measurement for _, measurement in group]
         columns = {"model": [name for name, _ in group]}
-        for task in dict.fromkeys(task for one in found for task in one.tasks):
+        for task in shown_tasks(found):
             metric = main_metric(found, task)
             values = [one.tasks.get(task, {}).get(metric, {"value": None, "error": None}) for one in found]
             columns[f"{task} ({metric})"] = [with_error(one["value"], one["error"], 4) or "–" for one in values]

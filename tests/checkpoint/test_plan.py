@@ -20,7 +20,7 @@ from transformers import (
     ViTConfig,
 )
 
-from optimum_dsa import ALLOCATIONS, DSAConfig, UpdateConfig, demo_model, plan
+from optimum_dsa import ALLOCATIONS, DSAConfig, UpdateConfig, ValuesConfig, demo_model, plan
 from optimum_dsa.checkpoint.skeleton import open_skeleton, sample_model
 from optimum_dsa.model.parameters import count_parameters
 from optimum_dsa.pruning.planning.work import Seconds
@@ -152,6 +152,24 @@ def test_every_allocation_that_auto_tries_is_in_the_time_and_the_memory(tmp_path
     assert f"{len(ALLOCATIONS)} allocations are tried first, each judged on 32 x 2048 tokens" in found.line
 
 
+def test_a_grid_is_in_the_time_and_the_memory(tmp_path, monkeypatch):
+    monkeypatch.setattr("optimum_dsa.checkpoint.plan.speed", lambda *_: 1e12)
+    path = llama_8b(tmp_path)
+    plain, absmax, mse, fed = (
+        plan(path, DSAConfig(0.6, "magnitude", "uniform", values=values), run_block=False)
+        for values in (
+            ValuesConfig(),
+            ValuesConfig("int8", scales="absmax", feedback=False),
+            ValuesConfig("int8", feedback=False),
+            ValuesConfig("int8"),
+        )
+    )
+    assert absmax.seconds - plain.seconds == pytest.approx(700 * 32 * 218_103_808 / 1e12, rel=0.01)
+    # the inputs of weights are read, too
+    assert absmax.seconds + 12_300 * 32 * 218_103_808 / 1e12 < mse.seconds < fed.seconds
+    assert fed.total > mse.total + 4 * 14336**2  # X·Xᵀ, and what is computed of it
+
+
 def test_blocks_that_are_trained_together_are_not_planned_for_on_the_disk(tmp_path, monkeypatch):
     path, config = llama_8b(tmp_path), DSAConfig(0.6, reconstruct={"steps": 4, "span": 2})
     with pytest.raises(ValueError, match="span=2 trains blocks together.*use span=1"):
@@ -273,6 +291,7 @@ def planned_and_measured(tmp_path_factory):
         "wanda": plain,
         "sparsegpt": plain | {"method": "sparsegpt"},
         "alps": plain | {"method": "alps"},
+        "wanda int4": plain | {"values": "int4", "group": 32},
         "alps dense": plain | {"method": "alps", **dense},
     }
     environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
@@ -289,7 +308,7 @@ def planned_and_measured(tmp_path_factory):
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the peak of a process is Linux's to say")
-@pytest.mark.parametrize("name", ["wanda", "sparsegpt", "alps", "alps dense"])
+@pytest.mark.parametrize("name", ["wanda", "sparsegpt", "alps", "alps dense", "wanda int4"])
 def test_the_memory_planned_is_the_memory_measured(planned_and_measured, name):
     planned, measured, libraries = planned_and_measured[name]
     assert abs(planned - measured) <= 0.2 * measured

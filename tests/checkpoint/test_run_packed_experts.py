@@ -19,7 +19,7 @@ pytestmark = [pytest.mark.contract, needs_compressed_loading]
 
 @pytest.fixture(scope="module", params=["mixtral", "gpt_oss"])
 def stored(request, tiny, tmp_path_factory):
-    """A pruned model, and a compressed folder: a tensor for each expert and matrix, or for all experts."""
+    """A pruned model, and a compressed folder: with a tensor for each expert, or for all of them."""
     folder = tmp_path_factory.mktemp(request.param)
     pruner = DSAPruner(tiny(request.param))
     pruner.prune(None, DSAConfig(0.6, "magnitude", "uniform", skip_unprunable=True))

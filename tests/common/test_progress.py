@@ -28,7 +28,8 @@ def test_off_a_terminal_a_long_loop_is_a_line_per_step_and_no_more_than_one_in_t
     for _ in progress(range(4), "Pruning", "block"):
         clock(60)
     lines = capsys.readouterr().err.splitlines()
-    assert lines == [f"Pruning: {n} of 4 blocks, {60 * n} s" for n in (1, 2, 3, 4)]
+    left = [", about 3 min left", ", about 2 min left", ", about 60 s left", ""]
+    assert lines == [f"Pruning: {n} of 4 blocks, {60 * n} s{text}" for n, text in enumerate(left, 1)]
     for _ in progress(range(100), "Pruning", "block"):
         clock(1)
     assert len(capsys.readouterr().err.splitlines()) == 10
@@ -40,14 +41,14 @@ def test_what_was_reached_before_an_interruption_is_said(clock, capsys):
             if item == 5:
                 raise KeyboardInterrupt
     # a generator that is left behind is closed when it is forgotten
-    assert capsys.readouterr().err == "Searching: 5 of 9 trials, 0 s\n"
+    assert capsys.readouterr().err == "Searching: 5 of 9 trials, 0 s, about a second left\n"
 
 
 def test_notes_and_a_share_instead_of_a_count(clock, capsys):
     with Progress("Searching", 100, "%") as shown:
         clock(12)
         shown.show(34, best="0.5", nothing="")
-    assert capsys.readouterr().err == "Searching: 34 %, best 0.5, 12 s\n"
+    assert capsys.readouterr().err == "Searching: 34 %, best 0.5, 12 s, about 23 s left\n"
 
 
 def test_hidden_and_switched_off_it_says_nothing(clock, capsys):

@@ -1,11 +1,12 @@
 import math
+import re
 from dataclasses import replace
 
 import pytest
 import torch
 
 from optimum_dsa import Measurement, Protocol
-from optimum_dsa.evaluation.comparison import comparison_table, paired_difference
+from optimum_dsa.evaluation.comparison import comparison_table, paired_difference, shown_tasks
 from optimum_dsa.evaluation.measurement import TaskProtocol
 
 
@@ -90,5 +91,28 @@ def test_a_table_shows_what_there_is():
     how, head, dense, pruned = comparison_table(results).splitlines()
     assert how == "perplexity on x, 3 windows of 8 tokens"
     assert head.split() == ["model", "sparsity", "perplexity", "a", "(acc)", "b", "(acc)", "mean"]
-    assert "10.000 ± 0.250" in dense and dense.endswith("0.5000")
+    assert "10.000 ± 0.250" in dense and dense.endswith("  0.5000 ± 0.0071")
     assert pruned.split() == ["pruned", "0.5000", "0.5000", "±", "0.0100"]
+
+
+def scored(**values):
+    """Task -> accuracy and error, and a normalised one that is another."""
+    return {name: {"acc": {"value": value, "error": 0.03}, "acc_norm": {"value": 0.9, "error": 0.1}}
+            for name, value in values.items()}  # fmt: skip
+
+
+def test_a_group_is_shown_by_its_own_metric_and_counts_once():
+    tasks = scored(a=0.2, b=0.4, c=0.5, d=0.7) | {"both": {"acc": {"value": 0.3, "error": 0.021}}}
+    row = Measurement("x", 0.5, 9, tasks=tasks, groups={"both": ("a", "b")})
+    head, line = comparison_table([row]).splitlines()
+    assert re.split(" {2,}", head)[2:] == ["a (acc)", "b (acc)", "c (acc_norm)", "d (acc_norm)", "both (acc)", "mean"]
+    # of the two that are in no group; with the errors of two that are independent
+    assert line.endswith(f"0.9000 ± {0.1 / math.sqrt(2):.4f}")
+    assert Measurement.from_dict(row.to_dict()).groups == row.groups
+
+
+def test_of_a_group_of_many_the_group_alone_has_a_column():
+    names = [f"subject_{number}" for number in range(20)]
+    tasks = scored(**dict.fromkeys([*names, "fields", "all", "other"], 0.5))
+    row = Measurement("x", 0.5, 9, tasks=tasks, groups={"all": tuple(names), "fields": tuple(names[:3])})
+    assert shown_tasks([row]) == ["all", "other"]

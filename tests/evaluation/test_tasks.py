@@ -7,11 +7,11 @@ import sys
 
 import pytest
 
-from optimum_dsa import DSAConfig, DSAPruner, evaluate_tasks
+from optimum_dsa import DSAConfig, DSAPruner, Measurement, comparison_table, evaluate_tasks
 from optimum_dsa.commands.embedded import demo_model, demo_texts
 from optimum_dsa.common.installation import how_to_install
 from optimum_dsa.common.registry import UnknownNameError
-from optimum_dsa.evaluation.tasks import find_tasks, tidy
+from optimum_dsa.evaluation.tasks import ZERO_SHOT, find_tasks, tidy
 
 from ..test_commands import run
 
@@ -240,3 +240,60 @@ def test_errors_stand_beside_their_values():
             "bleu": {"value": 3.0, "error": None},
         }
     }
+
+
+@pytest.fixture(scope="module")
+def copies(task, tmp_path_factory):
+    """The seven tasks as a folder of copies whose data are named from the folder around it."""
+    pytest.importorskip("lm_eval")
+    around = tmp_path_factory.mktemp("copies")
+    (around / "data").mkdir()
+    (around / "data" / "rows.jsonl").write_text((task.parent / "rows.jsonl").read_text())
+    (around / "tasks").mkdir()
+    text = re.sub("test: .*", "test: data/rows.jsonl", task.read_text())
+    for name in ZERO_SHOT:
+        (around / "tasks" / f"{name}.yaml").write_text(text.replace("task: next_line", f"task: local_{name}"))
+    return around / "tasks"
+
+
+def test_zero_shot_is_the_seven_tasks_and_the_mean_of_their_accuracies(monkeypatch, capsys, copies, pruned):
+    options = ["--tasks", "zero-shot", "--tasks-path", str(copies), "--limit", "4", "--batch-size", "auto"]
+    code, printed, errors = run(monkeypatch, capsys, "evaluate", str(demo_model()), str(pruned), *options, "--json")
+    assert code == 0, errors
+    dense, sparse = json.loads(printed)["models"]
+    assert dense["groups"] == {"zero-shot": [f"local_{name}" for name in ZERO_SHOT]}
+    for model in (dense, sparse):
+        seven = [model["tasks"][f"local_{name}"]["acc"] for name in ZERO_SHOT]
+        mean = model["tasks"]["zero-shot"]["acc"]
+        assert mean["value"] == pytest.approx(sum(one["value"] for one in seven) / 7)
+        assert mean["error"] == pytest.approx(sum(one["error"] ** 2 for one in seven) ** 0.5 / 7)
+    shown = comparison_table([Measurement.from_dict(model) for model in (dense, sparse)])
+    heads = re.split(" {2,}", shown.splitlines()[1])
+    assert heads == ["model", "sparsity", *(f"local_{name} (acc)" for name in ZERO_SHOT), "zero-shot (acc)"]
+
+
+def test_a_name_is_its_copys_where_a_folder_has_one(copies, tmp_path):
+    assert find_tasks(["rte", "local_boolq"], copies).names == ("local_rte", "local_boolq")
+    (tmp_path / "rte.yaml").write_text((copies / "rte.yaml").read_text().replace("local_rte", "rte"))
+    assert find_tasks(["rte"], tmp_path).names == ("rte",)
+
+
+def test_data_that_are_not_there_are_missed_before_a_model_is_loaded(monkeypatch, capsys, copies, tmp_path):
+    (tmp_path / "rte.yaml").write_text((copies / "rte.yaml").read_text())
+    monkeypatch.setattr(DSAPruner, "from_pretrained", lambda *_, **__: pytest.fail("the model was loaded"))
+    options = ["--tasks", "rte", "--tasks-path", str(tmp_path)]
+    code, _, errors = run(monkeypatch, capsys, "evaluate", str(demo_model()), *options)
+    assert code == 2 and "The data of local_rte are not to be had" in errors.splitlines()[-1]
+
+
+def test_requests_are_made_once_for_several_models(monkeypatch, copies, pruned):
+    from lm_eval.api.task import ConfigurableTask
+
+    made = []
+    own = ConfigurableTask.fewshot_context
+    monkeypatch.setattr(ConfigurableTask, "fewshot_context", lambda *a, **k: made.append(1) or own(*a, **k))
+    pruner, tasks = DSAPruner.from_pretrained(pruned), find_tasks(["rte"], copies)
+    first, second = (evaluate_tasks(pruner.model, pruner.tokenizer, tasks, keep=True) for _ in range(2))
+    assert first == second and len(made) == 24  # questions
+    evaluate_tasks(pruner.model, pruner.tokenizer, tasks)
+    assert len(made) == 48

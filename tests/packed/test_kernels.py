@@ -58,6 +58,17 @@ def test_products_are_those_of_the_dense_matrix(name, columns):
                 check_product(packed, dense, torch.randn(batch, columns).to(dtype))
 
 
+@pytest.mark.parametrize("columns", [8, 40, 200])
+def test_experts_are_multiplied_with_as_each_alone(name, columns):
+    """Of three experts of 24 rows, one of which nobody asks, one once, one by more vectors than a kernel takes."""
+    chosen = torch.tensor([2] * 9 + [0])
+    inputs = torch.randn(10, columns)
+    for packed, dense in matrices(72, columns):
+        found = torch.ops.optimum_dsa.linear_experts(inputs, chosen, *packed.parts, 24)
+        expected = torch.stack([dense.view(3, 24, columns)[e].double() @ x.double() for e, x in zip(chosen, inputs)])
+        assert (found.double() - expected).norm() <= 2**-7 * expected.norm()
+
+
 @settings(max_examples=25, deadline=None)
 @given(
     rows=st.integers(1, 90),

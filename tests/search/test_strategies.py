@@ -192,4 +192,4 @@ def test_a_budget_that_the_names_spend_is_not_spent_again_by_what_would_follow(p
 
 def test_strategies_that_try_no_names_say_so():
     without = {name for name in STRATEGIES if not STRATEGIES.fact(name, "named", True)}
-    assert without == {"random", "exhaustive", "ramp", "curves"}
+    assert without == {"random", "exhaustive", "ramp", "curves", "symbolic", "optishear"}

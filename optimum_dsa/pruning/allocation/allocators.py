@@ -15,10 +15,12 @@ import torch
 from torch import Tensor
 
 from ...common.registry import Registry
+from . import besa, from_model
 from .function import AllocationFunction
 from .histogram import BINS, score_histogram
 from .operations import singular_values
 from .unit import Unit
+from .whole import FromModel
 
 
 class Allocator(Protocol):
@@ -26,7 +28,7 @@ class Allocator(Protocol):
 
     Attributes:
         reads: what `measure` needs of calibration: "nothing" (it may read the weights), "scores" (whatever the metric
-            needs) or "gram".
+            needs) or "gram"; or "model": then it is a [`FromModel`], which has `measure_model` in its place.
         granularity: "block" or "matrix" where the allocator exists at that granularity only, otherwise `None`.
     """
 
@@ -281,3 +283,41 @@ ALLOCATIONS.add(
     Heuristic(_removal_error, _lsa, reads="gram"),
     reference="https://github.com/BeiYazi0/LSA",
 )
+
+
+# -- N of 8, N differing from unit to unit: half-widths of one N
+
+ALLOCATIONS.add("owl_nm", AllocationFunction(reduction="outlier_share", sign=-1, spread=1 / 8), reference=OWL)
+ALLOCATIONS.add("dlp_nm", AllocationFunction(reduction="median", spread=1 / 8), reference=DLP)
+
+
+# -- allocators that run the model
+
+ALLOCATIONS.add(
+    "ecoflap",
+    FromModel(
+        from_model.slopes_of_units, from_model.by_slopes, lambda blocks, windows: 2 * blocks * min(32 / windows, 1)
+    ),
+    reference=from_model.ECOFLAP,
+)
+ALLOCATIONS.add(
+    "als",
+    FromModel(from_model.gram_of_tokens, from_model.by_redundancy, lambda blocks, of: min(16 / of, 1)),
+    reference=from_model.ALS,
+)
+ALLOCATIONS.add(
+    "neuronal",
+    FromModel(from_model.best_ramp, from_model.by_ramp, lambda blocks, of: 3 * 13 * min(16 / of, 1)),
+    reference=from_model.NEURONAL,
+)
+ALLOCATIONS.add(
+    "besa",
+    # Forward and back, twice; the loss of two allocations; the dense block and the pruned one.
+    FromModel(besa.learnt_sparsities, besa.by_learnt, lambda blocks, of: 3 * 2 + 2 + 3, granularity="matrix"),
+    reference=besa.REFERENCE,
+)
+
+
+def measured_in_one_walk() -> list[str]:
+    """Rows that a search and "auto" try by themselves: all but those that have to run the model again and again."""
+    return [name for name, allocator in ALLOCATIONS.items() if allocator.reads != "model"]

@@ -32,6 +32,11 @@ FLOAT = 4  # bytes of a number in statistics, scores and updates
 WORKING = {"none": (2.5, 0), "sparsegpt": (2.5, 0), "admm": (6, 2), "refit": (6, 1), "swap": (5, 1)}
 OTHER = (6, 2)  # of an update that somebody has added
 
+# Likewise of `on_grid`, after the update: the pruned weight, its numbers as they are found and as floats. With
+# feedback the transposed copy; then in `settled` what the grid stands for, twice, its scales, slopes, what they are
+# made from, and numbers; H.
+GRID, FEEDBACK = (2.5, 0), (6, 1)
+
 # Update -> what `LayerStatistics` computes of an input and keeps until its matrices are pruned, and how many more of
 # X·Xᵀ's size it takes meanwhile. `inverse_factor`: two matrices beside the factor. `spectrum`: H, and LAPACK's two.
 KEPT = {"sparsegpt": ("factor", 2), "admm": ("spectrum", 3)}
@@ -177,7 +182,7 @@ def _pruning(shape: ModelShape, config: DSAConfig, text: Text) -> dict[str, floa
         parts["one batch"] += 8 * text.tokens_at_once * block.hidden * shape.itemsize
     if "gram" in reads:
         parts["factors"] = _factors(config, block)
-    parts["matrix at work"] = _working(update, block, cross)
+    parts["matrix at work"] = max(_working(update, block, cross), _on_grid(config, block))
     return parts
 
 
@@ -303,8 +308,9 @@ def _factors(config: DSAConfig, block: BlockShape) -> int:
 def _derived(config: DSAConfig) -> set[str]:
     """What is computed of X·Xᵀ and kept until its matrices are pruned."""
     resolved, kept = config.resolved, KEPT.get(config.recipe.update, (None, 0))[0]
-    # The metric `obs`, where it is asked, and `dense_target` use the factor as well.
-    wanted = {kept} | ({"factor"} if "cross_gram" in resolved.reads else set())
+    # The metric `obs`, where it is asked, `dense_target` and errors that are fed back use the factor as well.
+    feeds = config.values.name is not None and config.values.feedback
+    wanted = {kept} | ({"factor"} if "cross_gram" in resolved.reads or feeds else set())
     if not resolved.chooses and "gram" in resolved.metric_reads:
         wanted.add("factor")
     return wanted - {None}
@@ -315,6 +321,15 @@ def _working(update: str, block: BlockShape, cross: bool) -> float:
     of_weight, of_gram = WORKING.get(update, OTHER if UPDATES.fact(update, "reads", "nothing") == "gram" else (2.5, 0))
     largest = max((rows * columns for rows, columns in block.weights), default=0)
     return (largest * (of_weight + (2 if cross else 0)) + of_gram * block.widest**2) * FLOAT
+
+
+def _on_grid(config: DSAConfig, block: BlockShape) -> float:
+    """`ResolvedMethod.on_grid` of the largest matrix of a block."""
+    if config.values.name is None:
+        return 0
+    of_weight, of_gram = FEEDBACK if config.values.feedback else GRID
+    largest = max((rows * columns for rows, columns in block.weights), default=0)
+    return (largest * of_weight + of_gram * block.widest**2) * FLOAT
 
 
 def in_dtype(shape: ModelShape, itemsize: int) -> ModelShape:

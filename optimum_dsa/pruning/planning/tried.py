@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-from ..allocation import ALLOCATIONS
+from ..allocation import measured_in_one_walk
 from ..comparison import windows_apart
 from ..configuration import AUTO, DSAConfig
 from ..sections import ReconstructConfig
@@ -35,7 +35,8 @@ class Tries:
 
 def tries_of(config: DSAConfig, samples: int, length: int) -> Tries | None:
     """What is tried with so much calibration text; `None` where the allocation is settled."""
-    return Tries(len(ALLOCATIONS), windows_apart(samples), length) if config.allocation == AUTO else None
+    number = len(measured_in_one_walk())
+    return Tries(number, windows_apart(samples), length) if config.allocation == AUTO else None
 
 
 def each_try(config: DSAConfig) -> DSAConfig:

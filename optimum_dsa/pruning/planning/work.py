@@ -30,6 +30,10 @@ WINDOWS = 2  # that a block is timed on
 # `admm` takes some 60 steps, and a new inverse at every third.
 OPERATIONS = {"none": (0, 0), "sparsegpt": (4, 6), "admm": (160, 120), "refit": (64, 0), "swap": (64, 0)}
 TARGET = (4, 6)  # `dense_target`: two products, and the factor
+# Of `on_grid`, operations' worth of time for each weight: finding scales; and where errors are fed back, column by
+# column, for each weight beside them, for a matrix as a multiple of rows · columns², and for an input of columns³.
+GRID = {"absmax": 700, "mse": 13_000}
+FEEDBACK = (5_000, 25, 6)
 SCORES = 400  # operations' worth of time that a weight's score and its place in an order take
 
 
@@ -73,7 +77,7 @@ def time_block(model: nn.Module, config: DSAConfig, text: Text) -> Seconds:
         passed, measuring, _ = _second(
             model, architecture, batches, config.resolved.allocation_reads, False, [_measure(config)]
         )
-        walking, acting = passed, measuring
+        walking, acting = passed * _passes(config, len(architecture.blocks), text.samples), measuring
     if "gradients" in config.resolved.reads:
         start = time.perf_counter()
         collect_gradients(model, architecture, batches)
@@ -108,12 +112,19 @@ def _measure(config: DSAConfig):
     """What an allocation does at a block."""
 
     def measure(walked) -> None:
+        if config.allocator.reads == "model":
+            return
         for name, weights in walked.block.units(config.unit_granularity).items():
             tensors = [walked.tensor(weight) for weight in weights]
             statistics = [walked.statistics.get(weight.name) for weight in weights]
             config.allocator.measure(Unit(name, 0.0, tensors, statistics, config.resolved.allocation_metric))
 
     return measure
+
+
+def _passes(config: DSAConfig, blocks: int, windows: int) -> float:
+    """How many forward passes the allocation costs."""
+    return config.allocator.passes(blocks, windows) if getattr(config.allocator, "reads", "") == "model" else 1
 
 
 def _second(model, architecture, batches, reads, sequential, steps, unseen=0) -> tuple[float, float, float]:
@@ -154,11 +165,14 @@ def operations(shape: ModelShape, config: DSAConfig, text: Text) -> tuple[float,
     Each kind is weighed by how slow it is: products count as they are.
     """
     trainings = 1 + _trials(config) / len(shape.blocks)
-    forward, rest = zip(*(_of_block(block, config, text, trainings) for block in shape.blocks))
+    allocating = _passes(config, len(shape.blocks), text.samples) if config.resolved.allocation_reads else 0
+    forward, rest = zip(*(_of_block(block, config, text, trainings, allocating) for block in shape.blocks))
     return sum(forward), sum(rest)
 
 
-def _of_block(block: BlockShape, config: DSAConfig, text: Text, trainings: float) -> tuple[float, float]:
+def _of_block(
+    block: BlockShape, config: DSAConfig, text: Text, trainings: float, passes: float
+) -> tuple[float, float]:
     reads, resolved = config.resolved.reads, config.resolved
     of_matrix, of_input = OPERATIONS.get(config.recipe.update, OPERATIONS["refit"])
     if "cross_gram" in reads:
@@ -172,9 +186,6 @@ def _of_block(block: BlockShape, config: DSAConfig, text: Text, trainings: float
         )
     )
     gram = 2 * text.tokens * sum(group.columns**2 * group.share for group in block.inputs)
-    passes = 0.0
-    if resolved.allocation_reads:
-        passes += 1
     if reads:
         # With `true_sequential` one for every input but the first, on the average up to the middle of the block.
         collecting = (len(block.inputs) - 1) / 2 if config.update.true_sequential else 1
@@ -182,7 +193,13 @@ def _of_block(block: BlockShape, config: DSAConfig, text: Text, trainings: float
         # Forward, and back at twice the cost.
         passes += 3 * ("gradients" in reads) + 3 * collecting * ("regional" in reads)
     sums = ("gram" in resolved.allocation_reads) + ("gram" in reads) + ("cross_gram" in reads)
-    scored = block.size * SCORES * ((not resolved.chooses) + bool(config.allocator and resolved.allocation_reads))
+    each, feeds = _of_grid(config)
+    of_matrix = of_matrix + feeds[0]
+    # The factor of sparsegpt and of dense targets is kept, and serves once more.
+    of_input = of_input + (feeds[1] if config.recipe.update != "sparsegpt" and "cross_gram" not in reads else 0)
+    scored = each * block.size + block.size * SCORES * (
+        (not resolved.chooses) + bool(config.allocator and resolved.allocation_reads)
+    )
     if config.reconstruct.steps:
         # A step runs forward and back, at twice the cost; the windows held out are looked at all along.
         trained = config.reconstruct.steps * step_size(text.samples) / text.samples
@@ -193,6 +210,15 @@ def _of_block(block: BlockShape, config: DSAConfig, text: Text, trainings: float
         + of_input * sum(group.columns**3 for group in block.inputs)
         + scored
     )
+
+
+def _of_grid(config: DSAConfig) -> tuple[float, tuple[float, float]]:
+    """Operations of `on_grid`: for each weight; and for a matrix and an input, as those of an update are counted."""
+    values = config.values
+    if values.name is None:
+        return 0.0, (0.0, 0.0)
+    each = GRID.get(values.scales, GRID["mse"])
+    return (each + FEEDBACK[0], FEEDBACK[1:]) if values.feedback else (each, (0.0, 0.0))
 
 
 def speed(device: str, dtype: torch.dtype) -> float:

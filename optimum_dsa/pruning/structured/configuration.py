@@ -10,6 +10,7 @@ from typing import Any
 from ...common.registry import Registry, near
 from ...common.settings import check_settings, section, setting, settings_from, settings_to
 from ...data import DataConfig
+from ...model.activations import PLACES
 from ...model.statistics import DAMPING
 from ..allocation import Allocation
 from ..overrides import parsed
@@ -104,6 +105,8 @@ class DSAStructuredConfig:
         max_loss (`str` or `float`, *optional*): By what share the perplexity may rise, such as "5%" or 0.05: as much
             goes as that allows, which is looked for by [`find_share`], at the cost of a prune for every trial. In the
             place of `sparsity`, which is 0 then.
+        activations (`str`, defaults to `"memory"`): Where the activations between two blocks are kept: in memory or
+            on the "disk". It does not change the result.
     """
 
     sparsity: float = setting(low=0, below=1)
@@ -134,6 +137,7 @@ class DSAStructuredConfig:
     residual: bool = False
     blockwise: bool = False
     max_loss: str | None = None
+    activations: str = setting("memory", choices=PLACES)
 
     def __post_init__(self):
         if isinstance(self.max_loss, (int, float)) and not isinstance(self.max_loss, bool):

@@ -69,6 +69,14 @@ METHODS.add(
     reference=METRICS.references["obs"],
     about="second order, and the kept weights make up for the removed ones",
 )
+# The fact `still`: by what matrices are scored that are pruned without the update.
+METHODS.add(
+    "d2prune",
+    Method("d2", "group:128", "sparsegpt"),
+    reference=METRICS.references["d2"],
+    about="sparsegpt, and which of q, k and v it leaves as they are is tried: a prune for each choice",
+    still="d2_still",
+)
 # The metric says only where a search begins: the update finds the support itself.
 METHODS.add(
     "alps",

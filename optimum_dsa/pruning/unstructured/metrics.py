@@ -133,3 +133,40 @@ def wanda_with_regional_gradients(weight: Tensor, statistics: LayerStatistics) -
 
 
 METRICS.add("wanda++", wanda_with_regional_gradients, reference="https://arxiv.org/abs/2503.04992", reads="regional")
+
+
+@METRICS.register(reference="https://arxiv.org/abs/2601.09176", reads="gram")
+def d2(weight: Tensor, statistics: LayerStatistics) -> Tensor:
+    """`obs` with a first-order term for inputs that differ from those of calibration, + λ · ‖y_i‖ · |W_ij| · ‖x_j‖.
+
+    Y is W·X, a bias left out. The scale of the term is the published code's, whose running sums over n samples come to
+    λ = n (n + 1) √(2n) ÷ (6 s²) beside X·Xᵀ, norms being of one sample and s = 1500; its second-order term has weight
+    0 there.
+
+    Xiong et al., 2026, D²Prune, https://arxiv.org/abs/2601.09176, the dual Taylor expansion, with an update.
+    """
+    samples = max(statistics.sequences, 1)
+    scale = samples * (samples + 1) * (2 * samples) ** 0.5 / (6 * _D2_SCALE**2)
+    return obs(weight, statistics).add_(_first_order(weight, statistics), alpha=scale)
+
+
+@METRICS.register(reference="https://arxiv.org/abs/2601.09176", reads="gram")
+def d2_still(weight: Tensor, statistics: LayerStatistics) -> Tensor:
+    """W_ij² · ‖x_j‖² + λ · ‖y_i‖ · |W_ij| · ‖x_j‖: `d2` of matrices whose other weights stay as they are.
+
+    λ is ((n + 1) ÷ 2 s)², for the reason given there.
+    """
+    scale = ((max(statistics.sequences, 1) + 1) / (2 * _D2_SCALE)) ** 2
+    error = weight.float().square().mul_(statistics.input_norm.square())
+    return error.add_(_first_order(weight, statistics), alpha=scale)
+
+
+_D2_SCALE = 1500  # what the published scripts divide norms by
+
+
+def _first_order(weight: Tensor, statistics: LayerStatistics) -> Tensor:
+    """‖y_i‖ · |W_ij| · ‖x_j‖, (out_features, in_features): norms are roots of the mean over samples of squares."""
+    weight = weight.float()
+    squares = (weight @ statistics.second_moment * weight).sum(1, keepdim=True).clamp_min_(0)
+    outputs = (squares / max(statistics.sequences, 1)).sqrt_()
+    return weight.abs().mul_(statistics.input_norm).mul_(outputs)

@@ -12,9 +12,10 @@ from torch import Tensor
 from transformers import TrainerCallback
 
 from ...model.adapters import inner_model
+from ...model.sharded import is_sharded
 from ...pruning.report import PruningReport
 from ..gradual.schedule import SCHEDULES
-from ..gradual.sharding import refuse_sharded, refuse_shared_devices, synchronise
+from ..gradual.sharding import refuse_engine, refuse_shared_devices, synchronise
 from .budget import counts_of
 from .split import FILE, SplitWeights
 
@@ -28,7 +29,8 @@ class ElsaCallback(TrainerCallback):
     the model is dense: what is evaluated on the way is x with the zeros that it would have by then.
 
     It holds one float32 and one bool per prunable weight, which go into each checkpoint. Every process of DDP holds
-    all of it, as each has the same weights and gradients.
+    all of it, as each has the same weights and gradients; under FSDP 2 each holds that of its shares, and a projection
+    brings the scores of one matrix together at a time.
 
     Lee et al., 2025, https://arxiv.org/abs/2510.01650, algorithm 1.
 
@@ -64,7 +66,7 @@ class ElsaCallback(TrainerCallback):
         refuse_shared_devices()
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
-        refuse_sharded()
+        refuse_engine(model)
         if args.load_best_model_at_end:
             raise ValueError(
                 "A model is sparse only at the end of its training under a budget, and load_best_model_at_end "
@@ -102,8 +104,8 @@ class ElsaCallback(TrainerCallback):
             state.log_history[-1].update(numbers)
 
     def on_save(self, args, state, control, **kwargs):
-        if state.is_world_process_zero:
-            self._save(Path(args.output_dir, f"checkpoint-{state.global_step}"))
+        if state.is_world_process_zero or is_sharded(self._split.model):
+            self._save(Path(args.output_dir, f"checkpoint-{state.global_step}"), state.is_world_process_zero)
 
     def on_train_end(self, args, state, control, optimizer=None, **kwargs):
         self._show_dense()  # of an evaluation that was interrupted
@@ -119,8 +121,9 @@ class ElsaCallback(TrainerCallback):
         moments = {parameter: found["exp_avg_sq"] for parameter, found in state.items() if "exp_avg_sq" in found}
         self._split.project(moments, SCHEDULES[self.shape](min(time / self.growth, 1.0)) if self.growth else 1.0)
         # Every process has the same numbers; devices that round differently would drift apart.
-        synchronise(found.dual for found in self._split.splits.values())
-        synchronise(found.keep for found in self._split.splits.values())
+        if not is_sharded(self._split.model):  # what is shared out is one number in one place
+            synchronise(found.dual for found in self._split.splits.values())
+            synchronise(found.keep for found in self._split.splits.values())
         self._residual = self._split.residual()
 
     @torch.no_grad()
@@ -136,10 +139,13 @@ class ElsaCallback(TrainerCallback):
             tensor.copy_(dense)
         self._aside = []
 
-    def _save(self, folder: Path) -> None:
-        """Write z and u into `folder`, whole or not at all."""
+    def _save(self, folder: Path, writes: bool) -> None:
+        """Write z and u into `folder`, whole or not at all, in the process that `writes`; all bring their shares."""
+        stored = self._split.stored()
+        if not writes:
+            return
         temporary = folder / f".{FILE}"
-        save_file(self._split.stored(), temporary)
+        save_file(stored, temporary)
         os.replace(temporary, folder / FILE)
 
     def _load(self, folder: Path) -> None:

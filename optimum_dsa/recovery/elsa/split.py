@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ...model.architecture import Weight
+from ...model.sharded import is_sharded, local, reshard, shared_like, whole
 from ...pruning.unstructured.patterns import Pattern
 from ..gradual.held_zeros import keep_alive_
 
@@ -48,6 +49,12 @@ class SplitWeights:
         # On its way to N:M a budget has other N; "mixed" takes the N from the count, in the end the same.
         self.pattern = Pattern("mixed", pattern.width) if pattern.kind == "n:m" else pattern
         self.splits: dict[str, Split] = {}
+        experts = [weight.name for weight in self.weights if weight.expert is not None]
+        if experts and is_sharded(model):
+            raise ValueError(
+                f"{experts[0]} is one of several experts in one parameter, of which FSDP gives processes whole "
+                "experts; train under a budget with DDP, or leave experts dense with exclude."
+            )
 
     @torch.no_grad()
     def begin(self) -> None:
@@ -65,12 +72,12 @@ class SplitWeights:
             parts = [tensors.get(f"{weight.name}:{part}") for part in ("dual", "keep")]
             if any(part is None or part.shape != x.shape for part in parts):
                 raise ValueError(f"What was stored has nothing of the shape of {weight.name}, {tuple(x.shape)}.")
-            self.splits[weight.name] = Split(*(part.to(x.device) for part in parts))
+            self.splits[weight.name] = Split(*(shared_like(part.to(x.device), x) for part in parts))
 
     def stored(self) -> dict[str, Tensor]:
-        """Two tensors per matrix by name, of its shape: what `restore` takes."""
+        """Two tensors per matrix by name, of its shape: what `restore` takes; of a sharded model all have to ask."""
         return {
-            f"{name}:{part}": getattr(found, part).contiguous()
+            f"{name}:{part}": whole(getattr(found, part)).contiguous()
             for name, found in self.splits.items()
             for part in ("dual", "keep")
         }
@@ -99,7 +106,8 @@ class SplitWeights:
             moment, total = moments.get(weight.parameter(self.model)), x + self.splits[weight.name].dual
             # √v · |x + u| has the order of v · (x + u)², whose smallest values float32 would not hold.
             scores = total.abs() if moment is None else total.abs().mul_(weight.matrix(moment).sqrt())
-            keep = self.pattern.keep(scores, round(share * self.weights[weight]))
+            # which are the lowest only the whole matrix tells
+            keep = shared_like(self.pattern.keep(whole(scores), round(share * self.weights[weight])), x)
             self.splits[weight.name] = Split(total.mul_(~keep), keep)
 
     @torch.no_grad()
@@ -107,8 +115,8 @@ class SplitWeights:
         """‖x - z‖ / ‖x‖ over all matrices: 0 where the weights are as sparse as the budget says."""
         apart = squares = 0.0
         for weight, x in self._matrices():
-            apart += float((x * ~self.splits[weight.name].keep).square().sum())
-            squares += float(x.square().sum())
+            apart += float(whole((x * ~self.splits[weight.name].keep).square().sum()))
+            squares += float(whole(x.square().sum()))
         return (apart / squares) ** 0.5 if squares else 0.0
 
     @torch.no_grad()
@@ -117,7 +125,7 @@ class SplitWeights:
         for weight, x in self._matrices():
             keep = self.splits[weight.name].keep
             x.mul_(keep)
-            keep_alive_(x, keep)
+            keep_alive_(local(x), local(keep))
 
     def copies(self) -> list[tuple[Tensor, Tensor]]:
         """Each matrix, (out_features, in_features), with a copy of it."""
@@ -125,4 +133,5 @@ class SplitWeights:
 
     def _matrices(self) -> Iterator[tuple[Weight, Tensor]]:
         # Looked up each time: a Trainer that moves the model replaces the tensors behind its parameters.
+        reshard(self.model)
         return ((weight, weight.tensor(self.model)) for weight in self.weights)

@@ -20,6 +20,7 @@ from ...common.fences import insert_callback
 from ...model.adapters import inner_model, saves_adapters, without_adapters
 from ...model.architecture import Architecture, find_architecture
 from ...model.parameters import count_parameters
+from ...model.sharded import copy_into, is_sharded, twin
 from ...pruning.allocate import architecture_for, standing_zeros
 from ...pruning.calibration import Calibration, load_calibration
 from ...pruning.configuration import DSAConfig
@@ -30,7 +31,7 @@ from .held_zeros import HeldZeros
 from .prune_to import prune_to
 from .running_statistics import RunningStatistics
 from .schedule import PruningSchedule
-from .sharding import refuse_sharded, refuse_shared_devices, synchronise
+from .sharding import refuse_engine, refuse_shared_devices, synchronise
 
 
 logger = logging.getLogger(__name__)
@@ -127,7 +128,7 @@ class DSACallback(TrainerCallback):
         refuse_shared_devices()  # before the Trainer divides the work, which is where NCCL would fail
 
     def on_train_begin(self, args, state, control, model=None, processing_class=None, **kwargs):
-        refuse_sharded()
+        refuse_engine(model)
         inner = inner_model(model)
         self._hold(inner)
         if state.is_world_process_zero:
@@ -193,14 +194,16 @@ class DSACallback(TrainerCallback):
 
     def on_save(self, args, state, control, model=None, processing_class=None, **kwargs):
         folder = Path(args.output_dir, f"checkpoint-{state.global_step}")
+        report = self._report_now(model, state)
         if state.is_world_process_zero and folder.is_dir():
-            self.write(model, folder, state.global_step, processing_class)
+            self.write(model, folder, state.global_step, processing_class, report)
         if self._running:
             self._running.save(folder)
 
     def on_push_begin(self, args, state, control, model=None, processing_class=None, **kwargs):
+        report = self._report_now(model, state)
         if state.is_world_process_zero:
-            self.write(model, Path(args.output_dir), state.global_step, processing_class)
+            self.write(model, Path(args.output_dir), state.global_step, processing_class, report)
 
     def on_train_end(self, args, state, control, model=None, **kwargs):
         self._held.apply()
@@ -212,12 +215,20 @@ class DSACallback(TrainerCallback):
 
     # -- what they do
 
-    def write(self, model: nn.Module, folder: str | Path, step: int, processing_class: Any = None) -> None:
+    def write(
+        self,
+        model: nn.Module,
+        folder: str | Path,
+        step: int,
+        processing_class: Any = None,
+        report: PruningReport | None = None,
+    ) -> None:
         """Write `dsa_config.json` into `folder`: how the model was pruned, and its zeros as they are now.
 
-        What lies beside the model that was loaded goes along; the Trainer saves its `processing_class` itself.
+        What lies beside the model that was loaded goes along; the Trainer saves its `processing_class` itself. Of a
+        sharded model, where one process writes and all of them count, it is given the `report` that was counted.
         """
-        report = report_of(model) if self.report is None else counted(self.report, model)
+        report = report or self._counted(model)
         training = {"kind": "DSACallback", "step": step, "schedule": asdict(self.schedule) if self.config else None}
         # A checkpoint of this very run is nothing earlier.
         if (earlier := training_of(model) or {}).get("kind") != training["kind"]:
@@ -229,6 +240,13 @@ class DSACallback(TrainerCallback):
             tokenizer = tokenizer if isinstance(tokenizer, PreTrainedTokenizerBase) else None
             described["base_files"] = beside.described(beside.copy_to(Path(folder), tokenizer))
         write_description(Path(folder), described)
+
+    def _report_now(self, model: nn.Module, state) -> PruningReport | None:
+        """What `write` needs, in every process that has to count for it."""
+        return self._counted(model) if state.is_world_process_zero or is_sharded(inner_model(model)) else None
+
+    def _counted(self, model: nn.Module) -> PruningReport:
+        return report_of(model) if self.report is None else counted(self.report, model)
 
     def _look_beside(self, model: nn.Module) -> BaseFiles | None:
         """What lies beside the model that was loaded; looked for once. A folder of an adapter gets nothing of it."""
@@ -279,12 +297,16 @@ class DSACallback(TrainerCallback):
         anew = self.reallocate == "always" or (self.reallocate != "once" and moment in self.reallocate)
         # What is scored is the weight itself, on the inputs that it has without what adapters add.
         with without_adapters(model):
+            # a threshold over shares needs all of them: every process holds the whole model for as long as this takes
+            target = twin(inner, gathered=True) if is_sharded(inner) else inner
             if len(self.schedule.moments) == 1:
-                report = prune(inner, data, self.config)
+                report = prune(target, data, self.config)
             else:
-                sparsity = self.schedule.sparsity(moment, self.config.sparsity)
-                report, self._proposed = prune_to(inner, data, self.config, sparsity, None if anew else self._proposed)
-        synchronise(self._held.parameters.values())
+                sparsity, before = self.schedule.sparsity(moment, self.config.sparsity), self._proposed
+                report, self._proposed = prune_to(target, data, self.config, sparsity, None if anew else before)
+        synchronise(target.get_parameter(name) for name in self._held.parameters)
+        if target is not inner:
+            copy_into(inner, target)
         self._held.refresh()
         if report is not None:
             self.report = report

@@ -6,10 +6,14 @@ from collections.abc import Iterable
 
 import torch
 from accelerate import PartialState
-from accelerate.utils import DistributedType
-from torch import Tensor
+from accelerate.utils import DistributedType, parse_flag_from_env
+from torch import Tensor, nn
 
 from ...common.devices import processes_and_devices
+from ...model.sharded import is_sharded
+
+
+_WAY_OUT = "train with DDP (torchrun) or FSDP 2"
 
 
 @torch.no_grad()
@@ -32,11 +36,28 @@ def refuse_shared_devices() -> None:
         )
 
 
-def refuse_sharded() -> None:
-    """Raise `ValueError` under FSDP or DeepSpeed, where no process has whole weights."""
-    for kind, name in ((DistributedType.FSDP, "FSDP"), (DistributedType.DEEPSPEED, "DeepSpeed")):
-        if PartialState().distributed_type == kind:
-            raise ValueError(
-                f"DSACallback needs whole weights in every process, and {name} divides them; train with DDP "
-                "(torchrun), or with a sparse adapter and without the callback: its zeros hold by themselves."
-            )
+def refuse_engine(model: nn.Module) -> None:
+    """Raise `ValueError` where what trains `model` keeps weights that no mask reaches: FSDP 1 and DeepSpeed.
+
+    FSDP 1 makes one flat tensor of a block's weights. DeepSpeed's optimizer keeps weights of its own, at every stage,
+    and writes them over what a callback has changed.
+    """
+    found = PartialState().distributed_type
+    if found == DistributedType.DEEPSPEED:
+        raise ValueError(
+            "DeepSpeed (ZeRO, any stage) keeps a copy of the weights in its optimizer, out of which zeros that were "
+            f"made in the model come back; {_WAY_OUT}."
+        )
+    if found == DistributedType.FSDP and not is_sharded(model):
+        raise ValueError(f"FSDP 1 makes one flat tensor of a block's weights, in which no mask is held; {_WAY_OUT}.")
+
+
+def refuse_launched() -> None:
+    """Raise `ValueError` where `accelerate launch` was asked for FSDP 1 or DeepSpeed, before any work."""
+    if parse_flag_from_env("ACCELERATE_USE_DEEPSPEED"):
+        raise ValueError(f"recover does not train with DeepSpeed (ZeRO, any stage); {_WAY_OUT}.")
+    if parse_flag_from_env("ACCELERATE_USE_FSDP"):
+        raise ValueError(
+            "accelerate was launched with FSDP of its own configuration; start recover with torchrun, and with "
+            "sharding='fsdp'."
+        )

@@ -143,7 +143,7 @@ class Database(Masks):
         rows, columns = tensor.shape
         levels = [Level(0, torch.full((rows,), columns), 0.0)]
         for level in self._grid(name, count):
-            new = self.method.pruned(tensor, statistics, level)
+            new = self.method.of_weight(name).pruned(tensor, statistics, level)
             if level == count:
                 # As it is, so that what follows sees what `prune` makes; the levels are rounded to bfloat16.
                 self.masked.solved[name] = partial(torch.clone, new)

@@ -136,9 +136,10 @@ class Masks:
             for group in walked.groups(self.config.update.true_sequential):
                 for weight in group.weights:
                     tensor, statistics = walked.tensor(weight), group.statistics.get(weight.name)
-                    new = self.method.pruned(tensor, statistics, counts[weight.name]).to(tensor.dtype)
+                    method = self.method.of_weight(weight.name)
+                    new = method.pruned(tensor, statistics, counts[weight.name]).to(tensor.dtype)
                     self.masked.exact[weight.name] = new != 0
-                    if self.method.updates:
+                    if method.updates:
                         self.masked.values[weight.name] = new
                     walked.done(weight, group)
 
@@ -161,12 +162,13 @@ class Masks:
         for weight in walked.weights:
             tensor, statistics = walked.tensor(weight), walked.statistics.get(weight.name)
             count = self.masked.counts.get(weight.name, 0)
-            scores = self.method.metric(tensor, statistics)
-            if count and self.method.updates:
+            method = self.method.of_weight(weight.name)
+            scores = method.metric(tensor, statistics)
+            if count and method.updates:
                 if band:
                     width = max(int(band * weight.size), self.steps[weight.name])
-                    self._changes[weight.name] = _change(tensor, statistics, self.method, count, width)
-                new = self.method.pruned(tensor, statistics, count).to(tensor.dtype)
+                    self._changes[weight.name] = _change(tensor, statistics, method, count, width)
+                new = method.pruned(tensor, statistics, count).to(tensor.dtype)
                 gone = new == 0
                 # Under the mask stands the old weight: at a smaller count it comes back.
                 self.masked.values[weight.name] = torch.where(gone, tensor, new)
@@ -198,8 +200,8 @@ class Masks:
             progress=shown,
             true_sequential=grouped and self.config.update.true_sequential,
             as_dense=self.masked.suspended,
-            gradients=self._gradients,
             held=held_in(self.config.activations),
+            gradients=self._gradients,
         )
 
     def _ensure_gradients(self, wanted: Collection[str]) -> None:

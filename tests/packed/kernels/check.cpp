@@ -86,6 +86,14 @@ double read(const void* data, Type type, int64_t place) {
   return type == Type::bfloat16 ? from_bfloat16(half) : from_float16(half);
 }
 
+// Some rows alone, as the matrix of one of several experts: `starts` say where in the values of all they begin.
+Matrix part_of(const Matrix& m, int64_t first, int64_t last) {
+  Matrix part = m;
+  part.mask += first * m.columns / 8, part.starts += first, part.rows = last - first;
+  if (m.scales) part.scales += first * m.groups;
+  return part;
+}
+
 // The largest error of a product, in parts of the largest that its terms allow; of unpacking where `batch` is 0.
 double error_of(const Kernels& kernels, const Case& c, Type type, int64_t batch) {
   const Matrix& m = c.m;
@@ -95,7 +103,7 @@ double error_of(const Kernels& kernels, const Case& c, Type type, int64_t batch)
     auto out = std::make_unique<uint8_t[]>(m.rows * m.columns * size);
     const int64_t half = m.rows / 2;
     kernels.unpack(m, out.get(), type, 0, half);
-    kernels.unpack(m, out.get() + half * m.columns * size, type, half, m.rows);
+    kernels.unpack(part_of(m, half, m.rows), out.get() + half * m.columns * size, type, 0, m.rows - half);
     for (int64_t i = 0; i < m.rows * m.columns; i++)
       worst = std::max(worst, std::abs(read(out.get(), type, i) - c.dense[i]) / (std::abs(c.dense[i]) + 1e-3));
     return worst;
@@ -107,10 +115,15 @@ double error_of(const Kernels& kernels, const Case& c, Type type, int64_t batch)
     append(bytes, type == Type::float32 ? (const void*)&f : &half, size);
   }
   const auto data = exactly(bytes);
+  const int64_t half = m.rows / 2;
   auto out = std::make_unique<uint8_t[]>(batch * m.rows * size);
   const Inputs inputs = prepare(data.get(), type, batch, m.columns, kernels.layout(m, type), block_of(m));
-  kernels.product(m, inputs, {out.get(), type, batch, m.rows}, 0, m.rows / 2);
-  kernels.product(m, inputs, {out.get(), type, batch, m.rows}, m.rows / 2, m.rows);
+  kernels.product(m, inputs, {out.get(), type, batch, m.rows}, 0, half);
+  const int64_t rest = m.rows - half;
+  auto own = std::make_unique<uint8_t[]>(batch * rest * size);
+  kernels.product(part_of(m, half, m.rows), inputs, {own.get(), type, batch, rest}, 0, rest);
+  for (int64_t b = 0; b < batch; b++)
+    std::memcpy(out.get() + (b * m.rows + half) * size, own.get() + b * rest * size, rest * size);
   for (int64_t b = 0; b < batch; b++)
     for (int64_t r = 0; r < m.rows; r++) {
       double sum = 0, terms = 1e-2;  // a rounded input may be one whose weight is gone

@@ -75,6 +75,20 @@ def test_gradients_are_blended_with_the_norms_of_inputs(statistics):
     torch.testing.assert_close(METRICS["wanda++"](WEIGHT, statistics), (100 * mean + norm) * WEIGHT.abs())
 
 
+def test_the_dual_expansion_adds_norms_of_outputs_to_the_error(statistics):
+    x = torch.randn(4, 20, 10, generator=torch.Generator().manual_seed(0)) * torch.arange(1, 11)
+    outputs = (x @ WEIGHT.t()).square().sum((0, 1)).div(4).sqrt()
+    norm, n = statistics.input_norm, 4
+    first = outputs[:, None] * WEIGHT.abs() * norm
+    # The published sums over the samples: y = Σ k ‖Y‖ ÷ n s, x = Σ k √(2 ÷ k) ‖X‖ ÷ n s, beside (2 ÷ n) X·Xᵀ.
+    scale = n / 2 * (n + 1) / 2 * (2 / 3) * (2 * n) ** 0.5 / 1500**2
+    expected = METRICS["obs"](WEIGHT, statistics) + scale * first
+    torch.testing.assert_close(METRICS["d2"](WEIGHT, statistics), expected)
+    assert (expected - METRICS["obs"](WEIGHT, statistics)).abs().max() > 0
+    expected = WEIGHT.square() * norm**2 + ((n + 1) / 2 / 1500) ** 2 * first
+    torch.testing.assert_close(METRICS["d2_still"](WEIGHT, statistics), expected)
+
+
 def test_the_wanda_variant_cuts_every_row_at_one_share(statistics):
     """All weights below a threshold α are exactly the lowest of their row that together hold α of its score."""
     wanda, share = METRICS["wanda"](WEIGHT, statistics), METRICS["wanda_variant"](WEIGHT, statistics)

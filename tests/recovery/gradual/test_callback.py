@@ -13,7 +13,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from optimum_dsa import DSACallback, DSAConfig, DSAPruner, PruningSchedule, SparseLoraConfig, prune
 from optimum_dsa.commands.embedded import demo_model, demo_texts
-from optimum_dsa.recovery.gradual.sharding import refuse_sharded
+from optimum_dsa.recovery.gradual.sharding import refuse_engine
 
 from ...tiny import tiny_llama, tokens
 from ..adapters.test_peft_method import same_zeros, sparse_llama, zeros
@@ -292,12 +292,16 @@ def started(trainer):
     return trainer.state
 
 
-@pytest.mark.parametrize("kind,name", [("FSDP", "FSDP"), ("DEEPSPEED", "DeepSpeed")])
-def test_sharded_weights_are_refused(monkeypatch, kind, name):
-    refuse_sharded()
+@pytest.mark.parametrize(
+    "kind,name",
+    [("FSDP", "FSDP 1 makes one flat tensor"), ("DEEPSPEED", r"DeepSpeed \(ZeRO, any stage\) keeps")],
+)
+def test_engines_that_no_mask_reaches_are_refused(monkeypatch, kind, name):
+    model = tiny_llama()
+    refuse_engine(model)
     monkeypatch.setattr(PartialState(), "distributed_type", DistributedType[kind])
-    with pytest.raises(ValueError, match=f"{name} divides them"):
-        refuse_sharded()
+    with pytest.raises(ValueError, match=f"{name}.*train with DDP"):
+        refuse_engine(model)
 
 
 def test_calibration_is_shared_with_the_plain_pruner(tmp_path):

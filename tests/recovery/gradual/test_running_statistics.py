@@ -93,6 +93,12 @@ def gradual():
     )
 
 
+def test_gradients_of_a_text_are_not_among_them(tmp_path):
+    callback = DSACallback(DSAConfig(0.6, "pruner_zero", "uniform"), RunningStatistics(), PruningSchedule(start=1))
+    with pytest.raises(ValueError, match="method='pruner_zero' reads gradients of calibration text"):
+        trainer_for(tiny_llama(), tmp_path, 2, callback).train()
+
+
 def test_a_resumed_run_ends_like_an_uninterrupted_one(tmp_path):
     arguments = {"save_strategy": "steps", "save_steps": 4}
     whole = tiny_llama()

@@ -1,5 +1,5 @@
 // AVX-512 with VBMI2: 32 or 64 weights at a time, spread by their mask in a register; with BF16, two products a step.
-#include "packed.h"
+#include "unpack.h"
 
 #if defined(__x86_64__)
 #include "avx512.h"
@@ -234,29 +234,18 @@ template <Type T, bool SAME, bool WHOLE> INLINE void unpack_row(const Matrix& m,
   }
 }
 
-template <Type T, bool SAME> TARGET void unpack_of(const Matrix& m, void* out, Type type, int64_t first, int64_t last) {
-  for (int64_t r = first; r < last; r++) {
-    const int64_t start = (r - first) * m.columns;
-    if (m.starts[r + 1] + OVER <= m.kept()) unpack_row<T, SAME, true>(m, out, type, start, r);
-    else unpack_row<T, SAME, false>(m, out, type, start, r);
+template <Type T, bool SAME> struct Unpacked {
+  static TARGET void rows(const Matrix& m, void* out, Type type, int64_t first, int64_t last) {
+    for (int64_t r = first; r < last; r++) {
+      const int64_t start = (r - first) * m.columns;
+      if (m.starts[r + 1] + OVER <= m.kept()) unpack_row<T, SAME, true>(m, out, type, start, r);
+      else unpack_row<T, SAME, false>(m, out, type, start, r);
+    }
   }
-}
+};
 
 void unpack(const Matrix& m, void* out, Type type, int64_t first, int64_t last) {
-  const bool same = m.type == type;
-  switch (m.type) {
-    case Type::bfloat16:
-      return same ? unpack_of<Type::bfloat16, true>(m, out, type, first, last)
-                  : unpack_of<Type::bfloat16, false>(m, out, type, first, last);
-    case Type::float16:
-      return same ? unpack_of<Type::float16, true>(m, out, type, first, last)
-                  : unpack_of<Type::float16, false>(m, out, type, first, last);
-    case Type::float32:
-      return same ? unpack_of<Type::float32, true>(m, out, type, first, last)
-                  : unpack_of<Type::float32, false>(m, out, type, first, last);
-    case Type::int8: return unpack_of<Type::int8, false>(m, out, type, first, last);
-    case Type::int4: return unpack_of<Type::int4, false>(m, out, type, first, last);
-  }
+  unpack_by<Unpacked>(m, out, type, first, last);
 }
 
 // Whole numbers to bfloat16 by the instruction for it, which takes a seventh of the steps.

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from ....common.registry import Registry, UnknownNameError, near
-from ...allocation import ALLOCATIONS, Allocation, Allocator
+from ...allocation import Allocation, Allocator, measured_in_one_walk
 from ...configuration import AUTO, DSAConfig
 from .exact import Budget, least_error
 
@@ -126,12 +126,18 @@ def allocator_of(allocation: str | Allocation) -> Allocator | None:
         )
     try:
         # It knows names, functions, files and repositories.
-        return DSAConfig(0.5, allocation=allocation).allocator
+        found = DSAConfig(0.5, allocation=allocation).allocator
     except UnknownNameError:
-        known = sorted({*SHARES, *ALLOCATIONS})
+        known = sorted({*SHARES, *measured_in_one_walk()})
         raise UnknownNameError(
             f"Unknown allocation {allocation!r}.{near(allocation, known)} Known: {', '.join(known)}."
         ) from None
+    if getattr(found, "reads", None) == "model":
+        raise ValueError(
+            f"allocation={allocation!r} runs the model with single weights masked, and knows nothing of structures; "
+            f"name one of {', '.join([*SHARES, *measured_in_one_walk()])}."
+        )
+    return found
 
 
 def _given(dense: Dense, allocation: Allocation) -> dict[str, float]:

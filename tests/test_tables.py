@@ -1,0 +1,158 @@
+"""The paper's tables and the comparison of a real model run, small, and say what was not run."""
+
+import importlib.util
+import json
+import statistics
+from pathlib import Path
+
+import pytest
+from safetensors.torch import save_file
+
+from optimum_dsa import DSAPruner, read_results
+
+from .tiny import bos_tokenizer, tiny_llama, tokens
+
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+TASK = """\
+task: local_next
+dataset_path: json
+dataset_kwargs:
+  data_files:
+    test: data/next.jsonl
+test_split: test
+output_type: multiple_choice
+doc_to_text: "{{text}}"
+doc_to_choice: "{{choices}}"
+doc_to_target: label
+metric_list:
+  - metric: acc
+"""
+
+
+@pytest.fixture
+def place(tmp_path):
+    """A tiny model and its tokenizer, its text, and a folder of tasks: one whose data are there, one without."""
+    tiny_llama().save_pretrained(tmp_path / "model")
+    bos_tokenizer().save_pretrained(tmp_path / "model")
+    parts = {"calibration": tokens(8), "validation": tokens(8, 16, seed=5), "test": tokens(8, 16, seed=6)}
+    save_file(parts, tmp_path / "tokens.safetensors")
+    for folder in ("tasks", "data"):
+        (tmp_path / folder).mkdir()
+    (tmp_path / "tasks" / "next.yaml").write_text(TASK)
+    (tmp_path / "tasks" / "lost.yaml").write_text(TASK.replace("next", "lost"))
+    rows = [{"text": f"{n} {n + 1}", "choices": [str(n + 2), str(n)], "label": n % 2} for n in range(12)]
+    (tmp_path / "data" / "next.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    return tmp_path
+
+
+@pytest.fixture
+def run(monkeypatch, capsys, place):
+    """Run a script of `examples` on the tiny model; its lines, and the rows that it kept."""
+
+    def run(script, *options, folder=EXAMPLES / "benchmarks" / "tables"):
+        monkeypatch.syspath_prepend(EXAMPLES / "benchmarks" / "tables")
+        spec = importlib.util.spec_from_file_location(script, folder / f"{script}.py")
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        places = [place / "model", "--tokens", place / "tokens.safetensors", "--output", place / "rows.jsonl"]
+        asked = [script, *places, "--tasks-path", place / "tasks", "--device", "cpu", *options]
+        monkeypatch.setattr("sys.argv", list(map(str, asked)))
+        if "--tasks" in options:  # of the machine lm-eval tells with the help of pip, which takes seconds
+            monkeypatch.setattr("lm_eval.evaluator.add_env_info", lambda _: None)
+        module.main()
+        rows = [json.loads(line)["row"]["measured"] for line in (place / "rows.jsonl").read_text().splitlines()]
+        return capsys.readouterr().out.splitlines(), {row["model"]: row for row in rows}
+
+    return run
+
+
+def cells(lines, name):
+    """The cells of a row of a table in Markdown."""
+    return next([cell.strip() for cell in line.split("|")[1:-1]] for line in lines if line.startswith(f"| {name} |"))
+
+
+def test_allocations_are_held_against_uniform_and_not_run_again(run, place):
+    options = ("--sparsities", "0.5", "0.7", "--allocations", "uniform", "owl", "nosuch")
+    lines, rows = run("allocations", *options)
+    assert set(rows) == {"dense", *(f"wanda + {name}, {s}" for name in ("uniform", "owl") for s in (0.5, 0.7))}
+    assert all(rows[f"wanda + owl, {s}"]["sparsity"] == pytest.approx(s, abs=1e-4) for s in (0.5, 0.7))
+    losses = (rows["wanda + owl, 0.7"]["losses"], rows["wanda + uniform, 0.7"]["losses"])
+    changes = [own - even for own, even in zip(*losses)]
+    error = statistics.stdev(changes) / len(changes) ** 0.5
+    shown = cells(lines, "wanda + owl, 0.7")[3].lstrip("+")
+    assert shown == f"{statistics.fmean(changes):.4f} ± {error:.4f}"
+    missing = [line for line in lines if line.startswith("not run: ")]
+    assert len(missing) == 2 and "wanda + nosuch, 0.5: Unknown allocation 'nosuch'" in missing[0]
+    assert cells(lines, "wanda + nosuch") == ["wanda + nosuch", "not run", "not run"]
+    written = (place / "rows.jsonl").read_text()
+    again, _ = run("allocations", *options)
+    assert (place / "rows.jsonl").read_text() == written and sum("was there" in line for line in again) == 5
+
+
+def test_tasks_stand_beside_perplexities_and_are_missed_by_name(run):
+    pytest.importorskip("lm_eval")
+    options = ("--sparsities", "0.5", "--methods", "magnitude", "--limit", "8")
+    lines, rows = run("zero_shot", *options, "--tasks", "next")
+    assert rows["magnitude + dsa, 0.5"]["tasks"]["local_next"]["acc"]["error"] > 0
+    assert cells(lines, "")[4] == "local_next (acc)" and "the first 8 questions" in "\n".join(lines)
+    lines, _ = run("zero_shot", *options, "--tasks", "lost")
+    assert len(cells(lines, "magnitude, 0.5")) == 5
+    assert [line[:20] for line in lines if line.startswith("not run")] == ["not run: tasks lost:"]
+
+
+def test_every_pattern_has_its_row(run):
+    pytest.importorskip("lm_eval")
+    options = ("--methods", "wanda", "--tasks", "next", "--pattern-tasks", "next", "--limit", "4")
+    lines, rows = run("reasoning", *options)
+    kept = {"2:4": 0.5, "4:8": 0.5, "6:8": 0.25, "8:16": 0.5}
+    assert {name: rows[f"wanda, {name}"]["sparsity"] for name in kept} == pytest.approx(kept)
+    assert all(len(cells(lines, f"wanda, {name}")) == 6 for name in ("0.5", *kept))
+
+
+def test_seeds_draw_other_windows_and_are_summed_up(run):
+    lines, rows = run("seeds", "--seeds", "0", "1", "--allocations", "uniform", "dsa")
+    first, second = (rows[f"wanda + dsa, seed {seed}, 0.5"] for seed in (0, 1))
+    assert first["losses"] != second["losses"]
+    found = [first["perplexity"], second["perplexity"]]
+    shown = f"{statistics.fmean(found):.2f} ± {statistics.stdev(found):.2f}"
+    assert cells(lines, "wanda + dsa, 0.5")[1:3] == ["2", shown]
+
+
+def test_metric_and_allocation_are_crossed(run):
+    lines, rows = run("symbolic", "--sparsities", "0.6", "--metrics", "wanda", "ria", "nosuch")
+    assert set(rows) == {"dense", *(f"{m} + {a}, 0.6" for m in ("wanda", "ria") for a in ("uniform", "dsa"))}
+    assert len({rows[f"{m} + uniform, 0.6"]["perplexity"] for m in ("wanda", "ria")}) == 2
+    assert sum("not run: nosuch" in line for line in lines) == 2
+
+
+def test_a_comparison_leaves_a_table_and_the_best_model_with_page_and_card(run, place, monkeypatch):
+    pytest.importorskip("matplotlib")
+    names = ["wanda + searched", "alps"]
+    options = ("--folder", place / "out", "--rows", *names, "--strategy", "curves", "--budget", "2k tokens")
+    lines, rows = run("compare", *options, folder=EXAMPLES / "smollm2")
+    assert cells(lines, "alps, 0.5") and (place / "out" / "table.md").read_text().splitlines()[0] in lines
+    best = min((f"{name}, 0.5" for name in names), key=lambda name: rows[name]["perplexity"])
+    folder = place / "out" / "model-0.5"
+    dense, own = read_results(folder / "evaluation.json")
+    assert (dense.sparsity, own.model) == (0, "model-0.5") and own.perplexity == rows[best]["perplexity"]
+    assert DSAPruner.from_pretrained(folder).verify().holds
+    assert f"{own.perplexity:.2f}" in (folder / "README.md").read_text() and (folder / "report.html").is_file()
+    # a later run replaces it by what is better, and by nothing else; pages are drawn once here
+    monkeypatch.setattr("best.Best.finish", lambda *_: [])
+    _, rows = run("compare", *options, "--rows", "wanda + uniform", "wanda + dsa", folder=EXAMPLES / "smollm2")
+    own = read_results(folder / "evaluation.json")[-1]
+    assert own.perplexity == min(row["perplexity"] for name, row in rows.items() if name != "dense")
+
+
+def test_the_long_form_has_every_row_at_three_sparsities(monkeypatch):
+    monkeypatch.syspath_prepend(EXAMPLES / "benchmarks" / "tables")
+    spec = importlib.util.spec_from_file_location("compare", EXAMPLES / "smollm2" / "compare.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    monkeypatch.setattr("sys.argv", ["compare.py", "--long"])
+    args = module.parse()
+    assert args.sparsities == ["0.5", "0.6", "0.7"] and args.samples is None and len(args.rows) == 18
+    rows = module.rows_of("0.5")
+    assert all(module.tables.config_of(row.settings, "0.5", args).sparsity == 0.5 for row in rows.values())
+    assert all(row.against in rows for row in rows.values())
