@@ -122,7 +122,7 @@ def walk_blocks(
             "sequential=True over batches of inputs; walk so, or do not read it."
         )
     still = batches is None or isinstance(batches, CollectedStatistics)
-    check_gradients_can_be_had(model, architecture, reads, not still)
+    check_gradients_can_be_had(model, architecture, reads, not still, ranks.alone)
     blocks = iter(progress(architecture.blocks))
     if still:
         yield from _walk_still(model, blocks, batches.statistics if batches else {})
