@@ -29,6 +29,7 @@ from .finished import FinishedBlocks, settings_of
 from .permute import Permute
 from .reconstruct import Reconstruct
 from .report import PruningReport, plain_report
+from .sections import ValuesConfig
 from .sink import KeepBlocks, Sink
 from .source import Known, Source, as_calibration, batches_of, batches_to_train, check_finite_outputs, progress
 from .steps import RemoveWeights, Step, union
@@ -175,7 +176,9 @@ def _check_calibration(model: nn.Module, calibration: Known | None, config: DSAC
         )
     # Missing data are found before work.
     if config.resolved.reads:
-        batches_of(calibration, config, f"method {config.method!r}")
+        alone = replace(config, values=ValuesConfig()).resolved.reads
+        who = f"method {config.method!r}" if alone else f"grid of values {config.values.name!r}"
+        batches_of(calibration, config, who)
     if config.reconstruct.asked:
         batches_to_train(calibration, config)
         config.reconstruct.check_place(is_offloaded(model))
