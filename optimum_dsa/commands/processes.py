@@ -5,18 +5,10 @@ from __future__ import annotations
 import os
 from contextlib import AbstractContextManager, nullcontext
 
+from ..common.launched import process_count, process_index
+
 
 ONE, TOGETHER, OWN = "one", "together", "own"  # what `LeafCommand.processes` may be
-
-
-def process_count() -> int:
-    """How many processes `torchrun` or `accelerate launch` started; some clusters set WORLD_SIZE, and start one."""
-    return int(os.environ.get("WORLD_SIZE") or 1) if "LOCAL_RANK" in os.environ else 1
-
-
-def process_index() -> int:
-    """The number of this one of them."""
-    return int(os.environ.get("RANK") or 0) if process_count() > 1 else 0
 
 
 def with_others(name: str, processes: str) -> AbstractContextManager:

@@ -7,7 +7,6 @@ process is raised on all of them there, and nobody waits for who has gone.
 from __future__ import annotations
 
 import logging
-import os
 import pickle
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
@@ -17,6 +16,7 @@ import torch
 from torch import Tensor
 
 from .devices import process_state
+from .launched import process_count
 
 
 logger = logging.getLogger(__name__)
@@ -168,16 +168,10 @@ ALONE = Ranks()
 def current_ranks() -> Ranks:
     """The processes that `torchrun` or `accelerate launch` started with this one; `ALONE` where none did."""
     distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
-    if not distributed and not started_with_others():
+    if not distributed and process_count() == 1:
         return ALONE  # accelerate's state is left for who trains to make
     state = process_state()
     return Ranks(state.process_index, state.num_processes) if state.num_processes > 1 else ALONE
-
-
-def started_with_others() -> bool:
-    """Whether a launcher says that this is one of several processes."""
-    # Some clusters set WORLD_SIZE, and start one.
-    return "LOCAL_RANK" in os.environ and int(os.environ.get("WORLD_SIZE") or 1) > 1
 
 
 def is_known(error: BaseException) -> bool:

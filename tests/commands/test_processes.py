@@ -9,11 +9,10 @@ from optimum_dsa.commands.processes import (
     TOGETHER,
     check_placed,
     own_folder,
-    process_count,
-    process_index,
     speaks_of,
     with_others,
 )
+from optimum_dsa.common.launched import process_count, process_index
 from optimum_dsa.common.ranks import LostRanksError
 
 
