@@ -69,9 +69,9 @@ def convert(source: str | Path, directory: str | Path, to: str) -> tuple[int, in
     for name in ("config.json", *shards.files, *([] if shards.index is None else [index_name(shards.encoding.stem)])):
         own_file(source / name, source)
     stated = read_json(source / "config.json")
+    config = converted_config(stated, target, source, run_packed)
     if shards.encoding is target and runs_packed(stated) == run_packed:
         raise ValueError(f"{source} is {to} already; nothing was written.")
-    config = converted_config(stated, target, source, run_packed)
     in_place = Path(directory).is_dir() and source.samefile(directory)
     others, left = other_files(shards)
     if in_place:
@@ -138,14 +138,22 @@ def runs_packed(config: Any) -> bool:
     return isinstance(section, dict) and section.get("run_packed") is True
 
 
+def check_not_quantised(config: Any, folder: Path) -> None:
+    """Raise `ValueError` where a `config.json` says that weights are quantised by a method that is not of here."""
+    present = config.get("quantization_config") if isinstance(config, dict) else None
+    method = present.get("quant_method") if isinstance(present, dict) else present
+    if method not in (None, QUANT_METHOD):
+        raise ValueError(
+            f"{folder} is quantised ({method}); only checkpoints that are not can be converted. Convert the one that "
+            "it was made from."
+        )
+
+
 def converted_config(config: Any, to: Encoding, folder: Path, run_packed: bool = False) -> dict[str, Any]:
     """The content of a `config.json` after conversion; `ValueError` where weights are quantised by another method."""
     if not isinstance(config, dict):
         raise ValueError(f"{folder / 'config.json'} is no configuration of a model.")
-    present = config.get("quantization_config")
-    method = present.get("quant_method") if isinstance(present, dict) else present
-    if method not in (None, QUANT_METHOD):
-        raise ValueError(f"{folder} is quantised ({method}); only checkpoints that are not can be converted.")
+    check_not_quantised(config, folder)
     config = {name: value for name, value in config.items() if name not in ("quantization_config", MARK)}
     if to.entry is not None:
         config["quantization_config"] = to.entry | ({"run_packed": True} if run_packed else {})

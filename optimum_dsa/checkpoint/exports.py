@@ -7,7 +7,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from ..common.files import read_json
 from ..common.registry import Registry
+from .convert import check_not_quantised
 
 
 @dataclass(frozen=True)
@@ -54,6 +56,8 @@ def export(source: str | Path, target: str | Path, to: str, kind: str | None = N
         raise ValueError(f"Numbers of a {to} file are {' or '.join(row.kinds)}, got {kind!r}.")
     if not source.is_dir():
         raise FileNotFoundError(f"No folder {source}.")
+    if (source / "config.json").is_file():
+        check_not_quantised(read_json(source / "config.json"), source)
     if target.is_dir() or not target.parent.is_dir():
         raise ValueError(f"{target} is {'a folder' if target.is_dir() else 'in no folder'}; name a file to write.")
     unfinished = target.with_name(f".{target.name}.unfinished")

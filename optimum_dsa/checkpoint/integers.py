@@ -96,6 +96,11 @@ def quantize(
     source = Path(source)
     if not source.is_dir():
         raise FileNotFoundError(f"No folder {source}.")
+    if Path(directory).is_dir() and source.samefile(directory):
+        raise ValueError(
+            f"{source} would be replaced by itself with rounded weights, and what they were would be lost; name "
+            "another folder to write."
+        )
     shards = find_shards(source)
     for name in ("config.json", *shards.files):
         own_file(source / name, source)

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..common.files import read_json
 from ..common.machine import disk_available, memory_available, own_memory, shown_bytes
 from ..pruning.allocate import architecture_for
 from ..pruning.configuration import DSAConfig
@@ -66,6 +67,7 @@ def plan(
     if ranks < 1 or devices < 1:
         raise ValueError(f"ranks and devices are whole numbers of at least 1; got {ranks} and {devices}.")
     if Path(path).is_file():
+        _check_config(Path(path))
         with tempfile.TemporaryDirectory() as folder:
             shutil.copyfile(path, Path(folder, "config.json"))
             spread = {"ranks": ranks, "devices": devices, "device_memory": device_memory}
@@ -102,6 +104,13 @@ def plan(
 
     seconds = time_of(config, found.tries, counted, judged)
     return replace(found, seconds=_divided(seconds, shape, ranks) + whole)
+
+
+def _check_config(path: Path) -> None:
+    """Raise `ValueError` where a file is no configuration of a model, by its own name: what is read is a copy."""
+    stated = read_json(path)
+    if not isinstance(stated, dict) or "model_type" not in stated:
+        raise ValueError(f"{path} says no model_type, so it is no model's config.json; name that, or its folder.")
 
 
 def _divided(seconds: float, shape: ModelShape, ranks: int) -> float:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from argparse import Action, ArgumentParser, BooleanOptionalAction
+from argparse import Action, ArgumentParser, ArgumentTypeError, BooleanOptionalAction
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -178,6 +178,8 @@ def _one(action: Action, value: Any, what: str) -> Any:
         raise ValueError(f"{what} is a {'whole number' if kind is int else 'single value'}, got {value!r}.")
     try:
         value = kind(value)
+    except ArgumentTypeError as error:
+        raise ValueError(f"{what} is {error}.") from None
     except ValueError:
         raise ValueError(f"{what} is a number, got {value!r}.") from None
     if action.choices is not None and value not in action.choices:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from argparse import ArgumentTypeError
+
 from .base import (
     LeafCommand,
     add_bos_option,
@@ -107,6 +109,7 @@ openbookqa) and the mean of their accuracies.
             if tasks:
                 options["keep"] = len(models) > 1
                 tasks.loaded  # noqa: B018 - data that are not to be had are missed before a model is loaded
+            check_there(models, args.revision, args.gguf_file)
             names = distinct([model_name(model) for model in models])
 
             def measured(model: str, name: str, **loading):
@@ -131,7 +134,26 @@ openbookqa) and the mean of their accuracies.
 
 def whole_or_auto(text: str) -> int | str:
     """A whole number, or "auto"."""
-    return text if text == "auto" else int(text)
+    try:
+        return text if text == "auto" else int(text)
+    except ValueError:
+        raise ArgumentTypeError(f"a whole number or auto, got {text!r}") from None
+
+
+def check_there(models: list[str], revision: str | None = None, gguf_file: str | None = None) -> None:
+    """Raise `OSError` where one of several models is not to be had: before others are measured, which takes long."""
+    from pathlib import Path
+
+    from ..checkpoint.forms import is_gguf
+    from ..checkpoint.load import read_configuration
+    from ..common.hub_file import hub_file
+
+    for model in models if len(models) > 1 and not gguf_file else ():
+        if Path(model).exists() or is_gguf(model):
+            continue
+        options = {"revision": revision} if revision else {}
+        if not hub_file(model, "adapter_config.json", **options):
+            read_configuration(model, options)  # which says what is wrong with a name, or who may ask for the model
 
 
 def distinct(names: list[str]) -> list[str]:

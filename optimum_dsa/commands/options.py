@@ -40,7 +40,8 @@ class CommandParser(ArgumentParser):
     alternatives: Mapping[str, type] = {}  # those that are meant where an option of theirs is given -> by that option
 
     def __init__(self, *args: Any, **options: Any):
-        super().__init__(*args, **options)
+        # A part of a name would be taken for another option: `--allocation` of a search, for --allocation-metric.
+        super().__init__(*args, **{"allow_abbrev": False, **options})
         drop_nothing(self)
 
     def error(self, message: str) -> NoReturn:
@@ -63,7 +64,10 @@ class CommandParser(ArgumentParser):
         args = sys.argv[1:] if args is None else list(args)
         if any(action.dest == "config" for action in actions_of(self)):
             self._take_config(args)
-        return super().parse_known_args(args, namespace)
+        found, rest = super().parse_known_args(args, namespace)
+        if rest:  # the parser above would name no command, nor where its options are told
+            self.error(f"unrecognized arguments: {' '.join(rest)}")
+        return found, rest
 
     def _take_config(self, args: list[str]) -> None:
         """Let `--config` fill in what `args` leave out; what is wrong with it ends the process with one line."""

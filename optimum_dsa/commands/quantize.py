@@ -36,14 +36,18 @@ else cannot be quantised is named.
 
     def execute(self) -> dict:
         from dataclasses import asdict
+        from pathlib import Path
 
         from ..checkpoint.integers import quantize
         from ..checkpoint.load import local_folder
+        from ..pruning.configuration import CONFIG_NAME
 
         args = self.args
         folder = local_folder(args.model, args.revision)
         found = quantize(folder, args.output, args.bits, args.group, args.scales)
         self.saved = True
         say(str(found))
-        print(f"saved to {args.output}; next: optimum-cli dsa verify {args.output}")
+        # What was never pruned says nothing that could be verified.
+        then = "verify {}" if (Path(args.output) / CONFIG_NAME).is_file() else "evaluate {} --dataset FILE"
+        print(f"saved to {args.output}; next: optimum-cli dsa {then.format(args.output)}")
         return {"output": args.output, **asdict(found)}

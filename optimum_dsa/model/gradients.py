@@ -43,13 +43,7 @@ def collect_gradients(
     Raises:
         ValueError: the model predicts no tokens, some of its weights are elsewhere, or a gradient is not finite.
     """
-    check_has_loss(model, "a metric")
-    if is_offloaded(model):
-        raise ValueError(
-            "Gradients of the model's loss need all of its weights at once, and some are elsewhere (offloaded); load "
-            "it without offloading, or choose a metric that reads none, such as 'wanda', or 'wanda++', which reads "
-            "those of one block."
-        )
+    check_loss_reaches(model)
     kind = kind_of(model)
     sums = _Squares(architecture.weights, model)
     with only_gradients_of(model, sums.receivers):
@@ -112,6 +106,17 @@ def check_has_loss(model: nn.Module, what: str) -> None:
         raise ValueError(
             f"{type(inner_model(model)).__name__} {KINDS[kind]}, so there is no loss to take gradients of; choose "
             f"{what} that reads none."
+        )
+
+
+def check_loss_reaches(model: nn.Module) -> None:
+    """Raise `ValueError` where no loss has gradients of all weights: there is none, or some weights are offloaded."""
+    check_has_loss(model, "a metric")
+    if is_offloaded(model):
+        raise ValueError(
+            "Gradients of the model's loss need all of its weights at once, and some are elsewhere (offloaded); load "
+            "it without offloading, or choose a metric that reads none, such as 'wanda', or 'wanda++', which reads "
+            "those of one block."
         )
 
 

@@ -163,7 +163,7 @@ def check_predicts(model: nn.Module) -> None:
     """Raise `ValueError` for a model that predicts no words."""
     if getattr(model, "get_output_embeddings", lambda: None)() is None:
         raise ValueError(
-            f"distill= trains a model to predict the words that the dense one does, and {type(model).__name__} has no "
+            f"distill is for models that learn to predict the dense one's words, and {type(model).__name__} has no "
             "output embedding; use reconstruct=64, which trains block by block, or leave it out."
         )
 

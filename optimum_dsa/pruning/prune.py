@@ -16,6 +16,7 @@ from ..common.ranks import ALONE, Ranks, current_ranks
 from ..model.activations import held_in, spilled_to
 from ..model.adapters import has_adapters, inner_model, without_adapters
 from ..model.architecture import Architecture
+from ..model.gradients import check_loss_reaches
 from ..model.offload import is_offloaded
 from ..model.parameters import count_parameters
 from ..model.statistics import CollectedStatistics
@@ -179,6 +180,8 @@ def _check_calibration(model: nn.Module, calibration: Known | None, config: DSAC
         alone = replace(config, values=ValuesConfig()).resolved.reads
         who = f"method {config.method!r}" if alone else f"grid of values {config.values.name!r}"
         batches_of(calibration, config, who)
+    if "gradients" in config.resolved.reads | config.resolved.allocation_reads:
+        check_loss_reaches(model)
     if config.reconstruct.asked:
         batches_to_train(calibration, config)
         config.reconstruct.check_place(is_offloaded(model))

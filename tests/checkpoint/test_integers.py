@@ -7,7 +7,8 @@ import sys
 import pytest
 import torch
 
-from optimum_dsa import DSAConfig, DSAPruner, quantize
+from optimum_dsa import DSAConfig, DSAPruner, convert, quantize
+from optimum_dsa.checkpoint.exports import export
 from optimum_dsa.checkpoint.integers_shards import restore
 from optimum_dsa.checkpoint.load import load_model
 
@@ -132,3 +133,20 @@ def test_what_cannot_be_quantised_is_said_by_name(pruned, tiny, tmp_path):
     with pytest.raises(FileNotFoundError, match="No folder"):
         quantize(tmp_path / "nothing", tmp_path / "none")
     assert not (tmp_path / "none").exists()
+
+
+def test_what_it_writes_is_no_source_for_other_forms_and_never_replaces_its_own_source(pruned, tmp_path):
+    quantize(pruned[1], tmp_path / "int4", 4, 32)
+    for write, arguments in ((convert, ("out", "dense")), (export, ("out.gguf", "gguf", "q4_0"))):
+        with pytest.raises(ValueError, match="int4 is quantised .* Convert the one that it was made from"):
+            write(tmp_path / "int4", tmp_path / arguments[0], *arguments[1:])
+    with pytest.raises(ValueError, match="what they were would be lost; name another folder"):
+        quantize(pruned[1], pruned[1], 4, 32)
+
+
+def test_what_was_never_pruned_is_not_sent_to_verify(monkeypatch, capsys, tmp_path):
+    tiny_llama(hidden_size=64, intermediate_size=96).save_pretrained(tmp_path / "dense")
+    code, output, _ = run(
+        monkeypatch, capsys, "quantize", str(tmp_path / "dense"), str(tmp_path / "out"), "--group", "32"
+    )
+    assert code == 0 and "next: optimum-cli dsa evaluate" in output

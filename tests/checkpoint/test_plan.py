@@ -314,3 +314,10 @@ def test_the_memory_planned_is_the_memory_measured(planned_and_measured, name):
     assert abs(planned - measured) <= 0.2 * measured
     # Most of a small model's process is libraries: without them, too.
     assert abs(planned - measured) <= 0.2 * (measured - libraries)
+
+
+def test_a_file_that_is_no_configuration_is_told_by_its_own_name(tmp_path):
+    for text, message in (("", r"other\.json is not JSON"), ("{}", r"other\.json says no model_type")):
+        (tmp_path / "other.json").write_text(text)
+        with pytest.raises(ValueError, match=message):
+            plan(str(tmp_path / "other.json"), DSAConfig(0.5))

@@ -7,6 +7,7 @@ import pytest
 from optimum_dsa import DSAConfig, RecoveryConfig
 from optimum_dsa.commands.base import asked_source
 from optimum_dsa.commands.config_file import WITHOUT
+from optimum_dsa.commands.evaluate import whole_or_auto
 from optimum_dsa.commands.options import evaluate_options
 from optimum_dsa.commands.prune import asked_config
 from optimum_dsa.common.settings_file import read_settings, settings_text
@@ -88,7 +89,7 @@ def values_of(parser, number=3):
         elif action.choices:
             given[action.dest] = list(action.choices)[-1 if number == 3 else 0]
         else:
-            value = {int: number, float: number / 8}.get(action.type, f"{number}:4")
+            value = {int: number, whole_or_auto: number, float: number / 8}.get(action.type, f"{number}:4")
             several = action.nargs in ("+", "*") or action.dest == "dataset"
             given[action.dest] = [value, value] if several else value
     return given
@@ -197,6 +198,7 @@ def test_a_search_says_what_of_a_saved_configuration_it_finds_itself(tmp_path, c
         ("prune", "num_samples: many", "num_samples is a whole number, got 'many'"),
         ("prune", "spread: wide", "spread is a number, got 'wide'"),
         ("evaluate", "windows: papers", "windows is one of each, paper, got 'papers'"),
+        ("evaluate", "batch_size: most", "batch_size is a whole number or auto, got 'most'"),
         ("evaluate", "tasks: {a: b}", "tasks is a single value, got {'a': 'b'}"),
         ("search", "allocation: owl", "search has no option 'allocation'"),
         ("env", "sparsity: 0.5", "env has no option 'sparsity'"),

@@ -116,3 +116,10 @@ def test_offloaded_models_have_gradients_of_a_block_and_none_of_the_loss(tmp_pat
     found.save_pretrained(tmp_path / "pruned")
     again = DSAPruner.from_pretrained(tmp_path / "pruned", dtype=torch.float32)
     assert same_state(again.model, state(expected))
+
+
+def test_a_model_without_a_loss_is_refused_before_anything_is_done(tmp_path):
+    headless = tiny_llama().model
+    with pytest.raises(ValueError, match="predicts no tokens, so there is no loss"):
+        prune(headless, CALIBRATION, DSAConfig(0.6, "gblm", "owl"), checkpoints=tmp_path / "work")
+    assert not (tmp_path / "work").exists()

@@ -122,7 +122,13 @@ class Allocation:
         """
         text, path = str(path), Path(path)
         if path.is_dir():
-            path = next((path / name for name in FILES if (path / name).is_file()), path / FILES[1])
+            found = next((path / name for name in FILES if (path / name).is_file()), None)
+            if found is None:
+                raise FileNotFoundError(
+                    f"{text} has neither {' nor '.join(FILES)}, so no allocation; name a folder of a pruned model or "
+                    "of a finished search (one that was ended goes on with --resume)."
+                )
+            path = found
         elif not path.exists() and is_repository(text):
             path = _of_repository(text)
         data = read_json(path)

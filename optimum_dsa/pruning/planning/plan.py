@@ -111,7 +111,7 @@ class Plan:
         options, size = " ".join(self.remedy.options), shown_bytes(self.remedy.total)
         if self.remedy.fits:
             return f"It does not fit; with {options} it takes {size}, which does."
-        return f"It does not fit; with {options} it takes {size}, which is still too much for this machine."
+        return f"It does not fit; with {options} it takes {size}, which is still too much."
 
     def __str__(self) -> str:
         lines = [f"{self.method}; {self.text.samples} x {self.text.length} tokens, on {self.device}"]

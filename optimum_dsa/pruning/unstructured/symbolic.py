@@ -243,7 +243,10 @@ class MetricTable(Registry):
     def __missing__(self, name):
         if _is_expression(name):
             return Expression.parse(name)
-        return super().__missing__(name)
+        try:
+            return super().__missing__(name)
+        except UnknownNameError as error:
+            raise UnknownNameError(f"{error} An expression has operations, such as 'mul(abs(W), X)'.") from None
 
     def fact(self, name: str, fact: str, default: Any = None) -> Any:
         """What was said of the metric `name` when it was registered; of an expression, what it reads."""
