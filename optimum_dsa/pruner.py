@@ -29,7 +29,7 @@ from .pruning.allocate import allocate, architecture_for, check_dense
 from .pruning.allocation import Allocation
 from .pruning.calibration import Calibration, load_calibration
 from .pruning.configuration import DSAConfig
-from .pruning.prune import prune
+from .pruning.prune import prune_with_others
 from .pruning.report import PruningReport
 from .pruning.structured.configuration import DSAStructuredConfig
 from .pruning.structured.prune import StructuredReport, prune_structures
@@ -146,7 +146,7 @@ class DSAPruner:
             cut = prune_structures(self.model, data, config, checkpoints, resume)
             report = report_of_cut(self.model, cut, known)
         else:
-            report = prune(self.model, data, config, checkpoints, resume)
+            report = prune_with_others(self.model, data, config, checkpoints, resume)
             compared["structured"] = known and known.structured
         self.report = replace(report, **compared, trained_before=before)
         self.recovery = self._training = None

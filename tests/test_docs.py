@@ -44,6 +44,7 @@ from optimum_dsa.pruning.reconstruct import REFERENCE as RECONSTRUCTION
 from optimum_dsa.pruning.structured.widths.costs import COSTS
 from optimum_dsa.pruning.unstructured.grid import REFERENCE as FEEDBACK
 from optimum_dsa.pruning.unstructured.grid import SETTLING
+from optimum_dsa.pruning.unstructured.symbolic import OPERATIONS
 from optimum_dsa.recovery.trainer import REFERENCE as DISTILLATION
 
 
@@ -147,7 +148,7 @@ def test_links_of_the_readme_lead_to_a_file_and_a_heading():
 
 @pytest.mark.parametrize("name", sorted(TEXTS))
 def test_papers_are_cited_by_the_addresses_of_the_tables(name):
-    tables = [*TABLES.values(), MODES, SCHEDULES, RECOVERIES, IMPORTANCES, LEARNERS, SHARES]
+    tables = [*TABLES.values(), MODES, SCHEDULES, RECOVERIES, IMPORTANCES, LEARNERS, SHARES, OPERATIONS]
     known = {address for table in tables for address in table.references.values()} | {DISTILLATION, RECONSTRUCTION}
     known |= {MASKING, PSEUDO, FEEDBACK, SETTLING}
     assert set(re.findall(r"https://arxiv\.org/[\w./]+", TEXTS[name])) <= known

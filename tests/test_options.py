@@ -117,7 +117,7 @@ def test_every_setting_is_an_option_with_a_help(name, config):
     info = next(info for info in DSACommand.SUBCOMMANDS if info.name == name)
     info.subcommand_class.parse_args(parser)
     helps = {action.dest: action.help for action in parser._actions}
-    without = {"search": {"spread"}}.get(name, set())
+    without = {"search": {"allocation", "spread"}}.get(name, set())
     of_one = {DSAConfig: {"granularity", "overrides"}, DSAStructuredConfig: {"unstable", "budgets"}}
     without |= of_one.get(config, set()) if name == "search" else set()
     if (name, config) == ("search", DSAStructuredConfig):

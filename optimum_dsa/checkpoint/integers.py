@@ -71,28 +71,22 @@ class Quantised:
 
 
 def quantize(
-    source: str | Path,
-    directory: str | Path,
-    bits: int = 4,
-    group: int = 128,
-    scales: str = "mse",
-    weights: str | Path | None = None,
+    source: str | Path, directory: str | Path, bits: int = 4, group: int = 128, scales: str = "mse"
 ) -> Quantised:
     """Write the checkpoint in `source` to `directory` with the matrices of its blocks as whole numbers of `bits`.
 
     Zeros stay zeros, and what is kept stays other than zero: every place is what it was. What lies on such a grid
-    already, of a model pruned with `values="int4"` or rounded with calibration, stays bit for bit what it is; all
-    else is rounded, each number by itself. Embeddings, head, norms and routers stay as they are. One matrix at a time
-    is in memory.
+    already, of a model pruned with `values="int4"`, stays bit for bit what it is; all else is rounded, each number by
+    itself. Embeddings, head, norms and routers stay as they are. One matrix at a time is in memory.
 
     `directory` is written whole or not at all. The other files go along, `dsa_config.json` among them.
 
     Args:
-        source: a folder, dense or in an encoding of ours.
-        bits: 4 or 8.
-        group: columns that share a scale: 32, 64, 128, ... up to 4096, or 0 for all of a row.
-        scales: how they are chosen, "mse" or "absmax".
-        weights (*optional*): another folder to take the weights from, where they were rounded with calibration.
+        source (`str | Path`): a folder, dense or in an encoding of ours.
+        directory (`str | Path`): where it goes.
+        bits (`int`, defaults to 4): 4 or 8.
+        group (`int`, defaults to 128): columns that share a scale: 32, 64, 128, ... up to 4096, or 0 for all of a row.
+        scales (`str`, defaults to `"mse"`): how they are chosen, "mse" or "absmax".
 
     Raises:
         ValueError: a setting that is none; or no matrix can be quantised, and why.
@@ -102,15 +96,15 @@ def quantize(
     source = Path(source)
     if not source.is_dir():
         raise FileNotFoundError(f"No folder {source}.")
-    shards = find_shards(weights or source)
-    for name in ("config.json", *find_shards(source).files):
+    shards = find_shards(source)
+    for name in ("config.json", *shards.files):
         own_file(source / name, source)
     config = converted_config(read_json(source / "config.json"), DENSE, source)
     chosen, kept, ignored = _choose(source, held_in(shards).keys(), group)
     if not chosen:
         why = "; ".join(f"{name}: {reason}" for name, reason in list(kept.items())[:3]) or "it has no nn.Linear"
         raise ValueError(f"Nothing of {source} can be quantised with a group of {group} ({why}); nothing was written.")
-    others, left = other_files(find_shards(source))
+    others, left = other_files(shards)
     same, before, after = 0, 0, 0
 
     def on_grid(weight: Tensor) -> Grid:

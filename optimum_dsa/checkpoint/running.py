@@ -56,11 +56,15 @@ def packed(path: str, **options: Any) -> nn.Module:
 
 @FORMS.register("packed-int8")
 def packed_int8(path: str, **options: Any) -> nn.Module:
-    """As packed, with what is kept as numbers of 8 bits, each the nearest: smaller, and outputs differ a little."""
+    """As packed, with what is kept as numbers of 8 bits, each the nearest: smaller, and outputs differ a little.
+
+    What is whole numbers already stays as it is.
+    """
     model = packed(path, **options)
     from_tensor_cores(model)
     for name in packed_layers(model):
-        model.get_submodule(name).quantise_(bits=8)
+        if model.get_submodule(name).values.is_floating_point():
+            model.get_submodule(name).quantise_(bits=8)
     to_tensor_cores(model, with_kernels(model))
     return model.eval()
 

@@ -13,6 +13,7 @@ from torch import nn
 from ..common.fences import saved_by_shards, saved_without_adapters, tied_names
 from ..common.hub_file import snapshot_of
 from ..common.output import OutputFolder
+from ..common.ranks import current_ranks
 from ..common.schema import violations
 from ..model.adapters import has_adapters, inner_model, saves_adapters, state_without_adapters
 from ..model.offload import is_offloaded
@@ -96,11 +97,15 @@ def save_checkpoint(
 
     An `OutputFolder` that was begun before the work saves the result elsewhere where the disk does not take it.
 
+    Of what several processes pruned together the first writes, and the others come back at once.
+
     Raises:
         ValueError: an option cannot be, or what was done cannot be described.
         ForeignFileError: `directory` holds what was not written here.
         OutputError: it cannot be written.
     """
+    if report.divided and not current_ranks().is_first:
+        return
     if "max_shard_size" in save_kwargs:
         check_shard_size(save_kwargs["max_shard_size"])
     whole = report.config.values.bits is not None

@@ -7,6 +7,8 @@ from pathlib import Path
 
 from torch import nn
 
+from ..common.ranks import current_ranks
+from ..pruning.divided import check_divisible
 from ..pruning.report import PruningReport
 from ..pruning.structured.checks import check_cuttable
 from ..pruning.structured.configuration import DSAStructuredConfig
@@ -24,6 +26,7 @@ def check_run(
     model: nn.Module, config: DSAStructuredConfig, checkpoints: str | Path | None = None, resume: bool = False
 ) -> None:
     """Raise `ValueError` where structures cannot be cut out of `model`, or a run of it cannot be as asked."""
+    check_divisible(config, current_ranks())
     check_resumable(config, checkpoints, resume)
     check_cuttable(model)
 

@@ -18,6 +18,7 @@ from optimum.commands.base import BaseOptimumCLICommand
 from .actions import OnOff, Several
 from .config_file import add_config_options, config_text
 from .options import in_options
+from .processes import ONE, check_placed, own_folder, process_index, speaks_of, with_others
 from .stopping import Terminated, stoppable
 
 
@@ -35,6 +36,8 @@ class LeafCommand(BaseOptimumCLICommand):
         exit_code (`int`): what the process ends with, once `execute` has come back.
         place (`OutputFolder`): what it writes, where that is a folder.
         saved (`bool`): whether all that it writes is in place.
+        processes (`str`): what several that a launcher starts are: refused ("one"), a run in which the first speaks
+            and an error of one ends all ("together"), or seen to by the command itself ("own").
     """
 
     DESCRIPTION = ""
@@ -42,6 +45,7 @@ class LeafCommand(BaseOptimumCLICommand):
     exit_code = 0
     place: OutputFolder | None = None
     saved = False
+    processes = ONE
 
     @classmethod
     def describe(cls, parser: ArgumentParser, name: str) -> None:
@@ -92,7 +96,7 @@ class LeafCommand(BaseOptimumCLICommand):
             if hasattr(stream, "reconfigure"):
                 stream.reconfigure(errors="replace")  # a terminal without our bars and signs shows ? and goes on
         asked = vars(self.args) if self.args else {}
-        as_json, quiet = asked.get("json", False), asked.get("quiet", False)
+        as_json, quiet = asked.get("json", False), asked.get("quiet", False) or process_index() > 0
         try:
             if asked.get("print_config"):
                 given = {name for name, value in asked.items() if value is not None}
@@ -101,13 +105,17 @@ class LeafCommand(BaseOptimumCLICommand):
                 say(config_text(self.parser, self.args, settings).rstrip())
                 return
             with stoppable(self.is_whole):
-                with _spoken(as_json, quiet, asked.get("verbose", False)):
+                with (
+                    with_others(self.COMMAND.name, self.processes),
+                    _spoken(as_json, quiet, asked.get("verbose", False) and not quiet),
+                ):
                     facts = self.execute()
-                if as_json:
+                if as_json and process_index() == 0:
                     print(json.dumps(facts))
         except (ValueError, OSError, UnknownNameError, DependencyError) as error:
             message = one_line(in_options(" ".join(str(error).split()), self.parser)) or type(error).__name__
-            print(f"optimum-cli dsa {self.COMMAND.name}: error: {message}", file=sys.stderr)
+            if speaks_of(error):
+                print(f"optimum-cli dsa {self.COMMAND.name}: error: {message}", file=sys.stderr)
             sys.exit(2)
         except KeyboardInterrupt as stopped:
             left = "the result is whole" if self.is_whole() else self.left_behind()
@@ -306,8 +314,9 @@ def loading_options(args) -> dict:
     if args.dtype not in DTYPES:
         raise ValueError(f"Unknown dtype {args.dtype!r}: expected {', '.join(DTYPES[:-1])} or {DTYPES[-1]}.")
     if args.device_map:
+        check_placed(args.device_map)
         options["device_map"] = {"": args.device_map} if args.device_map in ("cpu", "disk") else args.device_map
-        options["offload_folder"] = args.offload_folder
+        options["offload_folder"] = own_folder(args.offload_folder)
     else:
         device = own_device() if args.device == "auto" else args.device
         try:

@@ -16,6 +16,7 @@ from .base import (
     say,
 )
 from .options import add_alternative, add_settings, as_given, asked_settings, evaluate_options
+from .processes import TOGETHER
 
 
 logger = logging.getLogger(__name__)
@@ -25,6 +26,8 @@ CALIBRATION = ("data", "batch_size", "activations", "sequential")  # settings an
 
 class PruneCommand(LeafCommand):
     """A model in, an ordinary checkpoint with zeros out, or a smaller one."""
+
+    processes = TOGETHER
 
     DESCRIPTION = """\
 Prune a transformers model to an exact budget, in one shot, and save it as an ordinary checkpoint: weights become zero,
@@ -105,22 +108,26 @@ Both compose: cut structures first, and prune the weights of what is left then.
         return f"{count} finished blocks are in {self._checkpoints}; the same command with --resume goes on"
 
     def execute(self) -> dict:
+        from contextlib import nullcontext
         from shlex import quote
 
         from ..checkpoint.description import base_files_in
         from ..checkpoint.shard_size import check_shard_size
         from ..common.output import OutputFolder
+        from ..common.ranks import current_ranks
         from ..model.adapters import has_adapters, taken_out_of_base
         from ..model.offload import is_offloaded
         from ..model.parameters import weight_bytes
         from ..model.stacks import UnprunableError
         from ..pruner import DSAPruner
+        from ..pruning.divided import check_divisible
         from ..pruning.finished import check_folder
         from ..pruning.structured.described import structured_to
 
         config = asked_structures(self.args, self.parser)
-        cuts = config is not None
+        cuts, ranks = config is not None, current_ranks()
         config = config if cuts else asked_config(self.args)
+        check_divisible(config, ranks)
         options, loading = {}, loading_options(self.args)  # wrong ones end it here, before any work
         config.reconstruct.check_place(self.args.device_map == "disk")
         if self.args.max_shard_size is not None:
@@ -136,12 +143,14 @@ Both compose: cut structures first, and prune the weights of what is left then.
         if cuts or _reads_text(config):
             check_texts(self.args, config.data)
         check_weights(self.args, loading)
-        with OutputFolder(self.args.output, resume=self.args.resume) as output:
+        # Of several processes the first alone writes.
+        place = OutputFolder(self.args.output, resume=self.args.resume) if ranks.is_first else nullcontext()
+        with place as output:
             self.place = output
-            if not (cuts or self.args.no_checkpoints):
+            if output and not (cuts or self.args.no_checkpoints):
                 self._checkpoints = Path(self.args.checkpoints or output.scratch("blocks"))
                 check_folder(self._checkpoints, self.args.resume)
-            if not cuts:
+            if output and not cuts:
                 self._say_plan(config, loading)
             pruner = DSAPruner.from_pretrained(self.args.model, **loading)
             if has_adapters(pruner.model) and pruner.report is not None:
@@ -154,13 +163,16 @@ Both compose: cut structures first, and prune the weights of what is left then.
                     f"{self.args.model} holds an adapter that was taken out of its base ({start}), and the rest alone "
                     "would be saved; merge it (model.merge_and_unload()), and prune what that gives."
                 )
-            self._check_room(output, weight_bytes(pruner.model), is_offloaded(pruner.model))
+            if output:
+                self._check_room(output, weight_bytes(pruner.model), is_offloaded(pruner.model))
             kept = self.args.checkpoints if cuts else self._checkpoints
             try:
                 report = pruner.prune(asked_source(self.args), config, kept, self.args.resume)
             except UnprunableError:
                 self._drop_blocks()
                 raise
+            if output is None:
+                return {}
             say(str(report))
             pruner.save_pretrained(output, self.args.compressed, **options)
         options = evaluate_options(self.args, self.parser)

@@ -13,10 +13,13 @@ from .base import (
     say,
 )
 from .options import add_settings, asked_settings, evaluate_options
+from .processes import OWN
 
 
 class RecoverCommand(LeafCommand):
     """A pruned model in, one with the same or as many zeros and a lower perplexity out."""
+
+    processes = OWN
 
     DESCRIPTION = """\
 Train a pruned model, on language modelling or towards its dense parent's predictions, and keep every zero; or train

@@ -12,6 +12,7 @@ from .base import (
     say,
 )
 from .options import CommandParser, add_alternative, add_settings, as_given, taken
+from .processes import TOGETHER
 from .prune import (
     CALIBRATION,
     PruneCommand,
@@ -28,6 +29,8 @@ NOT_HANDED_ON = ("output", "resume", "allocation", "json", "quiet", "verbose", "
 
 class SearchCommand(LeafCommand):
     """A model and a sparsity in, an allocation out."""
+
+    processes = TOGETHER
 
     DESCRIPTION = """\
 Find the allocation that hurts a model least at a given sparsity, on validation text. Nothing is pruned; the result is
@@ -104,8 +107,8 @@ three).
         from pathlib import Path
         from shlex import quote
 
-        from ..common.devices import process_state
         from ..common.output import OutputFolder
+        from ..common.ranks import current_ranks
         from ..pruner import DSAPruner
         from ..search.prepared import check_search, realisation_of
         from ..search.problem import parse_budget
@@ -131,13 +134,13 @@ three).
         check_weights(args, loading)
         if args.seeds < 1:
             raise ValueError(f"--seeds is a number of searches, at least 1, got {args.seeds}.")
-        if process_state().is_main_process:
+        if current_ranks().is_first:
             with OutputFolder(args.output, RESULT_FILES):
                 pass  # found before the model is loaded: what cannot or must not be written
         pruner = DSAPruner.from_pretrained(args.model, **loading)
         output, several = Path(args.output), args.seeds > 1
         with ExitStack() as stack:
-            if several and process_state().is_main_process:
+            if several and current_ranks().is_first:
                 whole = stack.enter_context(OutputFolder(output, RESULT_FILES))
             results = []
             for seed in range(config.data.seed, config.data.seed + args.seeds):
@@ -153,9 +156,9 @@ three).
                         args.report_to,
                     )
                 )
-                if process_state().is_main_process:
+                if current_ranks().is_first:
                     say(str(results[-1]))
-            if not process_state().is_main_process:
+            if not current_ranks().is_first:
                 return None
             if several:
                 say(f"\n{robustness_table(results)}")

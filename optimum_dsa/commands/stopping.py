@@ -9,6 +9,8 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+from ..common.launched import process_count
+
 
 class Terminated(KeyboardInterrupt):
     """SIGTERM came: what `kill`, a scheduler and a machine that is shut down send."""
@@ -26,7 +28,7 @@ def stoppable(whole: Callable[[], bool] = _never) -> Iterator[None]:
     say that it had failed.
     """
     # Under a launcher a process may wait for others in a call that no exception ends; it is killed as ever.
-    alone = int(os.environ.get("WORLD_SIZE", 1)) == 1
+    alone = process_count() == 1
     main = threading.current_thread() is threading.main_thread()
     if not (alone and main and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL):
         yield

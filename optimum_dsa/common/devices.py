@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import logging
 import os
+from datetime import timedelta
 from functools import cache
 
 import torch
 from accelerate import PartialState
 from accelerate.utils import DistributedType
 
+
+WAIT = timedelta(hours=4)  # that one process waits for another; a launcher ends it as soon as that one fails
 
 logger = logging.getLogger(__name__)
 
@@ -46,7 +49,8 @@ def use_cpu() -> bool:
 
 def process_state() -> PartialState:
     """accelerate's view of the processes; where there are several and `use_cpu` says so, they talk through gloo."""
-    return PartialState(cpu=use_cpu())
+    # Whoever waits while the first process writes a large model may wait for long.
+    return PartialState(cpu=use_cpu(), timeout=WAIT)
 
 
 def shard_on_cpu() -> None:

@@ -66,6 +66,20 @@ FENCES = {
         "search.realise.masked_model",
         "tests/search/realise/test_masked_model.py",
     ),
+    "module parts": Fence(
+        "torch",
+        "Module._parameters, ._buffers and ._modules",
+        "a twin of a model shares its parameters and none of its modules, and a copy would share neither or both",
+        "model.sharded",
+        "tests/model/test_sharded.py",
+    ),
+    "sharded class": Fence(
+        "torch",
+        "the bases of a class that fully_shard makes",
+        "the twin of a sharded model has the class from before; nothing documented says which",
+        "model.sharded",
+        "tests/model/test_sharded.py",
+    ),
     # accelerate
     "hook": Fence(
         "accelerate",

@@ -30,6 +30,21 @@ def parameters_in(module: nn.Module) -> MutableMapping[str, Tensor | None]:
     return _get(module, "_parameters", "module parameters")
 
 
+def parts_of(module: nn.Module) -> tuple[MutableMapping[str, Any], ...]:
+    """The module's own parameters, buffers and modules by name, each as the mapping that attributes are looked up in.
+
+    What is `None` is in it as well, and what has two names stands under both.
+    """
+    return tuple(_get(module, name, "module parts") for name in ("_parameters", "_buffers", "_modules"))
+
+
+def class_before_sharding(module: nn.Module) -> type:
+    """The class that a module had before FSDP2 gave it one of its own."""
+    bases = type(module).__bases__
+    is_made = len(bases) == 2 and bases[0].__name__ == "FSDPModule"
+    return bases[1] if is_made else type(module)
+
+
 def hooks_of(module: nn.Module) -> list[Any]:
     """accelerate's hooks on a module that move its weights or inputs (`AlignDevicesHook`), the outermost first."""
     from accelerate.hooks import AlignDevicesHook, SequentialHook

@@ -134,10 +134,16 @@ def _section_from(field: Field, value: Any) -> Any:
     if isinstance(value, kind):
         return value
     rule = rule_of(kind.__dataclass_fields__[shorthand]) if shorthand else None
-    if rule and (value is None or isinstance(value, str if rule.kind == "str" else (int, float))):
-        return replace(field.default, **{shorthand: value})
-    if isinstance(value, Mapping):
-        return settings_from(kind, value, field.default)
+    try:
+        if rule and (value is None or isinstance(value, str if rule.kind == "str" else (int, float))):
+            return replace(field.default, **{shorthand: value})
+        if isinstance(value, Mapping):
+            return settings_from(kind, value, field.default)
+    except ValueError as error:
+        if shorthand == "name" and str(error).startswith("name is "):
+            # Several sections have a name, and each is called as the section.
+            raise ValueError(f"{field.name}{str(error).removeprefix('name')}") from None
+        raise
     raise ValueError(f"{field.name} is a {kind.__name__}, got {value!r}.")
 
 

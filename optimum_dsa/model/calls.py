@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from transformers import Cache
 
 from ..common.fences import is_placed, tensor_version
+from ..common.ranks import ALONE, Ranks
 from .activations import Held
 from .adapters import inner_model
 from .architecture import Stack, UnprunableError
@@ -54,6 +55,7 @@ class BlockCalls:
         samples: per batch, the number of sequences.
         sample: the calls for one sequence alone, of which any block can be run at little cost.
         unseen: how many of the batches, the last ones, are run without being counted in any statistics.
+        ranks: the processes that have the batches together.
     """
 
     hidden: MutableSequence[Tensor] = field(default_factory=list)
@@ -63,6 +65,7 @@ class BlockCalls:
     samples: list[int] = field(default_factory=list)
     sample: BlockCalls | None = None
     unseen: int = 0
+    ranks: Ranks = ALONE
 
     @property
     def seen(self) -> range:

@@ -200,11 +200,13 @@ def only_gradients_of(module: nn.Module, receivers: Mapping[nn.Parameter, Receiv
 
 
 def check_gradients_can_be_had(
-    model: nn.Module, architecture: Architecture, reads: frozenset[str] | set[str], runs: bool
+    model: nn.Module, architecture: Architecture, reads: frozenset[str] | set[str], runs: bool, alone: bool = True
 ) -> None:
     """Raise where a walk could not collect the gradients that are among what it `reads`; `runs`: it has batches."""
     if not {"gradients", "regional"} & set(reads):
         return
+    if not alone:
+        raise ValueError("Gradients of weights are not summed over processes; prune in one, or by another metric.")
     if not runs:
         raise ValueError(
             "Gradients are taken of a model that runs on text, and these statistics are there already; give text, or "

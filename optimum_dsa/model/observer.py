@@ -81,6 +81,11 @@ class Observer:
         self._dense: Mapping[str, Sequence[Tensor]] = {}
         self._tokens = 0
 
+    def over(self, batches: Sequence[int], run: Callable[[int], None]) -> None:
+        """Have `run` watch every batch, by its number."""
+        for number in batches:
+            run(number)
+
     def start_batch(
         self,
         samples: int,
@@ -240,7 +245,7 @@ class Observer:
             )
         self._source[name] = name
         shared = self.statistics[source]
-        own = self.statistics[name] = LayerStatistics(shared.in_features, shared.device, self.gram, with_sum=self.mean)
+        own = self.statistics[name] = shared.empty()
         for number, each in enumerate(inputs):
             own.update_(self._counted(name, each))
             dense = self._dense_of(name, each, number)

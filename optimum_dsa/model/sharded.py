@@ -7,6 +7,8 @@ from collections import OrderedDict
 import torch
 from torch import Tensor, nn
 
+from ..common.fences import class_before_sharding, parts_of
+
 
 def is_sharded(model: nn.Module) -> bool:
     """Whether this process holds a share of a parameter of `model`, and other processes the rest."""
@@ -63,7 +65,7 @@ def twin(model: nn.Module, gathered: bool = False) -> nn.Module:
             return None
         if id(module) in modules:
             return modules[id(module)]
-        kind = _own_class(module)
+        kind = class_before_sharding(module)
         modules[id(module)] = made = kind.__new__(kind)
         # A method that somebody set on the object is bound to the old one.
         state = {name: value for name, value in vars(module).items() if not _covers_a_method(kind, name, value)}
@@ -72,20 +74,15 @@ def twin(model: nn.Module, gathered: bool = False) -> nn.Module:
             if name.endswith(("_hooks", "_hooks_with_kwargs", "_hooks_always_called")):
                 # Those of FSDP belong to the shares; what else is hooked on goes along.
                 made.__dict__[name] = OrderedDict() if gathered else OrderedDict(hooks)
-        made._buffers = dict(module._buffers)
-        made._parameters = {name: of_parameter(value) for name, value in module._parameters.items()}
-        made._modules = {name: of_module(value) for name, value in module._modules.items()}
+        for own in parts_of(made):  # still those of the module
+            made.__dict__.update({name: dict(own) for name, known in state.items() if known is own})
+        own, _, inner = parts_of(made)
+        own.update({name: of_parameter(value) for name, value in own.items()})
+        inner.update({name: of_module(value) for name, value in inner.items()})
         return made
 
     reshard(model)
     return of_module(model)
-
-
-def _own_class(module: nn.Module) -> type:
-    """The class that a module had before FSDP2 gave it one of its own."""
-    bases = type(module).__bases__
-    is_made = len(bases) == 2 and bases[0].__name__ == "FSDPModule"
-    return bases[1] if is_made else type(module)
 
 
 def _covers_a_method(kind: type, name: str, value: object) -> bool:
@@ -98,7 +95,7 @@ def reshard(model: nn.Module) -> None:
     What is written into those is lost.
     """
     for module in model.modules():
-        if _own_class(module) is not type(module):
+        if class_before_sharding(module) is not type(module):
             module.reshard()
 
 

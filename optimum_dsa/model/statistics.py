@@ -11,36 +11,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .factor import InverseFactor, Spectrum, damped, factor_of_inverse
+
 
 logger = logging.getLogger(__name__)
 
 # The share that the published SparseGPT code adds as `percdamp`.
 DAMPING = 0.01
 CHUNK = 2**20  # inputs that are copied at once: bounds the memory, and stays in a processor's cache
+SUMS = ("squared_sum", "sum", "gram", "drift", "lack")  # fields of `LayerStatistics` that add up over inputs
 GPU_CHUNK = 2**24  # the same where there is no cache to stay in, and every call has to be worth its launch
-
-
-@dataclass(frozen=True)
-class InverseFactor:
-    """Upper Cholesky factor U of (X Xᵀ + damping)⁻¹ = Uᵀ U, (in_features, in_features), and the damping it took."""
-
-    factor: Tensor
-    damping: float
-
-
-@dataclass(frozen=True)
-class Spectrum:
-    """Eigenvectors and eigenvalues of H = S⁻¹ (X Xᵀ + damping) S⁻¹, S = diag(scale) giving H a unit diagonal.
-
-    Attributes:
-        scale (`Tensor`): (in_features,), positive: the square root of the damped diagonal.
-        values (`Tensor`): (in_features,), ascending, none below zero.
-        vectors (`Tensor`): (in_features, in_features), one eigenvector a column.
-    """
-
-    scale: Tensor
-    values: Tensor
-    vectors: Tensor
 
 
 @dataclass
@@ -96,8 +76,39 @@ class LayerStatistics:
 
     @torch.no_grad()
     def update_(self, inputs: Tensor) -> None:
-        """Add a batch of inputs, (..., in_features) of any dtype, in place."""
+        """Add a batch of inputs, (..., in_features) of any dtype, in place.
+
+        Their sums are made apart and then added: whoever makes those of a batch elsewhere, as another process does,
+        and adds them in the same order ends with the same bits.
+        """
         rows = inputs.reshape(-1, inputs.shape[-1])
+        # Into empty sums at once: what is added to zeros has the same bits, and a gram beside a gram takes memory.
+        part = self if self.tokens == 0 else self.empty()
+        part._count(rows)
+        if part is not self:
+            self.add_(part)
+        self.release_()
+
+    def empty(self) -> LayerStatistics:
+        """Sums of the same kind in which nothing is counted yet."""
+        return LayerStatistics(self.in_features, self.device, self.with_gram, with_sum=self.with_sum)
+
+    @torch.no_grad()
+    def add_(self, other: LayerStatistics) -> None:
+        """Add the sums of other inputs of the same weight, in place; sequences are not counted by it."""
+        self.tokens += other.tokens
+        self.paired += other.paired
+        self._lacking += other._lacking
+        for name in SUMS:
+            if (more := getattr(other, name)) is not None:
+                own = getattr(self, name)
+                setattr(self, name, _sum(own, more.clone() if own is None else more))
+        if self.gram is not None:
+            self.squared_sum.copy_(self.gram.diagonal())
+        self.release_()
+
+    def _count(self, rows: Tensor) -> None:
+        """Add `rows`, (tokens, in_features), to sums that are empty."""
         self.tokens += rows.shape[0]
         # With a gram at least in_features rows: every part reads and writes the whole gram.
         chunk = (GPU_CHUNK if rows.is_cuda else CHUNK) // self.in_features
@@ -116,29 +127,27 @@ class LayerStatistics:
         if self.gram is not None:
             # The same sums, so that a metric on Σ x² and an update on X·Xᵀ never disagree about a dead input.
             self.squared_sum.copy_(self.gram.diagonal())
-        self.release_()
 
     @torch.no_grad()
     def pair_(self, inputs: Tensor, dense: Tensor) -> None:
         """Add to `drift`, in place, the inputs of a batch and those of the dense model, (..., in_features) both."""
         rows, others = inputs.reshape(-1, inputs.shape[-1]), dense.reshape(-1, dense.shape[-1])
-        if self.drift is None:
-            self.drift = torch.zeros(self.in_features, self.in_features, dtype=torch.float32, device=self.device)
         self.paired += rows.shape[0]
-        width = max(CHUNK // self.in_features, self.in_features)
+        width, found = max(CHUNK // self.in_features, self.in_features), None
         for part, other in zip(rows.split(width), others.split(width)):
             # The difference and not X_dense·Xᵀ: exactly zero where nothing is pruned yet, and small behind that.
             part = part.float()
-            self.drift.addmm_((other.float() - part).t(), part)
+            missing = (other.float() - part).t()
+            found = missing @ part if found is None else found.addmm_(missing, part)
+        self.drift = _sum(self.drift, found)
 
     @torch.no_grad()
     def lack_(self, inputs: Tensor, missing: Tensor) -> None:
         """Add to `lack`, in place, a batch's inputs, (..., in_features), and h_dense − h, (..., out_features)."""
         rows, others = inputs.reshape(-1, inputs.shape[-1]), missing.reshape(-1, missing.shape[-1])
-        if self.lack is None:
-            self.lack = torch.zeros(others.shape[1], self.in_features, dtype=torch.float32, device=self.device)
         self._lacking += rows.shape[0]
-        self.lack.addmm_(others.float().t(), rows.float())
+        found = others.float().t() @ rows.float()
+        self.lack = _sum(self.lack, found)
 
     @torch.no_grad()
     def reorder_(self, order: Tensor) -> None:
@@ -285,7 +294,7 @@ class LayerStatistics:
         moment = self.second_moment
         # Without any damping there is nothing to multiply: then from the usual share on.
         for attempt in [damping * 10.0**power for power in range(11)] if damping > 0 else [0.0, DAMPING, 1.0, 100.0]:
-            factor = _factor_of_inverse(damped(moment, attempt))
+            factor = factor_of_inverse(damped(moment, attempt))
             if factor is not None:
                 break
         else:
@@ -359,30 +368,7 @@ def sums_halves_in_float32(device: torch.device, dtype: torch.dtype) -> bool:
         return False
 
 
-def damped(moment: Tensor, damping: float) -> Tensor:
-    """X·Xᵀ, (n, n), a one where an input never fired, and `damping` times its mean on the diagonal: (n, n)."""
-    # A copy: the gram is needed again at another damping, and by allocators.
-    hessian = moment.clone()
-    diagonal = hessian.diagonal()
-    diagonal[diagonal == 0] = 1.0
-    diagonal += damping * diagonal.mean()
-    return hessian
-
-
-def _factor_of_inverse(matrix: Tensor) -> Tensor | None:
-    """Upper Cholesky factor U of matrix⁻¹ = Uᵀ·U, (n, n) -> (n, n); `None` where that fails.
-
-    U is R⁻¹, R being the upper triangular matrix with R·Rᵀ = matrix, which the Cholesky factor of the matrix from its
-    other end is. At most two matrices are alive beside the gram, and the inverse itself is none of them.
-    """
-    factor = matrix.flip(0, 1)
-    del matrix
-    factor, failed = torch.linalg.cholesky_ex(factor)
-    if failed:
-        return None
-    factor = factor.flip(0, 1)
-    # Solved where it stands: by columns is how LAPACK has a matrix, and no copy is needed.
-    inverse = torch.eye(len(factor), device=factor.device).t()
-    torch.linalg.solve_triangular(factor, inverse, upper=True, out=inverse)
-    # A nearly singular matrix can pass without a failure, and leave infinities behind.
-    return inverse if torch.stack(inverse.t().aminmax()).isfinite().all() else None
+def _sum(total: Tensor | None, more: Tensor) -> Tensor:
+    """`total` with `more` added to it in place, of any one shape; where there is none, `more` itself."""
+    # As if to zeros, in which no -0 is left.
+    return more.add_(0.0) if total is None else total.add_(more)

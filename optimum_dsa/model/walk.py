@@ -18,6 +18,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from ..common.ranks import ALONE, Ranks
 from .activations import Held
 from .architecture import Architecture, Block, Stack, Weight
 from .calls import BlockCalls, capture_calls, check_calls, explained, run_behind
@@ -27,6 +28,7 @@ from .observer import AllSeen, Awaited, Observer, Unheard, observing
 from .offload import resident
 from .padding import is_whole, real_tokens, without_padding
 from .residual import watching_additions
+from .shared_observer import SharedObserver, as_first, own_batches
 from .statistics import CollectedStatistics, LayerStatistics
 from .walked import WalkedBlock, checked
 
@@ -71,6 +73,7 @@ def walk_blocks(
     gram: bool | None = None,
     gradients: Mapping[str, Tensor] | None = None,
     held: Held = list,
+    ranks: Ranks = ALONE,
 ) -> Iterator[WalkedBlock]:
     """Each block with the statistics of its inputs, first block first.
 
@@ -90,8 +93,7 @@ def walk_blocks(
             to the residual stream. "outputs" is a `Replay` of every block of a stack. "gradients" are those of the
             model's loss as it is when the walk begins, see `collect_gradients`, and "regional" those of the norm of
             what a block gives, for which samples are run one by one.
-        progress (`Callable[[Sequence[Block]], Iterable[Block]]`, defaults to `iter`): wraps the sequence of blocks, as
-            tqdm does.
+        progress (`Callable[[Sequence[Block]], Iterable[Block]]`, defaults to `iter`): wraps the blocks, as tqdm does.
         as_dense (`AsDense`, *optional*): a context in which the model computes with its dense weights, for a caller
             who does not write to them; by default a copy of one block's is kept.
         true_sequential (`bool`): the caller asks for `groups(true_sequential=True)` and for no other statistics, so
@@ -103,6 +105,8 @@ def walk_blocks(
         gram (`bool`, *optional*): earlier name of "gram" in `reads`.
         gradients (`Mapping[str, Tensor]`, *optional*): what `collect_gradients` gives, where it is known already.
         held (`Held`, defaults to `list`): makes what activations are kept in, as `held_in` gives it.
+        ranks (`Ranks`): processes that walk together, each with all `batches` and the same model: they divide the
+            batches, and each has the statistics of all. Not with "outputs" in `reads`.
 
     Raises:
         ValueError: NaN or infinities in the input of a weight, which it names; "cross_gram" of a walk that runs
@@ -118,13 +122,13 @@ def walk_blocks(
             "sequential=True over batches of inputs; walk so, or do not read it."
         )
     still = batches is None or isinstance(batches, CollectedStatistics)
-    check_gradients_can_be_had(model, architecture, reads, not still)
+    check_gradients_can_be_had(model, architecture, reads, not still, ranks.alone)
     blocks = iter(progress(architecture.blocks))
     if still:
         yield from _walk_still(model, blocks, batches.statistics if batches else {})
         return
     read = {"gram", *reads} if gram else {*reads}
-    how = (sequential, true_sequential, as_dense, finished, unseen, gradients, held)
+    how = (sequential, true_sequential, as_dense, finished, unseen, gradients, held, ranks)
     yield from _walk_running(model, architecture, batches, blocks, read, *how)
 
 
@@ -141,9 +145,11 @@ def _walk_running(
     unseen: int,
     gradients: Mapping[str, Tensor] | None,
     held: Held,
+    ranks: Ranks,
 ) -> Iterator[WalkedBlock]:
     """`walk_blocks` over batches, inputs by name, (samples, length, ...); `blocks` is told how far it is."""
-    beside, watch = {"cross_gram", "outputs"} & set(reads), partial(Observer, "gram" in reads, "mean" in reads)
+    beside, kind = {"cross_gram", "outputs"} & set(reads), Observer if ranks.alone else partial(SharedObserver, ranks)
+    watch = partial(kind, "gram" in reads, "mean" in reads)
     # Padding goes first: what is never run needs no mask, and costs no time. Gradients are squared sample by sample.
     cut = one_by_one if "regional" in reads else list
     parts = [[part for each in cut([batch]) for part in without_padding(each)] for batch in batches]
@@ -153,6 +159,8 @@ def _walk_running(
     if "gradients" in reads and gradients is None:
         gradients = collect_gradients(model, architecture, batches[: len(batches) - unseen])
     own = Gradients(gradients or {}, "regional" in reads)
+    if not ranks.alone:
+        batches, real, unseen = own_batches(batches, real, ranks)
     # Module by module: parts of a model may be frozen in eval mode on purpose.
     training = [module for module in model.modules() if module.training]
     model.eval()
@@ -164,7 +172,7 @@ def _walk_running(
         for stack in architecture.stacks:
             calls = capture_calls(model, stack, batches, held) if sequential else early.pop(stack.name)
             # Arguments of its own: a block may leave in them what a later one reads (shared keys and values).
-            calls.sample, calls.unseen = samples[stack.name], unseen
+            calls.sample, calls.unseen, calls.ranks = samples[stack.name], unseen, ranks
             dense = DenseStream(early.pop(stack.name), calls.hidden, as_dense, reads, held) if beside else None
             needed = architecture.head is not None and stack is architecture.stacks[-1]
             yield from _walk_stack(
@@ -270,7 +278,8 @@ def _walk_block(
         """Statistics of what `weights` multiply in the block as it is now; `move_on` replaces what goes into it."""
         part, observer, names = replace(block, weights=tuple(weights)), watch(), {weight.name for weight in weights}
         regional = gradients.of_block(model, part, lambda: (calls.run(module, index, n) for n in calls.seen))
-        for number in calls.seen:
+
+        def run(number: int) -> None:
             hidden = calls.hidden[number]  # once: they may be on a disk
             # What comes behind the last weight that is watched need not run; a block may cut longer inputs in parts.
             alike = hidden.shape[1:] == calls.sample.hidden[0].shape[1:]
@@ -286,6 +295,8 @@ def _walk_block(
             observer.add_residual(before, beside.before)
             if move_on:
                 calls.hidden[number] = output
+
+        observer.over(calls.seen, run)
         return gradients.beside(checked(part, observer), regional)
 
     def first_batch() -> dict[str, LayerStatistics]:
@@ -295,7 +306,7 @@ def _walk_block(
         with observing(model, block, observer), _watching_additions(model, block, hidden, dense) as before:
             calls.run(module, index, 0, hidden)
         shown.note(block, observer, before)
-        return observer.finish(block)
+        return as_first(observer.finish(block), calls.ranks)
 
     def pass_by() -> dict[str, LayerStatistics]:
         """No statistics; what the block is given moves on as in `collect`, and in the same way, to the last bit."""
@@ -313,8 +324,7 @@ def _walk_block(
     found = pass_by if finished else first_batch if sample else partial(collect, block.weights, not sequential)
     with resident(model, [block.name]) as changes, dense.at(module, index, sample, last) if dense else nullcontext():
         again = collect if sequential and not finished else None  # otherwise what went into the block is gone
-        replays = dense and "outputs" in dense.reads and not finished
-        replay = Replay(module, index, calls, dense) if replays else None
+        replay = Replay(module, index, calls, dense) if dense and "outputs" in dense.reads and not finished else None
         rewritten = partial(dense.take, module, index) if dense else lambda: None
         # The statistics have no name here: they are freed as soon as whoever is given them lets go of them.
         yield WalkedBlock(block, found(), model, changes, again, replay, run_sample, rewritten, sampled=sample)
@@ -353,7 +363,8 @@ def _walk_head(
     """The weights outside the blocks, on what the last stack gives, (samples, ..., hidden size)."""
     with resident(model, _modules(head)) as changes:
         observer = watch()
-        for number in () if finished else calls.seen:
+
+        def run(number: int) -> None:
             batch = batches[number]
             paired = dense is not None and "cross_gram" in dense.reads
             beside = dense.inputs_behind(model, head, stack, batch, number).inputs if paired else None
@@ -361,6 +372,9 @@ def _walk_head(
             observer.start_batch(calls.samples[number], real[number], beside, tokens)
             with observing(model, head, observer):
                 run_behind(model, stack, calls, batch, number)
+
+        if not finished:
+            observer.over(calls.seen, run)
         found = {} if finished else gradients.beside(checked(head, observer))
         yield WalkedBlock(head, found, model, changes)
 

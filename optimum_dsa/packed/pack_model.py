@@ -16,6 +16,7 @@ from .experts import PackedExperts, pack_experts, stays_dense, unpack_experts
 from .linear import PackedLinear, PackedModule
 
 
+_NO_MATRICES = (nn.Embedding, nn.EmbeddingBag, nn.Conv1d, nn.Conv2d, nn.Conv3d)  # that a user would ask for
 LEAST_ZEROS = 0.25  # share of zeros: with fewer, expanding costs more than reading saves
 TYPES_PACKED = tuple(dtype for dtype in TYPES if dtype is not torch.float64)
 
@@ -62,10 +63,13 @@ def pack_model(model: nn.Module, least_zeros: float = LEAST_ZEROS) -> Packing:
     Raises:
         ValueError: a share that is none.
     """
-    if not 0 <= least_zeros <= 1:
-        raise ValueError(f"least_zeros={least_zeros} is a share of zeros, from 0 to 1; {LEAST_ZEROS} is the default.")
+    if not isinstance(least_zeros, (int, float)) or not 0 <= least_zeros <= 1:
+        raise ValueError(
+            f"least_zeros={least_zeros!r} is a share of zeros, from 0 to 1; {LEAST_ZEROS} is the default."
+        )
     already = packed_layers(model)
     reasons, sizes, before, after = dense_reasons(model), _sizes(model), 0, 0
+    total = sum(parameter.numel() for parameter in model.parameters())  # of tied ones once
     for name, layer in layers_of(model):
         weight = f"{name}.weight"
         if weight not in reasons and _zeros([layer.weight]) < least_zeros:
@@ -76,7 +80,7 @@ def pack_model(model: nn.Module, least_zeros: float = LEAST_ZEROS) -> Packing:
             replace_layer(model, name, made)
     of_experts = pack_all_experts(model, least_zeros, reasons)
     before, after = before + of_experts[0], after + of_experts[1]
-    shares = {name: sizes.get(name, 0) / max(sum(sizes.values()), 1) for name in reasons}
+    shares = {name: sizes[name] / max(total, 1) for name in reasons}
     packed = tuple(name for name in packed_layers(model) if name not in already)
     return Packing(packed, reasons, before, after, shares)
 
@@ -159,7 +163,7 @@ def dense_reasons(model: nn.Module) -> dict[str, str]:
         elif parameter.dim() >= 2 and parameter.is_floating_point():
             if isinstance(owner, (nn.Linear, Conv1D)) and attribute == "weight":
                 found[name] = f"of class {type(owner).__name__}"
-            elif parameter.dim() <= 3 and not type(owner).__module__.startswith("torch."):
+            elif parameter.dim() <= 3 and not isinstance(owner, _NO_MATRICES):
                 found[name] = (
                     f"in a {type(owner).__name__}, which is no linear layer and none of experts that is known"
                 )
@@ -218,7 +222,7 @@ class _Unpacked(Mapping[str, Tensor]):
 
 
 def _sizes(model: nn.Module) -> dict[str, int]:
-    return {name: parameter.numel() for name, parameter in model.named_parameters()}
+    return {name: parameter.numel() for name, parameter in model.named_parameters(remove_duplicate=False)}
 
 
 def _zeros(weights: Iterable[Tensor]) -> float:

@@ -69,7 +69,7 @@ def to_tensor_cores(model: nn.Module, layers: Collection[str] | None = None) -> 
     too, and slower than before: it unpacks them.
 
     Args:
-        layers: names of packed layers that it is done for; by default all.
+        layers (`Collection[str]`, *optional*): names of packed layers that it is done for; by default all.
     """
     names = []
     for name in packed_layers(model) if layers is None else layers:

@@ -11,6 +11,7 @@ from functools import cache
 import torch
 from torch import Tensor, nn
 
+from ..common.ranks import ALONE, Ranks
 from ..model.activations import held_in
 from ..model.architecture import Architecture, Weight, find_architecture
 from ..model.left_dense import LARGE, excluding, share_of, told
@@ -79,12 +80,14 @@ def allocate(
     config: DSAConfig,
     architecture: Architecture | None = None,
     standing: Mapping[str, int] | None = None,
+    ranks: Ranks = ALONE,
 ) -> Allocation:
     """The sparsity of every unit of `model`, from its weights as they are; nothing is changed.
 
     Args:
         calibration (`Source`, *optional*): as in `prune`; it may be `None` where the allocation needs no data.
         standing (`Mapping[str, int]`, *optional*): what `standing_zeros` gives, where it is known already.
+        ranks (`Ranks`): processes that do this together, each with the same model and all of the data.
 
     Raises:
         ValueError: calibration data are needed and missing, or the budget cannot be met.
@@ -98,10 +101,10 @@ def allocate(
         left, rest = sparsity_of_rest(config, architecture, shares, standing), without(architecture, shares)
         found = None
         if left is not None:
-            found = _allocate(model, calibration, replace(config, sparsity=left, overrides=()), rest, standing)
+            found = _allocate(model, calibration, replace(config, sparsity=left, overrides=()), rest, standing, ranks)
         floors = standing if config.resolved.keeps_zeros_in_number else {}
         return with_given(found, architecture, rest, shares, floors)
-    return _allocate(model, calibration, config, architecture, standing)
+    return _allocate(model, calibration, config, architecture, standing, ranks)
 
 
 def _allocate(
@@ -110,11 +113,12 @@ def _allocate(
     config: DSAConfig,
     architecture: Architecture,
     standing: Mapping[str, int],
+    ranks: Ranks,
 ) -> Allocation:
     """`allocate` for what is in `architecture`."""
     if config.allocator is None:
         return _given(config, architecture, standing)
-    measured = _measure(model, architecture, calibration, config)
+    measured = _measure(model, architecture, calibration, config, ranks)
     proposed = config.allocator.propose(measured, config.sparsity, config.spread)
     # It looks like a result: without a word one would believe that the allocation was computed.
     if config.allocator.reads != "nothing" and config.spread != 0 and len(set(proposed.values())) == 1 < len(measured):
@@ -167,6 +171,7 @@ def _measure(
     architecture: Architecture,
     calibration: Known | None,
     config: DSAConfig,
+    ranks: Ranks,
 ) -> dict[str, object]:
     """The allocator's heavy half, for every unit of the config's granularity."""
     method = config.resolved
@@ -175,7 +180,9 @@ def _measure(
     batches = None
     if method.allocation_reads:
         batches = batches_of(calibration, config, f"allocation {config.allocation!r}")
-    measured = {}
+    measured, held = {}, []
+    # A block for each process, then all at once: not where blocks come and go, or their statistics are large.
+    ahead = 1 if "gram" in method.allocation_reads or is_offloaded(model) else ranks.count
     for walked in walk_blocks(
         model,
         architecture,
@@ -183,13 +190,25 @@ def _measure(
         reads=method.allocation_reads,
         # One pass a block: nothing is changed here, so that its outputs are the same either way.
         sequential=False,
-        progress=progress("Allocating"),
+        progress=progress("Allocating", not ranks.is_first),
         held=held_in(config.activations),
+        ranks=ranks,
     ):
-        measured |= _measure_block(walked, config)
+        held.append(walked)
         # The statistics of one block, and not of two: the next one's are collected before the name is another's.
         del walked
-    return measured
+        if len(held) == ahead:
+            measured |= _measure_blocks(held, config, ranks)
+    return measured | _measure_blocks(held, config, ranks)
+
+
+def _measure_blocks(held: list[WalkedBlock], config: DSAConfig, ranks: Ranks) -> dict[str, object]:
+    """The same of the units of the blocks that are `held`, which are let go; of several each process measures one."""
+    if len(held) <= 1:
+        return _measure_block(held.pop(), config) if held else {}
+    own = _measure_block(held[ranks.index], config) if ranks.index < len(held) else {}
+    held.clear()
+    return {name: value for each in ranks.gather(own) for name, value in each.items()}
 
 
 def seen_by_allocator(

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..common.ranks import ALONE, Ranks, current_ranks
 from ..model.activations import held_in, spilled_to
 from ..model.adapters import has_adapters, inner_model, without_adapters
 from ..model.architecture import Architecture
@@ -23,10 +24,12 @@ from .allocate import allocate, architecture_for, say_dense, standing_zeros
 from .allocation import Allocation
 from .configuration import DSAConfig
 from .distill import check_predicts, distillation_of
+from .divided import SharedBlocks, check_alike, check_divisible
 from .finished import FinishedBlocks, settings_of
 from .permute import Permute
 from .reconstruct import Reconstruct
 from .report import PruningReport, plain_report
+from .sections import ValuesConfig
 from .sink import KeepBlocks, Sink
 from .source import Known, Source, as_calibration, batches_of, batches_to_train, check_finite_outputs, progress
 from .steps import RemoveWeights, Step, union
@@ -43,6 +46,7 @@ def prune(
     config: DSAConfig,
     checkpoints: str | Path | None = None,
     resume: bool = False,
+    ranks: Ranks = ALONE,
 ) -> PruningReport:
     """Prune `model` in place; what was asked and what came out.
 
@@ -54,20 +58,47 @@ def prune(
             interrupted goes on; as large as the blocks in the end.
         resume (`bool`, defaults to `False`): go on from those that are there, with `model` as it was at the beginning;
             the end is that of an uninterrupted run.
+        ranks (`Ranks`): processes that prune together, each of which calls this with the same; all have the pruned
+            model in the end, with the bits that one process gives it. Checkpoints are the first one's.
 
     Of a model with adapters, what is under them is pruned, as it runs without them, and they are left alone.
 
     Everything that can be known to be wrong is raised before the first weight is changed.
     """
+    with ranks.together():
+        return _prune_inner(model, calibration, config, checkpoints, resume, ranks)
+
+
+def prune_with_others(
+    model: nn.Module,
+    calibration: Source | None,
+    config: DSAConfig,
+    checkpoints: str | Path | None = None,
+    resume: bool = False,
+) -> PruningReport:
+    """`prune`, with the processes that `torchrun` or `accelerate launch` started beside this one, if any."""
+    return prune(model, calibration, config, checkpoints, resume, current_ranks())
+
+
+def _prune_inner(
+    model: nn.Module,
+    calibration: Source | None,
+    config: DSAConfig,
+    checkpoints: str | Path | None,
+    resume: bool,
+    ranks: Ranks,
+) -> PruningReport:
+    """`prune` of what is under adapters, if there are any."""
+    check_divisible(config, ranks)
     if not has_adapters(model):
         with spilled_to(checkpoints):
-            return _prune(model, calibration, config, checkpoints, resume)
+            return _prune(model, calibration, config, checkpoints, resume, ranks)
     if is_offloaded(model):
         raise ValueError(
             "Under adapters a model is pruned in memory; load it without offloading, or without adapters."
         )
     with without_adapters(model), spilled_to(checkpoints):
-        return plain_report(_prune(inner_model(model), calibration, config, checkpoints, resume))
+        return plain_report(_prune(inner_model(model), calibration, config, checkpoints, resume, ranks))
 
 
 def _prune(
@@ -76,6 +107,7 @@ def _prune(
     config: DSAConfig,
     checkpoints: str | Path | None,
     resume: bool,
+    ranks: Ranks,
 ) -> PruningReport:
     start = time.perf_counter()
     config.check_settled()
@@ -83,16 +115,17 @@ def _prune(
     architecture = architecture_for(model, config)
     say_dense(model, architecture, bool(config.blocks))
     _check_calibration(model, calibration, config)
+    check_alike(model, calibration, config, ranks)
     standing = standing_zeros(model, architecture, config)
     check_finite_outputs(model, architecture, calibration)
-    finished = _finished(model, architecture, calibration, config, checkpoints, resume)
+    finished = _finished(model, architecture, calibration, config, checkpoints, resume, ranks)
     allocation = finished.allocation if finished else None
     if allocation is None:
         # A walk of its own, before the one that prunes: units are compared on the dense model.
-        allocation = allocate(model, calibration, config, architecture, standing)
+        allocation = allocate(model, calibration, config, architecture, standing, ranks)
     if finished:
         finished.begin(allocation)
-    remove = RemoveWeights(config.resolved, allocation, config.update.true_sequential)
+    remove = RemoveWeights(config.resolved, allocation, config.update.true_sequential, ranks)
     # First of all: what follows sees the channels in the order in which they are saved.
     permute = [Permute(config.resolved, allocation, config.permute)] if config.permute else []
     steps: list[Step] = [*permute, remove]
@@ -101,7 +134,7 @@ def _prune(
         steps.append(reconstruct)
     distillation = distillation_of(model, architecture, calibration, config, config.values.bits)
     sink = KeepBlocks()
-    run_steps(model, architecture, calibration, config, steps, sink, finished)
+    run_steps(model, architecture, calibration, config, steps, sink, finished, ranks)
     distilled = distillation(architecture) if distillation else {}
     for weight in architecture.weights if distilled else ():
         sink.zeros[weight.name] = zeros_in(weight.tensor(model))
@@ -128,6 +161,7 @@ def _prune(
         zeros_before=standing,
         dense_sizes=architecture.dense_sizes,
         distillation=distilled,
+        divided=not ranks.alone,
     )
 
 
@@ -142,7 +176,9 @@ def _check_calibration(model: nn.Module, calibration: Known | None, config: DSAC
         )
     # Missing data are found before work.
     if config.resolved.reads:
-        batches_of(calibration, config, f"method {config.method!r}")
+        alone = replace(config, values=ValuesConfig()).resolved.reads
+        who = f"method {config.method!r}" if alone else f"grid of values {config.values.name!r}"
+        batches_of(calibration, config, who)
     if config.reconstruct.asked:
         batches_to_train(calibration, config)
         config.reconstruct.check_place(is_offloaded(model))
@@ -157,14 +193,18 @@ def _finished(
     config: DSAConfig,
     checkpoints: str | Path | None,
     resume: bool,
-) -> FinishedBlocks | None:
+    ranks: Ranks,
+) -> FinishedBlocks | SharedBlocks | None:
     """What an earlier run finished, and where this one's blocks go; `None` where they are not kept."""
-    if checkpoints is None:
+    if not ranks.of_first(checkpoints is not None):
         if resume:
             raise ValueError("Resuming needs a folder of checkpoints; name one.")
         return None
-    names = [block.name for block in architecture.blocks]
-    return FinishedBlocks.open(checkpoints, resume, settings_of(model, calibration, config), names)
+    own = None
+    if ranks.is_first:
+        names = [block.name for block in architecture.blocks]
+        own = FinishedBlocks.open(checkpoints, resume, settings_of(model, calibration, config), names)
+    return own if ranks.alone else SharedBlocks(own, ranks)
 
 
 def _warn_of_more(zeros: int, allocation: Allocation, config: DSAConfig) -> None:
@@ -185,7 +225,8 @@ def run_steps(
     config: DSAConfig,
     steps: Sequence[Step],
     sink: Sink,
-    finished: FinishedBlocks | None = None,
+    finished: FinishedBlocks | SharedBlocks | None = None,
+    ranks: Ranks = ALONE,
 ) -> None:
     """The body of every one-shot pruner: each block in turn is given to all steps, then to the sink.
 
@@ -206,11 +247,12 @@ def run_steps(
         batches,
         reads=reads,
         sequential=config.sequential,
-        progress=progress("Pruning"),
+        progress=progress("Pruning", not ranks.is_first),
         true_sequential=bool(readers) and all(getattr(step, "true_sequential", False) for step in readers),
         finished=done,
         unseen=unseen,
         held=held_in(config.activations),
+        ranks=ranks,
     )
     held: list[tuple[int, WalkedBlock, list[dict[str, Any]]]] = []
     for number, walked in enumerate(blocks):

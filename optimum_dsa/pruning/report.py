@@ -50,6 +50,7 @@ class PruningReport:
         structured (`StructuredReport`, *optional*): what was cut out of the model, before weights were pruned.
         distillation (`Mapping[str, float]`): what training the whole model did: nats a token that its predictions lost
             "before" and "after", on held-out windows, the "rate" and the "steps"; else empty.
+        divided (`bool`): whether several processes did it together, all of which have the model; not written down.
     """
 
     config: DSAConfig
@@ -72,6 +73,7 @@ class PruningReport:
     trained_before: tuple[Mapping[str, Any], ...] = ()
     structured: StructuredReport | None = None
     distillation: Mapping[str, float] = field(default_factory=dict)
+    divided: bool = field(default=False, compare=False)
 
     @property
     def removed(self) -> int:

@@ -115,6 +115,6 @@ def check_finite_outputs(model: nn.Module, architecture: Architecture, calibrati
             handle.remove()
 
 
-def progress(description: str):
-    """Shows how many blocks are done; silenced by the Hugging Face switches."""
-    return lambda blocks: shown(blocks, description, "block", "optimum_dsa.prune")
+def progress(description: str, hidden: bool = False):
+    """Shows how many blocks are done, unless `hidden`; silenced by the Hugging Face switches."""
+    return lambda blocks: shown(blocks, description, "block", "optimum_dsa.prune", hidden)

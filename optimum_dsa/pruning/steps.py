@@ -12,13 +12,14 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor
 
+from ..common.ranks import ALONE, Ranks
 from ..model.architecture import Weight
 from ..model.left_dense import kind_of
 from ..model.statistics import LayerStatistics
 from ..model.walk import Reads, WalkedBlock
 from .allocation import Allocation, split_count
+from .owners import owners, spread
 from .resolved_method import ResolvedMethod
 from .zeros import zeros_in
 
@@ -59,6 +60,8 @@ def union(steps: Sequence[Step]) -> Reads:
 class RemoveWeights:
     """Takes single weights out of every matrix of a block, as many as the allocation says, and updates the rest.
 
+    Several processes (`ranks`), which have the same statistics, divide the matrices.
+
     Attributes:
         damping: weights whose X·Xᵀ needed more damping than asked -> the damping that it took.
         unseen: weights that no calibration token reached.
@@ -66,8 +69,10 @@ class RemoveWeights:
             to their own.
     """
 
-    def __init__(self, method: ResolvedMethod, allocation: Allocation, true_sequential: bool = False):
-        self.method, self.allocation = method, allocation
+    def __init__(
+        self, method: ResolvedMethod, allocation: Allocation, true_sequential: bool = False, ranks: Ranks = ALONE
+    ):
+        self.method, self.allocation, self.ranks = method, allocation, ranks
         self.true_sequential = true_sequential
         self.reads: Reads = method.reads
         self.notes: dict[str, Any] = {}  # weight -> its "damping", whether it was "unseen" or "unpaired"
@@ -97,21 +102,28 @@ class RemoveWeights:
 
     @torch.no_grad()
     def __call__(self, walked: WalkedBlock) -> None:
-        counts = shares(walked, self.allocation, self.method)
-        for group in walked.groups(self.true_sequential):
-            for weight in group.weights:
-                self._prune(walked.tensor(weight), weight.name, group.statistics.get(weight.name), counts[weight.name])
-                walked.changed(weight)
-                walked.done(weight, group)
+        counts, groups = shares(walked, self.allocation, self.method), walked.groups(self.true_sequential)
+        # Behind every group what comes next is collected, or all groups are divided at once.
+        for part in ([group] for group in groups) if self.ranks.alone or self.true_sequential else [list(groups)]:
+            owner = {} if self.ranks.alone else owners(part, self.ranks, "gram" in self.reads)
+            for group in part:
+                for weight in group.weights:
+                    if owner.get(weight.name, self.ranks.index) == self.ranks.index:
+                        self._prune(walked, weight, group.statistics.get(weight.name), counts[weight.name])
+                    walked.changed(weight)
+                    walked.done(weight, group)
+            if owner:
+                spread(walked, part, owner, self.notes, self.ranks)
 
-    def _prune(self, tensor: Tensor, name: str, statistics: LayerStatistics | None, count: int) -> None:
-        """Prune the live weight `tensor`, (out_features, in_features), in place."""
+    def _prune(self, walked: WalkedBlock, weight: Weight, statistics: LayerStatistics | None, count: int) -> None:
+        """Prune the live `weight` of a block, (out_features, in_features), in place."""
+        tensor = walked.tensor(weight)
         # Into the live weight, in its dtype: ties, views and offloaded storage stay what they are.
-        pruned = self.method.of_weight(name).pruned(tensor, statistics, count)
+        pruned = self.method.of_weight(weight.name).pruned(tensor, statistics, count)
         # In its dtype before: what becomes zero there has no number.
         tensor.copy_(self.method.on_grid(pruned.to(tensor.dtype), statistics))
         if statistics is not None:
-            self._note(name, statistics)
+            self._note(weight.name, statistics)
 
     def _note(self, name: str, statistics: LayerStatistics) -> None:
         noted: dict[str, Any] = {"unseen": True} if statistics.tokens == 0 else {}

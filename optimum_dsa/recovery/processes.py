@@ -15,6 +15,7 @@ from torch import nn
 from transformers import TrainerCallback
 
 from ..common.devices import own_device, process_state, use_cpu
+from ..common.launched import process_count
 from ..model.adapters import inner_model
 from ..model.architecture import find_architecture
 from ..model.sharded import copy_into
@@ -24,15 +25,9 @@ from .configuration import RecoveryConfig
 Made = TypeVar("Made")
 
 
-def processes() -> int:
-    """How many processes `torchrun` started; 1 without it."""
-    # Some clusters set WORLD_SIZE, and start one.
-    return int(os.environ.get("WORLD_SIZE") or 1) if "LOCAL_RANK" in os.environ else 1
-
-
 def is_first() -> bool:
     """Whether this process writes; the only one there is does."""
-    return processes() == 1 or process_state().is_main_process
+    return process_count() == 1 or process_state().is_main_process
 
 
 def begin_together(model: nn.Module) -> None:
@@ -41,7 +36,7 @@ def begin_together(model: nn.Module) -> None:
     Raises:
         ValueError: `model` is not on the device of its process, through which it would talk.
     """
-    if processes() == 1:
+    if process_count() == 1:
         return
     device = next(model.parameters()).device
     if (device.type == "cpu") != use_cpu():
@@ -54,7 +49,7 @@ def begin_together(model: nn.Module) -> None:
 
 def from_first(make: Callable[[], Made]) -> Made:
     """What `make` gives in the first process, in every process; what it raises there is raised in each of them."""
-    if processes() == 1:
+    if process_count() == 1:
         return make()
     given: list = [None, None]
     if is_first():
@@ -70,7 +65,7 @@ def from_first(make: Callable[[], Made]) -> Made:
 
 def wait_for_all() -> None:
     """Return when every process is here."""
-    if processes() > 1:
+    if process_count() > 1:
         process_state().wait_for_everyone()
 
 
@@ -104,7 +99,7 @@ def check_divided(config: RecoveryConfig, windows: int | None = None) -> None:
     Args:
         windows (`int`, *optional*): how many windows there are to train on; `None` where nobody knows yet.
     """
-    number = processes()
+    number = process_count()
     if config.sharding != "none" and number == 1:
         raise ValueError(
             f"sharding={config.sharding!r} divides the model over processes, and there is one; start several with "

@@ -13,6 +13,7 @@ from transformers import EarlyStoppingCallback, PreTrainedConfig, TrainingArgume
 
 from ..checkpoint.load import load_model
 from ..common.devices import shard_on_cpu
+from ..common.launched import process_count
 from ..evaluation.perplexity import example_losses, mean_perplexity
 from ..model.adapters import has_adapters
 from ..model.examples import check_causal, examples
@@ -35,7 +36,6 @@ from .processes import (
     environment_kept,
     from_first,
     fsdp_settings,
-    processes,
     shared_folder,
     wait_for_all,
 )
@@ -222,8 +222,8 @@ def make_trainer(
         lr_scheduler_type="cosine",
         warmup_steps=config.steps // 10,
         weight_decay=config.weight_decay,
-        per_device_train_batch_size=config.batch_size // processes(),
-        per_device_eval_batch_size=config.batch_size // processes(),
+        per_device_train_batch_size=config.batch_size // process_count(),
+        per_device_eval_batch_size=config.batch_size // process_count(),
         gradient_accumulation_steps=config.accumulation,
         bf16=config.bf16,
         **memory,

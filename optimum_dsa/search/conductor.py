@@ -27,7 +27,7 @@ class Conductor:
         self.number = 0
         self.best: float | None = None
         self._until: float | None = None  # the share of the budget that may be spent; `None` is no limit
-        hidden = not evaluator.ranks.is_main_process
+        hidden = not evaluator.ranks.is_first
         self._shown = Progress("Searching", 100, "%", "optimum_dsa.search", hidden)
 
     def conduct(self, strategy: Search, until: float) -> list[Candidate]:

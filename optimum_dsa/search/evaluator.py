@@ -7,9 +7,8 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from accelerate.utils import gather_object
-
-from ..common.devices import process_state
+from ..common.ranks import current_ranks
+from .efficiency import Shift
 from .objective import Objective
 from .problem import Room
 from .resolver import Resolver
@@ -74,7 +73,7 @@ class Evaluator:
 
     def __init__(self, objective: Objective, resolver: Resolver):
         self.objective, self.resolver = objective, resolver
-        self.ranks = process_state()
+        self.ranks, self.shift = current_ranks(), Shift()
         self.known: dict[tuple, Answer] = {}
         self.anchor: Counts | None = None
         self.length = objective.validation.shape[1]
@@ -143,10 +142,10 @@ class Evaluator:
         """The answers to the first of the jobs, as many as there is room for."""
         if room.seconds is not None:  # what a job takes is known after it alone
             answers: dict[Job, Answer] = {}
-            for start in range(0, len(jobs), self.ranks.num_processes):
+            for start in range(0, len(jobs), self.ranks.count):
                 if sum(answer.seconds for answer in answers.values()) >= room.seconds:
                     break
-                part = jobs[start : start + self.ranks.num_processes]  # one for each rank
+                part = jobs[start : start + self.ranks.count]  # one for each rank
                 answers |= zip(part, self._compute(part))
             return answers
         tokens, within = 0, []
@@ -162,13 +161,13 @@ class Evaluator:
         """The answer to each job, in order, their batches spread over the ranks."""
         batches = [job.batches(self.objective.batch_size) for job in jobs]
         tasks = [task for parts in batches for task in parts]
-        if self.ranks.num_processes == 1 or not tasks:
-            done = [self._one(task) for task in tasks]
-        else:
-            with self.ranks.split_between_processes(tasks) as mine:
-                # who would have none does the last as well, for its own scores to be at the anchor; it counts once
-                done = gather_object([self._one(task) for task in mine or tasks[-1:]])
-        answers = iter(done)
+        shares = self.ranks.shares(len(tasks))
+        first = sum(shares[: self.ranks.index])
+        # who would have none does the last as well, for its own scores to be at the anchor; it counts once
+        own = [self._one(task) for task in tasks[first : first + shares[self.ranks.index]] or tasks[-1:]]
+        began = time.perf_counter()
+        answers = iter([answer for each in self.ranks.gather(own) for answer in each] if tasks else [])
+        self.shift.waited += time.perf_counter() - began
         return [_joined(parts, [next(answers) for _ in parts]) for parts in batches]
 
     def _one(self, job: Job) -> Answer:
@@ -187,7 +186,10 @@ class Evaluator:
             loss, perplexity = self.objective.sequential(by_name, rows)
         else:
             loss = self.objective.loss(by_name, rows)
-        return Answer(loss, slopes, perplexity, time.perf_counter() - began)
+        seconds = time.perf_counter() - began
+        self.shift.seconds += seconds
+        self.shift.tokens += self.tokens(job)
+        return Answer(loss, slopes, perplexity, seconds)
 
     def _move(self, counts: Counts | None) -> None:
         self.anchor = counts if counts is not None and any(counts) else None  # nothing removed: the dense model

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 
-from ..common.devices import process_state
+from ..common.ranks import current_ranks
 from .problem import UNIFORM, Budget, Problem, Room
 from .resolver import Resolver
 from .result import Finalist
@@ -149,7 +149,7 @@ def _pruned(serve: Serve, chosen: Sequence[Candidate], windows: int, budget: Bud
     """
     first = dict.fromkeys([chosen[0], UNIFORM])
     queue = [*first, *(candidate for candidate in chosen if candidate not in first)]
-    each = len(queue) if budget.seconds is None else process_state().num_processes
+    each = len(queue) if budget.seconds is None else current_ranks().count
     together = max(each, len(first))
     trials: dict[Candidate, Trial] = {}
     while queue and not (trials and budget.room().seconds == 0):

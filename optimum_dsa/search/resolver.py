@@ -157,13 +157,17 @@ class Resolver:
         return self._fit(proposed, granularity)
 
     def of_config(self) -> Candidate:
-        """The config's own allocation, named or given, as a candidate."""
+        """The config's own allocation, named or given, as a candidate; `ValueError` where it is of another model."""
         if self.config.allocator is not None:
             return Candidate(self.config.allocation, self.config.spread)
         given = allocation_for(self.architecture, self.config.given_allocation())
-        return Candidate(
-            given.name, counts=self._fit(given.sparsity, self.architecture.granularity_of(given.sparsity))
-        )
+        granularity = self.architecture.granularity_of(given.sparsity)
+        if granularity not in self.units:
+            raise ValueError(
+                f"The allocation {given.name!r} names other units than the blocks or matrices of this model; give one "
+                "of these, or a name."
+            )
+        return Candidate(given.name, counts=self._fit(given.sparsity, granularity))
 
     def removed(self, candidate: Candidate) -> tuple[int, ...]:
         """What `prune` removes per matrix where the candidate's counts are asked for; raises as `counts` does."""

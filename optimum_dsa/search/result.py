@@ -18,6 +18,7 @@ from ..common.files import write_text
 from ..common.output import OutputFolder
 from ..pruning.allocation import Allocation
 from ..pruning.configuration import DSAConfig
+from .efficiency import Shift, efficiency, efficiency_line
 from .problem import Budget
 from .realise import REALISATIONS
 from .space import Candidate
@@ -66,6 +67,7 @@ class SearchResult:
         budget (`Budget`): what it cost.
         notes (`Sequence[str]`): what the strategy has to say.
         baselines (`Mapping[str, Allocation]`): "uniform" and "owl" on the same model and text, to compare with.
+        shifts (`Sequence[Shift]`): of several processes, what each computed and how long it waited.
     """
 
     config: DSAConfig
@@ -74,6 +76,7 @@ class SearchResult:
     budget: Budget
     notes: Sequence[str] = ()
     baselines: Mapping[str, Allocation] = field(default_factory=dict)
+    shifts: Sequence[Shift] = ()
 
     @property
     def best(self) -> Allocation:
@@ -145,7 +148,7 @@ class SearchResult:
 
     def to_dict(self) -> dict:
         """Config, finalists and cost as JSON values."""
-        return {
+        found = {
             "config": self.config.to_dict(),
             "calibration": self.trace.settings.get("calibration"),
             "finalists": [
@@ -171,6 +174,8 @@ class SearchResult:
             "budget_used": round(self.budget.share, 4),
             "seconds": round(self.budget.spent_seconds, 3),
         }
+        shifts = [shift.to_dict() for shift in self.shifts]
+        return found | ({"processes": shifts, "efficiency": round(efficiency(self.shifts), 4)} if shifts else {})
 
     def __str__(self) -> str:
         rounds = any(row.removed.counts() != row.allocation.counts() for row in self.finalists)
@@ -190,7 +195,8 @@ class SearchResult:
                 f"rank correlation of the proxy with the prune: {correlation:.2f} (Spearman), "
                 f"{self.proxy_concordance:.2f} (Kendall), over {len(self._pairs())} finalists"
             )
-        return "\n".join([*lines, self._cost(), *self.notes])
+        processes = [efficiency_line(self.shifts)] if self.shifts else []
+        return "\n".join([*lines, self._cost(), *processes, *self.notes])
 
     def _cost(self) -> str:
         """What was spent, of what, and what came on top."""

@@ -10,11 +10,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from accelerate.utils import broadcast_object_list
 from torch import Tensor, nn
 
-from ..common.devices import process_state
 from ..common.output import OutputFolder
+from ..common.ranks import current_ranks
 from ..common.same_run import FINGERPRINTS
 from ..model.fingerprint import fingerprint_of_model, fingerprint_of_tensors
 from ..pruning.allocation import Allocation
@@ -96,9 +95,11 @@ def search(
     REALISATIONS[kind]
     settings = _settings(strategy, budget, finalists, config, calibration, validation, kind)
     named = names_for(config, strategy, named)
+    ranks = current_ranks()
     with ExitStack() as stack:
+        stack.enter_context(ranks.together())
         output = None
-        if folder is not None and process_state().is_main_process:
+        if folder is not None and ranks.is_first:
             output = stack.enter_context(OutputFolder(folder, RESULT_FILES))
         reports = TrialLogger(report_to, folder, settings)
         stack.callback(reports.close)
@@ -107,14 +108,15 @@ def search(
         realised, resolver = prepared(config, model, calibration, kind, named, levels)
         evaluator = Evaluator(Objective(model, realised, validation, config.batch_size), resolver)
         # Only the first process has a folder to read; all have to replay the same trials.
-        replayed = broadcast_object_list([trace.trials])[0] if evaluator.ranks.num_processes > 1 else trace.trials
+        replayed = ranks.of_first(trace.trials)
         problem, final = _problem(resolver, validation, budget, named, config, space, finalists, strategy)
         problem = replace(problem, metrics=metrics)
         conductor = Conductor(evaluator, trace, budget, list(replayed), reports)
         ranking = conductor.conduct(run(problem), problem.until)
         table = rank(conductor.serve, problem, ranking, final)
         notes = (*problem.notes, *remarks(resolver, table))
-        result = SearchResult(config, table, trace, budget, notes, _baselines(resolver))
+        shifts = () if ranks.alone else tuple(ranks.gather(evaluator.shift))
+        result = SearchResult(config, table, trace, budget, notes, _baselines(resolver), shifts)
         if output is not None:
             result.save(output, pictures)
         return result

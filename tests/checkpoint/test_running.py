@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from optimum_dsa import FORMS, DSAConfig, DSAPruner, demo_model, load_as
+from optimum_dsa import FORMS, DSAConfig, DSAPruner, ValuesConfig, demo_model, load_as
 from optimum_dsa.checkpoint.convert import convert
 from optimum_dsa.common.registry import UnknownNameError
 from optimum_dsa.packed.pack_model import packed_layers
@@ -37,6 +37,15 @@ def test_every_form_of_every_checkpoint_computes_the_same(folders, stored, form)
     assert len(packed_layers(loaded)) == (0 if form == "dense" else 21)
     near = {"rtol": 1e-5, "atol": 1e-6} if "int" not in form else {"rtol": 0.05, "atol": 0.05}
     torch.testing.assert_close(loaded(tokens()).logits, model(tokens()).logits, **near)
+
+
+def test_numbers_of_4_bits_do_not_become_larger_ones(tmp_path):
+    pruner = DSAPruner(tiny_llama())
+    values = ValuesConfig("int4", scales="absmax", feedback=False)
+    pruner.prune(None, DSAConfig(0.6, "magnitude", "uniform", values=values))
+    pruner.save_pretrained(tmp_path, compressed=True)
+    loaded = load_as(str(tmp_path), "packed-int8")
+    assert {loaded.get_submodule(name).values.dtype for name in packed_layers(loaded)} == {torch.uint8}
 
 
 def test_what_cannot_be_held_so_is_refused(folders):

@@ -108,3 +108,9 @@ def test_what_a_rule_says():
     assert str(Rule("float", low=0, high=1)) == "a number, in [0, 1]"
     assert str(Rule("int", low=2)) == "a whole number of at least 2"
     assert str(Rule("str", choices=("a", "b"))) == "'a' or 'b'" and str(Rule("bool")) == "true or false"
+
+
+def test_the_name_of_a_section_is_told_by_the_section():
+    for value in ("int5", {"name": "int5"}):
+        with pytest.raises(ValueError, match="^values is 'int8' or 'int4', got 'int5'"):
+            DSAConfig(0.5, values=value)

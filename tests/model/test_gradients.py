@@ -5,7 +5,7 @@ import torch
 
 from optimum_dsa import find_architecture
 from optimum_dsa.model.architecture import UnprunableError
-from optimum_dsa.model.gradients import collect_gradients, one_by_one, only_gradients_of
+from optimum_dsa.model.gradients import check_gradients_can_be_had, collect_gradients, one_by_one, only_gradients_of
 from optimum_dsa.model.padding import Whole
 from optimum_dsa.model.statistics import CollectedStatistics, LayerStatistics
 from optimum_dsa.model.walk import walk_blocks
@@ -148,6 +148,13 @@ def test_what_cannot_be_had_is_refused_by_name(tiny, inputs):
     model.model.layers[1].mlp.up_proj.weight.data[0, 0] = torch.nan
     with pytest.raises(ValueError, match=r"The gradient of .*weight holds NaN or infinities; .* a metric that reads"):
         collect_gradients(model, find_architecture(model), batches_of(tokens()))
+
+
+def test_several_processes_are_refused():
+    architecture = find_architecture(tiny_llama())
+    with pytest.raises(ValueError, match="not summed over processes"):
+        check_gradients_can_be_had(tiny_llama(), architecture, {"regional"}, True, alone=False)
+    check_gradients_can_be_had(tiny_llama(), architecture, {"gram"}, True, alone=False)
 
 
 def test_the_head_has_gradients_of_the_loss():

@@ -28,6 +28,7 @@ def sharded(group):
     return model, fully_shard(made)
 
 
+@pytest.mark.contract
 def test_a_twin_has_the_parameters_and_no_module(group):
     model, calls = tiny_llama(tie_word_embeddings=True), []
     model.model.norm.register_forward_hook(lambda *_: calls.append(1))
@@ -47,6 +48,7 @@ def test_what_was_put_upon_a_module_stays_behind():
     assert model(tokens()) is None and twin(model)(tokens()).logits.shape == (6, 16, 97)
 
 
+@pytest.mark.contract
 def test_sharding_a_twin_leaves_the_model_as_it_is(sharded):
     model, made = sharded
     assert is_sharded(made) and not is_sharded(model)

@@ -61,8 +61,18 @@ def test_what_is_tied_or_has_few_zeros_or_another_class_stays_dense_for_a_reason
     }
     assert type(layer.self_attn.k_proj) is Own and len(packing.packed) == 7 * 3 - 4
     assert str(packing).startswith("17 matrices are packed: ") and "3 (tied; " in str(packing)
-    with pytest.raises(ValueError, match="least_zeros=25 is a share"):
-        pack_model(model, 25)
+    total = sum(parameter.numel() for parameter in tiny_llama(tie_word_embeddings=True).parameters())
+    # two of one layer share theirs
+    assert packing.shares["lm_head.weight"] == model.lm_head.weight.numel() / (
+        total - layer.mlp.up_proj.weight.numel()
+    )
+    for wrong in (25, "half", None):
+        with pytest.raises(ValueError, match=f"least_zeros={wrong!r} is a share"):
+            pack_model(model, wrong)
+
+
+def test_embeddings_are_not_told_whatever_their_class(tiny):
+    assert list(pack_model(pruned(tiny("opt"))).dense.values()) == ["tied"]
 
 
 def test_the_share_that_is_asked_for_decides():

@@ -300,7 +300,7 @@ def test_a_foreign_file_is_refused_and_stays(name, tmp_path):
 def test_a_full_disk_is_said_with_the_way_on_and_what_is_there_stays(tmp_path, monkeypatch):
     from optimum_dsa.pruning import finished as module
 
-    real = module.save_file
+    real = module.write_tensors
 
     def full(values, path, metadata):
         if "block-0002" in str(path):
@@ -309,7 +309,7 @@ def test_a_full_disk_is_said_with_the_way_on_and_what_is_there_stays(tmp_path, m
         real(values, path, metadata)
 
     with monkeypatch.context() as patch:
-        patch.setattr(module, "save_file", full)
+        patch.setattr(module, "write_tensors", full)
         with pytest.raises(OSError, match=r"block-0002.safetensors could not be written to .*No space left.*--resume"):
             prune(tiny_llama(), tokens(), DSAConfig(0.6), tmp_path)
     assert {path.name for path in tmp_path.iterdir()} == {

@@ -189,6 +189,8 @@ def test_data_are_needed_only_where_something_reads_them():
     assert needs(method="wanda", allocation="uniform") == (True, False)
     model = tiny_llama()
     prune(model, None, DSAConfig(0.5, "magnitude", "alphapruning"))
+    with pytest.raises(ValueError, match="grid of values 'int8' needs calibration data"):
+        prune(tiny_llama(), None, DSAConfig(0.5, "magnitude", "uniform", values="int8"))
     with pytest.raises(ValueError, match="method 'wanda' needs calibration data"):
         prune(model, None, DSAConfig(0.5, "wanda", "uniform"))
     with pytest.raises(ValueError, match="allocation 'owl' needs calibration data"):

@@ -21,8 +21,9 @@ from optimum_dsa import (  # noqa: E402
     find_architecture,
 )
 from optimum_dsa.common.devices import shard_on_cpu  # noqa: E402
+from optimum_dsa.common.launched import process_count  # noqa: E402
 from optimum_dsa.model.sharded import is_sharded, twin  # noqa: E402
-from optimum_dsa.recovery.processes import environment_kept, is_first, processes, wait_for_all  # noqa: E402
+from optimum_dsa.recovery.processes import environment_kept, is_first, wait_for_all  # noqa: E402
 from tests.recovery.adapters.test_peft_method import sparse_llama  # noqa: E402
 from tests.recovery.test_recover import regular  # noqa: E402
 from tests.tiny import tiny_llama, tokens  # noqa: E402
@@ -76,7 +77,7 @@ def pruned_in_training(folder, sharding, statistics=None, **settings):
     arguments = TrainingArguments(
         str(folder),
         max_steps=6,
-        per_device_train_batch_size=4 // processes(),
+        per_device_train_batch_size=4 // process_count(),
         learning_rate=0.01,
         save_steps=6,
         logging_steps=6,

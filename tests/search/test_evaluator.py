@@ -1,12 +1,11 @@
 """What is asked, what is computed, and what it costs, with an objective that only notes it."""
 
 import math
-from contextlib import contextmanager
-from types import SimpleNamespace
 
 import pytest
 import torch
 
+from optimum_dsa.common.ranks import Ranks
 from optimum_dsa.search.evaluator import Answer, Evaluator
 from optimum_dsa.search.problem import Room
 from optimum_dsa.search.space import Candidate
@@ -130,22 +129,17 @@ def test_replayed_trials_are_known(evaluator):
     assert new.tokens == 4 * LENGTH and new.loss == 1.5 + 7
 
 
-@pytest.mark.parametrize("mine,computed", [(slice(0, 1), [range(0, 4)]), (slice(3, 3), [range(8, 9)])])
-def test_ranks_share_the_batches_and_who_has_none_does_the_last_as_well(evaluator, mine, computed, monkeypatch):
+@pytest.mark.parametrize("ranks,computed", [(Ranks(0, 3), [range(0, 4)]), (Ranks(3, 4), [range(8, 9)])])
+def test_ranks_share_the_batches_and_who_has_none_does_the_last_as_well(evaluator, ranks, computed, monkeypatch):
     """What comes back is everybody's answers one after the other: those of the extra work stand behind."""
-
-    @contextmanager
-    def split(tasks):
-        assert len(tasks) == 3
-        yield tasks[mine]
 
     def gather(own):
         (answer,) = own
         assert (answer.loss, answer.slopes, answer.perplexity) == (evaluator.objective.value(computed[0]), None, None)
-        return [Answer(float(index), seconds=0.5) for index in range(3)] + own
+        return [[Answer(float(index), seconds=0.5)] for index in range(3)] + [own]
 
-    evaluator.ranks = SimpleNamespace(num_processes=2, split_between_processes=split)
-    monkeypatch.setattr("optimum_dsa.search.evaluator.gather_object", gather)
+    monkeypatch.setattr(ranks, "gather", gather)
+    evaluator.ranks = ranks
     (trial,) = evaluator.answer([Request("loss", A, 0, 9)], 0)
     assert [rows for _, _, rows in evaluator.objective.calls] == computed
     assert (trial.loss, trial.seconds) == ((4 * 0 + 4 * 1 + 1 * 2) / 9, 1.5)

@@ -63,7 +63,7 @@ def trials(folder):
 
 def outcome(folder):
     result = json.loads((folder / "search.json").read_text())
-    return {name: value for name, value in result.items() if name != "seconds"}
+    return {name: value for name, value in result.items() if name not in ("seconds", "processes", "efficiency")}
 
 
 def test_a_search_killed_ten_times_and_one_of_two_processes_end_as_an_undisturbed_one(tmp_path):
@@ -78,6 +78,8 @@ def test_a_search_killed_ten_times_and_one_of_two_processes_end_as_an_undisturbe
     for name in ("killed", "two"):
         assert trials(tmp_path / name) == expected
         assert outcome(tmp_path / name) == outcome(tmp_path / "whole")
+    told = json.loads((tmp_path / "two" / "search.json").read_text())
+    assert 0 < told["efficiency"] <= 1 and all(shift["tokens"] for shift in told["processes"])
 
 
 # torch as on a machine with one GPU, where nothing is computed on it.

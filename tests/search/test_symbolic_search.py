@@ -60,6 +60,12 @@ def test_metrics_are_compared_at_the_configs_allocation():
     assert len(counts) == 1 and sum(*counts) == sum(given.counts().values())
 
 
+def test_an_allocation_of_another_model_is_refused():
+    other = Allocation({"a": 0.7}, {"a": 10})
+    with pytest.raises(ValueError, match="names other units"):
+        run("symbolic", "400 tokens", config=DSAConfig(0.7, allocation=other))
+
+
 def test_a_trace_at_another_allocation_is_not_gone_on_with(tmp_path):
     run("symbolic", "400 tokens", config=DSAConfig(0.7, allocation="owl"), folder=tmp_path, finalists=1)
     with pytest.raises(ValueError, match="owl"):

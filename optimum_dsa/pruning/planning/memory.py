@@ -126,6 +126,8 @@ def _allocating(shape: ModelShape, config: DSAConfig, text: Text) -> dict[str, f
         "statistics": _statistics(block, "gram" in reads),
         # `Unit.flat_scores`, and the copy that a pre-process makes, with its mask.
         "scores": max(sizes) * (2 * FLOAT + 1),
+        # `restored`, a block's weights as they were, and what `besa` learns with, the dearest of them.
+        "masks": block.size * (6 * FLOAT + shape.itemsize) if config.allocator.reads == "model" else 0,
     } | _gradients(shape, reads, text)
 
 

@@ -8,7 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ...model.statistics import DAMPING, LayerStatistics, damped
+from ...model.factor import damped
+from ...model.statistics import DAMPING, LayerStatistics
 from ...packed.grid import SCALES, Grid, grid_in, groups_of, largest, nearest, to_grid, to_scales
 
 

@@ -7,7 +7,7 @@ import torch
 
 from optimum_dsa import UPDATES, DSAConfig, UpdateConfig, find_architecture
 from optimum_dsa.common.machine import memory_available, own_memory, shown_bytes, shown_seconds
-from optimum_dsa.pruning.planning.memory import KEPT, WORKING, in_dtype
+from optimum_dsa.pruning.planning.memory import KEPT, WORKING, Text, in_dtype
 from optimum_dsa.pruning.planning.plan import plan_for
 from optimum_dsa.pruning.planning.remedies import Asked, first_remedy
 from optimum_dsa.pruning.planning.shape import BlockShape, InputShape, ModelShape, shape_of
@@ -32,6 +32,9 @@ CONFIGS = {
     "distilled": DSAConfig(0.5, reconstruct={"distill": 8}),
     "swap": DSAConfig(0.5, "wanda+swap"),
 }
+
+
+TEXT = Text(128, 2048, 8)
 
 
 def llama(layers: int = 32, hidden: int = 4096, inner: int = 14336, small: int = 1024) -> ModelShape:
@@ -69,6 +72,26 @@ def test_it_grows_with_text_and_batch(name, field):
     assert few.total <= many.total
     # the phase that is the largest may be one that a batch is not part of, and training has its own
     assert sum(few.phases["collecting"].values()) < sum(many.phases["collecting"].values())
+
+
+def test_gradients_of_a_loss_are_of_all_weights_and_those_of_a_block_of_one():
+    shape = llama()
+    whole, one, none = (plan_for(shape, DSAConfig(0.5, name, "uniform")) for name in ("gblm", "wanda++", "wanda"))
+    size = sum(block.size for block in shape.blocks)
+    assert 4 * size < whole.parts["gradients"] < 4.1 * size and "gradients" not in none.phases["collecting"]
+    assert 4 * size / 32 < one.phases["collecting"]["gradients"] < 6 * size / 32
+    both = plan_for(shape, DSAConfig(0.5, "magnitude", "owl", allocation_metric="gblm"))
+    assert both.phases["allocating"]["gradients"] == whole.parts["gradients"]
+    learnt = plan_for(shape, DSAConfig(0.5, allocation="besa"))
+    assert learnt.phases["allocating"]["masks"] > 24 * size / 32
+
+
+def test_allocations_that_run_the_model_take_passes_of_it():
+    text = [
+        operations(llama(), DSAConfig(0.5, allocation=name), TEXT)[0] for name in ("owl", "als", "neuronal", "besa")
+    ]
+    owl, als, neuronal, besa = text
+    assert als < owl < neuronal < 10 * owl and owl < besa
 
 
 def test_what_reads_no_text_needs_none():
