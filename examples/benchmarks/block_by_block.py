@@ -149,6 +149,8 @@ def main() -> None:
     parser.add_argument("--limit", type=float, default=2.0, help="GB of anonymous memory (default: 2)")
     parser.add_argument("--folder", help="where everything is written (default: temporary)")
     args = parser.parse_args()
+    if args.folder:
+        Path(args.folder).mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=args.folder) as folder:
         source = Path(folder, "original")
         size = write_checkpoint(source, args.hidden, args.layers, args.shard * MB)
