@@ -116,7 +116,10 @@ class Vision(Table):
             rows = read(args.data, args.words, args.samples + args.limit if args.limit else None)
             self.shown, self.asked = rows[: args.samples], rows[args.samples :]
             if not self.asked:
-                raise ValueError(f"{args.data} holds {len(rows)} questions, and --samples {args.samples} of them calibrate; give fewer.")
+                raise ValueError(
+                    f"{args.data} holds {len(rows)} questions, all of which would calibrate; give fewer than "
+                    f"{args.samples} --samples."
+                )
         else:
             counts = {"calibration": args.samples, "measured": args.limit or args.questions}
             self.shown, self.asked = (questions(count, SEEDS[part]) for part, count in counts.items())
