@@ -117,8 +117,8 @@ class Vision(Table):
             self.shown, self.asked = rows[: args.samples], rows[args.samples :]
             if not self.asked:
                 raise ValueError(
-                    f"{args.data} holds {len(rows)} questions, all of which would calibrate; give fewer than "
-                    f"{args.samples} --samples."
+                    f"{args.data} holds {len(rows)} questions, and all would calibrate; give fewer --samples than that, "
+                    f"not {args.samples}."
                 )
         else:
             counts = {"calibration": args.samples, "measured": args.limit or args.questions}
