@@ -117,7 +117,7 @@ class Vision(Table):
             self.shown, self.asked = rows[: args.samples], rows[args.samples :]
             if not self.asked:
                 raise ValueError(
-                    f"{args.data} holds {len(rows)} questions, and all would calibrate; give fewer --samples than that, "
+                    f"{args.data} holds {len(rows)} questions, and all would calibrate; give fewer --samples, "
                     f"not {args.samples}."
                 )
         else:
