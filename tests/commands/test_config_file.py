@@ -7,6 +7,7 @@ import pytest
 from optimum_dsa import DSAConfig, RecoveryConfig
 from optimum_dsa.commands.base import asked_source
 from optimum_dsa.commands.config_file import WITHOUT
+from optimum_dsa.commands.evaluate import whole_or_auto
 from optimum_dsa.commands.options import evaluate_options
 from optimum_dsa.commands.prune import asked_config
 from optimum_dsa.common.settings_file import read_settings, settings_text
@@ -88,7 +89,7 @@ def values_of(parser, number=3):
         elif action.choices:
             given[action.dest] = list(action.choices)[-1 if number == 3 else 0]
         else:
-            value = {int: number, float: number / 8}.get(action.type, f"{number}:4")
+            value = {int: number, whole_or_auto: number, float: number / 8}.get(action.type, f"{number}:4")
             several = action.nargs in ("+", "*") or action.dest == "dataset"
             given[action.dest] = [value, value] if several else value
     return given
