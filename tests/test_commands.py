@@ -87,7 +87,7 @@ def test_options_reach_the_config(monkeypatch, capsys, tmp_path, text):
             "name": "none", "damping": 0.01, "true_sequential": False, "targets": "sparse", "residual": False,
             "still": [],
         },
-        "reconstruct": {"steps": 0, "rate": None, "span": 1, "apart": False},
+        "reconstruct": {"steps": 0, "rate": None, "span": 1, "apart": False, "distill": 0},
         "granularity": "matrix",
         "exclude": ["down_proj"], "batch_size": 2, "sequential": False,
         "data": {"num_samples": 4, "sequence_length": 32, "text_column": "text", "split": None, "subset": None,

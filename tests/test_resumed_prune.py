@@ -205,6 +205,7 @@ def test_sigterm_is_ours_while_a_command_works_and_never_under_a_launcher(monkey
             os.kill(os.getpid(), signal.SIGTERM)
         assert os.waitpid(child, 0)[1] == signal.SIGTERM
     monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("LOCAL_RANK", "0")
     with stoppable():
         assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
 

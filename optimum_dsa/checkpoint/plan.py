@@ -66,7 +66,7 @@ def plan(
     """
     if ranks < 1 or devices < 1:
         raise ValueError(f"ranks and devices are whole numbers of at least 1; got {ranks} and {devices}.")
-    if Path(path).is_file():
+    if Path(path).suffix == ".json" and Path(path).is_file():
         _check_config(Path(path))
         with tempfile.TemporaryDirectory() as folder:
             shutil.copyfile(path, Path(folder, "config.json"))

@@ -150,6 +150,13 @@ def plain_store(store: Any, key: str) -> tuple[Any, str]:
     return store, key
 
 
+def is_on_disk(store: Any) -> bool:
+    """Whether a store is accelerate's of weights on the disk, and no map of values or one that makes them."""
+    from accelerate.utils import OffloadedWeightsLoader
+
+    return isinstance(store, OffloadedWeightsLoader)
+
+
 def in_memory(store: Any) -> Mapping[str, Tensor]:
     """The weights of a store that are kept in memory, of any shape, by name."""
     return store if isinstance(store, dict) else _get(store, "state_dict", "store")

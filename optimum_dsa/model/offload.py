@@ -15,6 +15,7 @@ from ..common.fences import (
     file_behind,
     hooks_of,
     in_memory,
+    is_on_disk,
     knows,
     plain_store,
     point_to,
@@ -84,7 +85,7 @@ def read_from(model: nn.Module, name: str, file: Path, dtype: str) -> bool:
 def lies_in(model: nn.Module, name: str) -> tuple[Path, str] | None:
     """The file that the parameter or buffer `name` is read from, and its name there; `None` where it is elsewhere."""
     store, key = _plain_store(model, name)
-    found = None if store is None or isinstance(store, dict) else file_behind(store, key)
+    found = file_behind(store, key) if is_on_disk(store) else None
     return None if found is None else (Path(found[0]), found[1])
 
 

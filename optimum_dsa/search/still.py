@@ -9,7 +9,7 @@ from itertools import combinations
 
 from torch import Tensor, nn
 
-from ..model.architecture import Architecture
+from ..model.architecture import Architecture, find_architecture
 from ..pruning.allocate import allocate, architecture_for
 from ..pruning.allocation.layout import place
 from ..pruning.calibration import Calibration
@@ -58,7 +58,9 @@ def with_still(model: nn.Module, calibration: Calibration, validation: Tensor, c
 def kinds_of_heads(model: nn.Module, architecture: Architecture, tokens: Tensor) -> list[str]:
     """The kinds of prunable matrices whose rows are heads (q, k, v), seen on some `tokens`, (1, length) int64."""
     pruned = {weight.name for weight in architecture.weights}
-    structures = find_structures(model, architecture, {"input_ids": tokens}).structures
+    # Of all matrices: heads of which one is excluded are none that could be cut.
+    everything = find_architecture(model, skip_unprunable=True)
+    structures = find_structures(model, everything, {"input_ids": tokens}).structures
     made = (cut.tensor for each in structures.values() if any(each.heads) for cut in each.makes)
     return list(dict.fromkeys(place(name).kind for name in made if name in pruned))
 

@@ -127,6 +127,6 @@ def test_long_names_and_large_shapes_find_room_in_the_header(tmp_path):
 
 def test_a_file_whose_writing_failed_is_none(tmp_path):
     with pytest.raises(KeyError), ShardWriter(tmp_path / "a.safetensors", ["a"], None) as writer:
-        writer.add("a", torch.zeros(3, dtype=torch.int32))
+        writer.add("a", torch.zeros(3, dtype=torch.complex64))
     with pytest.raises(ValueError, match="is not a safetensors file"), open_shard(tmp_path / "a.safetensors"):
         pass

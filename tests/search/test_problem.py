@@ -151,7 +151,11 @@ def test_what_is_impossible_drops_out_of_a_race():
 
 
 def test_who_met_more_windows_stands_before_who_looks_better_on_fewer():
-    few, many, worse = Ranked(Candidate(), (1,), 0.1, 1), Ranked(Candidate(), (2,), 0.5, 4), Ranked(None, (3,), 0.9, 4)
+    few, many, worse = (
+        Ranked(Candidate(), (1,), 0.1, 1),
+        Ranked(Candidate(), (2,), 0.5, 4),
+        Ranked(Candidate(), (3,), 0.9, 4),
+    )
     assert merge([few], [worse, many]) == [many, worse, few]
 
 

@@ -144,7 +144,7 @@ def test_what_named_allocations_do_not_have_is_refused(changes, named):
 
 @pytest.mark.parametrize(
     "source,match",
-    [(None, "compares allocations on text"), (tokens(1, 16), "two at least"), ({"mask": tokens(4, 16)}, "input_ids")],
+    [(None, "compares prunes on text"), (tokens(1, 16), "two at least"), ({"mask": tokens(4, 16)}, "input_ids")],
 )
 def test_without_text_to_judge_by_it_is_refused(source, match):
     with pytest.raises(ValueError, match=match):

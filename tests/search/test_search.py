@@ -8,7 +8,6 @@ from accelerate.tracking import GeneralTracker
 from transformers import LlamaForCausalLM
 
 from optimum_dsa import (
-    ALLOCATIONS,
     UPDATES,
     Calibration,
     DataConfig,
@@ -18,6 +17,7 @@ from optimum_dsa import (
     perplexity,
     prune,
 )
+from optimum_dsa.pruning.allocation import measured_in_one_walk
 from optimum_dsa.search.finals import FinalRound
 from optimum_dsa.search.problem import Budget
 from optimum_dsa.search.realise import realise
@@ -174,7 +174,7 @@ def test_an_impossible_candidate_is_a_trial_with_an_error(tmp_path):
     assert SearchTrace.load(tmp_path / "s" / "trace.jsonl").trials[0].error == "the budget cannot be met"
 
 
-@pytest.mark.parametrize("name", sorted(set(ALLOCATIONS) - {"global"}))
+@pytest.mark.parametrize("name", sorted({*measured_in_one_walk()} - {"global"}))
 def test_a_named_allocator_resolves_to_what_allocate_gives(name):
     model = tiny_llama()
     resolver = Resolver(model, realise(model, CALIBRATION, CONFIG), CALIBRATION, CONFIG)
@@ -192,7 +192,7 @@ def test_samples_children_and_mutants_are_valid_and_survive_json():
     )
     model = tiny_llama()
     resolver = Resolver(model, realise(model, CALIBRATION, CONFIG), CALIBRATION, CONFIG)
-    population = [space.sample(rng) for _ in range(10)] + [Candidate(name) for name in ALLOCATIONS]
+    population = [space.sample(rng) for _ in range(10)] + [Candidate(name) for name in measured_in_one_walk()]
     for _ in range(100):
         child = space.mutate(space.cross(rng.choice(population), rng.choice(population), rng), rng)
         assert Candidate.from_dict(json.loads(json.dumps(child.to_dict()))) == child
@@ -324,7 +324,7 @@ def test_names_are_not_measured_for_a_strategy_that_tries_none(monkeypatch):
     run("random", "1k tokens")
     run("named", "1k tokens")
     run("named", "1k tokens", named=["uniform", "owl"])
-    assert seen == [(), tuple(name for name in ALLOCATIONS if name != "uniform"), ("owl",)]
+    assert seen == [(), tuple(name for name in measured_in_one_walk() if name != "uniform"), ("owl",)]
 
 
 class Recorder(GeneralTracker):

@@ -272,8 +272,11 @@ def _removed(
     remove = RemoveStructures(config, parts, counts, chosen, products)
     reconstruct = Reconstruct(config.reconstruct, config.data.seed)
     steps: list[Step] = [remove, *([reconstruct] if config.reconstruct.steps else [])]
-    architecture = find_architecture(model, exclude=config.exclude) if wholes else dense.architecture
-    if any(each.kind not in WHOLE for each in units.values()):
+    inside = any(each.kind not in WHOLE for each in units.values())
+    # Patterns may name what is gone by now, and of wholes alone nothing is calibrated.
+    found = wholes and (inside or distillation)
+    architecture = find_architecture(model, exclude=config.exclude) if found else dense.architecture
+    if inside:
         run_steps(model, architecture, calibration, config, steps, lambda walked: None)
     distilled = distillation(architecture) if distillation else {}
     zeros = {unit: layout.take(model, units[unit], gone) for unit, gone in remove.gone.items()}

@@ -5,7 +5,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from optimum_dsa import ALLOCATIONS, DSAConfig
+from optimum_dsa import DSAConfig
+from optimum_dsa.pruning.allocation import measured_in_one_walk
 from optimum_dsa.pruning.planning.memory import phases
 from optimum_dsa.pruning.planning.plan import plan_for, text_of
 from optimum_dsa.pruning.planning.tried import each_try, last, time_of, tries_of
@@ -20,7 +21,12 @@ SHAPE = replace(llama(), vocabulary=128256)
 def test_only_auto_tries_anything():
     assert tries_of(DSAConfig(0.5), 128, 2048) is None
     tries = tries_of(AUTO, 128, 2048)
-    assert (tries.number, tries.windows, tries.length, tries.tokens) == (len(ALLOCATIONS), 32, 2048, 32 * 2048)
+    assert (tries.number, tries.windows, tries.length, tries.tokens) == (
+        len(measured_in_one_walk()),
+        32,
+        2048,
+        32 * 2048,
+    )
 
 
 def test_a_try_trains_no_blocks_and_the_result_is_pruned_as_asked():
@@ -63,8 +69,8 @@ def test_what_is_held_while_allocations_are_tried_is_in_the_memory(method):
 
 def test_a_plan_says_that_they_are_tried_and_the_way_out_is_to_name_one():
     plan = plan_for(SHAPE, AUTO, available=200 * GB, seconds=3600.0)
-    said = f"{len(ALLOCATIONS)} allocations are tried first, each judged on 32 x 2048 tokens"
-    assert said in plan.line and said in str(plan) and plan.to_dict()["tries"]["number"] == len(ALLOCATIONS)
+    said = f"{len(measured_in_one_walk())} allocations are tried first, each judged on 32 x 2048 tokens"
+    assert said in plan.line and said in str(plan) and plan.to_dict()["tries"]["number"] == len(measured_in_one_walk())
     named = plan_for(SHAPE, replace(AUTO, allocation="dsa"), available=200 * GB)
     assert "tried" not in str(named) and named.to_dict()["tries"] is None and named.total < plan.total
     short = plan_for(SHAPE, replace(AUTO, batch_size=1), available=(named.total + plan.total) // 4)
