@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
+from packaging.version import Version
 
 from optimum_dsa import DSAPruner, RecoveryConfig, RunningStatistics, demo_model
 from optimum_dsa.commands.embedded import demo_texts
@@ -49,6 +51,9 @@ def one(tmp_path_factory):
 @pytest.fixture(scope="module")
 def two(one):
     """What two processes come to."""
+    # The one before that was tried, 5.15, reads what the optimizer knew to a device "cpu:0", which PyTorch does not.
+    if Version(transformers.__version__) < Version("5.24"):
+        pytest.skip("processes on the CPU go on from a checkpoint with transformers 5.24")
     top, _ = one
     launcher = ("-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone")
     command = [sys.executable, *launcher, str(ROOT / "tests" / "recovery" / "in_two.py"), str(top)]
