@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
 from ..common.files import read_json, write_text
@@ -162,7 +163,7 @@ def _read(opened: Any, name: str, held: Mapping[str, Held], source: Path) -> Ten
     # Parts of a matrix are in one shard of what is written here.
     try:
         return opened.get_tensor(name)
-    except Exception as error:
+    except SafetensorError as error:
         where = held[name].file if name in held else "no shard"
         raise ValueError(f"{name} is in {where} of {source}, and not beside its other parts.") from error
 

@@ -7,7 +7,7 @@ beside them. GSM8K is generated, and takes by far the longest: begin with --limi
     python reasoning.py MODEL --tokens tokens.safetensors --tasks-path TASKS --limit 50 --patterns 2:4 4:8
 """
 
-from table import DENSE, Row, Table, parser_of, with_tasks
+from table import DENSE, Row, Table, each_with_dsa, parser_of, with_tasks
 
 
 PATTERNS = ("2:4", "4:8", "6:8", "8:16")  # the first number is how many stay
@@ -20,12 +20,7 @@ def main() -> None:
     parser.add_argument("--tasks", nargs="+", default=["gsm8k", "mmlu"], help="default: gsm8k mmlu")
     parser.add_argument("--pattern-tasks", nargs="+", default=["gsm8k"], help="under patterns (default: gsm8k)")
     args = parser.parse_args()
-    rows = [Row(DENSE)]
-    for sparsity in args.sparsities:
-        for method in args.methods:
-            rows.append(Row(method, sparsity, {"method": method}))
-            rows.append(Row(f"{method} + dsa", sparsity, {"method": method, "allocation": "dsa"}, against=method))
-    rows = with_tasks(rows, args.tasks)
+    rows = with_tasks([Row(DENSE), *each_with_dsa(args.methods, args.sparsities)], args.tasks)
     patterns = [Row(method, pattern, {"method": method}) for pattern in args.patterns for method in args.methods]
     patterns = with_tasks(patterns, args.pattern_tasks)
     table = Table(args)

@@ -10,7 +10,7 @@ import json
 import statistics
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -261,6 +261,14 @@ def markdown(columns: Mapping[str, Sequence[str]]) -> list[str]:
 
 def title(row: Row) -> str:
     return f"{row.name}, {row.sparsity}" if row.sparsity else row.name
+
+
+def each_with_dsa(methods: Iterable[str], sparsities: Iterable[str]) -> Iterator[Row]:
+    """At every sparsity each method alone, and with DSA's allocation, held against it."""
+    for sparsity in sparsities:
+        for method in methods:
+            yield Row(method, sparsity, {"method": method})
+            yield Row(f"{method} + dsa", sparsity, {"method": method, "allocation": "dsa"}, against=method)
 
 
 def with_tasks(rows: Sequence[Row], tasks: Sequence[str]) -> list[Row]:

@@ -7,7 +7,7 @@ accuracies with its standard error. Where the tasks' data are not to be had, the
     python zero_shot.py MODEL --tokens tokens.safetensors --tasks-path TASKS --limit 200 --sparsities 0.5
 """
 
-from table import DENSE, Row, Table, parser_of, with_tasks
+from table import DENSE, Row, Table, each_with_dsa, parser_of, with_tasks
 
 
 METHODS = ("magnitude", "wanda", "sparsegpt")
@@ -18,12 +18,7 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", default=METHODS, help=f"default: {' '.join(METHODS)}")
     parser.add_argument("--tasks", nargs="+", default=["zero-shot"], help="lm-eval's names (default: zero-shot)")
     args = parser.parse_args()
-    rows = [Row(DENSE)]
-    for sparsity in args.sparsities:
-        for method in args.methods:
-            rows.append(Row(method, sparsity, {"method": method}))
-            rows.append(Row(f"{method} + dsa", sparsity, {"method": method, "allocation": "dsa"}, against=method))
-    rows = with_tasks(rows, args.tasks)
+    rows = with_tasks([Row(DENSE), *each_with_dsa(args.methods, args.sparsities)], args.tasks)
     table = Table(args)
     table.run(rows)
     table.print(rows)
