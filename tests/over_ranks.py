@@ -12,8 +12,9 @@ sys.path.insert(0, str(ROOT))
 import torch  # noqa: E402
 from transformers import AutoModelForCausalLM, MixtralConfig, Qwen3MoeConfig  # noqa: E402
 
-from optimum_dsa import DSAConfig  # noqa: E402
+from optimum_dsa import DSAConfig, DSAPruner, find_architecture  # noqa: E402
 from optimum_dsa.common.ranks import current_ranks  # noqa: E402
+from optimum_dsa.model.offload import resident  # noqa: E402
 from optimum_dsa.pruning.prune import prune  # noqa: E402
 from tests.tiny import VOCABULARY, tiny_llama, tokens  # noqa: E402
 
@@ -88,6 +89,31 @@ def outcome(name, ranks, *where, **options):
     return {"weights": content.hexdigest(), "report": json.loads(json.dumps(facts))}
 
 
+def spread(folder, ranks):
+    """Weights that a prune leaves of a model of which half is on a disk, as its device map has it, and what a search
+    finds for it."""
+    pruner = DSAPruner.from_pretrained(
+        folder / "dense",
+        device_map="auto",
+        max_memory={"cpu": 60_000},  # of 130,000 bytes
+        offload_folder=folder / f"offload-{ranks.index}-of-{ranks.count}",
+    )
+    places = {str(place) for place in pruner.model.hf_device_map.values()}
+    config = DSAConfig(0.5, "sparsegpt", batch_size=2)
+    found = pruner.search(tokens(9), config, "level_switch", "4 evaluations", validation=tokens(4, seed=5))
+    report = pruner.prune(tokens(9), config)
+    content = hashlib.sha256()
+    for weight in find_architecture(pruner.model).weights:
+        with resident(pruner.model, [weight.module]):
+            content.update(weight.tensor(pruner.model).detach().numpy().tobytes())
+    return {
+        "places": sorted(places),
+        "weights": content.hexdigest(),
+        "sparsity": report.sparsity,
+        "found": found.best.to_dict(),
+    }
+
+
 def failing(ranks, at):
     """What each process raises where the last one's second block does, in run number `at`."""
     model, runs = tiny_llama(), iter(range(at))
@@ -120,6 +146,7 @@ if __name__ == "__main__":
         found["resumed"] = outcome("experts, sparsegpt", ranks, folder / "blocks", resume=True)
     else:
         found["resumed"] = outcome("experts, sparsegpt", ranks, folder / "blocks")
+    found["spread"] = spread(folder, ranks)
     found["failed"] = [failing(ranks, at) for at in (0, 2, 5, 9)]
     found["others"] = others(ranks)
     (folder / f"{ranks.index}-of-{ranks.count}.json").write_text(json.dumps(found))

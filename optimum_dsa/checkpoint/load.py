@@ -14,6 +14,7 @@ import torch
 import transformers
 from torch import nn
 
+from ..common.devices import own_memory
 from ..common.escaping import one_line
 from ..common.fence_rows import DependencyError
 from ..common.files import read_json
@@ -81,7 +82,7 @@ def load_model(path: str, adapter: bool = True, task: AdapterTask | None = None,
         loader = transformers.AutoModelForSeq2SeqLM  # a GGUF names no class
     if task is not None:
         loader = task.model_class(loader, config)
-    kwargs = {**dequantising(config, kwargs), **kwargs}
+    kwargs = {**dequantising(config, kwargs), **_own_devices(kwargs), **kwargs}
     told = explained(f"The checkpoint at {path} cannot be loaded")
     with within(contents, path), told, reading_gguf(path, kwargs), _as_asked(kwargs):
         found = loader.from_pretrained(path, config=config, output_loading_info=True, **kwargs)
@@ -91,6 +92,13 @@ def load_model(path: str, adapter: bool = True, task: AdapterTask | None = None,
         logger.warning("%s holds a model and an adapter beside it, which transformers attaches to it.", path)
     check_loaded(model, info, "/".join(filter(None, (path, kwargs.get("gguf_file")))), brought)
     return model.eval()
+
+
+def _own_devices(options: Mapping[str, Any]) -> dict[str, Any]:
+    """What keeps a device map that is made from what is free ("auto", ...) to the devices of this process."""
+    made = options.get("device_map") in ("auto", "balanced", "balanced_low_0", "sequential")
+    limits = own_memory() if made and options.get("max_memory") is None else None
+    return {} if limits is None else {"max_memory": limits}
 
 
 def _load_base(path: str, folder: Path, options: Mapping[str, Any]) -> nn.Module:

@@ -18,7 +18,7 @@ from optimum.commands.base import BaseOptimumCLICommand
 from .actions import OnOff, Several
 from .config_file import add_config_options, config_text
 from .options import in_options
-from .processes import ONE, check_placed, own_folder, process_index, speaks_of, with_others
+from .processes import ONE, own_folder, process_index, speaks_of, with_others
 from .stopping import Terminated, stoppable
 
 
@@ -314,7 +314,6 @@ def loading_options(args) -> dict:
     if args.dtype not in DTYPES:
         raise ValueError(f"Unknown dtype {args.dtype!r}: expected {', '.join(DTYPES[:-1])} or {DTYPES[-1]}.")
     if args.device_map:
-        check_placed(args.device_map)
         options["device_map"] = {"": args.device_map} if args.device_map in ("cpu", "disk") else args.device_map
         options["offload_folder"] = own_folder(args.offload_folder)
     else:

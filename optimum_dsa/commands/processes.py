@@ -36,12 +36,12 @@ def speaks_of(error: Exception) -> bool:
     return process_index() == 0 or isinstance(error, LostRanksError)
 
 
-def check_placed(device_map: str) -> None:
-    """Raise `ValueError` where a device map would give several processes the same devices."""
-    if process_count() > 1 and device_map not in ("cpu", "disk"):
+def check_placed(device_map: str | None) -> None:
+    """Raise `ValueError` where a device map spreads a model that several processes train."""
+    if process_count() > 1 and device_map not in (None, "cpu", "disk"):
         raise ValueError(
-            f"--device-map {device_map} spreads one model over all devices, and each of {process_count()} processes "
-            "has a model of its own: leave it out, for a GPU each, use --device-map disk, or start one process."
+            f"--device-map {device_map} spreads the model of a process over devices, and each of {process_count()} "
+            "processes trains on one: leave it out, and share the weights with --sharding fsdp if they do not fit."
         )
 
 

@@ -13,7 +13,7 @@ from .base import (
     say,
 )
 from .options import add_settings, asked_settings, evaluate_options
-from .processes import OWN
+from .processes import OWN, check_placed
 
 
 class RecoverCommand(LeafCommand):
@@ -106,6 +106,7 @@ mode    what the adapters add to a weight W, with small factors A and B
         check_divided(config)
         loading = loading_options(args)
         check_trainable(args.device_map == "disk")
+        check_placed(args.device_map)
         if args.teacher and Path(args.teacher).is_absolute() and not Path(args.teacher).exists():
             raise FileNotFoundError(f"No folder {args.teacher}, where the teacher would be.")
         output, model = Path(args.output), Path(args.model)

@@ -11,6 +11,8 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import DistributedType
 
+from .machine import memory_available
+
 
 WAIT = timedelta(hours=4)  # that one process waits for another; a launcher ends it as soon as that one fails
 
@@ -36,6 +38,21 @@ def own_device() -> str:
     if devices and chosen == "cpu" and not local_rank:
         _warn(processes, devices)
     return chosen
+
+
+def own_memory() -> dict[int | str, int] | None:
+    """What of this machine's memory this process may fill, in bytes, as accelerate's `max_memory`; `None` where all.
+
+    The processes on a machine share its memory evenly, and its GPUs are dealt out in turn, so that the one that a
+    process talks through (`own_device`) is its own. As accelerate does it, a tenth is left for what is computed.
+    """
+    processes, devices = processes_and_devices()
+    if processes == 1:
+        return None
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    own = range(local_rank, devices, processes) if devices >= processes else ()
+    limits: dict[int | str, int] = {index: memory_available(f"cuda:{index}") * 9 // 10 for index in own}
+    return limits | {"cpu": memory_available() * 9 // 10 // processes}
 
 
 def use_cpu() -> bool:

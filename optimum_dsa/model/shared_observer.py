@@ -131,7 +131,7 @@ class SharedObserver(Observer):
     def __init__(self, ranks: Ranks, gram: bool, mean: bool):
         super().__init__(gram, mean)
         self.ranks = ranks
-        self._device: torch.device | None = None
+        self._devices: dict[str, torch.device] = {}  # weight -> where its statistics are wanted
         self._merged = False
         self._held: list[dict[str, Parts]] = []  # of batches that are not added yet: weight -> its sums
         self._totals: dict[str, _Total] = {}  # by the first of the weights that share them
@@ -140,7 +140,7 @@ class SharedObserver(Observer):
     def _statistics(self, weight: Weight, device: torch.device | str) -> LayerStatistics | Parts:
         if self._merged:  # nobody gave it anything
             return super()._statistics(weight, device)
-        self._device = self._device or torch.device(device)
+        self._devices.setdefault(weight.name, torch.device(device))
         return Parts(partial(LayerStatistics, weight.shape[1], device, self.gram, with_sum=self.mean))
 
     def over(self, batches: Sequence[int], run: Callable[[int], None]) -> None:
@@ -261,9 +261,10 @@ class SharedObserver(Observer):
     def _merge(self, sequences: int) -> None:
         """The totals as statistics, which weights that share an input share."""
         self.sequences, self._merged = sequences, True
-        device = self._device or self.ranks.wire
         made: dict[str, LayerStatistics] = {}
         for name, total in self._totals.items():
+            # Of an expert that no token of this process has reached, where the rest are.
+            device = self._devices.get(name) or next(iter(self._devices.values()), self.ranks.wire)
             sums = {}
             for field_name, shape in total.shapes.items():
                 if field_name in LARGE:

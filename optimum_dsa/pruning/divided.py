@@ -16,7 +16,7 @@ from ..model.walked import WalkedBlock
 from .allocation import Allocation
 from .calibration import Calibration
 from .configuration import DSAConfig
-from .finished import FinishedBlocks
+from .finished import FinishedBlocks, mark_of, read_there
 from .source import Known
 from .steps import Step
 
@@ -97,6 +97,7 @@ class SharedBlocks:
         """As there, by the first process."""
         if self.own:
             self.own.add(number, walked, notes)
+        self._read_there(number, walked)
 
     def restore(self, number: int, walked: WalkedBlock, steps: Sequence[Step]) -> None:
         """As there; the others are given what the first process reads."""
@@ -110,3 +111,11 @@ class SharedBlocks:
             value = value.clone()
             self.ranks.broadcast_(value, 0)
             walked.become({name: value})
+        self._read_there(number, walked)
+
+    def _read_there(self, number: int, walked: WalkedBlock) -> None:
+        """Have the others read weights that they keep on the disk from the first one's file, where they see it."""
+        path = self.own and self.own.file(number).absolute()
+        path, mark = self.ranks.of_first(path and (path, mark_of(path)))
+        if not self.own and mark is not None and mark_of(path) == mark:
+            read_there(path, walked, walked.state())

@@ -99,7 +99,7 @@ class FinishedBlocks:
         Args:
             notes: what every step noted while it was at this block.
         """
-        path = self._path(number)
+        path = self.file(number)
         values = {name: value.detach().cpu().contiguous() for name, value in walked.state().items()}
         half = path.with_name(f"{path.name}.part")
         facts = {"block": walked.name, "notes": json.dumps(list(notes)), "sha256": fingerprint_of_tensors(values)}
@@ -111,25 +111,19 @@ class FinishedBlocks:
             except BaseException:
                 half.unlink(missing_ok=True)
                 raise
-        self._read_there(path, walked, values)
+        read_there(path, walked, values)
 
     def restore(self, number: int, walked: WalkedBlock, steps: Sequence[Step]) -> None:
         """Make block `number` what it was left as, and have its steps say of it what they noted then."""
-        with safe_open(self._path(number), "pt") as file:
+        with safe_open(self.file(number), "pt") as file:
             values = {name: file.get_tensor(name) for name in _names(file)}
             walked.become(values)
             for step, noted in zip(steps, json.loads(file.metadata()["notes"]), strict=True):
                 step.notes.update(noted)
-        self._read_there(self._path(number), walked, values)
+        read_there(self.file(number), walked, values)
 
-    @staticmethod
-    def _read_there(path: Path, walked: WalkedBlock, values: Mapping[str, Tensor]) -> None:
-        """Have weights that are kept on the disk be read from `path`, so that they are on it once."""
-        for name, value in values.items():
-            if read_from(walked.model, name, path.absolute(), str(value.dtype).removeprefix("torch.")):
-                walked.changes.discard(name)
-
-    def _path(self, number: int) -> Path:
+    def file(self, number: int) -> Path:
+        """Where block `number` is, or will be."""
         return self.folder / f"block-{number:04}.safetensors"
 
     def _read_run(self) -> None:
@@ -148,7 +142,7 @@ class FinishedBlocks:
     def _count_whole(self) -> int:
         """How many of the first blocks are whole; what is passed over is said."""
         for number, name in enumerate(self.names):
-            path = self._path(number)
+            path = self.file(number)
             if not path.exists():
                 break
             if why := _damage(path, name):
@@ -169,6 +163,22 @@ class FinishedBlocks:
                 f"{what} could not be written to {self.folder} ({error}). The blocks before it are whole there: make "
                 "room, and go on with resume (--resume)."
             ) from error
+
+
+def read_there(path: Path, walked: WalkedBlock, values: Mapping[str, Tensor]) -> None:
+    """Have weights that are kept on the disk be read from `path`, which holds `values`: they are on it once then."""
+    for name, value in values.items():
+        if read_from(walked.model, name, path.absolute(), str(value.dtype).removeprefix("torch.")):
+            walked.changes.discard(name)
+
+
+def mark_of(path: Path) -> str | None:
+    """What tells a finished block from any other file that may lie at `path`; `None` where there is none."""
+    try:
+        with safe_open(path, "pt") as file:
+            return (file.metadata() or {}).get("sha256")
+    except (OSError, SafetensorError):
+        return None
 
 
 def check_folder(folder: Path, resume: bool) -> None:

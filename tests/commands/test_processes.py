@@ -38,9 +38,10 @@ def test_of_several_what_would_be_done_several_times_is_refused(second):
     with pytest.raises(ValueError, match="verify runs in one process, and 3 were started; .* without torchrun"):
         with_others("verify", ONE)
     assert isinstance(with_others("recover", OWN), nullcontext)
-    with pytest.raises(ValueError, match="--device-map auto .* leave it out"):
+    with pytest.raises(ValueError, match="--device-map auto spreads .* 3 processes .* leave it out"):
         check_placed("auto")
-    check_placed("disk")
+    for place in ("cpu", "disk", None):
+        check_placed(place)
     assert own_folder("x") == os.path.join("x", "rank-1") and own_folder(None) is None
 
 

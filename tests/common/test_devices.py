@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from optimum_dsa import DSACallback, use_cpu
 from optimum_dsa.common import devices
-from optimum_dsa.common.devices import choose_device, own_device
+from optimum_dsa.common.devices import choose_device, own_device, own_memory
 
 
 @pytest.fixture
@@ -89,3 +89,23 @@ def test_training_through_nccl_needs_a_gpu_for_each(machine, monkeypatch, backen
                 begin()
         else:
             begin()
+
+
+@pytest.mark.parametrize("gpus,processes", [(0, 2), (1, 2), (2, 2), (8, 2), (7, 3)])
+def test_processes_divide_a_machine_and_nothing_is_anybodys_twice(machine, monkeypatch, gpus, processes):
+    monkeypatch.setattr(devices, "memory_available", lambda device="cpu": 1000)
+    shares = []
+    for rank in range(processes):
+        machine(gpus, processes, rank)
+        shares.append(own_memory())
+        # What it talks through is its own.
+        assert torch.device(own_device()).index in (shares[-1] if gpus >= processes else (None,))
+    given = [index for share in shares for index in share if index != "cpu"]
+    assert sorted(given) == (list(range(gpus)) if gpus >= processes else [])
+    assert all(share["cpu"] == 900 // processes for share in shares)
+    assert all(size == 900 for share in shares for index, size in share.items() if index != "cpu")
+
+
+def test_who_is_alone_has_all_of_a_machine(machine):
+    machine(4)
+    assert own_memory() is None

@@ -33,14 +33,18 @@ def test_two_and_three_processes_end_with_the_bits_of_one(tmp_path):
     torch.set_num_threads(1)  # as torchrun gives each process: more of them add in another order
     try:
         expected = {name: over_ranks.outcome(name, ALONE) for name in over_ranks.CASES}
+        over_ranks.tiny_llama().save_pretrained(tmp_path / "dense")
+        spread = over_ranks.spread(tmp_path, ALONE)
     finally:
         torch.set_num_threads(threads)
+    assert spread["places"] == ["cpu", "disk"]
     assert len({found["weights"] for found in expected.values()}) == len(expected)
     for processes in (2, 3):
         several = launch(processes, tmp_path)
         for found in several:
             for name, outcome in expected.items():
                 assert found[name] == outcome, (processes, name)
+            assert found["spread"] == spread
             assert found["resumed"] == expected["experts, sparsegpt"]
             # The error of one ends all, each with its words.
             assert all("out of order" in said for said in found["failed"])
