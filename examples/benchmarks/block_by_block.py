@@ -147,6 +147,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=58, help="default: 58, which makes 6 GB")
     parser.add_argument("--shard", type=int, default=500, help="MB per shard of the original (default: 500)")
     parser.add_argument("--limit", type=float, default=2.0, help="GB of anonymous memory (default: 2)")
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS), help="default: both")
     parser.add_argument("--folder", help="where everything is written (default: temporary)")
     args = parser.parse_args()
     if args.folder:
@@ -159,7 +160,7 @@ def main() -> None:
         print(
             f"checkpoint {size / 1e9:.2f} GB, limit {args.limit:.2f} GB, {torch.get_num_threads()} threads", flush=True
         )
-        for name in METHODS:
+        for name in args.methods:
             used = measure(source, Path(folder), args.layers, name)
             check(used <= args.limit * 1e9, f"{name}: {used:,} bytes of anonymous memory.")
         check(digests(source) == before, "The original checkpoint was changed.")
