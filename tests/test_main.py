@@ -53,6 +53,7 @@ def test_two_processes_write_the_checkpoint_of_one_and_speak_once(tmp_path, text
         )
         assert code == 0, errors
         assert output.count(f"saved to {tmp_path / name}") == output.count("all parameters") == 1, output
+        assert output.count("expected: ") == 1 and ("on each of 2 ranks" in output) == (name == "two"), output
     for name in ("model.safetensors", "config.json"):
         assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
     one, two = (json.loads((tmp_path / name / "dsa_config.json").read_text()) for name in ("one", "two"))

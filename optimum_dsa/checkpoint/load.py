@@ -14,7 +14,7 @@ import torch
 import transformers
 from torch import nn
 
-from ..common.devices import own_memory
+from ..common.devices import own_share
 from ..common.escaping import one_line
 from ..common.fence_rows import DependencyError
 from ..common.files import read_json
@@ -97,7 +97,7 @@ def load_model(path: str, adapter: bool = True, task: AdapterTask | None = None,
 def _own_devices(options: Mapping[str, Any]) -> dict[str, Any]:
     """What keeps a device map that is made from what is free ("auto", ...) to the devices of this process."""
     made = options.get("device_map") in ("auto", "balanced", "balanced_low_0", "sequential")
-    limits = own_memory() if made and options.get("max_memory") is None else None
+    limits = own_share() if made and options.get("max_memory") is None else None
     return {} if limits is None else {"max_memory": limits}
 
 

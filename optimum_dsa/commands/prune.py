@@ -151,7 +151,7 @@ Both compose: cut structures first, and prune the weights of what is left then.
                 self._checkpoints = Path(self.args.checkpoints or output.scratch("blocks"))
                 check_folder(self._checkpoints, self.args.resume)
             if output and not cuts:
-                self._say_plan(config, loading)
+                self._say_plan(config, loading | {"ranks": ranks.count})
             pruner = DSAPruner.from_pretrained(self.args.model, **loading)
             if has_adapters(pruner.model) and pruner.report is not None:
                 raise ValueError(
@@ -193,12 +193,12 @@ Both compose: cut structures first, and prune the weights of what is left then.
         own = as_given(self.args, self.parser, ("device", "trust_remote_code"))
         return f"{quote(self.args.output)} --against {quote(self.args.model)}{own}"
 
-    def _say_plan(self, config, loading: dict) -> None:
+    def _say_plan(self, config, options: dict) -> None:
         """What was chosen, and what it will need: arithmetic on the model's configuration, before it is loaded."""
         from ..checkpoint.plan import plan
 
         try:
-            found = plan(self.args.model, config, output=self.args.output, run_block=False, **loading)
+            found = plan(self.args.model, config, output=self.args.output, run_block=False, **options)
         except Exception as error:  # noqa: BLE001 - what is wrong with the model, loading it says; it stops no work
             logger.info("No plan could be made: %s", error)
             return

@@ -40,7 +40,7 @@ def own_device() -> str:
     return chosen
 
 
-def own_memory() -> dict[int | str, int] | None:
+def own_share() -> dict[int | str, int] | None:
     """What of this machine's memory this process may fill, in bytes, as accelerate's `max_memory`; `None` where all.
 
     The processes on a machine share its memory evenly, and its GPUs are dealt out in turn, so that the one that a

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from optimum_dsa import DSACallback, use_cpu
 from optimum_dsa.common import devices
-from optimum_dsa.common.devices import choose_device, own_device, own_memory
+from optimum_dsa.common.devices import choose_device, own_device, own_share
 
 
 @pytest.fixture
@@ -97,7 +97,7 @@ def test_processes_divide_a_machine_and_nothing_is_anybodys_twice(machine, monke
     shares = []
     for rank in range(processes):
         machine(gpus, processes, rank)
-        shares.append(own_memory())
+        shares.append(own_share())
         # What it talks through is its own.
         assert torch.device(own_device()).index in (shares[-1] if gpus >= processes else (None,))
     given = [index for share in shares for index in share if index != "cpu"]
@@ -108,4 +108,4 @@ def test_processes_divide_a_machine_and_nothing_is_anybodys_twice(machine, monke
 
 def test_who_is_alone_has_all_of_a_machine(machine):
     machine(4)
-    assert own_memory() is None
+    assert own_share() is None
