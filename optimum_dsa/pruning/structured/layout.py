@@ -60,6 +60,12 @@ def uniform(
             f"The layers of this {type(model).__name__} differ already, and a plain class has one width for all; use "
             "layout='per_layer'."
         )
+    if sloped := next((unit for unit, each in units.items() if each.slopes and counts[unit]), None):
+        raise ValueError(
+            f"{sloped} would lose heads, of which the model gives each a slope by their number, and those that stay "
+            "keep theirs; a plain class says no such thing. Use layout='per_layer', which needs this package or "
+            "trust_remote_code=True to load, or layout='padded', which fills up with zeros."
+        )
     changes = _changes(model, units, counts, gone or {})
 
     def say(config: Any) -> None:

@@ -54,6 +54,9 @@ def per_layer(
     def settle(model: nn.Module) -> None:
         made.own_settings(model, model.config)
         say(model.config)
+        layers = enumerate(made.list_of_layers(model, model.config.per_layer_blocks))
+        if kept := {number: list(rows[1]) for number, layer in layers if (rows := made.rows_of(layer))}:
+            model.config.per_layer_heads = kept
         model.__class__ = kind
 
     return settle

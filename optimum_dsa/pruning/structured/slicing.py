@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ...common.escaping import one_line
-from ...model.modeling_per_layer import EXPERT_COUNTS, count_anew, count_heads
+from ...model.modeling_per_layer import EXPERT_COUNTS, count_anew, count_heads, keep_rows
 from ...model.offload import copied, resident
 from ...model.walk import WalkedBlock
 from .structure import Structures, tensor_named
@@ -72,7 +72,12 @@ def cut_out(model: nn.Module, structures: Structures, gone: Tensor) -> None:
         number = len(gone.unique())
         queries, keys = (per * number for per in structures.heads)
         width = structures.reads[0].index.shape[1] * number
-        count_heads(model.get_submodule(structures.block), structures.relative, queries, keys, width)
+        block = model.get_submodule(structures.block)
+        count_heads(block, structures.relative, queries, keys, width)
+        if structures.slopes:
+            stays = torch.tensor([each for each in range(len(structures)) if each not in set(gone.tolist())])
+            heads = structures.query_heads(stays).sort().values.tolist()
+            keep_rows(block, structures.relative, heads, structures.slopes)
 
 
 @contextmanager

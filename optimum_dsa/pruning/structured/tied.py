@@ -60,10 +60,13 @@ def tied_structures(
     for (stack, kind, *readers), group in groups.items():
         if not any(each.unit in bound for each in group):
             continue
+        alike = [replace(each, tied=f"{stack}:{kind}:{readers[0]}", slopes=0) for each in group]
         everywhere = together and len(group) == len(stacks[group[0].block].blocks)
-        if everywhere and len({len(each) for each in group}) == 1 and _computes_the_same(model, group, batch):
-            structures |= {each.unit: replace(each, tied=f"{stack}:{kind}:{readers[0]}") for each in group}
+        if everywhere and len({len(each) for each in group}) == 1 and _computes_the_same(model, alike, batch):
+            structures |= {each.unit: each for each in alike}
             continue
+        if all(each.slopes for each in group):
+            continue  # each block keeps the rows of its own
         for each in group:
             del structures[each.unit]
             matrices = (cut.tensor for cut in each.cuts if model.get_parameter(cut.tensor).dim() > 1)

@@ -35,6 +35,7 @@ CUTS = {
     "Falcon": DSAStructuredConfig(0.3, importance="obs", reconstruct=2),
     "Mixtral": DSAStructuredConfig(0.3, ("expert", "kv_group")),
     "Qwen3Moe": DSAStructuredConfig(0.3, ("expert",), "magnitude", layout="per_layer", allocation="global"),
+    "Bloom": DSAStructuredConfig(0.2, ("head",), layout="per_layer"),
     "T5": DSAStructuredConfig(0.1),
     "OPT": DSAStructuredConfig(0.5, ("block",)),
 }
