@@ -28,7 +28,7 @@ def check_run(
     """Raise `ValueError` where structures cannot be cut out of `model`, or a run of it cannot be as asked."""
     check_divisible(config, current_ranks())
     check_resumable(config, checkpoints, resume)
-    check_cuttable(model)
+    check_cuttable(model, config)
 
 
 def check_resumable(config: DSAStructuredConfig, checkpoints: str | Path | None, resume: bool) -> None:

@@ -279,6 +279,7 @@ def asked_structures(args, parser, **given):
     """
     from ..checkpoint.smaller import check_resumable
     from ..common.settings import flag_of, nested
+    from ..pruning.structured.checks import check_by_block
     from ..pruning.structured.configuration import DSAStructuredConfig
 
     foreign = parser.foreign(parser.settings_class(() if args.structures is None else ("structures",)))
@@ -300,9 +301,9 @@ def asked_structures(args, parser, **given):
     if "sparsity" not in asked:
         found = ", or by how much perplexity may rise: --max-loss 5%" if hasattr(args, "max_loss") else ""
         raise ValueError(f"say how much to cut out, for example --sparsity 0.2{found}")
-    if args.device_map == "disk":
-        raise ValueError("--structures cuts a model in memory, and --device-map disk has it elsewhere; leave it out.")
     config = DSAStructuredConfig.from_dict(nested(DSAStructuredConfig, asked))
+    if args.device_map == "disk":
+        check_by_block(config)
     if hasattr(args, "checkpoints"):
         check_resumable(config, args.checkpoints, args.resume)
     return config

@@ -8,6 +8,7 @@ imported, it is that package's own file that does. Classes are made of transform
                        num_attention_heads, num_key_value_heads, ...), as transformers itself writes and reads them
     per_layer_blocks   the name of the list of layers in the whole model, such as "model.layers"
     per_layer_tensors  tensor of a layer -> [setting, n, axis]: along `axis`, n fewer for each one that is missing
+    per_layer_heads    layer -> which of the whole model's heads it has, where that gives each of them a slope (ALiBi)
 
 A model is made with the settings that all layers share, and what is too wide in a layer is cut before weights are
 loaded. Caches of unequal numbers of heads are transformers' own.
@@ -15,10 +16,11 @@ loaded. Caches of unequal numbers of heads are transformers' own.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 import transformers
 from huggingface_hub.dataclasses import strict
 from torch import nn
@@ -36,6 +38,8 @@ PREFIX, TYPE = "PerLayer", "dsa_"  # of the names of classes, and of `model_type
 QUERY_HEADS = ("num_heads", "num_attention_heads", "n_heads", "n_head")
 KEY_HEADS = ("num_key_value_heads", "num_kv_heads")
 WIDTHS = ("all_head_size", "split_size", "inner_dim")
+# What layers are given that may have a row for each head: slopes (ALiBi), alone or in a mask.
+HEAD_ROWS = ("alibi", "position_bias", "attention_mask")
 # What they call the number of experts.
 EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "num_routed_experts", "moe_num_experts")
 EXPERT_COUNTS += ("n_experts",)
@@ -130,6 +134,14 @@ def narrow(model: nn.Module, config: Any, widths: Mapping[int, Mapping[str, int]
             rows = {name: tensors[name] for name in of_heads if _reads(blocks[number], name, tensors[name][2])}
             width = max((fewer.get(setting, 0) * each for setting, each, _ in rows.values()), default=0)
             count_heads(blocks[number], of_heads, queries, keys, width)
+    for number, kept in kept_heads(config).items():
+        total = next(value for name in QUERY_HEADS if isinstance(value := getattr(config, name, None), int))
+        own = max((widths[number].get(name, 0) for name in QUERY_HEADS), default=0)
+        if len(kept) != own or not all(0 <= head < total for head in kept):
+            raise ValueError(
+                f"Layer {number} has {own} heads in per_layer_config, and per_layer_heads names {kept} of {total}."
+            )
+        keep_rows(blocks[number], (name for name, row in tensors.items() if row[0] in QUERY_HEADS), kept, total)
 
 
 def list_of_layers(model: nn.Module, path: str) -> nn.ModuleList:
@@ -190,6 +202,45 @@ def count_heads(block: nn.Module, tensors: Iterable[str], queries: int, keys: in
             module.config = _own(config)
             _lower(module.config, changes)
         _lower(module, changes)
+
+
+def kept_heads(config: Any) -> dict[int, list[int]]:
+    """Layer -> the numbers of its heads among those of the whole model, where these are told."""
+    return {int(number): kept for number, kept in (getattr(config, "per_layer_heads", None) or {}).items()}
+
+
+def keep_rows(block: nn.Module, tensors: Iterable[str], kept: Sequence[int], total: int) -> None:
+    """Have what holds a block's `tensors` be given the rows of the heads `kept` alone, of what has `total` rows."""
+    for path in {name.rpartition(".")[0].rpartition(".")[0] for name in tensors}:
+        # Inside of the block, which itself is given all of them.
+        if path and (module := _part(block, path)) is not None:
+            known = vars(module).get("head_rows")
+            if known is None:
+                module.register_forward_pre_hook(_own_rows, with_kwargs=True)
+            # Where heads went before, `kept` counts those that are left.
+            module.head_rows = (
+                (total, tuple(kept)) if known is None else (known[0], tuple(known[1][one] for one in kept))
+            )
+
+
+def rows_of(block: nn.Module) -> tuple[int, tuple[int, ...]] | None:
+    """For how many heads a block is given rows, and whose it keeps; `None` where it keeps all."""
+    return next((known for part in block.modules() if (known := vars(part).get("head_rows"))), None)
+
+
+def _own_rows(module: nn.Module, args: tuple, kwargs: Mapping[str, Any]) -> tuple[tuple, dict[str, Any]]:
+    total, kept = module.head_rows
+    given = {name: kwargs[name] for name in HEAD_ROWS if isinstance(kwargs.get(name), torch.Tensor)}
+    return args, {**kwargs, **{name: _rows(value, total, kept) for name, value in given.items()}}
+
+
+def _rows(tensor: torch.Tensor, total: int, kept: Sequence[int]) -> torch.Tensor:
+    """Some heads' rows of a tensor, (samples, heads, ..., ...) or (samples · heads, ..., ...), if it has any."""
+    axis = 1 if tensor.dim() == 4 else 0
+    if tensor.shape[axis] % total:
+        return tensor
+    rows = tensor.unflatten(axis, (-1, total))
+    return rows.index_select(axis + 1, torch.tensor(kept, device=tensor.device)).flatten(axis, axis + 1)
 
 
 def count_experts(block: nn.Module, tensors: Iterable[str], gone: int) -> None:

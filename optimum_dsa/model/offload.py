@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -34,9 +35,9 @@ def is_offloaded(model: nn.Module) -> bool:
 def resident(model: nn.Module, names: Sequence[str]) -> Iterator[set[str]]:
     """The named modules with all their weights on their execution device, loaded once while the context is open.
 
-    Yields a set: whoever changes a parameter in place adds its full name, and on leaving it is written back to where
-    it came from, under every name that it is tied to. What came from a file is written to a new one; a checkpoint is
-    never touched. Modules that are not offloaded are left as they are.
+    Yields a set: whoever changes a parameter, in place or for one of another shape, adds its full name, and on leaving
+    it is written back to where it came from, under every name that it is tied to. What came from a file is written to
+    a new one; a checkpoint is never touched. Modules that are not offloaded are left as they are.
     """
     hooked = [
         (module, hook)
@@ -58,13 +59,19 @@ def resident(model: nn.Module, names: Sequence[str]) -> Iterator[set[str]]:
         # Nothing is written back after an error: what is stored stays as it was.
         yield changes
         for name in changes:
-            value = model.get_parameter(name).data
+            value = _tensor(model, name)
             for shared in _names_of(model, name):
                 _write_back(model, shared, value)
     finally:
         for module, hook in loaded:
             hook.offload = True
             hook.post_forward(module, None)
+
+
+def copied(module: nn.Module) -> nn.Module:
+    """A copy of a module whose weights are `resident`; what moves them is shared, and so is all that is elsewhere."""
+    hooks = [hook for part in module.modules() for hook in hooks_of(part)]
+    return copy.deepcopy(module, {id(hook): hook for hook in hooks})
 
 
 def read_from(model: nn.Module, name: str, file: Path, dtype: str) -> bool:
@@ -110,20 +117,29 @@ def _write_back(model: nn.Module, name: str, value: Tensor) -> None:
     """Make `value` the parameter `name`, of any shape, wherever it lives: in a map, on disk, or in its module."""
     store, key = _plain_store(model, name)
     if store is None:
-        parameter = model.get_parameter(name).data
+        tensor = _tensor(model, name)
         # Tied parameters that are here share their memory, and have the value already.
-        if parameter.data_ptr() != value.data_ptr():
-            parameter.copy_(value)
+        if tensor.data_ptr() != value.data_ptr():
+            tensor.copy_(value)
         return
     here = in_memory(store)
-    if key in here:
+    if key in here and here[key].shape == value.shape:
         here[key].copy_(value)
+        return
+    if key in here:
+        here[key] = value.to(here[key].device, copy=True)
         return
     # Offloaded to disk, or read from the checkpoint itself.
     file = Path(scratch_folder(store), f"{key}.safetensors")
     save_file({key: value.detach().cpu().contiguous()}, file.with_suffix(".tmp"))
     file.with_suffix(".tmp").replace(file)  # never written over: an earlier version may be mapped into memory
     point_to(store, key, file, str(value.dtype).removeprefix("torch."))
+
+
+def _tensor(model: nn.Module, name: str) -> Tensor:
+    """The parameter or buffer of this full name, as it is now."""
+    owner, _, attribute = name.rpartition(".")
+    return getattr(model.get_submodule(owner), attribute).data
 
 
 def _store(model: nn.Module, name: str) -> tuple[Mapping[str, Tensor] | None, str]:

@@ -43,7 +43,7 @@ def _(config: DSAConfig, model: nn.Module | None = None) -> None:
 
 @check_search.register
 def _(config: DSAStructuredConfig, model: nn.Module | None = None) -> None:
-    check_tried(config, "A search")
+    check_tried(config, "A search", model)
     if config.max_loss is not None:
         raise ValueError(
             f"A search divides a share that is known, and max_loss={config.max_loss!r} is to find one; use find_share "

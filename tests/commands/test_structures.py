@@ -41,6 +41,13 @@ def text(tmp_path_factory):
     return str(path)
 
 
+def test_weights_on_the_disk_are_cut_there(monkeypatch, capsys, smaller, text, tmp_path):
+    options = ["-s", "0.2", "--structures", "ffn,kv_group", "--dataset", text, *SHORT, "--device-map", "disk"]
+    code, output, _ = run(monkeypatch, capsys, "prune", str(demo_model()), "-o", str(tmp_path / "out"), *options)
+    assert code == 0 and "kv_group: 4 of 4 stay, ffn: 256 of 352 stay" in output
+    assert (tmp_path / "out/model.safetensors").read_bytes() == (smaller / "model.safetensors").read_bytes()
+
+
 def test_what_is_written_is_a_plain_model_that_verifies(monkeypatch, capsys, smaller):
     assert AutoModelForCausalLM.from_pretrained(smaller).config.intermediate_size == 256
     code, output, _ = run(monkeypatch, capsys, "verify", str(smaller))
@@ -102,7 +109,7 @@ def test_a_description_that_says_other_widths_is_named(monkeypatch, capsys, smal
         ("-s 0.1 --structures ffn --quality good", "--quality is of pruned weights"),
         ("-s 0.1 --structures ffn --compressed", "--compressed is of pruned weights"),
         ("-s 0.1 --structures ffn --resume", "Cutting structures keeps no finished blocks, and --resume asks"),
-        ("-s 0.1 --structures ffn --device-map disk", "leave it out"),
+        ("-s 0.1 --structures ffn --importance taylor --device-map disk", "--importance taylor takes gradients of"),
         ("-s 0.1 --structures fnn", "'fnn' is none. Did you mean 'ffn'?"),
         ("-s 0.1 --structures ffn --importance flapp", "Did you mean 'flap'"),
         ("--structures ffn", "say how much to cut out, for example --sparsity 0.2"),

@@ -11,6 +11,8 @@ import torch
 from torch import nn
 
 from ...model.inputs import text_part
+from ...model.offload import is_offloaded
+from ...model.parameters import own_parameters
 from .structure import Structures
 
 
@@ -41,6 +43,11 @@ def biases_for(model: nn.Module, units: Mapping[str, Structures]) -> Biases:
         if set(added) & set(lacking):
             switches.append(switch)
             sizes |= added
+    if switches and is_offloaded(model):
+        raise ValueError(
+            f"update='bias' gives matrices biases ({', '.join(switches)}), and some of the model's weights are "
+            "elsewhere (offloaded), with no place for more; use update='refit', or load it without device_map."
+        )
     if without := [name.removesuffix(".bias") for name in lacking if name not in sizes]:
         raise ValueError(
             f"update='bias' adds to the bias of what reads a structure; {without[0]} has none (nor have "
@@ -80,10 +87,10 @@ def _with(model: nn.Module, switch: str) -> dict[str, int]:
     setattr(text_part(config), switch, True)
     try:
         with torch.device("meta"):
-            made = dict(type(model)(config).named_parameters())
+            made = dict(own_parameters(type(model)(config)))
     except Exception:  # noqa: BLE001 - a class may refuse a setting in any way
         return {}
-    known: Collection[str] = dict(model.named_parameters())
+    known: Collection[str] = dict(own_parameters(model))
     added = {name: value for name, value in made.items() if name not in known}
     if len(made) - len(added) != len(known) or not all(_is_bias(model, *each) for each in added.items()):
         return {}

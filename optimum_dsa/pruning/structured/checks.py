@@ -9,14 +9,15 @@ from torch import nn
 
 from ...model.adapters import has_adapters
 from ...model.architecture import Architecture
-from ...model.offload import is_offloaded
+from ...model.offload import is_offloaded, resident
 from ..zeros import FEWEST_ZEROS
 from .configuration import DSAStructuredConfig
+from .importance import IMPORTANCES, importance_of
 from .structure import WHOLE, Structures
 
 
-def check_cuttable(model: nn.Module) -> None:
-    """Raise `ValueError` for what is no transformers model in memory, without adapters."""
+def check_cuttable(model: nn.Module, config: DSAStructuredConfig) -> None:
+    """Raise `ValueError` for what is no transformers model without adapters, or not in memory where it has to be."""
     if not isinstance(model, nn.Module) or getattr(model, "config", None) is None:
         raise ValueError(
             f"Structures are cut out of a transformers model, and {type(model).__name__} is none: it has no config; "
@@ -28,9 +29,25 @@ def check_cuttable(model: nn.Module) -> None:
             "(model.merge_and_unload()) or remove them, and cut then."
         )
     if is_offloaded(model):
+        config.reconstruct.check_place(offloaded=True)
+        check_by_block(config)
+
+
+def check_by_block(config: DSAStructuredConfig) -> None:
+    """Raise `ValueError` where what is asked for needs all weights of a model at once: some are elsewhere."""
+    rows = [importance_of(kind, config.importance) for kind in config.structures]
+    gradients = any(IMPORTANCES.fact(row, "gradients") for row in rows)
+    needs = {
+        f"learner={config.learner!r} trains": config.learner is not None,
+        f"importance={config.importance!r} takes gradients of": gradients,
+        f"max_loss={config.max_loss!r} changes and puts back": config.max_loss is not None,
+        "allocation='milp' changes and puts back": config.allocation == "milp",
+        "cost='latency' is timed where the weights are, of": "latency" in (config.cost, *config.least),
+    }
+    if trouble := next((what for what, needed in needs.items() if needed), None):
         raise ValueError(
-            "Structures are cut in memory, and some of the model's weights are elsewhere (offloaded); load it without "
-            "a device_map, or with one of devices alone."
+            f"{trouble} the whole model, and some of its weights are elsewhere (offloaded); load it without "
+            "device_map, or with one of devices alone, or leave that out."
         )
 
 
@@ -61,7 +78,8 @@ def check_zeros(model: nn.Module, units: Mapping[str, Structures], config: DSASt
         return
     zeros = size = 0
     for cut in (cut for each in units.values() if each.kind not in WHOLE for cut in each.reads):
-        zero = model.get_parameter(cut.tensor).data == 0
+        with resident(model, [cut.tensor.rpartition(".")[0]]):
+            zero = model.get_parameter(cut.tensor).data == 0
         zeros += int((zero & ~zero.all(1 - cut.axis, keepdim=True)).sum())
         size += zero.numel()
     if size and zeros >= FEWEST_ZEROS * size:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ...model.inputs import text_part
 from ...model.modeling_per_layer import EXPERT_COUNTS, KEY_HEADS, QUERY_HEADS
 from .per_layer import going, known, per_layer, why_not, width
-from .slicing import cut_out, silence
+from .slicing import cut_out, rewriting, silence
 from .structure import WHOLE, Structures
 from .wholes.blocks import shorter
 
@@ -34,9 +34,10 @@ class Layout:
     def take(self, model: nn.Module, structures: Structures, gone: Tensor) -> int:
         """Take the structures `gone`, (n,) int64, out of the model, in place; how many of them are zeros now."""
         count = len(gone) if self.cut is None else self.cut[structures.unit]
-        if count < len(gone):
-            silence(model, structures, gone[count:], whole=True)
-        cut_out(model, structures, gone[:count])
+        with rewriting(model, structures):
+            if count < len(gone):
+                silence(model, structures, gone[count:], whole=True)
+            cut_out(model, structures, gone[:count])
         return len(gone) - count
 
 
@@ -58,6 +59,12 @@ def uniform(
         raise ValueError(
             f"The layers of this {type(model).__name__} differ already, and a plain class has one width for all; use "
             "layout='per_layer'."
+        )
+    if sloped := next((unit for unit, each in units.items() if each.slopes and counts[unit]), None):
+        raise ValueError(
+            f"{sloped} would lose heads, of which the model gives each a slope by their number, and those that stay "
+            "keep theirs; a plain class says no such thing. Use layout='per_layer', which needs this package or "
+            "trust_remote_code=True to load, or layout='padded', which fills up with zeros."
         )
     changes = _changes(model, units, counts, gone or {})
 

@@ -13,6 +13,7 @@ from torch import nn
 from ...model import modeling_per_layer as made
 from ...model.inputs import text_part
 from ...model.modeling_per_layer import KEY_HEADS, QUERY_HEADS
+from ...model.parameters import own_parameters
 from ...model.per_layer import classes_of, known_family
 from .structure import Structures, tensor_named
 
@@ -53,6 +54,9 @@ def per_layer(
     def settle(model: nn.Module) -> None:
         made.own_settings(model, model.config)
         say(model.config)
+        layers = enumerate(made.list_of_layers(model, model.config.per_layer_blocks))
+        if kept := {number: list(rows[1]) for number, layer in layers if (rows := made.rows_of(layer))}:
+            model.config.per_layer_heads = kept
         model.__class__ = kind
 
     return settle
@@ -81,7 +85,7 @@ def why_not(
     gone: Mapping[str, Sequence[int]] | None = None,
 ) -> str | None:
     """Why a model of this class and configuration is not of the shapes that will be left, or `None` where it is."""
-    shapes = {name: list(parameter.shape) for name, parameter in model.named_parameters()}
+    shapes = {name: list(parameter.shape) for name, parameter in own_parameters(model)}
     for unit, each in units.items():
         for cut in each.cuts:
             shapes.setdefault(cut.tensor, list(tensor_named(model, cut.tensor).shape))
@@ -94,7 +98,7 @@ def why_not(
             found = kind(config)
     except Exception as error:  # noqa: BLE001 - a class may refuse numbers in any way
         return " ".join(str(error).split())
-    tensors = dict(found.named_parameters())
+    tensors = dict(own_parameters(found))
     tensors |= {name: tensor for name, tensor in found.named_buffers() if name in shapes}
     if {name: list(tensor.shape) for name, tensor in tensors.items()} == shapes:
         return None

@@ -212,7 +212,7 @@ def dense_of(model: nn.Module, calibration: Source | None, config: DSAStructured
     Raises:
         ValueError: there is nothing that can be cut out, or no calibration data to find it by.
     """
-    check_cuttable(model)
+    check_cuttable(model, config)
     calibration = as_calibration(calibration, model)
     if not isinstance(calibration, Calibration):
         raise ValueError("What can be cut out of a model is found by running it; give calibration data.")

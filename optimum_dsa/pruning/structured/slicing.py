@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-import copy
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
 
 from ...common.escaping import one_line
-from ...model.modeling_per_layer import EXPERT_COUNTS, count_anew, count_heads
+from ...model.modeling_per_layer import EXPERT_COUNTS, count_anew, count_heads, keep_rows
+from ...model.offload import copied, resident
 from ...model.walk import WalkedBlock
 from .structure import Structures, tensor_named
 from .wholes.blocks import apply, pass_by, without_blocks
@@ -70,7 +72,21 @@ def cut_out(model: nn.Module, structures: Structures, gone: Tensor) -> None:
         number = len(gone.unique())
         queries, keys = (per * number for per in structures.heads)
         width = structures.reads[0].index.shape[1] * number
-        count_heads(model.get_submodule(structures.block), structures.relative, queries, keys, width)
+        block = model.get_submodule(structures.block)
+        count_heads(block, structures.relative, queries, keys, width)
+        if structures.slopes:
+            stays = torch.tensor([each for each in range(len(structures)) if each not in set(gone.tolist())])
+            heads = structures.query_heads(stays).sort().values.tolist()
+            keep_rows(block, structures.relative, heads, structures.slopes)
+
+
+@contextmanager
+def rewriting(model: nn.Module, structures: Structures) -> Iterator[None]:
+    """The block of some structures in memory, to be cut; what is left is kept where its weights came from."""
+    # Whole blocks own no part of a tensor, and go as they are.
+    with resident(model, [structures.block] if structures.cuts else []) as changes:
+        yield
+        changes.update(cut.tensor for cut in structures.cuts)
 
 
 def _count_experts(model: nn.Module, structures: Structures, gone: set[int]) -> None:
@@ -96,7 +112,7 @@ def trouble(walked: WalkedBlock, structures: Structures) -> str | None:
     whole, given = block.__dict__, []
     for change in (silence, cut_out):
         # Under the block's own name, which is what the walk runs.
-        block.__dict__ = copy.deepcopy(block).__dict__
+        block.__dict__ = copied(block).__dict__
         try:
             change(walked.model, structures, gone)
             given.append(walked.run()[0].float())

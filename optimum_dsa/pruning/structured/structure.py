@@ -70,6 +70,7 @@ class Structures:
         least (`int`): how many have to stay.
         fixed (`tuple[int, ...]`): numbers of those that have to stay themselves.
         around (`tuple[str, ...]`): modules that count them.
+        slopes (`int`): heads of which the block is given a row each (ALiBi), and keeps those of its own; else 0.
         tied (`str`): the same of units that lose the same numbers, as their blocks share a tensor of them; else empty.
     """
 
@@ -83,6 +84,7 @@ class Structures:
     around: tuple[str, ...] = ()
     fixed: tuple[int, ...] = ()
     tied: str = ""
+    slopes: int = 0
 
     def __len__(self) -> int:
         return len(self.cuts[-1].index) if self.cuts else len(self.wholes)
@@ -95,6 +97,10 @@ class Structures:
     def head_size(self) -> int:
         """Channels of one head."""
         return self.reads[0].index.shape[1] // max(self.heads[0], 1)
+
+    def query_heads(self, numbers: Tensor) -> Tensor:
+        """The numbers of the query heads of structures, (n,) int64 -> (n · heads of one,)."""
+        return (self.reads[0].index[numbers, :: self.head_size] // self.head_size).flatten()
 
     @property
     def relative(self) -> list[str]:

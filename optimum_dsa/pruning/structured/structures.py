@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ...model.architecture import Architecture, Weight
+from ...model.modeling_per_layer import rows_of
 from ...model.walk import WalkedBlock, walk_blocks
 from ...model.wiring import Wiring
 from .slicing import trouble
@@ -85,6 +86,7 @@ class _Shape:
     Attributes:
         makers: weight -> the rows of every structure, (structures, rows).
         readers: weights whose columns are those of `columns`, (structures, columns).
+        slopes: heads of which the block is given a row each, and can keep those of its own; else 0.
     """
 
     kind: str
@@ -92,6 +94,7 @@ class _Shape:
     makers: Mapping[str, Tensor]
     readers: tuple[str, ...]
     columns: Tensor
+    slopes: int = 0
 
     def of(self, block: str, before: str = "") -> _Shape:
         """The same in another block, where the names of this one begin with `before`."""
@@ -125,7 +128,9 @@ class _Shape:
                     makes.append(Cut(f"{weight.module}.{other}", 0, rows))
         makes += self._by_head(walked, {weights[name].module.rpartition(".")[0] for name in self.makers})
         reads = [Cut(name, 0 if weights[name].transposed else 1, self.columns) for name in self.readers]
-        return Structures(f"{walked.name}:{self.kind}", self.kind, tuple(makes), tuple(reads), self.heads)
+        return Structures(
+            f"{walked.name}:{self.kind}", self.kind, tuple(makes), tuple(reads), self.heads, slopes=self.slopes
+        )
 
     def _by_head(self, walked: WalkedBlock, owners: set[str]) -> Iterator[Cut]:
         """Vectors and tables with a number for each query head, such as sinks of attention, that these modules own."""
@@ -165,8 +170,10 @@ def _looked_at(walked: WalkedBlock, wiring: Wiring) -> _Looked:
         structures = shape.structures(walked, wiring.weights)
         found, counted = trouble(walked, structures), _counted_outside(walked, structures)
         if (table := _has_table(walked, structures)) or (found and counted):
+            slopes = 0 if table else _given_to(walked, structures)
+            alone = slopes and trouble(walked, replace(structures, slopes=slopes)) is None
             outside.append(len(every))
-            every.append(shape.of("", walked.name))
+            every.append(replace(shape.of("", walked.name), slopes=slopes if alone else 0))
         if found or table:
             why |= dict.fromkeys(names, counted or found or why_not_alone(structures))
             continue
@@ -181,11 +188,17 @@ def _looked_at(walked: WalkedBlock, wiring: Wiring) -> _Looked:
 
 def _counted_outside(walked: WalkedBlock, structures: Structures) -> str | None:
     """Why no head can go from one block alone, where the blocks share a tensor with a row for each; else `None`."""
-    number = len(structures) * structures.heads[0]
+    number = _given_to(walked, structures)
     # What a block was given stands behind what it gives.
     if number and any(tensor.dim() > 2 and number in tensor.shape[:2] for tensor in walked.run()[1:]):
         return why_not_alone(structures)
     return None
+
+
+def _given_to(walked: WalkedBlock, structures: Structures) -> int:
+    """For how many heads a block is given rows, if it is: of one whose heads were cut, for those that it had once."""
+    known = rows_of(walked.model.get_submodule(walked.name))
+    return known[0] if known and structures.heads[0] else len(structures) * structures.heads[0]
 
 
 def _has_table(walked: WalkedBlock, structures: Structures) -> bool:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ...model.architecture import Architecture
+from ...model.offload import is_offloaded
 from .instead import computing_with, evaluating, matrices_without
 from .slicing import cut_out
 from .structure import Structures
@@ -20,6 +21,12 @@ from .wholes.blocks import output_of
 
 if TYPE_CHECKING:
     from .widths.dense import Dense
+
+
+_ELSEWHERE = (
+    "its heads go alike from all blocks, which has to be tried on all of them at once, and some weights are elsewhere "
+    "(offloaded): load the model without device_map"
+)
 
 
 def why_not_alone(structures: Structures) -> str:
@@ -49,17 +56,21 @@ def tied_structures(
         place = (stacks[each.block].name, each.kind, *(each.within(cut.tensor) for cut in each.reads))
         groups.setdefault(place, []).append(each)
     structures, left = dict(found), {}
+    together = not is_offloaded(model)  # one block is there at a time
     for (stack, kind, *readers), group in groups.items():
         if not any(each.unit in bound for each in group):
             continue
-        everywhere = len(group) == len(stacks[group[0].block].blocks)
-        if everywhere and len({len(each) for each in group}) == 1 and _computes_the_same(model, group, batch):
-            structures |= {each.unit: replace(each, tied=f"{stack}:{kind}:{readers[0]}") for each in group}
+        alike = [replace(each, tied=f"{stack}:{kind}:{readers[0]}", slopes=0) for each in group]
+        everywhere = together and len(group) == len(stacks[group[0].block].blocks)
+        if everywhere and len({len(each) for each in group}) == 1 and _computes_the_same(model, alike, batch):
+            structures |= {each.unit: each for each in alike}
             continue
+        if all(each.slopes for each in group):
+            continue  # each block keeps the rows of its own
         for each in group:
             del structures[each.unit]
             matrices = (cut.tensor for cut in each.cuts if model.get_parameter(cut.tensor).dim() > 1)
-            left |= dict.fromkeys(matrices, why_not_alone(each))
+            left |= dict.fromkeys(matrices, why_not_alone(each) if together else _ELSEWHERE)
     return structures, left
 
 

@@ -87,7 +87,7 @@ def find_share(
         ValueError: the tolerance is none, the model predicts no next tokens, or there are too few windows.
     """
     config, tolerance = replace(config, max_loss=None), rise_of(max_loss)
-    check_tried(config, "max_loss")
+    check_tried(config, "max_loss", model)
     if (kind := kind_of(model)) != "causal":
         raise ValueError(f"{type(model).__name__} {KINDS[kind]}, and a perplexity is of next tokens; name a sparsity.")
     dense, held_out = _apart(dense_of(model, calibration, replace(config, sparsity=0.0)))

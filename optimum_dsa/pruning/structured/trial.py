@@ -6,8 +6,9 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from ...model.offload import is_offloaded
 from ..prune import run_steps
 from .configuration import DSAStructuredConfig
 from .remove import RemoveStructures
@@ -16,8 +17,13 @@ from .tied import tied_gone
 from .widths.dense import Dense
 
 
-def check_tried(config: DSAStructuredConfig, who: str) -> None:
+def check_tried(config: DSAStructuredConfig, who: str, model: nn.Module | None = None) -> None:
     """Raise `ValueError` where what goes cannot be put back: `who` tries it."""
+    if model is not None and is_offloaded(model):
+        raise ValueError(
+            f"{who} changes the whole model and puts it back, and some of its weights are elsewhere (offloaded); load "
+            "it without device_map, or with one of devices alone."
+        )
     whole = [kind for kind in config.structures if kind in WHOLE]
     if whole or config.learner:
         given = f"learner={config.learner!r}" if config.learner else f"{whole[0]!r} is to go"

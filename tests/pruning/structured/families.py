@@ -52,6 +52,7 @@ SECTIONS = {"rope_type": "default", "mrope_section": [2, 1, 1], "rope_theta": 1e
 GROUPED = {"num_key_value_heads": 2, "intermediate_size": 48}
 WIDE = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
 T5 = {"d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4, "decoder_start_token_id": 0}
+NEW = {"new_decoder_architecture": True}
 GROUPS, HEADS = {"kv_group": 2, "ffn": 48}, {"head": 4, "ffn": 48}
 
 # Family -> what makes a model of it, and by kind how many structures a block has.
@@ -82,7 +83,10 @@ FAMILIES = {
     "Bert": (_other("Bert", "ForMaskedLM", vocab_size=97, **WIDE), HEADS),
     "ViT": (_other("ViT", "ForImageClassification", image_size=16, patch_size=4, **WIDE), HEADS),
     # Slopes that come from outside the block are of all its heads. T5's bias of positions is cut with them.
-    "Bloom": (_other("Bloom", "ForCausalLM", vocab_size=97, hidden_size=32, n_layer=2, n_head=4), {"ffn": 128}),
+    "Bloom": (
+        _other("Bloom", "ForCausalLM", vocab_size=97, hidden_size=32, n_layer=2, n_head=4),
+        {"head": 4, "ffn": 128},
+    ),
     "T5": (_other("T5", "ForConditionalGeneration", vocab_size=97, **T5), HEADS),
 }
 
@@ -95,6 +99,12 @@ EVERY = {
         _causal("Lfm2", full_attn_idxs=[1, 3], num_key_value_heads=2, intermediate_size=96, block_multiple_of=16),
         {"kv_group": 2, "ffn": 64},
     ),
+    # Slopes alone, and slopes in the mask.
+    "Mpt": (
+        _other("Mpt", "ForCausalLM", vocab_size=97, d_model=32, n_heads=4, n_layers=2, max_seq_len=64),
+        {"head": 4, "ffn": 128},
+    ),
+    "Falcon with slopes": (_causal("Falcon", alibi=True, num_kv_heads=2, **NEW), {"kv_group": 2, "ffn": 128}),
     "Bart": (_other("Bart", "ForConditionalGeneration", vocab_size=97, **SEQ2SEQ), HEADS),
     "Llava": (
         _tower("Llava", text={"model_type": "llama"}, vision=CLIP, rest={"image_token_index": 96}),

@@ -3,7 +3,6 @@
 import peft
 import pytest
 import torch
-from accelerate import cpu_offload
 from torch import nn
 
 from optimum_dsa import DSAConfig, DSAPruner, DSAStructuredConfig, prune, prune_structures
@@ -15,18 +14,11 @@ def with_adapters():
     return peft.get_peft_model(tiny_llama(), peft.LoraConfig(target_modules=["q_proj", "down_proj"]))
 
 
-def offloaded():
-    model = tiny_llama()
-    cpu_offload(model, execution_device="cpu")
-    return model
-
-
 @pytest.mark.parametrize(
     "make,message",
     [
         (lambda: nn.Linear(3, 3), "and Linear is none: it has no config"),
         (with_adapters, "has adapters, whose sizes are those of the model as it is; merge them"),
-        (offloaded, "are elsewhere \\(offloaded\\); load it without a device_map"),
     ],
 )
 def test_what_is_no_model_in_memory_without_adapters_is_refused(make, message):

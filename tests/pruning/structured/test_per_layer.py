@@ -11,7 +11,7 @@ from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceCl
 from optimum_dsa import DSAConfig, DSAPruner, DSAStructuredConfig, prune_structures
 from optimum_dsa.checkpoint import save
 from optimum_dsa.checkpoint.load import load_model
-from optimum_dsa.model.modeling_per_layer import class_named
+from optimum_dsa.model.modeling_per_layer import class_named, rows_of
 from optimum_dsa.pruning.structured.layout import LAYOUTS
 
 from ...tiny import LOADS_COMPRESSED, same_state, state, tiny_llama, tokens
@@ -157,6 +157,23 @@ def changed(folder, target, **changes):
 def test_a_configuration_that_does_not_fit_is_refused_by_name(changes, message, folder, tmp_path):
     with pytest.raises(ValueError, match=message):
         load_model(changed(folder, tmp_path / "changed", **changes))
+
+
+def test_whose_slopes_a_layer_has_is_in_its_configuration(tmp_path):
+    model = FAMILIES["Bloom"][0]()
+    for share in (0.05, 0.05):  # the second time, of what is left
+        report = prune_structures(model, tokens(), DSAStructuredConfig(share, ("head",), "random", layout="per_layer"))
+    kept = {number: rows_of(model.transformer.h[number])[1] for number in range(2)}
+    assert [len(kept[number]) for number in kept] == list(report.kept.values()) and 1 < sum(
+        map(len, kept.values())
+    ) < 8
+    model.save_pretrained(tmp_path / "out")
+    loaded = load_model(str(tmp_path / "out"))
+    assert {number: rows_of(loaded.transformer.h[number]) for number in kept} == {n: (4, kept[n]) for n in kept}
+    assert torch.equal(logits(loaded), logits(model))
+    for wrong, message in (({"0": [0]}, "names .0. of 4"), ({"0": [9] * len(kept[0])}, "names .9.*of 4")):
+        with pytest.raises(ValueError, match=f"Layer 0 has {len(kept[0])} heads .* per_layer_heads {message}"):
+            load_model(changed(tmp_path / "out", tmp_path / message[6:8], per_layer_heads=wrong))
 
 
 @pytest.mark.parametrize("there", [False, True])

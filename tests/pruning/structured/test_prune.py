@@ -113,7 +113,7 @@ def test_every_family_is_cut(family):
     assert 0 < report.sparsity <= 0.05 and model(**batch_of(family)).logits.isfinite().all()
 
 
-@pytest.mark.parametrize("family", [name for name in EVERY if name not in ("ViT", "T5", "GPT2", "Bloom")])
+@pytest.mark.parametrize("family", [name for name in EVERY if name not in ("ViT", "T5", "GPT2", "Bloom", "Mpt")])
 def test_what_is_left_is_a_plain_model_that_transformers_loads(family, tmp_path):
     make, kinds = EVERY[family]
     model, batch = make(), batch_of(family)
@@ -140,6 +140,16 @@ def test_what_no_configuration_says_is_refused_before_work(family, structures):
         prune_structures(model, tokens(), DSAStructuredConfig(0.2, structures))
     assert same_state(model, before)
     assert prune_structures(model, tokens(), DSAStructuredConfig(0.2, structures, layout="per_layer")).sparsity > 0
+
+
+def test_heads_with_slopes_of_their_own_are_of_no_plain_class():
+    model = FAMILIES["Bloom"][0]()
+    before = state(model)
+    with pytest.raises(ValueError, match="h.0:head would lose heads, of which the model gives each a slope by their"):
+        prune_structures(model, tokens(), DSAStructuredConfig(0.1, ("head",)))
+    assert same_state(model, before)
+    report = prune_structures(model, tokens(), DSAStructuredConfig(0.1, ("head",), layout="padded"))
+    assert report.padding and model(tokens()).logits.isfinite().all()
 
 
 def test_of_numbers_of_heads_that_no_configuration_says_the_next_is_taken(tmp_path):

@@ -64,10 +64,30 @@ def test_a_cut_model_generates_with_its_cache(family):
     )
 
 
-def test_heads_that_something_outside_counts_are_left_by_name():
-    left = found_in(FAMILIES["Bloom"][0](), "Bloom").left
-    why = [reason for name, reason in left.items() if "self_attention" in name]
-    assert why and all("blocks share a tensor with a row for each of 4 heads" in reason for reason in why)
+@pytest.mark.parametrize("family", ["Bloom", "Mpt", "Falcon with slopes"])
+def test_heads_that_stay_keep_their_slopes(family):
+    """In a batch of any size, with padding, from a cache, and once more of what is left."""
+    silenced, cut = (EVERY[family][0]() for _ in range(2))
+    heads = {unit: each for unit, each in found_in(cut, family).structures.items() if each.kind != "ffn"}
+    for number, each in enumerate(heads.values()):
+        assert each.slopes == 4
+        silence(silenced, each, torch.tensor([number]))
+        cut_out(cut, each, torch.tensor([number]))
+    for samples, length in ((1, 12), (3, 12), (4, 4)):
+        batch = batch_of(family, samples, length)
+        mask = torch.ones_like(batch["input_ids"]).index_fill(1, torch.arange(2), 0)
+        for given in (batch, {**batch, "attention_mask": mask}):
+            expected = logits(silenced, given)[:, 2:]
+            torch.testing.assert_close(logits(cut, given)[:, 2:], expected, rtol=1e-4, atol=1e-5)
+    options = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0}
+    assert torch.equal(cut.generate(**batch, **options), silenced.generate(**batch, **options))
+
+    again = {unit: each for unit, each in found_in(cut, family).structures.items() if each.kind != "ffn"}
+    assert again.keys() == heads.keys() or family == "Falcon with slopes"  # of which one group is left
+    for each in again.values():
+        silence(silenced := copy.deepcopy(cut), each, torch.tensor([0]))
+        cut_out(cut, each, torch.tensor([0]))
+        torch.testing.assert_close(logits(cut, batch), logits(silenced, batch), rtol=1e-4, atol=1e-5)
 
 
 def test_experts_of_groups_are_left_by_name():

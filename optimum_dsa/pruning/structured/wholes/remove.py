@@ -7,12 +7,13 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
+from ....model.offload import resident
 from ...calibration import Calibration
 from ..configuration import DSAStructuredConfig
 from ..gradients import Products
 from ..importance import IMPORTANCES, Parts, importance_of
 from ..layout import uniform
-from ..slicing import cut_out
+from ..slicing import cut_out, rewriting
 from ..structure import WHOLE, Structures, tensor_named
 from .blocks import makes_of
 from .usage import Usage, collect_usage
@@ -46,7 +47,8 @@ def remove_wholes(
     if config.layout != "per_layer" and any(each.kind == "block" for each in units.values()):
         uniform(model, units, counts, {unit: gone.tolist() for unit, gone in chosen.items()})
     for unit, gone in chosen.items():
-        cut_out(model, units[unit], gone)
+        with rewriting(model, units[unit]):
+            cut_out(model, units[unit], gone)
     return {unit: gone.tolist() for unit, gone in chosen.items()}
 
 
@@ -69,8 +71,9 @@ def scores_of_wholes(
     found = {}
     for unit, each in units.items():
         name = f"{config.data.seed}:{unit}"
-        parts = _parts_of(model, each, products.get(unit, ()), name, usage.get(unit))
-        found[unit] = IMPORTANCES[row[unit]](parts)
+        with resident(model, [each.block] if each.cuts else []):
+            parts = _parts_of(model, each, products.get(unit, ()), name, usage.get(unit))
+            found[unit] = IMPORTANCES[row[unit]](parts)
     return found
 
 

@@ -42,7 +42,8 @@ def collect_usage(
     Raises:
         ValueError: what they are given could not be observed.
     """
-    device = next(model.parameters()).device
+    # Of an offloaded model no weight is anywhere until it runs.
+    device = next((each.device for each in model.parameters() if not each.is_meta), torch.device("cpu"))
     found = {unit: Usage(*torch.zeros(2, len(each), device=device)) for unit, each in units.items()}
     handles, real = [], _Real()
     training = model.training
