@@ -1,7 +1,8 @@
 """Checkpoints as whole numbers times scales, in the format of compressed-tensors: transformers and vLLM load them.
 
-Of every matrix `NAME.weight` there are `NAME.weight_packed`, int32 with as many numbers as fit side by side,
-`NAME.weight_scale`, a scale for every group of a row, and `NAME.weight_shape`. Grids are symmetric: a zero is a zero.
+Of every matrix `NAME.weight` there is `NAME.weight_scale`, a scale for every group of a row. The numbers are
+packed into int32, `NAME.weight_packed`, with `NAME.weight_shape` beside (`pack-quantized`), or each is an int8,
+`NAME.weight` (`int-quantized`). Grids are symmetric: a zero is a zero.
 """
 
 from __future__ import annotations
@@ -20,16 +21,14 @@ from ..common.files import read_json, write_text
 from ..common.folder_files import own_file
 from ..common.output import OutputFolder
 from ..model.architecture import find_architecture
-from ..packed.grid import GROUPS, SCALES, Grid, grid_of, groups_of, largest, to_grid, to_scales
+from ..packed.grid import SCALES, Grid, grid_of, groups_of, largest, to_grid, to_scales
 from .convert import converted_config, other_files
 from .encodings import DENSE
-from .integers_format import entry
+from .integers_format import FORMATS, entry
 from .integers_shards import held_in, write_integers
 from .shards import find_shards
 from .skeleton import open_skeleton
 
-
-BITS = (4, 8)
 
 logger = logging.getLogger(__name__)
 
@@ -46,6 +45,7 @@ class Quantised:
         kept (`Mapping[str, str]`): matrices of blocks that stay as they are -> why.
         bytes_before (`int`): of all weights, dense.
         bytes (`int`): of all weights, written.
+        format (`str`): how compressed-tensors calls what was written.
     """
 
     bits: int
@@ -55,14 +55,17 @@ class Quantised:
     kept: Mapping[str, str] = field(default_factory=dict)
     bytes_before: int = 0
     bytes: int = 0
+    format: str = "pack-quantized"
 
     def __str__(self) -> str:
         by = f"a scale for {self.group} columns" if self.group else "a scale for a row"
         same = f", {self.as_they_were} of them bit for bit as they were" if self.as_they_were else ""
         lines = [
             f"{self.matrices} matrices of {self.bits} bits, {by}{same}; weights had {self.bytes_before:,} bytes, "
-            f"and have {self.bytes:,} now ({self.bytes / max(self.bytes_before, 1):.1%})"
+            f"and have {self.bytes:,} now ({self.bytes / max(self.bytes_before, 1):.1%}), in {self.format}"
         ]
+        if FORMATS[self.format].inputs is not None:
+            lines.append("who runs them rounds what they are multiplied with to 8 bits, too, with a scale for a token")
         reasons: dict[str, list[str]] = {}
         for name, why in self.kept.items():
             reasons.setdefault(why, []).append(name)
@@ -71,7 +74,12 @@ class Quantised:
 
 
 def quantize(
-    source: str | Path, directory: str | Path, bits: int = 4, group: int = 128, scales: str = "mse"
+    source: str | Path,
+    directory: str | Path,
+    bits: int | None = None,
+    group: int | None = None,
+    scales: str = "mse",
+    format: str = "pack-quantized",
 ) -> Quantised:
     """Write the checkpoint in `source` to `directory` with the matrices of its blocks as whole numbers of `bits`.
 
@@ -84,15 +92,20 @@ def quantize(
     Args:
         source (`str | Path`): a folder, dense or in an encoding of ours.
         directory (`str | Path`): where it goes.
-        bits (`int`, defaults to 4): 4 or 8.
-        group (`int`, defaults to 128): columns that share a scale: 32, 64, 128, ... up to 4096, or 0 for all of a row.
+        bits (`int`, *optional*): 4 (the default) or 8; of `int-quantized` 8.
+        group (`int`, *optional*): columns that share a scale: 32, 64, 128 (the default), ... up to 4096, or 0 for all
+            of a row; of `int-quantized` 0.
         scales (`str`, defaults to `"mse"`): how they are chosen, "mse" or "absmax".
+        format (`str`, defaults to `"pack-quantized"`): of compressed-tensors: "pack-quantized", weights alone, or
+            "int-quantized", whose inputs are rounded to 8 bits, too, by who runs it: int8 times int8.
 
     Raises:
-        ValueError: a setting that is none; or no matrix can be quantised, and why.
+        ValueError: a setting that is none, or none of the format; or no matrix can be quantised, and why.
         FileNotFoundError: `source` holds no weights in safetensors.
     """
-    _check_settings(bits, group, scales)
+    form = FORMATS[format]
+    bits, group = form.bits[0] if bits is None else bits, form.groups[0] if group is None else group
+    _check_settings(bits, group, scales, format)
     source = Path(source)
     if not source.is_dir():
         raise FileNotFoundError(f"No folder {source}.")
@@ -121,28 +134,33 @@ def quantize(
     def fill(folder: Path) -> None:
         nonlocal before, after
         output.carry(source, others, folder)
-        stated = {**config, "quantization_config": entry(bits, group, ignored)}
+        stated = {**config, "quantization_config": entry(format, bits, group, ignored)}
         write_text(folder / "config.json", json.dumps(stated, indent=2) + "\n")
-        before, after = write_integers(shards, folder, chosen, on_grid, bits)
+        before, after = write_integers(shards, folder, chosen, on_grid, bits, group, form)
 
     with OutputFolder(directory) as output:
         output.require(sum((shards.folder / file).stat().st_size for file in shards.files))
         output.write(fill, rescue=False)  # the source is still there
     if left:
         logger.warning("Not taken along from %s: %s.", source, ", ".join(left))
-    return Quantised(bits, group, len(chosen), same, kept, before, after)
+    return Quantised(bits, group, len(chosen), same, kept, before, after, format)
 
 
-def _check_settings(bits: int, group: int, scales: str) -> None:
-    if bits not in BITS:
-        raise ValueError(f"Weights are quantised to 8 or 4 bits, got {bits!r}.")
-    if group not in GROUPS:
+def _check_settings(bits: int, group: int, scales: str, name: str) -> None:
+    form = FORMATS[name]
+    if bits not in form.bits:
+        raise ValueError(f"Weights are quantised to {_choices(form.bits)} bits in {name}, got {bits!r}.")
+    if group not in form.groups:
         raise ValueError(
-            f"group={group} is no number of columns that may share a scale; use one of "
-            f"{', '.join(map(str, sorted(GROUPS)))}, where 0 is all of a row."
+            f"group={group} is no number of columns that may share a scale in {name}; use {_choices(form.groups)}, "
+            "where 0 is all of a row."
         )
     if scales not in SCALES:
         raise ValueError(f"Scales are chosen by {' or '.join(SCALES)}, got {scales!r}.")
+
+
+def _choices(numbers: Collection[int]) -> str:
+    return " or ".join(map(str, sorted(numbers)))
 
 
 def _choose(source: Path, held: Collection[str], group: int) -> tuple[set[str], dict[str, str], list[str]]:

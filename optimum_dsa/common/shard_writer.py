@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor
 
 
-_NAMES = {
+NAMES = {  # of types, in safetensors
     torch.float64: "F64",
     torch.float32: "F32",
     torch.bfloat16: "BF16",
@@ -61,22 +62,39 @@ class ShardWriter:
         room = len(json.dumps(self._header)) + sum(len(json.dumps(name)) + 260 for name in names)
         # A multiple of 8, so that tensors begin where every type may be read in place.
         self._room = -(-room // 8) * 8
-        self._end = 0
-        self._file = path.open("wb")
         # 8 bytes for the length of the header, which come first in safetensors.
-        self._file.seek(8 + self._room)
+        self._start, self._end = 8 + self._room, 0
+        self._reserved: dict[str, list[int]] = {}
+        self._file = path.open("wb")
+        self._file.seek(self._start)
 
     def add(self, name: str, tensor: Tensor, dtype: str | None = None) -> None:
         """Write a tensor of any shape; `dtype` is safetensors' name of its type, where that cannot be packed."""
+        self._place(name, tensor.shape, dtype or NAMES[tensor.dtype], tensor.nbytes)
+        self._write(tensor)
+
+    def reserve(self, name: str, shape: Sequence[int], dtype: torch.dtype) -> None:
+        """Keep room for a tensor that comes with `fill`, where what lies behind it is known first."""
+        self._place(name, shape, NAMES[dtype], math.prod(shape) * dtype.itemsize)
+        self._reserved[name] = self._header[name]["data_offsets"]
+        self._file.seek(self._start + self._end)
+
+    def fill(self, name: str, tensor: Tensor) -> None:
+        """Write the tensor whose room was reserved."""
+        begin, end = self._reserved.pop(name)
+        assert tensor.nbytes == end - begin, f"{name} does not fit its room"
+        self._file.seek(self._start + begin)
+        self._write(tensor)
+        self._file.seek(self._start + self._end)
+
+    def _place(self, name: str, shape: Sequence[int], dtype: str, size: int) -> None:
+        offsets = [self._end, self._end + size]
+        self._header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": offsets}
+        self._end += size
+
+    def _write(self, tensor: Tensor) -> None:
         # Bytes, as numpy knows no bfloat16.
-        data = tensor.contiguous().reshape(-1).view(torch.uint8).numpy()
-        self._header[name] = {
-            "dtype": dtype or _NAMES[tensor.dtype],
-            "shape": list(tensor.shape),
-            "data_offsets": [self._end, self._end + data.nbytes],
-        }
-        self._file.write(data)
-        self._end += data.nbytes
+        self._file.write(tensor.contiguous().reshape(-1).view(torch.uint8).numpy())
 
     def __enter__(self) -> ShardWriter:
         return self
@@ -84,6 +102,7 @@ class ShardWriter:
     def __exit__(self, kind, error, traceback) -> None:
         with self._file as file:
             if kind is None:
+                assert not self._reserved, f"never filled: {', '.join(self._reserved)}"
                 # Padded with spaces, which JSON allows behind its value.
                 header = json.dumps(self._header, separators=(",", ":")).encode().ljust(self._room)
                 assert len(header) == self._room, "the room for the header was too small"

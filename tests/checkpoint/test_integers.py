@@ -9,6 +9,7 @@ import torch
 
 from optimum_dsa import DSAConfig, DSAPruner, convert, quantize
 from optimum_dsa.checkpoint.exports import export
+from optimum_dsa.checkpoint.integers_format import FORMATS
 from optimum_dsa.checkpoint.integers_shards import restore
 from optimum_dsa.checkpoint.load import load_model
 
@@ -25,9 +26,12 @@ from transformers import AutoModelForCausalLM
 for folder in sys.argv[1:]:
     model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto").eval()
     with torch.no_grad():
+        rounded = model(torch.arange(20)[None]).logits
+        for module in model.modules():
+            module.quantization_enabled = False  # of inputs; weights are what they are
         logits = model(torch.arange(20)[None]).logits
     zeros = {name: one == 0 for name, one in model.state_dict().items() if name.endswith("proj.weight")}
-    torch.save((logits.float(), zeros), folder + "/theirs.pt")
+    torch.save((rounded.float(), logits.float(), zeros), folder + "/theirs.pt")
 assert "optimum_dsa.checkpoint" not in sys.modules
 """
 
@@ -45,15 +49,19 @@ def pruned(tmp_path_factory):
 def test_transformers_computes_what_we_say_it_does(pruned, tmp_path):
     pytest.importorskip("compressed_tensors")
     model, folder = pruned
-    kinds = {tmp_path / "int4": (4, 32, 0.15), tmp_path / "int8": (8, 0, 0.02)}
-    for place, (bits, group, _) in kinds.items():
-        found = quantize(folder, place, bits, group)
+    kinds = {
+        tmp_path / "int4": ("pack-quantized", 4, 32, 0.15),
+        tmp_path / "int8": ("pack-quantized", 8, 0, 0.02),
+        tmp_path / "dense8": ("int-quantized", 8, 0, 0.02),
+    }
+    for place, (form, bits, group, _) in kinds.items():
+        found = quantize(folder, place, bits, group, format=form)
         assert found.matrices == 21 and found.bytes < 0.7 * found.bytes_before
     arguments = [sys.executable, "-c", THEIRS, *map(str, kinds)]
     done = subprocess.run(arguments, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
-    for place, (_, _, bound) in kinds.items():
-        logits, zeros = torch.load(place / "theirs.pt")
+    for place, (form, _, _, bound) in kinds.items():
+        rounded, logits, zeros = torch.load(place / "theirs.pt")
         assert len(zeros) == 21
         for name, gone in zeros.items():
             assert torch.equal(gone, model.state_dict()[name] == 0)
@@ -63,8 +71,23 @@ def test_transformers_computes_what_we_say_it_does(pruned, tmp_path):
             # Weights are bit for bit the same, and so is what is computed with them.
             assert torch.equal(ours(torch.arange(20)[None]).logits.float(), logits)
             dense = model(torch.arange(20)[None]).logits.float()
-        # 0.058 and 0.005 were measured, of logits up to 0.58
-        assert (logits - dense).abs().max() < bound
+            if form == "int-quantized":
+                round_inputs(ours)
+            assert torch.equal(ours(torch.arange(20)[None]).logits.float(), rounded)
+        # 0.058 and 0.005 were measured, of logits up to 0.58; 0.007 with inputs rounded, too
+        assert (logits - dense).abs().max() < bound and (rounded - dense).abs().max() < bound
+
+
+def round_inputs(model):
+    """Round what matrices of blocks are multiplied with to 8 bits, as compressed-tensors does it: for every token."""
+    parts = pytest.importorskip("compressed_tensors.quantization")
+    for module in model.model.layers.modules():
+        if isinstance(module, torch.nn.Linear):
+            module.quantization_scheme = parts.QuantizationScheme(
+                targets=["Linear"], input_activations=FORMATS["int-quantized"].inputs
+            )
+            module.quantization_status = parts.QuantizationStatus.COMPRESSED
+            parts.lifecycle.forward.set_forward_quantized(module)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
@@ -99,10 +122,17 @@ def test_what_lies_on_a_grid_stays_bit_for_bit(values, group, asked, tmp_path):
     assert all(torch.equal(held[name], tensor) for name, tensor in pruner.model.state_dict().items())
 
 
-def test_the_command_says_what_it_did_and_verify_counts(pruned, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--group", "32"], "21 matrices of 4 bits, a scale for 32 columns"),
+        (["--format", "int-quantized"], "21 matrices of 8 bits, a scale for a row"),
+    ],
+)
+def test_the_command_says_what_it_did_and_verify_counts(options, said, pruned, tmp_path, monkeypatch, capsys):
     folder = str(pruned[1])
-    code, output, _ = run(monkeypatch, capsys, "quantize", folder, str(tmp_path / "out"), "--group", "32")
-    assert code == 0 and "21 matrices of 4 bits, a scale for 32 columns" in output
+    code, output, _ = run(monkeypatch, capsys, "quantize", folder, str(tmp_path / "out"), *options)
+    assert code == 0 and said in output and ("rounds what they are multiplied with" in output) == (len(options[1]) > 2)
     assert "left as they are: 1, such as lm_head.weight" in output
     assert (tmp_path / "out" / "dsa_config.json").read_bytes() == (pruned[1] / "dsa_config.json").read_bytes()
     code, output, _ = run(monkeypatch, capsys, "verify", str(tmp_path / "out"))
@@ -122,12 +152,16 @@ def test_what_cannot_be_quantised_is_said_by_name(pruned, tiny, tmp_path):
     with pytest.raises(ValueError, match="Nothing of .* can be quantised .*it is of a Conv1D"):
         quantize(tmp_path / "gpt2", tmp_path / "none", 4, 32)
     for settings, message in (
-        ({"bits": 3}, "8 or 4 bits, got 3"),
+        ({"bits": 3}, "4 or 8 bits in pack-quantized, got 3"),
+        ({"bits": 4, "format": "int-quantized"}, "8 bits in int-quantized, got 4"),
+        ({"group": 32, "format": "int-quantized"}, "in int-quantized; use 0, where 0 is all of a row"),
         ({"group": 33}, "group=33 is no number of columns"),
         ({"scales": "best"}, "mse, got 'best'"),
     ):
         with pytest.raises(ValueError, match=message):
             quantize(tmp_path / "tied", tmp_path / "none", **settings)
+    with pytest.raises(KeyError, match="Unknown format 'int-quantised'. Did you mean 'int-quantized'"):
+        quantize(tmp_path / "tied", tmp_path / "none", format="int-quantised")
     with pytest.raises(ValueError, match="is quantised .compressed-tensors"):
         quantize(tmp_path / "out", tmp_path / "none")
     with pytest.raises(FileNotFoundError, match="No folder"):

@@ -7,24 +7,31 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from optimum_dsa import quantize
+from optimum_dsa.checkpoint.integers_format import FORMATS
 from optimum_dsa.checkpoint.integers_shards import is_integers, restore
 
 from ..tiny import tiny_llama
 
 
-@pytest.fixture
-def folder(tmp_path):
+# of 35 rows of 33 columns, an odd number of int8 lies before what is wider
+@pytest.fixture(params=FORMATS)
+def folder(request, tmp_path):
     """A quantised Llama in several shards."""
-    tiny_llama(hidden_size=64).bfloat16().save_pretrained(tmp_path / "in", max_shard_size="60KB")
-    quantize(tmp_path / "in", tmp_path / "out", 8, 0)
+    model = tiny_llama(hidden_size=33, intermediate_size=35, num_attention_heads=3, num_key_value_heads=1, head_dim=8)
+    model.bfloat16().save_pretrained(tmp_path / "in", max_shard_size="12KB")
+    quantize(tmp_path / "in", tmp_path / "out", 8, 0, format=request.param)
     return tmp_path / "out"
+
+
+def tensors_in(folder):
+    return {name: one for file in folder.glob("*.safetensors") for name, one in load_file(file).items()}
 
 
 def starts(file):
     data = file.read_bytes()
     length = int.from_bytes(data[:8], "little")
     header = json.loads(data[8 : 8 + length])
-    sizes = {"I64": 8, "I32": 4, "F32": 4, "BF16": 2}
+    sizes = {"I64": 8, "I32": 4, "F32": 4, "BF16": 2, "I8": 1}
     return [
         (8 + length + one["data_offsets"][0], sizes[one["dtype"]])
         for name, one in header.items()
@@ -40,15 +47,20 @@ def test_every_tensor_begins_at_a_multiple_of_its_width(folder):
 
 
 def test_numbers_times_scales_are_what_is_dense(folder, tmp_path):
-    assert is_integers(json.loads((folder / "config.json").read_text())) and not is_integers({})
+    stated = json.loads((folder / "config.json").read_text())
+    assert is_integers(stated) and not is_integers({})
     restore(folder, tmp_path / "dense")
-    dense = {name: one for file in (tmp_path / "dense").glob("*.safetensors") for name, one in load_file(file).items()}
-    held = {name: one for file in folder.glob("*.safetensors") for name, one in load_file(file).items()}
-    packed = held["model.layers.0.mlp.up_proj.weight_packed"]
-    numbers = packed.view(torch.uint8).to(torch.int16) - 128  # of 8 bits, they are the bytes
-    expected = numbers * held["model.layers.0.mlp.up_proj.weight_scale"].float()
-    assert torch.equal(dense["model.layers.0.mlp.up_proj.weight"], expected.bfloat16())
+    dense, held = tensors_in(tmp_path / "dense"), tensors_in(folder)
+    name = "model.layers.0.mlp.up_proj.weight"
+    if FORMATS[stated["quantization_config"]["format"]].packed:
+        # of 8 bits, they are the bytes, of which the last of a row fill up a word
+        numbers = held[f"{name}_packed"].view(torch.uint8)[:, :33].to(torch.int16) - 128
+    else:
+        numbers = held[name]
+        assert numbers.dtype == torch.int8
+    assert torch.equal(dense[name], (numbers * held[f"{name}_scale"].float()).bfloat16())
     assert torch.equal(dense["lm_head.weight"], held["lm_head.weight"])
+    assert dense.keys() == tensors_in(tmp_path / "in").keys()
 
 
 def test_others_numbers_and_lost_parts_are_refused(folder, tmp_path):

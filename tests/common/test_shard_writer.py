@@ -27,6 +27,24 @@ def test_tensors_of_every_type_come_back_and_lie_where_they_may_be_read_in_place
         assert file.metadata() == {"format": "pt", "of": "a block"}
 
 
+def test_what_comes_later_lies_where_room_was_kept(tmp_path):
+    numbers, scales, last = torch.arange(3, dtype=torch.int8), torch.randn(5, 1).bfloat16(), torch.ones(2).bool()
+    with ShardWriter(tmp_path / "a", ["scales", "numbers", "last"], None) as writer:
+        writer.reserve("scales", (5, 1), torch.bfloat16)
+        writer.reserve("numbers", (3,), torch.int8)
+        writer.add("last", last)
+        writer.fill("numbers", numbers)
+        writer.fill("scales", scales)
+    found = load_file(tmp_path / "a")
+    assert torch.equal(found["scales"], scales) and torch.equal(found["numbers"], numbers)
+    assert torch.equal(found["last"], last)
+
+
+def test_room_that_was_kept_is_filled(tmp_path):
+    with pytest.raises(AssertionError, match="never filled: a"), ShardWriter(tmp_path / "a", ["a"], None) as writer:
+        writer.reserve("a", (3,), torch.int8)
+
+
 def test_a_file_that_was_not_brought_to_its_end_has_no_header(tmp_path):
     with pytest.raises(KeyError), ShardWriter(tmp_path / "a", ["a"], None) as writer:
         writer.add("a", torch.ones(4))
