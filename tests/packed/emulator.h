@@ -252,7 +252,8 @@ namespace emulator {
 inline void check_read(const void* from, size_t bytes) {
   if ((uintptr_t)from % bytes) fail("weights are not aligned");
   // What is aligned stays on the page of a byte that may be read.
-  if (weights_end && ((uint8_t*)from + bytes <= weights_begin || (uint8_t*)from >= weights_end)) fail("read beyond the weights");
+  const bool beyond = (uint8_t*)from + bytes <= weights_begin || (uint8_t*)from >= weights_end;
+  if (weights_end && beyond) fail("read beyond the weights");
   weights_read += bytes;
 }
 }  // namespace emulator

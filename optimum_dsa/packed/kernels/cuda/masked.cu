@@ -22,7 +22,7 @@ struct Masked {
   int rows, columns, bit;
   int scale_columns, group_shift;  // columns that share a scale, 1 << group_shift
   int pairs, steps;                // of rows; of a row
-  int warps, blocks;               // of a block; of the grid
+  int warps, blocks, stride;       // of a block; of the grid; from one pair of a warp to its next
   int at_warps;                    // where shared memory holds what each warp has for itself, after x
   bool float16, early;             // whether x and y are float16
 };
@@ -130,13 +130,15 @@ template <int BITS> DEVICE float stage_masked(const Masked& work, uint32_t share
 }
 
 // Where the values of a row lie: whole pieces of 16 bytes from the one with its first value on.
+struct Ends {
+  long long begin, end;
+};
 struct Stream {
   const uint8_t* from;
   int bytes;       // from there to the row's end
   uint32_t first;  // values from there to its own
-};
-struct Ends {
-  long long begin, end;
+
+  DEVICE uint32_t slots() const { return bytes > (int)SLOT ? (bytes + SLOT - 1) / SLOT : 1; }
 };
 template <int BITS> DEVICE Stream stream_of(const Masked& work, Ends ends) {
   const uint8_t* at = work.values + ends.begin * BITS / 8;
@@ -144,7 +146,53 @@ template <int BITS> DEVICE Stream stream_of(const Masked& work, Ends ends) {
   const int bytes = (int)((ends.end - ends.begin) * BITS / 8);
   return Stream{at - before, bytes ? before + bytes : 0, (uint32_t)before * 8 / BITS};
 }
-DEVICE uint32_t slots_of(const Stream& stream) { return stream.bytes > (int)SLOT ? (stream.bytes + SLOT - 1) / SLOT : 1; }
+// Of the row that half of the lanes look after; the others look after the other row of the pair.
+DEVICE Ends ends_of(const Masked& work, int pair) {
+  const int row = 2 * pair + (threadIdx.x >> 4 & 1);
+  return row < work.rows ? Ends{work.starts[row], work.starts[row + 1]} : Ends{0, 0};
+}
+
+// Values on their way: one row of each of a warp's pairs after the other, in slots that are counted from the first one on.
+template <int BITS> struct Ring {
+  const Masked& work;
+  const int skip = 16 * (threadIdx.x & 15);  // bytes from a slot's begin to what the lane copies first
+  const uint32_t at;
+  int pair;
+  const uint8_t* coming;
+  int left;  // bytes that are coming of the row
+  Ends then;
+  uint32_t filled = 0, landed = 0, landed_before = 0;  // slots: asked for, and before the last and the last two askings
+
+  DEVICE Ring(const Masked& work, uint32_t at, int pair) : work(work), at(at), pair(pair) { begin(ends_of(work, pair)); }
+  DEVICE void begin(Ends ends) {
+    const Stream stream = stream_of<BITS>(work, ends);
+    coming = stream.from + skip, left = stream.bytes - skip;
+    then = ends_of(work, pair + work.stride);
+  }
+  // Ask for all slots before `limit`.
+  DEVICE void fill(uint32_t limit) {
+    landed_before = landed, landed = filled;
+    while (filled < limit && pair < work.pairs) {
+      const uint32_t to = at + filled % SLOTS * SLOT + skip;
+#pragma unroll
+      for (int bytes = 0; bytes < (int)SLOT; bytes += 256)
+        if (bytes < left) copy_later(to + bytes, coming + bytes);
+      if (to == at && left > 0) copy_later(to + RING, coming);
+      filled++, coming += SLOT, left -= SLOT;
+      if (left + skip <= 0) pair += work.stride, begin(then);
+    }
+    end_of_copies();
+  }
+  // Until all slots before `needed`, which each lane says of its row, are there.
+  DEVICE void wait(uint32_t needed) const {
+    if (!any_lane(needed > landed_before))
+      wait_for_copies<2>();
+    else if (!any_lane(needed > landed))
+      wait_for_copies<1>();
+    else
+      wait_for_copies<0>();
+  }
+};
 
 // What a step needs of the masks and the scales of two rows: of each mask the words that the lane's 32 bits are in. Where
 // all rows begin at whole words (WHOLE), these are one.
@@ -179,49 +227,71 @@ template <bool WHOLE> DEVICE uint32_t mask_of(const Masked& work, const Words& w
   return left >= 32 ? found : left > 0 ? found & (1u << left) - 1 : 0;
 }
 
+// The entries of a step into shared memory, from each lane's words of the masks, and where the rows' next values are, `at`
+// of lanes 0 and 16. Returns how many values of the lane's row there are.
+DEVICE uint32_t enter(uint32_t entries, uint32_t m0, uint32_t m1, uint32_t at) {
+  const int lane = threadIdx.x & 31;
+  const uint32_t ones = count_bits(m0) + 65536u * count_bits(m1);
+  uint32_t before = ones;
+#pragma unroll
+  for (int distance = 1; distance < 32; distance *= 2) add_from_below(before, distance);
+  const uint32_t both = from_lane(before, 31);
+  before -= ones;
+  const uint32_t begin0 = from_lane(at, 0) + (before & 0xffff), begin1 = from_lane(at, 16) + (before >> 16);
+  const uint32_t middle0 = begin0 + count_bits(m0 & 0xffff), middle1 = begin1 + count_bits(m1 & 0xffff);
+  store_shared(entries + 16 * lane,
+               make_uint4(pick_bytes(m0, begin0, 0x5410), pick_bytes(m1, begin1, 0x5410),
+                          pick_bytes(m0, middle0, 0x5432), pick_bytes(m1, middle1, 0x5432)));
+  return lane < 16 ? both & 0xffff : both >> 16;
+}
+
+// Eight slices of two rows times those of x. `scales`: of the lane's 32 columns of either row.
+template <int BITS, bool FLOAT16, bool GROUPS>
+DEVICE void multiply_slices(float (&sums)[4], float (&total)[2], uint2 entry, uint2 x, uint32_t up, uint32_t rings,
+                            uint32_t table, const float (&scales)[2], int chunk) {
+  const int g = threadIdx.x >> 2 & 7;
+  uint32_t a[4];
+  expand_masked<BITS>(entry.x, up, rings, table, a[0], a[2]);
+  expand_masked<BITS>(entry.y, up, rings + PITCH, table, a[1], a[3]);
+  if (GROUPS)
+    for (int k = 0; k < 4; k++) sums[k] = 0;
+  multiply_dense<FLOAT16>(sums, a, x);
+  if (GROUPS)
+    for (int k = 0; k < 2; k++)
+      total[k] += from_lane(scales[k], 4 * chunk + g / 2) * (g & 1 ? sums[2 * k + 1] : sums[2 * k]);
+}
+
+// The sums on the diagonal, all added up, are the products of two rows.
+template <int BITS, bool GROUPS>
+DEVICE void finish_masked(const Masked& work, const float (&sums)[4], float (&total)[2], int pair, float factor) {
+  const int lane = threadIdx.x & 31, g = lane >> 2, t = lane & 3, row = 2 * pair + lane;
+#pragma unroll
+  for (int k = 0; k < 2; k++) {
+    if (!GROUPS) total[k] = g & 1 ? sums[2 * k + 1] : sums[2 * k];
+    if (t != g / 2) total[k] = 0;
+    for (int distance = 1; distance < 32; distance *= 2) total[k] += from_neighbour(total[k], distance);
+  }
+  if (lane >= 2 || row >= work.rows) return;
+  float sum = (lane ? total[1] : total[0]) * factor;
+  if (BITS != 16 && !GROUPS) sum *= work.scales[row];
+  work.y[row] = work.float16 ? round_float16(sum) : to_bfloat16(sum);
+}
+
 template <int BITS, bool FLOAT16, bool GROUPS, bool WHOLE>
 __global__ void __launch_bounds__(512, 1) masked(const Masked work) {
   constexpr uint32_t PER_SLOT = SLOT * 8 / BITS;
-  const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, g = lane >> 2, t = lane & 3, which = lane >> 4;
+  const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, g = lane >> 2, t = lane & 3;
   const uint32_t shared = shared_base(), table = shared + AT_TABLE;
   const uint32_t rings = shared + work.at_warps + warp * OF_WARP, entries = rings + 2 * PITCH;
   // The last turn of the warps, which has not enough for all, is shared out among all blocks.
-  const int first = warp * work.blocks + blockIdx.x, stride = work.warps * work.blocks;
+  const int first = warp * work.blocks + blockIdx.x;
   if (work.early) let_the_next_begin();
 
-  // Half of the lanes look after one row, half after the other: where its values are, and which slots are free.
-  auto ends_of = [&](int pair) {
-    const int row = 2 * pair + which;
-    return row < work.rows ? Ends{work.starts[row], work.starts[row + 1]} : Ends{0, 0};
-  };
-  const uint32_t own = rings + which * PITCH + 16 * (lane & 15);
-  const int skip = 16 * (lane & 15);
-  int filling = first;
-  uint32_t filled = 0, landed = 0, landed_before = 0;  // slots: asked for, and before the last and the last two askings
-  Stream row = stream_of<BITS>(work, ends_of(filling));
-  Ends then = ends_of(filling + stride), after = then;
-  const uint8_t* coming = row.from + skip;
-  int left = row.bytes - skip;
-  auto fill = [&](uint32_t limit) {
-    while (filled < limit && filling < work.pairs) {
-      const uint32_t to = own + filled % SLOTS * SLOT;
-#pragma unroll
-      for (int bytes = 0; bytes < (int)SLOT; bytes += 256)
-        if (bytes < left) copy_later(to + bytes, coming + bytes);
-      if (to == rings + which * PITCH && left > 0) copy_later(to + RING, coming);
-      filled++, coming += SLOT, left -= SLOT;
-      if (left + skip <= 0) {
-        filling += stride;
-        const Stream stream = stream_of<BITS>(work, then);
-        coming = stream.from + skip, left = stream.bytes - skip;
-        then = ends_of(filling + stride);
-      }
-    }
-    end_of_copies();
-  };
-  fill(SLOTS);
+  Ring<BITS> ring(work, rings + (lane >> 4) * PITCH, first);
+  ring.fill(SLOTS);
+  Stream row = stream_of<BITS>(work, ends_of(work, first));
+  Ends after = ends_of(work, first + work.stride);
   Words words = read_words<WHOLE, GROUPS>(work, first, 0);
-
   if (threadIdx.x < 16) {
     const uint2 how = spreading<BITS>(threadIdx.x);
     store_shared_word(table + 8 * threadIdx.x, how.x);
@@ -232,74 +302,37 @@ __global__ void __launch_bounds__(512, 1) masked(const Masked work) {
   sync_block();
 
   const uint32_t up = anew(1 << 28 - 4 * t);
-  uint32_t slot = 0, at = row.first;  // where the row begins, and its next value, counted in slots from the first one on
-  for (int pair = first; pair < work.pairs; pair += stride) {
+  uint32_t slot = 0, at = row.first;  // where the row begins, and its next value, counted in the ring from the first slot on
+  for (int pair = first; pair < work.pairs; pair += work.stride) {
     float sums[4] = {}, total[2] = {};
     for (int step = 0; step < work.steps; step++) {
       const bool ends = step + 1 == work.steps;
       const uint32_t m0 = mask_of<WHOLE>(work, words, 0, pair, step), m1 = mask_of<WHOLE>(work, words, 1, pair, step);
-      const float scale[2] = {words.scales[0], words.scales[1]};
-      words = read_words<WHOLE, GROUPS>(work, ends ? pair + stride : pair, ends ? 0 : step + 1);
-      const uint32_t ones = count_bits(m0) + 65536u * count_bits(m1);
-      uint32_t before = ones;
-#pragma unroll
-      for (int distance = 1; distance < 32; distance *= 2) add_from_below(before, distance);
-      const uint32_t both = from_lane(before, 31), taken = which ? both >> 16 : both & 0xffff;
-      before -= ones;
-      const uint32_t begin0 = from_lane(at, 0) + (before & 0xffff), begin1 = from_lane(at, 16) + (before >> 16);
-      const uint32_t middle0 = begin0 + count_bits(m0 & 0xffff), middle1 = begin1 + count_bits(m1 & 0xffff);
-      store_shared(entries + 16 * lane,
-                   make_uint4(pick_bytes(m0, begin0, 0x5410), pick_bytes(m1, begin1, 0x5410),
-                              pick_bytes(m0, middle0, 0x5432), pick_bytes(m1, middle1, 0x5432)));
-      const uint32_t needed = taken ? (at + taken - 1) / PER_SLOT + 1 : 0;  // slots
-      if (!any_lane(needed > landed_before))
-        wait_for_copies<2>();
-      else if (!any_lane(needed > landed))
-        wait_for_copies<1>();
-      else
-        wait_for_copies<0>();
+      const float scales[2] = {words.scales[0], words.scales[1]};
+      words = read_words<WHOLE, GROUPS>(work, ends ? pair + work.stride : pair, ends ? 0 : step + 1);
+      const uint32_t taken = enter(entries, m0, m1, at);
+      ring.wait(taken ? (at + taken - 1) / PER_SLOT + 1 : 0);
       sync_warp();
-      const uint32_t x = shared + AT_X_MASKED + 2 * STEP * step + 8 * lane, entry = entries + 8 * g;
+      const uint32_t x = shared + AT_X_MASKED + 2 * STEP * step + 8 * lane;
+#pragma unroll
       for (int half = 0; half < 2; half++) {
         if (half && work.columns - STEP * step <= HALF_STEP) break;
 #pragma unroll
-        for (int i = 0; i < 4; i++) {
-          const int chunk = 4 * half + i;  // of 8 slices
-          const uint2 e = load_shared_pair(entry + 64 * chunk), b = load_shared_pair(x + 256 * chunk);
-          uint32_t a[4];
-          expand_masked<BITS>(e.x, up, rings, table, a[0], a[2]);
-          expand_masked<BITS>(e.y, up, rings + PITCH, table, a[1], a[3]);
-          if (GROUPS)
-            for (int k = 0; k < 4; k++) sums[k] = 0;
-          multiply_dense<FLOAT16>(sums, a, b);
-          if (GROUPS)
-            for (int k = 0; k < 2; k++)
-              total[k] += from_lane(scale[k], 4 * chunk + g / 2) * (g & 1 ? sums[2 * k + 1] : sums[2 * k]);
-        }
+        for (int chunk = 4 * half, i = 0; i < 4; i++, chunk++)
+          multiply_slices<BITS, FLOAT16, GROUPS>(sums, total, load_shared_pair(entries + 8 * g + 64 * chunk),
+                                                 load_shared_pair(x + 256 * chunk), up, rings, table, scales, chunk);
       }
       sync_warp();  // the slots and the entries are free
       at += taken;
       if (ends) {
-        slot += slots_of(row);
+        slot += row.slots();
         row = stream_of<BITS>(work, after);
-        after = ends_of(pair + 2 * stride);
+        after = ends_of(work, pair + 2 * work.stride);
         at = slot * PER_SLOT + row.first;
       }
-      landed_before = landed, landed = filled;
-      fill(at / PER_SLOT + SLOTS);
+      ring.fill(at / PER_SLOT + SLOTS);
     }
-#pragma unroll
-    for (int k = 0; k < 2; k++) {
-      if (!GROUPS) total[k] = g & 1 ? sums[2 * k + 1] : sums[2 * k];
-      if (t != g / 2) total[k] = 0;  // not on the diagonal
-      for (int distance = 1; distance < 32; distance *= 2) total[k] += from_neighbour(total[k], distance);
-    }
-    const int mine = 2 * pair + lane;
-    if (lane < 2 && mine < work.rows) {
-      float sum = (lane ? total[1] : total[0]) * factor;
-      if (BITS != 16 && !GROUPS) sum *= work.scales[mine];
-      work.y[mine] = work.float16 ? round_float16(sum) : to_bfloat16(sum);
-    }
+    finish_masked<BITS, GROUPS>(work, sums, total, pair, factor);
   }
 }
 
@@ -309,7 +342,8 @@ static int cut_masked(Masked& work, int resident, int multiprocessors, int limit
   work.steps = (work.columns + STEP - 1) / STEP;
   const int most = resident * multiprocessors, needed = (work.pairs + work.warps - 1) / work.warps;
   work.blocks = needed < most ? needed : most;
-  const long long turns = (work.pairs + (long long)work.warps * work.blocks - 1) / ((long long)work.warps * work.blocks);
+  work.stride = work.warps * work.blocks;
+  const long long turns = (work.pairs + (long long)work.stride - 1) / work.stride;
   // Places in the stream of a warp are 32 bits, and so are those of words in the mask.
   if ((2LL * work.columns + 2 * SLOT) * turns >= 1LL << 30 || (long long)work.rows * work.columns >= 1LL << 36) return -1;
   work.at_warps = AT_X_MASKED + (work.columns + HALF_STEP - 1) / HALF_STEP * HALF_STEP * 2;
@@ -350,7 +384,8 @@ extern "C" int optimum_dsa_masked(const void* mask, const void* values, const vo
   const int shared = cut_masked(work, resident, multiprocessors, limit);
   if (shared < 0 || !y) return shared < 0 ? shared : 0;
   if (bits == 16)
-    return float16 ? launch_masked<16, true, false>(work, shared, stream) : launch_masked<16, false, false>(work, shared, stream);
+    return float16 ? launch_masked<16, true, false>(work, shared, stream)
+                   : launch_masked<16, false, false>(work, shared, stream);
   if (bits == 8)
     return group ? launch_masked<8, true, true>(work, shared, stream) : launch_masked<8, true, false>(work, shared, stream);
   if (bits == 4)
