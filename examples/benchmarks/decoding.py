@@ -3,21 +3,28 @@
 import inspect
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 from transformers import LlamaForCausalLM, StaticCache
 
-from optimum_dsa.packed.cuda import BATCH, WAYS, kernels, milliseconds
+from optimum_dsa.packed import masked
+from optimum_dsa.packed.cuda import BATCH, WAYS, Kernels, kernels, unpacked
 from optimum_dsa.packed.matrix import PackedMatrix
+from optimum_dsa.packed.measured import milliseconds
 from optimum_dsa.packed.two_of_four import TwoOfFour
 
 
 LAYERS = ((4096, 4096), (14336, 4096), (4096, 14336))
 SMALL_LAYERS = ((64, 256),)
-KINDS = ("2:4", "2:4 int8", "2:4 int4", "50 %", "60 %", "70 %", "80 %")
-END_TO_END = ("dense", "2:4", "2:4 int8", "2:4 int4", "60 %")
-BATCHES = (1, 4, BATCH)
+KINDS = (
+    *("2:4", "2:4 int8", "2:4 int4"),
+    *(f"{share} %{values}" for share in (50, 60, 70, 80) for values in ("", " int8")),
+    "50 % int4",
+)
+END_TO_END = ("dense", "2:4", "2:4 int8", "2:4 int4", "60 %", "60 % int8")
+BATCHES = {"2:4": (1, 4, BATCH), "mask": (1, 2)}
 WRONG = 2**-7  # of a product in bfloat16, relative to float64: an error of the kernel, and not of rounding
 MB = 2**20
 
@@ -28,17 +35,16 @@ def pruned(weight: Tensor, kind: str) -> Tensor:
         fours = weight.view(len(weight), -1, 4)
         return fours.scatter(2, fours.abs().topk(2, dim=2, largest=False).indices, 0).view_as(weight)
     generator = torch.Generator(weight.device).manual_seed(0)
-    share = int(kind.removesuffix(" %")) / 100
+    share = int(kind.split(" %")[0]) / 100
     return weight.masked_fill(torch.rand(weight.shape, generator=generator, device=weight.device) < share, 0)
 
 
 def packed(weight: Tensor, kind: str) -> PackedMatrix | TwoOfFour:
     """A pruned weight, (rows, columns), as it is multiplied with."""
-    if not kind.startswith("2:4"):
-        return PackedMatrix.of(weight)
-    return TwoOfFour.of(
+    matrix = (
         PackedMatrix.quantised(weight, int(kind[-1]), scales="absmax") if "int" in kind else PackedMatrix.of(weight)
     )
+    return TwoOfFour.of(matrix) if kind.startswith("2:4") else matrix
 
 
 def apart(output: Tensor, input: Tensor, dense: Tensor) -> float:
@@ -64,34 +70,58 @@ def layers(device: torch.device) -> Iterator[str]:
     for rows, columns in LAYERS if device.type == "cuda" else SMALL_LAYERS:
         generator = torch.Generator(device).manual_seed(0)
         weight = torch.randn(rows, columns, generator=generator, device=device).bfloat16()
-        inputs = torch.randn(max(BATCHES), columns, generator=generator, device=device).bfloat16()
+        inputs = torch.randn(BATCH, columns, generator=generator, device=device).bfloat16()
         for kind in KINDS:
             matrix = packed(pruned(weight, kind), kind)
             whole_numbers = torch.float32 if "int" in kind else torch.bfloat16
             dense = matrix.dense(whole_numbers)
-            for batch in BATCHES if kind.startswith("2:4") and found is not None else (1,):
+            for batch in BATCHES["2:4" if kind.startswith("2:4") else "mask"] if found is not None else (1,):
                 yield row(matrix, dense, inputs[:batch], found, f"{kind:<9} {rows} x {columns}  batch {batch}")
 
 
-def row(matrix, dense: Tensor, inputs: Tensor, found, name: str) -> str:
+def row(matrix, dense: Tensor, inputs: Tensor, found: Kernels | None, name: str) -> str:
     """One line: the error, microseconds of torch's product, and of the packed one, and how they compare."""
-    error, way, weight = apart(matrix.linear(inputs), inputs, dense), "unpacked", dense.bfloat16()
-    if found is not None and isinstance(matrix, TwoOfFour):
-        parts, output = (matrix.groups, matrix.scales), inputs.new_empty(len(inputs), matrix.shape[0])
-        for each in WAYS:
-            if found.fits(each, inputs, matrix.groups, matrix.shape[0]):
-                found.run(each, inputs, *parts, output.fill_(torch.nan))
-                error = max(error, apart(output, inputs, dense))
-        times = found.measure(inputs, *parts, matrix.shape[0])
-        before = times["dense"]
-        way, after = min(((key, value) for key, value in times.items() if key != "dense"), key=lambda pair: pair[1])
+    error, weight = apart(matrix.linear(inputs), inputs, dense), dense.bfloat16()
+    if found is None:
+        times = {
+            "dense": milliseconds(lambda: nn.functional.linear(inputs, weight), inputs.device),
+            "unpacked": milliseconds(lambda: matrix.linear(inputs), inputs.device, 3),
+        }
     else:
-        before = milliseconds(lambda: nn.functional.linear(inputs, weight), inputs.device)
-        after = milliseconds(lambda: matrix.linear(inputs), inputs.device, 3)
+        output = inputs.new_empty(len(inputs), matrix.shape[0])
+        for run in runs(found, matrix, inputs, output).values():
+            output.fill_(torch.nan)
+            run()
+            error = max(error, apart(output, inputs, dense))
+        times = measured(found, matrix, weight, inputs)
+    before = times.pop("dense")
+    way, after = min(times.items(), key=lambda pair: pair[1])
     return (
         f"{name}  torch {1e3 * before:8.1f} us  packed {1e3 * after:8.1f} us ({way})  {before / after:5.2f} x  "
         f"{matrix.nbytes / weight.nbytes:.3f} of the bytes  {error:.1e} from float64"
     )
+
+
+def runs(found: Kernels, matrix, inputs: Tensor, output: Tensor) -> dict[str, Callable[[], None]]:
+    """Every way to cut the kernel for this matrix."""
+    if isinstance(matrix, TwoOfFour):
+        fitting = [way for way in WAYS if found.fits(way, inputs, matrix.groups, matrix.shape[0])]
+        return {way: partial(found.run, way, inputs, matrix.groups, matrix.scales, output) for way in fitting}
+    if not masked.takes(inputs, matrix.parts):
+        return {}
+    fitting = found.masked.ways(inputs, matrix.parts)
+    return {way: partial(found.masked.run, way, inputs, matrix.parts, output) for way in fitting}
+
+
+def measured(found: Kernels, matrix, weight: Tensor, inputs: Tensor) -> dict[str, float]:
+    """Milliseconds of every way, of unpacking, and of the dense weight; into the table, as at the first product."""
+    if isinstance(matrix, TwoOfFour):
+        return dict(found.measure(inputs, matrix.groups, matrix.scales, matrix.shape[0]))
+    others = {
+        "unpacked": lambda input: unpacked(input, *matrix.parts),
+        "dense": lambda input: nn.functional.linear(input, weight),
+    }
+    return dict(found.masked.measure(inputs, matrix.parts, others))
 
 
 class Product(nn.Module):

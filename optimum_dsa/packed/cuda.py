@@ -10,26 +10,22 @@ this file were not there.
 from __future__ import annotations
 
 import ctypes
-import json
 import logging
-import os
-import tempfile
-import timeit
 from collections.abc import Callable
 from functools import cache, lru_cache, partial
 from pathlib import Path
-from statistics import median
 
 import torch
 from torch import Tensor
 
 from . import nvcc, ops
+from .masked import BATCH, Masked, batch_of
+from .measured import Table
 from .ops import TILE
 from .two_of_four import BYTES, dense_rows, linear_24, reference_rows
 
 
 logger = logging.getLogger(__name__)
-BATCH = 8  # rows of the input that a kernel takes at most
 # Ways to cut the work of two_of_four.cu: kind of kernel, tiles of 16 rows in a block, blocks that stay on a
 # multiprocessor. Each of them was the fastest of some shape on an H200.
 WAYS = {
@@ -42,7 +38,6 @@ WAYS = {
     "16 warps, 4 tiles": (2, 4, 1),
 }
 PARTS = 8  # blocks that share the columns of a tile, at most
-TOLERANCE = 1e-2  # of a product, relative to that of PyTorch: bfloat16 rounds by 4e-3
 _BITS = {bytes: bits for bits, bytes in BYTES.items()}
 _INT, _POINTER = ctypes.c_int, ctypes.c_void_p
 TILE_WEIGHTS = 2**24  # that are dense at once in bfloat16, 32 MiB: fewer rows would leave a GPU waiting for its calls
@@ -67,10 +62,9 @@ class Kernels:
         self.function.argtypes = [_POINTER] * 6 + [_INT] * 11 + [_POINTER]
         self.unpack.argtypes = [_POINTER] * 5 + [_INT] * 6 + [_POINTER]
         self.trusted: dict[str, bool] = {}
-        self.multiprocessors, self.shared, self.early, self.table = multiprocessors, shared, early, table
-        self.rows: dict[str, dict[str, float]] = {}
-        if table is not None and table.is_file():
-            self.rows = json.loads(table.read_text())
+        self.multiprocessors, self.shared, self.early = multiprocessors, shared, early
+        self.table = Table(table)
+        self.masked = Masked(functions.optimum_dsa_masked, multiprocessors, shared, early, self.table)
         self.rooms: dict[tuple[torch.device, int], tuple[Tensor, Tensor]] = {}
 
     def linear(self, input: Tensor, groups: Tensor, scales: Tensor | None, rows: int) -> Tensor:
@@ -89,66 +83,38 @@ class Kernels:
     def way(self, input: Tensor, groups: Tensor, scales: Tensor | None, rows: int) -> str | None:
         """The fastest way by the table, measured now if it is not there; `None` where unpacking is faster."""
         key = self.key(groups, rows, input)
-        if key not in self.rows:
-            if self.table is None or (input.is_cuda and torch.cuda.is_current_stream_capturing()):
+        if key not in self.table.rows:
+            if self.table.file is None or (input.is_cuda and torch.cuda.is_current_stream_capturing()):
                 return next((name for name in WAYS if self.fits(name, input, groups, rows)), None)
             self.measure(input, groups, scales, rows)
-        found = {name: time for name, time in self.rows[key].items() if name != "dense"}
-        best = min(found, key=found.get)
-        return None if best == "unpacked" else best
+        return self.table.fastest(key)
 
     @staticmethod
     def key(groups: Tensor, rows: int, input: Tensor) -> str:
         """The row of the table: bits, shape, and the batch, of which 3 is measured as 4, and 5 to 7 as 8."""
-        batch = 1 << (input.numel() // input.shape[-1] - 1).bit_length()
-        return f"2:4, {_BITS[groups.shape[-1]]} bits, {rows} x {input.shape[-1]}, batch {batch}"
+        return f"2:4, {_BITS[groups.shape[-1]]} bits, {rows} x {input.shape[-1]}, batch {batch_of(input)}"
 
     def measure(self, input: Tensor, groups: Tensor, scales: Tensor | None, rows: int) -> dict[str, float]:
         """Milliseconds of every way, of unpacking and of a dense weight, at the batch of `input`, into the table."""
-        columns, key = input.shape[-1], self.key(groups, rows, input)
-        batch = 1 << (input.numel() // columns - 1).bit_length()
+        columns = input.shape[-1]
         # Of its own: the first call's input may be anything, even zeros.
-        generator = torch.Generator().manual_seed(0)
-        x = torch.randn(batch, columns, generator=generator).to(input)
+        x = torch.randn(batch_of(input), columns, generator=torch.Generator().manual_seed(0)).to(input)
         tiles = (
             reference_rows(groups, scales, columns, first, min(first + TILE, rows), x.dtype)
             for first in range(0, rows, TILE)
         )
-        weight, output = torch.cat(list(tiles)), x.new_empty(batch, rows)
-        expected = torch.nn.functional.linear(x, weight).float()
-        timed = {}
-        for name in WAYS:
-            if not self.fits(name, x, groups, rows):
-                continue
-            try:
-                self.run(name, x, groups, scales, output.fill_(torch.nan))
-                apart = float((output.float() - expected).norm() / expected.norm().clamp_min(1e-20))
-            except RuntimeError as error:
-                logger.warning("%s: %s", name, error)
-                continue
-            if not apart <= TOLERANCE:  # of NaN too
-                logger.warning("%s is left out for %s: its product is %.1e away from PyTorch's.", name, key, apart)
-                continue
-            timed[name] = milliseconds(lambda name=name: self.run(name, x, groups, scales, output), x.device)
+        weight, output = torch.cat(list(tiles)), x.new_empty(len(x), rows)
+        runs = {
+            name: partial(self.run, name, x, groups, scales, output)
+            for name in WAYS
+            if self.fits(name, x, groups, rows)
+        }
         unpacked = partial(
             by_tiles, x, rows, lambda first, last: dense_rows(groups, scales, columns, first, last, x.dtype)
         )
-        timed["unpacked"] = milliseconds(unpacked, x.device, 3)
-        timed["dense"] = milliseconds(lambda: torch.nn.functional.linear(x, weight), x.device)
-        self.rows[key] = {name: round(time, 6) for name, time in timed.items()}
-        self.save()
-        return self.rows[key]
-
-    def save(self) -> None:
-        """The table into its file, beside what another process has written since."""
-        if self.table is None:
-            return
-        self.table.parent.mkdir(parents=True, exist_ok=True)
-        if self.table.is_file():
-            self.rows = json.loads(self.table.read_text()) | self.rows
-        with tempfile.NamedTemporaryFile("w", dir=self.table.parent, delete=False) as file:
-            json.dump(self.rows, file, indent=1)
-        os.replace(file.name, self.table)
+        dense = partial(torch.nn.functional.linear, x, weight)
+        key = self.key(groups, rows, input)
+        return self.table.measure(key, runs, output, dense(), {"unpacked": unpacked, "dense": dense})
 
     def rows_of(
         self,
@@ -241,22 +207,6 @@ class Kernels:
         return sums, arrived
 
 
-def milliseconds(work: Callable[[], object], device: torch.device, times: int = 10) -> float:
-    """Of `work`, the median: on a GPU with its second cache full of something else before each."""
-    if device.type != "cuda":
-        return 1e3 * median(timeit.repeat(work, number=1, repeat=times))
-    other = torch.empty(2 * torch.cuda.get_device_properties(device).L2_cache_size, dtype=torch.uint8, device=device)
-    events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(times)]
-    work()
-    for start, end in events:
-        other.zero_()
-        start.record()
-        work()
-        end.record()
-    torch.cuda.synchronize(device)
-    return median(start.elapsed_time(end) for start, end in events)
-
-
 @cache
 def kernels(device: torch.device) -> Kernels | None:
     """The kernels for a card; `None` where none are there and may be compiled, or the card is older than sm_80."""
@@ -291,6 +241,12 @@ def by_tiles(input: Tensor, rows: int, dense: Callable[[int, int], Tensor]) -> T
     return output
 
 
+def unpacked(input: Tensor, mask: Tensor, values: Tensor, starts: Tensor, scales: Tensor | None, group: int) -> Tensor:
+    """input · Wᵀ of a packed matrix, (..., columns) -> (..., rows), a tile of dense rows at a time."""
+    parts = (mask, values, starts, scales, group, input.shape[-1])
+    return by_tiles(input, len(starts) - 1, lambda first, last: ops.dense_rows(*parts, first, last, input.dtype))
+
+
 def _linear_24(input, groups, scales, rows):
     found = kernels(input.device)
     return (linear_24 if found is None else found.linear)(input, groups, scales, rows)
@@ -304,10 +260,10 @@ def _dense_rows_24(groups, scales, columns, first, last, dtype):
 
 
 def _linear(input, mask, values, starts, scales, group):
-    if kernels(input.device) is None:
-        return torch.ops.optimum_dsa.linear_reference(input, mask, values, starts, scales, group)
-    parts = (mask, values, starts, scales, group, input.shape[-1])
-    return by_tiles(input, len(starts) - 1, lambda first, last: ops.dense_rows(*parts, first, last, input.dtype))
+    found, parts = kernels(input.device), (mask, values, starts, scales, group)
+    if found is None:
+        return torch.ops.optimum_dsa.linear_reference(input, *parts)
+    return found.masked.linear(input, parts, lambda input: unpacked(input, *parts))
 
 
 def _dense_rows(mask, values, starts, scales, group, columns, first, last, dtype):

@@ -1,11 +1,13 @@
 """Kernels, compiled from the sources as they are."""
 
 import platform
+import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
 
-from optimum_dsa.packed import loading
+from optimum_dsa.packed import loading, nvcc
 from optimum_dsa.packed.kernels.compiling import NoCompiler, compile_library, compiler, file_name
 
 
@@ -22,6 +24,18 @@ def library():
     except NoCompiler as missing:
         pytest.skip(str(missing))
     return path if path.is_file() else compile_library(path)
+
+
+@pytest.fixture(scope="session")
+def emulator(tmp_path_factory):
+    """The library of a GPU's kernels, whose sources run on a CPU, see `emulator.h`."""
+    if (found := shutil.which("g++")) is None:
+        pytest.skip("no g++ to compile the emulator with")
+    made = tmp_path_factory.mktemp("emulator") / "emulated.so"
+    command = [found, "-O1", "-std=c++20", "-fPIC", "-shared", "-DEMULATED", f"-I{Path(__file__).parent}", "-x", "c++"]
+    done = subprocess.run([*command, *nvcc.sources(), "-o", made], capture_output=True, text=True)
+    assert not done.returncode, done.stderr
+    return made
 
 
 @pytest.fixture(scope="module")

@@ -19,6 +19,7 @@ struct uint2 {
 struct uint4 {
   uint32_t x, y, z, w;
 };
+inline uint2 make_uint2(uint32_t x, uint32_t y) { return {x, y}; }
 inline uint4 make_uint4(uint32_t x, uint32_t y, uint32_t z, uint32_t w) { return {x, y, z, w}; }
 struct Index {
   int x;
@@ -30,10 +31,15 @@ constexpr size_t STACK = 1 << 16;
 struct Barrier {
   int members = 0, arrived = 0, turn = 0;
 };
+struct Copy {
+  uint32_t to;
+  const uint8_t* from;
+};
 struct Fiber {
   jmp_buf place;
   ucontext_t first;
   bool begun = false, done = false;
+  std::vector<std::vector<Copy>> copies{1};  // that have not landed, by where they were ended
 };
 struct Warp {
   Barrier barrier;
@@ -95,8 +101,8 @@ inline void run(int grid, int threads, int bytes, std::function<void()> kernel) 
       makecontext(&fibers[i].first, begin, 0);
     }
     static int left;
-    left = threads;
-    for (static long rounds; left; rounds++) {
+    static long rounds;
+    for (left = threads, rounds = 0; left; rounds++) {
       if (rounds > 1000000) fail("no progress");
       random = random * 1664525u + 1013904223u;
       static int i, end;
@@ -125,6 +131,7 @@ template <class To, class From> To cast(From value) {
 
 inline uint32_t shared_base() { return 0; }
 inline void sync_block() { emulator::wait(emulator::block); }
+inline void sync_warp() { emulator::wait(emulator::warp().barrier); }
 inline void fence() {}
 inline int add_one(int* counter) { return (*counter)++; }
 inline int anew(int value) { return value; }
@@ -142,6 +149,7 @@ inline float from_float16(uint16_t half) { return emulator::cast<_Float16>(half)
 inline uint16_t to_float16(float value) {
   return emulator::cast<uint16_t>((_Float16)(value > 65504 ? 65504 : value < -65504 ? -65504 : value));
 }
+inline uint16_t round_float16(float value) { return emulator::cast<uint16_t>((_Float16)value); }
 inline float from_neighbour(float value, int distance) {
   auto& warp = emulator::warp();
   warp.words[threadIdx.x % 32][0] = emulator::cast<uint32_t>(value);
@@ -150,12 +158,34 @@ inline float from_neighbour(float value, int distance) {
   emulator::wait(warp.barrier);
   return as_float(found);
 }
+template <class Word> inline Word from_lane(Word value, int lane) {
+  auto& warp = emulator::warp();
+  warp.words[threadIdx.x % 32][0] = emulator::cast<uint32_t>(value);
+  sync_warp();
+  const uint32_t found = warp.words[lane % 32][0];
+  sync_warp();
+  return emulator::cast<Word>(found);
+}
+inline bool any_lane(bool value) {
+  bool any = false;
+  for (int lane = 0; lane < 32; lane++) any |= from_lane<uint32_t>(value, lane);
+  return any;
+}
+inline void add_from_below(uint32_t& sum, int distance) {
+  const int lane = threadIdx.x % 32;
+  const uint32_t other = from_lane(sum, lane < distance ? lane : lane - distance);
+  if (lane >= distance) sum += other;
+}
+inline float power_of_two(int power) { return as_float(127 + power << 23); }
 inline int count_bits(uint32_t word) { return __builtin_popcount(word); }
 inline uint32_t pick_bytes(uint32_t first, uint32_t second, uint32_t which) {
   const uint64_t all = (uint64_t)second << 32 | first;
   uint32_t found = 0;
   for (int i = 0; i < 4; i++) found |= (uint32_t)(all >> 8 * (which >> 4 * i & 7) & 255) << 8 * i;
   return found;
+}
+inline uint32_t shift_right(uint32_t low, uint32_t high, uint32_t bits) {
+  return ((uint64_t)high << 32 | low) >> (bits & 31);
 }
 inline uint32_t and_or(uint32_t value, uint32_t mask, uint32_t more) { return (value & mask) | more; }
 inline uint32_t add_float16_pairs(uint32_t one, uint32_t other) {
@@ -198,6 +228,57 @@ inline void multiply_sparse(float (&sums)[4], const uint32_t (&a)[4], uint4 b, u
   emulator::wait(warp.barrier);
 }
 
+// The fragments of m16n8k16:
+//   A  registers 0, 2 of row g, 1, 3 of row g + 8; columns 2 t, + 1 (registers 0, 1), and those 8 on (2, 3)
+//   B  register i: rows 8 i + 2 t, + 1 of column g;  sums: rows g, g + 8, columns 2 t, + 1
+template <bool FLOAT16> inline void multiply_dense(float (&sums)[4], const uint32_t (&a)[4], uint2 b) {
+  auto& warp = emulator::warp();
+  const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+  const uint32_t mine[6] = {a[0], a[1], a[2], a[3], b.x, b.y};
+  memcpy(warp.words[lane], mine, sizeof(mine));
+  sync_warp();
+  auto number = [](uint32_t pair, int high) { return FLOAT16 ? from_float16(pair >> 16 * high) : from_bfloat16(pair >> 16 * high); };
+  for (int i = 0; i < 4; i++) {
+    double sum = 0;
+    for (int k = 0; k < 16; k++)
+      sum += (double)number(warp.words[4 * g + k % 8 / 2][i / 2 + 2 * (k / 8)], k % 2) *
+             number(warp.words[4 * (2 * t + i % 2) + k % 8 / 2][4 + k / 8], k % 2);
+    sums[i] += (float)sum;
+  }
+  sync_warp();
+}
+
+namespace emulator {
+inline void check_read(const void* from, size_t bytes) {
+  if ((uintptr_t)from % bytes) fail("weights are not aligned");
+  // What is aligned stays on the page of a byte that may be read.
+  const bool beyond = (uint8_t*)from + bytes <= weights_begin || (uint8_t*)from >= weights_end;
+  if (weights_end && beyond) fail("read beyond the weights");
+  weights_read += bytes;
+}
+}  // namespace emulator
+inline void load_word(uint32_t& found, const uint32_t* from, bool wanted) {
+  found = 0;
+  if (!wanted) return;
+  emulator::check_read(from, 4);
+  memcpy(&found, from, 4);
+}
+// They land as late as they may, and until then there are NaNs.
+inline void copy_later(uint32_t to, const uint8_t* from) {
+  emulator::check_read(from, 16);
+  emulator::check_shared(to, 16);
+  memset(emulator::shared.data() + to, 0xff, 16);
+  emulator::fibers[threadIdx.x].copies.back().push_back({to, from});
+}
+inline void end_of_copies() { emulator::fibers[threadIdx.x].copies.emplace_back(); }
+template <int MAY_MISS> inline void wait_for_copies() {
+  auto& copies = emulator::fibers[threadIdx.x].copies;
+  while (copies.size() > MAY_MISS + 1) {
+    for (const auto& copy : copies.front()) memcpy(emulator::shared.data() + copy.to, copy.from, 16);
+    copies.erase(copies.begin());
+  }
+}
+
 template <class Words> inline void load_weights(Words& found, const uint8_t* from, bool wanted) {
   if (!wanted) return;
   const size_t bytes = sizeof(Words);
@@ -222,20 +303,28 @@ inline uint4 load_shared(uint32_t from) {
   memcpy(&found, emulator::shared.data() + from, 16);
   return found;
 }
-inline float load_shared_float(uint32_t from) {
+inline uint32_t load_shared_word(uint32_t from) {
   emulator::check_shared(from, 4);
-  float found;
+  uint32_t found;
   memcpy(&found, emulator::shared.data() + from, 4);
+  return found;
+}
+inline uint2 load_shared_pair(uint32_t from) {
+  emulator::check_shared(from, 8);
+  uint2 found;
+  memcpy(&found, emulator::shared.data() + from, 8);
   return found;
 }
 inline void store_shared(uint32_t to, uint4 value) {
   emulator::check_shared(to, 16);
   memcpy(emulator::shared.data() + to, &value, 16);
 }
-inline void store_shared_float(uint32_t to, float value) {
+inline void store_shared_word(uint32_t to, uint32_t value) {
   emulator::check_shared(to, 4);
   memcpy(emulator::shared.data() + to, &value, 4);
 }
+inline float load_shared_float(uint32_t from) { return as_float(load_shared_word(from)); }
+inline void store_shared_float(uint32_t to, float value) { store_shared_word(to, emulator::cast<uint32_t>(value)); }
 
 // Between them, unless null, every read of weights has to lie; and how many bytes were read since the last call.
 extern "C" __attribute__((used)) inline long optimum_dsa_emulated(const void* begin, const void* end) {

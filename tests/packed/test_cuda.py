@@ -1,56 +1,20 @@
 """The kernels of a GPU on a CPU: their source runs in an emulator, index for index, called as on a card."""
 
-import ctypes
+import importlib
 import json
-import shutil
-import subprocess
 from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 
-from optimum_dsa.packed import cuda, nvcc
+from optimum_dsa.packed import cuda, masked, measured
 from optimum_dsa.packed.matrix import PackedMatrix
 from optimum_dsa.packed.two_of_four import TwoOfFour, reference_rows
 
+from .emulated import Counted, emulated
 from .test_matrix import sparse, whole
 from .test_two_of_four import two_of_four, whole_numbers
-
-
-HERE = Path(__file__).parent
-
-
-@pytest.fixture(scope="module")
-def library(tmp_path_factory):
-    if (compiler := shutil.which("g++")) is None:
-        pytest.skip("no g++ to compile the emulator with")
-    made = tmp_path_factory.mktemp("emulator") / "emulated.so"
-    command = [compiler, "-O1", "-std=c++20", "-fPIC", "-shared", "-DEMULATED", f"-I{HERE}", "-x", "c++"]
-    done = subprocess.run([*command, *nvcc.sources(), "-o", made], capture_output=True, text=True)
-    assert not done.returncode, done.stderr
-    return made
-
-
-def emulated(library, **changes):
-    """A card of two multiprocessors, which may have 3 blocks of few kilobytes."""
-    settings = {"multiprocessors": 2, "shared": (3 * 60000, 58000), "early": False}
-    return cuda.Kernels(library, **settings | changes)
-
-
-class Counted:
-    """How often a byte of the weights is read within, while none beyond them may be."""
-
-    def __init__(self, library, groups):
-        self.check, self.groups = ctypes.CDLL(str(library)).optimum_dsa_emulated, groups
-        self.check.argtypes, self.check.restype = [ctypes.c_void_p] * 2, ctypes.c_long
-
-    def __enter__(self):
-        self.check(self.groups.data_ptr(), self.groups.data_ptr() + self.groups.nbytes)
-        return self
-
-    def __exit__(self, *error):
-        self.times = self.check(None, None) / self.groups.nbytes
 
 
 def matrix(bits, rows, columns, share):
@@ -61,15 +25,15 @@ def matrix(bits, rows, columns, share):
 
 @pytest.mark.parametrize("way", cuda.WAYS)
 @pytest.mark.parametrize("bits", [16, 8, 4])
-def test_a_product_is_that_of_the_matrix(library, bits, way):
+def test_a_product_is_that_of_the_matrix(emulator, bits, way):
     """Off the tiles in both directions, of few and many rows, 1 to 8 vectors, columns in one part and in several."""
-    kernels = emulated(library)
+    kernels = emulated(emulator)
     for rows, columns, share, batch in ((37, 260, 0.6, 1), (70, 2304, 1.0, 5), (1, 4, 1.0, 2), (130, 1000, 0.9, 3)):
         made = TwoOfFour.of(matrix(bits, rows, columns, share))
         generator = torch.Generator().manual_seed(0)
         inputs = torch.randn(batch, columns, generator=generator).bfloat16()
         output = torch.full((batch, rows), torch.nan, dtype=torch.bfloat16)
-        with Counted(library, made.groups) as read:
+        with Counted(emulator, made.groups) as read:
             kernels.run(way, inputs, made.groups, made.scales, output)
         expected = inputs.double() @ made.dense(torch.float32).double().t()
         torch.testing.assert_close(output.double(), expected, rtol=2**-8, atol=float(expected.abs().mean()) / 250)
@@ -77,8 +41,8 @@ def test_a_product_is_that_of_the_matrix(library, bits, way):
         assert read.times == pytest.approx(-(-tiles // high) * high / tiles)
 
 
-def test_columns_are_shared_by_blocks_where_the_input_does_not_fit(library):
-    kernels = emulated(library, shared=(3 * 16000, 14000))
+def test_columns_are_shared_by_blocks_where_the_input_does_not_fit(emulator):
+    kernels = emulated(emulator, shared=(3 * 16000, 14000))
     way = "more ahead, 2 tiles"
     assert kernels.parts(way, 40, 4096, 1) == 1 and kernels.parts(way, 40, 4096, 4) > 1
     made = TwoOfFour.of(matrix(16, 40, 4096, 0.9))
@@ -93,42 +57,25 @@ def test_columns_are_shared_by_blocks_where_the_input_does_not_fit(library):
     assert kernels.parts(way, 40, 2**20, 8) is None
 
 
-def test_the_table_is_measured_once_kept_and_obeyed(library, tmp_path):
+def test_the_table_is_measured_once_kept_and_obeyed(emulator, tmp_path):
     made = TwoOfFour.of(matrix(8, 32, 512, 1.0))
     inputs = torch.randn(1, 1, 512, generator=torch.Generator().manual_seed(0)).bfloat16()
-    kernels = emulated(library, table=tmp_path / "table.json")
+    kernels = emulated(emulator, table=tmp_path / "table.json")
     expected = made.linear(inputs)
     torch.testing.assert_close(kernels.linear(inputs, made.groups, made.scales, 32), expected, rtol=2**-7, atol=0.5)
     (row,) = json.loads((tmp_path / "table.json").read_text()).values()
     assert set(row) == {*cuda.WAYS, "unpacked", "dense"}
-    again = emulated(library, table=tmp_path / "table.json")
+    again = emulated(emulator, table=tmp_path / "table.json")
     again.measure = None  # would fail: it is known
     key = again.key(made.groups, 32, inputs)
     for best in ("16 warps", "unpacked"):
-        again.rows[key] = {name: float(name != best) for name in row}
+        again.table.rows[key] = {name: float(name != best) for name in row}
         assert again.way(inputs.view(1, -1), made.groups, made.scales, 32) == (None if best == "unpacked" else best)
         assert again.linear(inputs, made.groups, made.scales, 32).shape == (1, 1, 32)
 
 
-def test_a_kernel_whose_product_is_wrong_is_not_in_the_table(library, tmp_path, caplog):
-    kernels = emulated(library, table=tmp_path / "table.json")
-    made, right = TwoOfFour.of(matrix(16, 16, 256, 1.0)), kernels.run
-
-    def wrong(way, *others):
-        right(way, *others)
-        if way == "16 warps":
-            others[-1][0, 3] += 100
-        if way == "more ahead":
-            raise RuntimeError("error 1700")
-
-    kernels.run = wrong
-    row = kernels.measure(torch.ones(1, 256).bfloat16(), made.groups, None, 16)
-    assert set(cuda.WAYS) - set(row) == {"16 warps", "more ahead"}
-    assert "away from PyTorch's" in caplog.text and "1700" in caplog.text
-
-
-def test_what_a_kernel_does_not_take_is_unpacked(library):
-    kernels = emulated(library)
+def test_what_a_kernel_does_not_take_is_unpacked(emulator):
+    kernels = emulated(emulator)
     kernels.run = None  # would fail
     made = TwoOfFour.of(matrix(16, 20, 64, 1.0))
     for inputs in (torch.ones(1, 64), torch.ones(9, 64).bfloat16(), torch.ones(0, 64).bfloat16()):
@@ -137,9 +84,9 @@ def test_what_a_kernel_does_not_take_is_unpacked(library):
 
 
 @pytest.mark.parametrize("bits, group", [(16, 0), (8, 0), (8, 32), (4, 0), (4, 128)])
-def test_rows_are_unpacked_as_in_pytorch_bit_for_bit(library, bits, group):
+def test_rows_are_unpacked_as_in_pytorch_bit_for_bit(emulator, bits, group):
     """Of masks that begin within a byte, of rows that keep nothing or an odd number, from any row on."""
-    kernels = emulated(library)
+    kernels = emulated(emulator)
     for rows, columns in ((37, 260), (5, 13), (20, 1056)):
         if bits == 16:
             packed = PackedMatrix.of(sparse(rows, columns, 0, torch.bfloat16))
@@ -153,8 +100,8 @@ def test_rows_are_unpacked_as_in_pytorch_bit_for_bit(library, bits, group):
 
 
 @pytest.mark.parametrize("bits", [16, 8, 4])
-def test_tiles_of_two_of_four_are_unpacked_as_in_pytorch_bit_for_bit(library, bits):
-    kernels = emulated(library)
+def test_tiles_of_two_of_four_are_unpacked_as_in_pytorch_bit_for_bit(emulator, bits):
+    kernels = emulated(emulator)
     for rows, columns, share in ((37, 260, 0.6), (50, 772, 1.0)):
         made = TwoOfFour.of(matrix(bits, rows, columns, share))
         for first, last in ((0, rows), (16, rows - 1)):
@@ -165,8 +112,8 @@ def test_tiles_of_two_of_four_are_unpacked_as_in_pytorch_bit_for_bit(library, bi
     assert kernels.trusted == {f"{bits} bits, 2:4": True}
 
 
-def test_what_is_not_unpacked_as_in_pytorch_is_not_unpacked_again(library, caplog):
-    kernels = emulated(library)
+def test_what_is_not_unpacked_as_in_pytorch_is_not_unpacked_again(emulator, caplog):
+    kernels = emulated(emulator)
     packed, right = PackedMatrix.of(sparse(4, 32, 0, torch.bfloat16)), torch.ones(4, 32).bfloat16()
     for _ in range(2):
         assert torch.equal(kernels.rows_of(packed.parts, 16, 32, 0, 4, lambda: right), right)
@@ -184,3 +131,17 @@ def test_tiles_are_of_a_bounded_size(monkeypatch):
     inputs = torch.randn(2, 3, 20)
     torch.testing.assert_close(cuda.by_tiles(inputs, 700, dense), torch.nn.functional.linear(inputs, weight))
     assert seen == [256, 256, 188]
+
+
+def test_the_benchmark_checks_and_times_every_way(emulator, monkeypatch, tmp_path):
+    """The emulator stands for the card, so that the first run on one is none in vain."""
+    monkeypatch.syspath_prepend(Path(__file__).parents[2] / "examples" / "benchmarks")
+    decoding = importlib.import_module("decoding")
+    card = emulated(emulator, shared=(233472, 232448), table=tmp_path / "table.json")
+    monkeypatch.setattr(decoding, "kernels", lambda device: card)
+    monkeypatch.setattr(measured, "milliseconds", lambda work, device, times=1: work() is None or 2.0)
+    monkeypatch.setattr(decoding, "KINDS", ("2:4 int8", "60 %", "60 % int8"))
+    monkeypatch.setattr(decoding, "BATCHES", {"2:4": (1,), "mask": (1, 2)})
+    assert len(list(decoding.layers(torch.device("cpu")))) == len(card.table.rows) == 5
+    for key, row in card.table.rows.items():
+        assert set(row) == {*(cuda.WAYS if key.startswith("2:4") else masked.WAYS), "unpacked", "dense"}

@@ -36,4 +36,6 @@ def test_without_leave_or_a_compiler_there_are_no_kernels(monkeypatch, tmp_path)
 @pytest.mark.parametrize("architecture", ["80", "90"])
 def test_nvcc_takes_the_sources(tmp_path, architecture):
     built = nvcc.build(architecture, tmp_path)
-    assert ctypes.CDLL(str(built)).optimum_dsa_two_of_four and nvcc.build(architecture, tmp_path) == built
+    library = ctypes.CDLL(str(built))
+    assert library.optimum_dsa_two_of_four and library.optimum_dsa_masked and library.optimum_dsa_unpack
+    assert nvcc.build(architecture, tmp_path) == built

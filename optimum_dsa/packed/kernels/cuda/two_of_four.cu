@@ -293,18 +293,7 @@ static int launch(const Work& work, int shared, void* stream) {
   emulator::run(grid, WARPS * 32, shared, [&] { kernel(work); });
   return 0;
 #else
-  cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared);
-  if (error) return 1000 + error;
-  cudaLaunchConfig_t config = {};
-  config.gridDim = dim3(grid), config.blockDim = dim3(WARPS * 32);
-  config.dynamicSmemBytes = shared, config.stream = (cudaStream_t)stream;
-  cudaLaunchAttribute early[1];
-  early[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  early[0].val.programmaticStreamSerializationAllowed = 1;
-  config.attrs = early, config.numAttrs = work.early ? 1 : 0;
-  error = cudaLaunchKernelEx(&config, kernel, work);
-  if (error) cudaGetLastError();  // forgotten here, as it is told to the caller
-  return error ? 1000 + error : 0;
+  return launch_kernel(kernel, work, grid, WARPS * 32, shared, work.early, stream);
 #endif
 }
 

@@ -1,0 +1,41 @@
+"""A table remembers what was measured, and has no kernel whose product is not PyTorch's."""
+
+import json
+
+import pytest
+import torch
+
+from optimum_dsa.packed.measured import Table
+
+
+def test_a_kernel_whose_product_is_wrong_is_not_in_the_table(tmp_path, caplog):
+    table, output, expected = Table(tmp_path / "table.json"), torch.empty(1, 4), torch.arange(4.0)[None]
+
+    def wrong():
+        output.copy_(expected)[0, 3] += 1
+
+    def fails():
+        raise RuntimeError("error 1700")
+
+    ways = {"right": lambda: output.copy_(expected), "wrong": wrong, "fails": fails, "idle": lambda: None}
+    row = table.measure("some", ways, output, expected, {"unpacked": expected.clone, "dense": expected.clone})
+    assert set(row) == {"right", "unpacked", "dense"}
+    assert "away from PyTorch's" in caplog.text and "1700" in caplog.text
+    assert Table(tmp_path / "table.json").rows == {"some": row}
+
+
+@pytest.mark.parametrize("best", ["a", "b", "unpacked"])
+def test_the_fastest_is_taken_and_a_dense_weight_never(best):
+    table = Table()
+    table.rows["some"] = {name: float(name != best) for name in ("a", "b", "unpacked")} | {"dense": -1.0}
+    assert table.fastest("some") == (None if best == "unpacked" else best)
+
+
+def test_rows_of_another_process_are_kept(tmp_path):
+    file = tmp_path / "folder" / "table.json"
+    first, second = Table(file), Table(file)
+    first.rows["one"], second.rows["two"] = {"a": 1.0}, {"a": 2.0}
+    first.save()
+    second.save()
+    assert json.loads(file.read_text()) == {"one": {"a": 1.0}, "two": {"a": 2.0}} == Table(file).rows
+    Table().save()
