@@ -15,7 +15,7 @@ from ..pruning.allocate import check_dense, say_dense, standing_zeros
 from ..pruning.allocation import ALLOCATIONS, measured_in_one_walk
 from ..pruning.calibration import Calibration
 from ..pruning.configuration import AUTO, DSAConfig
-from ..pruning.structured.configuration import DSAStructuredConfig
+from ..pruning.structured.configuration import DSAStructuredConfig, tells_of_experts
 from ..pruning.structured.trial import check_tried
 from ..pruning.structured.widths.shares import SHARES
 from ..pruning.unstructured.symbolic import LEAVES
@@ -48,6 +48,10 @@ def _(config: DSAStructuredConfig, model: nn.Module | None = None) -> None:
         raise ValueError(
             f"A search divides a share that is known, and max_loss={config.max_loss!r} is to find one; use find_share "
             "first, and give what it finds as sparsity."
+        )
+    if "expert" in config.structures and config.layout == "padded":
+        raise ValueError(
+            "A search gives blocks other numbers of experts, and experts leave no zeros; use layout='per_layer'."
         )
     if config.layout == "uniform":
         raise ValueError(
@@ -144,6 +148,8 @@ def names_for(config: Any, strategy: str, named: Sequence[str] | None) -> tuple[
     known = dict.fromkeys([*SHARES, *measured_in_one_walk()])
     if find_spec("scipy") is None:
         known.pop("milp")
+    if "expert" in config.structures:
+        known = dict.fromkeys(filter(tells_of_experts, known))
     return _named(strategy, known if named is None else named)
 
 

@@ -8,11 +8,13 @@ import torch
 from optimum_dsa import Calibration, DSAPruner
 from optimum_dsa.pruning.structured.configuration import DSAStructuredConfig
 from optimum_dsa.pruning.structured.prune import prune_structures
+from optimum_dsa.pruning.structured.slicing import cut_out
 from optimum_dsa.search.realise.structures import StructureWidths
 from optimum_dsa.search.search import search
 from optimum_dsa.search.space import Candidate
 from optimum_dsa.search.structures import StructureResolver
 
+from ..pruning.structured.families import deeper
 from ..tiny import same_state, state, tiny_llama, tokens
 from .searching import outcome
 
@@ -86,6 +88,62 @@ def test_finalists_lose_what_the_pruned_model_loses():
     assert best.loss == pytest.approx(float(lost), rel=2e-2)
 
 
+EXPERTS = replace(BOTH, structures=("kv_group", "expert"), importance="wanda_sp")
+
+
+def mixture():
+    """With experts that matter, and other ones in every block."""
+    model = deeper("Qwen3Moe", 3)
+    for parameter in model.parameters():
+        parameter.data *= 3 if parameter.dim() > 1 else 1
+    for number, layer in enumerate(model.model.layers):
+        layer.mlp.experts.down_proj.data *= 4 / (number + 1)
+    return model
+
+
+@pytest.mark.parametrize("strategy", ["named", "level_switch"])
+def test_experts_are_searched_for_beside_heads(strategy):
+    model = mixture()
+    before = state(model)
+    result = run(strategy, "8k tokens", model, EXPERTS)
+    assert same_state(model, before) and "forward" not in vars(model.model.layers[0].mlp.gate)
+    tried = {trial.request.candidate.function for trial in result.trace.trials}
+    assert strategy != "named" or {"uniform", "stability", "owl", "atp"} <= tried
+    errors = {trial.error for trial in result.trace.trials} - {None, "the budget has no room for it"}
+    assert not tried & {"milp", "er"} and all(error.startswith("allocation='global' makes one") for error in errors)
+    best, dense = result.finalists[0], model(VALIDATION).logits.log_softmax(-1)
+    assert best.loss <= min(row.loss for row in result.finalists if str(row.candidate) == "uniform")
+    report = prune_structures(model, CALIBRATION, replace(result.config, allocation=result.best))
+    assert report.allocation.counts() == result.best.counts()
+    assert any(count for unit, count in result.best.counts().items() if unit.endswith(":expert"))
+    with torch.no_grad():
+        lost = (dense.exp() * (dense - model(VALIDATION).logits.log_softmax(-1))).sum(-1).mean()
+    assert best.loss == pytest.approx(float(lost), rel=2e-2)
+
+
+def test_a_model_as_if_experts_were_gone_is_the_one_without_them():
+    realised, model = StructureWidths(mixture(), None, CALIBRATION, replace(EXPERTS, update="none")), mixture()
+    numbers = {unit: 3 if unit.endswith(":expert") and "layers.1" in unit else 0 for unit in realised.units}
+    counts = {unit: number * realised.cost[unit] for unit, number in numbers.items()}
+    whole = realised.model(VALIDATION).logits
+    for unit, number in numbers.items():
+        if number:
+            order = dense_order(realised, unit)
+            cut_out(model, realised.units[unit], order[:number])
+    with torch.no_grad():
+        for context in (realised.at(counts), realised.pruned(counts)):
+            with context:
+                torch.testing.assert_close(realised.model(VALIDATION).logits, model(VALIDATION).logits)
+        realised.move_anchor(counts)  # what is gone there goes first
+        with realised.at(counts):
+            torch.testing.assert_close(realised.model(VALIDATION).logits, model(VALIDATION).logits)
+    assert torch.equal(realised.model(VALIDATION).logits, whole)
+
+
+def dense_order(realised, unit):
+    return realised.dense.importances[unit].argsort(stable=True)
+
+
 def test_counts_between_structures_become_whole_ones_within_the_budget():
     realised = StructureWidths(llama(), None, CALIBRATION, BOTH)
     resolver = StructureResolver(realised, BOTH)
@@ -108,7 +166,16 @@ def test_counts_between_structures_become_whole_ones_within_the_budget():
     "changes, options, said",
     [
         ({"layout": "uniform"}, {}, "A search gives blocks widths of their own, and layout='uniform' has one for all"),
-        ({"structures": ("expert",)}, {}, "A search is of channels and heads .*, and 'expert' is to go; leave it out"),
+        (
+            {"structures": ("block",)},
+            {},
+            "A search is of channels, heads and experts .*, and 'block' is to go; leave it",
+        ),
+        (
+            {"structures": ("expert",), "layout": "padded"},
+            {},
+            "gives blocks other numbers of experts, and experts leave no",
+        ),
         ({"learner": "projected_gates"}, {}, "and learner='projected_gates'; leave it out"),
         ({"sparsity": 0.0, "max_loss": "5%"}, {}, "A search divides a share that is known, and max_loss='5%'"),
         ({}, {"strategy": "curves"}, "strategy 'curves' is of single weights; for structures use"),

@@ -26,7 +26,7 @@ UPDATES = ("none", "bias", "refit")  # what makes up for structures that go
 # Whether all blocks stay alike, may differ, or may differ and are filled up with zeros: the rows of layout.LAYOUTS.
 LAYOUTS = ("uniform", "per_layer", "padded")
 # Allocations that look at nothing but importances, so that they are of experts, too.
-OF_EXPERTS = ("uniform", "stability", "global")
+OF_EXPERTS = ("uniform", "stability", "global", "atp")
 
 
 def learners() -> Registry:
@@ -34,6 +34,14 @@ def learners() -> Registry:
     from .learners import LEARNERS
 
     return LEARNERS
+
+
+def tells_of_experts(allocation: str) -> bool:
+    """Whether an allocation, by its name, text or place, says how many experts go: it looks at no matrices."""
+    if allocation in SHARES or allocation in OF_EXPERTS:
+        return allocation in OF_EXPERTS
+    found = allocator_of(allocation)
+    return found is None or found.reads == "scores"
 
 
 def rise_of(max_loss: float | str) -> float:
@@ -238,10 +246,11 @@ class DSAStructuredConfig:
                 "Allocations are of what blocks have several of, and 'block' is to go; use allocation='uniform'."
             )
         name = self.allocation
-        if isinstance(name, str) and name not in OF_EXPERTS and (name in SHARES or allocator_of(name)):
+        if isinstance(name, str) and not tells_of_experts(name):
             raise ValueError(
                 f"allocation={name!r} is of channels and heads, and 'expert' is to go; use one of "
-                f"{', '.join(map(repr, OF_EXPERTS))}, or one that is given."
+                f"{', '.join(map(repr, OF_EXPERTS))}, one that reads scores (an allocation function, 'owl'), or one "
+                "that is given."
             )
         rows = {kind: importance_of(kind, self.importance) for kind in self.structures}
         if name == "global" and len(set(rows.values())) > 1:

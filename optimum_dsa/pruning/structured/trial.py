@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +14,8 @@ from .configuration import DSAStructuredConfig
 from .remove import RemoveStructures
 from .structure import WHOLE
 from .tied import tied_gone
+from .wholes.experts import routed_without
+from .wholes.remove import choose_wholes
 from .widths.dense import Dense
 
 
@@ -24,11 +26,10 @@ def check_tried(config: DSAStructuredConfig, who: str, model: nn.Module | None =
             f"{who} changes the whole model and puts it back, and some of its weights are elsewhere (offloaded); load "
             "it without device_map, or with one of devices alone."
         )
-    whole = [kind for kind in config.structures if kind in WHOLE]
-    if whole or config.learner:
-        given = f"learner={config.learner!r}" if config.learner else f"{whole[0]!r} is to go"
+    if "block" in config.structures or config.learner:
+        given = f"learner={config.learner!r}" if config.learner else "'block' is to go"
         raise ValueError(
-            f"{who} is of channels and heads that the least importance chooses, and {given}; leave it out."
+            f"{who} is of channels, heads and experts that the least importance chooses, and {given}; leave it out."
         )
 
 
@@ -41,15 +42,22 @@ def as_pruned(dense: Dense, counts: Mapping[str, int]) -> Iterator[dict[str, Ten
 
     Yields unit -> the structures that went, (n,) int64.
     """
-    remove = RemoveStructures(dense.config, dense.units, counts, tied_gone(dense, counts), dense.products)
-    known = dict(dense.model.named_parameters())
-    names = {cut.tensor for each in dense.units.values() for cut in each.reads}
+    model, config, units = dense.model, dense.config, dense.units
+    wholes = choose_wholes(model, units, counts, dense.calibration, config, dense.products)
+    parts = {unit: each for unit, each in units.items() if each.kind not in WHOLE}
+    remove = RemoveStructures(config, parts, counts, tied_gone(dense, counts), dense.products)
+    known = dict(model.named_parameters())
+    names = {cut.tensor for each in units.values() for cut in each.reads}
     # Of an update "bias", too.
     names |= {f"{name.rpartition('.')[0]}.bias" for name in names} & known.keys()
     kept = {name: known[name].detach().clone() for name in names}
     try:
-        run_steps(dense.model, dense.architecture, dense.calibration, dense.config, [remove], lambda walked: None)
-        yield remove.gone
+        with ExitStack() as routed:
+            for unit, gone in wholes.items():
+                routed.enter_context(routed_without(model, units[unit], gone))
+            if parts:
+                run_steps(model, dense.architecture, dense.calibration, config, [remove], lambda walked: None)
+            yield wholes | remove.gone
     finally:
         with torch.no_grad():
             for name, value in kept.items():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,8 @@ from ...pruning.structured.instead import computing_with, matrices_without
 from ...pruning.structured.prune import dense_of
 from ...pruning.structured.structure import Structures
 from ...pruning.structured.trial import as_pruned
+from ...pruning.structured.wholes.experts import routed_without
+from ...pruning.structured.wholes.remove import scores_of_wholes
 from .realisation import REALISATIONS
 
 
@@ -55,6 +57,7 @@ class StructureWidths:
         self.cost = {unit: self.dense.sizes[unit].cost for unit in self.units}
         self.sizes = {unit: len(each) * self.cost[unit] for unit, each in self.units.items()}
         self.steps = {unit: self.dense.sizes[unit].round_to * self.cost[unit] for unit in self.units}
+        self._experts = {unit for unit, each in self.units.items() if each.kind == "expert"}
         self.anchor: Mapping[str, int] | None = None
         # at the anchor: unit -> its structures, what goes first first, (structures,), and statistics of their readers
         self._known: dict[str, tuple[Tensor, LayerStatistics | None]] = {}
@@ -75,7 +78,17 @@ class StructureWidths:
     def at(self, counts: Mapping[str, int]) -> Iterator[None]:
         """The model as if `counts` were gone, and made up for from the statistics at the anchor."""
         self._ensure_anchor()
-        with computing_with(self.model, self._matrices(self.numbers(counts))):
+        with self._without(self.numbers(counts)):
+            yield
+
+    @contextmanager
+    def _without(self, numbers: Mapping[str, int]) -> Iterator[None]:
+        """The model as if so many structures of each unit were gone."""
+        with ExitStack() as stack:
+            stack.enter_context(computing_with(self.model, self._matrices(numbers)))
+            for unit in self._experts & numbers.keys():
+                gone = self._known[unit][0][: numbers[unit]]
+                stack.enter_context(routed_without(self.model, self.units[unit], gone))
             yield
 
     @contextmanager
@@ -85,6 +98,10 @@ class StructureWidths:
         It is the loss's linearisation g · dW, dW being what becomes of a matrix from `band` of its unit's structures
         below the count to `band` above it, and g the gradient there.
         """
+        if self._experts:
+            raise ValueError(
+                f"Experts go whole, and no slope tells of them ({min(self._experts)}); use another strategy."
+            )
         self._ensure_anchor()
         numbers, slopes = self.numbers(counts), dict.fromkeys(self.sizes, 0.0)
         flags = {parameter: parameter.requires_grad for parameter in self.model.parameters()}
@@ -147,12 +164,17 @@ class StructureWidths:
             return
         self._known = self._looked()
         if self.anchor is not None:
-            with computing_with(self.model, self._matrices(self.numbers(self.anchor))):
+            numbers = self.numbers(self.anchor)
+            with self._without(numbers):
                 # What is gone there gives nothing, and goes first.
-                self._known = self._looked()
+                self._known = self._looked({unit: self._known[unit][0][: numbers[unit]] for unit in self._experts})
 
-    def _looked(self) -> dict[str, tuple[Tensor, LayerStatistics | None]]:
-        """Unit -> its structures, what goes first first, and statistics of their readers, in the model as it is."""
+    def _looked(self, gone: Mapping[str, Tensor] | None = None) -> dict[str, tuple[Tensor, LayerStatistics | None]]:
+        """Unit -> its structures, what goes first first, and statistics of their readers, in the model as it is.
+
+        Args:
+            gone (`Mapping[str, Tensor]`, *optional*): unit -> experts that are not in it, (n,) int64.
+        """
         dense, refits = self.dense, self.config.update == "refit"
         products = dense.products  # before the walk that they are looked at in
 
@@ -160,7 +182,17 @@ class StructureWidths:
             order = dense.importance(parts, structures, products).argsort(stable=True)
             return order, parts.statistics if refits else None
 
-        return dense.looked(look, dense.reads | ({"inputs", "gram"} if refits else set()))
+        found: dict[str, tuple[Tensor, LayerStatistics | None]] = {}
+        if self._experts:
+            wholes = {unit: self.units[unit] for unit in self._experts}
+            batches = dense.calibration.batches(self.config.batch_size)
+            for unit, scores in scores_of_wholes(self.model, wholes, batches, self.config, products).items():
+                if gone:
+                    scores[gone[unit].to(scores.device)] = -torch.inf
+                found[unit] = scores.argsort(stable=True).cpu(), None
+        if len(self._experts) < len(self.units):
+            found |= dense.looked(look, dense.reads | ({"inputs", "gram"} if refits else set()))
+        return {unit: found[unit] for unit in self.units}
 
 
 REALISATIONS.add("structures", StructureWidths, proxy="matrices solved at once, from the dense model's statistics")

@@ -7,7 +7,7 @@ from optimum_dsa.model.inputs import text_part
 
 
 # What configurations call the number of blocks.
-DEPTHS = ("num_hidden_layers", "n_layer", "num_layers", "encoder_layers", "decoder_layers")
+DEPTHS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "encoder_layers", "decoder_layers")
 
 
 def _causal(kind, **changes):

@@ -1,6 +1,7 @@
 """Tolerance in, share out; and the model is what it was."""
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -103,6 +104,16 @@ def test_a_tolerance_in_the_place_of_a_sparsity_is_that_of_the_share_found():
     }
     assert f"{found.sparsity:.4f} found for a perplexity at most 20.0% higher: " in str(report)
     assert structured_from(structured_to(report)).tolerance == report.tolerance
+
+
+def test_experts_go_by_a_tolerance_as_well():
+    model = FAMILIES["Mixtral"][0]()
+    before = state(model)
+    config = DSAStructuredConfig(0.0, ("expert",), "magnitude")
+    found = find_share(model, tokens(8), config, "50%", trials=3)
+    assert same_state(model, before) and found.sparsity
+    report = prune_structures(model, tokens(8), replace(config, max_loss="50%"))
+    assert set(report.kept.values()) <= {2, 3}
 
 
 def test_a_tolerance_that_nothing_meets_cuts_nothing(monkeypatch):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import wraps
 from typing import Any
 
@@ -102,6 +103,21 @@ def unrouted(model: nn.Module, structures: Structures, gone: Tensor) -> None:
             return plain(*args, **kwargs)
 
     module.forward = forward
+
+
+@contextmanager
+def routed_without(model: nn.Module, structures: Structures, gone: Tensor) -> Iterator[None]:
+    """`unrouted`, for as long as the context is open."""
+    module = model.get_submodule(_router(structures))
+    own = vars(module).get("forward")
+    try:
+        if len(gone):
+            unrouted(model, structures, gone)
+        yield
+    finally:
+        vars(module).pop("forward", None)
+        if own is not None:
+            module.forward = own
 
 
 def _router(structures: Structures) -> str:

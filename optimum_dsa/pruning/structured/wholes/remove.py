@@ -33,6 +33,26 @@ def remove_wholes(
     Raises:
         ValueError: with a plain class for layout, no configuration says what is left without just these blocks.
     """
+    chosen = choose_wholes(model, units, counts, calibration, config, products)
+    units = {unit: units[unit] for unit in chosen}
+    if config.layout != "per_layer" and any(each.kind == "block" for each in units.values()):
+        uniform(model, units, counts, {unit: gone.tolist() for unit, gone in chosen.items()})
+    for unit, gone in chosen.items():
+        with rewriting(model, units[unit]):
+            cut_out(model, units[unit], gone)
+    return {unit: gone.tolist() for unit, gone in chosen.items()}
+
+
+@torch.no_grad()
+def choose_wholes(
+    model: nn.Module,
+    units: Mapping[str, Structures],
+    counts: Mapping[str, int],
+    calibration: Calibration,
+    config: DSAStructuredConfig,
+    products: Mapping[str, Sequence[Products]],
+) -> dict[str, Tensor]:
+    """Unit -> the numbers of the least important experts or blocks, (n,) int64 ascending, where any go."""
     units = {unit: each for unit, each in units.items() if each.kind in WHOLE and counts[unit]}
     found, chosen = scores_of_wholes(model, units, calibration.batches(config.batch_size), config, products), {}
     for unit, each in units.items():
@@ -44,12 +64,7 @@ def remove_wholes(
             raise ValueError(f"{unit}: {counts[unit]} are to go, and only {able} of {len(each)} can; ask for less.")
         # Stable, so that of equals the first go, on every machine.
         chosen[unit] = scores.argsort(stable=True)[: counts[unit]].sort().values.cpu()
-    if config.layout != "per_layer" and any(each.kind == "block" for each in units.values()):
-        uniform(model, units, counts, {unit: gone.tolist() for unit, gone in chosen.items()})
-    for unit, gone in chosen.items():
-        with rewriting(model, units[unit]):
-            cut_out(model, units[unit], gone)
-    return {unit: gone.tolist() for unit, gone in chosen.items()}
+    return chosen
 
 
 @torch.no_grad()

@@ -155,10 +155,10 @@ class Dense:
     def measured(self, allocator: Allocator) -> dict[str, Any]:
         """Unit -> what an allocator of unstructured pruning sees of it.
 
-        One that reads scores is given the importances of a unit's structures, (structures, 1); others the matrices
-        that read these.
+        One that reads scores is given the importances of a unit's structures, (structures, 1), and so is any other of
+        experts (it looks at the depth); else the matrices that read structures.
         """
-        if allocator.reads == "scores":
+        if allocator.reads == "scores" or any(each.kind in WHOLE for each in self.units.values()):
             depths = {block.name: block.depth for block in self.architecture.blocks}
             return {
                 unit: allocator.measure(

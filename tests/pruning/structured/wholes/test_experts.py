@@ -207,7 +207,7 @@ def test_blocks_lose_other_numbers_of_experts(allocation, tmp_path):
 @pytest.mark.parametrize(
     ("structures", "allocation", "message"),
     [
-        (("expert",), "owl", "allocation='owl' is of channels and heads, and 'expert' is to go; use one of 'uniform'"),
+        (("expert",), "er", "allocation='er' is of channels and heads, and 'expert' is to go; use one of 'uniform'"),
         (("expert",), "milp", "allocation='milp' is of channels and heads"),
         (("block",), "global", "Allocations are of what blocks have several of, and 'block' is to go"),
         (("kv_group", "expert"), "global", "importances are 'wanda_sp' of 'kv_group', 'reap' of 'expert'; take one"),
