@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import tempfile
+import weakref
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
@@ -82,15 +84,33 @@ def load_model(path: str, adapter: bool = True, task: AdapterTask | None = None,
     if task is not None:
         loader = task.model_class(loader, config)
     kwargs = {**dequantising(config, kwargs), **kwargs}
+    scratch = _scratch(kwargs)
+    if scratch is not None:
+        kwargs["offload_folder"] = scratch.name
     told = explained(f"The checkpoint at {path} cannot be loaded")
     with within(contents, path), told, reading_gguf(path, kwargs), _as_asked(kwargs):
         found = loader.from_pretrained(path, config=config, output_loading_info=True, **kwargs)
     model, info = found if isinstance(found, tuple) else (found, {})  # a class of its own may not tell
+    if scratch is not None:
+        weakref.finalize(model, scratch.cleanup)
     brought = () if task is None else task.modules
     if has_adapters(model):
         logger.warning("%s holds a model and an adapter beside it, which transformers attaches to it.", path)
     check_loaded(model, info, "/".join(filter(None, (path, kwargs.get("gguf_file")))), brought)
     return model.eval()
+
+
+def _scratch(options: Mapping[str, Any]) -> tempfile.TemporaryDirectory | None:
+    """A folder for weights that go to the disk and are in no file as they are (experts that are fused), if asked for.
+
+    `None` where `options` name one, or place nothing on the disk.
+    """
+    places = options.get("device_map")
+    # The names with which accelerate may spread a model over all there is, the disk among it.
+    spread = places in ("auto", "balanced", "balanced_low_0", "sequential") if isinstance(places, str) else False
+    if options.get("offload_folder") or not (spread or isinstance(places, Mapping) and "disk" in places.values()):
+        return None
+    return tempfile.TemporaryDirectory(prefix="optimum-dsa-")
 
 
 def _load_base(path: str, folder: Path, options: Mapping[str, Any]) -> nn.Module:
