@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import tempfile
+import weakref
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
@@ -83,10 +85,15 @@ def load_model(path: str, adapter: bool = True, task: AdapterTask | None = None,
     if task is not None:
         loader = task.model_class(loader, config)
     kwargs = {**dequantising(config, kwargs), **_own_devices(kwargs), **kwargs}
+    scratch = _scratch(kwargs)
+    if scratch is not None:
+        kwargs["offload_folder"] = scratch.name
     told = explained(f"The checkpoint at {path} cannot be loaded")
     with within(contents, path), told, reading_gguf(path, kwargs), _as_asked(kwargs):
         found = loader.from_pretrained(path, config=config, output_loading_info=True, **kwargs)
     model, info = found if isinstance(found, tuple) else (found, {})  # a class of its own may not tell
+    if scratch is not None:
+        weakref.finalize(model, scratch.cleanup)
     brought = () if task is None else task.modules
     if has_adapters(model):
         logger.warning("%s holds a model and an adapter beside it, which transformers attaches to it.", path)
@@ -94,11 +101,28 @@ def load_model(path: str, adapter: bool = True, task: AdapterTask | None = None,
     return model.eval()
 
 
+def _is_spread(places: Any) -> bool:
+    """Whether a device map is a name with which accelerate spreads a model over all there is, the disk among it."""
+    return isinstance(places, str) and places in ("auto", "balanced", "balanced_low_0", "sequential")
+
+
 def _own_devices(options: Mapping[str, Any]) -> dict[str, Any]:
-    """What keeps a device map that is made from what is free ("auto", ...) to the devices of this process."""
-    made = options.get("device_map") in ("auto", "balanced", "balanced_low_0", "sequential")
-    limits = own_share() if made and options.get("max_memory") is None else None
+    """What keeps a model that is spread over what there is to the devices of this process."""
+    asked = _is_spread(options.get("device_map")) and options.get("max_memory") is None
+    limits = own_share() if asked else None
     return {} if limits is None else {"max_memory": limits}
+
+
+def _scratch(options: Mapping[str, Any]) -> tempfile.TemporaryDirectory | None:
+    """A folder for weights that go to the disk and are in no file as they are (experts that are fused), if asked for.
+
+    `None` where `options` name one, or place nothing on the disk.
+    """
+    places = options.get("device_map")
+    on_disk = _is_spread(places) or isinstance(places, Mapping) and "disk" in places.values()
+    if options.get("offload_folder") or not on_disk:
+        return None
+    return tempfile.TemporaryDirectory(prefix="optimum-dsa-")
 
 
 def _load_base(path: str, folder: Path, options: Mapping[str, Any]) -> nn.Module:

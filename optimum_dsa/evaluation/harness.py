@@ -128,6 +128,19 @@ def requests_kept(folder: str | None) -> Iterator[dict[str, bool]]:
 
 
 @contextmanager
+def no_repository() -> Iterator[None]:
+    """Keeps lm-eval from asking git for the commit that one stands in: elsewhere git complains on the terminal."""
+    from lm_eval import evaluator
+
+    before = evaluator.get_git_commit_hash
+    evaluator.get_git_commit_hash = lambda: None
+    try:
+        yield
+    finally:
+        evaluator.get_git_commit_hash = before
+
+
+@contextmanager
 def beside(folder: str | os.PathLike | None) -> Iterator[None]:
     """In a folder, or where we are: data sets find files that are named without their folder."""
     before = os.getcwd()

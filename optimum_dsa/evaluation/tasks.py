@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -16,8 +17,10 @@ from torch import nn
 from ..common.installation import how_to_install
 from ..common.registry import UnknownNameError, near
 from ..model.inputs import KINDS, default_length, kind_of
-from .harness import beside, own_folder, requests_kept, wrapped
+from .harness import beside, no_repository, own_folder, requests_kept, wrapped
 
+
+logger = logging.getLogger(__name__)
 
 # The zero-shot tasks of the DSA paper; all of them and the mean of their accuracies have a name of their own.
 ALL_SEVEN = "zero-shot"
@@ -113,14 +116,34 @@ def find_tasks(tasks: Sequence[str], include: str | Path | None = None) -> Tasks
             raise UnknownNameError(
                 f"lm-eval has no task {name!r}, which a group names.{near(name, manager.all_tasks)}"
             )
+    broken = {} if include is None else _broken(manager, Path(include).resolve())
     names: dict[str, None] = {}
     for name in asked:
         # a pattern, as in "arc_*", stands for several
         found = [name] if seven and name == ALL_SEVEN else manager.match_tasks([name])
         if not found:
-            raise UnknownNameError(f"lm-eval has no task {name!r}.{near(name, [*manager.all_tasks, ALL_SEVEN])}")
+            lost = "".join(f" {file} cannot be read: {why}." for file, why in broken.items())
+            known = [*manager.all_tasks, ALL_SEVEN]
+            raise UnknownNameError(f"lm-eval has no task {name!r}.{near(name, known)}{lost}")
         names |= dict.fromkeys(found)
+    for file, why in broken.items():
+        logger.warning("%s cannot be read, and is no task: %s.", file, why)
     return Tasks(tuple(names), manager, root)
+
+
+def _broken(manager: Any, folder: Path) -> dict[Path, str]:
+    """Files of tasks in `folder` that cannot be read, which lm-eval passes over without a word -> why."""
+    from lm_eval.tasks.manager import load_yaml
+
+    known = {Path(entry.yaml_path).resolve() for entry in manager.task_index.values() if entry.yaml_path}
+    found = {}
+    for path in sorted(folder.glob("**/*.yaml")):
+        if path.resolve() not in known:
+            try:
+                load_yaml(path, resolve_func=False)
+            except Exception as error:  # noqa: BLE001 - a file, and what it includes, may break in any way
+                found[path] = " ".join(str(error).split())[:300]
+    return found
 
 
 def _local(name: str, manager: Any) -> str:
@@ -240,7 +263,7 @@ def evaluate_tasks(
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     loaded = SimpleNamespace(load=lambda _: found.loaded, task_index=found.manager.task_index)
     # of a part of a task, lm-eval would make all requests to keep them
-    with requests_kept(found.kept.name if keep and limit is None else None) as keeping:
+    with no_repository(), requests_kept(found.kept.name if keep and limit is None else None) as keeping:
         measured = simple_evaluate(
             model=wrapped(model, tokenizer, batch_size, sequence_length or default_length(model), bos),
             tasks=list(found.names),

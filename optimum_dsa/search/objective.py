@@ -10,9 +10,19 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from ..common.fences import has_device_map
+from ..model.adapters import inner_model
 from ..model.examples import check_causal
 from ..model.inputs import KINDS, check_tokens, kind_of
 from .realise import Realisation
+
+
+def check_predicts(model: nn.Module) -> None:
+    """Raise `ValueError` where a model predicts no next tokens, by which candidates could be compared."""
+    if (kind := kind_of(model)) != "causal":
+        raise ValueError(
+            f"{type(inner_model(model)).__name__} {KINDS[kind]}, and a search compares allocations by the next tokens "
+            "that they predict; prune it with a named allocation, such as 'owl'."
+        )
 
 
 class Objective:
@@ -33,11 +43,7 @@ class Objective:
         self, model: nn.Module, realisation: Realisation, validation: Tensor, batch_size: int = 8, top: int = 512
     ):
         """Keep what the dense model predicts for `validation`, (windows, length) int64."""
-        if (kind := kind_of(model)) != "causal":
-            raise ValueError(
-                f"{type(model).__name__} {KINDS[kind]}, and candidates are compared by the next tokens "
-                "that they predict; name an allocation instead."
-            )
+        check_predicts(model)
         check_tokens(validation, model)
         check_causal(model, validation)
         self.model, self.realisation, self._metric = model, realisation, None

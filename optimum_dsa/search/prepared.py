@@ -20,7 +20,8 @@ from ..pruning.structured.trial import check_tried
 from ..pruning.structured.widths.shares import SHARES
 from ..pruning.unstructured.symbolic import LEAVES
 from .metric_space import MetricSpace
-from .realise import Realisation, check_searchable, realise, suited
+from .objective import check_predicts
+from .realise import REALISATIONS, Realisation, check_searchable, realise, suited
 from .realise.structures import StructureWidths
 from .resolver import Resolver
 from .result import Finalist, rank_correlation
@@ -30,7 +31,7 @@ from .structures import StructureResolver
 
 @singledispatch
 def check_search(config: Any, model: nn.Module | None = None) -> None:
-    """Raise `ValueError` where `config` leaves nothing to search for, or `model` is no dense one."""
+    """Raise `ValueError` where nothing is left to search for, or `model` is not dense or predicts no tokens."""
     raise TypeError(f"A search is for a DSAConfig or a DSAStructuredConfig, got {type(config).__name__}.")
 
 
@@ -38,12 +39,15 @@ def check_search(config: Any, model: nn.Module | None = None) -> None:
 def _(config: DSAConfig, model: nn.Module | None = None) -> None:
     check_searchable(config)
     if model is not None:
+        check_predicts(model)
         check_dense(model, config, "a search")
 
 
 @check_search.register
 def _(config: DSAStructuredConfig, model: nn.Module | None = None) -> None:
     check_tried(config, "A search", model)
+    if model is not None:
+        check_predicts(model)
     if config.max_loss is not None:
         raise ValueError(
             f"A search divides a share that is known, and max_loss={config.max_loss!r} is to find one; use find_share "
@@ -88,7 +92,9 @@ def realisation_of(config: Any, strategy: str, asked: str | None) -> str:
 def _(config: DSAConfig, strategy: str, asked: str | None) -> str:
     if STRATEGIES.fact(strategy, "metrics"):
         return _metrics(config, strategy, asked)
-    return asked or ("database" if STRATEGIES.fact(strategy, "curves") else suited(config))
+    found = asked or ("database" if STRATEGIES.fact(strategy, "curves") else suited(config))
+    REALISATIONS[found]  # an unknown name raises
+    return found
 
 
 def _metrics(config: DSAConfig, strategy: str, asked: str | None) -> str:

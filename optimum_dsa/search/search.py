@@ -25,10 +25,9 @@ from .conductor import Conductor, TrialLogger
 from .evaluator import Evaluator
 from .finals import FinalRound, rank
 from .metric_space import MetricSpace
-from .objective import Objective
+from .objective import Objective, check_predicts
 from .prepared import check_search, metrics_for, names_for, prepared, realisation_of, remarks, without_allocation
 from .problem import Budget, Problem, parse_budget
-from .realise import REALISATIONS
 from .resolver import Resolver
 from .result import RESULT_FILES, SearchResult
 from .space import Candidate, SearchSpace
@@ -79,10 +78,11 @@ def search(
         pictures: what draws figures of the result for `folder`, such as `plot_search`.
 
     Raises:
-        ValueError: there is nothing to allocate, validation windows are calibration windows, or the trace to go on
-            with is of another model, of other texts or settings.
+        ValueError: there is nothing to allocate, the model predicts no next tokens, validation windows are calibration
+            windows, or the trace to go on with is of another model, of other texts or settings.
     """
     check_search(config)
+    check_predicts(model)
     config = without_allocation(config)
     check_apart(calibration, validation)
     budget = parse_budget(budget)
@@ -92,7 +92,6 @@ def search(
     levels = {"offsets": offsets} if offsets and kind == "database" else {}
     metrics = metrics_for(model, config, strategy) if kind == "metrics" else MetricSpace()
     levels |= {"reads": metrics.reads} if kind == "metrics" else {}
-    REALISATIONS[kind]
     settings = _settings(strategy, budget, finalists, config, calibration, validation, kind)
     named = names_for(config, strategy, named)
     ranks = current_ranks()

@@ -201,25 +201,33 @@ class SearchTrace:
         return trace
 
     def _read(self, check: bool = True) -> None:
-        text = self.path.read_text(encoding="utf-8")
-        whole = text[: text.rfind("\n") + 1]  # a kill may leave half a line
-        # Cut off now, or the next line would be appended to the half one.
-        if whole != text and check:
-            self.path.write_text(whole, encoding="utf-8")
+        text = self.path.read_bytes()
+        whole = text[: text.rfind(b"\n") + 1]  # a kill may leave half a line
         lines = whole.splitlines()
         if not lines:
             if check:
                 self.path.unlink()
             return
-        try:
-            settings = _settings(lines[0])
-            self.trials = [Trial.from_json(line) for line in lines[1:]]
-        except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{self.path} is no search trace: {error}.") from None
+        settings = self._parsed(_settings, lines[0], 1)
+        self.trials = [self._parsed(Trial.from_json, line, number) for number, line in enumerate(lines[1:], 2)]
+        # Cut off now, or the next line would be appended to the half one.
+        if whole != text and check:
+            self.path.write_bytes(whole)
         if check:
             shown = map(_with_units, (settings, self.settings))
             check_same_run(f"The search in {self.path}", *shown, "choose another folder")
         self.settings = settings
+
+    def _parsed(self, parse: Callable[[str], Any], line: bytes, number: int) -> Any:
+        """What `parse` makes of a line; `ValueError` names the line, and how to go on."""
+        try:
+            return parse(line.decode("utf-8"))
+        except (ValueError, KeyError, TypeError) as error:
+            wrong = f"it lacks {error}" if isinstance(error, KeyError) else error
+            way_out = "remove it and what is behind it to go on from there, or " if number > 1 else ""
+            raise ValueError(
+                f"{self.path} is no search trace: line {number}: {wrong}; {way_out}take another folder."
+            ) from None
 
     def best_so_far(self) -> tuple[list[int], list[float]]:
         """Tokens spent and lowest proxy loss so far, an entry per improvement and one for the end.

@@ -1,5 +1,6 @@
 """Which class loads a checkpoint, and how much its configuration may ask for."""
 
+import gc
 import json
 import resource
 import time
@@ -276,3 +277,14 @@ def test_what_was_asked_to_be_on_disk_is_no_news(folder, tmp_path, caplog, place
     model = load_model(str(folder), device_map=places, offload_folder=str(tmp_path / "weights"))
     assert is_offloaded(model)
     assert ("meta device" in caplog.text) == said
+
+
+def test_what_has_to_be_written_to_be_on_disk_is_in_a_folder_that_goes_with_the_model(tmp_path, monkeypatch, tiny):
+    tiny("mixtral").save_pretrained(tmp_path / "mixtral")  # its experts are apart in the file, and fused in the model
+    (tmp_path / "scratch").mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "scratch"))
+    model = load_model(str(tmp_path / "mixtral"), device_map={"": "disk"})
+    assert is_offloaded(model) and any((tmp_path / "scratch").rglob("*experts*"))
+    del model
+    gc.collect()
+    assert not any((tmp_path / "scratch").iterdir())

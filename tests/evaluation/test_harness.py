@@ -8,7 +8,7 @@ from huggingface_hub.utils import disable_progress_bars, enable_progress_bars
 
 from optimum_dsa.common import progress
 from optimum_dsa.evaluation import harness
-from optimum_dsa.evaluation.harness import Counted, beside, fitting, requests_kept
+from optimum_dsa.evaluation.harness import Counted, beside, fitting, no_repository, requests_kept
 
 from ..tiny import tiny_llama
 
@@ -46,6 +46,12 @@ def test_long_requests_count_for_more(monkeypatch, capsys):
 
 def test_what_is_changed_for_a_while_is_as_before(tmp_path):
     cache = pytest.importorskip("lm_eval.caching.cache")
+    evaluator = pytest.importorskip("lm_eval.evaluator")
+    asks = evaluator.get_git_commit_hash
+    with pytest.raises(KeyError), no_repository():
+        assert evaluator.get_git_commit_hash() is None
+        raise KeyError
+    assert evaluator.get_git_commit_hash is asks
     here, before = os.getcwd(), cache.PATH
     with pytest.raises(KeyError), beside(tmp_path), requests_kept(str(tmp_path)) as options:
         assert options == {"cache_requests": True} and str(tmp_path) == cache.PATH

@@ -4,6 +4,7 @@ import importlib.metadata
 import json
 import re
 import sys
+from functools import partial
 
 import pytest
 
@@ -201,6 +202,20 @@ def test_a_file_that_lm_eval_would_pass_over_is_refused(folder, name, message):
     with pytest.raises((ValueError, FileNotFoundError), match=message) as raised:
         find_tasks([str(folder / name)])
     assert "\n" not in str(raised.value)
+
+
+def test_a_file_in_the_folder_of_tasks_that_cannot_be_read_is_named(folder, caplog, monkeypatch):
+    from lm_eval import tasks
+
+    monkeypatch.setattr(
+        tasks, "TaskManager", partial(tasks.TaskManager, include_defaults=False)
+    )  # its own take seconds
+    assert find_tasks(["one"], folder).names == ("one",)
+    said = [record.getMessage() for record in caplog.records if record.name == "optimum_dsa.evaluation.tasks"]
+    # shared/base.yaml is a template, which is no task and no damage
+    assert len(said) == 2 and "broken.yaml cannot be read" in said[0] and "lost.yaml cannot be read" in said[1]
+    with pytest.raises(UnknownNameError, match="no task 'lost'.*lost.yaml cannot be read: .*nowhere.yaml"):
+        find_tasks(["lost"], folder)
 
 
 @pytest.mark.parametrize(

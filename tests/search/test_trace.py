@@ -64,6 +64,35 @@ def test_a_trace_goes_on_where_it_was_and_loses_half_a_line(tmp_path):
     assert SearchTrace.load(path).trials == TRIALS[1:3]
 
 
+@pytest.mark.parametrize(
+    ("number", "line", "said"),
+    [
+        (1, "{}", "line 1: its first line holds no settings; take another folder"),
+        (2, "{]", "line 2: .*; remove it and what is behind it to go on from there, or take another folder"),
+        (3, '{"number": 1}', "line 3: it lacks 'kind'; remove it"),
+        (3, "\udcff", "line 3: .*decode.*; remove it"),
+    ],
+)
+def test_damage_is_named_by_its_line_with_the_way_out_and_nothing_is_changed(number, line, said, tmp_path):
+    path = tmp_path / "trace.jsonl"
+    trace = SearchTrace.open(path, {"seed": 3})
+    for trial in TRIALS[:3]:
+        trace.append(trial)
+    trace.close()
+    lines = path.read_text().splitlines()
+    lines[number - 1] = line
+    path.write_bytes("\n".join([*lines, "half a li"]).encode(errors="surrogateescape"))
+    before = path.read_bytes()
+    with pytest.raises(ValueError, match=f"trace.jsonl is no search trace: {said}"):
+        SearchTrace.open(path, {"seed": 3}, resume=True)
+    assert path.read_bytes() == before
+    if number > 1:  # what the message says goes on
+        path.write_bytes(b"".join(before.splitlines(keepends=True)[: number - 1]))
+        again = SearchTrace.open(path, {"seed": 3}, resume=True)
+        again.close()
+        assert again.trials == list(TRIALS[: number - 2])
+
+
 def test_a_trace_of_half_a_line_begins_anew(tmp_path):
     path = tmp_path / "trace.jsonl"
     path.write_text('{"settings": {"se')
