@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ...common.escaping import one_line
 from ...model.modeling_per_layer import EXPERT_COUNTS, count_anew, count_heads, keep_rows
-from ...model.offload import copied, resident
+from ...model.offload import copied, is_offloaded, resident
 from ...model.walk import WalkedBlock
 from .structure import Structures, tensor_named
 from .wholes.blocks import apply, pass_by, without_blocks
@@ -83,10 +83,11 @@ def cut_out(model: nn.Module, structures: Structures, gone: Tensor) -> None:
 @contextmanager
 def rewriting(model: nn.Module, structures: Structures) -> Iterator[None]:
     """The block of some structures in memory, to be cut; what is left is kept where its weights came from."""
+    elsewhere = is_offloaded(model)
     # Whole blocks own no part of a tensor, and go as they are.
     with resident(model, [structures.block] if structures.cuts else []) as changes:
         yield
-        changes.update(cut.tensor for cut in structures.cuts)
+        changes.update(cut.tensor for cut in structures.cuts if elsewhere)
 
 
 def _count_experts(model: nn.Module, structures: Structures, gone: set[int]) -> None:
