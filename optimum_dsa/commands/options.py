@@ -14,6 +14,7 @@ from shlex import quote
 from typing import Any, NoReturn, Protocol
 
 from ..common.escaping import one_line
+from ..common.launched import process_index
 from ..common.registry import UnknownNameError
 from .actions import Names, OnOff, drop_nothing
 from .config_file import default_without_file, take_config, without_required
@@ -45,8 +46,9 @@ class CommandParser(ArgumentParser):
         drop_nothing(self)
 
     def error(self, message: str) -> NoReturn:
-        """End the process with one line; argparse's own way prints all options first."""
-        self.exit(2, f"{self.prog}: error: {one_line(' '.join(message.split()))} (see {self.prog} --help)\n")
+        """End the process with one line, of several the first's; argparse's own way prints all options first."""
+        line = f"{self.prog}: error: {one_line(' '.join(message.split()))} (see {self.prog} --help)\n"
+        self.exit(2, line if process_index() == 0 else None)
 
     def later(self, fill: Callable[[], None]) -> None:
         """Have `fill` called before anything is parsed or help is shown."""

@@ -313,8 +313,8 @@ def planned_and_measured(tmp_path_factory):
 def test_the_memory_planned_is_the_memory_measured(planned_and_measured, name):
     planned, measured, libraries = planned_and_measured[name]
     assert abs(planned - measured) <= 0.2 * measured
-    # Most of a small model's process is libraries: without them, too.
-    assert abs(planned - measured) <= 0.2 * (measured - libraries)
+    # Most of a small model's process is libraries: without them, too; what products take besides is the processor's.
+    assert abs(planned - measured) <= 0.25 * (measured - libraries)
 
 
 def test_a_file_that_is_no_configuration_is_told_by_its_own_name(tmp_path):

@@ -142,6 +142,6 @@ def test_a_table_with_text_beside_is_text_for_a_model_of_text():
 
 
 def test_a_search_of_pictures_is_refused_in_one_line(tiny):
-    with pytest.raises(ValueError, match="A search compares predictions of text") as error:
+    with pytest.raises(ValueError, match="ViTForImageClassification reads pictures, and a search") as error:
         DSAPruner(tiny("vit")).search(FORMS["loader"], DSAConfig(0.5, data=DataConfig(num_samples=3)))
     assert "\n" not in str(error.value)

@@ -21,7 +21,7 @@ def test_kinds_of_heads_are_found_by_structure(tiny):
         "llama": QKV,
         "gpt2": ["attn.c_attn"],
         "opt": ["q", "k", "v"],
-        "bloom": [],  # whose heads are not found
+        "bloom": ["query_key_value"],
     }.items():
         model = tiny(family)
         found = kinds_of_heads(model, find_architecture(model), tokens(1, 8))
