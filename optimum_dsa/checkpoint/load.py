@@ -84,7 +84,7 @@ def load_model(path: str, adapter: bool = True, task: AdapterTask | None = None,
         loader = transformers.AutoModelForSeq2SeqLM  # a GGUF names no class
     if task is not None:
         loader = task.model_class(loader, config)
-    kwargs = {**dequantising(config, kwargs), **_own_devices(kwargs), **kwargs}
+    kwargs = {**dequantising(config, kwargs), **kwargs, **_own_devices(kwargs)}
     scratch = _scratch(kwargs)
     if scratch is not None:
         kwargs["offload_folder"] = scratch.name

@@ -13,7 +13,6 @@ from optimum_dsa import (
     DataConfig,
     DSAConfig,
     DSAPruner,
-    DSAStructuredConfig,
     allocate,
     perplexity,
     prune,
@@ -395,18 +394,3 @@ def test_what_an_update_chooses_is_what_is_searched_for():
     finally:
         del UPDATES["smallest"]
     assert found.finalists[0].perplexity == pytest.approx(perplexity(pruner.model, validation), rel=1e-4)
-
-
-def test_a_model_that_predicts_no_next_tokens_is_refused_before_any_work(tiny, monkeypatch):
-    def never(*args, **kwargs):
-        raise AssertionError("work was done")
-
-    model, message = tiny("bert"), "BertForMaskedLM predicts masked tokens, .* named allocation, such as 'owl'"
-    monkeypatch.setattr("optimum_dsa.search.apart.load_apart", never)
-    monkeypatch.setattr("optimum_dsa.search.search.prepared", never)
-    with pytest.raises(ValueError, match=message):
-        DSAPruner(model).search("no-such.txt", CONFIG)
-    with pytest.raises(ValueError, match=message):
-        DSAPruner(model).search("no-such.txt", DSAStructuredConfig(0.2, layout="per_layer"))
-    with pytest.raises(ValueError, match=message):
-        search(model, CALIBRATION, VALIDATION, CONFIG)
