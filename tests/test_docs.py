@@ -41,6 +41,7 @@ from optimum_dsa.common.registry import Registry
 from optimum_dsa.evaluation.perplexity import REFERENCE as PSEUDO
 from optimum_dsa.model.examples import REFERENCE as MASKING
 from optimum_dsa.pruning.reconstruct import REFERENCE as RECONSTRUCTION
+from optimum_dsa.pruning.structured.wholes.entire import REFERENCE as PARTS_GO
 from optimum_dsa.pruning.structured.widths.costs import COSTS
 from optimum_dsa.pruning.unstructured.grid import REFERENCE as FEEDBACK
 from optimum_dsa.pruning.unstructured.grid import SETTLING
@@ -150,7 +151,7 @@ def test_links_of_the_readme_lead_to_a_file_and_a_heading():
 def test_papers_are_cited_by_the_addresses_of_the_tables(name):
     tables = [*TABLES.values(), MODES, SCHEDULES, RECOVERIES, IMPORTANCES, LEARNERS, SHARES, OPERATIONS]
     known = {address for table in tables for address in table.references.values()} | {DISTILLATION, RECONSTRUCTION}
-    known |= {MASKING, PSEUDO, FEEDBACK, SETTLING}
+    known |= {MASKING, PSEUDO, FEEDBACK, SETTLING, PARTS_GO}
     assert set(re.findall(r"https://arxiv\.org/[\w./]+", TEXTS[name])) <= known
 
 

@@ -56,13 +56,15 @@ def _head(config: Any) -> int:
 def widths_of(own: Any) -> Widths:
     """Query heads, heads of keys and values, and channels of the MLP of one layer, by its configuration."""
     heads = own.num_attention_heads
-    channels = getattr(own, "intermediate_size", None) or getattr(own, "n_inner", None) or 4 * own.hidden_size
+    said = (getattr(own, name, None) for name in ("intermediate_size", "n_inner"))
+    channels = next((value for value in said if value is not None), 4 * own.hidden_size)
     return heads, getattr(own, "num_key_value_heads", None) or heads, channels
 
 
 def write_sizes(writer: Any, config: Any, family: Family, widths: list[Widths]) -> None:
     """Write what a file says of its model's sizes, to gguf's writer."""
     longest, ropes = config.max_position_embeddings, rope_settings(config)
+    widths = [(queries, keys, max(channels, 1)) for queries, keys, channels in widths]  # see gguf_tensors._is_there
     queries, keys, channels = ([*column] if len(set(widths)) > 1 else column[0] for column in zip(*widths))
     writer.add_block_count(len(widths))
     window = None if family.windowed else getattr(config, "sliding_window", None)

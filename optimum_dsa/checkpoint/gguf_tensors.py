@@ -31,6 +31,7 @@ class Part:
         heads (`int`): whose halves are put beside each other; 0 for none.
         lift (`float`): what is added.
         transposed (`bool`): whether it is the other way round there.
+        without (`tuple[int, ...]`, *optional*): the shape of what it is made of, where that is nothing: it is zeros.
     """
 
     called: str
@@ -39,9 +40,12 @@ class Part:
     heads: int = 0
     lift: float = 0.0
     transposed: bool = False
+    without: tuple[int, ...] | None = None
 
     def make(self, tensors: list[Tensor]) -> Tensor:
         """The tensor, of `shape`, float32, of those that `names` are, in this order."""
+        if self.without is not None:
+            return torch.zeros(self.shape)
         found = tensors[0].float() if len(tensors) == 1 else torch.stack([one.float() for one in tensors])
         if self.heads:
             # The halves of a head that turn together lie beside each other there.
@@ -50,6 +54,8 @@ class Part:
 
     def undo(self, made: Tensor) -> list[Tensor]:
         """What `make` made a tensor of `shape` of: one for each of `names`."""
+        if self.without is not None:
+            return [made.new_zeros(self.without)]
         found = (made.T if self.transposed else made) - self.lift if self.lift or self.transposed else made
         if self.heads:
             found = found.reshape(self.heads, -1, 2, *found.shape[1:]).transpose(1, 2).reshape(found.shape)
@@ -76,7 +82,8 @@ def parts_of(
         if expert := _EXPERT.fullmatch(name):
             experts.setdefault(f"{expert[1]}.experts.{expert[3]}_proj.weight", {})[int(expert[2])] = name, shape
         else:
-            found.append(_part(name, (name,), shape, family, widths, table))
+            part = _part(name, (name,), shape, family, widths, table)
+            found += [part] if _is_there(part, widths) else []
     for name, some in experts.items():
         names, shapes_of = zip(*(some[number] for number in sorted(some)))
         found.append(_part(name, names, (len(names), *shapes_of[0]), family, widths, table))
@@ -94,7 +101,18 @@ def _part(
     heads = widths[int(place[-4])][place[-2] == "k_proj"] if of_head else 0
     transposed = name.endswith(family.transposed) if family.transposed else False
     lift = 1.0 if family.lifted and name.endswith("norm.weight") else 0.0
-    return Part(called, (*reversed(shape),) if transposed else shape, names, heads, lift, transposed)
+    without = shape if 0 in shape else None
+    shape = tuple(max(size, 1) for size in shape)
+    return Part(called, (*reversed(shape),) if transposed else shape, names, heads, lift, transposed, without)
+
+
+def _is_there(part: Part, widths: list[Widths]) -> bool:
+    """Whether llama.cpp asks for a tensor: of a layer without attention, for none of that nor its norm.
+
+    Where a layer has no MLP it would pass over its attention, too, so that one channel of zeros stands for it.
+    """
+    layer = re.fullmatch(r"blk\.(\d+)\.attn_.*", part.called)
+    return layer is None or widths[int(layer[1])][0] > 0
 
 
 def kind_of(part: Part, kind: str, called: Iterable[str]) -> str:

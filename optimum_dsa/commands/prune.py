@@ -121,7 +121,7 @@ Both compose: cut structures first, and prune the weights of what is left then.
         from ..model.stacks import UnprunableError
         from ..pruner import DSAPruner
         from ..pruning.divided import check_divisible
-        from ..pruning.finished import check_folder
+        from ..pruning.finished import check_folder, finished_in
         from ..pruning.structured.described import structured_to
 
         config = asked_structures(self.args, self.parser)
@@ -166,6 +166,8 @@ Both compose: cut structures first, and prune the weights of what is left then.
             if output:
                 self._check_room(output, weight_bytes(pruner.model), is_offloaded(pruner.model))
             kept = self.args.checkpoints if cuts else self._checkpoints
+            if self.args.resume and self._checkpoints is not None and (count := finished_in(self._checkpoints)):
+                say(f"going on behind {count} finished blocks in {self._checkpoints}")
             try:
                 report = pruner.prune(asked_source(self.args), config, kept, self.args.resume)
             except UnprunableError:

@@ -273,7 +273,7 @@ def _block_weights(
         owner_name = f"{block}.{path}" if path else block
         for attribute, parameter in owner.named_parameters(recurse=False):
             name = f"{owner_name}.{attribute}"
-            if parameter.dim() < 2:
+            if parameter.dim() < 2 or not parameter.numel():  # what was cut whole leaves matrices of nothing
                 continue
             if id(parameter) in adapters:
                 _matches(name, exclude, used)  # whoever excludes it by name has what was asked

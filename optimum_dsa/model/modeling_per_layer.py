@@ -9,6 +9,8 @@ imported, it is that package's own file that does. Classes are made of transform
     per_layer_blocks   the name of the list of layers in the whole model, such as "model.layers"
     per_layer_tensors  tensor of a layer -> [setting, n, axis]: along `axis`, n fewer for each one that is missing
     per_layer_heads    layer -> which of the whole model's heads it has, where that gives each of them a slope (ALiBi)
+    per_layer_absent   setting -> [module, matrix, values]: a layer in which it is 0 runs without that module, see
+                       `leave_out`
 
 A model is made with the settings that all layers share, and what is too wide in a layer is cut before weights are
 loaded. Caches of unequal numbers of heads are transformers' own.
@@ -119,10 +121,11 @@ def narrow(model: nn.Module, config: Any, widths: Mapping[int, Mapping[str, int]
     blocks = list_of_layers(model, config.per_layer_blocks) if widths else ()
     for number, own in widths.items():
         fewer = {name: getattr(config, name) - value for name, value in own.items()}
-        if wrong := [name for name, value in own.items() if not 0 < value <= getattr(config, name)]:
+        least = {name: int(name in EXPERT_COUNTS) for name in own}
+        if wrong := [name for name, value in own.items() if not least[name] <= value <= getattr(config, name)]:
             raise ValueError(
                 f"Layer {number} has {wrong[0]}={own[wrong[0]]} in per_layer_config, and the whole model has "
-                f"{getattr(config, wrong[0])}: a layer's own is at least 1, and no more than that."
+                f"{getattr(config, wrong[0])}: a layer's own is at least {least[wrong[0]]}, and no more than that."
             )
         _cut(blocks[number], tensors, fewer, f"{config.per_layer_blocks}.{number}")
         gone = max((fewer.get(name, 0) for name in EXPERT_COUNTS), default=0)
@@ -134,6 +137,9 @@ def narrow(model: nn.Module, config: Any, widths: Mapping[int, Mapping[str, int]
             rows = {name: tensors[name] for name in of_heads if _reads(blocks[number], name, tensors[name][2])}
             width = max((fewer.get(setting, 0) * each for setting, each, _ in rows.values()), default=0)
             count_heads(blocks[number], of_heads, queries, keys, width)
+        for setting, absent in (getattr(config, "per_layer_absent", None) or {}).items():
+            if own.get(setting) == 0:
+                leave_out(blocks[number], *absent)
     for number, kept in kept_heads(config).items():
         total = next(value for name in QUERY_HEADS if isinstance(value := getattr(config, name, None), int))
         own = max((widths[number].get(name, 0) for name in QUERY_HEADS), default=0)
@@ -159,7 +165,7 @@ def _cut(block: nn.Module, tensors: Mapping[str, Any], fewer: Mapping[str, int],
         value, gone = getattr(module, last, None), fewer.get(setting, 0) * each
         if value is None or not gone:
             continue
-        if value.shape[axis] <= gone:
+        if value.shape[axis] < gone:
             raise ValueError(f"{called}.{name} is {tuple(value.shape)}, and by per_layer_config {gone} of them go.")
         kept = value.data.narrow(axis, 0, value.shape[axis] - gone).clone()
         module.register_parameter(last, nn.Parameter(kept, requires_grad=value.requires_grad))
@@ -204,6 +210,41 @@ def count_heads(block: nn.Module, tensors: Iterable[str], queries: int, keys: in
         _lower(module, changes)
 
 
+class Absent:
+    """Of a module of a layer: there is nothing left in it to run.
+
+    It gives the bias of the matrix that would have read what it makes, or zeros; without such a matrix, what is read
+    outside of it: a tensor without a channel. `gives` is (the matrix's module, how many values it returns).
+    """
+
+    def forward(self, *args, **kwargs) -> Any:
+        path, values = self.gives
+        hidden = kwargs.get("hidden_states")
+        if hidden is None:
+            hidden = next(each for each in (*args, *kwargs.values()) if isinstance(each, torch.Tensor))
+        reader = self.get_submodule(path) if path else None
+        width = 0 if reader is None else max(reader.weight.shape)  # the other one is 0
+        given = hidden.new_zeros((*hidden.shape[:-1], width))
+        if getattr(reader, "bias", None) is not None:
+            given = given + reader.bias.to(given)
+        return (given, *[None] * (values - 1)) if values else given
+
+
+def leave_out(block: nn.Module, path: str, reader: str, values: int) -> None:
+    """Have a module of a block, from which everything is cut that it is made of, give what is left: see `Absent`.
+
+    Args:
+        path: its name in the block.
+        reader: in it, the name of the module whose matrix reads what it makes; "" where that is outside.
+        values: how many it returns, the first of which is its output; 0 where that is all.
+    """
+    module = block.get_submodule(path)
+    if not isinstance(module, Absent):
+        kind = type(module)
+        module.__class__ = type(f"Absent{kind.__name__}", (Absent, kind), {"__module__": __name__})
+    module.gives = (reader, values)
+
+
 def kept_heads(config: Any) -> dict[int, list[int]]:
     """Layer -> the numbers of its heads among those of the whole model, where these are told."""
     return {int(number): kept for number, kept in (getattr(config, "per_layer_heads", None) or {}).items()}
@@ -240,7 +281,8 @@ def _rows(tensor: torch.Tensor, total: int, kept: Sequence[int]) -> torch.Tensor
     if tensor.shape[axis] % total:
         return tensor
     rows = tensor.unflatten(axis, (-1, total))
-    return rows.index_select(axis + 1, torch.tensor(kept, device=tensor.device)).flatten(axis, axis + 1)
+    index = torch.tensor(kept, dtype=torch.int64, device=tensor.device)
+    return rows.index_select(axis + 1, index).flatten(axis, axis + 1)
 
 
 def count_experts(block: nn.Module, tensors: Iterable[str], gone: int) -> None:

@@ -17,8 +17,10 @@ from ..pruning.configuration import CONFIG_NAME, DSAConfig
 from ..pruning.distill import REFERENCE as DISTILLATION
 from ..pruning.reconstruct import REFERENCE as RECONSTRUCTION
 from ..pruning.structured.configuration import DSAStructuredConfig
-from ..pruning.structured.importance import IMPORTANCES
+from ..pruning.structured.importance import IMPORTANCES, importances_of
 from ..pruning.structured.learners import LEARNERS
+from ..pruning.structured.structure import ENTIRE
+from ..pruning.structured.wholes.entire import REFERENCE as WITHOUT
 from ..pruning.structured.widths.shares import SHARES
 from ..pruning.unstructured.grid import REFERENCE as FEEDBACK
 from ..pruning.unstructured.methods import METHODS
@@ -188,7 +190,10 @@ def papers(
             found[f"{table.kind} {name}"] = table.references[name]
 
     for cut in cuts:
-        cite(IMPORTANCES, cut.get("importance"))
+        for row in importances_of(cut):
+            cite(IMPORTANCES, row)
+        if any(kind in (cut.get("structures") or ()) for kind in ENTIRE):
+            found["attention, mlp"] = WITHOUT
         cite(LEARNERS, cut.get("learner"))
         cite(SHARES, cut.get("allocation"))
         cite(ALLOCATIONS, cut.get("allocation"))

@@ -12,6 +12,7 @@ from optimum_dsa import demo_model, demo_texts, find_architecture
 from optimum_dsa.checkpoint.exports import EXPORTS, export
 from optimum_dsa.pruning.structured.layout import LAYOUTS
 from optimum_dsa.pruning.structured.structures import find_structures
+from optimum_dsa.pruning.structured.wholes.entire import find_entire
 
 from ..test_commands import run
 from ..tiny import tiny_llama
@@ -30,7 +31,17 @@ def models():
     for unit, each in found.items():
         layout.take(model, each, torch.arange(counts[unit]))
     layout.settle(model)
-    return {"plain": plain, "per_layer": model}
+    short = copy.deepcopy(plain)
+    # Of one block the attention, of another the MLP, of a third both, and of the last the MLP go.
+    units = find_entire(short, find_architecture(short), {"input_ids": torch.arange(16)[None]}).structures
+    last = len(plain.model.layers) - 1
+    gone = {"1:kv_group", "2:ffn", "3:kv_group", "3:ffn", f"{last}:ffn"}
+    counts = {unit: len(each) * (unit.rpartition(".")[2] in gone) for unit, each in units.items()}
+    layout = LAYOUTS["per_layer"](short, units, counts)
+    for unit, each in units.items():
+        layout.take(short, each, torch.arange(counts[unit]))
+    layout.settle(short)
+    return {"plain": plain, "per_layer": model, "absent": short}
 
 
 def saved(model, folder):
@@ -39,7 +50,7 @@ def saved(model, folder):
     return folder
 
 
-@pytest.fixture(params=["plain", "per_layer"])
+@pytest.fixture(params=["plain", "per_layer", "absent"])
 def folder(request, models, tmp_path):
     return models[request.param], saved(models[request.param], tmp_path / request.param)
 
@@ -48,7 +59,7 @@ def test_weights_of_another_configuration_are_refused(folder, tmp_path):
     pytest.importorskip("gguf")
     file = folder[1] / "config.json"
     said = json.loads(file.read_text())
-    (said["per_layer_config"]["0"] if "per_layer_config" in said else said)["intermediate_size"] = 7
+    (next(iter(said.get("per_layer_config", {"": said}).values())))["intermediate_size"] = 7
     file.write_text(json.dumps(said))
     with pytest.raises(ValueError, match="and by its config.json it is .*7.*: they do not belong together"):
         export(folder[1], tmp_path / "out.gguf", "gguf")
@@ -68,7 +79,7 @@ def test_a_gguf_holds_the_model(folder, kind, tmp_path, monkeypatch, capsys):
     def said(name):
         return reader.get_field(name).contents()
 
-    differ = source.name == "per_layer"
+    differ = source.name != "plain"
     arch, layers = "deci" if differ else "llama", model.config.per_layer_config
     assert said("general.architecture") == arch
     for name, setting in (
@@ -76,8 +87,9 @@ def test_a_gguf_holds_the_model(folder, kind, tmp_path, monkeypatch, capsys):
         ("attention.head_count", "num_attention_heads"),
         ("attention.head_count_kv", "num_key_value_heads"),
     ):
-        numbers = [getattr(layer, setting) for layer in layers]
-        assert said(f"{arch}.{name}") == (numbers if differ else numbers[0]) and (len(set(numbers)) > 2) == differ
+        # A layer without an MLP has one channel of zeros.
+        numbers = [max(getattr(layer, setting), setting == "intermediate_size") for layer in layers]
+        assert said(f"{arch}.{name}") == (numbers if differ else numbers[0]) and (len(set(numbers)) > 1) == differ
     tokenizer = AutoTokenizer.from_pretrained(source)
     assert said("tokenizer.ggml.tokens") == tokenizer.convert_ids_to_tokens(range(model.config.vocab_size))
     assert said("tokenizer.ggml.pre") == "gpt-2" and said("tokenizer.ggml.eos_token_id") == tokenizer.eos_token_id
@@ -86,7 +98,8 @@ def test_a_gguf_holds_the_model(folder, kind, tmp_path, monkeypatch, capsys):
         for one in reader.tensors
     }
     own = {id(parameter): parameter for parameter in model.parameters()}
-    assert len(tensors) == len(own)
+    missing = sum(5 for layer in layers if not layer.num_attention_heads)  # four matrices and their norm
+    assert len(tensors) == len(own) - missing and bool(missing) == (source.name == "absent")
     # Of 8 bits half a step, of 4 a whole one (the largest is -8, and 8 is none); steps are float16.
     error = {"f32": 0, "f16": 5e-4, "q8_0": 0.6 / 127, "q4_0": 1 / 8}[kind]
 
@@ -95,7 +108,13 @@ def test_a_gguf_holds_the_model(folder, kind, tmp_path, monkeypatch, capsys):
         assert (written[weight == 0] == 0).all()
 
     for number, layer in enumerate(model.model.layers):
-        same(tensors[f"blk.{number}.ffn_down.weight"], layer.mlp.down_proj.weight)
+        written, weight = tensors[f"blk.{number}.ffn_down.weight"], layer.mlp.down_proj.weight
+        if not weight.numel():
+            assert written.shape == (len(weight), 1) and not written.any()
+        else:
+            same(written, weight)
+        if not layer.self_attn.q_proj.weight.numel():
+            continue
         same(tensors[f"blk.{number}.attn_v.weight"], layer.self_attn.v_proj.weight)
         # Halves of a head that turn together stand beside each other: row 1 is the head's ninth of 16.
         queries = tensors[f"blk.{number}.attn_q.weight"], layer.self_attn.q_proj.weight

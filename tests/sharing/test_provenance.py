@@ -20,6 +20,7 @@ from optimum_dsa import (
 from optimum_dsa.commands.base import asked_source
 from optimum_dsa.commands.prune import asked_config
 from optimum_dsa.data import describe
+from optimum_dsa.pruning.structured.configuration import DSAStructuredConfig
 from optimum_dsa.recovery.configuration import RecoveryConfig
 from optimum_dsa.recovery.recoveries import RECOVERIES
 from optimum_dsa.sharing.provenance import (
@@ -169,3 +170,19 @@ def test_every_training_is_cited_with_the_mode_of_its_adapters():
     trainings = [{"config": one.to_dict()} for one in (RecoveryConfig("elsa"), RecoveryConfig(mode="spp"))]
     assert papers(config, trainings).keys() - papers(config).keys() == {"recovery method elsa", "mode spp"}
     assert "mode mask" not in papers(config, [{"config": RecoveryConfig("full").to_dict()}, {"kind": "DSACallback"}])
+
+
+@pytest.mark.parametrize(
+    ("structures", "cited"),
+    [
+        (("ffn",), {"importance wanda_sp"}),
+        (("ffn", "expert"), {"importance wanda_sp", "importance reap"}),
+        (("block",), {"importance block_influence"}),
+        (("attention",), {"importance block_influence", "attention, mlp"}),
+    ],
+)
+def test_a_cut_cites_what_scored_what_went(structures, cited):
+    config, cut = DSAConfig(0.5).to_dict(), DSAStructuredConfig(0.2, structures, layout="per_layer").to_dict()
+    found = papers(config, cuts=[cut])
+    assert {name for name in found.keys() - papers(config).keys() if "allocation" not in name} == cited
+    assert papers(config, cuts=[{**cut, "importance": "no such"}]).keys() <= found.keys()

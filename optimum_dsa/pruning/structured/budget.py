@@ -20,17 +20,19 @@ class Available:
         cost: of one, such as its parameters; of 0 none goes.
         round_to: what stays is a multiple of it, where it is less than `count`.
         limit: how many may go at most; `None` for as many as can.
+        entire: whether all may go.
     """
 
     count: int
     cost: int
     round_to: int = 1
     limit: int | None = None
+    entire: bool = False
 
     @property
     def most(self) -> int:
-        """How many can go at most: one stays, or as many as make a round number."""
-        can = max(self.count - self.round_to, 0) if self.cost else 0
+        """How many can go at most: one stays, or as many as make a round number, or none."""
+        can = max(self.count - (0 if self.entire else self.round_to), 0) if self.cost else 0
         return can if self.limit is None else min(can, self.limit)
 
     def allowed(self, number: float) -> int:

@@ -13,7 +13,7 @@ from ...model.offload import is_offloaded, resident
 from ..zeros import FEWEST_ZEROS
 from .configuration import DSAStructuredConfig
 from .importance import IMPORTANCES, importance_of
-from .structure import WHOLE, Structures
+from .structure import ENTIRE, WHOLE, Structures
 
 
 def check_cuttable(model: nn.Module, config: DSAStructuredConfig) -> None:
@@ -40,6 +40,9 @@ def check_by_block(config: DSAStructuredConfig) -> None:
     needs = {
         f"learner={config.learner!r} trains": config.learner is not None,
         f"importance={config.importance!r} takes gradients of": gradients,
+        f"structures={list(config.structures)} tries blocks without a part of them, in": bool(
+            set(ENTIRE) & set(config.structures)
+        ),
         f"max_loss={config.max_loss!r} changes and puts back": config.max_loss is not None,
         "allocation='milp' changes and puts back": config.allocation == "milp",
         "cost='latency' is timed where the weights are, of": "latency" in (config.cost, *config.least),

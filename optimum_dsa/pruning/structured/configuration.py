@@ -17,7 +17,7 @@ from ..overrides import parsed
 from ..sections import ReconstructConfig
 from ..targets import TARGETS
 from .importance import IMPORTANCES, importance_of
-from .structure import KINDS, WHOLE
+from .structure import ENTIRE, KINDS, WHOLE
 from .widths.costs import COSTS
 from .widths.shares import SHARES, allocator_of
 
@@ -67,9 +67,9 @@ class DSAStructuredConfig:
             whole blocks it is their share.
         structures (`tuple[str, ...]`, defaults to `("ffn",)`): What may go, of `KINDS`: "ffn" is a channel of an MLP,
             "head" an attention head, "kv_group" a head of keys and values with its query heads, "expert" an expert,
-            "block" a whole block (alone).
+            "block" a whole block (alone), "attention" and "mlp" all heads or all channels of a block (with no others).
         importance (`str`, defaults to `"wanda_sp"`): A row of `IMPORTANCES`; the least important go first. Where it is
-            one that scores none, experts have "reap" and blocks "block_influence".
+            one that scores none, experts have "reap", and blocks, "attention" and "mlp" "block_influence".
         update (`str`, defaults to `"refit"`): What makes up for them: "none", "bias" (the mean of what goes, added to
             the bias of what read it) or "refit" (least squares of what read it).
         damping (`float`, defaults to 0.01): Share of mean diag(X·Xᵀ) added to it before it is inverted.
@@ -190,17 +190,44 @@ class DSAStructuredConfig:
                 f"Blocks go alone, and structures={list(self.structures)}; cut blocks first, and others out of what "
                 "is left."
             )
+        self._check_entire()
         if self.reconstruct.steps and set(self.structures) <= set(WHOLE):
             raise ValueError(
                 f"reconstruct={self.reconstruct.steps} trains blocks against what they gave as the walk began, and "
                 f"{' and '.join(map(repr, self.structures))} are gone by then; leave it out, and recover afterwards."
             )
-        if self.learner and (whole := [kind for kind in self.structures if kind in WHOLE]):
+        if self.learner and (whole := [kind for kind in self.structures if kind in (*WHOLE, *ENTIRE)]):
             raise ValueError(f"A learner is of channels and heads, and {whole[0]!r} is to go; leave learner= out.")
         if (whole := [kind for kind in self.structures if kind in WHOLE]) and self.cost != "parameters":
             raise ValueError(
                 f"cost={self.cost!r} is counted of channels and heads, and {whole[0]!r} is to go; use "
                 "cost='parameters'."
+            )
+
+    def _check_entire(self) -> None:
+        """Raise where attention or MLPs are to go with all that they are made of, and something does not fit that."""
+        if not (entire := [kind for kind in self.structures if kind in ENTIRE]):
+            return
+        if others := [kind for kind in self.structures if kind not in ENTIRE]:
+            raise ValueError(
+                f"{entire[0]!r} goes with all that it is made of, and {others[0]!r} is to go as well; cut one of both "
+                "first, and the other out of what is left."
+            )
+        if self.layout == "uniform":
+            raise ValueError(
+                f"structures={list(self.structures)} leaves blocks that differ, and layout='uniform' has one shape "
+                "for all; use layout='per_layer', or 'padded', which keeps zeros."
+            )
+        if "latency" in (self.cost, *self.least):
+            raise ValueError(
+                f"cost='latency' is timed by the width of what stays, and of {entire[0]!r} nothing does; use "
+                "cost='parameters' or 'flops'."
+            )
+        named = isinstance(self.allocation, str) and self.allocation != "uniform"
+        if named and (self.allocation in SHARES or allocator_of(self.allocation) is not None):
+            raise ValueError(
+                f"allocation={self.allocation!r} says how many of a block's structures go, and {entire[0]!r} goes "
+                "whole, the least important first; leave it out, or give an allocation of 0 and 1."
             )
 
     def _check_widths(self) -> None:

@@ -6,8 +6,9 @@ on their device. None of them changes its arguments.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 from zlib import crc32
 
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor
 from ...common.registry import Registry
 from ...model.statistics import DAMPING, LayerStatistics
 from .gradients import Products
+from .structure import ENTIRE
 from .wholes.usage import Usage
 
 
@@ -27,7 +29,7 @@ CHANNELS = ("ffn", "head", "kv_group")
 EXPERTS = ("expert",)
 OWNED = (*CHANNELS, *EXPERTS)  # what owns matrices, or parts of them
 # What is not of channels and heads -> the row that scores it where the one that was chosen does not.
-OF_WHOLES = {"expert": "reap", "block": "block_influence"}
+OF_WHOLES = {"expert": "reap", **dict.fromkeys(("block", *ENTIRE), "block_influence")}
 
 
 def importance_of(kind: str, chosen: str) -> str:
@@ -44,6 +46,15 @@ def importance_of(kind: str, chosen: str) -> str:
             f"importance={chosen!r} is of {' and '.join(map(repr, kinds))}, and {kind!r} is to go; take another one."
         )
     return OF_WHOLES[kind]
+
+
+def importances_of(cut: Mapping[str, Any]) -> list[str]:
+    """The rows that score what goes by a `DSAStructuredConfig`, as JSON values, each once."""
+    chosen, kinds = cut.get("importance"), cut.get("structures") or ()
+    if chosen not in IMPORTANCES:  # a file may say anything
+        return [str(chosen)]
+    known = (*IMPORTANCES.fact(chosen, "kinds", CHANNELS), *OF_WHOLES)
+    return list(dict.fromkeys(importance_of(kind, chosen) for kind in kinds if kind in known)) or [chosen]
 
 
 @dataclass(frozen=True)
@@ -70,7 +81,7 @@ class Parts:
     usage: Usage | None = None
 
 
-@IMPORTANCES.register(reference="https://arxiv.org/abs/2305.11627", reads="nothing", kinds=(*OWNED, "block"))
+@IMPORTANCES.register(reference="https://arxiv.org/abs/2305.11627", reads="nothing", kinds=(*OWNED, "block", *ENTIRE))
 def random(parts: Parts) -> Tensor:
     """Drawn from (0, 1], (structures,): what every other row has to be better than. The same for the same name.
 
@@ -229,11 +240,13 @@ def router_frequency(parts: Parts) -> Tensor:
 
 
 @IMPORTANCES.register(
-    reference="https://arxiv.org/abs/2403.03853", reads="nothing", kinds=("block",), observes="usage"
+    reference="https://arxiv.org/abs/2403.03853", reads="nothing", kinds=("block", *ENTIRE), observes="usage"
 )
 def block_influence(parts: Parts) -> Tensor:
     """The mean over tokens of 1 − cos(what a block is given, what it makes of it), (structures,).
 
-    Men et al., 2024, "ShortGPT", https://arxiv.org/abs/2403.03853, eq. 1.
+    Men et al., 2024, "ShortGPT", https://arxiv.org/abs/2403.03853, eq. 1. Of a block's attention or MLP it is 1 −
+    cos(what the block makes without it, what it makes), after He et al., 2024, "What Matters in Transformers?",
+    https://arxiv.org/abs/2406.15786, who take the stream just before and behind the part.
     """
     return parts.usage.output / parts.usage.tokens.clamp_min(1)

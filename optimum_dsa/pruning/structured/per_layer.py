@@ -170,6 +170,7 @@ def _said(model: nn.Module, units: Mapping[str, Structures], counts: Mapping[str
                 raise _Unsayable(f"its blocks differ in how they make {each.within(cut.tensor)}")
     heads = {each.head_size for each in units.values() if each.heads != (0, 0)}
     family, path = config.model_type.removeprefix(made.TYPE), paths.pop()
+    absent = _left_out(config, units)
 
     def say(config: Any) -> None:
         earlier = made.widths_of(config)
@@ -182,6 +183,8 @@ def _said(model: nn.Module, units: Mapping[str, Structures], counts: Mapping[str
             config.head_dim = next(iter(heads))  # nobody may derive it of a layer's own number of heads
         config.per_layer_blocks = path
         config.per_layer_tensors = {name: list(row) for name, row in tensors.items()}
+        if absent:
+            config.per_layer_absent = absent
         classes = {"AutoConfig": kind.__name__} | classes_of(family)
         config.auto_map = {auto: f"{made.__name__.rpartition('.')[2]}.{name}" for auto, name in classes.items()}
         config.per_layer_config = {
@@ -189,6 +192,18 @@ def _said(model: nn.Module, units: Mapping[str, Structures], counts: Mapping[str
         }
 
     return say
+
+
+def _left_out(config: Any, units: Mapping[str, Structures]) -> dict[str, list]:
+    """The setting that is 0 where a part of a layer is left out -> what `leave_out` is told of it."""
+    found = dict(getattr(config, "per_layer_absent", None) or {})
+    for each in units.values():
+        if each.absent:
+            number = int(each.block.rpartition(".")[2])
+            name = next(iter(_settings(config.per_layer_config[number], each)))
+            if found.setdefault(name, list(each.absent)) != list(each.absent):
+                raise _Unsayable(f"its blocks differ in what runs without {name}")
+    return found
 
 
 def _settings(own: Any, each: Structures) -> dict[str, tuple[int, int]]:

@@ -31,10 +31,11 @@ from .learners.gates import Gates
 from .learners.learned import check_learnable, learned
 from .remove import RemoveStructures
 from .scores import products_of
-from .structure import WHOLE, Place, Structures
+from .structure import ENTIRE, WHOLE, Place, Structures
 from .structures import find_structures
 from .tied import tied_gone
 from .wholes.blocks import find_blocks
+from .wholes.entire import entire_gone, find_entire
 from .wholes.remove import remove_wholes
 from .widths.dense import Dense, allocation_of, dense_model
 from .widths.shares import shares
@@ -220,7 +221,8 @@ def dense_of(model: nn.Module, calibration: Source | None, config: DSAStructured
         check_learnable(model, calibration, config.learner)
     architecture = find_architecture(model, exclude=config.exclude)
     check_finite_outputs(model, architecture, calibration)
-    find = find_blocks if config.structures == ("block",) else find_structures
+    entire = set(config.structures) <= set(ENTIRE)
+    find = find_blocks if config.structures == ("block",) else find_entire if entire else find_structures
     found = find(model, architecture, _short(calibration.batches(1)[0]))
     dense = dense_model(model, architecture, calibration, config, found)
     _check(model, dense.units, dense.left, config)
@@ -263,7 +265,7 @@ def _removed(
     Wholes go first, and the blocks are walked without them. `chosen` tells which go, where that is settled already.
     """
     model, config, units, calibration = dense.model, dense.config, dense.units, dense.calibration
-    chosen = tied_gone(dense, counts) if chosen is None else chosen
+    chosen = tied_gone(dense, counts) | entire_gone(units, counts) if chosen is None else chosen
     unsettled = {unit: each for unit, each in units.items() if unit not in chosen}
     distillation = distillation_of(model, dense.architecture, calibration, config)
     products = products_of(model, unsettled, calibration.batches(1), config)
@@ -325,5 +327,5 @@ def _check(
             f"{type(model).__name__} has no {' or '.join(config.structures)} that could be cut out"
             f"{f' ({why})' if why else ''}."
         )
-    if missing := [kind for kind in config.structures if all(each.kind != kind for each in units.values())]:
+    if missing := [kind for kind in config.structures if all(each.goes_as != kind for each in units.values())]:
         logger.warning("%s has no %s that could be cut out.", type(model).__name__, " or ".join(missing))

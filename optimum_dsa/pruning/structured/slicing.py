@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ...common.escaping import one_line
-from ...model.modeling_per_layer import EXPERT_COUNTS, count_anew, count_heads, keep_rows
+from ...model.modeling_per_layer import EXPERT_COUNTS, count_anew, count_heads, keep_rows, leave_out
 from ...model.offload import copied, is_offloaded, resident
 from ...model.walk import WalkedBlock
 from .structure import Structures, tensor_named
@@ -75,9 +75,12 @@ def cut_out(model: nn.Module, structures: Structures, gone: Tensor) -> None:
         block = model.get_submodule(structures.block)
         count_heads(block, structures.relative, queries, keys, width)
         if structures.slopes:
-            stays = torch.tensor([each for each in range(len(structures)) if each not in set(gone.tolist())])
+            stays = [each for each in range(len(structures)) if each not in set(gone.tolist())]
+            stays = torch.tensor(stays, dtype=torch.int64)
             heads = structures.query_heads(stays).sort().values.tolist()
             keep_rows(block, structures.relative, heads, structures.slopes)
+    if structures.absent and len(structures) == len(gone.unique()):
+        leave_out(model.get_submodule(structures.block), *structures.absent)
 
 
 @contextmanager
@@ -105,11 +108,12 @@ def _count_experts(model: nn.Module, structures: Structures, gone: set[int]) -> 
 
 @torch.no_grad()
 def trouble(walked: WalkedBlock, structures: Structures) -> str | None:
-    """Why the structures of a block that a walk stands at cannot be cut out one by one, or `None`: it is tried.
+    """Why the structures of a block that a walk stands at cannot be cut out, or `None`: it is tried.
 
-    The block, as a copy, is to give the same with the first of them cut out as with it silenced.
+    The block, as a copy, is to give the same with the first of them (or all, where they are `entire`) cut out as with
+    it silenced.
     """
-    block, gone = walked.model.get_submodule(walked.name), torch.tensor([0])
+    block, gone = walked.model.get_submodule(walked.name), torch.arange(len(structures) if structures.entire else 1)
     whole, given = block.__dict__, []
     for change in (silence, cut_out):
         # Under the block's own name, which is what the walk runs.
@@ -119,10 +123,12 @@ def trouble(walked: WalkedBlock, structures: Structures) -> str | None:
             given.append(walked.run()[0].float())
         except Exception as error:  # noqa: BLE001 - code that was written for other sizes may fail in any way
             logger.debug("%s without a part of it: %s", structures.unit, one_line(str(error)))
-            return "cannot be cut: its block does not run without a part of it, having sizes of its own"
+            part = "it" if structures.entire else "a part of it, having sizes of its own"
+            return f"cannot be cut: its block does not run without {part}"
         finally:
             block.__dict__ = whole
     silenced, cut = given
     if (silenced - cut).abs().max() > 1e-3 * silenced.abs().max():
-        return "what is left computes something else when a part of it is cut out"
+        part = "it" if structures.entire else "a part of it"
+        return f"what is left computes something else when {part} is cut out"
     return None

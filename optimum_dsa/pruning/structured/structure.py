@@ -16,9 +16,13 @@ KINDS = {
     "kv_group": "key-value group with its query heads",
     "expert": "expert, with its row of the router",
     "block": "whole block",
+    "attention": "attention of a block, with all its heads",
+    "mlp": "MLP of a block, with all its channels",
 }
 # Kinds that go before the blocks are walked: nothing that stays can be fitted to what they gave.
 WHOLE = ("expert", "block")
+# What goes from a block with all that it is made of, or not at all -> what that is.
+ENTIRE = {"attention": ("head", "kv_group"), "mlp": ("ffn",)}
 
 
 @dataclass(frozen=True)
@@ -71,6 +75,9 @@ class Structures:
         fixed (`tuple[int, ...]`): numbers of those that have to stay themselves.
         around (`tuple[str, ...]`): modules that count them.
         slopes (`int`): heads of which the block is given a row each (ALiBi), and keeps those of its own; else 0.
+        entire (`bool`): whether they go from the block together, or not at all.
+        absent (`tuple[str, str, int]`, *optional*): what cannot run without any of them and is left out of the block
+            then: see `modeling_per_layer.leave_out`.
         tied (`str`): the same of units that lose the same numbers, as their blocks share a tensor of them; else empty.
     """
 
@@ -85,9 +92,16 @@ class Structures:
     fixed: tuple[int, ...] = ()
     tied: str = ""
     slopes: int = 0
+    entire: bool = False
+    absent: tuple[str, str, int] | None = None
 
     def __len__(self) -> int:
         return len(self.cuts[-1].index) if self.cuts else len(self.wholes)
+
+    @property
+    def goes_as(self) -> str:
+        """The row of `KINDS` by which it is asked for."""
+        return next(name for name, kinds in ENTIRE.items() if self.kind in kinds) if self.entire else self.kind
 
     @property
     def block(self) -> str:

@@ -14,6 +14,7 @@ from .configuration import DSAStructuredConfig
 from .remove import RemoveStructures
 from .structure import WHOLE
 from .tied import tied_gone
+from .wholes.entire import entire_gone
 from .wholes.experts import routed_without
 from .wholes.remove import choose_wholes
 from .widths.dense import Dense
@@ -45,7 +46,8 @@ def as_pruned(dense: Dense, counts: Mapping[str, int]) -> Iterator[dict[str, Ten
     model, config, units = dense.model, dense.config, dense.units
     wholes = choose_wholes(model, units, counts, dense.calibration, config, dense.products)
     parts = {unit: each for unit, each in units.items() if each.kind not in WHOLE}
-    remove = RemoveStructures(config, parts, counts, tied_gone(dense, counts), dense.products)
+    chosen = tied_gone(dense, counts) | entire_gone(units, counts)
+    remove = RemoveStructures(config, parts, counts, chosen, dense.products)
     known = dict(model.named_parameters())
     names = {cut.tensor for each in units.values() for cut in each.reads}
     # Of an update "bias", too.

@@ -139,9 +139,12 @@ def changed(folder, target, **changes):
         ),
         (
             {"per_layer_config": {"1": {"intermediate_size": 49}}},
-            "Layer 1 has intermediate_size=49 .* at least 1, and",
+            "Layer 1 has intermediate_size=49 .* at least 0, and",
         ),
-        ({"per_layer_config": {"1": {"intermediate_size": 0}}}, "Layer 1 has intermediate_size=0 in per_layer_config"),
+        (
+            {"per_layer_config": {"1": {"intermediate_size": -1}}},
+            "Layer 1 has intermediate_size=-1 in per_layer_config",
+        ),
         ({"per_layer_config": {"7": {"intermediate_size": 9}}}, "layer indices in the range .0, 2."),
         ({"per_layer_config": {"0": {"max_position_embeddings": 9}}}, "'max_position_embeddings', and per_layer_ten"),
         (

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ....common.progress import progress
 from ....model.calls import feed, replaced_forwards
 from ....model.padding import real_tokens, without_padding
+from ..instead import computing_with, matrices_without
 from ..structure import Structures
 from .blocks import through
 
@@ -23,7 +24,7 @@ class Usage:
     Attributes:
         tokens: how many tokens were given to each.
         output: Σ over them of the norm of what an expert adds, its weight in the mixture included; and of how far a
-            block turns them, 1 − cos(before, after).
+            block, or a part of one, turns them, 1 − cos(before, after).
     """
 
     tokens: Tensor
@@ -34,7 +35,7 @@ class Usage:
 def collect_usage(
     model: nn.Module, units: Mapping[str, Structures], batches: Sequence[Mapping[str, Tensor]]
 ) -> dict[str, Usage]:
-    """Unit -> how its experts are used, or what its blocks do.
+    """Unit -> how its experts are used, or what its blocks do, or what a part of a block does, as one number.
 
     Args:
         batches (`Sequence[Mapping[str, Tensor]]`): inputs of the model by name, (samples, length, ...).
@@ -44,12 +45,16 @@ def collect_usage(
     """
     # Of an offloaded model no weight is anywhere until it runs.
     device = next((each.device for each in model.parameters() if not each.is_meta), torch.device("cpu"))
-    found = {unit: Usage(*torch.zeros(2, len(each), device=device)) for unit, each in units.items()}
+    sizes = {unit: 1 if each.entire else len(each) for unit, each in units.items()}
+    found = {unit: Usage(*torch.zeros(2, size, device=device)) for unit, size in sizes.items()}
     handles, real = [], _Real()
     training = model.training
     try:
         model.eval()
         for unit, each in units.items():
+            if each.entire:
+                handles.append(_turn_of_part(model, each, found[unit], real))
+                continue
             if each.kind == "block":
                 handles += _turns(model, each, found[unit], real)
                 continue
@@ -99,21 +104,38 @@ def _hook(watch: _Watch, usage: Usage, real: _Real) -> Callable:
     return hook
 
 
+def _noted(usage: Usage, number: int, before: Tensor, after: Tensor, real: _Real) -> None:
+    """Note how far tokens are turned from `before` to `after`, (samples, ..., hidden size) both."""
+    before, after = (hidden.flatten(0, -2).float() for hidden in (before, after))
+    counted = real.of(len(before), before.device)
+    turned = 1 - torch.cosine_similarity(before, after, dim=-1)
+    usage.tokens[number] += counted.sum().to(usage.tokens.device)
+    usage.output[number] += turned[counted].sum().to(usage.tokens.device)
+
+
 def _turns(model: nn.Module, structures: Structures, usage: Usage, real: _Real) -> Iterator[Any]:
     """Hooks on blocks that note how far each turns its tokens."""
 
     def watch(number: int) -> Callable:
         def hook(module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
-            before, after = (hidden.flatten(0, -2).float() for hidden in through(args, kwargs, output))
-            counted = real.of(len(before), before.device)
-            turned = 1 - torch.cosine_similarity(before, after, dim=-1)
-            usage.tokens[number] += counted.sum().to(usage.tokens.device)
-            usage.output[number] += turned[counted].sum().to(usage.tokens.device)
+            _noted(usage, number, *through(args, kwargs, output), real)
 
         return hook
 
     for number, name in enumerate(structures.wholes):
         yield model.get_submodule(name).register_forward_hook(watch(number), with_kwargs=True)
+
+
+def _turn_of_part(model: nn.Module, structures: Structures, usage: Usage, real: _Real) -> Any:
+    """A hook on a block that notes how far a part of it turns its tokens: the block is run once more without it."""
+    silenced = matrices_without(model, structures, torch.arange(len(structures)), None, 0.0)
+
+    def hook(module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
+        with computing_with(model, silenced):
+            without = module.forward(*args, **kwargs)
+        _noted(usage, 0, *(one if isinstance(one, Tensor) else one[0] for one in (without, output)), real)
+
+    return model.get_submodule(structures.block).register_forward_hook(hook, with_kwargs=True)
 
 
 def _of_fused(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Iterator[tuple[Tensor, Tensor]]:

@@ -23,6 +23,7 @@ from ..instead import computing_with, matrices_without
 from ..remove import parts_of, scores_from
 from ..scores import products_of
 from ..structure import WHOLE, Found, Structures
+from ..wholes.entire import worth_of
 from ..wholes.remove import scores_of_wholes
 from .costs import COSTS, TIMED, Cost
 from .curves import error_curve
@@ -117,6 +118,11 @@ class Dense:
             scores = scores_of_wholes(self.model, wholes, given, self.config, products)
             found |= {unit: one.float().cpu() for unit, one in scores.items()}
         return {unit: found[unit] for unit in self.units}
+
+    @property
+    def worth(self) -> dict[str, float]:
+        """Unit -> how important all of it is, of units that go with all of their structures or none."""
+        return self._once("worth", lambda: worth_of(self))
 
     @property
     def products(self) -> dict[str, list[Products]]:
@@ -249,7 +255,8 @@ def dense_model(
     """The dense model of which `config` takes a share of its cost, and all the structures `found` in it."""
     length = calibration.facts()["length"] or 0
     whole = _whole(architecture, config)
-    units = {unit: _without(each, whole) for unit, each in found.structures.items() if each.kind in config.structures}
+    asked_for = {unit: each for unit, each in found.structures.items() if each.goes_as in config.structures}
+    units = {unit: _without(each, whole) for unit, each in asked_for.items()}
     left = dict(found.left)
     if config.layout != "uniform" or config.learner:
         tied = {unit: each for unit, each in units.items() if each.tied}
@@ -257,8 +264,8 @@ def dense_model(
         units = {unit: each for unit, each in units.items() if unit not in tied}
     # What experts and blocks take of the others, nobody counts.
     whole_ones = any(each.kind in WHOLE for each in units.values())
-    asked_for = {config.cost, *config.least}
-    counted = ["parameters"] if whole_ones else [name for name in COSTS if name not in TIMED or name in asked_for]
+    needed = {config.cost, *config.least}
+    counted = ["parameters"] if whole_ones else [name for name in COSTS if name not in TIMED or name in needed]
     structures = {
         unit: each for unit, each in found.structures.items() if each.kind not in WHOLE or "flops" not in counted
     }
@@ -268,8 +275,9 @@ def dense_model(
         unit: Available(
             len(each),
             cost.each[unit],
-            config.round_to if each.kind == "ffn" else 1,
+            len(each) if each.entire else config.round_to if each.kind == "ffn" else 1,
             0 if each.block in whole else len(each) - each.least,
+            each.entire,
         )
         for unit, each in units.items()
     }

@@ -12,6 +12,7 @@ import torch
 from ....common.registry import Registry, UnknownNameError, near
 from ...allocation import Allocation, Allocator, measured_in_one_walk
 from ...configuration import AUTO, DSAConfig
+from ..wholes.entire import first_to_go
 from .exact import Budget, least_error
 
 
@@ -99,6 +100,8 @@ def milp(dense: Dense) -> dict[str, float]:
 def shares(dense: Dense) -> dict[str, float]:
     """Unit -> the share of its structures that the configuration's allocation asks to go."""
     allocation = dense.config.allocation
+    if allocation == "uniform" and any(each.entire for each in dense.units.values()):
+        return first_to_go(dense)
     if isinstance(allocation, str) and allocation in SHARES:
         proposed = SHARES[allocation](dense)
         return {unit: proposed[unit] for unit in dense.units}
