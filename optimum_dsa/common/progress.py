@@ -84,7 +84,8 @@ class Progress:
     def _say(self) -> None:
         self._said, self._shown = time.monotonic(), self._state
         of = "" if self.total is None or self.unit == "%" else f" of {self.total}"
-        units = self.unit if self.unit == "%" or (self.total or self.done) == 1 else f"{self.unit}s"
+        plural = f"{self.unit}es" if self.unit.endswith("ch") else f"{self.unit}s"
+        units = self.unit if self.unit == "%" or (self.total or self.done) == 1 else plural
         notes = [f"{name} {text}" for name, text in self._notes.items()]
         taken = self._said - self._began
         facts = [f"{self.done}{of} {units}", *notes, f"{taken:.0f} s"]

@@ -123,6 +123,10 @@ class StructuredReport:
 
 def stays_in(blocks: Sequence[tuple[int, int]]) -> str:
     """Such as "34 of 48 stay", or "30 to 36 of 48 stay", of how many stay in each block of how many."""
+    others = [(stay, of) for stay, of in blocks if stay]
+    if len(others) < len(blocks):
+        none = f"none in {len(blocks) - len(others)} of {len(blocks)} blocks"
+        return f"{none}, {stays_in(others)} in the others" if others else none
     stays, were = (
         f"{min(numbers)}" if min(numbers) == max(numbers) else f"{min(numbers)} to {max(numbers)}"
         for numbers in zip(*blocks)

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 from optimum_dsa import DSAConfig, DSAPruner, find_architecture, find_share
 from optimum_dsa.model.parameters import count_parameters
 from optimum_dsa.pruning.structured.configuration import DSAStructuredConfig
-from optimum_dsa.pruning.structured.prune import dense_of, prune_structures
+from optimum_dsa.pruning.structured.prune import dense_of, prune_structures, stays_in
 from optimum_dsa.pruning.structured.slicing import cut_out, silence
 from optimum_dsa.pruning.structured.wholes.entire import find_entire
 
@@ -208,6 +208,13 @@ def test_an_offloaded_model_is_refused_by_name(tmp_path):
     )
     with pytest.raises(ValueError, match="tries blocks without a part of them, in the whole model.*offloaded"):
         prune_structures(model, batch_of("Llama", 2), config_of())
+
+
+def test_in_how_many_blocks_none_is_left_is_said():
+    assert stays_in([(0, 48), (48, 48), (40, 48), (0, 48)]) == "none in 2 of 4 blocks, 40 to 48 of 48 stay in the others"
+    assert stays_in([(0, 2), (0, 2)]) == "none in 2 of 2 blocks" and stays_in([(1, 2), (1, 2)]) == "1 of 2 stay"
+    report = prune_structures(made("Llama"), batch_of("Llama", 2), config_of(0.2, ("mlp",)))
+    assert "; ffn: none in 1 of 4 blocks, 48 of 48 stay in the others" in str(report)
 
 
 def test_less_than_the_least_is_refused():
