@@ -211,7 +211,8 @@ def test_an_offloaded_model_is_refused_by_name(tmp_path):
 
 
 def test_in_how_many_blocks_none_is_left_is_said():
-    assert stays_in([(0, 48), (48, 48), (40, 48), (0, 48)]) == "none in 2 of 4 blocks, 40 to 48 of 48 stay in the others"
+    said = "none in 2 of 4 blocks, 40 to 48 of 48 stay in the others"
+    assert stays_in([(0, 48), (48, 48), (40, 48), (0, 48)]) == said
     assert stays_in([(0, 2), (0, 2)]) == "none in 2 of 2 blocks" and stays_in([(1, 2), (1, 2)]) == "1 of 2 stay"
     report = prune_structures(made("Llama"), batch_of("Llama", 2), config_of(0.2, ("mlp",)))
     assert "; ffn: none in 1 of 4 blocks, 48 of 48 stay in the others" in str(report)
