@@ -70,16 +70,14 @@ def _kept(structures: Structures) -> str | None:
 def _firsts(model: nn.Module, units: Mapping[str, Structures]) -> set[str]:
     """The units of the first attention of every stack, and of every type of layer that a configuration tells apart."""
     types = getattr(text_part(model.config), "layer_types", None) or ()
-    found: dict[tuple[str, str], str] = {}
-    for unit, each in units.items():
-        if each.heads[0]:
-            stack, _, number = each.block.rpartition(".")
-            place = int(number) if number.isdecimal() else -1
-            kind = types[place] if 0 <= place < len(types) else ""
-            first = found.setdefault((stack, kind), unit)
-            if units[first].block == each.block:  # with a cross-attention beside it
-                found[stack, f"{kind} {unit}"] = unit
-    return set(found.values())
+    attention = {unit: each.block for unit, each in units.items() if each.heads[0]}
+    firsts: dict[tuple[str, str], str] = {}
+    for block in attention.values():
+        stack, _, number = block.rpartition(".")
+        kind = types[int(number)] if number.isdecimal() and int(number) < len(types) else ""
+        firsts.setdefault((stack, kind), block)
+    # With a cross-attention beside it.
+    return {unit for unit, block in attention.items() if block in firsts.values()}
 
 
 def _able(walked: WalkedBlock, structures: Structures) -> tuple[Structures | None, str | None]:
@@ -87,9 +85,9 @@ def _able(walked: WalkedBlock, structures: Structures) -> tuple[Structures | Non
     why = "cannot be cut: nothing tells what its block gives without it"
     for absent in _ways(walked, structures):
         able = replace(structures, entire=True, least=0, absent=absent)
-        if (trouble_ := trouble(walked, able)) is None:
+        if (found := trouble(walked, able)) is None:
             return able, None
-        why = trouble_
+        why = found
     return None, why
 
 
