@@ -183,10 +183,14 @@ def test_a_model_without_a_tokenizer_cannot_be_evaluated_on_text(monkeypatch, ca
     assert code == 2 and "has no tokenizer" in errors
 
 
-def test_env_prints_versions(monkeypatch, capsys):
+def test_env_prints_versions(monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr("optimum_dsa.packed.nvcc.cache_folder", lambda: tmp_path)
     _, output, _ = run(monkeypatch, capsys, "env")
     for package in ("optimum-dsa", "torch", "transformers", "gpu"):
         assert f"- {package}: " in output
+    table = tmp_path / "table-some-card.json"
+    table.write_text('{"one": {"dense": 1.0}}')
+    assert f"- measured on cards: 1 kind of product in {table}" in run(monkeypatch, capsys, "env")[1]
 
 
 def test_the_demo_discovers_an_allocation_that_beats_the_named_ones(tmp_path):

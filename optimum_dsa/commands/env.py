@@ -17,9 +17,13 @@ class EnvCommand(LeafCommand):
     def execute(self) -> dict[str, str]:
         from ..common.environment import environment
         from ..packed.loading import load
+        from ..packed.measured import shown
+        from ..packed.nvcc import cache_folder
 
         kernels = load(warn=False)
         facts = {**environment(), "packed products": f"{kernels.name} ({kernels.reason})"}
+        if measured := shown(cache_folder()):
+            facts["measured on cards"] = measured
         for name, value in facts.items():
             print(f"- {name}: {value}")
         return facts

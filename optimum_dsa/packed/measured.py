@@ -28,9 +28,7 @@ class Table:
 
     def __init__(self, file: Path | None = None):
         self.file = file
-        self.rows: dict[str, dict[str, float]] = {}
-        if file is not None and file.is_file():
-            self.rows = json.loads(file.read_text())
+        self.rows: dict[str, dict[str, float]] = {} if file is None else read(file)
 
     def fastest(self, kind: str) -> str | None:
         """The fastest kernel; `None` where unpacking is faster."""
@@ -77,11 +75,30 @@ class Table:
         if self.file is None:
             return
         self.file.parent.mkdir(parents=True, exist_ok=True)
-        if self.file.is_file():
-            self.rows = json.loads(self.file.read_text()) | self.rows
+        self.rows = read(self.file) | self.rows
         with tempfile.NamedTemporaryFile("w", dir=self.file.parent, delete=False) as file:
             json.dump(self.rows, file, indent=1)
         os.replace(file.name, self.file)
+
+
+def read(file: Path) -> dict[str, dict[str, float]]:
+    """What a table's file holds; nothing, with a warning, of one that is damaged."""
+    try:
+        found = json.loads(file.read_text())
+        if isinstance(found, dict):
+            return found
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError):
+        pass
+    logger.warning("%s holds no table of what was measured on a card; it is measured again.", file)
+    return {}
+
+
+def shown(folder: Path) -> str:
+    """What the tables in a folder hold, in words, a card after another; "" where there is none."""
+    tables = {file: read(file) for file in sorted(folder.glob("table-*.json"))}
+    return ", ".join(f"{len(rows)} kind{'s'[: len(rows) != 1]} of product in {file}" for file, rows in tables.items())
 
 
 def milliseconds(work: Callable[[], object], device: torch.device, times: int = 10) -> float:

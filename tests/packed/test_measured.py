@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from optimum_dsa.packed.measured import Table
+from optimum_dsa.packed.measured import Table, read, shown
 
 
 def test_a_kernel_whose_product_is_wrong_is_not_in_the_table(tmp_path, caplog):
@@ -39,3 +39,24 @@ def test_rows_of_another_process_are_kept(tmp_path):
     second.save()
     assert json.loads(file.read_text()) == {"one": {"a": 1.0}, "two": {"a": 2.0}} == Table(file).rows
     Table().save()
+
+
+@pytest.mark.parametrize("content", ["", "[1]", "{"])
+def test_a_damaged_table_is_made_anew(content, tmp_path, caplog):
+    file = tmp_path / "table-card.json"
+    file.write_text(content)
+    table = Table(file)
+    assert table.rows == {} and f"{file} holds no table" in caplog.text
+    table.rows["some"] = {"a": 1.0}
+    table.save()
+    assert read(file) == {"some": {"a": 1.0}}
+
+
+def test_what_was_measured_is_shown_a_card_after_another(tmp_path):
+    assert shown(tmp_path) == shown(tmp_path / "nothing") == ""
+    for name, kinds in (("table-A.json", {"x": {}, "y": {}}), ("table-B.json", {}), ("other.json", {"x": {}})):
+        (tmp_path / name).write_text(json.dumps(kinds))
+    assert (
+        shown(tmp_path)
+        == f"2 kinds of product in {tmp_path / 'table-A.json'}, 0 kinds of product in {tmp_path / 'table-B.json'}"
+    )
