@@ -18,6 +18,7 @@ from .encodings import DENSE
 from .gguf_families import family_of
 from .gguf_file import KEYS, plan
 from .load import read_configuration
+from .skeleton import open_skeleton
 
 
 def read_gguf(path: Path, folder: Path) -> None:
@@ -48,8 +49,8 @@ def read_gguf(path: Path, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     stated = {**converted_config(json.loads(config), DENSE, path), "dtype": "bfloat16"}
     write_text(folder / "config.json", json.dumps(stated))
-    write_text(folder / CONFIG_NAME, description)
     _write_weights(reader, path, folder, dict.fromkeys(names))
+    write_text(folder / CONFIG_NAME, description)
 
 
 def _write_weights(reader: Any, path: Path, folder: Path, names: dict[str, None]) -> None:
@@ -57,12 +58,19 @@ def _write_weights(reader: Any, path: Path, folder: Path, names: dict[str, None]
 
     config = read_configuration(str(folder), {})
     held = {tensor.name: tensor for tensor in reader.tensors}
-    # Shapes are the file's own: only which of its tensors a name is in has to be found out.
-    _, parts = plan(config, family_of(config, path), dict.fromkeys(names, ()))
+    # Shapes are the file's own: only which of its tensors a name is in has to be found out, and what is of no size.
+    shapes = {name: tuple(tensor.shape) for name, tensor in open_skeleton(folder)[0].state_dict().items()}
+    _, parts = plan(config, family_of(config, path), {name: shapes.get(name, ()) for name in names})
     missing = [part.called for part in parts if part.called not in held]
     if missing:
         raise ValueError(f"{path} lacks {missing[0]}; write it again.")
-    with ShardWriter(folder / "model.safetensors", [name for part in parts for name in part.names], None) as writer:
+    written = [name for part in parts for name in part.names]
+    # Of a layer without attention a file has not even the norm, and nothing is asked of that.
+    within = f"{getattr(config, 'per_layer_blocks', None)}."
+    absent = [name for name in {*names} & shapes.keys() - {*written} if name.startswith(within)]
+    with ShardWriter(folder / "model.safetensors", [*written, *absent], None) as writer:
+        for name in absent:
+            writer.add(name, torch.ones(shapes[name], dtype=torch.bfloat16))
         for part in parts:
             tensor = held[part.called]
             shape = [int(size) for size in reversed(tensor.shape)]

@@ -229,6 +229,16 @@ class Absent:
             given = given + reader.bias.to(given)
         return (given, *[None] * (values - 1)) if values else given
 
+    def __reduce_ex__(self, protocol) -> tuple:
+        # Its class is made when it is needed, and found by no name.
+        return _absent, (type(self).__bases__[1],), self.__dict__
+
+
+def _absent(kind: type) -> Absent:
+    """A module of no parts yet, of the class that stands for one of this kind."""
+    made = type(f"Absent{kind.__name__}", (Absent, kind), {"__module__": __name__})
+    return made.__new__(made)
+
 
 def leave_out(block: nn.Module, path: str, reader: str, values: int) -> None:
     """Have a module of a block, from which everything is cut that it is made of, give what is left: see `Absent`.
@@ -240,8 +250,7 @@ def leave_out(block: nn.Module, path: str, reader: str, values: int) -> None:
     """
     module = block.get_submodule(path)
     if not isinstance(module, Absent):
-        kind = type(module)
-        module.__class__ = type(f"Absent{kind.__name__}", (Absent, kind), {"__module__": __name__})
+        module.__class__ = type(_absent(type(module)))
     module.gives = (reader, values)
 
 

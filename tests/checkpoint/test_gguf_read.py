@@ -3,8 +3,9 @@
 import json
 
 import pytest
+import torch
 
-from optimum_dsa import DSAConfig, DSAPruner
+from optimum_dsa import DSAConfig, DSAPruner, DSAStructuredConfig
 from optimum_dsa.checkpoint.exports import export
 from optimum_dsa.checkpoint.gguf_read import read_gguf
 
@@ -34,6 +35,18 @@ def test_verify_counts_the_zeros_of_a_file(pruned, kind, tmp_path, monkeypatch, 
     # What magnitude keeps of a half is too large to be rounded to zero.
     assert code == 0 and output.startswith(f"holds: {pruned[0].report.removed:,} of "), output
     assert "rounded to zero" not in output
+
+
+@pytest.mark.parametrize("structures", [("attention",), ("mlp",), ("attention", "mlp")])
+def test_what_is_absent_from_a_layer_is_counted(structures, tmp_path, monkeypatch, capsys):
+    pruner = DSAPruner(family("llama", num_hidden_layers=4), sentencepiece())
+    tokens = torch.arange(64).view(4, 16)
+    pruner.prune(tokens, DSAStructuredConfig(0.4, structures, layout="per_layer"))
+    pruner.prune(None, DSAConfig(0.5, method="magnitude", allocation="uniform", pattern="row"))
+    pruner.save_pretrained(tmp_path / "out")
+    export(tmp_path / "out", tmp_path / "out.gguf", "gguf", "f16")
+    code, output, _ = run(monkeypatch, capsys, "verify", str(tmp_path / "out.gguf"))
+    assert code == 0 and output.startswith("holds: ") and "none in " in output, output
 
 
 def test_what_is_rounded_to_zero_is_counted_apart(tmp_path, monkeypatch, capsys):

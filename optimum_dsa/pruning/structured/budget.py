@@ -68,7 +68,7 @@ def fitted_counts(
     if most < asked:
         raise ValueError(
             f"{asked:,} {what} are to go, and of the structures that may only {most:,} can; lower the sparsity "
-            "(or round_to), or let other structures go as well."
+            "(or round_to, keep_first, keep_last), or let other structures go as well."
         )
     proposed = dict.fromkeys(units, 0.0) if proposed is None else proposed
     if odd := [str(name) for name in units if not math.isfinite(proposed[name])]:

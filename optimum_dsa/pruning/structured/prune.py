@@ -325,11 +325,12 @@ def _check(
     model: nn.Module, units: Mapping[str, Structures], left: Mapping[str, str], config: DSAStructuredConfig
 ) -> None:
     """Raise `ValueError` where there is nothing to be cut out."""
-    if not units:
+    able = [each for each in units.values() if len(each) > each.least or not each.entire]
+    if not able:
         why = "; ".join(f"{name}: {reason}" for name, reason in list(left.items())[:3])
         raise ValueError(
             f"{type(model).__name__} has no {' or '.join(config.structures)} that could be cut out"
             f"{f' ({why})' if why else ''}."
         )
-    if missing := [kind for kind in config.structures if all(each.goes_as != kind for each in units.values())]:
+    if missing := [kind for kind in config.structures if all(each.goes_as != kind for each in able)]:
         logger.warning("%s has no %s that could be cut out.", type(model).__name__, " or ".join(missing))

@@ -32,9 +32,10 @@ _TIED = "its heads go alike from all blocks, which share a tensor of them"
 
 
 def find_entire(model: nn.Module, architecture: Architecture, batch: Mapping[str, Tensor]) -> Found:
-    """The attention and the MLP of every block that runs without them, by unit, and the weights of the others -> why.
+    """The attention and the MLP of every block, by unit, and the weights of those that cannot go -> why.
 
-    Each is tried: without it the block is to give what it gives when the matrices that read it are silenced.
+    Each is tried: without it the block is to give what it gives when the matrices that read it are silenced. Of one
+    that cannot go all structures are said to have to stay.
 
     Args:
         batch: inputs of the model by name, one short sample: (1, length, ...).
@@ -47,7 +48,7 @@ def find_entire(model: nn.Module, architecture: Architecture, batch: Mapping[str
         for unit, each in found.structures.items():
             if each.block != walked.name or each.kind == "expert":
                 continue
-            why = _kept(each) or (_FIRST if unit in firsts else None)
+            why = _stays(each) or (_FIRST if unit in firsts else None)
             if why is None:
                 alike = (each.kind, len(each), *((each.within(cut.tensor), cut.axis) for cut in each.cuts))
                 if alike not in tried:
@@ -56,11 +57,12 @@ def find_entire(model: nn.Module, architecture: Architecture, batch: Mapping[str
                 if able is not None:
                     units[unit] = replace(each, entire=True, least=0, absent=able.absent)
                     continue
+            units[unit] = replace(each, entire=True, least=len(each))
             left |= {cut.tensor: why for cut in each.cuts if model.get_parameter(cut.tensor).dim() > 1}
     return Found(units, left)
 
 
-def _kept(structures: Structures) -> str | None:
+def _stays(structures: Structures) -> str | None:
     """Why they cannot all go, or `None`."""
     if structures.tied:
         return _TIED
@@ -68,7 +70,12 @@ def _kept(structures: Structures) -> str | None:
 
 
 def _firsts(model: nn.Module, units: Mapping[str, Structures]) -> set[str]:
-    """The units of the first attention of every stack, and of every type of layer that a configuration tells apart."""
+    """The units of the first attention of every stack, and of every type of layer that a configuration tells apart.
+
+    None of a model that writes nothing, and has no cache.
+    """
+    if hasattr(model, "can_generate") and not model.can_generate():
+        return set()
     types = getattr(text_part(model.config), "layer_types", None) or ()
     attention = {unit: each.block for unit, each in units.items() if each.heads[0]}
     firsts: dict[tuple[str, str], str] = {}

@@ -3,6 +3,7 @@
 import copy
 import json
 import os
+import pickle
 import subprocess
 import sys
 
@@ -68,6 +69,7 @@ def found():
 def test_a_model_without_them_gives_what_it_gives_when_they_are_silenced(family, found):
     model, those = found(family)
     units, batch = those.structures, batch_of(family, samples=2)
+    units = {unit: each for unit, each in units.items() if not each.least}
     kinds = {each.goes_as for each in units.values()}
     assert ("mlp" in kinds) == (family not in MIXED) and ("attention" in kinds) == (family not in (*WITHOUT, "Lfm2"))
     for each in units.values():
@@ -83,8 +85,9 @@ def test_a_model_without_them_gives_what_it_gives_when_they_are_silenced(family,
 def test_the_first_attention_of_every_kind_stays(family, found):
     model, those = found(family)
     blocks = [name for name, _ in model.named_modules() if name.rpartition(".")[2].isdecimal()]
-    gone = {each.block for each in those.structures.values() if each.kind != "ffn"}
-    stays = {name for name in blocks if int(name.rpartition(".")[2]) in STAY.get(family, {0})}
+    gone = {each.block for each in those.structures.values() if each.kind != "ffn" and not each.least}
+    first = set() if family in ("Bert", "ViT") else STAY.get(family, {0})  # of what writes nothing, all may go
+    stays = {name for name in blocks if int(name.rpartition(".")[2]) in first}
     assert not gone & stays
     if gone and family in STAY:
         assert any("the first attention of its kind stays" in why for why in those.left.values())
@@ -216,6 +219,27 @@ def test_in_how_many_blocks_none_is_left_is_said():
     assert stays_in([(0, 2), (0, 2)]) == "none in 2 of 2 blocks" and stays_in([(1, 2), (1, 2)]) == "1 of 2 stay"
     report = prune_structures(made("Llama"), batch_of("Llama", 2), config_of(0.2, ("mlp",)))
     assert "; ffn: none in 1 of 4 blocks, 48 of 48 stay in the others" in str(report)
+
+
+def test_shares_are_of_all_attention_that_which_stays_included():
+    report = prune_structures(deeper("Llama", DEPTH), batch_of("Llama", 2), config_of(0.1, ("attention",)))
+    assert report.shares["kv"] == pytest.approx(1 / DEPTH)
+    assert "kv_group: none in 1 of 4 blocks" in str(report)
+    report = prune_structures(deeper("Llama", DEPTH), batch_of("Llama", 2), config_of(0.25, cost="kv"))
+    assert report.shares["kv"] == pytest.approx(1 / DEPTH)
+
+
+def test_a_model_without_some_is_pickled(tmp_path):
+    model, batch = made("GPT2"), batch_of("GPT2")
+    prune_structures(model, batch, config_of(0.4))
+    again = pickle.loads(pickle.dumps(model))
+    assert torch.equal(loads.said(again, batch), loads.said(model, batch))
+    assert torch.equal(loads.said(copy.deepcopy(again), batch), loads.said(model, batch))
+
+
+def test_where_nothing_can_go_it_is_said():
+    with pytest.raises(ValueError, match="has no attention that could be cut out .*share its head"):
+        prune_structures(made("Falcon"), batch_of("Falcon", 2), config_of(0.1, ("attention",)))
 
 
 def test_less_than_the_least_is_refused():
