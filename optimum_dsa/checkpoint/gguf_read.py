@@ -67,7 +67,7 @@ def _write_weights(reader: Any, path: Path, folder: Path, names: dict[str, None]
     written = [name for part in parts for name in part.names]
     # Of a layer without attention a file has not even the norm, and nothing is asked of that.
     within = f"{getattr(config, 'per_layer_blocks', None)}."
-    absent = [name for name in {*names} & shapes.keys() - {*written} if name.startswith(within)]
+    absent = [name for name in names if name in shapes and name not in written and name.startswith(within)]
     with ShardWriter(folder / "model.safetensors", [*written, *absent], None) as writer:
         for name in absent:
             writer.add(name, torch.ones(shapes[name], dtype=torch.bfloat16))

@@ -128,10 +128,10 @@ def _turns(model: nn.Module, structures: Structures, usage: Usage, real: _Real) 
 
 def _turn_of_part(model: nn.Module, structures: Structures, usage: Usage, real: _Real) -> Any:
     """A hook on a block that notes how far a part of it turns its tokens: the block is run once more without it."""
-    silenced = matrices_without(model, structures, torch.arange(len(structures)), None, 0.0)
 
     def hook(module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
-        with computing_with(model, silenced):
+        # Made anew for each batch: those of all blocks at once would be a third of a model beside it.
+        with computing_with(model, matrices_without(model, structures, torch.arange(len(structures)), None, 0.0)):
             without = module.forward(*args, **kwargs)
         _noted(usage, 0, *(one if isinstance(one, Tensor) else one[0] for one in (without, output)), real)
 
