@@ -236,8 +236,13 @@ class Absent:
 
 def _absent(kind: type) -> Absent:
     """A module of no parts yet, of the class that stands for one of this kind."""
-    made = type(f"Absent{kind.__name__}", (Absent, kind), {"__module__": __name__})
+    made = _absent_class(kind)
     return made.__new__(made)
+
+
+def _absent_class(kind: type) -> type:
+    """The class of what is left of a module of this kind."""
+    return type(f"Absent{kind.__name__}", (Absent, kind), {"__module__": __name__})
 
 
 def leave_out(block: nn.Module, path: str, reader: str, values: int) -> None:
@@ -250,7 +255,7 @@ def leave_out(block: nn.Module, path: str, reader: str, values: int) -> None:
     """
     module = block.get_submodule(path)
     if not isinstance(module, Absent):
-        module.__class__ = type(_absent(type(module)))
+        module.__class__ = _absent_class(type(module))
     module.gives = (reader, values)
 
 
