@@ -119,7 +119,7 @@ class DSAPruner:
                 `ALLOCATIONS` that one walk measures is tried for real before, on windows that do not calibrate.
                 The report says what was compared.
             checkpoints (`str`, *optional*): folder for the blocks that are finished, from which a run goes on that was
-                interrupted. It stays, and takes as much room as the blocks. Of a cut it has a learner's state.
+                interrupted. It stays, and takes as much room as the blocks. Of a learner it has the state.
             resume (`bool`, defaults to `False`): go on from those in it, with the model as it was at the beginning:
                 load it again. The end is that of an uninterrupted run.
 

@@ -181,10 +181,11 @@ def test_a_model_in_types_of_llama_cpp_stands_beside_pruned_ones(monkeypatch, ca
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="RssAnon is Linux's to say")
-def test_what_is_pruned_block_by_block_is_killed_and_goes_on_to_the_same_bytes(monkeypatch, capsys, tmp_path):
+@pytest.mark.parametrize("name", ["sparsegpt 50 %", "channels 50 %"])
+def test_what_is_pruned_block_by_block_is_killed_and_goes_on_to_the_same_bytes(name, monkeypatch, capsys, tmp_path):
     """The first kill is one; what else are processes of their own runs here, and is cut where they would be killed."""
     module, real = script("block_by_block"), FinishedBlocks.add
-    own, runs = module.pruned, []
+    own, runs, checked = module.pruned, [], []
 
     def here(source, out, options, kill_at=None):
         runs.append(kill_at)
@@ -205,11 +206,12 @@ def test_what_is_pruned_block_by_block_is_killed_and_goes_on_to_the_same_bytes(m
 
     monkeypatch.setattr(module, "pruned", here)
     monkeypatch.setattr(module, "planned", lambda *_: 3 * 10**9)
-    monkeypatch.delitem(module.METHODS, "wanda 2:4")
+    monkeypatch.setattr(module, "said", lambda arguments: checked.append(arguments[3:5]))
     sizes = ["--hidden", "128", "--layers", "3", "--shard", "1", "--folder", str(tmp_path)]
-    monkeypatch.setattr("sys.argv", ["block_by_block.py", *sizes])
+    monkeypatch.setattr("sys.argv", ["block_by_block.py", "--methods", name, *sizes])
     module.main()
     output = capsys.readouterr().out
     assert runs == [None, 1, 2, None] and not any(tmp_path.iterdir())
-    said = "sparsegpt 50 %: the same bytes; anonymous 1.00 GB, resident 2.00 GB, planned 3.00 GB; 1 s, "
-    assert said in output
+    plan = ", planned 3.00 GB" if name.startswith("sparsegpt") else ""
+    assert f"{name}: the same bytes; anonymous 1.00 GB, resident 2.00 GB{plan}; 1 s, " in output
+    assert checked == ([] if plan else [["dsa", "verify"]])

@@ -71,9 +71,12 @@ ENDED = """
 
 
 @pytest.fixture
-def command(tmp_path, text):
-    options = ["-s", "0.6", "--method", "sparsegpt", "--allocation", "dsa", "--dataset", text, "--num-samples", "4"]
-    return ["prune", str(demo_model()), *options, "--sequence-length", "32"]
+def command(text):
+    return prune_of(text, "-s", "0.6", "--method", "sparsegpt", "--allocation", "dsa")
+
+
+def prune_of(text, *options):
+    return ["prune", str(demo_model()), *options, "--dataset", text, "--num-samples", "4", "--sequence-length", "32"]
 
 
 def content(folder):
@@ -81,14 +84,20 @@ def content(folder):
     found = {path.name: path.read_bytes() for path in folder.iterdir()}
     described = json.loads(found["dsa_config.json"])
     for name in ("seconds", "checksum"):
-        del described[name]
+        for part in (described, described.get("structured") or {}):
+            part.pop(name, None)
     del found["dsa_manifest.json"]
     return found | {"dsa_config.json": described}
 
 
-@pytest.mark.parametrize("from_disk", [False, True])
-def test_a_command_that_is_ended_anywhere_goes_on_to_the_same_bytes(from_disk, command, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("what", ["weights", "weights on the disk", "structures"])
+def test_a_command_that_is_ended_anywhere_goes_on_to_the_same_bytes(
+    what, command, text, tmp_path, monkeypatch, capsys
+):
     moments = {"kill 1": (-9, 2), "term 3": (143, 4), "half 6": (-9, 6), "swap 0": (-9, 10)}
+    from_disk = what == "weights on the disk"
+    if what == "structures":
+        command = prune_of(text, "-s", "0.2", "--structures", "ffn,kv_group", "--layout", "per_layer")
     if from_disk:
         command = [*command, "--device-map", "disk", "--activations", "disk"]
         moments = {"kill 1": (-9, 2), "half 6": (-9, 6), "link 0": (-9, 10), "swap 0": (-9, 10)}
@@ -106,7 +115,7 @@ def test_a_command_that_is_ended_anywhere_goes_on_to_the_same_bytes(from_disk, c
     assert from_disk or said in done.stderr
     assert (blocks / "block-0006.safetensors").exists()
     code, output, _ = run(monkeypatch, capsys, *command, "-o", str(tmp_path / "out"), "--resume")
-    assert code == 0 and f"going on behind 6 finished blocks in {blocks}" in output
+    assert code == 0 and f"going on behind 10 finished blocks in {blocks}" in output
     assert content(tmp_path / "out") == content(tmp_path / "whole")
     assert {path.name for path in tmp_path.iterdir()} == {"out", "whole"}
 

@@ -4,7 +4,8 @@ A random bf16 Llama is written shard by shard, and pruned by `optimum-cli dsa pr
 disk --resume`: once undisturbed, and once more in a process that is killed (SIGKILL) when a third and when two thirds
 of its blocks are finished, by the same line every time. Said and checked: the same bytes in the end (of weights, index
 and configuration; `dsa_config.json` but for its seconds), the zeros that were asked for, the highest anonymous memory
-(RssAnon, sampled) of any of these processes against a limit, and what `optimum-cli dsa plan` had said of it.
+(RssAnon, sampled) of any of these processes against a limit, and what `optimum-cli dsa plan` had said of it. The same
+of a cut of channels, of which `plan` says nothing and `verify` how many stay.
 
     python block_by_block.py                                                    # 6 GB, under 2 GB
     python block_by_block.py --hidden 1024 --layers 20 --limit 1.2              # 0.6 GB
@@ -32,6 +33,7 @@ from larger_than_memory import MB, VOCABULARY, check, digests, verify, write_che
 METHODS = {
     "wanda 2:4": ["--method", "wanda", "--pattern", "2:4"],
     "sparsegpt 50 %": ["--method", "sparsegpt"],
+    "channels 50 %": ["--structures", "ffn"],
 }
 SAMPLES, LENGTH = 16, 128
 # Freed memory is handed back, as it would not be from the C library's own pool.
@@ -39,7 +41,7 @@ ENVIRONMENT = {"MALLOC_MMAP_THRESHOLD_": "1000000", "TOKENIZERS_PARALLELISM": "f
 
 
 def command(name: str, source: Path, *options: str) -> list[str]:
-    """The command line `optimum-cli dsa NAME`, with all that the result depends on."""
+    """The command line `optimum-cli dsa NAME` of a prune, with all that the result depends on."""
     asked = [
         "-s",
         "0.5",
@@ -53,8 +55,12 @@ def command(name: str, source: Path, *options: str) -> list[str]:
         "disk",
     ]
     text = ["--num-samples", str(SAMPLES), "--sequence-length", str(LENGTH)]
-    run = "from optimum.commands.optimum_cli import main; main()"
-    return [sys.executable, "-c", run, "dsa", name, str(source), *asked, *text, *options]
+    return [*plain_command(name, source), *asked, *text, *options]
+
+
+def plain_command(name: str, source: Path) -> list[str]:
+    """The command line `optimum-cli dsa NAME SOURCE`."""
+    return [sys.executable, "-c", "from optimum.commands.optimum_cli import main; main()", "dsa", name, str(source)]
 
 
 class Used(NamedTuple):
@@ -99,27 +105,36 @@ def content(folder: Path) -> dict[str, str]:
     """Every file of a result and what tells its bytes; of `dsa_config.json` all but what is of one run alone."""
     found = digests(folder)
     described = json.loads((folder / "dsa_config.json").read_text())
-    for name in ("seconds", "checksum"):
-        del described[name]
+    for part in (described, described.get("structured") or {}):
+        for name in ("seconds", "checksum"):
+            part.pop(name, None)
     del found["dsa_manifest.json"]  # the hashes of all, that of `dsa_config.json` too
     return found | {"dsa_config.json": json.dumps(described, sort_keys=True)}
 
 
 def planned(source: Path, options: list[str]) -> int:
     """Bytes of memory that `optimum-cli dsa plan` tells of the run, the whole process."""
-    arguments = command("plan", source, "--no-run", "--json", *options)
+    return json.loads(said(command("plan", source, "--no-run", "--json", *options)))["memory"]["total"]
+
+
+def said(arguments: list[str]) -> str:
+    """What a command prints; it has to succeed."""
     done = subprocess.run(arguments, capture_output=True, text=True, env=os.environ | ENVIRONMENT)
     check(done.returncode == 0, done.stderr[-2000:])
-    return json.loads(done.stdout)["memory"]["total"]
+    return done.stdout
 
 
 def measure(source: Path, folder: Path, layers: int, name: str) -> int:
     """One method: undisturbed, killed twice and resumed; says what was measured. The most anonymous bytes."""
     options = [*METHODS[name], "--dataset", str(source.with_name("tokens.jsonl"))]
     out = folder / "out"
-    plan = planned(source, options)
+    cuts = "--structures" in options
+    plan = "" if cuts else f", planned {planned(source, options) / 1e9:.2f} GB"
     alone = pruned(source, out, options)
-    verify(source, out, updated="sparsegpt" in name)
+    if cuts:
+        said(plain_command("verify", out))
+    else:
+        verify(source, out, updated="sparsegpt" in name)
     whole = content(out)
     shutil.rmtree(out)
     runs = [pruned(source, out, options, max(layers * third // 3, 1)) for third in (1, 2)]
@@ -129,7 +144,7 @@ def measure(source: Path, folder: Path, layers: int, name: str) -> int:
     most = Used(*(max(values) for values in zip(alone, *runs)))
     took = f"{alone.seconds:.0f} s, {sum(run.seconds for run in runs):.0f} s in three"
     memory = f"anonymous {most.anonymous / 1e9:.2f} GB, resident {most.resident / 1e9:.2f} GB"
-    print(f"{name}: the same bytes; {memory}, planned {plan / 1e9:.2f} GB; {took}", flush=True)
+    print(f"{name}: the same bytes; {memory}{plan}; {took}", flush=True)
     return most.anonymous
 
 
@@ -147,7 +162,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=58, help="default: 58, which makes 6 GB")
     parser.add_argument("--shard", type=int, default=500, help="MB per shard of the original (default: 500)")
     parser.add_argument("--limit", type=float, default=2.0, help="GB of anonymous memory (default: 2)")
-    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS), help="default: both")
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS), help="default: all")
     parser.add_argument("--folder", help="where everything is written (default: temporary)")
     args = parser.parse_args()
     if args.folder:

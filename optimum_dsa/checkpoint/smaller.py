@@ -10,7 +10,7 @@ from torch import nn
 from ..common.ranks import current_ranks
 from ..pruning.divided import check_divisible
 from ..pruning.report import PruningReport
-from ..pruning.structured.checks import check_cuttable
+from ..pruning.structured.checks import check_cuttable, check_resumable
 from ..pruning.structured.configuration import DSAStructuredConfig
 from ..pruning.structured.described import after
 from ..pruning.structured.prune import StructuredReport
@@ -29,15 +29,3 @@ def check_run(
     check_divisible(config, current_ranks())
     check_resumable(config, checkpoints, resume)
     check_cuttable(model, config)
-
-
-def check_resumable(config: DSAStructuredConfig, checkpoints: str | Path | None, resume: bool) -> None:
-    """Raise `ValueError` where a run that cuts structures keeps nothing to go on from, or is not told where."""
-    if config.learner is None and (checkpoints is not None or resume):
-        given = "resume=True" if resume else f"checkpoints={str(checkpoints)!r}"
-        raise ValueError(
-            f"Cutting structures keeps no finished blocks, and {given} asks for them; leave it out, and run it again "
-            "where it was interrupted. What keeps a state is a learner."
-        )
-    if resume and checkpoints is None:
-        raise ValueError("Resuming needs the folder of checkpoints in which the learner kept its state; name it.")

@@ -122,6 +122,7 @@ Both compose: cut structures first, and prune the weights of what is left then.
         from ..pruner import DSAPruner
         from ..pruning.divided import check_divisible
         from ..pruning.finished import check_folder, finished_in
+        from ..pruning.structured.checks import keeps_blocks
         from ..pruning.structured.described import structured_to
 
         config = asked_structures(self.args, self.parser)
@@ -147,7 +148,7 @@ Both compose: cut structures first, and prune the weights of what is left then.
         place = OutputFolder(self.args.output, resume=self.args.resume) if ranks.is_first else nullcontext()
         with place as output:
             self.place = output
-            if output and not (cuts or self.args.no_checkpoints):
+            if output and not self.args.no_checkpoints and (not cuts or keeps_blocks(config)):
                 self._checkpoints = Path(self.args.checkpoints or output.scratch("blocks"))
                 check_folder(self._checkpoints, self.args.resume)
             if output and not cuts:
@@ -164,8 +165,9 @@ Both compose: cut structures first, and prune the weights of what is left then.
                     "would be saved; merge it (model.merge_and_unload()), and prune what that gives."
                 )
             if output:
-                self._check_room(output, weight_bytes(pruner.model), is_offloaded(pruner.model))
-            kept = self.args.checkpoints if cuts else self._checkpoints
+                self._check_room(output, weight_bytes(pruner.model), is_offloaded(pruner.model) and not cuts)
+            learns = cuts and not keeps_blocks(config)
+            kept = self.args.checkpoints if learns else self._checkpoints
             if self.args.resume and self._checkpoints is not None and (count := finished_in(self._checkpoints)):
                 say(f"going on behind {count} finished blocks in {self._checkpoints}")
             try:
@@ -208,16 +210,19 @@ Both compose: cut structures first, and prune the weights of what is left then.
             say(f"quality {self.args.quality}: {found.method}; {found.text.samples} x {found.text.length} tokens")
         say(f"expected: {found.line}")
 
-    def _check_room(self, output, size: int, offloaded: bool) -> None:
-        """Raise where the disk has no room for a result of `size` bytes; without room for blocks, keep none."""
+    def _check_room(self, output, size: int, in_place: bool) -> None:
+        """Raise where the disk has no room for a result of `size` bytes; without room for blocks, keep none.
+
+        `in_place`: finished blocks become shards of the result as they are.
+        """
         if self._checkpoints is None:
             output.require(size)
             return
-        # Both at once at the end; of an offloaded model the blocks are the result's shards, if its size is not given.
+        # Both at once at the end, unless the blocks are the result's shards, whose size is not given.
         # What a run left is there already, and counts as used.
         left = sum(file.stat().st_size for file in self._checkpoints.glob("block-*"))
         inside = self._checkpoints.is_relative_to(output.work)
-        if inside and offloaded and self.args.max_shard_size is None:
+        if inside and in_place and self.args.max_shard_size is None:
             output.require(max(size - left, 0))
             return
         blocks = max(size - left, 0) if inside else 0
@@ -279,9 +284,8 @@ def asked_structures(args, parser, **given):
     Raises:
         ValueError: options of both are given, or what cannot be saved or is none of this.
     """
-    from ..checkpoint.smaller import check_resumable
     from ..common.settings import flag_of, nested
-    from ..pruning.structured.checks import check_by_block
+    from ..pruning.structured.checks import check_by_block, check_resumable, keeps_blocks
     from ..pruning.structured.configuration import DSAStructuredConfig
 
     foreign = parser.foreign(parser.settings_class(() if args.structures is None else ("structures",)))
@@ -307,5 +311,6 @@ def asked_structures(args, parser, **given):
     if args.device_map == "disk":
         check_by_block(config)
     if hasattr(args, "checkpoints"):
-        check_resumable(config, args.checkpoints, args.resume)
+        # Where none is named there is one beside the output.
+        check_resumable(config, args.checkpoints, args.resume and not keeps_blocks(config))
     return config

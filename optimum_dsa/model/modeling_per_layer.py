@@ -231,7 +231,7 @@ class Absent:
 
     def __reduce_ex__(self, protocol) -> tuple:
         # Its class is made when it is needed, and found by no name.
-        return _absent, (type(self).__bases__[1],), self.__dict__
+        return _absent, (type(self).whole,), self.__dict__
 
 
 def _absent(kind: type) -> Absent:
@@ -241,8 +241,8 @@ def _absent(kind: type) -> Absent:
 
 
 def _absent_class(kind: type) -> type:
-    """The class of what is left of a module of this kind."""
-    return type(f"Absent{kind.__name__}", (Absent, kind), {"__module__": __name__})
+    """The class of what is left of a module of this kind, which it names as `whole`."""
+    return type(f"Absent{kind.__name__}", (Absent, kind), {"__module__": __name__, "whole": kind})
 
 
 def leave_out(block: nn.Module, path: str, reader: str, values: int) -> None:

@@ -35,7 +35,7 @@ from ..model.offload import read_from
 from ..model.walked import WalkedBlock
 from .allocation import Allocation
 from .calibration import Calibration
-from .configuration import FREE, DSAConfig
+from .configuration import FREE
 from .source import Known
 from .steps import Step
 
@@ -215,8 +215,14 @@ def finished_in(folder: Path) -> int:
     return len(list(folder.glob("block-*.safetensors")))
 
 
-def settings_of(model: nn.Module, calibration: Known | None, config: DSAConfig) -> dict[str, Any]:
+def settings_of(
+    model: nn.Module, calibration: Known | None, config: Any, given: Allocation | None = None
+) -> dict[str, Any]:
     """All that decides what a prune makes of its blocks, as JSON values; to be called before the model is changed.
+
+    Args:
+        config: a `DSAConfig` or `DSAStructuredConfig`.
+        given: its allocation, where that is not computed.
 
     Raises:
         ValueError: statistics that are there already, of which nothing tells what they are of.
@@ -224,14 +230,14 @@ def settings_of(model: nn.Module, calibration: Known | None, config: DSAConfig) 
     if not (calibration is None or isinstance(calibration, Calibration)):
         raise ValueError("A prune that can be resumed reads text or tokens, not statistics that are there already.")
     # What is free may have been what ended the run, for want of memory.
-    settings = {name: value for name, value in flattened(DSAConfig, config.to_dict()).items() if name not in FREE}
+    settings = {name: value for name, value in flattened(type(config), config.to_dict()).items() if name not in FREE}
     prints = {
         "model": fingerprint_of_model(model),
         "calibration": None if calibration is None else fingerprint_of_tensors(calibration.inputs),
     }
-    if config.allocator is None:  # known by what it holds: under a path another one may lie by now
+    if given is not None:  # known by what it holds: under a path another one may lie by now
         del settings["allocation"]
-        text = json.dumps(config.given_allocation().to_dict(), sort_keys=True)
+        text = json.dumps(given.to_dict(), sort_keys=True)
         prints["allocation"] = hashlib.sha256(text.encode()).hexdigest()
     found = versions()
     return {

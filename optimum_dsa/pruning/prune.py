@@ -206,7 +206,8 @@ def _finished(
     own = None
     if ranks.is_first:
         names = [block.name for block in architecture.blocks]
-        own = FinishedBlocks.open(checkpoints, resume, settings_of(model, calibration, config), names)
+        given = config.given_allocation() if config.allocator is None else None
+        own = FinishedBlocks.open(checkpoints, resume, settings_of(model, calibration, config, given), names)
     return own if ranks.alone else SharedBlocks(own, ranks)
 
 

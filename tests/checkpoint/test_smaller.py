@@ -126,8 +126,13 @@ def test_an_adapter_belongs_to_the_widths_that_it_was_trained_on(smaller, tmp_pa
 @pytest.mark.parametrize(
     "config,options,message",
     [
-        (CUT, {"checkpoints": "blocks"}, "keeps no finished blocks, and checkpoints='blocks'"),
-        (CUT, {"resume": True}, "keeps no finished blocks, and resume=True"),
+        (CUT, {"resume": True}, "needs the folder of checkpoints"),
+        (
+            DSAStructuredConfig(0.5, ("block",)),
+            {"checkpoints": "blocks"},
+            "goes at once, without finished blocks to keep, and checkpoints='blocks'",
+        ),
+        (DSAStructuredConfig(0.0, max_loss="5%"), {"resume": True}, "max_loss='5%' tries cuts .* and resume=True"),
         (DSAStructuredConfig(0.3, learner="projected_gates"), {"resume": True}, "needs the folder of checkpoints"),
     ],
 )

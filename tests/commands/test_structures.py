@@ -108,7 +108,7 @@ def test_a_description_that_says_other_widths_is_named(monkeypatch, capsys, smal
         ("-s 0.1 --structures ffn --method wanda", "--method is of pruned weights, and --structures cuts"),
         ("-s 0.1 --structures ffn --quality good", "--quality is of pruned weights"),
         ("-s 0.1 --structures ffn --compressed", "--compressed is of pruned weights"),
-        ("-s 0.1 --structures ffn --resume", "Cutting structures keeps no finished blocks, and --resume asks"),
+        ("-s 0.1 --structures block --resume", "without finished blocks to keep, and --resume asks"),
         ("-s 0.1 --structures ffn --importance taylor --device-map disk", "--importance taylor takes gradients of"),
         ("-s 0.1 --structures fnn", "'fnn' is none. Did you mean 'ffn'?"),
         ("-s 0.1 --structures ffn --importance flapp", "Did you mean 'flap'"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -52,6 +53,30 @@ def check_by_block(config: DSAStructuredConfig) -> None:
             f"{trouble} the whole model, and some of its weights are elsewhere (offloaded); load it without "
             "device_map, or with one of devices alone, or leave that out."
         )
+
+
+def keeps_blocks(config: DSAStructuredConfig) -> bool:
+    """Whether a cut walks the blocks once, and can keep those that are finished."""
+    return config.learner is None and config.max_loss is None and not set(config.structures) <= set(WHOLE)
+
+
+def check_resumable(config: DSAStructuredConfig, checkpoints: str | Path | None, resume: bool) -> None:
+    """Raise `ValueError` where a cut keeps nothing to go on from, or is not told where."""
+    if not (resume or checkpoints is not None):
+        return
+    if config.learner is None and not keeps_blocks(config):
+        given = "resume=True" if resume else f"checkpoints={str(checkpoints)!r}"
+        what = (
+            f"max_loss={config.max_loss!r} tries cuts one after the other"
+            if config.max_loss is not None
+            else f"structures={list(config.structures)} goes at once"
+        )
+        raise ValueError(
+            f"{what}, without finished blocks to keep, and {given} asks for them; leave it out, and run it again "
+            "where it was interrupted."
+        )
+    if resume and checkpoints is None:
+        raise ValueError("Resuming needs the folder of checkpoints; name it.")
 
 
 def check_excluded(architecture: Architecture, units: Mapping[str, Structures], config: DSAStructuredConfig) -> None:

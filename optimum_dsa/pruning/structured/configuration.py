@@ -169,6 +169,7 @@ class DSAStructuredConfig:
                 )
         self._check_structures()
         self._check_widths()
+        self._check_unread()
         self._check_targets()
         if self.true_sequential and not self.sequential:
             object.__setattr__(self, "true_sequential", False)
@@ -265,6 +266,25 @@ class DSAStructuredConfig:
                 raise ValueError(
                     f"budgets are of {' or '.join(map(repr, others))} besides cost={self.cost!r}, got {name!r}."
                 )
+
+    def _check_unread(self) -> None:
+        """Raise where a setting is given of what is not done."""
+        if self.unstable != "less" and self.allocation != "stability":
+            raise ValueError(
+                f"unstable={self.unstable!r} is read by allocation='stability' alone, and it is "
+                f"{getattr(self.allocation, 'name', self.allocation)!r}; use that, or leave unstable out."
+            )
+        at_once = set(self.structures) <= {*WHOLE, *ENTIRE}
+        if self.spread is not None and at_once and self.structures != ("expert",):
+            raise ValueError(
+                f"spread={self.spread:g} says how far apart the shares of blocks are, and {self.structures[0]!r} goes "
+                "whole; leave it out."
+            )
+        if self.rounds > 1 and (at_once or self.learner is not None):
+            what = f"learner={self.learner!r} has chosen" if self.learner else f"{self.structures[0]!r} goes at once"
+            raise ValueError(
+                f"rounds={self.rounds} takes importances anew while channels and heads go, and {what}; leave it out."
+            )
 
     def _check_of_wholes(self) -> None:
         """Raise where an allocation tells nothing of what goes as a whole."""

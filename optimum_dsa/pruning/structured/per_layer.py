@@ -46,9 +46,10 @@ def per_layer(
         if (trouble := why_not(kind, config, model, units, counts)) is not None:
             raise _Unsayable(trouble)
     except _Unsayable as error:
+        alike = "" if any(each.entire for each in units.values()) else ", or layout='uniform'"
         raise ValueError(
             f"{type(model).__name__} has no class whose layers may differ ({error}); use layout='padded', which keeps "
-            "its class and fills up with zeros, or layout='uniform'."
+            f"its class and fills up with zeros{alike}."
         ) from None
 
     def settle(model: nn.Module) -> None:

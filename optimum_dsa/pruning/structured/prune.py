@@ -16,6 +16,7 @@ from ...model.parameters import count_parameters
 from ..allocation import Allocation
 from ..calibration import Calibration
 from ..distill import distillation_of
+from ..finished import FinishedBlocks, settings_of
 from ..prune import run_steps
 from ..reconstruct import Reconstruct
 from ..source import Source, as_calibration, check_finite_outputs
@@ -23,7 +24,7 @@ from ..steps import Step
 from ..training import Reconstruction
 from .biases import biases_for, given
 from .budget import Available, even_counts, fitted_counts
-from .checks import check_cuttable, check_excluded, check_zeros
+from .checks import check_cuttable, check_excluded, check_resumable, check_zeros, keeps_blocks
 from .configuration import DSAStructuredConfig
 from .layout import LAYOUTS, Layout, unsaid
 from .learners.budget import Projection
@@ -38,7 +39,7 @@ from .wholes.blocks import find_blocks
 from .wholes.entire import entire_gone, find_entire
 from .wholes.remove import remove_wholes
 from .widths.dense import Dense, allocation_of, dense_model
-from .widths.shares import shares
+from .widths.shares import given_allocation, shares
 
 
 logger = logging.getLogger(__name__)
@@ -138,7 +139,7 @@ def prune_structures(
     model: nn.Module,
     calibration: Source | None,
     config: DSAStructuredConfig,
-    learning: str | Path | None = None,
+    checkpoints: str | Path | None = None,
     resume: bool = False,
 ) -> StructuredReport:
     """Make a model smaller, in place.
@@ -148,13 +149,16 @@ def prune_structures(
         calibration (`Tensor` or `Mapping[str, Tensor]`): tokens, (samples, length), or the model's inputs by name. By
             them structures are found as well, so that there is none without.
         config (`DSAStructuredConfig`): what goes.
-        learning (`str`, *optional*): folder in which a learner keeps its state.
-        resume (`bool`, defaults to `False`): go on from the state in it, with the model as it was at the beginning.
+        checkpoints (`str`, *optional*): folder for the blocks that are finished; of a learner, for its state.
+        resume (`bool`, defaults to `False`): go on from those in it, with the model as it was at the beginning; the
+            end is that of an uninterrupted run.
 
     Raises:
-        ValueError: there is nothing that can be cut out, or less than asked for; before anything is changed.
+        ValueError: there is nothing that can be cut out, or less than asked for, or nothing is kept of what is asked
+            for; before anything is changed.
     """
     start = time.perf_counter()
+    check_resumable(config, checkpoints, resume)
     if config.max_loss is not None:
         from .tolerance import settled  # which prunes, to try
 
@@ -163,28 +167,33 @@ def prune_structures(
         return replace(prune_structures(model, calibration, config), tolerance=tolerance)
     dense = dense_of(model, calibration, config)
     if config.update != "bias" or not (biases := biases_for(model, dense.units)).switches:
-        return _pruned(dense, start, learning, resume)
+        return _pruned(dense, start, checkpoints, resume)
     with given(model, biases):
-        return _pruned(dense_of(model, calibration, config), start, learning, resume)
+        return _pruned(dense_of(model, calibration, config), start, checkpoints, resume)
 
 
-def _pruned(dense: Dense, start: float, learning: str | Path | None, resume: bool) -> StructuredReport:
+def _pruned(dense: Dense, start: float, checkpoints: str | Path | None, resume: bool) -> StructuredReport:
     """Make a model smaller, in place, whose structures are known."""
     model, config = dense.model, dense.config
     units, prunable = dense.units, dense.costs["parameters"].total
     parameters, chosen = count_parameters(model), None
-    counts, layout = choose_counts(dense)
+    finished = finished_of(dense, checkpoints, resume) if keeps_blocks(config) else None
+    known = finished.allocation.counts() if finished and finished.allocation else None
+    counts, layout = choose_counts(dense) if known is None else (known, LAYOUTS[config.layout](model, units, known))
+    name = str(getattr(config.allocation, "name", config.allocation))
+    if finished:
+        finished.begin(allocation_of(units, counts, name))
     places = {unit: each.place(model) for unit, each in units.items()}
     if config.learner is not None:
         # With widths that are given, which structures go is learned, and not how many from where.
         widths = None if config.layout != "uniform" and config.allocation == "uniform" else counts
         projection = Projection(dense.sizes, dense.asked, widths)
-        choice = learned(dense, projection, learning, resume)
+        choice = learned(dense, projection, checkpoints, resume)
         chosen, counts = choice.gone, {unit: len(gone) for unit, gone in choice.gone.items()}
         layout = LAYOUTS[config.layout](model, units, counts)
         if config.folds:
             Gates(model, units).fold(choice.scales)
-    went, zeros, training = _removed(dense, layout, counts, chosen)
+    went, zeros, training = _removed(dense, layout, counts, chosen, finished)
     layout.settle(model)
     padding = sum(dense.costs["parameters"].each[unit] * number for unit, number in zeros.items())
     for unit, number in zeros.items():  # which lie among those that stay
@@ -201,7 +210,7 @@ def _pruned(dense: Dense, start: float, learning: str | Path | None, resume: boo
         calibration=dense.calibration.facts(),
         **training,
         seconds=time.perf_counter() - start,
-        allocation=allocation_of(units, counts, str(getattr(config.allocation, "name", config.allocation))),
+        allocation=allocation_of(units, counts, name),
         shares={
             name: sum(cost.each[unit] * counts[unit] for unit in units) / max(cost.total, 1)
             for name, cost in dense.costs.items()
@@ -259,14 +268,29 @@ def choose_counts(dense: Dense) -> tuple[dict[str, int], Layout]:
     return counts, layout
 
 
+def finished_of(dense: Dense, checkpoints: str | Path | None, resume: bool) -> FinishedBlocks | None:
+    """What an earlier run of a cut finished, and where this one's blocks go; `None` where they are not kept."""
+    if checkpoints is None:
+        return None
+    names = [block.name for block in dense.architecture.blocks]
+    given = given_allocation(dense.config.allocation)
+    settings = settings_of(dense.model, dense.calibration, dense.config, given)
+    return FinishedBlocks.open(checkpoints, resume, settings, names)
+
+
 def _removed(
-    dense: Dense, layout: Layout, counts: Mapping[str, int], chosen: Mapping[str, Sequence[int]] | None
+    dense: Dense,
+    layout: Layout,
+    counts: Mapping[str, int],
+    chosen: Mapping[str, Sequence[int]] | None,
+    finished: FinishedBlocks | None,
 ) -> tuple[dict[str, list[int]], dict[str, int], dict[str, Mapping]]:
     """Take `counts` structures of every unit out, in place: the numbers of those that went, and what training did.
 
     Between the two, how many of a unit stay as zeros; training by the fields of a report.
 
     Wholes go first, and the blocks are walked without them. `chosen` tells which go, where that is settled already.
+    Blocks that are `finished` are put back.
     """
     model, config, units, calibration = dense.model, dense.config, dense.units, dense.calibration
     chosen = tied_gone(dense, counts) | entire_gone(units, counts) if chosen is None else chosen
@@ -283,7 +307,7 @@ def _removed(
     found = wholes and (inside or distillation)
     architecture = find_architecture(model, exclude=config.exclude) if found else dense.architecture
     if inside:
-        run_steps(model, architecture, calibration, config, steps, lambda walked: None)
+        run_steps(model, architecture, calibration, config, steps, lambda walked: None, finished)
     distilled = distillation(architecture) if distillation else {}
     zeros = {unit: layout.take(model, units[unit], gone) for unit, gone in remove.gone.items()}
     return wholes | remove.notes, zeros, {"reconstruction": reconstruct.found, "distillation": distilled}

@@ -182,6 +182,9 @@ def test_widths_that_stay_are_round():
         ({"structures": ()}, "none was given"),
         ({"update": "fit"}, "update"),
         ({"reconstruct": 4, "sequential": False}, "leave out one of both"),
+        ({"unstable": "more"}, "unstable='more' is read by allocation='stability' alone, and it is 'uniform'"),
+        ({"rounds": 2, "learner": "projected_gates"}, "rounds=2 takes importances anew .* learner='projected_gates'"),
+        ({"rounds": 2, "structures": ("block",)}, "rounds=2 takes importances anew .* 'block' goes at once"),
     ],
 )
 def test_settings_that_cannot_be_are_refused(changes, message):

@@ -141,13 +141,16 @@ def entire_gone(units: Mapping[str, Structures], counts: Mapping[str, int]) -> d
 
 
 def worth_of(dense: Dense) -> dict[str, float]:
-    """Unit -> how important all of it is, by the row that scores what goes at once."""
+    """Unit -> how important all of it is, by the row that scores what goes at once; 0 where it has to stay."""
     config, units = dense.config, dense.units
     row = importance_of(next(iter(units.values())).goes_as, config.importance)
     usage = None
     if IMPORTANCES.fact(row, "observes") == "usage":
-        seen = collect_usage(dense.model, units, dense.calibration.batches(config.batch_size)).values()
-        usage = Usage(torch.cat([one.tokens for one in seen]), torch.cat([one.output for one in seen]))
+        able = {unit: each for unit, each in units.items() if each.least < len(each)}
+        seen = collect_usage(dense.model, able, dense.calibration.batches(config.batch_size))
+        none = Usage(torch.zeros(1), torch.zeros(1))
+        each = [seen.get(unit, none) for unit in units]
+        usage = Usage(torch.cat([one.tokens.cpu() for one in each]), torch.cat([one.output.cpu() for one in each]))
     name = f"{config.data.seed}:{' '.join(ENTIRE)}"
     scores = IMPORTANCES[row](Parts((), (), torch.arange(len(units)), name=name, usage=usage))
     return dict(zip(units, scores.tolist()))

@@ -105,15 +105,22 @@ def shares(dense: Dense) -> dict[str, float]:
     if isinstance(allocation, str) and allocation in SHARES:
         proposed = SHARES[allocation](dense)
         return {unit: proposed[unit] for unit in dense.units}
-    found = allocator_of(allocation)
-    if found is None:
-        given = allocation if isinstance(allocation, Allocation) else Allocation.load(allocation, "structured")
+    if (given := given_allocation(allocation)) is not None:
         return _given(dense, given)
+    found = allocator_of(allocation)
     measured, proposed = dense.measured(found), {}
     # Kinds have importances of their own, that tell nothing beside those of another.
     for units in dense.kinds.values():
         proposed |= found.propose({unit: measured[unit] for unit in units}, dense.share, dense.config.spread)
     return {unit: proposed[unit] for unit in dense.units}
+
+
+def given_allocation(allocation: str | Allocation) -> Allocation | None:
+    """An allocation that is given, as an object or by where it lies; `None` where it is computed."""
+    if isinstance(allocation, Allocation):
+        return allocation
+    computed = allocation in SHARES or allocator_of(allocation) is not None
+    return None if computed else Allocation.load(allocation, "structured")
 
 
 def allocator_of(allocation: str | Allocation) -> Allocator | None:

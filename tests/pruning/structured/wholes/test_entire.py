@@ -150,9 +150,11 @@ def test_those_that_turn_their_tokens_least_for_what_they_cost_go():
         # The same inputs: what is before the block is as it was.
         made_of = [outputs_of(one, each.block, batch) for one in (model, silenced)]
         turned[unit] = float(1 - torch.cosine_similarity(*made_of, dim=-1).mean())
-        assert dense.worth[unit] == pytest.approx(turned[unit], rel=1e-3, abs=1e-6)
+        stays = each.least == len(each)  # and nothing is run to score it
+        assert dense.worth[unit] == pytest.approx(0 if stays else turned[unit], rel=1e-3, abs=1e-6)
     report = prune_structures(model, batch, config_of(0.35))
     order = sorted(turned, key=lambda unit: turned[unit] / (dense.sizes[unit].cost * dense.sizes[unit].count))
+    order = [unit for unit in order if dense.units[unit].least == 0]
     assert {order[0]} <= {unit for unit, gone in report.gone.items() if gone} <= set(order)
 
 
@@ -195,11 +197,19 @@ def test_a_search_and_a_tolerance_take_them_whole():
         ({"allocation": "milp"}, "allocation='milp' says how many"),
         ({"cost": "latency"}, "cost='latency' is timed by the width of what stays"),
         ({"learner": "policy_gradient"}, "A learner is of channels and heads, and 'attention' is to go"),
+        ({"spread": 0.1}, "spread=0.1 says how far apart the shares of blocks are, and 'attention' goes whole"),
+        ({"rounds": 2}, "rounds=2 takes importances anew .*, and 'attention' goes at once"),
     ],
 )
 def test_what_does_not_fit_is_refused_by_name(settings, message):
     with pytest.raises(ValueError, match=message):
         config_of(**settings)
+
+
+@pytest.mark.parametrize(("settings", "way"), [({}, "zeros."), ({"structures": ("ffn",)}, "layout='uniform'.")])
+def test_an_encoder_without_a_class_is_told_of_layouts_that_it_can_have(settings, way):
+    with pytest.raises(ValueError, match=f"T5.* has no class whose layers may differ .*{way}$"):
+        prune_structures(made("T5"), batch_of("T5", 2), config_of(0.2, **settings))
 
 
 def test_an_offloaded_model_is_refused_by_name(tmp_path):
