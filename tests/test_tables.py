@@ -58,8 +58,12 @@ def run(monkeypatch, capsys, place):
         spec = importlib.util.spec_from_file_location(script, folder / f"{script}.py")
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
-        places = [place / "model", "--tokens", place / "tokens.safetensors", "--output", place / "rows.jsonl"]
-        asked = [script, *places, "--tasks-path", place / "tasks", "--device", "cpu", *options]
+        places = [place / "model", "--output", place / "rows.jsonl"]
+        if "--text" not in options:
+            places += ["--tokens", place / "tokens.safetensors"]
+        if "--tasks" in options:
+            places += ["--tasks-path", place / "tasks"]
+        asked = [script, *places, "--device", "cpu", *options]
         monkeypatch.setattr("sys.argv", list(map(str, asked)))
         if "--tasks" in options:  # of the machine lm-eval tells with the help of pip, which takes seconds
             monkeypatch.setattr("lm_eval.evaluator.add_env_info", lambda _: None)
@@ -91,6 +95,50 @@ def test_allocations_are_held_against_uniform_and_not_run_again(run, place):
     written = (place / "rows.jsonl").read_text()
     again, _ = run("allocations", *options)
     assert (place / "rows.jsonl").read_text() == written and sum("was there" in line for line in again) == 5
+
+
+def test_a_text_is_cut_into_parts_of_its_own(run, place):
+    (place / "text.txt").write_text(" ".join(str(number % 90) for number in range(400)))
+    options = ("--text", place / "text.txt", "--length", "16", "--sparsities", "0.5", "--allocations", "uniform")
+    lines, rows = run("allocations", *options)
+    assert set(rows) == {"dense", "wanda + uniform, 0.5"} and len(rows["dense"]["losses"]) > 2
+    assert "text.txt" in "\n".join(lines)
+    for words, message in ((3, "holds 0 windows of 16 tokens"), (40, "2 windows of 16 tokens, too few for 3 parts")):
+        (place / "text.txt").write_text("1 " * words)
+        with pytest.raises(SystemExit, match=message):
+            run("allocations", *options)
+
+
+def test_another_text_or_model_of_the_same_name_is_measured_anew(run, place):
+    options = ("--sparsities", "0.5", "--allocations", "uniform")
+    first = run("allocations", *options)[1]["dense"]["losses"]
+    save_file({part: tokens(8, 16, seed=9) for part in ("calibration", "test")}, place / "tokens.safetensors")
+    lines, rows = run("allocations", *options)
+    assert not any("was there" in line for line in lines) and rows["dense"]["losses"] != first
+    tiny_llama(seed=1).save_pretrained(place / "model")
+    lines, others = run("allocations", *options)
+    assert not any("was there" in line for line in lines) and others["dense"]["losses"] != rows["dense"]["losses"]
+
+
+@pytest.mark.parametrize(
+    "script,options,message",
+    [
+        ("allocations", ("--limit", "3"), "--limit is of tasks, and no row has any"),
+        ("allocations", ("--sparsities", "50%"), "'50%' is no share such as 0.5, and no pattern such as 2:4"),
+        ("allocations", ("--sparsities", "50"), "'50' is no share"),
+        ("allocations", ("--text", "nofile.txt"), "there is no file nofile.txt"),
+        ("allocations", ("--tokens", "none.safetensors"), "there is no file none.safetensors"),
+        ("compare", ("--tasks", "lost"), "tasks lost: "),
+        ("compare", ("--tasks", "nosuch"), "no task 'nosuch'"),
+    ],
+)
+def test_what_cannot_be_is_said_before_any_row(script, options, message, run, place, capsys):
+    folder = EXAMPLES / ("smollm2" if script == "compare" else "benchmarks/tables")
+    with pytest.raises(SystemExit) as ended:
+        run(script, *options, *(("--folder", place / "out") if script == "compare" else ()), folder=folder)
+    said = capsys.readouterr()
+    assert message in said.err + str(ended.value) and said.out == ""
+    assert not (place / "rows.jsonl").exists() and not (place / "out").exists()
 
 
 def test_tasks_stand_beside_perplexities_and_are_missed_by_name(run):
@@ -155,7 +203,7 @@ def test_the_long_form_has_every_row_at_three_sparsities(monkeypatch):
     spec.loader.exec_module(module)
     monkeypatch.setattr("sys.argv", ["compare.py", "--long"])
     args = module.parse()
-    assert args.sparsities == ["0.5", "0.6", "0.7"] and args.samples is None and len(args.rows) == 18
+    assert args.sparsities == ["0.5", "0.6", "0.7"] and args.samples is None and len(args.rows) == 21
     rows = module.rows_of("0.5")
     assert all(module.tables.config_of(row.settings, "0.5", args).sparsity == 0.5 for row in rows.values())
     assert all(row.against in rows for row in rows.values())

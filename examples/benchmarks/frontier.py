@@ -21,11 +21,24 @@ import time
 from dataclasses import replace
 
 import torch
-from rows import FULL, MEASURED, Rows, add_options, add_row_options, config_of, loaded, measured, searched, windows_of
+from rows import (
+    FULL,
+    MEASURED,
+    Rows,
+    add_options,
+    add_row_options,
+    config_of,
+    loaded,
+    measured,
+    searched,
+    share,
+    windows_of,
+)
 
-from optimum_dsa import DSAConfig, DSAPruner
+from optimum_dsa import DSAConfig, DSAPruner, ValuesConfig
 
 
+INT8, INT4 = ValuesConfig("int8"), ValuesConfig("int4", group=32)
 # Row -> settings of its config; all are uniform but those that name an allocation, or "searched".
 ROWS = {
     "wanda": {"method": "wanda"},
@@ -35,6 +48,9 @@ ROWS = {
     "alps": {"method": "alps"},
     "alps + reconstruct": {"method": "alps", "reconstruct": True},
     "alps, dense targets": {"method": "alps", "update": FULL},
+    "sparsegpt, int4": {"method": "sparsegpt", "values": INT4},
+    "alps, dense targets, int8": {"method": "alps", "update": FULL, "values": INT8},
+    "alps, dense targets, int4": {"method": "alps", "update": FULL, "values": INT4},
     "all": {"method": "alps", "update": FULL, "reconstruct": True},
     "sparsegpt, distilled": {"method": "sparsegpt", "distill": True},
     "all, distilled": {"method": "alps", "update": FULL, "reconstruct": True, "distill": True},
@@ -47,7 +63,9 @@ ROWS = {
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_options(parser)
-    parser.add_argument("--sparsities", nargs="+", default=["0.7"], help="such as 0.5 0.7 2:4 (default: 0.7)")
+    parser.add_argument(
+        "--sparsities", nargs="+", type=share, default=["0.7"], help="such as 0.5 0.7 2:4 (default: 0.7)"
+    )
     parser.add_argument("--rows", nargs="+", metavar="ROW", help=f"of {', '.join(ROWS)} (default: all that apply)")
     add_row_options(parser)
     return parser.parse_args()
@@ -98,12 +116,12 @@ def line(name: str, row: dict, base: dict | None, whole: dict) -> str:
 
 def main() -> None:
     args = parse()
-    tokens, rows = windows_of(args), Rows(args.output)
+    tokens = windows_of(args)
+    rows = Rows(args.output, args.model, tokens)
     unknown = [row for row in args.rows or () if row not in ROWS]
     if unknown:
         raise SystemExit(f"no row {unknown[0]!r}; there are {', '.join(ROWS)}")
-    shapes = {name: list(value.shape) for name, value in tokens.items()}
-    common = [str(args.model), shapes, args.samples, args.length, args.windows]
+    common = [args.samples, args.length, args.windows]
     whole = rows.row(json.dumps(["dense", *common]), lambda: measured(loaded(args), tokens, args))
     calibration = tokens["calibration"][: args.samples, : args.length]
     print(f"{args.model}: {' x '.join(map(str, calibration.shape))} calibration tokens, {args.device}")

@@ -22,7 +22,7 @@ import gguf
 import numpy as np
 import torch
 import xllamacpp
-from rows import Rows, loaded, measured, windows_of
+from rows import Rows, file_there, loaded, measured, windows_of
 
 from optimum_dsa import DSAConfig, DSAPruner, ValuesConfig, demo_model, export, measure_speed
 from optimum_dsa.checkpoint.running import load_as
@@ -37,7 +37,9 @@ FALLBACK = "Q4_0"
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", nargs="?", default=demo_model(), help="a dense Llama's folder (default: the demo's)")
-    parser.add_argument("--tokens", help="safetensors file with calibration, wikitext2_test, ...; default: demo text")
+    parser.add_argument(
+        "--tokens", type=file_there, help="safetensors file with calibration, wikitext2_test, ...; default: demo text"
+    )
     parser.add_argument("--output", help="file of finished rows, a JSON object a line; those in it are not run again")
     parser.add_argument("--types", nargs="*", choices=TYPES, default=TYPES, help="of llama.cpp (default: all)")
     parser.add_argument("--values", nargs="*", choices=VALUES, default=list(VALUES), help="kept (default: all)")
@@ -140,14 +142,15 @@ def of_mask(sparsity: float, values: str, tokens: dict, args: argparse.Namespace
 def main() -> None:
     args = parse()
     torch.set_num_threads(args.threads)
-    tokens, rows = windows_of(args), Rows(args.output)
+    tokens = windows_of(args)
+    rows = Rows(args.output, args.model, tokens)
     blocks = [layer for layer in loaded(args).model.layers.modules() if isinstance(layer, torch.nn.Linear)]
     dense = 2 * sum(layer.weight.numel() for layer in blocks)
     works = {f"llama.cpp {kind}": (of_engine, kind) for kind in args.types}
     works |= {f"mask {each} {kind}": (of_mask, each, kind) for each in args.sparsities for kind in args.values}
     with tempfile.TemporaryDirectory() as scratch:
         for name, (make, *of) in works.items():
-            facts = [name, str(args.model), args.tokens, args.samples, args.windows, args.method, args.threads]
+            facts = [name, args.samples, args.windows, args.method, args.threads]
             work = lambda make=make, of=of: make(*of, tokens, args, Path(scratch), dense)  # noqa: E731
             print(json.dumps(rows.row(json.dumps(facts), work)), flush=True)
 

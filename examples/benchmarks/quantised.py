@@ -18,7 +18,7 @@ from collections.abc import Callable
 from functools import cache
 
 import torch
-from rows import Rows, loaded, measured, windows_of
+from rows import Rows, file_there, loaded, measured, windows_of
 
 from optimum_dsa import demo_model, own_device
 from optimum_dsa.model.architecture import find_architecture
@@ -39,7 +39,9 @@ ROWS = [
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", nargs="?", default=demo_model(), help="a pruned model (default: the embedded one)")
-    parser.add_argument("--tokens", help="safetensors file with calibration, wikitext2_test, ...; default: demo text")
+    parser.add_argument(
+        "--tokens", type=file_there, help="safetensors file with calibration, wikitext2_test, ...; default: demo text"
+    )
     parser.add_argument("--output", help="file of finished rows, a JSON object a line; those in it are not run again")
     parser.add_argument("--rows", nargs="+", default=ROWS, metavar="ROW", help=f"of {', '.join(ROWS)} (default: all)")
     parser.add_argument("--samples", type=int, help="calibration windows (default: all)")
@@ -97,11 +99,12 @@ def made(row: str, tokens: dict[str, torch.Tensor], args: argparse.Namespace, st
 
 def main() -> None:
     args = parse()
-    tokens, rows = windows_of(args), Rows(args.output)
+    tokens = windows_of(args)
+    rows = Rows(args.output, args.model, tokens)
     # Of the same model for all rows; not collected where no row asks.
     statistics = cache(lambda: statistics_of(args))
     for row in args.rows:
-        facts = [row, str(args.model), args.tokens, args.samples, args.windows]
+        facts = [row, args.samples, args.windows]
         print(json.dumps(rows.row(json.dumps(facts), lambda row=row: made(row, tokens, args, statistics))), flush=True)
 
 

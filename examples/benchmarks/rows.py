@@ -3,6 +3,7 @@
 import argparse
 import json
 import re
+import sys
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -25,6 +26,7 @@ from optimum_dsa import (
     perplexity,
     split_windows,
 )
+from optimum_dsa.data import fingerprint
 
 
 MEASURED = ("validation", "test", "wikitext2_test")
@@ -32,15 +34,49 @@ FULL = UpdateConfig(targets="dense", true_sequential=True, residual=True)
 PARTS = {"calibration": 0.5, "validation": 0.125}  # of a text; the rest is the test
 
 
+def model_there(name: str) -> str:
+    """An option that is a folder, or the Hub id of a model."""
+    if name.startswith((".", "/")) and not Path(name).is_dir():
+        raise argparse.ArgumentTypeError(f"there is no folder {name}")
+    return name
+
+
+def file_there(path: str) -> str:
+    """An option that is a file."""
+    if not Path(path).is_file():
+        raise argparse.ArgumentTypeError(f"there is no file {path}")
+    return path
+
+
+def share(text: str) -> str:
+    """An option that is a sparsity, such as "0.5", or a pattern, such as "2:4"."""
+    stay, of, width = text.partition(":")
+    try:
+        known = 0 < int(stay) < int(width) if of else 0 <= float(stay) < 1
+    except ValueError:
+        known = False
+    if not known:
+        raise argparse.ArgumentTypeError(f"{text!r} is no share such as 0.5, and no pattern such as 2:4")
+    return text
+
+
 def add_options(parser: argparse.ArgumentParser) -> None:
     """What is pruned, on which text, and where rows are kept."""
     parser.add_argument(
-        "model", nargs="?", default=demo_model(), help="a folder or Hub id (default: the embedded one)"
+        "model",
+        nargs="?",
+        type=model_there,
+        default=demo_model(),
+        help="a folder or Hub id (default: the embedded one)",
     )
     parser.add_argument(
-        "--tokens", help="safetensors file with calibration, validation, test, ...; default: demo text"
+        "--tokens",
+        type=file_there,
+        help="safetensors file with calibration, validation, test, ...; default: demo text",
     )
-    parser.add_argument("--text", help="text file instead, which is cut into windows; each is of one part")
+    parser.add_argument(
+        "--text", type=file_there, help="text file instead, which is cut into windows; each is of one part"
+    )
     parser.add_argument("--output", help="file of finished rows, a JSON object a line; those in it are not run again")
     parser.add_argument("--samples", type=int, help="calibration windows (default: all)")
     parser.add_argument("--length", type=int, help="their tokens (default: all)")
@@ -69,10 +105,17 @@ def windows_of(args: argparse.Namespace) -> dict[str, torch.Tensor]:
         return {name: value.long() for name, value in load_file(args.tokens).items()}
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     if getattr(args, "text", None):
-        windows = load_tokens(args.text, tokenizer, sequence_length=args.length or 512)
+        try:
+            windows = load_tokens(args.text, tokenizer, sequence_length=args.length or 512)
+        except ValueError as error:
+            sys.exit(str(error))
         counts = {name: int(share * len(windows)) for name, share in PARTS.items()}
         counts["test"] = len(windows) - sum(counts.values())
-        return split_windows(windows, {name: (count, windows.shape[1]) for name, count in counts.items()})
+        if not all(counts.values()):
+            sys.exit(
+                f"{args.text} is {len(windows)} windows of {windows.shape[1]} tokens, too few for {len(counts)} parts"
+            )
+        return split_windows(windows, counts)
     sizes = {"num_samples": 32, "sequence_length": 128}
     return {part: load_tokens(demo_texts(part), tokenizer, **sizes) for part in ("calibration", "validation", "test")}
 
@@ -123,19 +166,35 @@ def searched(
     return pruner.search(calibration, config, **asked), round(time.perf_counter() - start, 1)
 
 
-class Rows:
-    """Finished rows by what they depend on, kept in a file, a JSON object a line, where there is one."""
+def stamp(model: str | Path) -> list[Any]:
+    """What tells a model from another of its name: of a folder its files, how large they are, and of when."""
+    files = sorted(file for kind in ("*.safetensors", "config.json") for file in Path(model).glob(kind))
+    return [str(model), *([file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files)]
 
-    def __init__(self, path: str | None):
+
+class Rows:
+    """Finished rows by what they depend on, kept in a file, a JSON object a line, where there is one.
+
+    Args:
+        model, tokens: of all of them. What lies under the same name by now may be another one.
+    """
+
+    def __init__(self, path: str | None, model: str | Path, tokens: Mapping[str, torch.Tensor]):
+        self._of = json.dumps([stamp(model), {name: fingerprint(value) for name, value in tokens.items()}])
         self.path = Path(path) if path else None
         lines = self.path.read_text().splitlines() if self.path and self.path.exists() else []
         self.known = {line["key"]: line["row"] for line in map(json.loads, lines)}
 
+    def __contains__(self, key: str) -> bool:
+        return f"{self._of} {key}" in self.known
+
     def row(self, key: str, make: Callable[[], dict]) -> dict:
         """The row of this key, as it was found before, or made now."""
+        key = f"{self._of} {key}"
         if key not in self.known:
             self.known[key] = make()
             if self.path:
+                self.path.parent.mkdir(parents=True, exist_ok=True)
                 with self.path.open("a") as file:
                     file.write(json.dumps({"key": key, "row": self.known[key]}) + "\n")
         return self.known[key]

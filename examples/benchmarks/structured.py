@@ -18,14 +18,12 @@ import json
 import time
 
 import torch
-from rows import Rows, loaded, measured, windows_of
+from rows import Rows, add_options, loaded, measured, windows_of
 
 from optimum_dsa import (
     DSAPruner,
     DSAStructuredConfig,
-    demo_model,
     measure_speed,
-    own_device,
 )
 
 
@@ -77,23 +75,14 @@ BASE = "flap"
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "model", nargs="?", default=demo_model(), help="a folder or Hub id (default: the embedded one)"
-    )
-    parser.add_argument("--tokens", help="safetensors file with calibration, validation, test; default: demo text")
-    parser.add_argument("--output", help="file of finished rows, a JSON object a line; those in it are not run again")
+    add_options(parser)
     parser.add_argument("--shares", nargs="+", type=float, default=[0.2, 0.35], help="that go (default: 0.2 0.35)")
     parser.add_argument("--rows", nargs="+", metavar="ROW", help=f"of {'; '.join(ROWS)} (default: all)")
-    parser.add_argument("--samples", type=int, help="calibration windows (default: all)")
-    parser.add_argument("--length", type=int, help="their tokens (default: all)")
-    parser.add_argument("--windows", type=int, help="windows that are measured (default: all)")
     parser.add_argument("--steps", type=int, default=64, help="of reconstruction (default: 64)")
     parser.add_argument("--learn-steps", type=int, default=200, help="of learners (default: 200)")
     parser.add_argument("--strategy", default="evolution", help="of a search (default: evolution)")
     parser.add_argument("--budget", default="60k tokens", help="of a search (default: 60k tokens)")
     parser.add_argument("--no-speed", action="store_true", help="measure perplexity alone")
-    parser.add_argument("--batch-size", type=int, default=8)
-    parser.add_argument("--device", default=str(own_device()))
     return parser.parse_args()
 
 
@@ -134,12 +123,12 @@ def run(row: str, share: float, tokens: dict[str, torch.Tensor], args: argparse.
 
 def main() -> None:
     args = parse()
-    tokens, rows = windows_of(args), Rows(args.output)
+    tokens = windows_of(args)
+    rows = Rows(args.output, args.model, tokens)
     unknown = [row for row in args.rows or () if row not in ROWS]
     if unknown:
         raise SystemExit(f"no row {unknown[0]!r}; there are {'; '.join(ROWS)}")
-    shapes = {name: list(value.shape) for name, value in tokens.items()}
-    common = [str(args.model), shapes, args.samples, args.length, args.windows, args.no_speed]
+    common = [args.samples, args.length, args.windows, args.no_speed]
     whole = rows.row(json.dumps(["dense", *common]), lambda: measured(loaded(args), tokens, args))
     parts = list(whole)
     print(f"{'':<34}{''.join(f'{part:>16}' for part in parts)}{'seconds':>9}{'prefill':>9}{'decode':>8}{'closed':>8}")

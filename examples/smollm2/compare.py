@@ -39,6 +39,8 @@ METHODS = ("wanda", "sparsegpt")
 ALLOCATIONS = ("uniform", "owl", "dsa", "alphapruning", "searched")
 FURTHER = ("wanda + reconstruct", "alps", "alps, dense targets", "all", "all + dsa", "all, searched")
 FURTHER += ("sparsegpt, distilled", "all, distilled")
+ON_GRIDS = {"sparsegpt, int4": "sparsegpt + uniform"}  # row -> what it is held against
+ON_GRIDS |= {f"alps, dense targets, {values}": "alps, dense targets" for values in ("int8", "int4")}
 # Numbers that make the quick form one of minutes.
 QUICK = {
     "samples": 16,
@@ -60,6 +62,8 @@ def rows_of(sparsity: str) -> dict[str, Row]:
     for name in FURTHER:
         against = "all" if name.startswith("all") else "sparsegpt + uniform"
         rows[name] = Row(name, sparsity, FRONTIER[name], against=against)
+    for name, against in ON_GRIDS.items():
+        rows[name] = Row(name, sparsity, FRONTIER[name], against=against)
     return rows
 
 
@@ -70,7 +74,7 @@ def parse() -> argparse.Namespace:
     tables.add_task_options(parser)
     parser.add_argument("--folder", type=Path, default=Path("demo-real"), help="for rows, table and models")
     parser.add_argument("--long", action="store_true", help="all rows at 50, 60 and 70 %%, on all windows")
-    parser.add_argument("--sparsities", nargs="+", help="default: 0.5; long: 0.5 0.6 0.7")
+    tables.add_sparsities(parser, None, "default: 0.5; long: 0.5 0.6 0.7")
     parser.add_argument("--rows", nargs="+", metavar="ROW", help=f"of {', '.join(rows_of(''))}")
     parser.add_argument("--tasks", nargs="+", help="default: zero-shot, where --tasks-path is given; else none")
     add_row_options(parser)
@@ -91,9 +95,11 @@ def main() -> None:
         sys.exit(f"no row {unknown[0]!r}; there are {', '.join(rows_of(''))}")
     if args.model == MODEL and not Path(MODEL).is_dir():
         subprocess.run([sys.executable, str(HERE / "get_model.py"), "-o", MODEL], check=True)
-    args.folder.mkdir(parents=True, exist_ok=True)
     best = Best(args.folder, Path(str(args.model)).name)
     table = Table(args, best)
+    if args.tasks and table.tasks(tuple(args.tasks)) is None:
+        sys.exit("; ".join(f"{name}: {why}" for name, why in table.missing.items()))
+    args.folder.mkdir(parents=True, exist_ok=True)
     rows = [Row(DENSE), *(rows_of(sparsity)[name] for sparsity in args.sparsities for name in args.rows)]
     rows = tables.with_tasks(rows, args.tasks)
     table.run(rows)

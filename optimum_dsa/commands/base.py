@@ -171,6 +171,9 @@ def _spoken(as_json: bool, quiet: bool, verbose: bool) -> Iterator[None]:
             stack.enter_context(warnings.catch_warnings())
             warnings.simplefilter("ignore")
             after_import("accelerate.logging", lambda: logging.getLogger("accelerate").setLevel(logging.ERROR))
+            of_tasks = logging.getLogger("lm_eval")
+            stack.callback(of_tasks.setLevel, of_tasks.level)
+            of_tasks.setLevel(logging.ERROR)
             if not are_progress_bars_disabled("optimum_dsa"):
                 disable_progress_bars("optimum_dsa")
                 stack.callback(enable_progress_bars, "optimum_dsa")

@@ -95,6 +95,7 @@ openbookqa) and the mean of their accuracies.
         source = asked_source(args)
         if not source and not args.tasks:
             raise ValueError("say what to measure: --dataset FILE, --tasks NAMES, or both")
+        check_read(args, source)
         if args.output:
             check_results(args.output)
         asked = [name.strip() for name in (args.tasks or "").split(",") if name.strip()]
@@ -130,6 +131,17 @@ openbookqa) and the mean of their accuracies.
             self.saved = True
         say(comparison_table(results) if len(results) > 1 else str(results[0]))
         return json.loads(results_json(results))
+
+
+def check_read(args, source) -> None:
+    """Raise `ValueError` for an option of what is not measured."""
+    of_tasks = {"tasks-path": args.include_path, "num-fewshot": args.num_fewshot, "limit": args.limit}
+    of_text = {"split": args.split, "subset": args.subset, "num-samples": args.num_samples}
+    of_text["windows"] = None if args.windows == "each" else args.windows
+    for given, options, what in ((args.tasks, of_tasks, "--tasks"), (source, of_text, "--dataset")):
+        for name, value in options.items():
+            if not given and value is not None:
+                raise ValueError(f"--{name} {value} is of {what}, which was not given; add it, or leave it out.")
 
 
 def whole_or_auto(text: str) -> int | str:

@@ -141,6 +141,23 @@ def no_repository() -> Iterator[None]:
 
 
 @contextmanager
+def no_bars() -> Iterator[None]:
+    """Keeps tqdm from drawing: how far lm-eval is, `Counted` says, and the command whether it is said at all."""
+    from tqdm import tqdm
+
+    before = tqdm.__init__
+
+    def silent(self, *args, **kwargs):
+        before(self, *args, **{**kwargs, "disable": True})
+
+    tqdm.__init__ = silent
+    try:
+        yield
+    finally:
+        tqdm.__init__ = before
+
+
+@contextmanager
 def beside(folder: str | os.PathLike | None) -> Iterator[None]:
     """In a folder, or where we are: data sets find files that are named without their folder."""
     before = os.getcwd()

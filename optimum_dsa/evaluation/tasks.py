@@ -17,7 +17,7 @@ from torch import nn
 from ..common.installation import how_to_install
 from ..common.registry import UnknownNameError, near
 from ..model.inputs import KINDS, default_length, kind_of
-from .harness import beside, no_repository, own_folder, requests_kept, wrapped
+from .harness import beside, no_bars, no_repository, own_folder, requests_kept, wrapped
 
 
 logger = logging.getLogger(__name__)
@@ -263,7 +263,7 @@ def evaluate_tasks(
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     loaded = SimpleNamespace(load=lambda _: found.loaded, task_index=found.manager.task_index)
     # of a part of a task, lm-eval would make all requests to keep them
-    with no_repository(), requests_kept(found.kept.name if keep and limit is None else None) as keeping:
+    with no_bars(), no_repository(), requests_kept(found.kept.name if keep and limit is None else None) as keeping:
         measured = simple_evaluate(
             model=wrapped(model, tokenizer, batch_size, sequence_length or default_length(model), bos),
             tasks=list(found.names),

@@ -22,7 +22,7 @@ from .allocation import Allocation, Seen, Unit, fit_to_budget, fit_to_levels, fi
 from .calibration import Calibration
 from .configuration import DSAConfig
 from .other_head import allocation_for
-from .overrides import given_shares, sparsity_of_rest, with_given, without
+from .overrides import given_shares, named_in, sparsity_of_rest, with_given, without
 from .source import Known, Source, as_calibration, batches_of, progress
 from .unstructured.metrics import METRICS
 from .zeros import FEWEST_ZEROS, count_zeros, zeros_in
@@ -35,7 +35,7 @@ ROUNDED = 5e-4
 
 
 def architecture_for(model: nn.Module, config: DSAConfig) -> Architecture:
-    """What `config` prunes in `model`; raises where its pattern does not fit a weight."""
+    """What `config` prunes in `model`; raises where its pattern does not fit a weight, or `still` names none."""
     found = find_architecture(model, config.blocks, config.exclude, config.include, config.skip_unprunable)
     pattern = config.resolved.pattern
     unfit = {weight.name: weight for weight in found.weights if not pattern.fits(weight.shape[1])}
@@ -48,6 +48,8 @@ def architecture_for(model: nn.Module, config: DSAConfig) -> Architecture:
             f"it dense, and those like it, with exclude={excluding(unfit)} ({told(sizes, rest)}), or choose another "
             "pattern."
         )
+    for name in config.update.still:
+        named_in(found, name, "still")
     return found
 
 

@@ -78,12 +78,17 @@ def given_shares(architecture: Architecture, overrides: Sequence[str]) -> dict[s
     """
     found: dict[str, float] = {}
     for pattern, share in parsed(overrides).items():
-        named = [weight.name for weight in architecture.weights if matches(weight.name, pattern)]
-        if not named:
-            parts = {part for weight in architecture.weights for part in weight.name.split(".")}
-            raise ValueError(f"overrides: no matrix that is pruned is named {pattern!r}.{near(pattern, parts)}")
-        found |= dict.fromkeys(named, share)
+        found |= dict.fromkeys(named_in(architecture, pattern, "overrides"), share)
     return found
+
+
+def named_in(architecture: Architecture, pattern: str, setting: str) -> list[str]:
+    """The matrices that are pruned that a name or pattern of a setting names; `ValueError` where it names none."""
+    named = [weight.name for weight in architecture.weights if matches(weight.name, pattern)]
+    if not named:
+        parts = {part for weight in architecture.weights for part in weight.name.split(".")}
+        raise ValueError(f"{setting}: no matrix that is pruned is named {pattern!r}.{near(pattern, parts)}")
+    return named
 
 
 def without(architecture: Architecture, names: Mapping[str, float]) -> Architecture:

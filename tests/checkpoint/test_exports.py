@@ -172,9 +172,14 @@ def test_what_cannot_be_asked_is_refused(tmp_path, monkeypatch, capsys):
         (folder, None, "is a folder; name a file"),
         (tmp_path / "no" / "out.gguf", None, "is in no folder"),
         (tmp_path / "out.gguf", "q4_k", "f16 or f32 or q8_0 or q4_0, got 'q4_k'"),
+        (tmp_path / "out", None, "known as gguf by its ending; name .*out.gguf"),
     ):
         with pytest.raises(ValueError, match=message):
             export(folder, target, "gguf", kind)
+    (tmp_path / "thesis.gguf").write_text("mine")
+    with pytest.raises(FileExistsError, match="thesis.gguf is no gguf file, and would be replaced"):
+        export(folder, tmp_path / "thesis.gguf", "gguf")
+    assert (tmp_path / "thesis.gguf").read_text() == "mine"
     with pytest.raises(FileNotFoundError, match="No folder"):
         export(tmp_path / "nothing", tmp_path / "out.gguf", "gguf")
     code, _, errors = run(monkeypatch, capsys, "convert", str(folder), "out", "--to", "compressed", "--type", "f16")

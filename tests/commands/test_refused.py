@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+import pytest
+
 from optimum_dsa import DSAPruner, demo_model
 from optimum_dsa.model.stacks import UnprunableError
 
@@ -41,3 +43,18 @@ def test_a_folder_that_holds_no_allocation_yet_is_named_with_a_way_out(monkeypat
     options = ["-o", str(tmp_path / "out"), "-s", "0.5", "--method", "magnitude", "--allocation", str(tmp_path)]
     code, _, errors = run(monkeypatch, capsys, "prune", str(demo_model()), *options)
     assert code == 2 and "neither allocation.json nor dsa_config.json" in errors and "--resume" in errors
+
+
+@pytest.mark.parametrize(
+    "options,message",
+    [
+        ("--dataset test.txt --limit 3", "--limit 3 is of --tasks, which was not given"),
+        ("--dataset test.txt --tasks-path tasks", "--tasks-path tasks is of --tasks"),
+        ("--dataset test.txt --num-fewshot 0", "--num-fewshot 0 is of --tasks"),
+        ("--tasks boolq --num-samples 3", "--num-samples 3 is of --dataset, which was not given"),
+        ("--tasks boolq --windows paper", "--windows paper is of --dataset"),
+    ],
+)
+def test_an_option_of_what_is_not_measured_is_refused(options, message, monkeypatch, capsys):
+    code, _, errors = run(monkeypatch, capsys, "evaluate", "nowhere", *options.split())
+    assert code == 2 and message in errors and len(errors.splitlines()) == 1

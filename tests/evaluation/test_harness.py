@@ -5,10 +5,11 @@ import os
 import pytest
 import torch
 from huggingface_hub.utils import disable_progress_bars, enable_progress_bars
+from tqdm import tqdm
 
 from optimum_dsa.common import progress
 from optimum_dsa.evaluation import harness
-from optimum_dsa.evaluation.harness import Counted, beside, fitting, no_repository, requests_kept
+from optimum_dsa.evaluation.harness import Counted, beside, fitting, no_bars, no_repository, requests_kept
 
 from ..tiny import tiny_llama
 
@@ -42,6 +43,13 @@ def test_long_requests_count_for_more(monkeypatch, capsys):
     finally:
         disable_progress_bars()
     assert capsys.readouterr().err.splitlines() == ["Tasks: 90 %, 45 s, about 5 s left", "Tasks: 100 %, 50 s"]
+
+
+def test_no_library_draws_bars_of_its_own(capsys):
+    with no_bars():
+        assert list(tqdm(range(3))) == [0, 1, 2]
+    assert capsys.readouterr().err == ""
+    assert list(tqdm(range(3))) == [0, 1, 2] and "3/3" in capsys.readouterr().err
 
 
 def test_what_is_changed_for_a_while_is_as_before(tmp_path):

@@ -96,7 +96,8 @@ def test_one_model_with_text_and_tasks(monkeypatch, capsys, tmp_path, task):
     assert code == 0, errors
     parts = [line.split()[0] for line in printed.splitlines()]
     assert parts == ["perplexity", "next_line", "next_line", "tasks", "sparsity"]
-    code, printed, _ = run(monkeypatch, capsys, "evaluate", str(demo_model()), *options, "--json")
+    code, printed, errors = run(monkeypatch, capsys, "evaluate", str(demo_model()), *options, "--json", "-q")
+    assert errors == ""  # neither lm-eval's bars nor its warnings
     (found,) = json.loads(printed)["models"]
     assert found["tasks"]["next_line"]["acc"]["value"] * 5 % 1 == pytest.approx(0)
     assert found["perplexity_error"] > 0 and found["dataset"] == "text.txt"

@@ -52,6 +52,10 @@ def test_they_are_scored_by_their_own_metric():
     walked = next(walk_blocks(model, find_architecture(model), [{"input_ids": tokens()}], reads={"inputs", "gram"}))
     name = "model.layers.0.self_attn.q_proj.weight"
     scores = METRICS["d2_still"](walked.tensor(walked.weights[0]), walked.statistics[name])
+    before = state(model)
+    with pytest.raises(ValueError, match="still: no matrix that is pruned is named 'q_porj'"):
+        prune(model, tokens(), DSAConfig(0.5, "d2prune", "uniform", update=UpdateConfig(still=("q_proj", "q_porj"))))
+    assert same_state(model, before)
     prune(model, tokens(), DSAConfig(0.5, "d2prune", "uniform", update=UpdateConfig(still=("q_proj",))))
     kept = model.get_parameter(name) != 0
     assert scores[kept].min() >= scores[~kept].max()

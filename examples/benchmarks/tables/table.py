@@ -21,7 +21,7 @@ from transformers import AutoTokenizer
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # rows.py is shared with the scripts beside this folder
 
-from rows import MEASURED, Rows, add_options, config_of, loaded, searched, windows_of
+from rows import MEASURED, Rows, add_options, config_of, loaded, searched, share, windows_of
 
 from optimum_dsa import DSAConfig, DSAPruner, Measurement, measure
 from optimum_dsa.common.machine import machine_name, shown_seconds
@@ -62,8 +62,12 @@ def parser_of(description: str, sparsities: Sequence[str] = ("0.5", "0.6", "0.7"
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_options(parser)
     add_task_options(parser)
-    parser.add_argument("--sparsities", nargs="+", default=list(sparsities), help=f"default: {' '.join(sparsities)}")
+    add_sparsities(parser, list(sparsities), f"default: {' '.join(sparsities)}")
     return parser
+
+
+def add_sparsities(parser: argparse.ArgumentParser, default: list[str] | None, help: str) -> None:
+    parser.add_argument("--sparsities", nargs="+", type=share, default=default, help=help)
 
 
 def add_task_options(parser: argparse.ArgumentParser) -> None:
@@ -79,9 +83,12 @@ class Table:
         finished: called with every row that is made, its pruner and its measurement, before the model is let go.
     """
 
+    of_tasks = ("limit", "tasks_path")  # options that are read where a row has tasks
+
     def __init__(self, args: argparse.Namespace, finished: Finished | None = None):
         self.args, self.finished = args, finished
-        self.tokens, self.rows = windows_of(args), Rows(args.output)
+        self.tokens = windows_of(args)
+        self.rows = Rows(args.output, args.model, self.tokens)
         self.text = next(name for name in reversed(MEASURED) if name in self.tokens)
         self.found: dict[tuple[str, str], tuple[Measurement, dict]] = {}
         self.missing: dict[str, str] = {}
@@ -89,6 +96,7 @@ class Table:
 
     def run(self, rows: Sequence[Row], text: bool = True) -> None:
         """Make the rows that are not there, and say after each how far it is; `text`: losses are measured."""
+        self._look(rows)
         took = []
         for number, row in enumerate(rows, 1):
             began = time.monotonic()
@@ -99,21 +107,38 @@ class Table:
             print(", ".join([f"{number} of {len(rows)}: {title(row)}", made, *left]), flush=True)
         print()
 
-    def _run(self, row: Row, text: bool) -> str:
-        """Make one row; what became of it."""
+    def _look(self, rows: Sequence[Row]) -> None:
+        """Say what cannot be run, before any of it is."""
+        given = [name for name in self.of_tasks if getattr(self.args, name) is not None]
+        if given and not any(row.tasks for row in rows):
+            sys.exit(f"--{given[0].replace('_', '-')} is of tasks, and no row has any: name tasks, or leave it out")
+        for row in rows:
+            self._config(row)
+            self.tasks(row.tasks)
+        for name, why in self.missing.items():
+            print(f"will not be run: {name}: {why}", file=sys.stderr, flush=True)
+
+    def _config(self, row: Row) -> DSAConfig | None:
+        """What a row asks for; `None` where that is nothing, or cannot be: then it is noted as missing."""
         try:
             config = config_of(row.settings, row.sparsity, self.args) if row.sparsity else None
-        except UnknownNameError as error:
+        except (ValueError, UnknownNameError) as error:
             self.missing[title(row)] = str(error)
-            return NOT_RUN
+            return None
         if row.sparsity and config is None:
             self.missing[title(row)] = "a pattern leaves nothing to allocate"
+        return config
+
+    def _run(self, row: Row, text: bool) -> str:
+        """Make one row; what became of it."""
+        config = self._config(row)
+        if title(row) in self.missing:
             return NOT_RUN
         tasks = self.tasks(row.tasks)
         if not text and tasks is None:
             return NOT_RUN
         key = self._key(row, config, tasks, text)
-        known = key in self.rows.known
+        known = key in self.rows
         try:
             kept = self.rows.row(key, lambda: self._make(row, config, tasks, text))
         except ValueError as error:  # such as a matrix that a pattern does not divide
@@ -135,9 +160,8 @@ class Table:
 
     def _key(self, row: Row, config: DSAConfig | None, tasks: Tasks | None, text: bool) -> str:
         args = self.args
-        shapes = {name: list(value.shape) for name, value in self.tokens.items()}
-        of = [str(args.model), shapes, args.samples, args.length, args.windows, self.text if text else None]
-        asked = [tasks.names, args.limit] if tasks else []
+        of = [args.samples, args.length, args.windows, self.text if text else None]
+        asked = [tasks.names, args.limit, str(args.tasks_path and Path(args.tasks_path).resolve())] if tasks else []
         is_searched = row.settings.get("allocation") == "searched"
         search = [args.allocation, args.strategy, args.budget] if is_searched else []
         return json.dumps([config and config.to_dict(), row.seed, search, *of, *asked])

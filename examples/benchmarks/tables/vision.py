@@ -109,6 +109,8 @@ def answered(
 class Vision(Table):
     """Rows that are calibrated on pictures, and measured on questions about others and on text."""
 
+    of_tasks = ()  # the limit is of its own questions
+
     def __init__(self, args: argparse.Namespace):
         super().__init__(args)
         self.processor = AutoProcessor.from_pretrained(args.model)
