@@ -123,7 +123,8 @@ def test_another_text_or_model_of_the_same_name_is_measured_anew(run, place):
 @pytest.mark.parametrize(
     "script,options,message",
     [
-        ("allocations", ("--limit", "3"), "--limit is of tasks, and no row has any"),
+        ("symbolic", ("--limit", "3"), "--limit is of tasks, and no row has any"),
+        ("allocations", ("--limit", "3"), "unrecognized arguments: --limit 3"),
         ("allocations", ("--sparsities", "50%"), "'50%' is no share such as 0.5, and no pattern such as 2:4"),
         ("allocations", ("--sparsities", "50"), "'50' is no share"),
         ("allocations", ("--text", "nofile.txt"), "there is no file nofile.txt"),

@@ -16,7 +16,7 @@ ALLOCATIONS = ("uniform", "global", "er_plus", "er", "besa", "owl", "dsa")
 
 
 def main() -> None:
-    parser = parser_of(__doc__, ("0.5", "0.6", "0.7", "0.8"))
+    parser = parser_of(__doc__, ("0.5", "0.6", "0.7", "0.8"), tasks=False)
     parser.add_argument("--methods", nargs="+", default=["wanda"], help="default: wanda")
     parser.add_argument("--allocations", nargs="+", default=ALLOCATIONS, help=f"default: {' '.join(ALLOCATIONS)}")
     args = parser.parse_args()

@@ -57,11 +57,14 @@ class Row:
     seed: int | None = None
 
 
-def parser_of(description: str, sparsities: Sequence[str] = ("0.5", "0.6", "0.7")) -> argparse.ArgumentParser:
-    """Options that every table has."""
+def parser_of(
+    description: str, sparsities: Sequence[str] = ("0.5", "0.6", "0.7"), tasks: bool = True
+) -> argparse.ArgumentParser:
+    """Options that every table has, and those of tasks where its rows may have some."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_options(parser)
-    add_task_options(parser)
+    if tasks:
+        add_task_options(parser)
     add_sparsities(parser, list(sparsities), f"default: {' '.join(sparsities)}")
     return parser
 
@@ -109,7 +112,7 @@ class Table:
 
     def _look(self, rows: Sequence[Row]) -> None:
         """Say what cannot be run, before any of it is."""
-        given = [name for name in self.of_tasks if getattr(self.args, name) is not None]
+        given = [name for name in self.of_tasks if getattr(self.args, name, None) is not None]
         if given and not any(row.tasks for row in rows):
             sys.exit(f"--{given[0].replace('_', '-')} is of tasks, and no row has any: name tasks, or leave it out")
         for row in rows:
