@@ -101,8 +101,8 @@ def imported(folder: str) -> set[str]:
 
 def test_everything_that_is_imported_is_asked_for():
     # triton comes with torch where that has CUDA; transformers chooses the release of tokenizers, asks for gguf
-    # where a GGUF is read; datasets is made of pyarrow and pandas, and matplotlib of pillow
-    brought = {"triton", "tokenizers", "gguf", "pyarrow", "pandas", "pillow"}
+    # where a GGUF is read; datasets is made of pyarrow and pandas, matplotlib of pillow; all draw with tqdm
+    brought = {"triton", "tokenizers", "gguf", "pyarrow", "pandas", "pillow", "tqdm"}
     assert {"numpy", "markupsafe", "torch"} <= imported("optimum_dsa") - brought <= requirements(*RUNTIME).keys()
     assert {"pytest", "markdown-it-py"} <= imported("tests") - brought <= requirements("tests").keys()
 
