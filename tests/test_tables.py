@@ -97,6 +97,16 @@ def test_allocations_are_held_against_uniform_and_not_run_again(run, place):
     assert (place / "rows.jsonl").read_text() == written and sum("was there" in line for line in again) == 5
 
 
+def test_a_table_of_nothing_that_can_be_run_is_an_error_before_any_work(run, place):
+    for options, why in (
+        (("--allocations", "nosuch"), "Unknown allocation 'nosuch'"),
+        (("--allocations", "owl", "--sparsities", "2:4"), "a pattern leaves nothing to allocate"),
+    ):
+        with pytest.raises(SystemExit, match=f"no row can be run\n(.*\n)*.*{why}"):
+            run("allocations", *options)
+    assert not (place / "rows.jsonl").exists()
+
+
 def test_a_text_is_cut_into_parts_of_its_own(run, place):
     (place / "text.txt").write_text(" ".join(str(number % 90) for number in range(400)))
     options = ("--text", place / "text.txt", "--length", "16", "--sparsities", "0.5", "--allocations", "uniform")

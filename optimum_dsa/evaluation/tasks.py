@@ -124,7 +124,8 @@ def find_tasks(tasks: Sequence[str], include: str | Path | None = None) -> Tasks
         if not found:
             lost = "".join(f" {file} cannot be read: {why}." for file, why in broken.items())
             known = [*manager.all_tasks, ALL_SEVEN]
-            raise UnknownNameError(f"lm-eval has no task {name!r}.{near(name, known)}{lost}")
+            where = "" if include is None else f", nor has {include}"
+            raise UnknownNameError(f"lm-eval has no task {name!r}{where}.{near(name, known)}{lost}")
         names |= dict.fromkeys(found)
     for file, why in broken.items():
         logger.warning("%s cannot be read, and is no task: %s.", file, why)

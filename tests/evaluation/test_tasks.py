@@ -126,6 +126,8 @@ def test_an_unknown_task_is_answered_with_near_ones(monkeypatch, task):
     pruner = DSAPruner.from_pretrained(demo_model())
     with pytest.raises(UnknownNameError, match="lm-eval has no task 'next_lime'. Did you mean 'next_line'"):
         evaluate_tasks(pruner.model, pruner.tokenizer, ["next_lime"])
+    with pytest.raises(UnknownNameError, match=f"no task 'next_lime', nor has {task.parent}. Did you mean"):
+        find_tasks(["next_lime"], task.parent)
 
 
 def test_tasks_are_looked_for_before_a_model_is_loaded(monkeypatch, capsys, tmp_path, task):

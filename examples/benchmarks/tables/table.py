@@ -100,6 +100,7 @@ class Table:
     def run(self, rows: Sequence[Row], text: bool = True) -> None:
         """Make the rows that are not there, and say after each how far it is; `text`: losses are measured."""
         self._look(rows)
+        self._stop(rows)
         took = []
         for number, row in enumerate(rows, 1):
             began = time.monotonic()
@@ -108,6 +109,7 @@ class Table:
             rest = len(rows) - number
             left = [f"about {shown_seconds(statistics.fmean(took) * rest)} left"] if took and rest else []
             print(", ".join([f"{number} of {len(rows)}: {title(row)}", made, *left]), flush=True)
+        self._stop(rows)
         print()
 
     def _look(self, rows: Sequence[Row]) -> None:
@@ -120,6 +122,12 @@ class Table:
             self.tasks(row.tasks)
         for name, why in self.missing.items():
             print(f"will not be run: {name}: {why}", file=sys.stderr, flush=True)
+
+    def _stop(self, rows: Sequence[Row]) -> None:
+        """End with an error where no row with a sparsity can be run."""
+        pruned = [title(row) for row in rows if row.sparsity]
+        if pruned and all(name in self.missing for name in pruned):
+            sys.exit("\n".join(["no row can be run", *(f"{name}: {self.missing[name]}" for name in pruned)]))
 
     def _config(self, row: Row) -> DSAConfig | None:
         """What a row asks for; `None` where that is nothing, or cannot be: then it is noted as missing."""
