@@ -92,54 +92,66 @@ class Wiring:
         The latter is (in_features,), for every channel of the input the one row of the weight that it depends on.
         `None` where outputs reach anything else, or are mixed on the way.
         """
-        rows, device = self.weights[name].shape[0], self.walked.tensor(self.weights[name]).device
-        row, sources, group = torch.arange(rows, device=device), 0, None
-        for digit in range(max((rows - 1).bit_length(), 1)):
-            touched = []
-            for value in (0, 1):
-                try:
-                    inputs, rest = self.run({name: partial(_where, (row >> digit & 1) == value)})
-                except _Rewired:
-                    return None, None
-                reached = {id(self.inputs[one][0]) for one in inputs if _differ(self.inputs[one], inputs[one])}
-                if _differ(self._rest, rest) or reached - {group} and (group is not None or len(reached) > 1):
-                    return None, None
-                group = next(iter(reached), group)
-                touched.append(inputs)
-            if group is None or group not in self.groups():
-                return None, None
-            reader = self.groups()[group][0]
-            zero, one = (_channels(self.inputs[reader][0], inputs[reader][0]) for inputs in touched)
-            # Every channel depends on rows with this digit or on rows without it, and on no others: with all digits
-            # told, it depends on one row alone.
-            if not (zero ^ one).all():
-                return None, None
-            sources = sources + (one.long() << digit)
-        return group, sources
+        try:
+            group = self._reached_by(name)
+            sources = None if group is None else self._sources(name, group, self._rows(name))
+        except _Rewired:
+            return None, None
+        return (None, None) if sources is None else (group, sources)
 
     def touched(self, name: str) -> tuple[int, Tensor] | None:
         """The one input that the outputs of a weight reach, by identity, and which of its channels each row reaches.
 
-        The latter is (out_features, in_features) bool, and costs a run for every row. `None` where outputs reach
-        anything else, or nothing.
+        The latter is (n, in_features), the rows that every channel depends on, if that is one of each of n equal
+        parts of all rows; else (out_features, in_features) bool, which costs a run for every row. `None` where
+        outputs reach anything else, or nothing.
         """
-        rows, device = self.weights[name].shape[0], self.walked.tensor(self.weights[name]).device
-        row = torch.arange(rows, device=device)
-        group, found = None, []
-        for changed in (row >= 0, *(row == number for number in range(rows))):
-            try:
-                inputs, rest = self.run({name: partial(_where, changed)})
-            except _Rewired:
+        try:
+            if (group := self._reached_by(name, _without_maps)) is None:
                 return None
-            if group is None:
-                reached = {id(self.inputs[one][0]) for one in inputs if _differ(self.inputs[one], inputs[one])}
-                if len(reached) != 1 or (group := next(iter(reached))) not in self.groups():
-                    return None
-                reader = self.groups()[group][0]
-            if _differ(*map(_without_maps, (self._rest, rest))):
+            rows = self._rows(name)
+            for parts in (1, 2):  # of two parts is what holds gates and what they gate
+                sources = [self._sources(name, group, part) for part in rows.chunk(parts)]
+                if all(found is not None for found in sources):
+                    return group, torch.stack(sources)
+            return group, torch.stack([self._channels_of(name, group, rows == row) for row in rows])
+        except _Rewired:
+            return None
+
+    def _rows(self, name: str) -> Tensor:
+        """The numbers of a weight's rows, (out_features,), where the weight is."""
+        weight = self.weights[name]
+        return torch.arange(weight.shape[0], device=self.walked.tensor(weight).device)
+
+    def _reached_by(self, name: str, counted: Callable[[list[Tensor]], list[Tensor]] = list) -> int | None:
+        """The one input that the outputs of a weight reach, and nothing of what is `counted` of the block's own."""
+        inputs, rest = self.run({name: lambda own, other: other.clone()})
+        reached = {id(self.inputs[one][0]) for one in inputs if _differ(self.inputs[one], inputs[one])}
+        if len(reached) != 1 or _differ(counted(self._rest), counted(rest)):
+            return None
+        (group,) = reached
+        return group if group in self.groups() else None
+
+    def _channels_of(self, name: str, group: int, changed: Tensor) -> Tensor:
+        """The channels of an input, (in_features,) bool, that the `changed` rows reach, (out_features,) bool."""
+        return self.reached({name: changed}, self.groups()[group][0])
+
+    def _sources(self, name: str, group: int, part: Tensor) -> Tensor | None:
+        """The one row of a `part`, (n,), that each channel of an input depends on, (in_features,), if it is one.
+
+        Rows of the part are numbered in binary, and each digit costs two runs.
+        """
+        rows, number = self._rows(name), torch.arange(len(part), device=part.device)
+        found = torch.zeros((), dtype=torch.long, device=part.device)
+        for digit in range(max((len(part) - 1).bit_length(), 1)):
+            chosen = (part[(number >> digit & 1) == value] for value in (0, 1))
+            zero, one = (self._channels_of(name, group, torch.isin(rows, some)) for some in chosen)
+            # Every channel depends on rows with this digit or on rows without it, and on no others: with all digits
+            # told, it depends on one row alone.
+            if not (zero ^ one).all():
                 return None
-            found.append(_channels(self.inputs[reader][0], inputs[reader][0]))
-        return group, torch.stack(found[1:])
+            found = found + (one.long() << digit)
+        return part[found]
 
     def reached(self, changes: Mapping[str, Tensor], reader: str) -> Tensor:
         """The channels of a weight's input, (in_features,) bool, that depend on any of some rows of others.

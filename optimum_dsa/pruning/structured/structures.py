@@ -220,7 +220,12 @@ def _shapes(wiring: Wiring) -> Iterator[_Shape]:
 
 
 def _shape(makers: Mapping[str, Tensor], readers: Sequence[str]) -> _Shape | None:
-    """The structures between `makers`, with what each row touches, (rows, columns) bool, and the `readers`."""
+    """The structures between `makers`, with what `Wiring.touched` says of each, and the `readers`."""
+    if all(found.dtype != torch.bool and found.unique().numel() == found.numel() for found in makers.values()):
+        rows = {name: sources.t() for name, sources in makers.items()}  # a channel is made of rows of its own
+        columns = torch.arange(len(next(iter(rows.values()))), device=next(iter(rows.values())).device)
+        return _Shape("ffn", (0, 0), rows, tuple(readers), columns[:, None]) if len(columns) > 1 else None
+    makers = {name: found if found.dtype == torch.bool else _table(found) for name, found in makers.items()}
     patterns, rows = torch.cat(list(makers.values())).unique(dim=0, return_counts=True)
     # A head's rows of queries touch all that it gives, each of them; one of values touches one channel of every head.
     mixing = patterns[(rows > 1) & (patterns.sum(1) > 1)]
@@ -244,6 +249,15 @@ def _shape(makers: Mapping[str, Tensor], readers: Sequence[str]) -> _Shape | Non
     head = int(mixing.sum(1).min())
     kind = "head" if head == width else "kv_group"
     return _Shape(kind, (width // head, 0 if one else 1), rows, tuple(readers), columns)
+
+
+def _table(sources: Tensor) -> Tensor:
+    """Which columns each row touches, (rows, columns) bool, from the rows that touch each, (n, columns).
+
+    Rows behind the last that touches any are left out.
+    """
+    touched = torch.zeros(int(sources.max()) + 1, sources.shape[1], dtype=torch.bool, device=sources.device)
+    return touched.index_put((sources, torch.arange(sources.shape[1], device=sources.device)), touched.new_ones(()))
 
 
 def _parts(patterns: Tensor) -> Tensor:
