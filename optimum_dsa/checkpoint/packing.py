@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from torch import nn
 
 from ..model.adapters import has_adapters, inner_model
+from ..model.inputs import own_settings_of
 from ..packed.pack_model import LEAST_ZEROS, Packing, pack_model, packed_layers, seen_dense, unpack_model
 from ..packed.tensor_cores import to_tensor_cores, with_kernels
 from .forms import check_model
@@ -33,6 +34,7 @@ def pack(model: nn.Module, least_zeros: float = LEAST_ZEROS) -> Packing:
     packing = pack_model(model, least_zeros)
     to_tensor_cores(model, with_kernels(model))
     if packing.packed and getattr(model, "hf_quantizer", None) is None:
+        own_settings_of(model)
         _mark(model)
     logger.info("%s", packing)
     return packing

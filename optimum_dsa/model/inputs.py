@@ -13,6 +13,7 @@ the length where nobody says one, and `word_embeddings` finds the table of words
 
 from __future__ import annotations
 
+import copy
 import inspect
 import logging
 from collections.abc import Iterator, Mapping
@@ -20,6 +21,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
+from transformers import PreTrainedConfig
 from transformers.models.auto import modeling_auto
 
 from .adapters import inner_model
@@ -162,6 +164,15 @@ def text_part(config: Any) -> Any:
         return config.get_text_config()
     except (AttributeError, ValueError):  # ValueError: an encoder and a decoder have one each
         return config
+
+
+def own_settings_of(model: nn.Module) -> None:
+    """Give a model settings of its own, equal to those that it may share with models made from the same, in place."""
+    copies: dict[int, Any] = {}
+    for module in model.modules():
+        for name, value in list(vars(module).items()):
+            if name == "config" or isinstance(value, PreTrainedConfig):
+                setattr(module, name, copy.deepcopy(value, copies))
 
 
 def word_embeddings(model: nn.Module) -> nn.Module | None:

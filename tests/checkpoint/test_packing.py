@@ -26,6 +26,15 @@ def packed_pruner():
     return pruner, before
 
 
+def test_a_model_that_was_made_of_the_same_configuration_is_not_packed():
+    model = tiny_llama()
+    twin = type(model)(model.config)
+    pruner = DSAPruner(model)
+    pruner.prune(None, CONFIG)
+    pruner.pack()
+    assert hasattr(model.config, "quantization_config") and not hasattr(twin.config, "quantization_config")
+
+
 def test_packed_and_unpacked_is_bit_for_bit_and_leaves_no_trace():
     pruner, before = packed_pruner()
     plain = DSAPruner(tiny_llama()).model

@@ -49,6 +49,19 @@ class Available:
         return max(number, min(self.count - stays, self.most))
 
 
+def too_little(asked: int, most: int, what: str) -> str:
+    """Why `asked` of a cost cannot go, with all structures gone that may, which cost `most`."""
+    if not most:
+        return (
+            f"{asked:,} {what} are to go, and what may go has none of them; let other structures go as well, or fewer "
+            "blocks stay whole (keep_first, keep_last)."
+        )
+    return (
+        f"{asked:,} {what} are to go, and of the structures that may only {most:,} can; lower the share (or round_to, "
+        "keep_first, keep_last), or let other structures go as well."
+    )
+
+
 def fitted_counts(
     units: Mapping[Name, Available], asked: int, proposed: Mapping[Name, float] | None = None, what: str = "parameters"
 ) -> dict[Name, int]:
@@ -66,10 +79,7 @@ def fitted_counts(
     """
     most = sum(unit.most * unit.cost for unit in units.values())
     if most < asked:
-        raise ValueError(
-            f"{asked:,} {what} are to go, and of the structures that may only {most:,} can; lower the sparsity "
-            "(or round_to, keep_first, keep_last), or let other structures go as well."
-        )
+        raise ValueError(too_little(asked, most, what))
     proposed = dict.fromkeys(units, 0.0) if proposed is None else proposed
     if odd := [str(name) for name in units if not math.isfinite(proposed[name])]:
         raise ValueError(f"The allocation is not finite for {', '.join(odd[:5])}.")

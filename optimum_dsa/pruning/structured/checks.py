@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -15,6 +16,9 @@ from ..zeros import FEWEST_ZEROS
 from .configuration import DSAStructuredConfig
 from .importance import IMPORTANCES, importance_of
 from .structure import ENTIRE, WHOLE, Structures
+
+
+logger = logging.getLogger(__name__)
 
 
 def check_cuttable(model: nn.Module, config: DSAStructuredConfig) -> None:
@@ -77,6 +81,30 @@ def check_resumable(config: DSAStructuredConfig, checkpoints: str | Path | None,
         )
     if resume and checkpoints is None:
         raise ValueError("Resuming needs the folder of checkpoints; name it.")
+
+
+def check_found(
+    model: nn.Module,
+    found: Mapping[str, Structures],
+    units: Mapping[str, Structures],
+    left: Mapping[str, str],
+    config: DSAStructuredConfig,
+) -> None:
+    """Raise `ValueError` where of what was `found` nothing is among the `units` that can be cut; warn of a kind."""
+    able = [each for each in units.values() if len(each) > each.least or not each.entire]
+    missing = [kind for kind in config.structures if all(each.goes_as != kind for each in able)]
+    if not missing:
+        return
+    others = sorted({each.goes_as for each in found.values()} - set(config.structures))
+    hint = f" It has {' and '.join(map(repr, others))}." if others else ""
+    if tied := next((each.goes_as for each in found.values() if each.tied and each.goes_as in missing), None):
+        hint = f" Of {tied!r} as many go in all blocks, with layout='uniform'."
+    said = f"{type(model).__name__} has no {' or '.join(missing)} that could be cut out"
+    if able:
+        logger.warning("%s.%s", said, hint)
+        return
+    why = "; ".join(f"{name}: {reason}" for name, reason in list(left.items())[:3])
+    raise ValueError(f"{said}{f' ({why})' if why else ''}.{hint}")
 
 
 def check_excluded(architecture: Architecture, units: Mapping[str, Structures], config: DSAStructuredConfig) -> None:

@@ -45,7 +45,7 @@ def tells_of_experts(allocation: str) -> bool:
 
 
 def rise_of(max_loss: float | str) -> float:
-    """The share that 0.05 or "5%" says; `ValueError` for what is none."""
+    """The share that 0.05 or "5%" says; `ValueError` for what is none, and for 5, which may be meant as "5%"."""
     text = str(max_loss).strip()
     try:
         found = float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
@@ -54,6 +54,10 @@ def rise_of(max_loss: float | str) -> float:
     if not 0 <= found < math.inf:
         raise ValueError(
             f"max_loss is a share by which the perplexity may rise, such as 0.05 or '5%', got {max_loss!r}."
+        )
+    if found >= 1 and isinstance(max_loss, str) and not text.endswith("%"):
+        raise ValueError(
+            f"max_loss={max_loss!r} is {found:.0%}; say '{text}%', or '{100 * found:g}%' if that is meant."
         )
     return found
 
@@ -149,7 +153,8 @@ class DSAStructuredConfig:
 
     def __post_init__(self):
         if isinstance(self.max_loss, (int, float)) and not isinstance(self.max_loss, bool):
-            object.__setattr__(self, "max_loss", str(self.max_loss))
+            share = self.max_loss
+            object.__setattr__(self, "max_loss", f"{100 * share:g}%" if 1 <= share < math.inf else str(share))
         check_settings(self)
         if self.max_loss is not None:
             rise_of(self.max_loss)
@@ -269,11 +274,20 @@ class DSAStructuredConfig:
 
     def _check_unread(self) -> None:
         """Raise where a setting is given of what is not done."""
-        if self.unstable != "less" and self.allocation != "stability":
-            raise ValueError(
-                f"unstable={self.unstable!r} is read by allocation='stability' alone, and it is "
-                f"{getattr(self.allocation, 'name', self.allocation)!r}; use that, or leave unstable out."
-            )
+        rows = {importance_of(kind, self.importance) for kind in self.structures}
+        gradients = any(IMPORTANCES.fact(row, "gradients") for row in rows)
+        fitted = self.update == "refit" or any(IMPORTANCES.fact(row, "reads") == "gram" for row in rows)
+        named = self.allocation if isinstance(self.allocation, str) else ""
+        for name, read, who in (
+            ("unstable", named == "stability", "allocation='stability'"),
+            ("spread", named not in SHARES or named == "stability", "allocation='stability' and allocation functions"),
+            ("damping", fitted or named == "milp", "a refit, importances such as 'obs' and allocation='milp'"),
+            ("blockwise", gradients, "importances of gradients, such as 'taylor'"),
+            ("round_to", "ffn" in self.structures, "channels ('ffn')"),
+            ("rounds", fitted and not gradients and self.importance != "random", "importances that a refit changes"),
+        ):
+            if not read and (value := getattr(self, name)) != getattr(DSAStructuredConfig, name):
+                raise ValueError(f"{name}={value!r} is read by {who} alone; use them, or leave {name} out.")
         at_once = set(self.structures) <= {*WHOLE, *ENTIRE}
         if self.spread is not None and at_once and self.structures != ("expert",):
             raise ValueError(

@@ -12,6 +12,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ...model.architecture import find_architecture
+from ...model.inputs import own_settings_of
 from ...model.parameters import count_parameters
 from ..allocation import Allocation
 from ..calibration import Calibration
@@ -24,7 +25,7 @@ from ..steps import Step
 from ..training import Reconstruction
 from .biases import biases_for, given
 from .budget import Available, even_counts, fitted_counts
-from .checks import check_cuttable, check_excluded, check_resumable, check_zeros, keeps_blocks
+from .checks import check_cuttable, check_excluded, check_found, check_resumable, check_zeros, keeps_blocks
 from .configuration import DSAStructuredConfig
 from .layout import LAYOUTS, Layout, unsaid
 from .learners.budget import Projection
@@ -166,6 +167,7 @@ def prune_structures(
         config, tolerance = settled(model, calibration, config)
         return replace(prune_structures(model, calibration, config), tolerance=tolerance)
     dense = dense_of(model, calibration, config)
+    own_settings_of(model)
     if config.update != "bias" or not (biases := biases_for(model, dense.units)).switches:
         return _pruned(dense, start, checkpoints, resume)
     with given(model, biases):
@@ -238,7 +240,7 @@ def dense_of(model: nn.Module, calibration: Source | None, config: DSAStructured
     find = find_blocks if config.structures == ("block",) else find_entire if entire else find_structures
     found = find(model, architecture, _short(calibration.batches(1)[0]))
     dense = dense_model(model, architecture, calibration, config, found)
-    _check(model, dense.units, dense.left, config)
+    check_found(model, found.structures, dense.units, dense.left, config)
     check_zeros(model, dense.units, config)
     return dense
 
@@ -343,18 +345,3 @@ def _short(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
     lengths = {value.shape[1:2] for value in batch.values()}
     alone = len(lengths) == 1 and all(value.dim() == 2 and not value.is_floating_point() for value in batch.values())
     return {name: value[:, :SHORT] if alone else value for name, value in batch.items()}
-
-
-def _check(
-    model: nn.Module, units: Mapping[str, Structures], left: Mapping[str, str], config: DSAStructuredConfig
-) -> None:
-    """Raise `ValueError` where there is nothing to be cut out."""
-    able = [each for each in units.values() if len(each) > each.least or not each.entire]
-    if not able:
-        why = "; ".join(f"{name}: {reason}" for name, reason in list(left.items())[:3])
-        raise ValueError(
-            f"{type(model).__name__} has no {' or '.join(config.structures)} that could be cut out"
-            f"{f' ({why})' if why else ''}."
-        )
-    if missing := [kind for kind in config.structures if all(each.goes_as != kind for each in able)]:
-        logger.warning("%s has no %s that could be cut out.", type(model).__name__, " or ".join(missing))

@@ -182,7 +182,11 @@ def test_widths_that_stay_are_round():
         ({"structures": ()}, "none was given"),
         ({"update": "fit"}, "update"),
         ({"reconstruct": 4, "sequential": False}, "leave out one of both"),
-        ({"unstable": "more"}, "unstable='more' is read by allocation='stability' alone, and it is 'uniform'"),
+        ({"unstable": "more"}, "unstable='more' is read by allocation='stability' alone; use them, or leave unst"),
+        ({"spread": 0.1}, "spread=0.1 is read by allocation='stability' and allocation functions alone"),
+        ({"damping": 0.5, "update": "none"}, "damping=0.5 is read by a refit, importances such as 'obs' and"),
+        ({"blockwise": True}, "blockwise=True is read by importances of gradients, such as 'taylor' alone"),
+        ({"round_to": 16, "structures": ("kv_group",)}, "round_to=16 is read by channels"),
         ({"rounds": 2, "learner": "projected_gates"}, "rounds=2 takes importances anew .* learner='projected_gates'"),
         ({"rounds": 2, "structures": ("block",)}, "rounds=2 takes importances anew .* 'block' goes at once"),
     ],
@@ -196,9 +200,13 @@ def test_settings_that_cannot_be_are_refused(changes, message):
     ("changes", "message"),
     [
         ({"sparsity": 0.9, "structures": ("ffn", "kv_group")}, "of the structures that may only .* can"),
-        ({"sparsity": 0.9}, "of the structures that may only .* can; lower the sparsity"),
+        ({"sparsity": 0.9}, "of the structures that may only .* can; lower the share"),
+        ({"cost": "kv"}, "bytes .* are to go, and what may go has none of them; let other structures go as well"),
         ({"sparsity": 0.001}, "takes nothing: the least that can go is 0.0"),
-        ({"structures": ("head",)}, "LlamaForCausalLM has no head that could be cut out"),
+        (
+            {"structures": ("head",)},
+            "LlamaForCausalLM has no head that could be cut out.* It has 'ffn' and 'kv_group'",
+        ),
     ],
 )
 def test_what_cannot_be_cut_is_refused_before_work(changes, message):
@@ -222,7 +230,36 @@ def test_a_report_says_in_a_line_what_stays():
 
 def test_a_kind_that_the_model_has_not_is_said(caplog):
     prune_structures(tiny_llama(), tokens(), DSAStructuredConfig(0.1, ("ffn", "head", "ffn")))
-    assert "LlamaForCausalLM has no head that could be cut out." in caplog.messages
+    assert "LlamaForCausalLM has no head that could be cut out. It has 'kv_group'." in caplog.messages
+    caplog.clear()
+    model = FAMILIES["T5"][0]()
+    prune_structures(model, batch_of("T5"), DSAStructuredConfig(0.1, ("ffn", "head"), layout="padded"))
+    (said,) = (each for each in caplog.messages if "no head" in each)
+    assert said.endswith("could be cut out. Of 'head' as many go in all blocks, with layout='uniform'.")
+
+
+@pytest.mark.parametrize(
+    ("family", "settings"),
+    [
+        ("Llama", {"structures": ("block",), "sparsity": 0.5}),
+        ("Llama", {"structures": ("ffn", "kv_group"), "layout": "per_layer", "sparsity": 0.3}),
+        ("Llama", {"layout": "padded"}),
+        ("Llama", {"update": "bias"}),
+        ("Bert", {"structures": ("ffn", "head"), "layout": "per_layer"}),
+        ("Bert", {}),
+    ],
+)
+@torch.no_grad()
+def test_a_model_that_was_made_of_the_same_configuration_stays_as_it_is(family, settings):
+    model, batch = EVERY[family][0](), batch_of(family)
+    twin = type(model)(model.config).eval()
+    assert twin.config is model.config
+    kind, said, before = type(twin.config), twin.config.to_dict(), twin(**batch).logits
+    prune_structures(model, batch, DSAStructuredConfig(**{"sparsity": 0.2, **settings}))
+    assert type(twin.config) is kind and twin.config.to_dict() == said != model.config.to_dict()
+    assert torch.equal(twin(**batch).logits, before)
+    held = {id(part.config) for part in model.modules() if getattr(part, "config", None) is not None}
+    assert id(twin.config) not in held
 
 
 def test_a_size_that_is_another_ones_name_stays():

@@ -54,9 +54,10 @@ def test_what_is_left_is_the_refit_of_the_whole(rounds):
     torch.testing.assert_close(found, refit_columns(weight, statistics, without)[:, ~without], rtol=1e-4, atol=1e-5)
 
 
-def test_without_an_update_rounds_change_nothing():
-    first, second = (cut("wanda_sp", update="none", rounds=rounds) for rounds in (1, 5))
-    assert first[1] == second[1] and torch.equal(first[0], second[0])
+@pytest.mark.parametrize("settings", [{"importance": "wanda_sp", "update": "none"}, {"importance": "taylor"}])
+def test_rounds_that_would_change_nothing_are_refused(settings):
+    with pytest.raises(ValueError, match="rounds=5 is read by importances that a refit changes alone"):
+        cut(**settings, rounds=5)
 
 
 def hidden(model, batch):

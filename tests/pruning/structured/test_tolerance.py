@@ -90,6 +90,12 @@ def test_what_cannot_be_asked_is_refused(model, samples, loss, said):
         find_share(FAMILIES[model][0](), tokens(samples), DSAStructuredConfig(0.0), loss)
 
 
+def test_five_is_not_taken_for_five_per_cent():
+    with pytest.raises(ValueError, match="max_loss='5' is 500%; say '5%', or '500%' if that is meant"):
+        DSAStructuredConfig(0.0, max_loss="5")
+    assert {DSAStructuredConfig(0.0, max_loss=given).max_loss for given in ("500%", 5, 5.0)} == {"500%"}
+
+
 def test_a_tolerance_in_the_place_of_a_sparsity_is_that_of_the_share_found():
     by_share, by_loss = tiny_llama(), tiny_llama()
     found = find_share(tiny_llama(), tokens(), DSAStructuredConfig(0.0), "20%")

@@ -72,7 +72,10 @@ def collect_usage(
         model.train(training)
     for unit, usage in found.items():
         if not usage.tokens.any():
-            raise ValueError(f"{unit}: what they are given could not be observed; leave them whole.")
+            raise ValueError(
+                f"{unit}: what they are given could not be observed; leave them whole, or use an "
+                "importance that reads weights alone, such as 'magnitude'."
+            )
     return found
 
 

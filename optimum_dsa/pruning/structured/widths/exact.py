@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from ....common.installation import how_to_install
-from ..budget import Available
+from ..budget import Available, too_little
 
 
 LEVELS = 64  # numbers of structures of a unit that are told apart
@@ -68,6 +68,9 @@ def least_error(
         gap = max(
             (budget.each[name] * (b - a) for name, all_ in levels.items() for a, b in zip(all_, all_[1:])), default=0
         )
+        most = sum(unit.most * budget.each[name] for name, unit in units.items())
+        if most < budget.asked:
+            raise ValueError(too_little(budget.asked, most, budget.what))
         low = budget.asked - gap if budget.exact else budget.asked
         constraints.append(LinearConstraint(row, low, budget.asked if budget.exact else np.inf))
     errors = np.array([float(curves[name][number]) for name, number in pairs])
@@ -81,8 +84,13 @@ def least_error(
         options={"time_limit": SECONDS, "mip_rel_gap": 1e-4},
     )
     if found.x is None:
-        asked = ", ".join(f"{budget.asked:,} {budget.what}" for budget in budgets)
-        raise ValueError(f"No widths meet all budgets at once ({asked} are to go): {found.message}")
+        asked = ", ".join(
+            f"{'at most' if budget.exact else 'at least'} {budget.asked:,} {budget.what}" for budget in budgets
+        )
+        raise ValueError(
+            f"No widths were found that meet all budgets at once, of {asked} to go ({found.message}); lower those of "
+            "budgets, or raise sparsity."
+        )
     return {name: number for (name, number), chosen in zip(pairs, found.x) if chosen > 0.5}
 
 

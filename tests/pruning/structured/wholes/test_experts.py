@@ -222,7 +222,7 @@ def test_allocations_that_tell_nothing_of_experts_are_refused(structures, alloca
 def test_as_many_experts_stay_as_are_chosen():
     model, batch = FAMILIES["Mixtral"][0](), batch_of("Mixtral", samples=2)
     before = state(model)
-    with pytest.raises(ValueError, match="of the structures that may only .* can; lower the sparsity"):
+    with pytest.raises(ValueError, match="of the structures that may only .* can; lower the share"):
         prune_structures(model, batch, DSAStructuredConfig(0.6, ("expert",)))
     assert same_state(model, before)
     with pytest.raises(ValueError, match="has 4 structures and 3 are to go; leave 2 at least"):

@@ -58,8 +58,11 @@ def test_it_is_the_best_of_all_widths(seed):
 def test_budgets_that_contradict_each_other_are_refused():
     units, curves, each = drawn(0)
     budgets = [Budget(each, 2, "parameters", exact=True), Budget(each, 9, "bytes")]
-    with pytest.raises(ValueError, match=r"No widths meet all budgets at once \(2 parameters, 9 bytes are to go\)"):
+    with pytest.raises(ValueError, match="meet all budgets at once, of at most 2 parameters, at least 9 bytes to go"):
         least_error(curves, units, budgets)
+    for free, said in ((each, "may only .* can; lower the share"), (dict.fromkeys(each, 0), "has none of them")):
+        with pytest.raises(ValueError, match=f"900 bytes are to go, and .*{said}"):
+            least_error(curves, units, [budgets[0], Budget(free, 900, "bytes")])
 
 
 def test_round_widths_stay_round():
