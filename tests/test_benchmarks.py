@@ -9,12 +9,14 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import save_file
+from transformers import AutoModelForCausalLM
 
+from optimum_dsa import perplexity
 from optimum_dsa.packed import loading
 from optimum_dsa.pruning.finished import FinishedBlocks
 
 from .test_commands import run
-from .tiny import tiny_llama, tokens
+from .tiny import bos_tokenizer, tiny_llama, tokens
 
 
 FOLDER = Path(__file__).parents[1] / "examples" / "benchmarks"
@@ -123,6 +125,38 @@ def test_smaller_models_stand_in_rows_beside_flap(monkeypatch, capsys, tmp_path)
     written = rows.read_text()
     module.main()  # nothing is run again
     assert rows.read_text() == written
+
+
+def test_smaller_models_are_trained_and_measured_as_another_process_loads_them(monkeypatch, tmp_path):
+    module = script("structured_recovery")
+    tiny_llama().save_pretrained(tmp_path / "model")
+    bos_tokenizer().save_pretrained(tmp_path / "model")
+    parts = {"calibration": tokens(), "validation": tokens(8, 16, seed=5), "test": tokens(8, 16, seed=6)}
+    save_file(parts, tmp_path / "tokens.safetensors")
+    rows, smaller = tmp_path / "rows.jsonl", tmp_path / "smaller"
+    places = [tmp_path / "model", "--tokens", tmp_path / "tokens.safetensors", "--output", rows, "--cut", smaller]
+    asked = [
+        "--rows",
+        "full",
+        "grouped",
+        "--steps",
+        "2",
+        "--train-length",
+        "8",
+        "--group-size",
+        "4",
+        "--device",
+        "cpu",
+    ]
+    monkeypatch.setattr("sys.argv", ["structured_recovery.py", *map(str, places), *asked])
+    module.main()
+    dense, cut, *trained = (json.loads(line)["row"] for line in rows.read_text().splitlines())
+    assert len(trained) == 2 and len({row["test"] for row in (dense, cut, *trained)}) == 4
+    model = AutoModelForCausalLM.from_pretrained(smaller, dtype=torch.float32).eval()
+    assert cut["test"] == round(perplexity(model, parts["test"], 8), 3)
+    written, seen = rows.read_text(), (smaller / "model.safetensors").stat().st_mtime_ns
+    module.main()  # nothing is run again
+    assert rows.read_text() == written and (smaller / "model.safetensors").stat().st_mtime_ns == seen
 
 
 def test_every_row_of_smaller_models_can_be_asked_for(monkeypatch):
