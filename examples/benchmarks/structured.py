@@ -1,10 +1,10 @@
 """How good a smaller model is, row by row, and how much faster: importances, allocations, updates and learners.
 
-Every row cuts the same dense model by the same share of its blocks' parameters and is measured on text that nothing
-was chosen on: `test` and `wikitext2_test` of the tokens file. `calibration` feeds importances, fits and learners;
-`validation` is what searches compare by. "closed" is the share of the distance from FLAP's perplexity (flap, refit
-none) to the dense model's that is made up for. Prefill and decode are tokens a second over the dense model's, measured
-in turn in one process.
+Every row cuts the same dense model by the same share, and is measured on text that nothing was chosen on: `test` and
+`wikitext2_test` of the tokens file. `calibration` feeds importances, fits and learners; `validation` is what searches
+compare by. Shares are of the blocks' parameters, and in the row "latency" of the time that this machine takes. "closed"
+is the share of the distance from FLAP's perplexity (flap, refit none) to the dense model's that is made up for. Prefill
+and decode are tokens a second over the dense model's, measured in turn in one process with one thread.
 
 Rows are written to --output as they end, and those that are there are not run again.
 
@@ -59,6 +59,14 @@ ROWS = {
     "obs, refit, stability": {"importance": "obs", "allocation": "stability", **REFIT, **FREE},
     "obs, refit, global": {"importance": "obs", "allocation": "global", **REFIT, **FREE},
     "obs, refit, milp": {"importance": "obs", "allocation": "milp", **REFIT, **FREE},
+    "obs, refit, latency": {
+        "importance": "obs",
+        "structures": ("ffn", "kv_group"),
+        "allocation": "global",
+        "cost": "latency",
+        **REFIT,
+        **FREE,
+    },
     "obs, refit, searched": {"importance": "obs", "allocation": "searched", **REFIT, **FREE},
     "obs, dense targets": {"importance": "obs", **FULL},
     "wanda_sp, all": {**FULL, "reconstruct": True},
@@ -82,6 +90,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--learn-steps", type=int, default=200, help="of learners (default: 200)")
     parser.add_argument("--strategy", default="evolution", help="of a search (default: evolution)")
     parser.add_argument("--budget", default="60k tokens", help="of a search (default: 60k tokens)")
+    parser.add_argument("--dtype", default="bfloat16", help="in which speed is measured (default: bfloat16)")
     parser.add_argument("--no-speed", action="store_true", help="measure perplexity alone")
     return parser.parse_args()
 
@@ -114,7 +123,7 @@ def run(row: str, share: float, tokens: dict[str, torch.Tensor], args: argparse.
     found |= {"share": report.sparsity, **measured(pruner.model, tokens, args), "seconds": seconds}
     if not args.no_speed:
         torch.set_num_threads(1)
-        dense, smaller = (each.to(torch.bfloat16) for each in (loaded(args), pruner.model))
+        dense, smaller = (each.to(getattr(torch, args.dtype)) for each in (loaded(args), pruner.model))
         speeds = measure_speed({"dense": dense, "smaller": smaller}, prompt=256, new_tokens=32, rounds=3).speeds
         for way in ("prefill", "decode"):
             found[way] = round(getattr(speeds["smaller"], way) / getattr(speeds["dense"], way), 3)
@@ -128,7 +137,7 @@ def main() -> None:
     unknown = [row for row in args.rows or () if row not in ROWS]
     if unknown:
         raise SystemExit(f"no row {unknown[0]!r}; there are {'; '.join(ROWS)}")
-    common = [args.samples, args.length, args.windows, args.no_speed]
+    common = [args.samples, args.length, args.windows, None if args.no_speed else args.dtype]
     whole = rows.row(json.dumps(["dense", *common]), lambda: measured(loaded(args), tokens, args))
     parts = list(whole)
     print(f"{'':<34}{''.join(f'{part:>16}' for part in parts)}{'seconds':>9}{'prefill':>9}{'decode':>8}{'closed':>8}")
