@@ -2,9 +2,9 @@
 
 Every row cuts the same dense model by the same share, and is measured on text that nothing was chosen on: `test` and
 `wikitext2_test` of the tokens file. `calibration` feeds importances, fits and learners; `validation` is what searches
-compare by. Shares are of the blocks' parameters, and in the row "latency" of the time that this machine takes. "closed"
-is the share of the distance from FLAP's perplexity (flap, refit none) to the dense model's that is made up for. Prefill
-and decode are tokens a second over the dense model's, measured in turn in one process with one thread.
+compare by. Shares are of the blocks' parameters, and in the row "latency" of the time that this machine takes.
+"closed" is the share of the distance from FLAP's perplexity (flap, refit none) to the dense model's that is made up
+for. Prefill and decode are tokens a second over the dense model's, measured in turn in one process with one thread.
 
 Rows are written to --output as they end, and those that are there are not run again.
 
