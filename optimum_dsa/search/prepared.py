@@ -127,7 +127,7 @@ def prepared(
 ) -> tuple[Realisation, Resolver | StructureResolver]:
     """The model as it can be realised, and what makes allocations of candidates."""
     realised = StructureWidths(model, None, calibration, config)
-    return realised, StructureResolver(realised, config)
+    return realised, StructureResolver(realised, config, named)
 
 
 @prepared.register

@@ -10,7 +10,7 @@ from ..pruning.allocation import Allocation
 from ..pruning.structured.budget import fitted_counts
 from ..pruning.structured.configuration import DSAStructuredConfig
 from ..pruning.structured.widths.dense import allocation_of
-from ..pruning.structured.widths.shares import shares
+from ..pruning.structured.widths.shares import SHARES, allocator_of, shares
 from .realise.structures import StructureWidths
 from .space import Candidate
 
@@ -19,9 +19,12 @@ class StructureResolver:
     """Allocations of candidates, in the cost of the budget: a unit's counts are multiples of what a structure costs.
 
     A candidate may stand between them, so that strategies can move small amounts; what is looked at is whole.
+
+    Args:
+        named: allocations that will be tried.
     """
 
-    def __init__(self, realised: StructureWidths, config: DSAStructuredConfig):
+    def __init__(self, realised: StructureWidths, config: DSAStructuredConfig, named: Sequence[str] = ()):
         self.realised, self.config, self.dense = realised, config, realised.dense
         self.sizes = realised.sizes
         self.steps = tuple(realised.steps.values())
@@ -31,6 +34,8 @@ class StructureResolver:
         self.units = {"block": {unit: (unit,) for unit in self.sizes}}
         self._proposed = lru_cache(maxsize=None)(self._propose)
         self._whole = lru_cache(maxsize=4096)(self._removed)
+        # Those that look at matrices look at them in one walk.
+        self.dense.measure({name: allocator_of(name) for name in named if name not in SHARES})
 
     def counts(self, candidate: Candidate) -> tuple[int, ...]:
         """What to take of every unit, in the model's order; together of the budget, or less than a step below it.

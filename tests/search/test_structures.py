@@ -6,9 +6,13 @@ import pytest
 import torch
 
 from optimum_dsa import Calibration, DSAPruner
+from optimum_dsa.model.walk import walk_blocks
+from optimum_dsa.pruning.allocation import ALLOCATIONS, measured_in_one_walk
 from optimum_dsa.pruning.structured.configuration import DSAStructuredConfig
 from optimum_dsa.pruning.structured.prune import prune_structures
 from optimum_dsa.pruning.structured.slicing import cut_out
+from optimum_dsa.pruning.structured.widths import dense
+from optimum_dsa.pruning.structured.widths.shares import shares
 from optimum_dsa.search.realise.structures import StructureWidths
 from optimum_dsa.search.search import search
 from optimum_dsa.search.space import Candidate
@@ -142,6 +146,19 @@ def test_a_model_as_if_experts_were_gone_is_the_one_without_them():
 
 def dense_order(realised, unit):
     return realised.dense.importances[unit].argsort(stable=True)
+
+
+def test_named_allocations_that_look_at_matrices_look_in_one_walk(monkeypatch):
+    names, walks = [name for name in measured_in_one_walk() if ALLOCATIONS[name].reads != "scores"], []
+    assert {"alphapruning", "er"} <= set(names)
+    realised = StructureWidths(llama(), None, CALIBRATION, BOTH)
+    alone = {name: shares(realised.dense.under(replace(BOTH, allocation=name))) for name in names}
+    realised.dense.known.clear()
+    monkeypatch.setattr(
+        dense, "walk_blocks", lambda *args, **options: walks.append(1) or walk_blocks(*args, **options)
+    )
+    resolver = StructureResolver(realised, BOTH, [*names, "stability", "owl"])
+    assert {name: resolver._propose(name, None) for name in names} == alone and len(walks) == 1
 
 
 def test_counts_between_structures_become_whole_ones_within_the_budget():

@@ -158,13 +158,13 @@ class Dense:
 
         return self.looked(curve, needed)
 
-    def measured(self, allocator: Allocator) -> dict[str, Any]:
-        """Unit -> what an allocator of unstructured pruning sees of it.
+    def measured(self, name: str, allocator: Allocator) -> dict[str, Any]:
+        """Unit -> what an allocator of unstructured pruning, of some name, sees of it.
 
         One that reads scores is given the importances of a unit's structures, (structures, 1), and so is any other of
         experts (it looks at the depth); else the matrices that read structures.
         """
-        if allocator.reads == "scores" or any(each.kind in WHOLE for each in self.units.values()):
+        if not self._reads_matrices(allocator):
             depths = {block.name: block.depth for block in self.architecture.blocks}
             return {
                 unit: allocator.measure(
@@ -173,12 +173,27 @@ class Dense:
                 for unit, scores in self.importances.items()
             }
 
-        def measure(structures: Structures, parts: Parts, walked: WalkedBlock) -> Any:
+        if name not in self.known.setdefault("measured", {}):
+            self.measure({name: allocator})
+        return self.known["measured"][name]
+
+    def measure(self, allocators: Mapping[str, Allocator]) -> None:
+        """Have `measured` know what all of some allocators, by name, see of matrices: in one walk."""
+        asked = {name: each for name, each in allocators.items() if self._reads_matrices(each)}
+
+        def measure(structures: Structures, parts: Parts, walked: WalkedBlock) -> dict[str, Any]:
             weights = [walked.tensor(weight) for weight in readers(walked.block, structures)]
             statistics = [parts.statistics] * len(weights)
-            return allocator.measure(Unit(structures.unit, walked.block.depth, weights, statistics, _no_scores))
+            unit = Unit(structures.unit, walked.block.depth, weights, statistics, _no_scores)
+            return {name: each.measure(unit) for name, each in asked.items()}
 
-        return self.looked(measure, reads_of(allocator.reads))
+        if asked:
+            found = self.looked(measure, set().union(*(reads_of(each.reads) for each in asked.values())))
+            known = self.known.setdefault("measured", {})
+            known |= {name: {unit: seen[name] for unit, seen in found.items()} for name in asked}
+
+    def _reads_matrices(self, allocator: Allocator) -> bool:
+        return allocator.reads != "scores" and all(each.kind not in WHOLE for each in self.units.values())
 
     @property
     def reads(self) -> Reads:

@@ -108,7 +108,7 @@ def shares(dense: Dense) -> dict[str, float]:
     if (given := given_allocation(allocation)) is not None:
         return _given(dense, given)
     found = allocator_of(allocation)
-    measured, proposed = dense.measured(found), {}
+    measured, proposed = dense.measured(str(allocation), found), {}
     # Kinds have importances of their own, that tell nothing beside those of another.
     for units in dense.kinds.values():
         proposed |= found.propose({unit: measured[unit] for unit in units}, dense.share, dense.config.spread)
