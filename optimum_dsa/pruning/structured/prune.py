@@ -167,6 +167,8 @@ def prune_structures(
         config, tolerance = settled(model, calibration, config)
         return replace(prune_structures(model, calibration, config), tolerance=tolerance)
     dense = dense_of(model, calibration, config)
+    if not dense.asked:
+        logger.warning("sparsity=%g takes nothing: the model stays as it is.", config.sparsity)
     own_settings_of(model)
     if config.update != "bias" or not (biases := biases_for(model, dense.units)).switches:
         return _pruned(dense, start, checkpoints, resume)
@@ -254,6 +256,13 @@ def choose_counts(dense: Dense) -> tuple[dict[str, int], Layout]:
         except ValueError:
             check_excluded(dense.architecture, dense.units, config)  # which may be why
             raise
+        stay = [kind for kind, units in dense.kinds.items() if not any(counts[unit] for unit in units)]
+        if any(counts.values()) and stay:
+            logger.warning(
+                "Of %s nothing goes: as many from all blocks are more than the share, or no setting says how many "
+                "are left; with layout='per_layer' blocks may differ.",
+                " and ".join(stay),
+            )
     else:
         proposed = shares(dense) if dense.asked else None
         counts = fitted_counts(sizes, dense.asked, proposed, cost.what)

@@ -222,6 +222,15 @@ def test_an_importance_that_is_none_is_refused():
         DSAStructuredConfig(0.2, importance="wanda")
 
 
+def test_what_takes_nothing_is_said(caplog):
+    report = prune_structures(tiny_llama(), tokens(), DSAStructuredConfig(0.0))
+    assert report.removed == 0 and caplog.messages == ["sparsity=0 takes nothing: the model stays as it is."]
+    caplog.clear()
+    report = prune_structures(tiny_llama(), tokens(), DSAStructuredConfig(0.1, ("ffn", "kv_group")))
+    assert report.removed and all(not gone for unit, gone in report.gone.items() if unit.endswith("kv_group"))
+    assert any(each.startswith("Of kv_group nothing goes: as many from all blocks") for each in caplog.messages)
+
+
 def test_a_report_says_in_a_line_what_stays():
     report = prune_structures(tiny_llama(), tokens(), DSAStructuredConfig(0.2, round_to=8))
     said = str(report)
