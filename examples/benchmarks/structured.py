@@ -16,6 +16,7 @@ Rows are written to --output as they end, and those that are there are not run a
 import argparse
 import json
 import time
+from dataclasses import replace
 
 import torch
 from rows import Rows, add_options, loaded, measured, windows_of
@@ -89,6 +90,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=64, help="of reconstruction (default: 64)")
     parser.add_argument("--learn-steps", type=int, default=200, help="of learners (default: 200)")
     parser.add_argument("--strategy", default="evolution", help="of a search (default: evolution)")
+    parser.add_argument("--allocation", help="found before, instead of a search: JSON, or the folder of a search")
     parser.add_argument("--budget", default="60k tokens", help="of a search (default: 60k tokens)")
     parser.add_argument("--dtype", default="bfloat16", help="in which speed is measured (default: bfloat16)")
     parser.add_argument("--no-speed", action="store_true", help="measure perplexity alone")
@@ -112,11 +114,13 @@ def run(row: str, share: float, tokens: dict[str, torch.Tensor], args: argparse.
     model, config = loaded(args), config_of(row, share, args)
     pruner, calibration, found = DSAPruner(model), tokens["calibration"][: args.samples, : args.length], {}
     start = time.perf_counter()
-    if ROWS[row].get("allocation") == "searched":
+    if ROWS[row].get("allocation") == "searched" and args.allocation:
+        config = replace(config, allocation=args.allocation)
+    elif ROWS[row].get("allocation") == "searched":
         searched = {"strategy": args.strategy, "budget": args.budget, "validation": tokens["validation"]}
         result = pruner.search(calibration, config_of(row.replace("all", "refit"), share, args), **searched)
         found = {"search_seconds": round(time.perf_counter() - start, 1), "allocation": result.best.to_dict()}
-        config = DSAStructuredConfig.from_dict({**config.to_dict(), "allocation": result.best.to_dict()})
+        config = replace(config, allocation=result.best)
         start = time.perf_counter()
     report = pruner.prune(calibration, config)
     seconds = round(time.perf_counter() - start, 1)
@@ -146,7 +150,7 @@ def main() -> None:
         base = None
         # What the others are held against comes first.
         for row in sorted(args.rows or ROWS, key=lambda row: row != BASE):
-            search = [args.strategy, args.budget] if "searched" in row else []
+            search = [args.allocation, args.strategy, args.budget] if "searched" in row else []
             key = json.dumps([row, config_of(row, share, args).to_dict(), *common, *search])
             found = rows.row(key, lambda row=row, share=share: run(row, share, tokens, args))
             base = found if row == BASE else base
