@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from optimum_dsa import (
     DSAConfig,
     DSAPruner,
+    DSAStructuredConfig,
     ReconstructConfig,
     SearchResult,
     UpdateConfig,
@@ -154,13 +155,18 @@ def config_of(row: Mapping[str, Any], sparsity: str, args: argparse.Namespace) -
 
 
 def searched(
-    pruner: DSAPruner, calibration: torch.Tensor, config: DSAConfig, validation: torch.Tensor, args: argparse.Namespace
+    pruner: DSAPruner,
+    calibration: torch.Tensor,
+    config: DSAConfig | DSAStructuredConfig,
+    validation: torch.Tensor,
+    args: argparse.Namespace,
 ) -> tuple[SearchResult, float]:
-    """An allocation for the method of `config`, and the seconds that it took; a search that was killed goes on."""
+    """An allocation for what `config` does, and the seconds that it took; a search that was killed goes on."""
     start = time.perf_counter()
     asked = {"strategy": args.strategy, "budget": args.budget, "validation": validation}
     if args.output:
-        name = [args.strategy, args.budget, str(config.sparsity), config.method]
+        what = config.method if isinstance(config, DSAConfig) else f"{config.importance} {config.update}"
+        name = [args.strategy, args.budget, str(config.sparsity), what]
         place = re.sub(r"\W+", "-", " ".join(name))
         asked |= {"output": f"{args.output}.search-{place}", "resume": True}
     return pruner.search(calibration, config, **asked), round(time.perf_counter() - start, 1)

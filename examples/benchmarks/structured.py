@@ -19,7 +19,7 @@ import time
 from dataclasses import replace
 
 import torch
-from rows import Rows, add_options, loaded, measured, windows_of
+from rows import Rows, add_options, loaded, measured, searched, windows_of
 
 from optimum_dsa import (
     DSAPruner,
@@ -117,9 +117,9 @@ def run(row: str, share: float, tokens: dict[str, torch.Tensor], args: argparse.
     if ROWS[row].get("allocation") == "searched" and args.allocation:
         config = replace(config, allocation=args.allocation)
     elif ROWS[row].get("allocation") == "searched":
-        searched = {"strategy": args.strategy, "budget": args.budget, "validation": tokens["validation"]}
-        result = pruner.search(calibration, config_of(row.replace("all", "refit"), share, args), **searched)
-        found = {"search_seconds": round(time.perf_counter() - start, 1), "allocation": result.best.to_dict()}
+        plain = config_of(row.replace("all", "refit"), share, args)
+        result, seconds = searched(pruner, calibration, plain, tokens["validation"], args)
+        found = {"search_seconds": seconds, "allocation": result.best.to_dict()}
         config = replace(config, allocation=result.best)
         start = time.perf_counter()
     report = pruner.prune(calibration, config)
