@@ -109,7 +109,9 @@ def pack_waiting(model: nn.Module) -> int:
     to_tensor_cores(model, with_kernels(model))
     packed = len(packed_layers(model))
     if not packed:
-        logger.warning("No matrix has %.0f%% zeros or more: the model is dense.", 100 * LEAST_ZEROS)
+        types = ", ".join(str(dtype).removeprefix("torch.") for dtype in TYPES_PACKED)
+        message = "No matrix of a type that is packed (%s) has %.0f%% zeros or more: the model is dense."
+        logger.warning(message, types, 100 * LEAST_ZEROS)
     return packed
 
 

@@ -57,6 +57,7 @@ class PackedStack(PackedModule):
 
     def forward(self, input: Tensor, experts: Tensor) -> Tensor:
         """Vectors, (n, in_features), each times the matrix of its expert, (n,): (n, rows of an expert)."""
+        self.check_input(input)
         scales = None if self.scales is None else self.scales.view(torch.float32)
         parts = (self.mask, self.values, self.starts, scales, self.group)
         return linear_experts(input, experts, *parts, self.out_features // self.experts)

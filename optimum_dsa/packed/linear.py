@@ -61,6 +61,14 @@ class PackedModule(nn.Module):
         """Of what it stands for."""
         return self.values.dtype if self.unpacked is None else self.unpacked.dtype
 
+    def check_input(self, input: Tensor) -> None:
+        """Raise `ValueError` for what is no (..., in_features) of a floating type: operators read without looking."""
+        if not input.dim() or input.shape[-1] != self.in_features or not input.is_floating_point():
+            raise ValueError(
+                f"The input of a packed matrix of {self.out_features} x {self.in_features} is (..., "
+                f"{self.in_features}) of a floating type, got {tuple(input.shape)} {input.dtype}."
+            )
+
     def extra_repr(self) -> str:
         kept = self.values.numel() * (2 if self.values.dtype == torch.uint8 else 1)
         share = kept / max(self.in_features * self.out_features, 1)
@@ -133,6 +141,7 @@ class PackedLinear(PackedModule):
 
     def forward(self, input: Tensor) -> Tensor:
         """(..., in_features) -> (..., out_features), in the input's dtype."""
+        self.check_input(input)
         scales = None if self.scales is None else self.scales.view(torch.float32)
         output = linear(input, self.mask, self.values, self.starts, scales, self.group)
         return output if self.bias is None else output + self.bias.to(output.dtype)
@@ -158,7 +167,10 @@ def _check_state(layer: PackedModule, state: dict[str, Tensor], prefix: str, *ot
     if not any(part.is_meta for part in parts.values()):
         scales = parts["scales"].view(torch.float32) if "scales" in parts else None
         shape = (layer.out_features, layer.in_features)
-        PackedMatrix(parts["mask"], parts["values"], parts["starts"], shape, scales, layer.group)
+        try:
+            PackedMatrix(parts["mask"], parts["values"], parts["starts"], shape, scales, layer.group)
+        except ValueError as error:
+            raise ValueError(f"A state dict does not fit the packed {where}. {error}") from None
     # Numbers of 8 bits and pairs of 4 have scales of one shape.
     if parts["values"].dtype != layer.values.dtype and not layer.values.is_floating_point():
         raise ValueError(

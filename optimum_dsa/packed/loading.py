@@ -113,7 +113,10 @@ def _look(compile: bool) -> Kernels:
         names = tuple(library.optimum_dsa_kernels_runnable().decode().split())
         if forced and forced not in names:
             library.optimum_dsa_kernels_use(REFERENCE.encode())
-            raise ValueError(f"OPTIMUM_DSA_KERNELS={forced}: not on this processor. Known: {', '.join(names)}.")
+            raise ValueError(
+                f"OPTIMUM_DSA_KERNELS={forced}: none of that name runs on this processor. There are "
+                f"{', '.join([*names, REFERENCE])}."
+            )
         library.optimum_dsa_kernels_use((forced or names[0]).encode())
         return Kernels(forced or names[0], path, origin + (f", OPTIMUM_DSA_KERNELS={forced}" if forced else ""), names)
     reason = "; ".join(tried)

@@ -130,7 +130,10 @@ class PackedMatrix:
         else:
             mask, values = packed[header.mask], packed[header.values].view(header.dtype)
             shape = (math.prod(header.shape[:-1]), header.shape[-1])
-            found = cls(mask, values, row_starts(mask, shape), shape)
+            try:
+                found = cls(mask, values, row_starts(mask, shape), shape)
+            except ValueError as error:
+                raise ValueError(f"{name} is damaged. {error}") from None
         if turned == stored_turned:
             return found
         # Rows of one are columns of the other, and whole numbers have the scales of rows.
@@ -149,6 +152,9 @@ class PackedMatrix:
         starts = row_starts(mask, header.matrix, even=header.bits == 4)
         if header.size % 8 and int(mask[-1]) >> header.size % 8:
             raise ValueError(f"{name} is damaged: its mask keeps weights behind its last.")
+        # Where two numbers share a byte, one more in a row may have a place.
+        if (kept := sum(int(ones(part).sum(dtype=torch.int64)) for part in mask.split(2**24))) != header.kept:
+            raise ValueError(f"{name} is damaged: its mask keeps {kept} weights, and its header says {header.kept}.")
         scales = packed[header.scales].view(header.scale_dtype).float().view(header.scales_shape)
         values = values.view(torch.int8) if header.bits == 8 else values
         try:

@@ -113,6 +113,8 @@ def _dense_rows(mask, values, starts, scales, group, columns, first, last, dtype
 
 def _linear(input, mask, values, starts, scales, group):
     rows, columns = len(starts) - 1, input.shape[-1]
+    if len(mask) != -(-rows * columns // 8):
+        raise ValueError(f"A mask of {len(mask)} bytes is none of {rows} rows of {columns}, the input's width.")
     output = input.new_empty(*input.shape[:-1], rows)
     for first in range(0, rows, TILE):
         last = min(first + TILE, rows)

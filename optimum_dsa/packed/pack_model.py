@@ -63,13 +63,16 @@ def pack_model(model: nn.Module, least_zeros: float = LEAST_ZEROS) -> Packing:
     Raises:
         ValueError: a share that is none.
     """
-    if not isinstance(least_zeros, (int, float)) or not 0 <= least_zeros <= 1:
+    if isinstance(least_zeros, bool) or not isinstance(least_zeros, (int, float)) or not 0 <= least_zeros <= 1:
         raise ValueError(
             f"least_zeros={least_zeros!r} is a share of zeros, from 0 to 1; {LEAST_ZEROS} is the default."
         )
     already = packed_layers(model)
     reasons, sizes, before, after = dense_reasons(model), _sizes(model), 0, 0
     total = sum(parameter.numel() for parameter in model.parameters())  # of tied ones once
+    total += sum(
+        module.out_features * module.in_features for module in model.modules() if isinstance(module, PackedModule)
+    )
     for name, layer in layers_of(model):
         weight = f"{name}.weight"
         if weight not in reasons and _zeros([layer.weight]) < least_zeros:
@@ -160,7 +163,7 @@ def dense_reasons(model: nn.Module) -> dict[str, str]:
             why = _why_dense(name, owner, parameter, tied)
             why = why or (None if name in layers else stays_dense(owner, attribute))
             found |= {name: why} if why else {}
-        elif parameter.dim() >= 2 and parameter.is_floating_point():
+        elif parameter.dim() >= 2 and parameter.is_floating_point() and not experts_matrices(owner):
             if isinstance(owner, (nn.Linear, Conv1D)) and attribute == "weight":
                 found[name] = f"of class {type(owner).__name__}"
             elif parameter.dim() <= 3 and not isinstance(owner, _NO_MATRICES):

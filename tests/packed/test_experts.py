@@ -173,3 +173,8 @@ def test_what_stays_dense_is_named_with_its_share(tiny):
     share = packing.shares["model.layers.1.mlp.experts.gate_up_proj"]
     assert share == pytest.approx(second.gate_up_proj.numel() / total)
     assert "% of all weights)" in str(packing)
+
+
+def test_biases_of_experts_are_no_matrices_that_stay_dense(tiny):
+    packing = pack_model(pruned(tiny("gpt_oss")))
+    assert any("experts" in name for name in packing.packed) and not any("bias" in name for name in packing.dense)

@@ -58,6 +58,14 @@ def test_products_are_those_of_the_dense_matrix(name, columns):
                 check_product(packed, dense, torch.randn(batch, columns).to(dtype))
 
 
+@pytest.mark.parametrize("batch", [1, 20])
+def test_an_input_of_another_width_is_read_by_none(name, batch):
+    for packed, _ in matrices(37, 64):
+        for width in (8, 56, 72, 4096):
+            with pytest.raises(ValueError, match=f"A mask of 296 bytes is none of 37 rows of {width}, the input's"):
+                LINEAR(torch.ones(batch, width), *packed.parts)
+
+
 @pytest.mark.parametrize("columns", [8, 40, 200])
 def test_experts_are_multiplied_with_as_each_alone(name, columns):
     """Of three experts of 24 rows, one of which nobody asks, one once, one by more vectors than a kernel takes."""

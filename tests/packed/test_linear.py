@@ -60,6 +60,23 @@ def test_a_state_dict_brings_another_matrix_with_other_zeros(make):
     assert torch.equal(one(inputs), other(inputs)) and torch.equal(copy.deepcopy(one)(inputs), other(inputs))
 
 
+@pytest.mark.parametrize("make", [lambda: PackedLinear.of(layer()), quantised, lambda: quantised(bits=4)])
+@pytest.mark.parametrize(
+    "inputs",
+    [
+        torch.ones(1, 8),
+        torch.ones(2, 48),
+        torch.ones(20, 32),
+        torch.ones(1, 320),
+        torch.ones(()),
+        torch.ones(40).long(),
+    ],
+)
+def test_an_input_of_another_width_or_of_whole_numbers_is_refused(make, inputs):
+    with pytest.raises(ValueError, match="The input of a packed matrix of 24 x 40 is .* floating type, got"):
+        make()(inputs)
+
+
 def test_parts_that_do_not_fit_are_refused_before_one_is_taken():
     one, other = PackedLinear.of(layer()), PackedLinear.of(layer(seed=1))
     before = copy.deepcopy(one.state_dict())
@@ -70,7 +87,7 @@ def test_parts_that_do_not_fit_are_refused_before_one_is_taken():
         {"mask": other.mask},
         quantised().state_dict(),
     ):
-        with pytest.raises(ValueError):
+        with pytest.raises(ValueError, match="packed layer"):
             one.load_state_dict(state, strict=False)
         assert all(torch.equal(value, before[name]) for name, value in one.state_dict().items())
     with pytest.raises(ValueError, match="holds torch.int8, and the state dict torch.uint8"):

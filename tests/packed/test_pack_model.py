@@ -66,7 +66,8 @@ def test_what_is_tied_or_has_few_zeros_or_another_class_stays_dense_for_a_reason
     assert packing.shares["lm_head.weight"] == model.lm_head.weight.numel() / (
         total - layer.mlp.up_proj.weight.numel()
     )
-    for wrong in (25, "half", None):
+    assert pack_model(model).shares == packing.shares  # what is packed already counts
+    for wrong in (25, "half", None, True):
         with pytest.raises(ValueError, match=f"least_zeros={wrong!r} is a share"):
             pack_model(model, wrong)
 

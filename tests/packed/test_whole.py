@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from optimum_dsa.packed.grid import to_grid
+from optimum_dsa.packed.grid import Grid, to_grid
 from optimum_dsa.packed.matrix import PackedMatrix
 from optimum_dsa.packed.whole import LARGEST, MAGIC, read_whole
 
@@ -67,6 +67,18 @@ def test_damage_is_refused_by_name_before_memory_is_taken(place, value):
     with pytest.raises(ValueError, match="w is damaged"):
         header_of(stored)
     with pytest.raises(ValueError, match="w is damaged"):
+        PackedMatrix.from_bytes(stored, "w")
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_a_mask_that_keeps_one_more_is_refused_by_name(bits):
+    """Of 4 bits the row may have a place for it: half a byte."""
+    kept = torch.zeros(3, 16, dtype=torch.int8)
+    kept[:, :5] = 3
+    matrix = PackedMatrix.of_grid(Grid(kept, torch.ones(3, 1)), bits)
+    stored = matrix.to_bytes()
+    stored[header_of(stored).mask] |= torch.tensor([0, 0, 0, 0, 1 << 5, 0], dtype=torch.uint8)
+    with pytest.raises(ValueError, match="w is damaged.* keeps 16 weights"):
         PackedMatrix.from_bytes(stored, "w")
 
 

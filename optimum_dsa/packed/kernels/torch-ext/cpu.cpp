@@ -32,12 +32,14 @@ bool floating(std::optional<packed::Type> type) {
   return type && *type != packed::Type::int8 && *type != packed::Type::int4;
 }
 
-// Nothing where a kernel cannot serve: rows that do not begin at a byte, types it does not know, tensors with gaps.
+// Nothing where a kernel cannot serve: rows that do not begin at a byte, types it does not know, tensors with gaps, an
+// input of another width than the mask's.
 std::optional<packed::Matrix> matrix_of(const Tensor& mask, const Tensor& values, const Tensor& starts,
                                         const std::optional<Tensor>& scales, int64_t group, int64_t columns) {
   const auto type = type_of(values.scalar_type());
   if (!type || columns <= 0 || columns % 8 || !mask.is_contiguous() || !values.is_contiguous() ||
-      !starts.is_contiguous() || (scales && (!scales->is_contiguous() || scales->scalar_type() != ScalarType::Float)) ||
+      !starts.is_contiguous() || starts.scalar_type() != ScalarType::Long ||
+      mask.numel() != (starts.numel() - 1) * columns / 8 || (scales && (!scales->is_contiguous() || scales->scalar_type() != ScalarType::Float)) ||
       scales.has_value() == floating(type) || group < 0 || (scales && group % 8))
     return std::nullopt;
   packed::Matrix m;
