@@ -44,7 +44,7 @@ def packed(path: str, **options: Any) -> nn.Module:
     with warnings.catch_warnings():
         # That what is given here decides, and not what is stored, is what is meant.
         warnings.filterwarnings("ignore", "You passed `quantization_config`")
-        model = load_model(path, **options, **_packed_options(path, options))
+        model = load_model(path, **options, **packed_options(path, options))
     if not is_packed(model):
         pack(model)
     if not packed_layers(model):
@@ -69,8 +69,8 @@ def packed_int8(path: str, **options: Any) -> nn.Module:
     return model.eval()
 
 
-def _packed_options(path: str, options: dict[str, Any]) -> dict[str, Any]:
-    """What has transformers keep the matrices of a compressed checkpoint packed; of another, nothing."""
+def packed_options(path: str, options: dict[str, Any], run_packed: bool = True) -> dict[str, Any]:
+    """What has transformers keep the matrices of a compressed checkpoint packed, or not; of another, nothing."""
     # After transformers' own module, which it is added to.
     from .transformers_loader import DSAQuantizationConfig
 
@@ -79,4 +79,4 @@ def _packed_options(path: str, options: dict[str, Any]) -> dict[str, Any]:
     encoding = None if given.get("gguf_file") else encoding_in(stated_in(path, folder, given))
     if encoding is None or encoding.is_plain:
         return {}
-    return {"quantization_config": DSAQuantizationConfig(run_packed=True)}
+    return {"quantization_config": DSAQuantizationConfig(run_packed=run_packed)}

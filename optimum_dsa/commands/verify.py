@@ -47,6 +47,7 @@ exit code  0 all that can be counted holds, 1 something does not, 2 it cannot be
         from ..checkpoint.countable import GGUF
         from ..checkpoint.description import DescriptionError, report_from
         from ..checkpoint.load import find_description, load_model
+        from ..checkpoint.running import packed_options
         from ..checkpoint.verify import verify
 
         options = loading_options(self.args)
@@ -61,6 +62,7 @@ exit code  0 all that can be counted holds, 1 something does not, 2 it cannot be
         if report is None:
             raise ValueError(f"{self.args.model} has no dsa_config.json of a pruned model, so nothing can be checked.")
         options["offload_folder"] = self.args.offload_folder or scratch
+        options |= packed_options(path, options, run_packed=False)  # a matrix at a time comes from the disk
         model = load_model(path, adapter=False, **options)
         # quantised since, so that numbers are others than those that pruning may have given
         found = verify(model, report, data, trained=stored is not None, rounded=stored == GGUF)

@@ -182,6 +182,14 @@ def run(capsys, *arguments):
     return code, *capsys.readouterr()
 
 
+@needs_compressed_loading
+def test_a_model_that_runs_packed_is_verified_without_a_word_about_places(folders, capsys, caplog):
+    convert(folders / "compressed", folders / "packed", "packed")
+    code, output, errors = run(capsys, "verify", folders / "packed")
+    assert code == 0 and output == run(capsys, "verify", folders / "compressed")[1]
+    assert "disk" not in errors + caplog.text
+
+
 @pytest.mark.parametrize("form", ["dense", pytest.param("compressed", marks=needs_compressed_loading)])
 def test_the_exit_code_tells(folders, form, capsys):
     code, output, errors = run(capsys, "verify", folders / form)
