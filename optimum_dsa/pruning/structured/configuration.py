@@ -274,6 +274,17 @@ class DSAStructuredConfig:
 
     def _check_unread(self) -> None:
         """Raise where a setting is given of what is not done."""
+        at_once = set(self.structures) <= {*WHOLE, *ENTIRE}
+        if self.spread is not None and at_once and self.structures != ("expert",):
+            raise ValueError(
+                f"spread={self.spread:g} says how far apart the shares of blocks are, and {self.structures[0]!r} goes "
+                "whole; leave it out."
+            )
+        if self.rounds > 1 and (at_once or self.learner is not None):
+            what = f"learner={self.learner!r} has chosen" if self.learner else f"{self.structures[0]!r} goes at once"
+            raise ValueError(
+                f"rounds={self.rounds} takes importances anew while channels and heads go, and {what}; leave it out."
+            )
         rows = {importance_of(kind, self.importance) for kind in self.structures}
         gradients = any(IMPORTANCES.fact(row, "gradients") for row in rows)
         fitted = self.update == "refit" or any(IMPORTANCES.fact(row, "reads") == "gram" for row in rows)
@@ -288,17 +299,6 @@ class DSAStructuredConfig:
         ):
             if not read and (value := getattr(self, name)) != getattr(DSAStructuredConfig, name):
                 raise ValueError(f"{name}={value!r} is read by {who} alone; use them, or leave {name} out.")
-        at_once = set(self.structures) <= {*WHOLE, *ENTIRE}
-        if self.spread is not None and at_once and self.structures != ("expert",):
-            raise ValueError(
-                f"spread={self.spread:g} says how far apart the shares of blocks are, and {self.structures[0]!r} goes "
-                "whole; leave it out."
-            )
-        if self.rounds > 1 and (at_once or self.learner is not None):
-            what = f"learner={self.learner!r} has chosen" if self.learner else f"{self.structures[0]!r} goes at once"
-            raise ValueError(
-                f"rounds={self.rounds} takes importances anew while channels and heads go, and {what}; leave it out."
-            )
 
     def _check_of_wholes(self) -> None:
         """Raise where an allocation tells nothing of what goes as a whole."""
