@@ -156,6 +156,9 @@ def test_smaller_models_are_trained_and_measured_as_another_process_loads_them(m
     assert cut["test"] == round(perplexity(model, parts["test"], 8), 3)
     written, seen = rows.read_text(), (smaller / "model.safetensors").stat().st_mtime_ns
     module.main()  # nothing is run again
+    monkeypatch.setattr("sys.argv", [*sys.argv, "--share", "0.5"])
+    with pytest.raises(SystemExit, match="smaller holds a model that --output knows no row of"):
+        module.main()
     assert rows.read_text() == written and (smaller / "model.safetensors").stat().st_mtime_ns == seen
 
 

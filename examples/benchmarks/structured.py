@@ -92,7 +92,12 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--strategy", default="evolution", help="of a search (default: evolution)")
     parser.add_argument("--allocation", help="found before, instead of a search: JSON, or the folder of a search")
     parser.add_argument("--budget", default="60k tokens", help="of a search (default: 60k tokens)")
-    parser.add_argument("--dtype", default="bfloat16", help="in which speed is measured (default: bfloat16)")
+    parser.add_argument(
+        "--dtype",
+        choices=("bfloat16", "float16", "float32"),
+        default="bfloat16",
+        help="in which speed is measured (default: bfloat16)",
+    )
     parser.add_argument("--no-speed", action="store_true", help="measure perplexity alone")
     return parser.parse_args()
 

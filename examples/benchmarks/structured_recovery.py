@@ -5,8 +5,8 @@ same order. `lora` is LoRA, `grouped` is SAAP's group fine-tuning, whose adapter
 and `full` trains all weights; "distilled" ones learn half from the dense model. What comes out is saved, and measured
 in a process of its own on `test` and `wikitext2_test`, which nothing was trained or chosen on.
 
-Rows are written to --output as they end, and those that are there are not run again; the smaller model is kept in
---cut, and taken from there where it is.
+Rows are written to --output as they end, and those that are there are not run again; with both, the smaller model is
+kept in --cut, and taken from there by the next run.
 
     python structured_recovery.py --steps 20                                # the embedded model on the demo's text
     python structured_recovery.py MODEL --tokens tokens.safetensors --cut smaller --output rows.jsonl --share 0.35
@@ -24,7 +24,6 @@ import torch
 from rows import Rows, add_options, loaded, measured, windows_of
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-import optimum_dsa  # noqa: F401 - which loads what it wrote
 from optimum_dsa import DSAPruner, DSAStructuredConfig, RecoveryConfig
 
 
@@ -59,9 +58,9 @@ def parse() -> argparse.Namespace:
 
 
 def cut(folder: Path, tokens: dict[str, torch.Tensor], args: argparse.Namespace) -> None:
-    """The model made smaller, in a folder, if it is not there."""
+    """The model made smaller, in a folder."""
     if (folder / "config.json").exists():
-        return
+        sys.exit(f"{folder} holds a model that --output knows no row of: remove it, or name another folder as --cut")
     pruner = DSAPruner(loaded(args), AutoTokenizer.from_pretrained(args.model))
     config = DSAStructuredConfig(args.share, importance=args.importance, batch_size=args.batch_size)
     print(pruner.prune(tokens["calibration"][: args.samples, : args.length], config), flush=True)
@@ -104,8 +103,10 @@ def main() -> None:
         rows = Rows(args.output, args.model, tokens)
         common = [args.share, args.importance, args.samples, args.length, args.windows]
         dense = rows.row(json.dumps(["dense", args.windows]), lambda: measured(loaded(args), tokens, args))
-        cut(smaller, tokens, args)
-        before = rows.row(json.dumps(["cut", *common]), lambda: in_new_process(smaller, args))
+        key = json.dumps(["cut", *common])
+        if key not in rows or not (smaller / "config.json").exists():
+            cut(smaller, tokens, args)
+        before = rows.row(key, lambda: in_new_process(smaller, args))
         print(f"{'':<20}{''.join(f'{part:>16}' for part in dense)}{'seconds':>9}")
         for name, found in (("dense", dense), ("cut", before)):
             print(f"{name:<20}{''.join(f'{found[part]:>16.2f}' for part in dense)}", flush=True)

@@ -45,7 +45,7 @@ from .widths.shares import given_allocation, shares
 
 logger = logging.getLogger(__name__)
 
-SHORT = 16  # tokens of the sample by which structures are found: a run for every row of a matrix
+SHORT = 16  # tokens of the sample by which structures are found: a run for every row of queries and keys
 
 
 @dataclass(frozen=True)
@@ -184,6 +184,13 @@ def _pruned(dense: Dense, start: float, checkpoints: str | Path | None, resume: 
     finished = finished_of(dense, checkpoints, resume) if keeps_blocks(config) else None
     known = finished.allocation.counts() if finished and finished.allocation else None
     counts, layout = choose_counts(dense) if known is None else (known, LAYOUTS[config.layout](model, units, known))
+    stay = [kind for kind, of_kind in dense.kinds.items() if not any(counts[unit] for unit in of_kind)]
+    if config.layout == "uniform" and stay and any(counts.values()):
+        logger.warning(
+            "Of %s nothing goes: as many from all blocks are more than the share, or no setting says how many are "
+            "left; with layout='per_layer' blocks may differ.",
+            " and ".join(stay),
+        )
     name = str(getattr(config.allocation, "name", config.allocation))
     if finished:
         finished.begin(allocation_of(units, counts, name))
@@ -256,13 +263,6 @@ def choose_counts(dense: Dense) -> tuple[dict[str, int], Layout]:
         except ValueError:
             check_excluded(dense.architecture, dense.units, config)  # which may be why
             raise
-        stay = [kind for kind, units in dense.kinds.items() if not any(counts[unit] for unit in units)]
-        if any(counts.values()) and stay:
-            logger.warning(
-                "Of %s nothing goes: as many from all blocks are more than the share, or no setting says how many "
-                "are left; with layout='per_layer' blocks may differ.",
-                " and ".join(stay),
-            )
     else:
         proposed = shares(dense) if dense.asked else None
         counts = fitted_counts(sizes, dense.asked, proposed, cost.what)

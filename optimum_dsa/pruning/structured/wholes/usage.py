@@ -72,10 +72,8 @@ def collect_usage(
         model.train(training)
     for unit, usage in found.items():
         if not usage.tokens.any():
-            raise ValueError(
-                f"{unit}: what they are given could not be observed; leave them whole, or use an "
-                "importance that reads weights alone, such as 'magnitude'."
-            )
+            instead = ", or score them by their weights, with importance='magnitude'" if "expert" in unit else ""
+            raise ValueError(f"{unit}: what they are given could not be observed; leave them whole{instead}.")
     return found
 
 
