@@ -43,8 +43,8 @@ class Coupling:
 def find_couplings(walked: WalkedBlock) -> tuple[list[Coupling], dict[str, str]]:
     """The couplings of a block, and the weights whose columns have to stay where they are -> why.
 
-    The block is run on one sample, without its matrices: once for each matrix and each input, and twice for every binary
-    digit of a producer's number of rows.
+    The block is run on one sample, without its matrices: once for each matrix and each input, and twice for every
+    binary digit of a producer's number of rows.
     """
     left = {weight.name: "experts of one parameter" for weight in walked.weights if weight.expert is not None}
     wiring = Wiring(walked)
