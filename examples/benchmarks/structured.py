@@ -59,11 +59,12 @@ ROWS = {
     "obs, refit, owl": {"importance": "obs", "allocation": "owl", **REFIT, **FREE},
     "obs, refit, stability": {"importance": "obs", "allocation": "stability", **REFIT, **FREE},
     "obs, refit, global": {"importance": "obs", "allocation": "global", **REFIT, **FREE},
+    "obs, refit, fisher": {"importance": "obs", "allocation": "fisher", **REFIT, **FREE},
     "obs, refit, milp": {"importance": "obs", "allocation": "milp", **REFIT, **FREE},
     "obs, refit, latency": {
         "importance": "obs",
         "structures": ("ffn", "kv_group"),
-        "allocation": "global",
+        "allocation": "milp",
         "cost": "latency",
         **REFIT,
         **FREE,

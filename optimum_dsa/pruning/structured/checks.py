@@ -49,6 +49,7 @@ def check_by_block(config: DSAStructuredConfig) -> None:
             set(ENTIRE) & set(config.structures)
         ),
         f"max_loss={config.max_loss!r} changes and puts back": config.max_loss is not None,
+        "allocation='fisher' takes gradients of": config.allocation == "fisher",
         "allocation='milp' changes and puts back": config.allocation == "milp",
         "cost='latency' is timed where the weights are, of": "latency" in (config.cost, *config.least),
     }

@@ -92,8 +92,8 @@ class DSAStructuredConfig:
         learn_steps (`int`, defaults to 200): Steps that it takes, of `batch_size` windows.
         learn_rate (`float`, *optional*): Its learning rate; by default the learner's own.
         allocation (`str` or [`Allocation`], defaults to `"uniform"`): How the share differs from block to block and
-            kind to kind: a row of `SHARES` ("uniform", "stability", "global", "milp") or of `ALLOCATIONS`, an
-            allocation function, an [`Allocation`] of units such as "model.layers.3:ffn", or where one is. All but
+            kind to kind: a row of `SHARES` ("uniform", "stability", "global", "fisher", "milp") or of `ALLOCATIONS`,
+            an allocation function, an [`Allocation`] of units such as "model.layers.3:ffn", or where one is. All but
             "uniform" ask for a layout whose blocks may differ.
         spread (`float`, *optional*): Half the distance between the most and the least cut unit. Defaults to the
             allocation's own.
@@ -112,8 +112,8 @@ class DSAStructuredConfig:
             makes of the inputs that it gets, or "dense", what the dense model has in that place.
         residual (`bool`, defaults to `False`): With dense targets, whether what the residual stream lacks is part of
             the target of matrices whose outputs are added to it, such as what attention lost.
-        blockwise (`bool`, defaults to `False`): Whether gradients, where the importance reads them, are taken of one
-            block at a time: the same, in the memory of one block's, with a pass for each.
+        blockwise (`bool`, defaults to `False`): Whether gradients, where they are read, are taken of one block at a
+            time: the same, in the memory of one block's, with a pass for each.
         max_loss (`str` or `float`, *optional*): By what share the perplexity may rise, such as "5%" or 0.05: as much
             goes as that allows, which is looked for by [`find_share`], at the cost of a prune for every trial. In the
             place of `sparsity`, which is 0 then.
@@ -293,7 +293,7 @@ class DSAStructuredConfig:
             ("unstable", named == "stability", "allocation='stability'"),
             ("spread", named not in SHARES or named == "stability", "allocation='stability' and allocation functions"),
             ("damping", fitted or named == "milp", "a refit, importances such as 'obs' and allocation='milp'"),
-            ("blockwise", gradients, "importances of gradients, such as 'taylor'"),
+            ("blockwise", gradients or named == "fisher", "gradients: 'taylor' and others, allocation='fisher'"),
             ("round_to", "ffn" in self.structures, "channels ('ffn')"),
             ("rounds", fitted and not gradients and self.importance != "random", "importances that a refit changes"),
         ):

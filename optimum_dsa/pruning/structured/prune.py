@@ -27,12 +27,12 @@ from .biases import biases_for, given
 from .budget import Available, even_counts, fitted_counts
 from .checks import check_cuttable, check_excluded, check_found, check_resumable, check_zeros, keeps_blocks
 from .configuration import DSAStructuredConfig
+from .importance import IMPORTANCES
 from .layout import LAYOUTS, Layout, unsaid
 from .learners.budget import Projection
 from .learners.gates import Gates
 from .learners.learned import check_learnable, learned
 from .remove import RemoveStructures
-from .scores import products_of
 from .structure import ENTIRE, WHOLE, Place, Structures
 from .structures import find_structures
 from .tied import tied_gone
@@ -264,6 +264,13 @@ def choose_counts(dense: Dense) -> tuple[dict[str, int], Layout]:
             check_excluded(dense.architecture, dense.units, config)  # which may be why
             raise
     else:
+        if config.allocation == "global" and not IMPORTANCES.fact(config.importance, "gradients"):
+            logger.warning(
+                "allocation='global' sets what importance=%r says of one block beside what it says of others, and it "
+                "looks at each block by itself; allocation='fisher' or 'milp', or an importance that reads gradients, "
+                "such as 'taylor', have a scale that all blocks share.",
+                config.importance,
+            )
         proposed = shares(dense) if dense.asked else None
         counts = fitted_counts(sizes, dense.asked, proposed, cost.what)
         layout = LAYOUTS[config.layout](dense.model, dense.units, counts)
@@ -307,7 +314,7 @@ def _removed(
     chosen = tied_gone(dense, counts) | entire_gone(units, counts) if chosen is None else chosen
     unsettled = {unit: each for unit, each in units.items() if unit not in chosen}
     distillation = distillation_of(model, dense.architecture, calibration, config)
-    products = products_of(model, unsettled, calibration.batches(1), config)
+    products = dense.products if unsettled else {}
     wholes = remove_wholes(model, units, counts, calibration, config, products)
     parts = {unit: each for unit, each in units.items() if each.kind not in WHOLE}
     remove = RemoveStructures(config, parts, counts, chosen, products)

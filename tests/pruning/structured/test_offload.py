@@ -109,6 +109,7 @@ def test_of_the_blocks_one_is_there_while_it_is_cut_and_then_none(tmp_path, monk
     [
         ({"importance": "taylor"}, "importance='taylor' takes gradients of the whole model, and some of its weights"),
         ({"learner": "projected_gates"}, "learner='projected_gates' trains the whole model"),
+        ({"allocation": "fisher", "layout": "per_layer"}, "allocation='fisher' takes gradients of the whole model"),
         ({"allocation": "milp", "layout": "per_layer"}, "allocation='milp' changes and puts back the whole model"),
         ({"cost": "latency"}, "cost='latency' is timed where the weights are"),
         ({"sparsity": 0.0, "max_loss": "5%"}, "max_loss changes the whole model and puts it back"),

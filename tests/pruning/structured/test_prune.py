@@ -185,7 +185,7 @@ def test_widths_that_stay_are_round():
         ({"unstable": "more"}, "unstable='more' is read by allocation='stability' alone; use them, or leave unst"),
         ({"spread": 0.1}, "spread=0.1 is read by allocation='stability' and allocation functions alone"),
         ({"damping": 0.5, "update": "none"}, "damping=0.5 is read by a refit, importances such as 'obs' and"),
-        ({"blockwise": True}, "blockwise=True is read by importances of gradients, such as 'taylor' alone"),
+        ({"blockwise": True}, "blockwise=True is read by gradients: 'taylor' and others, allocation='fisher' alone"),
         ({"round_to": 16, "structures": ("kv_group",)}, "round_to=16 is read by channels"),
         ({"rounds": 2, "learner": "projected_gates"}, "rounds=2 takes importances anew .* learner='projected_gates'"),
         ({"rounds": 2, "structures": ("block",)}, "rounds=2 takes importances anew .* 'block' goes at once"),

@@ -17,7 +17,7 @@ from ...calibration import Calibration
 from ...source import progress
 from ..budget import Available
 from ..configuration import DSAStructuredConfig
-from ..gradients import Products
+from ..gradients import Products, collect_products
 from ..importance import IMPORTANCES, Parts
 from ..instead import computing_with, matrices_without
 from ..remove import parts_of, scores_from
@@ -129,6 +129,19 @@ class Dense:
         """Unit -> weights times gradients, where importances read them."""
         batches = self.calibration.batches(1)
         return self._once("products", lambda: products_of(self.model, self.units, batches, self.config))
+
+    @property
+    def fisher(self) -> dict[str, Tensor]:
+        """Unit -> Σ w² · F over all that a structure owns, F the loss's Fisher information, (structures,) float32."""
+
+        def find() -> dict[str, Tensor]:
+            each = self.products
+            if not all(unit in each for unit in self.units):
+                batches = self.calibration.batches(1)
+                each = collect_products(self.model, self.units, batches, "vectors", self.config.blockwise)
+            return {unit: sum(found.second.sum(1) for found in each[unit]).cpu() for unit in self.units}
+
+        return self._once("fisher", find)
 
     @property
     def curves(self) -> dict[str, Tensor]:

@@ -5,6 +5,7 @@ A row takes the [`Dense`] model, and returns unit -> share; the budget comes aft
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 import torch
@@ -65,8 +66,23 @@ def global_(dense: Dense) -> dict[str, float]:
 
     As with `global_pruning` of Ma et al., 2023, "LLM-Pruner", https://arxiv.org/abs/2305.11627; the cost is ours.
     """
+    return _least_first(dense, dense.importances)
+
+
+@SHARES.register(reference="https://arxiv.org/abs/2204.09656")
+def fisher(dense: Dense) -> dict[str, float]:
+    """One order of all structures by what the loss feels of each, for its cost, whatever importance chooses in a unit.
+
+    The Fisher information, which means the same in all blocks, is that of Kwon et al., 2022, "A Fast Post-Training
+    Pruning Framework for Transformers", https://arxiv.org/abs/2204.09656; here it is of weights, as `taylor_second`.
+    """
+    return _least_first(dense, dense.fisher)
+
+
+def _least_first(dense: Dense, importances: Mapping[str, torch.Tensor]) -> dict[str, float]:
+    """Unit -> the share of its structures that goes, where of all the least important for its cost goes first."""
     units = [unit for unit in dense.units if dense.sizes[unit].cost]
-    worth = torch.cat([dense.importances[unit].double() / dense.sizes[unit].cost for unit in units])
+    worth = torch.cat([importances[unit].double() / dense.sizes[unit].cost for unit in units])
     owner = torch.cat([torch.full((len(dense.units[unit]),), place) for place, unit in enumerate(units)])
     order = worth.argsort(stable=True)
     counts, left = dict.fromkeys(dense.units, 0), dense.asked

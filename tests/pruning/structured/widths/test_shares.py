@@ -9,6 +9,7 @@ from optimum_dsa import find_architecture
 from optimum_dsa.common.registry import UnknownNameError
 from optimum_dsa.pruning.allocation import ALLOCATIONS, Allocation, measured_in_one_walk
 from optimum_dsa.pruning.calibration import load_calibration
+from optimum_dsa.pruning.structured import scores
 from optimum_dsa.pruning.structured.budget import fitted_counts
 from optimum_dsa.pruning.structured.configuration import DSAStructuredConfig
 from optimum_dsa.pruning.structured.prune import prune_structures
@@ -92,6 +93,30 @@ def test_global_takes_what_is_worth_least_for_its_cost(found):
     last = max(float(worth[unit][number - 1]) for unit, number in counts.items() if number)
     stays = [float(worth[unit][number]) for unit, number in counts.items() if number < dense.sizes[unit].most]
     assert len(set(counts.values())) > 1 and last <= min(stays)
+
+
+def test_fisher_is_one_order_of_what_the_loss_feels_whatever_chooses_within_a_unit(found):
+    fisher = shares(asked(found, allocation="fisher"))
+    assert len(set(fisher.values())) > 2
+    assert fisher == shares(asked(found, allocation="global", importance="taylor_second"))
+    for importance in ("saap", "random"):
+        assert shares(asked(found, allocation="fisher", importance=importance)) == pytest.approx(fisher)
+    assert shares(asked(found, allocation="fisher", blockwise=True)) == pytest.approx(fisher)
+
+
+@pytest.mark.parametrize("importance, warns", [("obs", True), ("magnitude", True), ("taylor", False)])
+def test_one_order_of_importances_that_look_at_a_block_by_itself_is_warned_of(importance, warns, caplog):
+    config = DSAStructuredConfig(0.3, importance=importance, update="none", allocation="global", layout="per_layer")
+    prune_structures(tiny_llama(), tokens(), config)
+    assert ("allocation='global' sets what importance='" in caplog.text) == warns
+
+
+def test_gradients_are_taken_once_for_widths_and_for_what_goes(monkeypatch):
+    passes, collect = [], scores.collect_products
+    monkeypatch.setattr(scores, "collect_products", lambda *given: (passes.append(given), collect(*given))[1])
+    config = DSAStructuredConfig(0.3, importance="taylor", update="none", allocation="global", layout="per_layer")
+    prune_structures(tiny_llama(), tokens(), config)
+    assert len(passes) == 1
 
 
 def test_milp_loses_less_by_its_curves_than_equal_shares(found):
