@@ -22,7 +22,7 @@ import gguf
 import numpy as np
 import torch
 import xllamacpp
-from rows import Rows, file_there, loaded, measured, windows_of
+from rows import FULL, Rows, file_there, loaded, measured, windows_of
 
 from optimum_dsa import DSAConfig, DSAPruner, ValuesConfig, demo_model, export, measure_speed
 from optimum_dsa.checkpoint.running import load_as
@@ -45,6 +45,11 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--values", nargs="*", choices=VALUES, default=list(VALUES), help="kept (default: all)")
     parser.add_argument("--sparsities", nargs="+", type=float, default=[0.5, 0.6])
     parser.add_argument("--method", default="sparsegpt", help="by which weights are pruned (default: sparsegpt)")
+    parser.add_argument(
+        "--dense-targets",
+        action="store_true",
+        help="fit matrices to what the dense model has there (targets, true_sequential, residual): of alps, sparsegpt",
+    )
     parser.add_argument("--samples", type=int, default=32, help="calibration windows")
     parser.add_argument("--windows", type=int, default=8, help="windows that are measured")
     parser.add_argument("--batch-size", type=int, default=2)
@@ -124,7 +129,8 @@ def of_engine(kind: str, tokens: dict, args: argparse.Namespace, scratch: Path, 
 def of_mask(sparsity: float, values: str, tokens: dict, args: argparse.Namespace, scratch: Path, dense: int) -> dict:
     """A row of a pruned model."""
     pruner, folder = DSAPruner(loaded(args)), str(scratch / f"{sparsity}-{values}")
-    pruner.prune(tokens["calibration"][: args.samples], DSAConfig(sparsity, args.method, values=VALUES[values]))
+    config = DSAConfig(sparsity, args.method, values=VALUES[values], update=FULL if args.dense_targets else None)
+    pruner.prune(tokens["calibration"][: args.samples], config)
     if values == "bf16":
         for weight in pruner.model.parameters():
             weight.data = weight.bfloat16().float()
@@ -151,6 +157,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         for name, (make, *of) in works.items():
             facts = [name, args.samples, args.windows, args.method, args.threads]
+            facts += ["dense targets"] if args.dense_targets and make is of_mask else []
             work = lambda make=make, of=of: make(*of, tokens, args, Path(scratch), dense)  # noqa: E731
             print(json.dumps(rows.row(json.dumps(facts), work)), flush=True)
 
