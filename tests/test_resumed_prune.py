@@ -15,6 +15,7 @@ from optimum_dsa import DSAPruner, demo_model
 from optimum_dsa.commands.stopping import Terminated, stoppable
 from optimum_dsa.common.output import OutputFolder
 from optimum_dsa.pruning.finished import FinishedBlocks
+from optimum_dsa.pruning.structured.learners import learner
 
 from .test_commands import run
 
@@ -129,6 +130,23 @@ def interrupted(count, error=KeyboardInterrupt):
         real(self, number, *others)
 
     return add
+
+
+def test_an_interrupted_learner_says_where_its_state_is(text, tmp_path, monkeypatch, capsys):
+    command = prune_of(text, "-s", "0.2", "--learner", "projected_gates", "--learn-steps", "12", "--update", "none")
+    command += ["--structures", "ffn", "--checkpoints", str(tmp_path / "state"), "-o", str(tmp_path / "out")]
+
+    def kept(*given):
+        keep(*given)
+        raise KeyboardInterrupt
+
+    keep = learner._keep
+    with monkeypatch.context() as patch:
+        patch.setattr(learner, "_keep", kept)
+        code, _, errors = run(patch, capsys, *command)
+    place = tmp_path / "state" / "projected_gates.pt"
+    assert code == 130 and f"what was learned is in {place}; the same command with --resume goes on" in errors
+    assert run(monkeypatch, capsys, *command, "--resume")[0] == 0
 
 
 def test_an_interrupted_command_says_how_to_go_on_and_is_not_replaced_unasked(command, tmp_path, monkeypatch, capsys):

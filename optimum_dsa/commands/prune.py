@@ -98,10 +98,13 @@ Both compose: cut structures first, and prune the weights of what is left then.
         )
 
     _checkpoints = None  # the folder of finished blocks, once there is one
+    _learned = None  # the file of a learner's state, once there is to be one
 
     def left_behind(self) -> str:
         from ..pruning.finished import finished_in
 
+        if self._learned is not None and self._learned.exists():
+            return f"what was learned is in {self._learned}; the same command with --resume goes on"
         count = 0 if self._checkpoints is None else finished_in(self._checkpoints)
         if not count:
             return "nothing was written"
@@ -124,6 +127,7 @@ Both compose: cut structures first, and prune the weights of what is left then.
         from ..pruning.finished import check_folder, finished_in
         from ..pruning.structured.checks import keeps_blocks
         from ..pruning.structured.described import structured_to
+        from ..pruning.structured.learners.learner import place_of
 
         config = asked_structures(self.args, self.parser)
         cuts, ranks = config is not None, current_ranks()
@@ -168,6 +172,8 @@ Both compose: cut structures first, and prune the weights of what is left then.
                 self._check_room(output, weight_bytes(pruner.model), is_offloaded(pruner.model) and not cuts)
             learns = cuts and not keeps_blocks(config)
             kept = self.args.checkpoints if learns else self._checkpoints
+            if learns and kept and config.learner:
+                self._learned = place_of(config.learner, kept)
             if self.args.resume and self._checkpoints is not None and (count := finished_in(self._checkpoints)):
                 say(f"going on behind {count} finished blocks in {self._checkpoints}")
             try:

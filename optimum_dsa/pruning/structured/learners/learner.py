@@ -127,7 +127,7 @@ def learn(name: str, problem: Problem, folder: str | Path | None = None, resume:
         # Whoever calls may have switched gradients off.
         with torch.inference_mode(False), torch.enable_grad():
             learner = LEARNERS[name](problem)
-            place = Path(folder) / f"{name}.pt" if folder is not None else None
+            place = place_of(name, folder) if folder is not None else None
             if resume and place is not None and place.exists():
                 losses = _restored(place, learner, _facts(name, problem))
             progress = Progress("Learning what stays", problem.steps)
@@ -152,6 +152,11 @@ def learn(name: str, problem: Problem, folder: str | Path | None = None, resume:
         model.train(training)
     found = learner.choice()
     return Choice(found.gone, found.scales, tuple(losses))
+
+
+def place_of(name: str, folder: str | Path) -> Path:
+    """Where a learner's state is kept in a folder."""
+    return Path(folder) / f"{name}.pt"
 
 
 def gone(kept: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
