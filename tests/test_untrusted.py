@@ -119,6 +119,19 @@ def test_a_packed_tensor_that_promises_too_much(bad, tmp_path, place, value):
     refused(bad, tmp_path, "is damaged")
 
 
+def test_a_mask_that_keeps_another_number_is_said_in_our_words_beside_those_of_transformers(bad, tmp_path, caplog):
+    shard = next(shard for shard in bad.glob("*.safetensors") if packed_headers(shard))
+    tensors = load_file(shard)
+    name = next(iter(packed_headers(shard)))
+    tensors[name][LARGEST] ^= 1  # in the mask, which comes behind the header
+    save_file(tensors, shard, metadata={"format": "pt"})
+    with pytest.raises(ValueError, match="cannot be loaded .*issues during automatic conversion"):
+        DSAPruner.from_pretrained(bad)
+    assert f"{name} is damaged: its mask keeps" in caplog.messages[0]
+    with pytest.raises(ValueError, match=f"{name} .*is damaged: its mask keeps"):
+        convert(bad, tmp_path / "out", "dense")
+
+
 def test_a_mask_of_the_wrong_length(bad, tmp_path):
     shard = next(shard for shard in bad.glob("*.safetensors") if packed_headers(shard))
     tensors = load_file(shard)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+
 import torch
 from torch import Tensor
 from transformers.core_model_loading import ConversionOps, WeightConverter
@@ -9,6 +11,9 @@ from transformers.core_model_loading import ConversionOps, WeightConverter
 from ..packed.quantised import pack
 from .encodings import decoded
 from .run_packed import waiting_at
+
+
+logger = logging.getLogger(__name__)
 
 
 class Unpack(ConversionOps):
@@ -29,6 +34,14 @@ class Unpack(ConversionOps):
 
     def convert(self, input_dict: dict[str, list[Tensor]], full_layer_name="tensor", model=None, **kwargs):
         """Every tensor of a pattern, packed as (bytes,) uint8 or of any shape, as the model has it."""
+        try:
+            return self._converted(input_dict, full_layer_name, model)
+        except ValueError as error:
+            # transformers puts it into a long table, and raises that there is one.
+            logger.error("%s", error)
+            raise
+
+    def _converted(self, input_dict: dict[str, list[Tensor]], full_layer_name: str, model) -> dict:
         waiting = waiting_at(model, full_layer_name) if self.alone else None
         if waiting is not None:
             ((tensor,),) = input_dict.values()
