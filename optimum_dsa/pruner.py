@@ -143,7 +143,7 @@ class DSAPruner:
             data = self._load(calibration, config, config.resolved.reads | config.resolved.allocation_reads)
         self._stored, self._under_adapters = None, has_adapters(self.model)
         if cuts:
-            cut = prune_structures(self.model, data, config, checkpoints, resume)
+            cut = prune_structures(self.model, data, config, checkpoints, resume, self.tokenizer)
             report = report_of_cut(self.model, cut, known)
         else:
             report = prune_with_others(self.model, data, config, checkpoints, resume)

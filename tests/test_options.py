@@ -121,7 +121,7 @@ def test_every_setting_is_an_option_with_a_help(name, config):
     of_one = {DSAConfig: {"granularity", "overrides"}, DSAStructuredConfig: {"unstable", "budgets"}}
     without |= of_one.get(config, set()) if name == "search" else set()
     if (name, config) == ("search", DSAStructuredConfig):
-        without |= {"learner", "learn_steps", "learn_rate", "max_loss"}
+        without |= {"learner", "learn_steps", "learn_rate", "learn_prompt", "max_loss"}
     without |= {"image_column"} if name not in ("prune", "plan") else set()
     without |= {"packing"} if name in ("search", "recover") else set()
     assert options_of(config).keys() - helps.keys() == without

@@ -93,7 +93,8 @@ three).
         found += ("image_column", "packing")  # candidates are compared on windows of text
         add_settings(parser, [(data, CALIBRATION)], "pruning.configuration.DSAConfig", what, without=found)
         cut = parser.add_argument_group("structures instead of weights (--structures)")
-        found += ("unstable", "budgets", "learner", "learn_steps", "learn_rate")  # says, or learns, it otherwise
+        found += ("unstable", "budgets")  # says it otherwise
+        found += ("learner", "learn_steps", "learn_rate", "learn_prompt")  # learns it
         found += ("max_loss",)  # finds how much goes, and a search from where
         add_alternative(parser, "structures", "pruning.structured.configuration.DSAStructuredConfig", cut, found)
         parser.add_argument(

@@ -91,6 +91,8 @@ class DSAStructuredConfig:
             importances are where that begins. By default the least important go at once.
         learn_steps (`int`, defaults to 200): Steps that it takes, of `batch_size` windows.
         learn_rate (`float`, *optional*): Its learning rate; by default the learner's own.
+        learn_prompt (`str`, *optional*): Text that the model is given before every window that it learns from, such
+            as what Compresso tells a model of its pruning; nothing is asked of it.
         allocation (`str` or [`Allocation`], defaults to `"uniform"`): How the share differs from block to block and
             kind to kind: a row of `SHARES` ("uniform", "stability", "global", "fisher", "milp") or of `ALLOCATIONS`,
             an allocation function, an [`Allocation`] of units such as "model.layers.3:ffn", or where one is. All but
@@ -137,6 +139,7 @@ class DSAStructuredConfig:
     learner: str | None = None
     learn_steps: int = setting(200, low=1)
     learn_rate: float | None = setting(None, low=0, what="a learning rate")
+    learn_prompt: str | None = None
     allocation: str | Allocation = "uniform"
     spread: float | None = setting(None, low=0, high=1, what="a half-width")
     unstable: str = setting("less", choices=("less", "more"))
@@ -167,7 +170,7 @@ class DSAStructuredConfig:
         IMPORTANCES[self.importance]
         if self.learner is not None:
             learners()[self.learner]
-        for name in ("learn_steps", "learn_rate"):
+        for name in ("learn_steps", "learn_rate", "learn_prompt"):
             if self.learner is None and (value := getattr(self, name)) != getattr(DSAStructuredConfig, name):
                 raise ValueError(
                     f"{name}={value!r} is of a learner, and none is named; give learner=, or leave it out."

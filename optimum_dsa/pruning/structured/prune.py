@@ -31,7 +31,7 @@ from .importance import IMPORTANCES
 from .layout import LAYOUTS, Layout, unsaid
 from .learners.budget import Projection
 from .learners.gates import Gates
-from .learners.learned import check_learnable, learned
+from .learners.learned import check_learnable, learned, prompt_of
 from .remove import RemoveStructures
 from .structure import ENTIRE, WHOLE, Place, Structures
 from .structures import find_structures
@@ -142,6 +142,7 @@ def prune_structures(
     config: DSAStructuredConfig,
     checkpoints: str | Path | None = None,
     resume: bool = False,
+    tokenizer: Any = None,
 ) -> StructuredReport:
     """Make a model smaller, in place.
 
@@ -153,6 +154,7 @@ def prune_structures(
         checkpoints (`str`, *optional*): folder for the blocks that are finished; of a learner, for its state.
         resume (`bool`, defaults to `False`): go on from those in it, with the model as it was at the beginning; the
             end is that of an uninterrupted run.
+        tokenizer (`Any`, *optional*): reads the `learn_prompt` of a learner.
 
     Raises:
         ValueError: there is nothing that can be cut out, or less than asked for, or nothing is kept of what is asked
@@ -160,23 +162,26 @@ def prune_structures(
     """
     start = time.perf_counter()
     check_resumable(config, checkpoints, resume)
+    prompt = prompt_of(config.learn_prompt, tokenizer)
     if config.max_loss is not None:
         from .tolerance import settled  # which prunes, to try
 
         calibration = as_calibration(calibration, model)
         config, tolerance = settled(model, calibration, config)
-        return replace(prune_structures(model, calibration, config), tolerance=tolerance)
+        return replace(prune_structures(model, calibration, config, tokenizer=tokenizer), tolerance=tolerance)
     dense = dense_of(model, calibration, config)
     if not dense.asked:
         logger.warning("sparsity=%g takes nothing: the model stays as it is.", config.sparsity)
     own_settings_of(model)
     if config.update != "bias" or not (biases := biases_for(model, dense.units)).switches:
-        return _pruned(dense, start, checkpoints, resume)
+        return _pruned(dense, start, checkpoints, resume, prompt)
     with given(model, biases):
-        return _pruned(dense_of(model, calibration, config), start, checkpoints, resume)
+        return _pruned(dense_of(model, calibration, config), start, checkpoints, resume, prompt)
 
 
-def _pruned(dense: Dense, start: float, checkpoints: str | Path | None, resume: bool) -> StructuredReport:
+def _pruned(
+    dense: Dense, start: float, checkpoints: str | Path | None, resume: bool, prompt: Tensor
+) -> StructuredReport:
     """Make a model smaller, in place, whose structures are known."""
     model, config = dense.model, dense.config
     units, prunable = dense.units, dense.costs["parameters"].total
@@ -199,7 +204,7 @@ def _pruned(dense: Dense, start: float, checkpoints: str | Path | None, resume: 
         # With widths that are given, which structures go is learned, and not how many from where.
         widths = None if config.layout != "uniform" and config.allocation == "uniform" else counts
         projection = Projection(dense.sizes, dense.asked, widths)
-        choice = learned(dense, projection, checkpoints, resume)
+        choice = learned(dense, projection, checkpoints, resume, prompt)
         chosen, counts = choice.gone, {unit: len(gone) for unit, gone in choice.gone.items()}
         layout = LAYOUTS[config.layout](model, units, counts)
         if config.folds:

@@ -1,8 +1,8 @@
 """Learners: which structures stay is learned from text, under the budget, instead of read off an importance."""
 
 # They register themselves where they stand.
-from . import hard_concrete, policy_gradient, projected_gates
+from . import deterministic_gates, hard_concrete, policy_gradient, projected_gates
 from .learner import LEARNERS
 
 
-__all__ = ["LEARNERS", "hard_concrete", "policy_gradient", "projected_gates"]
+__all__ = ["LEARNERS", "deterministic_gates", "hard_concrete", "policy_gradient", "projected_gates"]

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
+from ....common.pieces import encode
 from ....model.examples import check_causal
-from ....model.inputs import KINDS, kind_of
+from ....model.inputs import KINDS, check_length, kind_of
 from ...calibration import Calibration
 from ..widths.dense import Dense
 from .budget import Projection
@@ -28,19 +31,34 @@ def check_learnable(model: nn.Module, calibration: Calibration, learner: str) ->
     check_causal(model, calibration.inputs["input_ids"])
 
 
-def learned(dense: Dense, projection: Projection, folder: str | Path | None = None, resume: bool = False) -> Choice:
-    """Which structures go, and what the rest is multiplied by; adapters learned beside are in the weights."""
+def prompt_of(text: str | None, tokenizer: Any) -> Tensor:
+    """The tokens of what a learner's windows begin with, (n,) int64."""
+    if text is not None and tokenizer is None:
+        raise ValueError(
+            f"learn_prompt={text!r} is text, and there is no tokenizer that reads it; give one, or leave it out."
+        )
+    return torch.tensor(encode(text, tokenizer) if text else [], dtype=torch.int64)
+
+
+def learned(dense: Dense, projection: Projection, folder: str | Path | None, resume: bool, prompt: Tensor) -> Choice:
+    """Which structures go, and what the rest is multiplied by; adapters learned beside are in the weights.
+
+    `prompt` is put before every window: token ids, (n,) int64.
+    """
     model, config = dense.model, dense.config
     rate = LEARNERS.fact(config.learner, "rate") if config.learn_rate is None else config.learn_rate
+    tokens = dense.calibration.inputs["input_ids"]
+    check_length(len(prompt) + tokens.shape[1], model)
     problem = Problem(
         model,
         Gates(model, dense.units),
         projection,
         {unit: each.to(model.device) for unit, each in dense.importances.items()},
-        dense.calibration.inputs["input_ids"],
+        tokens,
         steps=config.learn_steps,
         rate=rate,
         batch_size=config.batch_size,
         seed=config.data.seed,
+        prompt=prompt,
     )
     return learn(config.learner, problem, folder, resume)

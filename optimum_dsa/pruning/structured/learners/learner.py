@@ -10,7 +10,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
+from torch.nn.functional import cross_entropy, kl_div, log_softmax
 
 from ....common.fences import has_device_map
 from ....common.progress import Progress
@@ -68,11 +68,23 @@ class Problem:
 
     def loss(self, rows: Tensor, values: Mapping[str, Tensor]) -> Tensor:
         """Mean cross-entropy of the next tokens of `rows`, (windows, length), with these gates."""
+        logits = self._predicted(rows, values)
+        return cross_entropy(logits, rows[:, 1:].flatten().to(logits.device))
+
+    def divergence(self, rows: Tensor, values: Mapping[str, Tensor]) -> Tensor:
+        """Mean KL divergence of the next tokens of `rows`, (windows, length), with these gates from those without."""
+        with torch.no_grad():
+            dense = log_softmax(self._predicted(rows, {}), dim=-1)
+        gated = log_softmax(self._predicted(rows, values), dim=-1)
+        return kl_div(gated, dense, log_target=True, reduction="batchmean")
+
+    def _predicted(self, rows: Tensor, values: Mapping[str, Tensor]) -> Tensor:
+        """Logits of the next tokens with gates, (windows · (length − 1), vocabulary) float32."""
         rows = rows.to(self.device)
         given = torch.cat([self.prompt.to(rows).expand(len(rows), -1), rows], dim=1)
         with self.gates.at(values):
-            logits = self.model(input_ids=given, use_cache=False).logits[:, len(self.prompt) : -1].float()
-        return cross_entropy(logits.flatten(0, 1), rows[:, 1:].flatten().to(logits.device))
+            logits = self.model(input_ids=given, use_cache=False).logits[:, len(self.prompt) : -1]
+        return logits.float().flatten(0, 1)
 
 
 @dataclass(frozen=True)
@@ -175,6 +187,7 @@ def _facts(name: str, problem: Problem) -> dict[str, Any]:
         "rate": problem.rate,
         "batch_size": problem.batch_size,
         "seed": problem.seed,
+        "prompt": problem.prompt.tolist(),
     }
 
 

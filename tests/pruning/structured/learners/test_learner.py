@@ -69,7 +69,7 @@ def test_a_run_that_was_killed_ends_as_one_that_was_not(learner, tmp_path, monke
         prune_structures(tiny_llama(), tokens(), DSAStructuredConfig(0.2, **LEARNS, learner=learner), tmp_path, True)
 
 
-@pytest.mark.parametrize("learner", ["projected_gates", "hard_concrete"])
+@pytest.mark.parametrize("learner", ["projected_gates", "deterministic_gates", "hard_concrete"])
 def test_scales_become_weights_where_nothing_is_fitted(learner):
     """Without an update, what is left are columns of the dense model, each times one number."""
     dense, model = tiny_llama(), tiny_llama()
@@ -77,7 +77,7 @@ def test_scales_become_weights_where_nothing_is_fitted(learner):
         dense, model = FAMILIES["GPTNeoX"][0](), FAMILIES["GPTNeoX"][0]()
     config = DSAStructuredConfig(0.2, layout="per_layer", learn_steps=6, update="none", learner=learner)
     report = prune_structures(model, tokens(), config)
-    reader = "model.layers.1.mlp.down_proj" if learner == "projected_gates" else "gpt_neox.layers.1.mlp.dense_4h_to_h"
+    reader = "gpt_neox.layers.1.mlp.dense_4h_to_h" if learner == "hard_concrete" else "model.layers.1.mlp.down_proj"
     unit = next(unit for unit in report.gone if unit.endswith("1:ffn"))
     stay = [n for n in range(48) if n not in report.gone[unit]]
     ratio = model.get_submodule(reader).weight / dense.get_submodule(reader).weight[:, stay]
@@ -85,7 +85,8 @@ def test_scales_become_weights_where_nothing_is_fitted(learner):
     assert (ratio[0] - 1).abs().max() > 1e-4
 
 
-def test_learning_is_better_than_where_it_began():
+@pytest.mark.parametrize("learner, steps", [("projected_gates", 10), ("deterministic_gates", 80)])
+def test_learning_is_better_than_where_it_began(learner, steps):
     """On the trained model and text that nothing was learned from."""
     tokenizer = AutoTokenizer.from_pretrained(demo_model())
     cut = {"num_samples": 16, "sequence_length": 64}
@@ -93,13 +94,30 @@ def test_learning_is_better_than_where_it_began():
         load_tokens(demo_texts(part), tokenizer, **cut) for part in ("calibration", "validation")
     )
     lost = {}
-    for learner in (None, "projected_gates"):
+    for name in (None, learner):
         model = AutoModelForCausalLM.from_pretrained(demo_model(), dtype=torch.float32).eval()
-        settings = {"learner": learner, "learn_steps": 10, "batch_size": 4} if learner else {}
+        settings = {"learner": name, "learn_steps": steps, "batch_size": 4} if name else {}
         config = DSAStructuredConfig(0.3, update="none", layout="per_layer", **settings)
         prune_structures(model, calibration, config)
-        lost[learner] = perplexity(model, validation)
-    assert lost["projected_gates"] < lost[None]
+        lost[name] = perplexity(model, validation)
+    assert lost[learner] < lost[None]
+
+
+def test_a_prompt_stands_before_every_window_and_nothing_is_asked_of_it():
+    tokenizer, seen = AutoTokenizer.from_pretrained(demo_model()), []
+    model = AutoModelForCausalLM.from_pretrained(demo_model(), dtype=torch.float32).eval()
+    given = torch.arange(40).reshape(4, 10)
+    prompt = tokenizer("You are being pruned", add_special_tokens=False)["input_ids"]
+    model.register_forward_pre_hook(lambda _, args, kwargs: seen.append(kwargs["input_ids"]), with_kwargs=True)
+    config = DSAStructuredConfig(0.2, learner="projected_gates", learn_steps=1, learn_prompt="You are being pruned")
+    with pytest.raises(ValueError, match="learn_prompt='You are being pruned' is text, and there is no tokenizer"):
+        prune_structures(model, given, config)
+    assert not seen
+    prune_structures(model, given, config, tokenizer=tokenizer)
+    (learned_from,) = [each for each in seen if each.shape == (4, 10 + len(prompt))]
+    assert learned_from[:, : len(prompt)].tolist() == [prompt] * 4 and 10 in learned_from[:, len(prompt)]
+    with pytest.raises(ValueError, match="learn_prompt='a' is of a learner, and none is named"):
+        DSAStructuredConfig(0.2, learn_prompt="a")
 
 
 def test_a_loss_that_is_not_finite_is_refused_and_the_model_is_as_it_was(monkeypatch):
