@@ -76,6 +76,8 @@ ROWS = {
     "obs, all, searched": {"importance": "obs", "allocation": "searched", **FULL, "reconstruct": True, **FREE},
     "policy_gradient, refit": {"learner": "policy_gradient", **REFIT, **FREE},
     "hard_concrete, refit": {"learner": "hard_concrete", **REFIT, **FREE},
+    "deterministic_gates": {"learner": "deterministic_gates", **FREE},
+    "deterministic_gates, refit": {"learner": "deterministic_gates", **REFIT, **FREE},
     "projected_gates": {"learner": "projected_gates", **FREE},
     "projected_gates, refit": {"learner": "projected_gates", **REFIT, **FREE},
     "projected_gates, all": {"learner": "projected_gates", **FULL, "reconstruct": True, **FREE},

@@ -205,15 +205,40 @@ def saap(parts: Parts) -> Tensor:
     """½ V / mean(V) + ½ E / mean(E), (structures,): importance by vector and by element, made one.
 
     V = Σ |Σ w·g − ½ mean_j (Σ w·g_j)²| over the rows and columns that a structure owns, E is `taylor_mix`. Weighing
-    both as tasks of unknown noise, min over σ of Σ I / (2σ²) + log σ, has the solution σ² = mean(I): nothing is left
-    to be learnt, and none is zero unless both are.
+    both as tasks of unknown noise, min over σ of Σ I / (2σ²) + log σ, has the solution σ² = mean(I), and none is zero
+    unless both are; `saap_learned` descends to it.
 
     Adaptive importance fusion of SAAP, 2024, https://arxiv.org/abs/2412.15127, as excerpts of it tell.
     """
+    return sum(each / (2 * mean) for each, mean in _both_of_saap(parts))
+
+
+@IMPORTANCES.register(
+    "saap_learned", reference="https://arxiv.org/abs/2412.15127", reads="nothing", kinds=OWNED, gradients="mixed"
+)
+def saap_learned(parts: Parts) -> Tensor:
+    """½ V / σ_V² + ½ E / σ_E², (structures,), both σ learned: `saap` where they have come to their end.
+
+    Each descends ½ mean(I) / σ² + log σ by 100 steps, 1 of the gradient by log σ² each, from the larger mean on.
+
+    Adaptive importance fusion of SAAP, 2024, https://arxiv.org/abs/2412.15127, as excerpts of it tell; the weighing is
+    that of Kendall et al., 2018, https://arxiv.org/abs/1705.07115.
+    """
+    both = _both_of_saap(parts)
+    largest, found = max(mean for _, mean in both), 0
+    for each, mean in both:
+        place = torch.zeros_like(mean)  # log σ², of importances over the larger of both means
+        for _ in range(100):
+            place = place - (1 - mean / largest * (-place).exp()) / 2
+        found = found + each / (2 * largest * place.exp())
+    return found
+
+
+def _both_of_saap(parts: Parts) -> list[tuple[Tensor, Tensor]]:
+    """Importance by vector and by element, (structures,) each, with its mean, a scalar."""
     vector = sum((found.first - found.first_squared / 2).abs().sum(1) for found in parts.products)
-    both = (vector, taylor_mix(parts))
     smallest = torch.finfo(torch.float32).tiny
-    return sum(each / (2 * each.mean().clamp_min(smallest)) for each in both)
+    return [(each, each.mean().clamp_min(smallest)) for each in (vector, taylor_mix(parts))]
 
 
 @IMPORTANCES.register(

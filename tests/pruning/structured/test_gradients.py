@@ -66,7 +66,9 @@ def test_every_row_is_its_formula_of_plain_gradients():
     vectors = sum((found.first - found.first_squared / 2).abs().sum(1) for found in products)
     torch.testing.assert_close(vectors[group], sum(v.abs().sum() for v in vector), rtol=1e-4, atol=1e-7)
     mix = IMPORTANCES["taylor_mix"](parts)
-    torch.testing.assert_close(IMPORTANCES["saap"](parts), vectors / vectors.mean() / 2 + mix / mix.mean() / 2)
+    fused = IMPORTANCES["saap"](parts)
+    torch.testing.assert_close(fused, vectors / vectors.mean() / 2 + mix / mix.mean() / 2)
+    torch.testing.assert_close(IMPORTANCES["saap_learned"](parts), fused)
 
 
 @pytest.mark.parametrize("family", ["Llama", "GPT2", "Bert", "T5", "Mixtral"])
