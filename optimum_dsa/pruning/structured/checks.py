@@ -14,7 +14,7 @@ from ...model.architecture import Architecture
 from ...model.offload import is_offloaded, resident
 from ..zeros import FEWEST_ZEROS
 from .configuration import DSAStructuredConfig
-from .importance import IMPORTANCES, importance_of
+from .importance import CHANNELS, IMPORTANCES, importance_of
 from .structure import ENTIRE, WHOLE, Structures
 
 
@@ -143,4 +143,16 @@ def check_zeros(model: nn.Module, units: Mapping[str, Structures], config: DSASt
         raise ValueError(
             f"{zeros / size:.2%} of the matrices that update='refit' fits are zero, and it would fill them; cut "
             "first and prune weights then, or use update='none' or 'bias', which leave zeros alone."
+        )
+
+
+def say_incomparable(config: DSAStructuredConfig) -> None:
+    """Warn where one order of all blocks is made of importances that look at each by itself."""
+    by_itself = config.importance != "random" and not IMPORTANCES.fact(config.importance, "gradients")
+    if config.allocation == "global" and by_itself and set(config.structures) & set(CHANNELS):
+        logger.warning(
+            "allocation='global' sets what importance=%r says of one block beside what it says of others, and it "
+            "looks at each block by itself; allocation='fisher' or 'milp', or an importance that reads gradients, "
+            "such as 'taylor', have a scale that all blocks share.",
+            config.importance,
         )

@@ -25,13 +25,20 @@ from ..steps import Step
 from ..training import Reconstruction
 from .biases import biases_for, given
 from .budget import Available, even_counts, fitted_counts
-from .checks import check_cuttable, check_excluded, check_found, check_resumable, check_zeros, keeps_blocks
+from .checks import (
+    check_cuttable,
+    check_excluded,
+    check_found,
+    check_resumable,
+    check_zeros,
+    keeps_blocks,
+    say_incomparable,
+)
 from .configuration import DSAStructuredConfig
-from .importance import IMPORTANCES
 from .layout import LAYOUTS, Layout, unsaid
 from .learners.budget import Projection
 from .learners.gates import Gates
-from .learners.learned import check_learnable, learned, prompt_of
+from .learners.learned import check_learnable, check_prompt, learned, prompt_of
 from .remove import RemoveStructures
 from .structure import ENTIRE, WHOLE, Place, Structures
 from .structures import find_structures
@@ -170,6 +177,7 @@ def prune_structures(
         config, tolerance = settled(model, calibration, config)
         return replace(prune_structures(model, calibration, config, tokenizer=tokenizer), tolerance=tolerance)
     dense = dense_of(model, calibration, config)
+    check_prompt(prompt, dense)
     if not dense.asked:
         logger.warning("sparsity=%g takes nothing: the model stays as it is.", config.sparsity)
     own_settings_of(model)
@@ -269,13 +277,7 @@ def choose_counts(dense: Dense) -> tuple[dict[str, int], Layout]:
             check_excluded(dense.architecture, dense.units, config)  # which may be why
             raise
     else:
-        if config.allocation == "global" and not IMPORTANCES.fact(config.importance, "gradients"):
-            logger.warning(
-                "allocation='global' sets what importance=%r says of one block beside what it says of others, and it "
-                "looks at each block by itself; allocation='fisher' or 'milp', or an importance that reads gradients, "
-                "such as 'taylor', have a scale that all blocks share.",
-                config.importance,
-            )
+        say_incomparable(config)
         proposed = shares(dense) if dense.asked else None
         counts = fitted_counts(sizes, dense.asked, proposed, cost.what)
         layout = LAYOUTS[config.layout](dense.model, dense.units, counts)

@@ -40,6 +40,12 @@ def prompt_of(text: str | None, tokenizer: Any) -> Tensor:
     return torch.tensor(encode(text, tokenizer) if text else [], dtype=torch.int64)
 
 
+def check_prompt(prompt: Tensor, dense: Dense) -> None:
+    """Raise `ValueError` where the model has no room for a prompt, (n,) int64, before the calibration windows."""
+    if len(prompt):
+        check_length(len(prompt) + dense.calibration.inputs["input_ids"].shape[1], dense.model)
+
+
 def learned(dense: Dense, projection: Projection, folder: str | Path | None, resume: bool, prompt: Tensor) -> Choice:
     """Which structures go, and what the rest is multiplied by; adapters learned beside are in the weights.
 
@@ -47,14 +53,12 @@ def learned(dense: Dense, projection: Projection, folder: str | Path | None, res
     """
     model, config = dense.model, dense.config
     rate = LEARNERS.fact(config.learner, "rate") if config.learn_rate is None else config.learn_rate
-    tokens = dense.calibration.inputs["input_ids"]
-    check_length(len(prompt) + tokens.shape[1], model)
     problem = Problem(
         model,
         Gates(model, dense.units),
         projection,
         {unit: each.to(model.device) for unit, each in dense.importances.items()},
-        tokens,
+        dense.calibration.inputs["input_ids"],
         steps=config.learn_steps,
         rate=rate,
         batch_size=config.batch_size,

@@ -104,7 +104,9 @@ def test_fisher_is_one_order_of_what_the_loss_feels_whatever_chooses_within_a_un
     assert shares(asked(found, allocation="fisher", blockwise=True)) == pytest.approx(fisher)
 
 
-@pytest.mark.parametrize("importance, warns", [("obs", True), ("magnitude", True), ("taylor", False)])
+@pytest.mark.parametrize(
+    "importance, warns", [("obs", True), ("magnitude", True), ("taylor", False), ("random", False)]
+)
 def test_one_order_of_importances_that_look_at_a_block_by_itself_is_warned_of(importance, warns, caplog):
     config = DSAStructuredConfig(0.3, importance=importance, update="none", allocation="global", layout="per_layer")
     prune_structures(tiny_llama(), tokens(), config)
