@@ -286,6 +286,21 @@ def check_weights(args, loading: dict) -> None:
         check_unpacked(stated_in(path, Path(path), options), path)
 
 
+def add_kernels_option(parser: ArgumentParser) -> None:
+    """The option by which a command that multiplies with packed matrices may compile what does it."""
+    parser.add_argument(
+        "--compile-kernels",
+        action="store_true",
+        help="compile the kernels of packed matrices where there are none, once, with the compiler of this machine",
+    )
+
+
+def allow_kernels(args) -> None:
+    """Have kernels be compiled at their first use where `add_kernels_option` was answered so."""
+    if args.compile_kernels:
+        os.environ["OPTIMUM_DSA_JIT"] = "1"
+
+
 def add_loading_options(parser: ArgumentParser, reads_text: bool = True) -> None:
     """Options that say how a model is loaded, and its tokenizer where the command reads text."""
     group = parser.add_argument_group("loading the model")

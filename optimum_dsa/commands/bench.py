@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from .actions import Names
-from .base import LeafCommand, add_loading_options, loading_options, say
+from .base import LeafCommand, add_kernels_option, add_loading_options, allow_kernels, loading_options, say
 
 
 class BenchCommand(LeafCommand):
@@ -42,6 +42,7 @@ cutting has brought. Zeros that are multiplied as any other number make nothing 
         parser.add_argument("--threads", type=int, help="of PyTorch, on a CPU (default: as many as it takes)")
         parser.add_argument("--seed", type=int, default=0, help="of the tokens that are read (default: 0)")
         parser.add_argument("--output", help="JSON file to write to; in the model's folder, report and card show it")
+        add_kernels_option(parser)
         add_loading_options(parser, reads_text=False)
 
     def execute(self) -> dict:
@@ -56,6 +57,7 @@ cutting has brought. Zeros that are multiplied as any other number make nothing 
         from ..evaluation.speed_result import check_speed_file, save_speed
 
         args = self.args
+        allow_kernels(args)
         if args.threads is not None:
             if args.threads < 1:
                 raise ValueError(f"--threads is a whole number of at least 1, got {args.threads}.")

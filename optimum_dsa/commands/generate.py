@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from .actions import OnOff
-from .base import LeafCommand, add_loading_options, loading_options
+from .base import LeafCommand, add_kernels_option, add_loading_options, allow_kernels, loading_options
 
 
 class GenerateCommand(LeafCommand):
@@ -45,6 +45,7 @@ dense models. What is measured of one run is no benchmark, which optimum-cli dsa
             help="whether the prompt is put in the tokenizer's chat template (default: where the model was trained "
             "to end its answers as the template does)",
         )
+        add_kernels_option(parser)
         add_loading_options(parser)
 
     def left_behind(self) -> str:
@@ -58,6 +59,7 @@ dense models. What is measured of one run is no benchmark, which optimum-cli dsa
         from ..pruner import DSAPruner
 
         args = self.args
+        allow_kernels(args)
         options = loading_options(args)
         prompt = sys.stdin.read().removesuffix("\n") if args.prompt == "-" else args.prompt
         pruner = DSAPruner.from_pretrained(args.model, **options)

@@ -139,9 +139,16 @@ class PackedLinear(PackedModule):
         made.weight, made.bias = nn.Parameter(self.weight.contiguous()), self.bias
         return made
 
-    def forward(self, input: Tensor) -> Tensor:
-        """(..., in_features) -> (..., out_features), in the input's dtype."""
+    def taken(self, input: Tensor) -> Tensor:
+        """An input that is looked at; within `torch.autocast` in its type, as a dense layer takes it."""
         self.check_input(input)
+        kind = input.device.type
+        autocast = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+        return input.to(torch.get_autocast_dtype(kind)) if autocast else input
+
+    def forward(self, input: Tensor) -> Tensor:
+        """(..., in_features) -> (..., out_features), in the input's dtype, or autocast's."""
+        input = self.taken(input)
         scales = None if self.scales is None else self.scales.view(torch.float32)
         output = linear(input, self.mask, self.values, self.starts, scales, self.group)
         return output if self.bias is None else output + self.bias.to(output.dtype)

@@ -72,7 +72,8 @@ def load(compile: bool | None = None, warn: bool = True) -> Kernels:
         _warned = True
         logger.warning(
             "Packed matrices are multiplied with in PyTorch, which is slower than dense ones: %s. Install "
-            "optimum-dsa-kernels, or set OPTIMUM_DSA_JIT=1 where a C++ compiler is installed.",
+            "optimum-dsa-kernels, set OPTIMUM_DSA_JIT=1 where a C++ compiler is installed, or load the model dense "
+            "(run_packed=False) or unpack() it.",
             _found.reason,
         )
     return _found

@@ -7,7 +7,7 @@ import logging
 import os
 import tempfile
 import timeit
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from statistics import median
 
@@ -30,10 +30,10 @@ class Table:
         self.file = file
         self.rows: dict[str, dict[str, float]] = {} if file is None else read(file)
 
-    def fastest(self, kind: str) -> str | None:
-        """The fastest kernel; `None` where unpacking is faster."""
-        found = {name: time for name, time in self.rows[kind].items() if name != "dense"}
-        best = min(found, key=found.get)
+    def fastest(self, kind: str, known: Collection[str]) -> str | None:
+        """The fastest of the `known` kernels; `None` where unpacking is faster."""
+        found = {name: time for name, time in self.rows[kind].items() if name in (*known, "unpacked")}
+        best = min(found, key=found.get, default="unpacked")
         return None if best == "unpacked" else best
 
     def measure(
@@ -71,21 +71,24 @@ class Table:
         return self.rows[kind]
 
     def save(self) -> None:
-        """The table into its file, beside what another process has written since."""
+        """The table into its file, beside what another process has written since; a warning where that cannot be."""
         if self.file is None:
             return
-        self.file.parent.mkdir(parents=True, exist_ok=True)
         self.rows = read(self.file) | self.rows
-        with tempfile.NamedTemporaryFile("w", dir=self.file.parent, delete=False) as file:
-            json.dump(self.rows, file, indent=1)
-        os.replace(file.name, self.file)
+        try:
+            self.file.parent.mkdir(parents=True, exist_ok=True)
+            with tempfile.NamedTemporaryFile("w", dir=self.file.parent, delete=False) as file:
+                json.dump(self.rows, file, indent=1)
+            os.replace(file.name, self.file)
+        except OSError as error:
+            logger.warning("What was measured on this card is for this process alone: %s", error)
 
 
 def read(file: Path) -> dict[str, dict[str, float]]:
     """What a table's file holds; nothing, with a warning, of one that is damaged."""
     try:
         found = json.loads(file.read_text())
-        if isinstance(found, dict):
+        if isinstance(found, dict) and all(map(_is_row, found.values())):
             return found
     except FileNotFoundError:
         return {}
@@ -93,6 +96,11 @@ def read(file: Path) -> dict[str, dict[str, float]]:
         pass
     logger.warning("%s holds no table of what was measured on a card; it is measured again.", file)
     return {}
+
+
+def _is_row(row: object) -> bool:
+    """Whether it has times by way."""
+    return isinstance(row, dict) and all(isinstance(time, (int, float)) for time in row.values())
 
 
 def shown(folder: Path) -> str:

@@ -52,10 +52,28 @@ def library_for(architecture: str) -> Path | None:
     Raises:
         RuntimeError: it is to be compiled, and cannot be.
     """
-    carried = Path(os.environ.get("OPTIMUM_DSA_KERNELS_PATH") or cache_folder()) / file_name(architecture)
-    if carried.is_file():
-        return carried
-    return build(architecture) if allowed() else None
+    found = library_there(architecture)
+    return build(architecture) if found is None and allowed() else found
+
+
+def library_there(architecture: str) -> Path | None:
+    """The library that was carried along, else that of the cache; `None` where neither is there."""
+    there = (folder / file_name(architecture) for folder in _folders())
+    return next((library for library in there if library.is_file()), None)
+
+
+def _folders() -> list[Path]:
+    carried = os.environ.get("OPTIMUM_DSA_KERNELS_PATH")
+    return [*([Path(carried)] if carried else []), cache_folder()]
+
+
+def described(architecture: str) -> str:
+    """Which library serves cards of `architecture`, or why there is none, in words."""
+    if (found := library_there(architecture)) is not None:
+        return str(found)
+    nvcc = compiler()
+    way = f"{nvcc} compiles them with OPTIMUM_DSA_JIT=1" if nvcc else "no nvcc was found that could compile them"
+    return f"none of sm_{architecture} in {' or '.join(map(str, _folders()))}; {way}"
 
 
 def build(architecture: str, folder: Path | None = None) -> Path:

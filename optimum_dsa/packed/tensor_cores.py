@@ -51,8 +51,15 @@ class TensorCoreLinear(PackedLinear):
 
     def forward(self, input: Tensor) -> Tensor:
         """(..., in_features) -> (..., out_features), in the input's dtype."""
-        output = self.two_of_four.linear(input)
+        output = self.two_of_four.linear(self.taken(input))
         return output if self.bias is None else output + self.bias.to(output.dtype)
+
+    def get_extra_state(self) -> Tensor:
+        """Whether two of each four are kept, so that a zero may be one: in a state dict it stands beside the parts."""
+        return torch.tensor(self.full)
+
+    def set_extra_state(self, state: Tensor) -> None:
+        self.full = bool(state)
 
     def extra_repr(self) -> str:
         return (

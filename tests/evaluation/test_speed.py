@@ -1,6 +1,7 @@
 """How fast a model is: what is counted is right, and rates are of what was timed."""
 
 import json
+import os
 
 import pytest
 import torch
@@ -144,7 +145,9 @@ def test_the_command_measures_two_models(monkeypatch, capsys, tmp_path):
     code, output, errors = run(monkeypatch, capsys, "bench", model, "--against", model, *arguments)
     torch.set_num_threads(threads)
     assert code == 2 and "is the model itself" in errors
-    code, output, errors = run(monkeypatch, capsys, "bench", model, "--threads", "0")
+    monkeypatch.setenv("OPTIMUM_DSA_JIT", "0")  # and put back at the end
+    code, output, errors = run(monkeypatch, capsys, "bench", model, "--threads", "0", "--compile-kernels")
+    assert os.environ["OPTIMUM_DSA_JIT"] == "1"
     assert code == 2 and "--threads is a whole number" in errors
     code, output, errors = run(monkeypatch, capsys, *both, "--output", str(tmp_path / "tiny" / "config.json"))
     torch.set_num_threads(threads)

@@ -77,6 +77,15 @@ def test_an_input_of_another_width_or_of_whole_numbers_is_refused(make, inputs):
         make()(inputs)
 
 
+@pytest.mark.parametrize("make", [lambda: PackedLinear.of(layer()), quantised])
+def test_within_autocast_it_computes_in_its_type_as_a_dense_layer_does(make):
+    made, inputs = make(), torch.randn(3, 40, generator=torch.Generator().manual_seed(0))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found, dense = made(inputs), made.layer()(inputs)
+    assert found.dtype == dense.dtype == torch.bfloat16 != made(inputs).dtype
+    torch.testing.assert_close(found, dense, rtol=2e-2, atol=2e-2)
+
+
 def test_parts_that_do_not_fit_are_refused_before_one_is_taken():
     one, other = PackedLinear.of(layer()), PackedLinear.of(layer(seed=1))
     before = copy.deepcopy(one.state_dict())

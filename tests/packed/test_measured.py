@@ -28,7 +28,8 @@ def test_a_kernel_whose_product_is_wrong_is_not_in_the_table(tmp_path, caplog):
 def test_the_fastest_is_taken_and_a_dense_weight_never(best):
     table = Table()
     table.rows["some"] = {name: float(name != best) for name in ("a", "b", "unpacked")} | {"dense": -1.0}
-    assert table.fastest("some") == (None if best == "unpacked" else best)
+    assert table.fastest("some", ("a", "b")) == (None if best == "unpacked" else best)
+    assert table.fastest("some", ("b",)) == (None if best == "unpacked" else "b")  # of a table of more
 
 
 def test_rows_of_another_process_are_kept(tmp_path):
@@ -41,7 +42,14 @@ def test_rows_of_another_process_are_kept(tmp_path):
     Table().save()
 
 
-@pytest.mark.parametrize("content", ["", "[1]", "{"])
+def test_where_no_file_can_be_a_table_serves_its_process(tmp_path, caplog):
+    (tmp_path / "folder").write_text("a file")
+    table, output = Table(tmp_path / "folder" / "table.json"), torch.ones(1, 4)
+    row = table.measure("some", {"a": lambda: output.fill_(1)}, output, torch.ones(1, 4), {"unpacked": output.clone})
+    assert table.rows == {"some": row} and "is for this process alone" in caplog.text
+
+
+@pytest.mark.parametrize("content", ["", "[1]", "{", '{"some": 1}', '{"some": {"a": "fast"}}'])
 def test_a_damaged_table_is_made_anew(content, tmp_path, caplog):
     file = tmp_path / "table-card.json"
     file.write_text(content)

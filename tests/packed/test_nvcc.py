@@ -19,6 +19,11 @@ def test_without_leave_or_a_compiler_there_are_no_kernels(monkeypatch, tmp_path)
     monkeypatch.setattr(nvcc, "cache_folder", lambda: tmp_path / "cache")
     monkeypatch.setattr(nvcc, "build", lambda architecture: architecture)
     assert nvcc.library_for("80") == "80"
+    (tmp_path / "cache").mkdir()
+    (tmp_path / "cache" / nvcc.file_name("80")).touch()
+    assert nvcc.library_for("80") == tmp_path / "cache" / nvcc.file_name("80")
+    assert nvcc.described("80") == str(tmp_path / "cache" / nvcc.file_name("80"))
+    assert nvcc.described("70").startswith(f"none of sm_70 in {tmp_path} or {tmp_path / 'cache'}; ")
     monkeypatch.undo()
     monkeypatch.setattr(nvcc, "compiler", lambda: None)
     with pytest.raises(RuntimeError, match="No nvcc was found"):

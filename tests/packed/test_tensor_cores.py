@@ -9,6 +9,7 @@ from optimum_dsa import DSAConfig, DSAPruner, from_tensor_cores, prune, to_tenso
 from optimum_dsa.evaluation.reading import packed_bytes
 from optimum_dsa.packed import tensor_cores
 from optimum_dsa.packed.linear import PackedLinear
+from optimum_dsa.packed.matrix import PackedMatrix
 from optimum_dsa.packed.pack_model import pack_model, packed_layers, seen_dense, unpack_model
 from optimum_dsa.packed.tensor_cores import TensorCoreLinear
 from optimum_dsa.pruning.zeros import found_report
@@ -105,3 +106,33 @@ def test_where_a_gpu_has_kernels_a_packed_model_is_held_so_at_once(stored, monke
     assert pruner.verify().holds and pruner.unpack() and same_state(pruner.model, before)
     pruner.pack()
     assert {type(pruner.model.get_submodule(name)) for name in packed_layers(pruner.model)} == {PackedLinear}
+
+
+@pytest.mark.parametrize(
+    "inputs", [torch.ones(2, 16), torch.ones(2, 400), torch.ones(()), torch.ones(2, 32, dtype=torch.int64)]
+)
+def test_an_input_of_another_width_or_of_whole_numbers_is_refused(inputs):
+    model, *_ = packed()
+    name = to_tensor_cores(model)[0]
+    with pytest.raises(ValueError, match="The input of a packed matrix of .* x 32 is .* of a floating type, got"):
+        model.get_submodule(name)(inputs)
+
+
+def test_a_state_dict_says_whether_zeros_were_kept():
+    """Of two matrices one keeps a weight that is zero, and the other has removed it."""
+    layers = []
+    for kept in (2, 1):
+        mask = torch.zeros(16, 32, dtype=torch.bool)
+        mask[:, ::4] = True
+        mask[:, 1::4] = kept == 2
+        weight = torch.where(mask, torch.ones(()), 0.0).bfloat16()
+        matrix = PackedMatrix.of(weight)
+        layers.append(TensorCoreLinear(PackedLinear(matrix)))
+    for one, other in (layers, layers[::-1]):
+        taken = copy.deepcopy(one)
+        taken.load_state_dict(other.state_dict())
+        assert same_matrix(taken.matrix, other.matrix) and not same_matrix(one.matrix, other.matrix)
+
+
+def same_matrix(one, other):
+    return torch.equal(one.mask, other.mask) and torch.equal(one.values, other.values)
