@@ -40,6 +40,9 @@ ROWS = {
     "flap": {"importance": "flap"},
     "flap, bias": {"importance": "flap", "update": "bias"},
     "taylor": {"importance": "taylor"},
+    "taylor_vector": {"importance": "taylor_vector"},
+    "taylor_second": {"importance": "taylor_second"},
+    "taylor_mix": {"importance": "taylor_mix"},
     "taylor, heads too": {"importance": "taylor", "structures": ("ffn", "kv_group"), **FREE},
     "saap": {"importance": "saap"},
     "saap, stability": {"importance": "saap", "allocation": "stability", **FREE},
@@ -53,8 +56,10 @@ ROWS = {
     "wanda_sp, refit": REFIT,
     "flap, refit": {"importance": "flap", **REFIT},
     "taylor, refit": {"importance": "taylor", **REFIT},
+    "tyr, refit": {"importance": "tyr", **REFIT},
     "saap, refit": {"importance": "saap", **REFIT},
     "obs, refit": {"importance": "obs", **REFIT},
+    "obs, refit, 4 rounds": {"importance": "obs", "rounds": 4, **REFIT},
     "obs, refit, heads too": {"importance": "obs", "structures": ("ffn", "kv_group"), **REFIT, **FREE},
     "obs, refit, owl": {"importance": "obs", "allocation": "owl", **REFIT, **FREE},
     "obs, refit, stability": {"importance": "obs", "allocation": "stability", **REFIT, **FREE},
@@ -88,7 +93,9 @@ BASE = "flap"
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_options(parser)
-    parser.add_argument("--shares", nargs="+", type=float, default=[0.2, 0.35], help="that go (default: 0.2 0.35)")
+    parser.add_argument(
+        "--shares", nargs="+", type=float, default=[0.2, 0.35, 0.5], help="that go (default: 0.2 0.35 0.5)"
+    )
     parser.add_argument("--rows", nargs="+", metavar="ROW", help=f"of {'; '.join(ROWS)} (default: all)")
     parser.add_argument("--steps", type=int, default=64, help="of reconstruction (default: 64)")
     parser.add_argument("--learn-steps", type=int, default=200, help="of learners (default: 200)")

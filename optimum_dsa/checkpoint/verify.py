@@ -20,7 +20,7 @@ from ..pruning.allocation import split_count
 from ..pruning.other_head import is_other_head, report_for
 from ..pruning.report import PruningReport
 from ..pruning.structured.described import stay_of, widths
-from ..pruning.structured.importance import importances_of
+from ..pruning.structured.importance import chosen_by
 from ..pruning.structured.structure import Place
 from ..pruning.unstructured.floors import could_stand
 from ..pruning.zeros import MEASURED, count_zeros
@@ -196,7 +196,7 @@ def _recipes(report: PruningReport) -> list[str]:
         return [_recipe(report)]
     data = (cut.calibration or {}).get("source") or "none"
     told = (
-        f"which structures went, by importance {' and '.join(importances_of(cut.config.to_dict()))}, update "
+        f"which structures went, by {chosen_by(cut.config.to_dict())}, update "
         f"{cut.config.update}, calibration data ({data}), base model and versions: weights do not tell them"
     )
     # Zeros that fill blocks up to the widest one are told by the layout.

@@ -9,6 +9,7 @@ from typing import Any
 from ..common.settings import flattened, sections_of
 from ..pruning.configuration import DSAConfig
 from ..pruning.structured.configuration import DSAStructuredConfig
+from ..pruning.structured.importance import chosen_by, is_made_up_for
 from ..pruning.unstructured.updates import UPDATES
 from ..recovery.configuration import OF_ADAPTERS, OF_ZEROS, RecoveryConfig
 from ..recovery.recoveries import RECOVERIES
@@ -49,6 +50,12 @@ def account(outcome: Outcome) -> list[str]:
 def _cut(cut: Mapping[str, Any]) -> str:
     """A sentence of what was cut out at one time, and what made up for it."""
     config, removed, parameters = cut["config"], cut["removed"], cut["parameters"]
+    chosen = (
+        f"chosen by {chosen_by(config)}"
+        if config.get("learner")
+        else f"the least important by {chosen_by(config)} first"
+    )
+    update = config.get("update", "refit") if is_made_up_for(config) else "none"
     made_up = {
         "refit": "what read them was fitted anew, by least squares on the calibration text",
         "bias": "the mean of what they gave was added to biases",
@@ -59,10 +66,17 @@ def _cut(cut: Mapping[str, Any]) -> str:
     found = cut.get("tolerance") or {}
     rise = f", as many as a rise of perplexity by {found['max_loss']:.1%} allowed in trials" if found else ""
     return (
-        f"{removed:,} of {parameters:,} parameters were cut out{rise}, the least important by {config['importance']} "
-        "first; "
-        f"{made_up.get(config.get('update', 'refit'), '')}{trained}."
+        f"{removed:,} of {parameters:,} parameters were cut out{rise}, {chosen}; {made_up.get(update, '')}{trained}."
+        f"{_of_other_costs(cut)}"
     )
+
+
+def _of_other_costs(cut: Mapping[str, Any]) -> str:
+    """What of the blocks went with them, in a sentence; "" where nothing was counted."""
+    words = {"flops": "operations for a token", "kv": "bytes of a token in the cache", "latency": "measured time"}
+    counted = {words[name]: share for name, share in (cut.get("shares") or {}).items() if name in words}
+    shares = [f"{percent(share)} of the {what}" for what, share in counted.items()]
+    return f" That is {', '.join(shares)} of all blocks." if shares else ""
 
 
 def _pruned(outcome: Outcome) -> Iterator[str]:

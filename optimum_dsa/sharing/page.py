@@ -17,7 +17,7 @@ from ..pruning.allocation import ALLOCATIONS
 from ..pruning.allocation.layout import grid, place
 from ..pruning.comparison import compared_lines
 from ..pruning.structured.described import by_kind, parameters_before
-from ..pruning.structured.importance import importances_of
+from ..pruning.structured.importance import chosen_by
 from ..recovery.configuration import RecoveryConfig
 from .account import account, cut_settings, details, notes, settings, training_settings
 from .benefit import benefit_tile
@@ -229,8 +229,8 @@ def _lead(outcome: Outcome) -> list[tuple[str, bool]]:
     if not outcome.achieved:
         return [("Weights are removed by ", False), (method, True), ("; searched is how many from each block.", False)]
     if outcome.is_only_cut:
-        rows = " and ".join(importances_of(outcome.structured["config"]))
-        return [("Structures were chosen by ", False), (rows, True), (".", False)]
+        chosen = chosen_by(outcome.structured["config"])
+        return [("Structures were chosen by ", False), (chosen, True), (".", False)]
     parts = [("Weights were chosen by ", False), (method, True), (", and how many from each block by ", False)]
     return [*parts, (str(outcome.allocation.name), True), (".", False)]
 

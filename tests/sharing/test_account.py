@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from optimum_dsa import DSAConfig, DSAPruner, ReconstructConfig, RecoveryConfig, UpdateConfig
+from optimum_dsa import DSAConfig, DSAPruner, DSAStructuredConfig, ReconstructConfig, RecoveryConfig, UpdateConfig
 from optimum_dsa.recovery.recoveries import RECOVERIES
 from optimum_dsa.sharing.account import account, details, notes, settings, training_settings
 from optimum_dsa.sharing.card import model_card
@@ -204,3 +204,22 @@ def test_earlier_trainings_in_a_file_are_held_against_the_schema(tmp_path):
     change(tmp_path / "x", "dsa_config.json", recovery={**data["recovery"], "earlier": [{"kind": "recover"}]})
     with pytest.raises(ValueError, match="does not follow its schema"):
         Outcome.read(tmp_path / "x")
+
+
+@pytest.mark.parametrize(
+    "config, told",
+    [
+        (DSAStructuredConfig(0.34, ("block",)), ["by block_influence first", "were left as they were"]),
+        (DSAStructuredConfig(0.2), ["by wanda_sp first", "was fitted anew", "of the bytes of a token in the cache"]),
+        (
+            DSAStructuredConfig(0.2, learner="policy_gradient", learn_steps=1, update="none"),
+            ["chosen by policy_gradient, which began with wanda_sp", "were left as they were"],
+        ),
+    ],
+)
+def test_what_is_said_of_a_cut_is_what_chose_it_and_what_made_up_for_it(tmp_path, config, told):
+    pruner = DSAPruner(tiny_llama())
+    pruner.prune(tokens(), config)
+    pruner.save_pretrained(tmp_path / "cut")
+    found = " ".join(account(Outcome.read(tmp_path / "cut")))
+    assert all(words in found for words in told), found

@@ -92,6 +92,13 @@ def check_found(
     config: DSAStructuredConfig,
 ) -> None:
     """Raise `ValueError` where of what was `found` nothing is among the `units` that can be cut; warn of a kind."""
+    channels = [each for each in units.values() if each.kind == "ffn"]
+    if channels and config.round_to >= max(2, *map(len, channels)):
+        widest = max(channels, key=len)
+        raise ValueError(
+            f"round_to={config.round_to} keeps multiples of it, and {widest.unit} has {len(widest)} channels: none "
+            f"can go; use a number below {len(widest)}."
+        )
     able = [each for each in units.values() if len(each) > each.least or not each.entire]
     missing = [kind for kind in config.structures if all(each.goes_as != kind for each in able)]
     if not missing:

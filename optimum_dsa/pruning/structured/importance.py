@@ -57,6 +57,17 @@ def importances_of(cut: Mapping[str, Any]) -> list[str]:
     return list(dict.fromkeys(importance_of(kind, chosen) for kind in kinds if kind in known)) or [chosen]
 
 
+def chosen_by(cut: Mapping[str, Any]) -> str:
+    """What chose what goes by a `DSAStructuredConfig`, as JSON values, in words: importances, or a learner."""
+    rows = " and ".join(importances_of(cut))
+    return f"{cut['learner']}, which began with {rows}" if cut.get("learner") else rows
+
+
+def is_made_up_for(cut: Mapping[str, Any]) -> bool:
+    """Whether what stays of a part is fitted, by a `DSAStructuredConfig` as JSON values: of wholes nothing stays."""
+    return not set(cut.get("structures") or ()) <= {*OF_WHOLES}
+
+
 @dataclass(frozen=True)
 class Parts:
     """What the structures of one kind in one block own.

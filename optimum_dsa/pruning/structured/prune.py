@@ -212,6 +212,7 @@ def _pruned(
         # With widths that are given, which structures go is learned, and not how many from where.
         widths = None if config.layout != "uniform" and config.allocation == "uniform" else counts
         projection = Projection(dense.sizes, dense.asked, widths)
+        name = config.learner if widths is None and config.layout != "uniform" else name
         choice = learned(dense, projection, checkpoints, resume, prompt)
         chosen, counts = choice.gone, {unit: len(gone) for unit, gone in choice.gone.items()}
         layout = LAYOUTS[config.layout](model, units, counts)

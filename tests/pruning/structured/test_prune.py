@@ -286,3 +286,11 @@ def test_a_size_that_is_another_ones_name_stays():
 def test_a_configuration_is_plain_data():
     config = DSAStructuredConfig(0.2, ("ffn", "kv_group"), "obs", reconstruct=8, round_to=16)
     assert DSAStructuredConfig.from_dict(config.to_dict()) == config and "none" in UPDATES
+
+
+@pytest.mark.parametrize("structures", [("ffn",), ("ffn", "kv_group")])
+@pytest.mark.parametrize("layout", ["uniform", "per_layer"])
+def test_a_multiple_that_no_width_leaves_room_for_is_refused_by_its_name(structures, layout):
+    config = DSAStructuredConfig(0.2, structures, round_to=64, layout=layout)
+    with pytest.raises(ValueError, match="round_to=64 keeps multiples of it, and model.layers.0:ffn has 48 channels"):
+        prune_structures(tiny_llama(), tokens(), config)

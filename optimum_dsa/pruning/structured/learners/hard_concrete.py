@@ -24,7 +24,9 @@ SMALL = 1e-6
 ADAPTER_RATE = 1e-3
 
 
-@LEARNERS.register("hard_concrete", reference="https://arxiv.org/abs/2310.05015", rate=0.1, gradients=True)
+@LEARNERS.register(
+    "hard_concrete", reference="https://arxiv.org/abs/2310.05015", rate=0.1, gradients=True, needs="peft"
+)
 class HardConcrete:
     """L0: a gate is drawn with a location log α, and the expected share of what goes is held by two multipliers.
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ....common.installation import how_to_install
 from ....common.pieces import encode
 from ....model.examples import check_causal
 from ....model.inputs import KINDS, check_length, kind_of
@@ -28,6 +30,9 @@ def check_learnable(model: nn.Module, calibration: Calibration, learner: str) ->
             f"learner={learner!r} learns from the next tokens of text, given as input_ids alone, and here {what}; "
             "leave it out, and choose by an importance."
         )
+    needs = LEARNERS.fact(learner, "needs")
+    if needs and find_spec(needs) is None:
+        raise ImportError(f"learner={learner!r} needs {needs}: {how_to_install(needs)}; or take another learner.")
     check_causal(model, calibration.inputs["input_ids"])
 
 

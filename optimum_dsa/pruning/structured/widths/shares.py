@@ -161,7 +161,7 @@ def allocator_of(allocation: str | Allocation) -> Allocator | None:
     if getattr(found, "reads", None) == "model":
         raise ValueError(
             f"allocation={allocation!r} runs the model with single weights masked, and knows nothing of structures; "
-            f"name one of {', '.join([*SHARES, *measured_in_one_walk()])}."
+            f"name one of {', '.join(dict.fromkeys([*SHARES, *measured_in_one_walk()]))}."
         )
     return found
 

@@ -10,6 +10,7 @@ from optimum_dsa import demo_model, demo_texts, load_tokens, perplexity
 from optimum_dsa.common.registry import UnknownNameError
 from optimum_dsa.pruning.structured.configuration import DSAStructuredConfig
 from optimum_dsa.pruning.structured.learners import LEARNERS
+from optimum_dsa.pruning.structured.learners import learned as settled
 from optimum_dsa.pruning.structured.learners import learner as loop
 from optimum_dsa.pruning.structured.prune import prune_structures
 
@@ -118,6 +119,18 @@ def test_a_prompt_stands_before_every_window_and_nothing_is_asked_of_it():
     assert learned_from[:, : len(prompt)].tolist() == [prompt] * 4 and 10 in learned_from[:, len(prompt)]
     with pytest.raises(ValueError, match="learn_prompt='a' is of a learner, and none is named"):
         DSAStructuredConfig(0.2, learn_prompt="a")
+
+
+def test_learned_widths_are_called_after_the_learner_and_given_ones_as_they_are():
+    for layout, name in (("per_layer", "policy_gradient"), ("uniform", "uniform")):
+        config = DSAStructuredConfig(0.3, **{**LEARNS, "layout": layout}, learner="policy_gradient", update="none")
+        assert prune_structures(tiny_llama(), tokens(), config).allocation.name == name
+
+
+def test_a_learner_without_its_library_is_refused_before_work(monkeypatch):
+    monkeypatch.setattr(settled, "find_spec", lambda name: None)
+    with pytest.raises(ImportError, match="learner='hard_concrete' needs peft: "):
+        prune_structures(tiny_llama(), tokens(), DSAStructuredConfig(0.3, learner="hard_concrete"))
 
 
 def test_a_loss_that_is_not_finite_is_refused_and_the_model_is_as_it_was(monkeypatch):
