@@ -78,9 +78,10 @@ class DSAStructuredConfig:
             the bias of what read it) or "refit" (least squares of what read it).
         damping (`float`, defaults to 0.01): Share of mean diag(X·Xᵀ) added to it before it is inverted.
         reconstruct ([`ReconstructConfig`] or `int`): Steps of training for every block then, 0 by default.
-        layout (`str`, defaults to `"uniform"`): Whether all blocks stay alike ("uniform"), so that what is left is a
-            plain model of its class, or may differ: in a class of this package ("per_layer"), or in a plain one with
-            zeros up to the widest block ("padded").
+        layout (`str`, *optional*): Whether all blocks stay alike ("uniform"), so that what is left is a plain model of
+            its class, or may differ: in a class of this package ("per_layer"), or in a plain one with zeros up to the
+            widest block ("padded"). By default "per_layer" where `allocation`, `keep_first`, `keep_last` or the parts
+            that go ask for blocks that differ, else "uniform".
         round_to (`int`, defaults to 1): Channels of an MLP that stay are a multiple of it, in every block.
         sequential (`bool`, defaults to `True`): Whether a block is calibrated on what the cut ones before it give.
         true_sequential (`bool`, defaults to `True`): Whether the MLP of a block is calibrated on its cut attention.
@@ -129,7 +130,7 @@ class DSAStructuredConfig:
     update: str = setting("refit", choices=UPDATES)
     damping: float = setting(DAMPING, low=0)
     reconstruct: ReconstructConfig = section(ReconstructConfig, shorthand="steps")
-    layout: str = setting("uniform", choices=LAYOUTS)
+    layout: str | None = setting(None, choices=LAYOUTS)
     round_to: int = setting(1, low=1)
     sequential: bool = True
     true_sequential: bool = True
@@ -167,6 +168,9 @@ class DSAStructuredConfig:
                     "one of both."
                 )
         object.__setattr__(self, "structures", tuple(dict.fromkeys(self.structures)))
+        if self.layout is None:
+            differ = self._differing or {*self.structures} & {*ENTIRE}
+            object.__setattr__(self, "layout", "per_layer" if differ else "uniform")
         IMPORTANCES[self.importance]
         if self.learner is not None:
             learners()[self.learner]
@@ -247,17 +251,12 @@ class DSAStructuredConfig:
                     f"allocation is a name, an allocation function, a path or an Allocation, got {self.allocation!r}."
                 )
             allocator_of(self.allocation)
-        differs = {
-            "allocation": self.allocation != "uniform",
-            "keep_first": self.keep_first > 0,
-            "keep_last": self.keep_last > 0,
-        }
-        if differs["allocation"] and set(self.structures) & set(WHOLE):
+        if self.allocation != "uniform" and set(self.structures) & set(WHOLE):
             self._check_of_wholes()
         if self.structures == ("block",):
             return  # whichever go, the rest are alike
-        if self.layout == "uniform" and any(differs.values()):
-            name = next(name for name, value in differs.items() if value)
+        if self.layout == "uniform" and self._differing:
+            name = self._differing[0]
             value = getattr(self, name)
             raise ValueError(
                 f"{name}={getattr(value, 'name', value)!r} gives blocks widths of their own, and layout='uniform' has "
@@ -274,6 +273,16 @@ class DSAStructuredConfig:
                 raise ValueError(
                     f"budgets are of {' or '.join(map(repr, others))} besides cost={self.cost!r}, got {name!r}."
                 )
+
+    @property
+    def _differing(self) -> list[str]:
+        """Settings that give blocks widths of their own; which of whole blocks go leaves the rest alike."""
+        asked = {
+            "allocation": self.allocation != "uniform",
+            "keep_first": self.keep_first,
+            "keep_last": self.keep_last,
+        }
+        return [name for name, value in asked.items() if value and self.structures != ("block",)]
 
     def _check_unread(self) -> None:
         """Raise where a setting is given of what is not done."""

@@ -197,8 +197,11 @@ def test_an_allocation_that_does_not_fit_is_refused(found, given, said):
 @pytest.mark.parametrize(
     "settings, said",
     [
-        ({"allocation": "owl"}, "allocation='owl' gives blocks widths of their own, and layout='uniform' has one"),
-        ({"keep_last": 2}, "keep_last=2 gives blocks widths of their own"),
+        (
+            {"allocation": "owl", "layout": "uniform"},
+            "allocation='owl' gives blocks widths of their own, and layout='uniform' has one",
+        ),
+        ({"keep_last": 2, "layout": "uniform"}, "keep_last=2 gives blocks widths of their own"),
         ({"budgets": ("kv=0.5",)}, "budgets=\\['kv=0.5'\\] are met by allocation='milp' alone"),
         (
             {"allocation": "milp", "layout": "per_layer", "budgets": ("parameters=0.5",)},
@@ -216,6 +219,22 @@ def test_an_allocation_that_does_not_fit_is_refused(found, given, said):
 def test_settings_that_contradict_each_other_are_refused(settings, said):
     with pytest.raises(ValueError, match=said):
         DSAStructuredConfig(0.2, **settings)
+
+
+@pytest.mark.parametrize(
+    "settings, layout",
+    [
+        ({}, "uniform"),
+        ({"structures": ("ffn", "kv_group"), "importance": "saap", "allocation": "stability"}, "per_layer"),
+        ({"keep_first": 1}, "per_layer"),
+        ({"structures": ("attention", "mlp")}, "per_layer"),
+        ({"structures": ("block",), "keep_first": 1}, "uniform"),
+        ({"allocation": "milp", "layout": "padded"}, "padded"),
+    ],
+)
+def test_blocks_may_differ_where_something_asks_for_it(settings, layout):
+    config = DSAStructuredConfig(0.2, **settings)
+    assert config.layout == layout and DSAStructuredConfig.from_dict(config.to_dict()) == config
 
 
 def test_near_names_are_said():
