@@ -76,6 +76,7 @@ ROWS = {
     },
     "obs, refit, searched": {"importance": "obs", "allocation": "searched", **REFIT, **FREE},
     "obs, dense targets": {"importance": "obs", **FULL},
+    "obs, refit, reconstructed": {"importance": "obs", **REFIT, "reconstruct": True},
     "wanda_sp, all": {**FULL, "reconstruct": True},
     "obs, all": {"importance": "obs", **FULL, "reconstruct": True},
     "obs, all, searched": {"importance": "obs", "allocation": "searched", **FULL, "reconstruct": True, **FREE},

@@ -33,7 +33,7 @@ mode    what the adapters add to a weight W, with small factors A and B
           mask       BA where W is not zero (default)
           scale      what makes it W times BA, entry by entry
           spp        W times a factor per row and one per column
-          grouped    one number for every row and 32 columns (--group-size), as weights on a grid can take in
+          grouped    one number for every row and 32 columns (--group-size), as grids with offsets can take in
 """
     EXAMPLES = """\
   optimum-cli dsa recover out -o better --dataset wikitext2 --steps 1000
