@@ -59,20 +59,41 @@ def biases_for(model: nn.Module, units: Mapping[str, Structures]) -> Biases:
 @contextmanager
 def given(model: nn.Module, biases: Biases) -> Iterator[None]:
     """Give the model these biases, zeros, in place, with which it computes what it did; take them back on an error."""
-    part = text_part(model.config)
-    for name, size in biases.sizes.items():
-        module = model.get_submodule(name.rpartition(".")[0])
-        module.register_parameter("bias", nn.Parameter(module.weight.new_zeros(size)))
-    for switch in biases.switches:
-        setattr(part, switch, True)
+    _give(model, biases)
     try:
         yield
     except BaseException:
-        for name in biases.sizes:
-            model.get_submodule(name.rpartition(".")[0]).register_parameter("bias", None)
-        for switch in biases.switches:
-            setattr(part, switch, False)
+        _take_back(model, biases)
         raise
+
+
+@contextmanager
+def lent(model: nn.Module, biases: Biases) -> Iterator[None]:
+    """As `given`, and taken back at the end whatever happens."""
+    _give(model, biases)
+    try:
+        yield
+    finally:
+        _take_back(model, biases)
+
+
+def _give(model: nn.Module, biases: Biases) -> None:
+    for name, size in biases.sizes.items():
+        module = model.get_submodule(name.rpartition(".")[0])
+        module.register_parameter("bias", nn.Parameter(module.weight.new_zeros(size)))
+    _switch(model, biases, True)
+
+
+def _take_back(model: nn.Module, biases: Biases) -> None:
+    for name in biases.sizes:
+        model.get_submodule(name.rpartition(".")[0]).register_parameter("bias", None)
+    _switch(model, biases, False)
+
+
+def _switch(model: nn.Module, biases: Biases, on: bool) -> None:
+    part = text_part(model.config)
+    for switch in biases.switches:
+        setattr(part, switch, on)
 
 
 def _switches(model: nn.Module) -> list[str]:

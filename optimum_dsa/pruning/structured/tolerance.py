@@ -16,8 +16,8 @@ from ..calibration import Calibration
 from ..source import Source
 from .configuration import DSAStructuredConfig, rise_of
 from .instead import evaluating
-from .prune import choose_counts, dense_of
-from .trial import as_pruned, check_tried
+from .prune import choose_counts
+from .trial import as_pruned, check_tried, dense_to_try
 from .widths.dense import Dense
 
 
@@ -90,7 +90,7 @@ def find_share(
     check_tried(config, "max_loss", model)
     if (kind := kind_of(model)) != "causal":
         raise ValueError(f"{type(model).__name__} {KINDS[kind]}, and a perplexity is of next tokens; name a sparsity.")
-    dense, held_out = _apart(dense_of(model, calibration, replace(config, sparsity=0.0)))
+    dense, held_out = _apart(dense_to_try(model, calibration, replace(config, sparsity=0.0)))
     before = _perplexity(model, held_out)
     low, high = 0.0, config.sparsity or _most(dense)
     tried: dict[float, float] = {}

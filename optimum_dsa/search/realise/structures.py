@@ -16,9 +16,8 @@ from ...pruning.calibration import Calibration
 from ...pruning.structured.configuration import DSAStructuredConfig
 from ...pruning.structured.importance import Parts
 from ...pruning.structured.instead import computing_with, matrices_without
-from ...pruning.structured.prune import dense_of
 from ...pruning.structured.structure import Structures
-from ...pruning.structured.trial import as_pruned
+from ...pruning.structured.trial import as_pruned, dense_to_try
 from ...pruning.structured.wholes.experts import routed_without
 from ...pruning.structured.wholes.remove import scores_of_wholes
 from .realisation import REALISATIONS
@@ -50,7 +49,7 @@ class StructureWidths:
         config: DSAStructuredConfig,
     ):
         self.model, self.config = model, config
-        self.dense = dense_of(model, calibration, config)
+        self.dense = dense_to_try(model, calibration, config)
         self.architecture = self.dense.architecture
         # What costs nothing has nothing to give.
         self.units = {unit: each for unit, each in self.dense.units.items() if self.dense.sizes[unit].cost}

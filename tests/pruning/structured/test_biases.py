@@ -1,13 +1,18 @@
 """What FLAP adds to a bias finds one, also in a model that was made without."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from optimum_dsa import find_architecture, prune_structures
+from optimum_dsa import DSAPruner, find_architecture, prune_structures
 from optimum_dsa.pruning.structured.biases import biases_for, given
 from optimum_dsa.pruning.structured.configuration import DSAStructuredConfig
+from optimum_dsa.pruning.structured.prune import choose_counts
 from optimum_dsa.pruning.structured.structures import find_structures
+from optimum_dsa.pruning.structured.tolerance import find_share
+from optimum_dsa.pruning.structured.trial import as_pruned, dense_to_try
 
 from ...tiny import same_state, state, tiny_llama, tokens
 from .families import FAMILIES, batch_of
@@ -79,4 +84,51 @@ def test_a_class_without_a_switch_is_refused_and_stays_as_it_was():
     before = state(model)
     with pytest.raises(ValueError, match="down_proj has none .* MistralConfig no switch for one; use update='refit'"):
         prune_structures(model, tokens(), DSAStructuredConfig(0.2, importance="flap", update="bias"))
+    assert same_state(model, before)
+
+
+@pytest.mark.parametrize("kind, layout", [("ffn", "uniform"), ("kv_group", "per_layer")])
+def test_a_trial_lends_what_a_prune_gives(kind, layout):
+    """And counts it: three key-value groups are a fifth of the parameters without biases, and more with them."""
+    model, cut = tiny_llama(), tiny_llama()
+    before, settings = state(model), model.config.to_dict()
+    config = DSAStructuredConfig(0.2, (kind,), "wanda_sp", "bias", layout=layout)
+    report = prune_structures(cut, tokens(), config)
+    dense = dense_to_try(model, tokens(), config)
+    with as_pruned(dense, choose_counts(dense)[0]) as gone, torch.no_grad():
+        assert {unit: tuple(gone.get(unit, ())) for unit in report.gone} == report.gone
+        torch.testing.assert_close(model(tokens(2)).logits, cut(tokens(2)).logits, rtol=1e-4, atol=1e-5)
+    assert kind == "ffn" or sum(map(len, report.gone.values())) == 2
+    assert same_state(model, before) and model.config.to_dict() == settings
+
+
+def test_a_tolerance_finds_the_share_of_a_cut_that_gives_biases():
+    model, cut = tiny_llama(), tiny_llama()
+    before, config = state(model), DSAStructuredConfig(0.0, importance="flap", update="bias")
+    found = find_share(model, tokens(), config, "50%")
+    assert found.sparsity and same_state(model, before) and not model.config.mlp_bias
+    prune_structures(model, tokens(), replace(config, max_loss="50%"))
+    prune_structures(cut, tokens(), replace(config, sparsity=found.sparsity))
+    assert same_state(model, state(cut)) and model.config.mlp_bias
+
+
+def test_a_search_of_a_cut_that_gives_biases_is_pruned_to_what_it_found():
+    model = tiny_llama()
+    before, config = state(model), DSAStructuredConfig(0.2, importance="flap", update="bias", layout="per_layer")
+    pruner, seen = DSAPruner(model), tokens(4, seed=1)
+    result = pruner.search(tokens(), config, "evolution", "3k tokens", seen)
+    assert same_state(model, before) and not model.config.mlp_bias
+    report = pruner.prune(tokens(), replace(config, allocation=result.best))
+    assert report.allocation.counts() == result.best.counts()
+
+
+def test_a_trial_of_a_class_without_a_switch_is_refused_before_work(monkeypatch):
+    model = FAMILIES["Mistral"][0]()
+    before, config = state(model), DSAStructuredConfig(0.2, importance="flap", update="bias", layout="per_layer")
+    refused = "down_proj has none .* MistralConfig no switch for one; use update='refit'"
+    monkeypatch.setattr("optimum_dsa.search.evaluator.Evaluator.__init__", None)
+    with pytest.raises(ValueError, match=refused):
+        prune_structures(model, tokens(), replace(config, sparsity=0.0, max_loss="50%"))
+    with pytest.raises(ValueError, match=refused):
+        DSAPruner(model).search(tokens(), config, "evolution", "3k tokens", tokens(4, seed=1))
     assert same_state(model, before)
