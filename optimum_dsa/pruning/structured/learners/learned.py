@@ -14,7 +14,9 @@ from ....common.pieces import encode
 from ....model.examples import check_causal
 from ....model.inputs import KINDS, check_length, kind_of
 from ...calibration import Calibration
+from ...finished import settings_of
 from ..widths.dense import Dense
+from ..widths.shares import given_allocation
 from .budget import Projection
 from .gates import Gates
 from .learner import LEARNERS, Choice, Problem, learn
@@ -70,4 +72,6 @@ def learned(dense: Dense, projection: Projection, folder: str | Path | None, res
         seed=config.data.seed,
         prompt=prompt,
     )
-    return learn(config.learner, problem, folder, resume)
+    given = given_allocation(config.allocation)
+    settings = None if folder is None else settings_of(model, dense.calibration, config, given)
+    return learn(config.learner, problem, folder, resume, settings)

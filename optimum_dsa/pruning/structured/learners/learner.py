@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -15,6 +16,7 @@ from torch.nn.functional import cross_entropy, kl_div, log_softmax
 from ....common.fences import has_device_map
 from ....common.progress import Progress
 from ....common.registry import Registry
+from ....common.same_run import check_same_run
 from .budget import Projection
 from .gates import Gates
 
@@ -120,16 +122,24 @@ class Learner(Protocol):
     def choice(self) -> Choice: ...
 
 
-def learn(name: str, problem: Problem, folder: str | Path | None = None, resume: bool = False) -> Choice:
+def learn(
+    name: str,
+    problem: Problem,
+    folder: str | Path | None = None,
+    resume: bool = False,
+    settings: Mapping[str, Any] | None = None,
+) -> Choice:
     """What the learner `name` comes to after all steps.
 
     Args:
         folder (`str`, *optional*): where its state is kept every 10 steps; a run that was killed goes on from there
             with `resume`, to the same end.
+        settings (`Mapping[str, Any]`, *optional*): what decides the result, as `settings_of` gives it.
 
     Raises:
-        ValueError: a loss is not finite, or the state in `folder` is of another problem.
+        ValueError: a loss is not finite, or the state in `folder` is of a run with other settings.
     """
+    facts = _facts(problem, settings or {})
     model, training = problem.model, problem.model.training
     asked = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
     learner, losses, ended = None, [], False
@@ -141,7 +151,7 @@ def learn(name: str, problem: Problem, folder: str | Path | None = None, resume:
             learner = LEARNERS[name](problem)
             place = place_of(name, folder) if folder is not None else None
             if resume and place is not None and place.exists():
-                losses = _restored(place, learner, _facts(name, problem))
+                losses = _restored(place, learner, facts)
             progress = Progress("Learning what stays", problem.steps)
             progress.show(len(losses))
             for number in range(len(losses), problem.steps):
@@ -153,7 +163,7 @@ def learn(name: str, problem: Problem, folder: str | Path | None = None, resume:
                     )
                 progress.advance(loss=f"{losses[-1]:.4f}")
                 if place is not None and ((number + 1) % KEPT_EVERY == 0 or number + 1 == problem.steps):
-                    _keep(place, {"facts": _facts(name, problem), "losses": losses, "learner": learner.state()})
+                    _keep(place, {"facts": facts, "losses": losses, "learner": learner.state()})
             progress.close()
             ended = True
     finally:
@@ -176,30 +186,21 @@ def gone(kept: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
     return {unit: tuple((~stays).nonzero().flatten().tolist()) for unit, stays in kept.items()}
 
 
-def _facts(name: str, problem: Problem) -> dict[str, Any]:
-    """What a state depends on, to be compared when a run goes on."""
-    return {
-        "learner": name,
-        "units": problem.gates.sizes(),
-        "asked": problem.projection.asked,
-        "tokens": [*problem.tokens.shape, int(problem.tokens.sum())],
-        "steps": problem.steps,
-        "rate": problem.rate,
+def _facts(problem: Problem, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """What a state depends on, as JSON values, to be compared when a run goes on."""
+    own = {
+        "learn_steps": problem.steps,
+        "learn_rate": problem.rate,
         "batch_size": problem.batch_size,
-        "seed": problem.seed,
         "prompt": problem.prompt.tolist(),
     }
+    return json.loads(json.dumps({**settings, **own}))
 
 
 def _restored(place: Path, learner: Learner, facts: Mapping[str, Any]) -> list[float]:
     """Losses so far; the learner is put back to where it was."""
     known = torch.load(place, map_location="cpu", weights_only=True)
-    differ = [name for name, value in facts.items() if known["facts"].get(name) != value]
-    if differ:
-        raise ValueError(
-            f"{place} is of a run with another {differ[0]} ({known['facts'].get(differ[0])!r}, and now "
-            f"{facts[differ[0]]!r}); give the same settings, or another folder."
-        )
+    check_same_run(f"The run in {place}", known["facts"], facts, "name another folder")
     learner.restore(known["learner"])
     return list(known["losses"])
 

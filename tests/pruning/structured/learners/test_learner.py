@@ -1,6 +1,7 @@
 """What stays is learned: under the budget, better than where it began, and the same after an interruption."""
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -66,8 +67,31 @@ def test_a_run_that_was_killed_ends_as_one_that_was_not(learner, tmp_path, monke
     prune_structures(model, tokens(), config, tmp_path, resume=True)
     assert seen == [2, 3, 4, 5]
     assert same_state(model, state(whole))
-    with pytest.raises(ValueError, match="of a run with another asked"):
-        prune_structures(tiny_llama(), tokens(), DSAStructuredConfig(0.2, **LEARNS, learner=learner), tmp_path, True)
+
+
+OTHERS = {
+    "with sparsity=0.3, not 0.2": {"sparsity": 0.2},
+    "with importance='wanda_sp', not 'flap'": {"importance": "flap"},
+    "with update='none', not 'refit'": {"update": "refit"},
+    "with batch_size=2, not 3": {"batch_size": 3},
+    "with learn_rate=0.02, not 0.05": {"learn_rate": 0.05},
+    r"with learn_steps=6, not 7; resume it with the same settings, or name another folder\.": {"learn_steps": 7},
+}
+
+
+def test_it_goes_on_with_the_same_run_alone(tmp_path):
+    config = DSAStructuredConfig(0.3, **LEARNS, learner="projected_gates", update="none", importance="wanda_sp")
+    prune_structures(tiny_llama(), tokens(), config, tmp_path)
+    runs = {said: (tiny_llama(), tokens(), replace(config, **changes)) for said, changes in OTHERS.items()}
+    text = tokens()
+    text[0] = text[0].flip(0)  # the same sum
+    runs["with another model"] = tiny_llama(seed=1), tokens(), config
+    runs["with another calibration"] = tiny_llama(), text, config
+    for said, (model, given, asked) in runs.items():
+        before = state(model)
+        with pytest.raises(ValueError, match=rf"The run in .*projected_gates\.pt was made {said}"):
+            prune_structures(model, given, asked, tmp_path, resume=True)
+        assert same_state(model, before)
 
 
 @pytest.mark.parametrize("learner", ["projected_gates", "deterministic_gates", "hard_concrete"])
