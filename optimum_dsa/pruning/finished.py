@@ -5,6 +5,7 @@
 | `run.json`                   | what decides the result (settings, fingerprints, releases), and the allocation     |
 | `block-0003.safetensors`     | the fourth block: every parameter and buffer of it that a checkpoint has, and as   |
 |                              | metadata its name, what its steps noted for the report, and a SHA-256 of all that  |
+| `latency.json`               | of a cut with `cost="latency"`: what its structures cost, timed at its first start |
 
 All of a block and not what changed alone: to know that would take a copy of every block before it is pruned. Of a
 model whose weights are on the disk a finished block is there once: it is read from its file from then on, and the file
@@ -43,6 +44,7 @@ from .steps import Step
 logger = logging.getLogger(__name__)
 
 RUN = "run.json"
+TIMES = "latency.json"
 VERSION = 1  # of this format
 RELEASES = ("optimum-dsa", "torch", "transformers")  # other ones may compute other last bits
 _OURS = re.compile(r"block-\d{4,}\.safetensors(\.part)?")  # ".part": half of one
@@ -189,10 +191,11 @@ def check_folder(folder: Path, resume: bool) -> None:
         ValueError: blocks, and nothing that says of which prune.
     """
     names = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
-    names = [name for name in names if not name.startswith(f".{RUN}.")]  # half of one, see `write_text`
+    halves = (f".{RUN}.", f".{TIMES}.")  # see `write_text`
+    names = [name for name in names if not name.startswith(halves)]
     blocks = [name for name in names if _OURS.fullmatch(name)]
     for name in names:
-        if name != RUN and name not in blocks:
+        if name not in (RUN, TIMES, *blocks):
             raise FileExistsError(
                 f"{folder} holds {name}, which no prune wrote; move it away, or name another folder."
             )

@@ -47,6 +47,7 @@ from .wholes.blocks import find_blocks
 from .wholes.entire import entire_gone, find_entire
 from .wholes.remove import remove_wholes
 from .widths.dense import Dense, allocation_of, dense_model
+from .widths.latency import keep
 from .widths.shares import given_allocation, shares
 
 
@@ -158,7 +159,8 @@ def prune_structures(
         calibration (`Tensor` or `Mapping[str, Tensor]`): tokens, (samples, length), or the model's inputs by name. By
             them structures are found as well, so that there is none without.
         config (`DSAStructuredConfig`): what goes.
-        checkpoints (`str`, *optional*): folder for the blocks that are finished; of a learner, for its state.
+        checkpoints (`str`, *optional*): folder for the blocks that are finished, or a learner's state, and for the
+            times of `cost="latency"`.
         resume (`bool`, defaults to `False`): go on from those in it, with the model as it was at the beginning; the
             end is that of an uninterrupted run.
         tokenizer (`Any`, *optional*): reads the `learn_prompt` of a learner.
@@ -176,7 +178,8 @@ def prune_structures(
         calibration = as_calibration(calibration, model)
         config, tolerance = settled(model, calibration, config)
         return replace(prune_structures(model, calibration, config, tokenizer=tokenizer), tolerance=tolerance)
-    dense = dense_of(model, calibration, config)
+    times = checkpoints if resume else None
+    dense = dense_of(model, calibration, config, times)
     check_prompt(prompt, dense)
     if not dense.asked:
         logger.warning("sparsity=%g takes nothing: the model stays as it is.", config.sparsity)
@@ -184,7 +187,7 @@ def prune_structures(
     if config.update != "bias" or not (biases := biases_for(model, dense.units)).switches:
         return _pruned(dense, start, checkpoints, resume, prompt)
     with given(model, biases):
-        return _pruned(dense_of(model, calibration, config), start, checkpoints, resume, prompt)
+        return _pruned(dense_of(model, calibration, config, times), start, checkpoints, resume, prompt)
 
 
 def _pruned(
@@ -195,6 +198,8 @@ def _pruned(
     units, prunable = dense.units, dense.costs["parameters"].total
     parameters, chosen = count_parameters(model), None
     finished = finished_of(dense, checkpoints, resume) if keeps_blocks(config) else None
+    if checkpoints is not None and "latency" in dense.costs:
+        keep(checkpoints, dense.costs["latency"], units)
     known = finished.allocation.counts() if finished and finished.allocation else None
     counts, layout = choose_counts(dense) if known is None else (known, LAYOUTS[config.layout](model, units, known))
     stay = [kind for kind, of_kind in dense.kinds.items() if not any(counts[unit] for unit in of_kind)]
@@ -245,8 +250,13 @@ def _pruned(
     )
 
 
-def dense_of(model: nn.Module, calibration: Source | None, config: DSAStructuredConfig) -> Dense:
+def dense_of(
+    model: nn.Module, calibration: Source | None, config: DSAStructuredConfig, times: str | Path | None = None
+) -> Dense:
     """A model with the structures that are found in it, and what they cost.
+
+    Args:
+        times (`str`, *optional*): folder with what an earlier start of the run timed (`latency.json`), if it did.
 
     Raises:
         ValueError: there is nothing that can be cut out, or no calibration data to find it by.
@@ -262,7 +272,7 @@ def dense_of(model: nn.Module, calibration: Source | None, config: DSAStructured
     entire = set(config.structures) <= set(ENTIRE)
     find = find_blocks if config.structures == ("block",) else find_entire if entire else find_structures
     found = find(model, architecture, _short(calibration.batches(1)[0]))
-    dense = dense_model(model, architecture, calibration, config, found)
+    dense = dense_model(model, architecture, calibration, config, found, times)
     check_found(model, found.structures, dense.units, dense.left, config)
     check_zeros(model, dense.units, config)
     return dense

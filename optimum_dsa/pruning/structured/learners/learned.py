@@ -11,11 +11,13 @@ from torch import Tensor, nn
 
 from ....common.installation import how_to_install
 from ....common.pieces import encode
+from ....common.same_run import FINGERPRINTS
 from ....model.examples import check_causal
 from ....model.inputs import KINDS, check_length, kind_of
 from ...calibration import Calibration
 from ...finished import settings_of
 from ..widths.dense import Dense
+from ..widths.latency import fingerprint_of_times
 from ..widths.shares import given_allocation
 from .budget import Projection
 from .gates import Gates
@@ -74,4 +76,6 @@ def learned(dense: Dense, projection: Projection, folder: str | Path | None, res
     )
     given = given_allocation(config.allocation)
     settings = None if folder is None else settings_of(model, dense.calibration, config, given)
+    if settings and "latency" in dense.costs:
+        settings[FINGERPRINTS]["table of times"] = fingerprint_of_times(dense.costs["latency"])
     return learn(config.learner, problem, folder, resume, settings)

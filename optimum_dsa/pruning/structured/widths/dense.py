@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -28,6 +29,7 @@ from ..wholes.remove import scores_of_wholes
 from .costs import COSTS, TIMED, Cost
 from .curves import error_curve
 from .felt import PROBE, Felt
+from .latency import kept
 
 
 PARTS = 8  # of the calibration data, over which an importance's variation is taken
@@ -279,8 +281,13 @@ def dense_model(
     calibration: Calibration,
     config: DSAStructuredConfig,
     found: Found,
+    times: str | Path | None = None,
 ) -> Dense:
-    """The dense model of which `config` takes a share of its cost, and all the structures `found` in it."""
+    """The dense model of which `config` takes a share of its cost, and all the structures `found` in it.
+
+    Args:
+        times: folder with what an earlier start of the run timed, if it did.
+    """
     length = calibration.facts()["length"] or 0
     whole = _whole(architecture, config)
     asked_for = {unit: each for unit, each in found.structures.items() if each.goes_as in config.structures}
@@ -297,7 +304,8 @@ def dense_model(
     structures = {
         unit: each for unit, each in found.structures.items() if each.kind not in WHOLE or "flops" not in counted
     }
-    costs = {name: COSTS[name](model, architecture, structures, length) for name in counted}
+    known = {name: kept(times, units) for name in counted if name in TIMED and times is not None}
+    costs = {name: known.get(name) or COSTS[name](model, architecture, structures, length) for name in counted}
     cost = costs[config.cost]
     sizes = {
         unit: Available(

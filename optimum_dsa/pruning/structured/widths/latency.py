@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import time
 from collections.abc import Callable, Mapping
 from functools import cache
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear, scaled_dot_product_attention
 
+from ....common.files import read_json, write_text
 from ....model.architecture import Architecture
+from ...finished import TIMES
 from ..structure import Structures
 from .costs import Cost, shares_met
 
 
+WHAT = "nanoseconds for a window"
 SHARES_KEPT = (1.0, 0.75, 0.5, 0.25)  # of a unit's structures, at which its products are timed
 # along the axis of structures, along the other, of one structure; whether they are rows that make something
 _Size = tuple[int, int, int, bool]
@@ -40,7 +46,45 @@ def latency(model: nn.Module, architecture: Architecture, units: Mapping[str, St
     for weight in architecture.weights:
         if f"{weight.module}.{weight.attribute}" not in seen:
             total += stop.product(*weight.shape) * met.get((weight.module, weight.attribute), 1.0)
-    return Cost(each, round(1e9 * total), "nanoseconds for a window")
+    return Cost(each, round(1e9 * total), WHAT)
+
+
+def keep(folder: str | Path, cost: Cost, units: Mapping[str, Structures]) -> None:
+    """Write what was timed into `folder`, from where a run that goes on takes it: timed anew it would be another."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    each = {unit: [len(structures), cost.each[unit]] for unit, structures in units.items()}
+    write_text(folder / TIMES, json.dumps({"units": each, "total": cost.total}) + "\n")
+
+
+def kept(folder: str | Path, units: Mapping[str, Structures]) -> Cost | None:
+    """What `keep` wrote into `folder`; `None` where it wrote nothing.
+
+    Raises:
+        ValueError: it is damaged, or of other structures than `units`.
+    """
+    path = Path(folder) / TIMES
+    if not path.exists():
+        return None
+    try:
+        data = read_json(path)
+        numbers = {unit: int(number) for unit, (number, _) in data["units"].items()}
+        each = {unit: int(spent) for unit, (_, spent) in data["units"].items()}
+        total = int(data["total"])
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path} says no times ({error}); remove {folder} to begin anew.") from None
+    now = {unit: len(structures) for unit, structures in units.items()}
+    if differing := sorted(unit for unit in {*numbers, *now} if numbers.get(unit) != now.get(unit)):
+        unit = differing[0]
+        raise ValueError(
+            f"{path} has the times of {numbers.get(unit, 0)} structures of {unit}, and the model has "
+            f"{now.get(unit, 0)} that may go; resume with the same model and settings, or name another folder."
+        )
+    return Cost(each, total, WHAT)
+
+
+def fingerprint_of_times(cost: Cost) -> str:
+    return hashlib.sha256(json.dumps([dict(cost.each), cost.total], sort_keys=True).encode()).hexdigest()
 
 
 def _width(structures: Structures) -> int:
