@@ -126,7 +126,7 @@ def prepared(
     options: Mapping[str, Any],
 ) -> tuple[Realisation, Resolver | StructureResolver]:
     """The model as it can be realised, and what makes allocations of candidates."""
-    realised = StructureWidths(model, None, calibration, config)
+    realised = StructureWidths(model, None, calibration, config, **options)
     return realised, StructureResolver(realised, config, named)
 
 

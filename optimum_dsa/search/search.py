@@ -19,6 +19,7 @@ from ..model.fingerprint import fingerprint_of_model, fingerprint_of_tensors
 from ..pruning.allocation import Allocation
 from ..pruning.calibration import Calibration
 from ..pruning.configuration import FREE, DSAConfig
+from ..pruning.finished import TIMES
 from ..pruning.structured.configuration import DSAStructuredConfig
 from .apart import check_apart
 from .conductor import Conductor, TrialLogger
@@ -104,7 +105,7 @@ def search(
         stack.callback(reports.close)
         trace = _trace(output, settings, resume, model, calibration, validation)
         stack.callback(trace.close)
-        realised, resolver = prepared(config, model, calibration, kind, named, levels)
+        realised, resolver = prepared(config, model, calibration, kind, named, levels | _kept(kind, output, resume))
         evaluator = Evaluator(Objective(model, realised, validation, config.batch_size), resolver)
         # Only the first process has a folder to read; all have to replay the same trials.
         replayed = ranks.of_first(trace.trials)
@@ -160,15 +161,22 @@ def _trace(
     """
     if output is None:
         return SearchTrace.open(None, settings)
-    path = output.path / "trace.jsonl"
+    path, times = output.path / "trace.jsonl", output.path / TIMES
     if resume and not path.exists():
         logger.warning("%s holds no search to go on with; a new one begins.", output.shown)
+    if settings.get("realisation") == "structures" and times.exists() and not resume:
+        raise FileExistsError(f"{times} is of another search; resume it, or choose another folder.")
     prints = {
         "model": fingerprint_of_model(model),
         "calibration": None if calibration is None else fingerprint_of_tensors(calibration.inputs),
         "validation": fingerprint_of_tensors({"input_ids": validation}),
     }
     return SearchTrace.open(path, {**settings, FINGERPRINTS: prints}, resume)
+
+
+def _kept(kind: str, output: OutputFolder | None, resume: bool) -> dict[str, Any]:
+    """Options of a realisation that keeps something beside the trace."""
+    return {"folder": output.path, "resume": resume} if kind == "structures" and output is not None else {}
 
 
 def _problem(

@@ -12,6 +12,7 @@ from optimum_dsa.pruning.structured.configuration import DSAStructuredConfig
 from optimum_dsa.pruning.structured.prune import prune_structures
 from optimum_dsa.pruning.structured.slicing import cut_out
 from optimum_dsa.pruning.structured.widths import dense
+from optimum_dsa.pruning.structured.widths.latency import _Stopwatch
 from optimum_dsa.pruning.structured.widths.shares import shares
 from optimum_dsa.search.realise.structures import StructureWidths
 from optimum_dsa.search.search import search
@@ -19,6 +20,7 @@ from optimum_dsa.search.space import Candidate
 from optimum_dsa.search.structures import StructureResolver
 
 from ..pruning.structured.families import deeper
+from ..pruning.structured.widths.test_latency import steady  # noqa: F401 - a fixture
 from ..tiny import same_state, state, tiny_llama, tokens
 from .searching import outcome
 
@@ -80,6 +82,21 @@ def test_a_search_that_goes_on_ends_as_one_that_was_never_interrupted(tmp_path):
     assert outcome(again) == outcome(whole)
     config = replace(BOTH, allocation=str(tmp_path / "a"))
     assert prune_structures(llama(), CALIBRATION, config).allocation.counts() == whole.best.counts()
+
+
+def test_a_search_by_time_that_goes_on_has_the_times_that_it_began_with(tmp_path, steady, monkeypatch):  # noqa: F811
+    config = replace(BOTH, cost="latency", update="none", importance="magnitude")
+    whole = run("evolution", config=config, folder=tmp_path / "a")
+    lines = (tmp_path / "a/trace.jsonl").read_text().splitlines()
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b/latency.json").write_bytes((tmp_path / "a/latency.json").read_bytes())
+    with pytest.raises(FileExistsError, match="latency.json is of another search; resume it, or choose another"):
+        run("evolution", config=config, folder=tmp_path / "b")
+    assert not (tmp_path / "b/trace.jsonl").exists()
+    (tmp_path / "b/trace.jsonl").write_text("\n".join(lines[:8]) + "\n")
+    monkeypatch.setattr(_Stopwatch, "_seconds", None)  # nothing is timed
+    again = run("evolution", config=config, folder=tmp_path / "b", resume=True)
+    assert outcome(again) == outcome(whole)
 
 
 def test_finalists_lose_what_the_pruned_model_loses():

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -38,18 +39,20 @@ def check_tried(config: DSAStructuredConfig, who: str, model: nn.Module | None =
         )
 
 
-def dense_to_try(model: nn.Module, calibration: Source | None, config: DSAStructuredConfig) -> Dense:
+def dense_to_try(
+    model: nn.Module, calibration: Source | None, config: DSAStructuredConfig, times: str | Path | None = None
+) -> Dense:
     """As `dense_of`, of a model to be shown [`as_pruned`]: biases that an update adds count, as they do in a prune.
 
     Raises:
         ValueError: there is nothing that can be cut out, or no bias for an update to add to, nor a switch for one.
     """
-    dense = dense_of(model, calibration, config)
+    dense = dense_of(model, calibration, config, times)
     biases = _biases(dense)
     if not biases.switches:
         return dense
     with lent(model, biases):
-        counted = dense_of(model, calibration, config)
+        counted = dense_of(model, calibration, config, times)
     # Its units have parts of biases that are there no more.
     return replace(dense, sizes=counted.sizes, costs=counted.costs, asked=counted.asked)
 

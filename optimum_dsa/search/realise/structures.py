@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +21,7 @@ from ...pruning.structured.structure import Structures
 from ...pruning.structured.trial import as_pruned, dense_to_try
 from ...pruning.structured.wholes.experts import routed_without
 from ...pruning.structured.wholes.remove import scores_of_wholes
+from ...pruning.structured.widths.latency import keep
 from .realisation import REALISATIONS
 
 
@@ -39,6 +41,8 @@ class StructureWidths:
     Args:
         calibration: feeds statistics, and by its first sample structures are found.
         config: what may go, its importance and update; its allocation is not looked at.
+        folder (`Path`, *optional*): where the times of `cost="latency"` are kept.
+        resume: take them from there, if they are.
     """
 
     def __init__(
@@ -47,9 +51,13 @@ class StructureWidths:
         architecture: Architecture | None,
         calibration: Calibration | None,
         config: DSAStructuredConfig,
+        folder: Path | None = None,
+        resume: bool = False,
     ):
         self.model, self.config = model, config
-        self.dense = dense_to_try(model, calibration, config)
+        self.dense = dense_to_try(model, calibration, config, folder if resume else None)
+        if folder is not None and "latency" in self.dense.costs:
+            keep(folder, self.dense.costs["latency"], self.dense.units)
         self.architecture = self.dense.architecture
         # What costs nothing has nothing to give.
         self.units = {unit: each for unit, each in self.dense.units.items() if self.dense.sizes[unit].cost}
