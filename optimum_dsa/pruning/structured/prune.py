@@ -125,6 +125,9 @@ class StructuredReport:
             kinds.setdefault(kind, []).append((stay, stay + len(self.gone[unit])))
         left = [f"{kind}: {stays_in(numbers)}" for kind, numbers in kinds.items()]
         left += [f"{self.padding:,} of them are zeros that stay"] if self.padding else []
+        if self.left:
+            name, reason = next(iter(self.left.items()))
+            left.append(f"{len(self.left)} weights stay whole, such as {name} ({reason})")
         return (
             f"{self.removed:,} of {self.parameters:,} parameters went, {self.sparsity:.4f} of the blocks' matrices "
             f"({self._asked}); {', '.join(left)}"

@@ -26,6 +26,28 @@ def _made(kind, head, **settings):
     return model
 
 
+MAMBA = {
+    "num_experts": 1,
+    "num_experts_per_tok": 1,
+    "attn_layer_period": 2,
+    "attn_layer_offset": 1,
+    "use_mamba_kernels": False,
+    "mamba_d_state": 4,
+    "mamba_dt_rank": 4,
+    "pad_token_id": 0,
+}
+DELTA = {
+    "head_dim": 8,
+    "full_attention_interval": 2,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 2,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 8,
+    "num_experts": 0,
+    "mlp_only_layers": list(range(8)),
+}
+
+
 def _tower(kind, **settings):
     """A model that reads pictures as well, whose language tower is a Llama or like one."""
     sizes = {"vocab_size": 97, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, **GROUPED}
@@ -99,6 +121,9 @@ EVERY = {
         _causal("Lfm2", full_attn_idxs=[1, 3], num_key_value_heads=2, intermediate_size=96, block_multiple_of=16),
         {"kv_group": 2, "ffn": 64},
     ),
+    # Every other block mixes by a recurrence, which stays: Mamba's, and that of a gated delta rule.
+    "Jamba": (_causal("Jamba", num_key_value_heads=2, intermediate_size=48, **MAMBA), GROUPS),
+    "Qwen3Next": (_causal("Qwen3Next", num_key_value_heads=2, intermediate_size=48, **DELTA), GROUPS),
     # Slopes alone, and slopes in the mask.
     "Mpt": (
         _other("Mpt", "ForCausalLM", vocab_size=97, d_model=32, n_heads=4, n_layers=2, max_seq_len=64),

@@ -294,3 +294,13 @@ def test_a_multiple_that_no_width_leaves_room_for_is_refused_by_its_name(structu
     config = DSAStructuredConfig(0.2, structures, round_to=64, layout=layout)
     with pytest.raises(ValueError, match="round_to=64 keeps multiples of it, and model.layers.0:ffn has 48 channels"):
         prune_structures(tiny_llama(), tokens(), config)
+
+
+@pytest.mark.parametrize("family, mixer", [("Jamba", "mamba"), ("Qwen3Next", "linear_attn")])
+def test_mixers_that_cannot_be_cut_stay_and_are_said(family, mixer):
+    model = EVERY[family][0]()
+    before = {name: value for name, value in state(model).items() if mixer in name}
+    report = prune_structures(model, batch_of(family, 2), DSAStructuredConfig(0.1, ("ffn", "kv_group"), update="none"))
+    assert report.removed and before and set(report.left) <= set(before)
+    assert all(torch.equal(model.state_dict()[name], value) for name, value in before.items())
+    assert f"{len(report.left)} weights stay whole, such as model.layers.0.{mixer}" in str(report)
