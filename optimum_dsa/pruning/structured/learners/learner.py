@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -20,6 +21,8 @@ from ....common.same_run import check_same_run
 from .budget import Projection
 from .gates import Gates
 
+
+logger = logging.getLogger(__name__)
 
 # Learner -> its class; the fact `rate` is the learning rate where none is given, `gradients` whether it needs any.
 LEARNERS = Registry("learner")
@@ -152,6 +155,8 @@ def learn(
             place = place_of(name, folder) if folder is not None else None
             if resume and place is not None and place.exists():
                 losses = _restored(place, learner, facts)
+            elif resume and place is not None:
+                logger.warning("%s is not there to go on from; learning begins anew.", place)
             progress = Progress("Learning what stays", problem.steps)
             progress.show(len(losses))
             for number in range(len(losses), problem.steps):

@@ -145,6 +145,15 @@ def test_a_prompt_stands_before_every_window_and_nothing_is_asked_of_it():
         DSAStructuredConfig(0.2, learn_prompt="a")
 
 
+def test_where_there_is_nothing_to_go_on_from_learning_begins_anew_and_says_so(tmp_path, caplog):
+    config = DSAStructuredConfig(0.3, **LEARNS, learner="policy_gradient", update="none")
+    whole, model = tiny_llama(), tiny_llama()
+    prune_structures(whole, tokens(), config)
+    prune_structures(model, tokens(), config, tmp_path, resume=True)
+    assert same_state(model, state(whole))
+    assert f"{tmp_path / 'policy_gradient.pt'} is not there to go on from; learning begins anew." in caplog.text
+
+
 def test_learned_widths_are_called_after_the_learner_and_given_ones_as_they_are():
     for layout, name in (("per_layer", "policy_gradient"), ("uniform", "uniform")):
         config = DSAStructuredConfig(0.3, **{**LEARNS, "layout": layout}, learner="policy_gradient", update="none")
