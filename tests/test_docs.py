@@ -36,7 +36,7 @@ from optimum_dsa import (
 from optimum_dsa.checkpoint.description import schema
 from optimum_dsa.commands.dsa import DSACommand
 from optimum_dsa.commands.embedded import demo_model, demo_texts
-from optimum_dsa.commands.prune import asked_config
+from optimum_dsa.commands.prune import asked_config, asked_structures
 from optimum_dsa.common.registry import Registry
 from optimum_dsa.evaluation.perplexity import REFERENCE as PSEUDO
 from optimum_dsa.model.examples import REFERENCE as MASKING
@@ -326,7 +326,9 @@ def test_commands_are_accepted(name):
                 if getattr(args, "allocation", None) == "found":  # the folder that the line before would write
                     args.allocation = None
                 if getattr(args, "max_loss", None) is None:  # which stands in its place
-                    assert 0 <= asked_config(args).sparsity < 1
+                    given = {"layout": "per_layer"} if line[1] == "search" else {}
+                    config = asked_structures(args, command_parsers()[line[1]], **given) or asked_config(args)
+                    assert 0 <= config.sparsity < 1
 
 
 @pytest.fixture
