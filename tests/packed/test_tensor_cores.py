@@ -119,7 +119,7 @@ def test_an_input_of_another_width_or_of_whole_numbers_is_refused(inputs):
 
 
 def test_a_state_dict_says_whether_zeros_were_kept():
-    """Of two matrices one keeps a weight that is zero, and the other has removed it."""
+    """Of every four weights one matrix keeps two, and the other one, beside which a place is filled with a zero."""
     layers = []
     for kept in (2, 1):
         mask = torch.zeros(16, 32, dtype=torch.bool)

@@ -72,7 +72,7 @@ def kept(folder: str | Path, units: Mapping[str, Structures]) -> Cost | None:
         each = {unit: int(spent) for unit, (_, spent) in data["units"].items()}
         total = int(data["total"])
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path} says no times ({error}); remove {folder} to begin anew.") from None
+        raise ValueError(f"{path} says no times ({error}); begin anew in another folder.") from None
     now = {unit: len(structures) for unit, structures in units.items()}
     if differing := sorted(unit for unit in {*numbers, *now} if numbers.get(unit) != now.get(unit)):
         unit = differing[0]
